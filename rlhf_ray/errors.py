@@ -1,0 +1,101 @@
+"""The error tree. Every error a user can cause says where it is, what is wrong, what was expected, what was found and how to
+mend it; it carries the exit code of the command that meets it, and it survives pickling, because errors cross Ray processes.
+
+    error: jobs/ppo.yaml: ppo.cliprange: out of range; expected 0 < x < 1; got 1.5; fix: set cliprange=0.2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. `where` is a file, `file:line` or a field path; the last three may be empty."""
+
+    where: str
+    what: str
+    expected: str = ""
+    got: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.where}: {self.what}" if self.where else self.what]
+        for label, value in (("expected", self.expected), ("got", self.got), ("fix:", self.fix)):
+            if value:
+                parts.append(f"{label} {value}")
+        return _one_line("; ".join(parts))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class RlhfRayError(Exception):
+    """Base of every error this package raises on purpose. `problems` holds one or more `Problem`s, told all at once."""
+
+    exit_code = 1
+
+    def __init__(self, problems: Problem | Sequence[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__(self.problems)
+
+    @classmethod
+    def at(cls, where: str, what: str, expected: str = "", got: str = "", fix: str = "") -> Self:
+        return cls(Problem(where, what, expected, got, fix))
+
+    @classmethod
+    def raise_all(cls, problems: Iterable[Problem]) -> None:
+        """Raise one error that tells all `problems`; do nothing if there is none."""
+        found = tuple(problems)
+        if found:
+            raise cls(found)
+
+    def lines(self) -> list[str]:
+        shown = [f"error: {p}" for p in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            shown.append(f"error: and {len(self.problems) - SHOWN} more problems")
+        return shown
+
+    def __str__(self) -> str:
+        return "\n".join(line.removeprefix("error: ") for line in self.lines())
+
+
+class ConfigError(RlhfRayError, ValueError):
+    """The job file alone shows it is wrong (exit 2)."""
+
+    exit_code = 2
+
+
+class ResourceError(RlhfRayError, RuntimeError):
+    """The machine or cluster lacks something the job needs (exit 3)."""
+
+    exit_code = 3
+
+
+class DataError(RlhfRayError, ValueError):
+    """A data file is wrong (exit 4)."""
+
+    exit_code = 4
+
+
+class ArtifactError(RlhfRayError, RuntimeError):
+    """A model, adapter, run or checkpoint that exists is incomplete, damaged or does not match (exit 5)."""
+
+    exit_code = 5
+
+
+class InvariantError(RlhfRayError, RuntimeError):
+    """A training invariant broke: the run stops with the step and the numbers (exit 1, since it is never the user's fault)."""
+
+    exit_code = 1
+
+
+class Interrupted(RlhfRayError, RuntimeError):
+    """Stopped by a signal or a fault after which the run can go on; the fix is the command that resumes it (exit 75)."""
+
+    exit_code = 75

@@ -1,0 +1,260 @@
+"""The types that cross processes, in the order in which one PPO step makes them.
+
+Letters: B replies, P prompt width (LEFT padded), R reply width (RIGHT padded), T = P + R. Column t of every [B, R] tensor is
+about reply token t: token column P + t, predicted by logits column P + t - 1. A filled Rollout with P = 3, R = 4, eos 2, pad 0:
+
+    column             0  1  2 |  3  4  5  6     response_mask   finished
+    row 0 tokens       0 11 12 | 21 22  2  0     1 1 1 0         True      (True up to and INCLUDING eos)
+    row 1 tokens      13 14 15 | 23 24 25 26     1 1 1 1         False     (cut off by length)
+
+`response_mask` and `finished` are set once, where tokens are sampled; nobody works them out again from "not pad", since pad may
+equal eos. Constructors check shapes, dtypes and masks, so that a wrong batch fails where it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _require(condition: bool | Tensor, message: str) -> None:
+    if not bool(condition):
+        raise ValueError(message)
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]) -> None:
+    _require(tuple(tensor.shape) == shape, f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if dtype is not None:
+        _require(tensor.dtype == dtype, f"{name}: expected {dtype}, got {tensor.dtype}")
+
+
+def _pad(tensor: Tensor, left: int, right: int, value: float) -> Tensor:
+    return F.pad(tensor, (left, right), value=value) if left or right else tensor
+
+
+class _Rows:
+    """Row selection and concatenation shared by all batches; every tensor field has B as its first dimension."""
+
+    def rows(self, index: Tensor | slice) -> Self:
+        """The given rows, in the given order, as a batch of the same type."""
+        picked = {f.name: _pick(getattr(self, f.name), index) for f in fields(self) if f.init}  # type: ignore[arg-type]
+        return type(self)(**picked)
+
+
+def _pick(value: Any, index: Tensor | slice) -> Any:
+    if isinstance(value, Tensor):
+        return value[index]
+    if isinstance(value, dict):
+        return {k: _pick(v, index) for k, v in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class PromptBatch(_Rows):
+    """Prompts of one chunk. `row_id` is the row's index in the step's global batch: it seeds the row's randomness.
+
+    prompt_ids: i64[B, P], left padded.  prompt_mask: bool[B, P], True on real tokens.  row_id: i64[B].
+    max_new_tokens: i64[B], the reply budget of each row.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    row_id: Tensor
+    max_new_tokens: Tensor
+
+    def __post_init__(self) -> None:
+        b, p = self.prompt_ids.shape
+        _check("prompt_ids", self.prompt_ids, torch.int64, (b, p))
+        _check("prompt_mask", self.prompt_mask, torch.bool, (b, p))
+        _check("row_id", self.row_id, torch.int64, (b,))
+        _check("max_new_tokens", self.max_new_tokens, torch.int64, (b,))
+        _require(self.prompt_mask[:, -1].all(), "prompt_mask: prompts are left padded, so the last column must be real")
+        _require((self.prompt_mask.long().diff(dim=1) >= 0).all(), "prompt_mask: padding must come first, without gaps")
+
+    def __len__(self) -> int:
+        return int(self.prompt_ids.shape[0])
+
+
+@dataclass(frozen=True)
+class Rollout(_Rows):
+    """Replies sampled by the generator with one adapter.
+
+    tokens: i64[B, P+R].  prompt_mask: bool[B, P].  response_mask: bool[B, R], True up to and including eos.
+    sample_logprobs: f32[B, R], of the sampled tokens under the sampling temperature, 0 outside the mask.
+    finished: bool[B], eos was sampled.  row_id: i64[B].
+    adapter_version, adapter_sha256: what was really active while sampling.
+    """
+
+    tokens: Tensor
+    prompt_mask: Tensor
+    response_mask: Tensor
+    sample_logprobs: Tensor
+    finished: Tensor
+    row_id: Tensor
+    adapter_version: int = 0
+    adapter_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        b, p = self.prompt_mask.shape
+        r = int(self.response_mask.shape[1])
+        _check("tokens", self.tokens, torch.int64, (b, p + r))
+        _check("prompt_mask", self.prompt_mask, torch.bool, (b, p))
+        _check("response_mask", self.response_mask, torch.bool, (b, r))
+        _check("sample_logprobs", self.sample_logprobs, torch.float32, (b, r))
+        _check("finished", self.finished, torch.bool, (b,))
+        _check("row_id", self.row_id, torch.int64, (b,))
+        _require(self.response_mask[:, 0].all(), "response_mask: every reply has at least one token")
+        _require(
+            (self.response_mask.long().diff(dim=1) <= 0).all(), "response_mask: real tokens come first, without gaps"
+        )
+        _require((self.sample_logprobs[~self.response_mask] == 0).all(), "sample_logprobs: must be 0 outside the mask")
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    @property
+    def prompt_width(self) -> int:
+        return int(self.prompt_mask.shape[1])
+
+    @property
+    def response_width(self) -> int:
+        return int(self.response_mask.shape[1])
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """bool[B, T], True on real prompt and reply tokens."""
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    @property
+    def response_ids(self) -> Tensor:
+        """i64[B, R]."""
+        return self.tokens[:, self.prompt_width :]
+
+    @property
+    def lengths(self) -> Tensor:
+        """i64[B], reply tokens including eos."""
+        return self.response_mask.sum(dim=1)
+
+    def widen(self, prompt_width: int, response_width: int, pad_id: int) -> Rollout:
+        """The same rows with at least these widths: padding is added left of prompts and right of replies."""
+        left, right = prompt_width - self.prompt_width, response_width - self.response_width
+        _require(left >= 0 and right >= 0, "widen: cannot make a rollout narrower; use trim")
+        return replace(
+            self,
+            tokens=_pad(self.tokens, left, right, pad_id),
+            prompt_mask=_pad(self.prompt_mask, left, 0, False),
+            response_mask=_pad(self.response_mask, 0, right, False),
+            sample_logprobs=_pad(self.sample_logprobs, 0, right, 0.0),
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence[Rollout], pad_id: int) -> Rollout:
+        """All rows of `parts`, ordered by row_id and padded to common widths; adapters must agree."""
+        _require(len(parts) > 0, "concat: no rollouts")
+        versions = {(p.adapter_version, p.adapter_sha256) for p in parts}
+        _require(len(versions) == 1, f"concat: rollouts come from different adapters: {sorted(versions)}")
+        width_p, width_r = max(p.prompt_width for p in parts), max(p.response_width for p in parts)
+        wide = [p.widen(width_p, width_r, pad_id) for p in parts]
+        names = ("tokens", "prompt_mask", "response_mask", "sample_logprobs", "finished", "row_id")
+        joined: dict[str, Any] = {n: torch.cat([getattr(w, n) for w in wide]) for n in names}
+        order = torch.argsort(joined["row_id"])
+        return replace(parts[0], **{n: t[order] for n, t in joined.items()})
+
+
+@dataclass(frozen=True)
+class Scores(_Rows):
+    """What the scorer says of a rollout, row by row.
+
+    reward: f32[B], the weighted sum, raw.  parts: name -> f32[B], each reward before its weight.
+    ref_logprobs: f32[B, R], log-probabilities of the sampled tokens under the reference policy, 0 outside the mask.
+    """
+
+    reward: Tensor
+    ref_logprobs: Tensor
+    row_id: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        b = int(self.reward.shape[0])
+        _check("reward", self.reward, torch.float32, (b,))
+        _check("row_id", self.row_id, torch.int64, (b,))
+        _require(self.ref_logprobs.ndim == 2 and self.ref_logprobs.shape[0] == b, "ref_logprobs: expected [B, R]")
+        for name, part in self.parts.items():
+            _check(f"parts[{name}]", part, torch.float32, (b,))
+
+    @classmethod
+    def concat(cls, parts: Sequence[Scores]) -> Scores:
+        """All rows of `parts`, ordered by row_id; reference log-probabilities are padded to the widest."""
+        _require(len(parts) > 0, "concat: no scores")
+        width = max(p.ref_logprobs.shape[1] for p in parts)
+        row_id = torch.cat([p.row_id for p in parts])
+        order = torch.argsort(row_id)
+        return cls(
+            reward=torch.cat([p.reward for p in parts])[order],
+            ref_logprobs=torch.cat([_pad(p.ref_logprobs, 0, width - p.ref_logprobs.shape[1], 0.0) for p in parts])[
+                order
+            ],
+            row_id=row_id[order],
+            parts={name: torch.cat([p.parts[name] for p in parts])[order] for name in parts[0].parts},
+        )
+
+
+@dataclass(frozen=True)
+class Experience(_Rows):
+    """All a PPO update needs, for all rows of a step; floats are 0 outside `rollout.response_mask`.
+
+    old_logprobs, ref_logprobs, old_values, advantages, returns: f32[B, R].
+    """
+
+    tokens: Tensor
+    prompt_mask: Tensor
+    response_mask: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __post_init__(self) -> None:
+        b, p = self.prompt_mask.shape
+        r = int(self.response_mask.shape[1])
+        _check("tokens", self.tokens, torch.int64, (b, p + r))
+        _check("prompt_mask", self.prompt_mask, torch.bool, (b, p))
+        _check("response_mask", self.response_mask, torch.bool, (b, r))
+        for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"):
+            value = getattr(self, name)
+            _check(name, value, torch.float32, (b, r))
+            _require((value[~self.response_mask] == 0).all(), f"{name}: must be 0 outside the mask")
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompt and reply of some rows, cut to the narrowest width that holds them: what a forward pass sees.
+
+    tokens: i64[M, P'+R'].  attention_mask: bool[M, P'+R'].  response_mask: bool[M, R'].
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+    @property
+    def response_width(self) -> int:
+        return int(self.response_mask.shape[1])
+
+    @classmethod
+    def trim(cls, tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> Sequences:
+        """Drop columns that are padding in every row. Widths depend on these rows alone, never on the rest of the batch."""
+        prompt_width = prompt_mask.shape[1]
+        left = int((~prompt_mask.any(dim=0)).sum())
+        reply = int(response_mask.any(dim=0).sum())
+        mask = torch.cat([prompt_mask[:, left:], response_mask[:, :reply]], dim=1)
+        return cls(tokens[:, left : prompt_width + reply].contiguous(), mask, response_mask[:, :reply].contiguous())

@@ -1,0 +1,138 @@
+"""Losses as (sum, count), to be divided once by the GLOBAL count of the optimizer step.
+
+The mean of the means of microbatches with unequal token counts is wrong: four tokens of loss 1 in one microbatch and one token of
+loss 3 in another are (4 + 3) / 5 = 1.4, not (1 + 3) / 2 = 2. So nothing here divides. `count` is an i64 scalar, ready to be
+all-reduced; every value of `stats` is a detached scalar, a sum over real tokens unless its name says max.
+
+A row whose mask is all False adds exactly 0 to sum, count, stats and gradient: a filler row for ranks that must run equally often.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlhf_ray.maths import kl
+from rlhf_ray.maths.masks import check_mask, full_precision, masked_sum, zero_outside
+
+Stats = dict[str, Tensor]
+
+
+def policy_loss_sum(
+    new_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    cliprange: float,
+    token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Stats]:
+    """sum_t m_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - e, 1 + e)),   rho_t = exp(new_t - old_t)
+
+    (arXiv:1707.06347, equation 7). The log-ratio is clamped to +-20, so that an overflowing ratio cannot put inf x 0 into a
+    gradient.
+
+    new_logprobs (with gradient), old_logprobs, advantages: f32[B, R].   response_mask: bool[B, R].
+    token_weights: f32[B, R] or None for 1, from `truncated_importance_weights`; taken as constants.
+    Returns sum, count of real tokens, stats:
+      clip_fraction        tokens on which the clipped term is active
+      approx_kl            (rho - 1) - ln rho, the k3 estimate of KL(old || new), the tokens having been drawn from old
+      ratio                rho
+      ratio_max_deviation  max |rho - 1|: 0 on the first minibatch of a step, or dropout, dtype or temperature differ
+    """
+    check_mask(response_mask, new_logprobs=new_logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    change = zero_outside(full_precision(new_logprobs) - full_precision(old_logprobs), response_mask)
+    log_ratio = change.clamp(-kl.LOG_RATIO_LIMIT, kl.LOG_RATIO_LIMIT)
+    ratio = log_ratio.exp()
+    weighted = zero_outside(full_precision(advantages), response_mask)
+    if token_weights is not None:
+        check_mask(response_mask, token_weights=token_weights)
+        weighted = weighted * zero_outside(full_precision(token_weights).detach(), response_mask)
+    free = -weighted * ratio
+    clipped = -weighted * ratio.clamp(1 - cliprange, 1 + cliprange)
+    with torch.no_grad():
+        deviation = (ratio - 1).abs()
+        stats = {
+            "clip_fraction": masked_sum(clipped > free, response_mask),
+            "approx_kl": masked_sum(torch.expm1(log_ratio) - log_ratio, response_mask),
+            "ratio": masked_sum(ratio, response_mask),
+            "ratio_max_deviation": deviation.amax() if deviation.numel() else deviation.sum(),
+        }
+    return torch.maximum(free, clipped).sum(), response_mask.sum(), stats
+
+
+def value_loss_sum(
+    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, cliprange_value: float | None
+) -> tuple[Tensor, Tensor, Stats]:
+    """sum_t m_t 1/2 max((V_t - R_t)^2, (V_old,t + clip(V_t - V_old,t, -c, c) - R_t)^2);   without clipping the first term alone
+
+    (OpenAI baselines, PPO2; arXiv:2403.17031). The clip is in the unit of the returns: a c far below their spread stops the
+    critic.
+
+    values (with gradient), old_values, returns: f32[B, R].   response_mask: bool[B, R].   cliprange_value: c, or None for no clip.
+    Returns sum, count of real tokens, stats: clip_fraction, squared_error (V - R)^2, value V.
+    """
+    check_mask(response_mask, values=values, old_values=old_values, returns=returns)
+    v, old, target = (zero_outside(full_precision(x), response_mask) for x in (values, old_values, returns))
+    free = (v - target).square()
+    loss, active = free, torch.zeros_like(response_mask)
+    if cliprange_value is not None:
+        clipped = (old + (v - old).clamp(-cliprange_value, cliprange_value) - target).square()
+        loss = torch.maximum(free, clipped)
+        # Inside the range the two differ by rounding alone, which is no clipping.
+        active = (clipped > free) & ((v - old).abs() > cliprange_value)
+    with torch.no_grad():
+        stats = {
+            "clip_fraction": masked_sum(active, response_mask),
+            "squared_error": free.sum(),
+            "value": v.sum(),
+        }
+    return loss.sum() / 2, response_mask.sum(), stats
+
+
+def kl_loss_sum(kind: str, new_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_t m_t k(new_t - ref_t): a KL penalty as a differentiable loss term rather than inside the reward.
+
+    On-policy and in expectation its gradient is 0 for `kl` (k1), grad KL(policy||reference) for `squared_error` (k2) and
+    grad KL(reference||policy) for `bregman` (k3). Take `squared_error` for the gradient that `kl` has in the reward.
+
+    new_logprobs (with gradient), ref_logprobs: f32[B, R].   response_mask: bool[B, R].   Returns sum, count of real tokens.
+    """
+    check_mask(response_mask, new_logprobs=new_logprobs, ref_logprobs=ref_logprobs)
+    new, ref = zero_outside(new_logprobs, response_mask), zero_outside(ref_logprobs, response_mask)
+    return kl.penalty(kind, new, ref).sum(), response_mask.sum()
+
+
+def pairwise_reward_loss_sum(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """sum_i -log sigmoid(s_chosen,i - s_rejected,i - margin_i)   (Bradley-Terry; arXiv:2203.02155, eq. 1; margin: arXiv:2307.09288)
+
+    chosen, rejected: f32[N] scores of the two replies of a pair.   margin: f32[N] or None for 0.   Returns sum, count of pairs.
+    """
+    if chosen.shape != rejected.shape or (margin is not None and margin.shape != chosen.shape):
+        raise ValueError(
+            f"rejected and margin: expected the shape of chosen {tuple(chosen.shape)}, got {tuple(rejected.shape)}"
+            + ("" if margin is None else f" and {tuple(margin.shape)}")
+        )
+    gap = full_precision(chosen) - full_precision(rejected)
+    if margin is not None:
+        gap = gap - margin
+    return -F.logsigmoid(gap).sum(), torch.tensor(gap.numel(), device=gap.device)
+
+
+def truncated_importance_weights(
+    old_logprobs: Tensor, behaviour_logprobs: Tensor, response_mask: Tensor, cap: float
+) -> Tensor:
+    """w_t = min(exp(old_t - behaviour_t), cap), as constants: corrects tokens sampled by a policy other than `old`
+
+    (arXiv:1802.01561, section 4.1). `behaviour` is what the generator really sampled from: an older adapter when rollouts are
+    stale, or the same one through other kernels.
+
+    old_logprobs, behaviour_logprobs: f32[B, R].   response_mask: bool[B, R].   cap > 0.   Returns f32[B, R], 0 outside the mask.
+    """
+    if not 0 < cap < float("inf"):
+        raise ValueError(f"cap: expected a finite number above 0, got {cap}")
+    check_mask(response_mask, old_logprobs=old_logprobs, behaviour_logprobs=behaviour_logprobs)
+    gap = (full_precision(old_logprobs) - full_precision(behaviour_logprobs)).detach()
+    return zero_outside(gap.clamp_max(math.log(cap)).exp().clamp_max(cap), response_mask)

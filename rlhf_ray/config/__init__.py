@@ -1,0 +1,41 @@
+"""Job configuration: typed, frozen, strict, and the only place where a default lives.
+
+Names follow TRL's PPOConfig, transformers' TrainingArguments and PEFT's LoraConfig wherever those have the field. Relative
+paths in a job file are relative to the working directory. `rlhf-ray <stage> --help` is generated from the descriptions here.
+"""
+
+from rlhf_ray.config.pipeline import STAGES, PipelineConfig
+from rlhf_ray.config.sections import (
+    RUN_NAME,
+    DataConfig,
+    LearnerConfig,
+    LoraConfig,
+    PolicySpec,
+    RewardSource,
+    SamplingConfig,
+    Section,
+    ValueConfig,
+    check_accumulation,
+)
+from rlhf_ray.config.stages import EvaluateConfig, JobFields, OptimFields, PPOConfig, RewardConfig, SFTConfig
+
+__all__ = [
+    "RUN_NAME",
+    "STAGES",
+    "DataConfig",
+    "EvaluateConfig",
+    "JobFields",
+    "LearnerConfig",
+    "LoraConfig",
+    "OptimFields",
+    "PPOConfig",
+    "PipelineConfig",
+    "PolicySpec",
+    "RewardConfig",
+    "RewardSource",
+    "SFTConfig",
+    "SamplingConfig",
+    "Section",
+    "ValueConfig",
+    "check_accumulation",
+]

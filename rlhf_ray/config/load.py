@@ -1,0 +1,160 @@
+"""Job files: YAML and `a.b=c` overrides in, a checked configuration out, or one ConfigError that tells every problem at once.
+
+error: jobs/ppo.yaml:14: kl_coef: wrong type; expected number >= 0; got '0.1'; fix: write it without quotes
+error: override kl_penalty=k4: not a choice; expected one of kl, clamped_kl, ...; got k4; fix: did you mean k1?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from rlhf_ray.config import explain
+from rlhf_ray.config.hints import job_of_another_stage, nearest_sibling, stage_of
+from rlhf_ray.config.paths import check_paths
+from rlhf_ray.config.pipeline import STAGES, PipelineConfig
+from rlhf_ray.config.resolved import Change, diff, dump_yaml, to_dict, to_yaml
+from rlhf_ray.config.schema import FieldRow, describe, shorten
+from rlhf_ray.config.sections import Section
+from rlhf_ray.config.stages import JobFields
+from rlhf_ray.config.yaml_reader import (
+    Document,
+    Loc,
+    Override,
+    apply_overrides,
+    in_order,
+    parse,
+    parse_override,
+    read_text,
+)
+from rlhf_ray.errors import ConfigError, Problem
+
+__all__ = [
+    "Change",
+    "FieldRow",
+    "check_paths",
+    "describe",
+    "diff",
+    "dump_yaml",
+    "load",
+    "load_any",
+    "load_dict",
+    "nearest_sibling",
+    "to_dict",
+    "to_yaml",
+]
+
+S = TypeVar("S", bound=Section)
+
+
+class Source:
+    """Where values come from: a file with lines, and the overrides laid over it."""
+
+    def __init__(self, name: str, document: Document | None, overrides: Sequence[Override]) -> None:
+        self.name = name
+        self.document = document
+        self.overrides = overrides
+
+    def where(self, loc: Loc) -> str:
+        """`file:line: field`, or `override a.b=c` for a value that came from one (with the field if it lies deeper)."""
+        for override in reversed(self.overrides):
+            if loc and loc[: len(override.path)] == override.path:
+                deeper = f": {dotted(loc)}" if len(loc) > len(override.path) else ""
+                return f"override {shorten(override.text)}{deeper}"
+        line = self.document.line(loc) if self.document is not None else None
+        place = f"{self.name}:{line}" if line is not None else self.name
+        return ": ".join(part for part in (place, dotted(loc)) if part)
+
+
+def dotted(loc: Sequence[str | int]) -> str:
+    """`rewards[0].run` for ("rewards", 0, "run")."""
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def load(cls: type[S], path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> S:
+    """The job file at `path` with `overrides` (`a.b=c`, the last one wins) as a checked `cls`.
+
+    With `check_files`, models, runs and reward functions that the job names must exist (see `check_paths`).
+    Raises ConfigError with all problems that can be told apart, before anything heavy is imported or loaded.
+    """
+    values, source = _read(path, overrides)
+    return _validated(cls, values, source, check_files)
+
+
+def load_any(path: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> tuple[str, JobFields]:
+    """The stage that a job file is for, and its configuration; `stage` settles it where the file could be for several."""
+    values, source = _read(path, overrides)
+    name = stage or stage_of(values, Path(path).stem)
+    classes: dict[str, type[JobFields]] = {**STAGES, "pipeline": PipelineConfig}
+    if name not in classes:
+        choices = ", ".join(classes)
+        raise ConfigError.at(str(path), "cannot tell which stage this job is for", fix=f"add --stage, one of {choices}")
+    return name, _validated(classes[name], values, source, check_files=True)
+
+
+def load_dict(cls: type[S], mapping: Mapping[str, Any], where: str = "", overrides: Sequence[str] = ()) -> S:
+    """The same checks for values that are at hand already; `where` names their origin in errors. Files are not checked."""
+    parsed = _parse_overrides(overrides)
+    return _validated(cls, apply_overrides(dict(mapping), parsed), Source(where, None, parsed), check_files=False)
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Source]:
+    name = str(path)
+    document = parse(read_text(path), name)
+    if document.values is None:
+        raise ConfigError.at(name, "empty file", "fields of a job (name: value)")
+    if not isinstance(document.values, dict):
+        got = "a list" if isinstance(document.values, list) else "a single value"
+        raise ConfigError.at(name, "not a job file", "fields of a job (name: value)", got)
+    parsed = _parse_overrides(overrides)
+    return apply_overrides(document.values, parsed), Source(name, document, parsed)
+
+
+def _parse_overrides(texts: Sequence[str]) -> list[Override]:
+    parsed: list[Override] = []
+    problems: list[Problem] = []
+    for text in texts:
+        try:
+            parsed.append(parse_override(text))
+        except ConfigError as error:
+            problems += error.problems
+    ConfigError.raise_all(problems)
+    return parsed
+
+
+def _validated(cls: type[S], values: dict[str, Any], source: Source, check_files: bool) -> S:
+    other = job_of_another_stage(cls, values)
+    if other:
+        raise ConfigError.at(source.name, other[0], fix=other[1])
+    try:
+        config = cls(**values)
+    except ValidationError as error:
+        raise ConfigError(in_order(explain.problems(error, cls, values, source.where))) from None
+    if isinstance(config, PipelineConfig):
+        ConfigError.raise_all(in_order(_stage_problems(config, values, source)))
+    if check_files:
+        ConfigError.raise_all(in_order(check_paths(config, source.where)))
+    return config
+
+
+def _stage_problems(config: PipelineConfig, values: dict[str, Any], source: Source) -> list[Problem]:
+    """Problems of the stage sections of a pipeline, each validated as the stage will see it."""
+    problems: list[Problem] = []
+    for stage in config.stages:
+        try:
+            config.stage_config(stage)
+        except ValidationError as error:
+            where = partial(_at_stage, source, stage)
+            problems += explain.problems(error, STAGES[stage], values.get(stage) or {}, where)
+    return problems
+
+
+def _at_stage(source: Source, stage: str, loc: Loc) -> str:
+    return source.where((stage, *loc))

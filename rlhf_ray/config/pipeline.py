@@ -1,0 +1,72 @@
+"""Several stages in one job. Shared fields stand at the top; each stage's own fields stand under its name; a stage finds what
+an earlier one made without the path being typed again."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, model_validator
+
+from rlhf_ray.config.sections import _to_tuple, field
+from rlhf_ray.config.stages import EvaluateConfig, JobFields, PPOConfig, RewardConfig, SFTConfig
+
+STAGES: dict[str, type[JobFields]] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+class PipelineConfig(JobFields):
+    """SFT, reward model, PPO and evaluation, one after the other, in one worker group. Each stage writes output_dir/<stage>."""
+
+    stages: Annotated[
+        tuple[Literal["sft", "reward", "ppo", "evaluate"], ...],
+        BeforeValidator(_to_tuple),
+    ] = field(tuple(STAGES), "stages to run, in this order")
+    sft: dict[str, Any] = field({}, "fields of SFTConfig")
+    reward: dict[str, Any] = field({}, "fields of RewardConfig")
+    ppo: dict[str, Any] = field({}, "fields of PPOConfig")
+    evaluate: dict[str, Any] = field({}, "fields of EvaluateConfig")
+
+    @model_validator(mode="after")
+    def _stages(self) -> PipelineConfig:
+        if not self.stages or list(self.stages) != [s for s in STAGES if s in self.stages]:
+            raise ValueError(
+                f"stages: each at most once, in the order {', '.join(STAGES)}; got {', '.join(self.stages) or 'none'}"
+            )
+        for stage in STAGES:
+            if "learner" in getattr(self, stage):
+                raise ValueError(f"{stage}.learner: a pipeline has one worker group; set learner at the top")
+            if "output_dir" in getattr(self, stage):
+                raise ValueError(f"{stage}.output_dir: stages write to output_dir/<stage>; set output_dir at the top")
+            if stage not in self.stages and getattr(self, stage):
+                raise ValueError(f"{stage}: has settings but is not among stages: {', '.join(self.stages)}")
+        return self
+
+    def stage_config(self, stage: str) -> JobFields:
+        """The configuration of one stage, wired to the stages before it. Raises pydantic's ValidationError."""
+        shared = {name: getattr(self, name) for name in self.model_fields_set & set(JobFields.model_fields)}
+        wiring, own = self._wiring(stage), getattr(self, stage)
+        wired = {**shared, **wiring, **own, "output_dir": f"{self.output_dir}/{stage}"}
+        if stage == "evaluate":  # what PPO maximised is always compared; the job may add judges of its own
+            wired["rewards"] = [*wiring["rewards"], *own.get("rewards", ())]
+        return STAGES[stage](**wired)
+
+    def _wiring(self, stage: str) -> dict[str, Any]:
+        made = {s: f"{self.output_dir}/{s}" for s in self.stages}
+        rewards = [{"name": "reward", "run": made["reward"]}] if "reward" in made else None
+        wiring: dict[str, Any] = {}
+        if "sft" in made and (stage == "ppo" or (stage == "reward" and self.reward.get("init_from") != "base")):
+            wiring["sft"] = made["sft"]
+        if stage == "ppo" and rewards:
+            wiring["rewards"] = rewards
+        if stage == "evaluate":
+            wiring["policies"] = [{"name": "base", "policy": "base"}]
+            wiring["policies"] += [{"name": s, "policy": made[s]} for s in ("sft", "ppo") if s in made]
+            wiring["rewards"] = self.ppo.get("rewards", rewards or [])
+            for name in ("response_length", "max_length", "stop_token_ids", "rollout_chunk_size", "data"):
+                if name in self.ppo:
+                    wiring[name] = self.ppo[name]
+        return wiring

@@ -1,0 +1,213 @@
+"""Types, rules and the sections that several stages share. Descriptions here are what `--help` prints."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, (str, int)) and not isinstance(value, bool) else _to_tuple(value)
+
+
+def _to_float(value: Any) -> Any:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except OverflowError:  # an integer of 400 digits: out of range, like 1e400
+        return float("inf") if value > 0 else float("-inf")
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(_one_or_many)]
+Float = Annotated[float, BeforeValidator(_to_float), Field(allow_inf_nan=False)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Positive = Annotated[Float, Field(gt=0)]
+NotNegative = Annotated[Float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Path = Annotated[str, Field(min_length=1)]
+
+
+def field(default: Any, description: str, **rules: Any) -> Any:
+    """A documented field; `...` as default makes it required."""
+    return Field(default, description=description, **rules)
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, types are not coerced, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class LoraConfig(Section):
+    """LoRA adapter, spelled as in PEFT's LoraConfig (Hu et al. 2021, arXiv:2106.09685)."""
+
+    preset: Literal["alpaca_farm_lora", "alpaca_lora_rlhf"] | None = field(
+        None, "values of an ancestor system (r 8, alpha 64, dropout 0.1, q,k,v,o / r 8, alpha 16, dropout 0.05, q,v)"
+    )
+    r: Annotated[int, Field(ge=1, le=1024)] = field(16, "rank")
+    lora_alpha: Positive = field(32.0, "scale numerator: the update is (lora_alpha / r) B A")
+    lora_dropout: Annotated[Float, Field(ge=0, lt=1)] = field(
+        0.0, "dropout on the adapter's input; PPO always runs with 0"
+    )
+    target_modules: Literal["all-linear"] | Strings = field(
+        "all-linear", "module names to adapt (names, not a regular expression), or all-linear"
+    )
+    use_rslora: bool = field(False, "rank-stabilised scale lora_alpha / sqrt(r) (arXiv:2312.03732)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        presets = {
+            "alpaca_farm_lora": (8, 64.0, 0.1, ("q_proj", "k_proj", "v_proj", "o_proj")),
+            "alpaca_lora_rlhf": (8, 16.0, 0.05, ("q_proj", "v_proj")),
+        }
+        if isinstance(values, dict) and values.get("preset") in presets:
+            names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+            return {**dict(zip(names, presets[values["preset"]])), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _names_only(self) -> LoraConfig:
+        for name in self.target_modules if not isinstance(self.target_modules, str) else ():
+            if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
+                raise ValueError(f"target_modules takes module names, not a regular expression: {name!r}")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: name at least one module, or all-linear")
+        return self
+
+
+class DataConfig(Section):
+    """Where rows come from and which of them are used. No hidden caps: a limit exists only where one is set here."""
+
+    train: Strings = field(
+        ..., "files (.json .jsonl .csv .parquet, each also .gz) or Hugging Face data set ids", min_length=1
+    )
+    eval: Strings | None = field(None, "separate evaluation files; default: the held-out share of data.train")
+    split: str = field("train", "split to read of a Hub data set")
+    format: Literal[
+        "auto",
+        "alpaca",
+        "comparison",
+        "alpaca_farm",
+        "text",
+        "messages",
+        "prompt_completion",
+        "preference",
+        "hh",
+        "sharegpt",
+        "ranked",
+        "prompt",
+    ] = field("auto", "row format; auto recognises it from the field names")
+    columns: dict[str, str] = field({}, "renames: name in the file -> name in the format, e.g. {question: instruction}")
+    max_rows: Count | None = field(None, "use only the first rows of data.train")
+    eval_max_rows: Count | None = field(None, "use only the first held-out rows in evaluations during training")
+    held_out_fraction: Annotated[Float, Field(ge=0, lt=1)] = field(
+        0.1, "share of prompts held out from every stage, chosen by a hash of the prompt"
+    )
+    disjoint_stages: bool = field(False, "reward and PPO train on different halves of the prompts (by hash)")
+    on_bad_row: Literal["stop", "skip"] = field(
+        "stop", "a malformed row stops the job (exit 4), or is skipped and counted"
+    )
+    too_long: Literal["stop", "drop", "truncate"] = field(
+        "drop",
+        "rows over max_length: stop (exit 4), drop and count, or truncate (prompts left, replies right) and count",
+    )
+    max_row_bytes: Count = field(1_000_000, "a longer row is malformed")
+
+
+class LearnerConfig(Section):
+    """The group of training workers that Ray Train starts."""
+
+    num_workers: Annotated[int, Field(ge=0)] = field(1, "training workers; 0 runs in this process, without Ray")
+    num_gpus: NotNegative | None = field(None, "GPUs per worker; default 1 where the cluster has GPUs, else 0")
+    num_threads: Count | None = field(
+        None, "CPU threads per worker; default: usable cores shared among the workers of a node"
+    )
+    zero_stage: Annotated[int, Field(ge=0, le=2)] = field(0, "DeepSpeed ZeRO stage of the PPO learner")
+    deepspeed: Path | None = field(None, "your own DeepSpeed JSON (PPO): ZeRO and communication keys only")
+
+
+class SamplingConfig(Section):
+    """How replies are decoded outside of rollouts (rollouts always sample the full distribution at `temperature`)."""
+
+    do_sample: bool = field(True, "sample; false takes the most likely token")
+    temperature: Positive = field(1.0, "divides the logits")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = field(
+        1.0, "keep the smallest set of tokens with this probability; 1 keeps all"
+    )
+    top_k: Annotated[int, Field(ge=0)] = field(0, "keep this many tokens; 0 keeps all")
+
+    @model_validator(mode="after")
+    def _greedy_has_no_knobs(self) -> SamplingConfig:
+        if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
+            raise ValueError("temperature, top_p and top_k have no effect with do_sample: false; drop them or sample")
+        return self
+
+
+class RewardSource(Section):
+    """One reward: a reward run, a sequence-classification checkpoint, or a Python function. Set exactly one of the three."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")] = field(
+        "reward", "how metrics and value.init_from call it"
+    )
+    run: Path | None = field(None, "folder of a reward run, or of its merged checkpoint")
+    model: Path | None = field(None, "a one-label sequence-classification checkpoint (path or Hub id)")
+    function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")] | None = field(
+        None, "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns)"
+    )
+    weight: Float = field(1.0, "factor in the sum of rewards")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> RewardSource:
+        if sum(x is not None for x in (self.run, self.model, self.function)) != 1:
+            raise ValueError("a reward needs exactly one of run, model, function")
+        return self
+
+
+class ValueConfig(Section):
+    """The critic of PPO with GAE."""
+
+    init_from: Annotated[str, Field(pattern=r"^(policy|reward:[A-Za-z0-9_-]+)$")] | None = field(
+        None, "policy, or reward:<name>; default the first reward run, policy if there is none"
+    )
+    adapter: Literal["own", "shared"] = field("own", "own LoRA adapter, or a head on the policy's own adapter")
+    lora: LoraConfig | None = field(None, "its adapter when it is fresh; default as the policy's")
+    learning_rate: Positive | None = field(None, "default: learning_rate")
+    warmup_steps: Annotated[int, Field(ge=0)] = field(0, "first PPO steps that train only the critic")
+
+
+class PolicySpec(Section):
+    """A policy to compare."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,32}$")] = field(..., "column in the table")
+    policy: str = field(..., "base, a run folder, RUN@STEP, an adapter folder or a merged checkpoint")
+
+
+def check_accumulation(name: str, rows: int, per_device: int, num_workers: int) -> int:
+    """Microbatches per worker and optimizer step: rows / (per_device x workers), which must be a whole number."""
+    world = max(num_workers, 1)
+    if rows % (per_device * world):
+        low = max(rows // (per_device * world), 1) * per_device * world
+        raise ValueError(
+            f"{name}: {rows} is not a multiple of per_device_train_batch_size {per_device} x {world} workers"
+            f" = {per_device * world}; try {low} or {low + per_device * world}"
+        )
+    return rows // (per_device * world)
+
+
+def _division(name: str, part: int, whole_name: str, whole: int) -> str:
+    reach, top = 10_000, min(part, whole)  # the nearest divisors, not searched for without end
+    below = next((d for d in range(top, max(top - reach, 0), -1) if whole % d == 0), 1)
+    above = next((d for d in range(part + 1, min(part + reach, whole) + 1) if whole % d == 0), whole)
+    near = " or ".join(map(str, sorted({below, above})))
+    return f"{name}: {part} does not divide {whole_name} {whole} (try {near})"

@@ -1,0 +1,345 @@
+"""One configuration class per stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from rlhf_ray.config.sections import (
+    RUN_NAME,
+    Count,
+    DataConfig,
+    Float,
+    Ints,
+    LearnerConfig,
+    LoraConfig,
+    NotNegative,
+    Path,
+    PolicySpec,
+    Positive,
+    RewardSource,
+    SamplingConfig,
+    Section,
+    Share,
+    ValueConfig,
+    _division,
+    _one_or_many,
+    _to_tuple,
+    check_accumulation,
+    field,
+)
+
+
+class JobFields(Section):
+    """Fields that every stage has."""
+
+    output_dir: Path = field(..., "the run folder itself")
+    run_name: str | None = field(None, "name in trackers; default: the folder's name")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = field(0, "root of all randomness")
+    resume: Literal["never", "auto"] = field(
+        "never", "never: a folder that holds a run is refused; auto: go on from its newest valid checkpoint, else start"
+    )
+    model_name_or_path: Path = field(..., "base model: folder or Hub id of a causal language model")
+    revision: str | None = field(None, "Hub revision of the base")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        "auto",
+        "precision of the base; auto: the checkpoint's own on CUDA, float32 on CPU (adapters are always float32)",
+    )
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = field(
+        "auto", "attention kernel; auto: flash-attn where it is installed and fits, else sdpa"
+    )
+    load_in_8bit: bool = field(False, "quantise the base to 8 bits (bitsandbytes)")
+    load_in_4bit: bool = field(False, "quantise the base to 4 bits, nf4 (bitsandbytes)")
+    cpu_offload: bool = field(
+        False, "let layers of a quantised base that do not fit on the GPU live on the CPU (CUDA only)"
+    )
+    gradient_checkpointing: bool | None = field(
+        None, "recompute activations in the backward pass; default: on CUDA only"
+    )
+    template: str = field(
+        "alpaca",
+        "prompt template: alpaca, alpaca_legacy, alpaca_short, vigogne, none (the prompt as it is), chat, or a JSON file",
+    )
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many)] = field(
+        ("tensorboard",), "trackers beside metrics.jsonl"
+    )
+    learner: LearnerConfig = field(LearnerConfig(), "training workers")
+
+    @model_validator(mode="after")
+    def _common_rules(self) -> JobFields:
+        if self.run_name is not None and not RUN_NAME.fullmatch(self.run_name):
+            raise ValueError(
+                f"run_name: use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit: {self.run_name!r}"
+            )
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit exclude each other")
+        if self.cpu_offload and not (self.load_in_8bit or self.load_in_4bit):
+            raise ValueError("cpu_offload needs load_in_8bit or load_in_4bit")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _loadable(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is dumped can be loaded: a default lora section beside an SFT adapter would read like one that contradicts it."""
+        values: dict[str, Any] = handler(self)
+        copies_sft = values.get("sft") is not None and values.get("init_from", "sft") == "sft"
+        if copies_sft and "lora" not in self.model_fields_set:
+            values.pop("lora", None)
+        return values
+
+
+class OptimFields(Section):
+    """Optimizer and schedule, spelled as in transformers' TrainingArguments."""
+
+    optim: Literal["adamw_torch", "adafactor", "adamw_8bit"] = field("adamw_torch", "optimizer")
+    weight_decay: NotNegative = field(0.0, "decoupled weight decay")
+    adam_beta1: Annotated[Float, Field(ge=0, lt=1)] = field(0.9, "Adam: decay of the mean of gradients")
+    adam_beta2: Annotated[Float, Field(ge=0, lt=1)] = field(0.999, "Adam: decay of the mean of squared gradients")
+    adam_epsilon: Positive = field(1e-5, "Adam: added to the denominator")
+    max_grad_norm: Positive = field(1.0, "clip the gradient to this norm (PPO: policy and value each)")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = field("linear", "decay after the warm-up")
+    min_lr_ratio: Share = field(0.0, "learning rate at the end, as a share of the peak")
+    warmup_steps: NotNegative = field(
+        0.03, "warm-up: a share of all steps if below 1, else steps; the first step is never 0"
+    )
+    max_steps: int = field(-1, "stop after this many steps; -1: use num_train_epochs")
+    num_train_epochs: Positive = field(1.0, "passes over the training rows")
+    save_total_limit: Count | None = field(3, "checkpoints kept beside the best one; null keeps all")
+    gradient_accumulation_steps: None = field(None, "derived from the batch sizes; setting it is an error")
+
+    @model_validator(mode="after")
+    def _steps(self) -> OptimFields:
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps: expected at least 1, or -1; got {self.max_steps}")
+        return self
+
+
+class _SupervisedFields(JobFields, OptimFields):
+    """What SFT and reward modelling share."""
+
+    data: DataConfig = field(..., "rows")
+    lora: LoraConfig = field(LoraConfig(), "the adapter that is trained")
+    max_length: Annotated[int, Field(ge=2)] = field(512, "tokens of prompt and reply together")
+    train_batch_size: Count = field(64, "rows per optimizer step over all workers")
+    per_device_train_batch_size: Count = field(8, "rows per forward pass and worker: memory only")
+    per_device_eval_batch_size: Count = field(16, "rows per forward pass in evaluations")
+    eval_steps: Count | None = field(None, "evaluate every so many steps; default: ten times in a run")
+    save_steps: Count | None = field(None, "checkpoint every so many steps; default: with each evaluation")
+    load_best_model_at_end: bool = field(False, "keep the adapter with the best evaluation, not the last")
+    logging_steps: Count = field(5, "write metrics every so many steps")
+    trainer: dict[str, Any] = field({}, "further transformers TrainingArguments, from an allow-list")
+
+    @model_validator(mode="after")
+    def _batches(self) -> _SupervisedFields:
+        check_accumulation(
+            "train_batch_size", self.train_batch_size, self.per_device_train_batch_size, self.learner.num_workers
+        )
+        allowed = set(TRAINER_ARGUMENTS)
+        for name in self.trainer:
+            if name not in allowed:
+                raise ValueError(f"trainer.{name} is not among the arguments passed on: {', '.join(sorted(allowed))}")
+        return self
+
+
+TRAINER_ARGUMENTS = (
+    "neftune_noise_alpha",
+    "label_smoothing_factor",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "torch_compile",
+    "torch_empty_cache_steps",
+    "use_liger_kernel",
+    "optim_args",
+    "lr_scheduler_kwargs",
+)
+
+
+class SFTConfig(_SupervisedFields):
+    """Supervised fine-tuning of a LoRA adapter on instruction data."""
+
+    learning_rate: Positive = field(2e-4, "peak learning rate")
+    train_on_inputs: bool = field(False, "compute the loss on prompt tokens as well")
+    add_eos_token: bool = field(True, "end every reply with the end-of-sequence token")
+    group_by_length: bool = field(False, "batch rows of similar length together")
+
+
+class RewardConfig(_SupervisedFields):
+    """Pairwise reward model: a LoRA adapter with a scalar head (Bradley-Terry loss)."""
+
+    learning_rate: Positive = field(1e-4, "peak learning rate")
+    sft: Path | None = field(None, "SFT run or adapter that the reward adapter starts from")
+    init_from: Literal["sft", "base"] = field("sft", "start as a copy of the SFT adapter, or fresh on the base")
+    add_eos_token: bool = field(True, "score replies with their end-of-sequence token, as PPO does")
+
+    @model_validator(mode="after")
+    def _sft(self) -> RewardConfig:
+        if self.sft is not None and self.init_from == "sft" and "lora" in self.model_fields_set:
+            raise ValueError(
+                "lora: the reward adapter copies the SFT adapter's r, alpha and targets; drop lora, or set init_from: base"
+            )
+        return self
+
+
+class PPOConfig(JobFields, OptimFields):
+    """PPO with LoRA on the rewards listed (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593)."""
+
+    data: DataConfig = field(..., "prompts; any row format serves, answers are ignored")
+    sft: Path | None = field(
+        None, "SFT run or adapter: start of the policy and reference; none: the base itself is the reference"
+    )
+    lora: LoraConfig = field(LoraConfig(), "the policy adapter when it is fresh (no sft)")
+    rewards: Annotated[tuple[RewardSource, ...], BeforeValidator(_to_tuple)] = field(
+        ..., "what is maximised", min_length=1
+    )
+    value: ValueConfig = field(ValueConfig(), "the critic")
+    placement: Literal["colocate"] = field(
+        "colocate", "colocate: every learner worker also generates and scores, on one base"
+    )
+
+    learning_rate: Positive = field(2e-5, "peak learning rate of the policy")
+    warmup_steps: NotNegative = field(
+        0.05, "warm-up: a share of all steps if below 1, else steps; the first step is never 0"
+    )
+    min_lr_ratio: Share = field(0.1, "learning rate at the end, as a share of the peak")
+    rollout_batch_size: Annotated[int, Field(ge=8)] = field(256, "replies per step, over all workers")
+    rollout_chunk_size: Count = field(64, "replies sampled together; results depend on it, not on who samples a chunk")
+    per_device_train_batch_size: Count = field(16, "rows per forward pass and worker: memory only")
+    num_ppo_epochs: Count = field(2, "passes over each rollout")
+    num_mini_batches: Count = field(4, "optimizer steps per pass")
+    advantage_estimator: Literal["gae", "rloo", "grpo"] = field(
+        "gae", "gae has a critic; rloo and grpo compare replies of one prompt"
+    )
+    num_generations: Count = field(1, "replies per prompt (rloo and grpo need at least 2)")
+    max_length: Annotated[int, Field(ge=2)] | None = field(
+        None, "tokens of prompt and reply together; default: the model's context"
+    )
+    response_length: Count = field(128, "longest reply in tokens")
+    min_response_length: Count | None = field(
+        None, "draw each reply's budget from [this, response_length]; default: always the longest"
+    )
+    temperature: Positive = field(1.0, "sampling temperature of rollouts; every log-probability is taken at it")
+    stop_token_ids: Ints | None = field(
+        None, "tokens that end a reply; default: eos of tokenizer and generation config"
+    )
+
+    kl_penalty: Literal["kl", "clamped_kl", "bregman", "jensen_shannon", "squared_error", "none", "k1", "k2", "k3"] = (
+        field("kl", "per-token penalty against the reference; k1, k2, k3 are aliases of kl, squared_error, bregman")
+    )
+    kl_coef: NotNegative = field(0.05, "its coefficient at the start; 0 switches it off")
+    use_kl_loss: bool = field(False, "put the penalty into the loss instead of the reward")
+    kl_controller: Literal["fixed", "adaptive", "horizon"] = field(
+        "fixed", "adaptive: AlpacaFarm's rule; horizon: TRL's rule"
+    )
+    kl_target: Positive = field(6.0, "adaptive controllers: wanted k1 per response, nats")
+    kl_step_size: Positive = field(0.1, "adaptive: step size (k_beta)")
+    kl_horizon: Positive = field(10000.0, "horizon: samples over which the coefficient adapts")
+    target_kl: Positive | None = field(
+        None, "end a step's epochs once approx_kl of new against old exceeds 1.5 times this"
+    )
+
+    gamma: Share = field(1.0, "discount")
+    lam: Share = field(0.95, "GAE lambda")
+    cliprange: Annotated[Float, Field(gt=0, lt=1)] = field(0.2, "PPO ratio clip")
+    cliprange_value: Positive | None = field(0.2, "value clip around the old value; null: off")
+    vf_coef: NotNegative = field(0.1, "weight of the value loss")
+    whiten_rewards: bool = field(False, "scale shaped rewards to unit variance, mean kept")
+    whiten_advantages: bool = field(True, "normalise advantages over the whole step")
+    missing_eos_penalty: NotNegative | None = field(
+        1.0, "subtracted from the score of a reply that did not finish; null: off"
+    )
+    bootstrap_truncated: bool = field(
+        False, "use the critic's value after the last token of a reply that did not finish; else 0"
+    )
+    reward_baseline: Float = field(0.0, "subtracted from every score")
+    normalize_rewards: bool = field(False, "divide scores by their running standard deviation")
+    reward_clip: Positive | None = field(None, "clip scores to plus/minus this, after normalisation")
+
+    eval_steps: Count | None = field(
+        None, "evaluate on held-out prompts every so many steps; default: ten times in a run"
+    )
+    eval_on_start: bool = field(True, "evaluate before the first update")
+    eval_sampling: SamplingConfig = field(SamplingConfig(), "decoding in evaluations")
+    save_steps: Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], BeforeValidator(_to_tuple)] | None = field(
+        None,
+        "checkpoint every so many steps, or at the steps listed; default: with each evaluation; the last step always",
+    )
+    load_best_model_at_end: bool = field(False, "result = the checkpoint with the best held-out reward, not the last")
+    num_samples_logged: Annotated[int, Field(ge=0)] = field(4, "replies written to samples.jsonl per step")
+
+    @model_validator(mode="after")
+    def _ppo_rules(self) -> PPOConfig:
+        problems = []
+        if self.rollout_batch_size % self.num_mini_batches:
+            problems.append(
+                _division("num_mini_batches", self.num_mini_batches, "rollout_batch_size", self.rollout_batch_size)
+            )
+        if self.rollout_batch_size % self.num_generations:
+            problems.append(
+                _division("num_generations", self.num_generations, "rollout_batch_size", self.rollout_batch_size)
+            )
+        if self.advantage_estimator != "gae" and self.num_generations < 2:
+            problems.append(
+                f"num_generations: {self.advantage_estimator} compares replies of one prompt; expected at least 2; got 1"
+            )
+        if self.max_length is not None and self.response_length >= self.max_length:
+            problems.append(
+                f"response_length: {self.response_length} leaves no room for a prompt in max_length {self.max_length}"
+            )
+        if self.min_response_length is not None and self.min_response_length > self.response_length:
+            problems.append(
+                f"min_response_length: {self.min_response_length} is over response_length {self.response_length}"
+            )
+        names = [r.name for r in self.rewards]
+        if len(set(names)) != len(names):
+            problems.append(f"rewards: names repeat: {', '.join(names)}; give each its own name")
+        if self.value.init_from and self.value.init_from != "policy" and self.value.init_from[7:] not in names:
+            problems.append(
+                f"value.init_from: no reward is called {self.value.init_from[7:]!r}; rewards: {', '.join(names)}"
+            )
+        if isinstance(self.save_steps, tuple) and any(s < 1 for s in self.save_steps):
+            problems.append("save_steps: steps start at 1")
+        if self.sft is not None and "lora" in self.model_fields_set:
+            problems.append(
+                "lora: the policy copies the SFT adapter's r, alpha and targets; drop lora, or merge the SFT adapter first"
+            )
+        if problems:
+            raise ValueError(" | ".join(problems))
+        return self
+
+
+class EvaluateConfig(JobFields):
+    """Compare policies on held-out prompts: reward, KL to the reference, length, share finished, win rate."""
+
+    data: DataConfig = field(..., "prompts")
+    policies: Annotated[tuple[PolicySpec, ...], BeforeValidator(_to_tuple)] = field(
+        ..., "what is compared", min_length=1
+    )
+    rewards: Annotated[tuple[RewardSource, ...], BeforeValidator(_to_tuple)] = field((), "scores of the replies")
+    judge: str | None = field(None, "reward whose comparison decides wins; default: the first")
+    baseline: str | None = field(None, "policy that wins are counted against; default: the first")
+    reference: str | None = field(None, "policy that KL is measured against; default: the baseline")
+    response_length: Count = field(128, "longest reply in tokens")
+    max_length: Annotated[int, Field(ge=2)] | None = field(
+        None, "tokens of prompt and reply together; default: the model's context"
+    )
+    rollout_chunk_size: Count = field(64, "replies sampled together")
+    per_device_eval_batch_size: Count = field(16, "rows per forward pass")
+    sampling: SamplingConfig = field(SamplingConfig(), "decoding")
+    stop_token_ids: Ints | None = field(
+        None, "tokens that end a reply; default: eos of tokenizer and generation config"
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> EvaluateConfig:
+        policies, rewards = [p.name for p in self.policies], [r.name for r in self.rewards]
+        for label, name, known in (
+            ("baseline", self.baseline, policies),
+            ("reference", self.reference, policies),
+            ("judge", self.judge, rewards),
+        ):
+            if name is not None and name not in known:
+                raise ValueError(f"{label}: {name!r} is not among {', '.join(known) or 'none'}")
+        for label, names in (("policies", policies), ("rewards", rewards)):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{label}: names repeat: {', '.join(names)}; give each its own name")
+        return self

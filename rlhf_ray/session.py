@@ -1,0 +1,114 @@
+"""What a stage knows of where it runs: its rank, its device, its console, and how to meet the other ranks.
+
+A stage sees Ray only through this. Two backends make a `Session`: a worker of a Ray Train group, which has its process group
+already, and a plain process, which makes one of world size 1 and keeps it for the life of the process (tearing it down between
+two DeepSpeed engines breaks the second).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlhf_ray.console import Console
+
+
+@dataclass(frozen=True)
+class Session:
+    """rank, world_size: place in the learner group.  device: where this rank computes.  num_threads: torch's CPU threads."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    num_threads: int
+    console: Console
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Every rank's object, in rank order, on every rank. Tensors in it must be on the CPU."""
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine, group=cpu_group())
+        return everyone
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's object on every rank."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, group=cpu_group())
+        return [float(v) for v in total]
+
+
+_groups: dict[str, Any] = {}
+
+
+def cpu_group() -> Any:
+    """The group for CPU objects: the default one under gloo, a second one beside NCCL."""
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    if "cpu" not in _groups:
+        _groups["cpu"] = dist.new_group(backend="gloo")
+    return _groups["cpu"]
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def process_session(console: Console, num_threads: int | None = None) -> Session:
+    """A session of world size 1 in this very process."""
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return _prepared(Session(0, 1, device, num_threads or usable_cores(), console))
+
+
+def worker_session(console: Console, num_threads: int | None = None) -> Session:
+    """The session of the Ray Train worker that calls this. Ray may declare GPUs that torch does not see, so torch is asked."""
+    import ray.train
+
+    context = ray.train.get_context()
+    local_rank = context.get_local_rank()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    threads = num_threads or max(usable_cores() // context.get_local_world_size(), 1)
+    return _prepared(Session(context.get_world_rank(), context.get_world_size(), device, threads, console))
+
+
+def _prepared(session: Session) -> Session:
+    """Ray gives a worker of one CPU a single thread, so every session sets its own number."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if session.device.type == "cuda" else "cpu")
+    torch.set_num_threads(session.num_threads)
+    return session
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that libraries use for initialisation; sampling and schedules have counter-based randomness."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,151 @@
+"""Shared by all tests: they run offline, on one thread, on tiny random models that are built here as Hugging Face folders."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The shared real models and data; the test is skipped, saying so, where they are not there."""
+    folder = Path(os.environ.get("RLHF_RAY_DATA") or PROJECT.parent / "shared" / "data")
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no shared data at {folder}; set RLHF_RAY_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_byte_tokenizer(folder: Path, *, pad: str | None = "<pad>", bos: bool = True) -> None:
+    """A byte-level tokenizer with no merges: <pad> 0, <s> 1, </s> 2, <unk> 3, then the 256 bytes. `bos`: prepend <s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=pad
+    )
+    fast.save_pretrained(folder)
+
+
+def _write_model(folder: Path, config: Any, seed: int, dtype: str, std: float) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "norm" not in name:
+                torch.nn.init.normal_(parameter, std=std)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def _cached(tmp_path_factory: pytest.TempPathFactory, name: str, build: Callable[..., Path]) -> Callable[..., Path]:
+    made: dict[str, Path] = {}
+
+    def make(**options: Any) -> Path:
+        key = json.dumps(options, sort_keys=True, default=str)
+        if key not in made:
+            made[key] = build(tmp_path_factory.mktemp(name), **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_llama(**options) -> folder of a random Llama (head dimension 32, 2 heads sharing 1 key/value head, 2 layers, vocabulary
+    260) with a byte-level tokenizer. Equal options give the same folder: copy it before changing it.
+
+    Options: seed, layers, hidden, tie, dtype, std (of the weights), context, pad ("</s>" and None make the pad traps), bos,
+    and anything else that LlamaConfig takes.
+    """
+
+    def build(
+        folder: Path,
+        *,
+        seed: int = 0,
+        layers: int = 2,
+        hidden: int = 64,
+        tie: bool = False,
+        dtype: str = "float32",
+        std: float = 0.2,
+        context: int = 256,
+        pad: str | None = "<pad>",
+        bos: bool = True,
+        **config: Any,
+    ) -> Path:
+        from transformers import LlamaConfig
+
+        values: dict[str, Any] = {
+            "vocab_size": 260,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 32,
+            "num_key_value_heads": max(hidden // 64, 1),
+            "head_dim": 32,
+            "max_position_embeddings": context,
+            "tie_word_embeddings": tie,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": None,
+        }
+        write_byte_tokenizer(folder, pad=pad, bos=bos)
+        return _write_model(folder, LlamaConfig(**{**values, **config}), seed, dtype, std)
+
+    return _cached(tmp_path_factory, "tiny_llama", build)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_gpt2(**options) -> folder of a random GPT-2: other module names, and Conv1D layers, whose weights are transposed."""
+
+    def build(folder: Path, *, seed: int = 0, layers: int = 2, dtype: str = "float32", **config: Any) -> Path:
+        from transformers import GPT2Config
+
+        values: dict[str, Any] = {
+            "vocab_size": 260,
+            "n_embd": 64,
+            "n_layer": layers,
+            "n_head": 2,
+            "n_positions": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        write_byte_tokenizer(folder)
+        return _write_model(folder, GPT2Config(**{**values, **config}), seed, dtype, 0.2)
+
+    return _cached(tmp_path_factory, "tiny_gpt2", build)

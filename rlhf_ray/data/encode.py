@@ -1,0 +1,135 @@
+"""Text to token ids. Text that comes from data is always encoded as text: a "</s>" in a row never becomes the control token.
+
+Prompt and reply are encoded apart and then joined, because that is what generation does: the reply's first token is chosen after
+the prompt's last one, whatever longer token the two might have formed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.templates import ChatTemplate, PromptMismatch, Template
+from rlhf_ray.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SLICE = 512
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Tokens that text must never turn into: special tokens but the unknown token, and markers of the chat template."""
+    markup = str(tokenizer.chat_template or "")
+    special = set(tokenizer.all_special_ids)
+    return {
+        token.content: i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if (token.special or i in special or (token.content in markup and not token.content.isspace()))
+        and i != tokenizer.unk_token_id
+    }
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[bos] if the tokenizer itself starts a text with it, else []."""
+    bos = tokenizer.bos_token_id
+    starts = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    return [bos] if starts and tokenizer("a", add_special_tokens=False).input_ids[:1] != [bos] else []
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, without bos or eos and without any control token. One batched call.
+
+    Raises DataError if the tokenizer cannot tell a control token from ordinary text.
+    """
+    if not texts:
+        return []
+    ids = _plain(tokenizer, texts)
+    control = control_tokens(tokenizer)
+    forbidden = frozenset(control.values())
+    for i in [i for i, row in enumerate(ids) if not forbidden.isdisjoint(row)]:
+        ids[i] = _encode_in_pieces(tokenizer, texts[i], control)
+    return ids
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    return _batched(tokenizer, texts, split_special_tokens=True)
+
+
+def _batched(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool) -> list[list[int]]:
+    """Ids of each text. In slices, since an encoding is some hundred times larger than its ids while it is made."""
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), _SLICE):
+        ids += tokenizer(
+            list(texts[start : start + _SLICE]),
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        ).input_ids
+    return ids
+
+
+def _encode_in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[str, int]) -> list[int]:
+    """For tokenizers whose model maps a whole word to a control token: every such word is cut after its first character."""
+    cuts = [0, *(match.start() + 1 for match in _any_of(control).finditer(text)), len(text)]
+    pieces = [text[a:b] for a, b in pairwise(cuts)]
+    ids = [i for row in _plain(tokenizer, pieces) for i in row]
+    found = set(control.values()).intersection(ids)
+    if found:
+        token = tokenizer.convert_ids_to_tokens(min(found))
+        raise DataError.at("tokenizer", f"ordinary text becomes the control token {token!r}", fix="another tokenizer")
+    return ids
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, template: Template, prompts: Sequence[Prompt], labels: Sequence[str] = ()
+) -> list[list[int]]:
+    """Ids of each prompt under the template, with bos where the tokenizer (or the chat template) sets one. No eos.
+
+    An empty prompt is bos alone. Raises DataError telling every prompt that the template cannot render; `labels` (one per
+    prompt, `file:line`) say where they stand.
+    """
+    names = labels or [f"prompt {i}" for i in range(1, len(prompts) + 1)]
+    texts, problems = [], []
+    for name, prompt in zip(names, prompts, strict=True):
+        try:
+            texts.append(template.render(prompt))
+        except PromptMismatch as error:
+            problems.append(Problem(name, str(error), fix=error.fix))
+    DataError.raise_all(problems)
+    if isinstance(template, ChatTemplate):
+        return _encode_chats(tokenizer, template, prompts, texts, names)
+    bos = bos_ids(tokenizer)
+    return [bos + ids for ids in encode_texts(tokenizer, texts)]
+
+
+def _encode_chats(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    names: Sequence[str],
+) -> list[list[int]]:
+    """The template's own markers become control tokens; where messages contain such markers, theirs are encoded as text."""
+    bos, control = bos_ids(tokenizer), _any_of(control_tokens(tokenizer))
+    encoded = _batched(tokenizer, texts, split_special_tokens=False)
+    problems = []
+    for i, prompt in enumerate(prompts):
+        if prompt.is_blank:
+            encoded[i] = list(bos)
+        elif any(control.search(m.content) for m in prompt.as_messages()):
+            try:
+                encoded[i] = template.encode_safely(prompt)
+            except PromptMismatch as error:
+                problems.append(Problem(names[i], str(error)))
+    DataError.raise_all(problems)
+    return encoded

@@ -1,0 +1,326 @@
+"""Row formats: which fields a row has, and how they become a prompt and its answers.
+
+| format            | fields                                                             | gives      |
+|-------------------|--------------------------------------------------------------------|------------|
+| alpaca            | instruction, input ("" or null: none), output                      | completion |
+| comparison        | user_input, completion_a (better), completion_b                    | pair       |
+| alpaca_farm       | instruction, input, output_1, output_2, preference (1, 2; 0: draw) | pair       |
+| ranked            | instruction, input, output: [better, worse]                        | pair       |
+| preference        | prompt, chosen, rejected: texts or message lists (TRL)             | pair       |
+| hh                | chosen, rejected: whole transcripts (Anthropic hh-rlhf)            | pair       |
+| sharegpt          | conversations, chosen, rejected: {from, value}                     | pair       |
+| prompt_completion | prompt, completion: texts or message lists (TRL)                   | completion |
+| messages          | messages: [{role, content}], the assistant last                    | completion |
+| text              | text: learnt as it is; as a prompt: continued                      | completion |
+| prompt            | prompt, or instruction and input, or user_input                    |            |
+
+Every format gives prompts; a pair also gives its better reply as a completion. Further fields are kept, not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from rlhf_ray.data.fields import Fields, is_list, last_reply, messages, texts, type_name
+from rlhf_ray.data.lines import BadRow
+from rlhf_ray.data.prompts import ASSISTANT_MARK, Prompt, parse_transcript
+
+RowKind = Literal["sft", "preference", "prompt"]
+
+
+class Dropped(Exception):
+    """A well-formed row that its format itself leaves out: a draw, or a pair without a difference."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Pair(NamedTuple):
+    chosen: str
+    rejected: str
+
+
+class Parsed(NamedTuple):
+    """A row as a stage needs it; answers that the kind does not ask for are None."""
+
+    prompt: Prompt
+    completion: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to read one format. `fields` must be there; `asks` are those of them that a bare prompt needs."""
+
+    name: str
+    fields: tuple[str, ...]
+    asks: tuple[str, ...]
+    prompt: Callable[[Fields], Prompt]
+    completion: Callable[[Fields], str] | None = None
+    pair: Callable[[Fields], Pair] | None = None
+    optional: tuple[str, ...] = ()
+    fits: Callable[[Fields], bool] = lambda row: True
+
+    def gives(self, kind: RowKind) -> bool:
+        return kind == "prompt" or self.pair is not None or (kind == "sft" and self.completion is not None)
+
+    def matches(self, row: Fields) -> bool:
+        return all(name in row for name in self.fields) and self.fits(row)
+
+    def extra(self, row: Fields) -> dict[str, object]:
+        """Fields that the format does not read."""
+        return {name: value for name, value in row.items() if name not in self.fields and name not in self.optional}
+
+    def parse(self, row: Fields, kind: RowKind) -> Parsed:
+        """The row's prompt and the answers that `kind` asks for.
+
+        Raises BadRow for a malformed row, Dropped for a row that the format leaves out.
+        """
+        needed = self.asks if kind == "prompt" else self.fields
+        missing = [f"missing field '{name}'" for name in needed if name not in row]
+        if missing:
+            raise BadRow(missing[0], "; ".join(missing))
+        if self.name == "text" and kind == "sft":
+            return Parsed(Prompt(), completion=self._completion(row))
+        prompt = self.prompt(row)
+        if prompt.is_blank:
+            raise BadRow("empty prompt")
+        if kind == "sft":
+            return Parsed(prompt, completion=self._completion(row))
+        if kind == "preference":
+            chosen, rejected = self._pair(row)
+            return Parsed(prompt, chosen=chosen, rejected=rejected)
+        return Parsed(prompt)
+
+    def _completion(self, row: Fields) -> str:
+        if self.completion is not None:
+            text = self.completion(row)
+        else:
+            text = self.pair(row).chosen if self.pair is not None else ""
+        if not text.strip():
+            raise BadRow("empty completion", fix=_SKIP)
+        return text
+
+    def _pair(self, row: Fields) -> Pair:
+        if self.pair is None:
+            raise BadRow(f"format '{self.name}' has no pairs")
+        pair = self.pair(row)
+        if pair.chosen.strip() == pair.rejected.strip():
+            raise BadRow("identical completions", fix=_SKIP)
+        return pair
+
+
+_SKIP = "data.on_bad_row: skip leaves such rows out and counts them"
+
+
+def detect(row: Fields, kind: RowKind) -> Format | None:
+    """The first format, in the order of FORMATS, that the row has all fields of and that gives this kind."""
+    return next((f for f in FORMATS.values() if f.gives(kind) and f.matches(row)), None)
+
+
+# Prompts
+
+
+def _user_input(row: Fields) -> Prompt:
+    return Prompt(texts(row, "user_input")[0])
+
+
+def _instruction(row: Fields) -> Prompt:
+    (text,) = texts(row, "instruction")
+    given = texts(row, "input")[0] if row.get("input") is not None else ""
+    return Prompt(text, given if given.strip() else "")
+
+
+def _prompt_field(row: Fields) -> Prompt:
+    return Prompt(messages=messages(row, "prompt")) if is_list(row["prompt"]) else Prompt(texts(row, "prompt")[0])
+
+
+def _has_prompt(row: Fields) -> bool:
+    return any(name in row for name in ("prompt", "instruction", "user_input"))
+
+
+def _any_prompt(row: Fields) -> Prompt:
+    if not _has_prompt(row):
+        raise BadRow("missing field 'prompt'", "missing field 'prompt' (or 'instruction', or 'user_input')")
+    if "prompt" in row:
+        return _prompt_field(row)
+    return _instruction(row) if "instruction" in row else _user_input(row)
+
+
+def _before_reply(row: Fields) -> Prompt:
+    turns = messages(row, "messages")
+    return Prompt(messages=turns[:-1] if turns and turns[-1].role == "assistant" else turns)
+
+
+def _preference_prompt(row: Fields) -> Prompt:
+    """The prompt field; where chosen is a whole conversation, the turns before its last one."""
+    if is_list(row.get("chosen")):
+        turns = messages(row, "chosen")
+        if len(turns) > 1:
+            return Prompt(messages=turns[:-1])
+    if "prompt" not in row:
+        raise BadRow("missing field 'prompt'")
+    return _prompt_field(row)
+
+
+def _hh_prompt(row: Fields) -> Prompt:
+    head, _ = _cut_transcript("chosen", texts(row, "chosen")[0])
+    turns = parse_transcript(head + ASSISTANT_MARK)
+    if not turns:
+        raise BadRow("'chosen': the transcript does not begin with 'Human:'")
+    return Prompt(messages=turns)
+
+
+# Answers
+
+
+def _completion_field(row: Fields) -> str:
+    if not is_list(row["completion"]):
+        return texts(row, "completion")[0]
+    turns = messages(row, "completion")
+    if len(turns) != 1:
+        raise BadRow("'completion': expected one message", f"'completion': expected one message, got {len(turns)}")
+    return last_reply(turns, "completion")
+
+
+def _farm_pair(row: Fields) -> Pair:
+    preference = row["preference"]
+    # CSV has no numbers, so digits count as well; True and 1.0 equal 1, but they are no labels.
+    if preference not in (0, 1, 2, "0", "1", "2") or isinstance(preference, (bool, float)):
+        wanted = "'preference': expected 1, 2, or 0 for a draw"
+        raise BadRow(wanted, f"{wanted}, got {preference!r}")
+    first, second = texts(row, "output_1", "output_2")
+    if int(preference) == 0:
+        raise Dropped("draw")
+    return Pair(first, second) if int(preference) == 1 else Pair(second, first)
+
+
+def _ranked_pair(row: Fields) -> Pair:
+    outputs = row["output"]
+    if not isinstance(outputs, list) or len(outputs) != 2:
+        wanted = "'output': expected [better, worse]"
+        raise BadRow(wanted, f"{wanted}, got {f'{len(outputs)} items' if is_list(outputs) else type_name(outputs)}")
+    named = {f"output[{i}]": text for i, text in enumerate(outputs)}
+    return Pair(*texts(named, *named))
+
+
+def _preference_pair(row: Fields) -> Pair:
+    if not (is_list(row["chosen"]) or is_list(row["rejected"])):
+        return Pair(*texts(row, "chosen", "rejected"))
+    chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRow("'chosen' and 'rejected' differ before the last message")
+    return Pair(last_reply(chosen, "chosen"), last_reply(rejected, "rejected"))
+
+
+def _cut_transcript(name: str, text: str) -> tuple[str, str]:
+    head, mark, reply = text.rpartition(ASSISTANT_MARK)
+    if not mark:
+        raise BadRow(f"'{name}': no '\\n\\nAssistant:' in the transcript")
+    return head, reply.strip()
+
+
+def _hh_pair(row: Fields) -> Pair:
+    """Split at the LAST assistant turn; what stands before it must agree."""
+    chosen, rejected = texts(row, "chosen", "rejected")
+    (head, better), (other, worse) = _cut_transcript("chosen", chosen), _cut_transcript("rejected", rejected)
+    if head != other:
+        raise Dropped("transcripts that differ before the last reply")
+    if better == worse:
+        raise Dropped("identical completions")
+    return Pair(better, worse)
+
+
+def _sharegpt_pair(row: Fields) -> Pair:
+    chosen, rejected = (last_reply(messages(row, name, sharegpt=True), name) for name in ("chosen", "rejected"))
+    return Pair(chosen, rejected)
+
+
+# The table. Order matters to `detect`: more specific formats come first.
+
+_ALL = (
+    Format(
+        name="comparison",
+        fields=("user_input", "completion_a", "completion_b"),
+        asks=("user_input",),
+        prompt=_user_input,
+        pair=lambda row: Pair(*texts(row, "completion_a", "completion_b")),
+    ),
+    Format(
+        name="alpaca_farm",
+        fields=("instruction", "output_1", "output_2", "preference"),
+        asks=("instruction",),
+        prompt=_instruction,
+        pair=_farm_pair,
+        optional=("input",),
+    ),
+    Format(
+        name="sharegpt",
+        fields=("conversations", "chosen", "rejected"),
+        asks=("conversations",),
+        prompt=lambda row: Prompt(messages=messages(row, "conversations", sharegpt=True)),
+        pair=_sharegpt_pair,
+    ),
+    Format(
+        name="preference",
+        fields=("chosen", "rejected"),
+        asks=(),
+        prompt=_preference_prompt,
+        pair=_preference_pair,
+        optional=("prompt",),
+        fits=lambda row: "prompt" in row or is_list(row["chosen"]),
+    ),
+    Format(name="hh", fields=("chosen", "rejected"), asks=("chosen",), prompt=_hh_prompt, pair=_hh_pair),
+    Format(
+        name="messages",
+        fields=("messages",),
+        asks=("messages",),
+        prompt=_before_reply,
+        completion=lambda row: last_reply(messages(row, "messages"), "messages"),
+    ),
+    Format(
+        name="prompt_completion",
+        fields=("prompt", "completion"),
+        asks=("prompt",),
+        prompt=_prompt_field,
+        completion=_completion_field,
+    ),
+    Format(
+        name="ranked",
+        fields=("instruction", "output"),
+        asks=("instruction",),
+        prompt=_instruction,
+        pair=_ranked_pair,
+        optional=("input",),
+        fits=lambda row: isinstance(row["output"], list),
+    ),
+    Format(
+        name="alpaca",
+        fields=("instruction", "output"),
+        asks=("instruction",),
+        prompt=_instruction,
+        completion=lambda row: texts(row, "output")[0],
+        optional=("input",),
+    ),
+    Format(
+        name="text",
+        fields=("text",),
+        asks=("text",),
+        prompt=lambda row: Prompt(texts(row, "text")[0]),
+        completion=lambda row: texts(row, "text")[0],
+        fits=lambda row: not _has_prompt(row),
+    ),
+    Format(
+        name="prompt",
+        fields=(),
+        asks=(),
+        prompt=_any_prompt,
+        optional=("prompt", "instruction", "input", "user_input"),
+        fits=_has_prompt,
+    ),
+)
+FORMATS: dict[str, Format] = {f.name: f for f in _ALL}

@@ -1,0 +1,88 @@
+"""What a policy is asked, whatever the file format it came from.
+
+A prompt is a text (an instruction, or a raw prompt) with an optional input, or a list of messages. The same request written in
+different formats is the same prompt: `canonical` maps it to one string, and the held-out rule hashes that string.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
+ROLES = tuple(SPEAKERS)
+ASSISTANT_MARK = "\n\nAssistant:"
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is one of ROLES."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`text` with an optional `input` (instruction formats), or `messages`; exactly one of text and messages is used.
+
+    A prompt with neither is empty: it stands before a bare text that is learnt as it is (format `text`).
+    """
+
+    text: str = ""
+    input: str = ""
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def is_blank(self) -> bool:
+        """Nothing but white space is asked."""
+        return not (self.text.strip() or self.input.strip() or any(m.content.strip() for m in self.messages))
+
+    def plain(self) -> str:
+        """The prompt as one text: instruction, blank line, input; or a transcript that ends where the assistant speaks next."""
+        if self.messages:
+            return transcript(self.messages)
+        return f"{self.text}\n\n{self.input}" if self.input else self.text
+
+    def as_messages(self) -> tuple[Message, ...]:
+        """The prompt as a conversation: a text becomes one user turn."""
+        return self.messages or (Message("user", self.plain()),)
+
+    def canonical(self) -> str:
+        """The string that stands for this request in every format; equal strings mean equal prompts.
+
+        Instruction and input are joined by a blank line, a conversation of one user turn is its content, longer ones are
+        transcripts. Unicode is in form NFC, and runs of white space count as one space.
+        """
+        messages = self.messages or parse_transcript(self.plain())
+        if len(messages) == 1 and messages[0].role == "user":
+            text = messages[0].content
+        else:
+            text = transcript(messages) if messages else self.plain()
+        return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def transcript(messages: Iterable[Message]) -> str:
+    """Messages as plain text in the form of Anthropic's hh-rlhf data, ending where the assistant's reply begins.
+
+    >>> transcript([Message("user", "Name a bird.")])
+    'Human: Name a bird.\\n\\nAssistant:'
+    """
+    turns = [f"{SPEAKERS[m.role]}: {m.content}" for m in messages]
+    return "\n\n".join(turns) + ASSISTANT_MARK
+
+
+def parse_transcript(text: str) -> tuple[Message, ...]:
+    """The turns before a final "\\n\\nAssistant:", or () where `text` is not such a transcript."""
+    head = text.rstrip()
+    if not head.endswith(ASSISTANT_MARK):
+        return ()
+    head = head.removesuffix(ASSISTANT_MARK)
+    pieces = _TURN.split(head)
+    if len(pieces) < 3 or pieces[0].strip():
+        return ()
+    roles = ["user" if speaker == "Human" else "assistant" for speaker in pieces[1::2]]
+    return tuple(Message(role, content.strip()) for role, content in zip(roles, pieces[2::2]))

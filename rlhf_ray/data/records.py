@@ -1,0 +1,280 @@
+"""From the files of a job to checked rows: every fault of every file is found before anything is trained, and told at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, BinaryIO, Literal
+
+from rlhf_ray.config import DataConfig
+from rlhf_ray.data.counts import Tally
+from rlhf_ray.data.formats import FORMATS, Dropped, Format, RowKind, detect
+from rlhf_ray.data.jsonrows import read_json, read_jsonl
+from rlhf_ray.data.lines import BadRow, RawRow
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.sources import Source, find
+from rlhf_ray.data.tables import read_csv, read_hub, read_parquet, sha256_rows
+from rlhf_ray.errors import ConfigError, DataError, Problem
+
+_READERS: dict[str, Callable[[str, BinaryIO, int], Iterator[RawRow]]] = {
+    "jsonl": read_jsonl,
+    "json": read_json,
+    "csv": read_csv,
+    "parquet": read_parquet,
+}
+_LOOKED_AT = 100
+_ONE_SIDED = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checked row. `where` is `file:line`; `columns` are all its fields under the names of the format.
+
+    completion is set for SFT, chosen and rejected for preferences. A bare text (format `text`) has an empty prompt.
+    """
+
+    where: str
+    prompt: Prompt
+    chosen: str | None = None
+    rejected: str | None = None
+    completion: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Prompt:
+        """What the held-out rule hashes: the prompt, or the text itself where there is none."""
+        return Prompt(self.completion or "") if self.prompt.is_blank else self.prompt
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """What a manifest keeps of a file: rows it holds, and rows used of them."""
+
+    path: str
+    sha256: str
+    rows: int
+    used: int
+    format: str
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """The usable rows of some files, in file order, and an account of all others."""
+
+    rows: tuple[Row, ...]
+    files: tuple[DataFile, ...]
+    dropped: Tally
+    skipped: Tally
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Rows in the files, usable or not."""
+        return sum(file.rows for file in self.files)
+
+    def manifest(self) -> list[dict[str, Any]]:
+        return [asdict(file) for file in self.files]
+
+
+def read_rows(config: DataConfig, kind: RowKind, part: Literal["train", "eval"] = "train") -> RowSet:
+    """Read data.train (or data.eval) as rows of one kind: sft, preference or prompt.
+
+    A malformed row stops everything, with all problems of all files in one DataError, or is skipped and counted
+    (data.on_bad_row). Draws, pairs without a difference and repeated prompts are dropped and counted. data.max_rows keeps the
+    first usable rows of data.train. Raises ConfigError if data.format cannot give the kind.
+    """
+    _check_format(config.format, kind)
+    problems: list[Problem] = []
+    files: list[_FileRows] = []
+    for name in (config.train if part == "train" else config.eval) or ():
+        try:
+            files.append(_read_file(name, config, kind))
+            problems += files[-1].problems
+        except DataError as error:
+            problems += error.problems
+    DataError.raise_all(problems)
+    rows = _joined(files, kind)
+    if not rows.rows:
+        counted = "; ".join(str(tally) for tally in (rows.skipped, rows.dropped) if tally.total)
+        raise DataError.at(", ".join(file.path for file in rows.files), f"no usable rows: {counted}")
+    return _first_rows(rows, config.max_rows) if part == "train" and config.max_rows else rows
+
+
+def _check_format(name: str, kind: RowKind) -> None:
+    if name != "auto" and not FORMATS[name].gives(kind):
+        able = ", ".join(f.name for f in FORMATS.values() if f.gives(kind))
+        lacks = "pairs to compare" if kind == "preference" else "replies to learn from"
+        raise ConfigError.at("data.format", f"'{name}' has no {lacks}", expected=f"one of {able}")
+
+
+@dataclass
+class _FileRows:
+    source: Source
+    format: Format
+    rows: list[Row] = field(default_factory=list)
+    total: int = 0
+    sha256: str = ""
+    problems: list[Problem] = field(default_factory=list)
+    dropped: Tally = field(default_factory=lambda: Tally("dropped"))
+    skipped: Tally = field(default_factory=lambda: Tally("skipped"))
+
+
+def _read_file(name: str, config: DataConfig, kind: RowKind) -> _FileRows:
+    source = find(name)
+    raw, problems = _raw_rows(source, config)
+    try:
+        _rename(name, raw, config.columns)
+        chosen = _choose_format(name, raw, config.format, kind)
+    except DataError as error:
+        raise DataError([*problems, *_faults(raw), *error.problems]) from error
+    file = _FileRows(source, chosen, total=len(raw), problems=problems)
+    for where, row in raw:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            parsed = chosen.parse(row, kind)
+            file.rows.append(Row(where, parsed.prompt, parsed.chosen, parsed.rejected, parsed.completion, row))
+        except Dropped as drop:
+            file.dropped.add(drop.reason, where)
+        except BadRow as bad:
+            if config.on_bad_row == "skip":
+                file.skipped.add(bad.reason, where)
+            else:
+                file.problems.append(Problem(where, bad.message, fix=bad.fix))
+    if not file.problems:
+        file.sha256 = _sha256(source, raw)
+    return file
+
+
+def _faults(raw: Iterable[RawRow]) -> list[Problem]:
+    return [Problem(where, row.message, fix=row.fix) for where, row in raw if isinstance(row, BadRow)]
+
+
+def _sha256(source: Source, raw: Iterable[RawRow]) -> str:
+    if source.kind == "hub":
+        return sha256_rows(row for _, row in raw if not isinstance(row, BadRow))
+    return source.sha256()
+
+
+def _raw_rows(source: Source, config: DataConfig) -> tuple[list[RawRow], list[Problem]]:
+    """All rows of a source, and the problem that ended reading before its end, if any."""
+    raw: list[RawRow] = []
+    try:
+        if source.kind == "hub":
+            raw.extend(read_hub(source.name, config.split))
+        else:
+            with source.open() as stream:
+                raw.extend(_READERS[source.kind](source.name, stream, config.max_row_bytes))
+    except DataError as error:
+        return raw, list(error.problems)
+    except EOFError:
+        return raw, [Problem(source.name, "file looks truncated: its compressed data ends early")]
+    except (OSError, ValueError) as error:
+        return raw, [Problem(source.name, f"cannot be read: {error}")]
+    if not raw:
+        raise DataError.at(source.name, "no rows")
+    return raw, []
+
+
+def _rename(name: str, raw: Iterable[RawRow], columns: Mapping[str, str]) -> None:
+    """Apply data.columns in place. Raises DataError if no row has a column, or a new name is taken."""
+    rows = [row for _, row in raw if not isinstance(row, BadRow)]
+    if not columns or not rows:
+        return
+    names = dict.fromkeys(key for row in rows for key in row)
+    problems = []
+    for old, new in columns.items():
+        if list(columns.values()).count(new) > 1:
+            problems.append(Problem(name, f"two columns cannot both be called '{new}' (data.columns)"))
+        if old not in names:
+            problems.append(Problem(name, f"no column '{old}' (data.columns)", got=", ".join(names)))
+        if new in names and new not in columns:
+            problems.append(
+                Problem(name, f"column '{new}' is there already; '{old}' cannot take its name (data.columns)")
+            )
+    DataError.raise_all(problems)
+    for row in rows:
+        items = [(columns.get(key, key), value) for key, value in row.items()]
+        row.clear()
+        row.update(items)
+
+
+def _choose_format(name: str, raw: Sequence[RawRow], wanted: str, kind: RowKind) -> Format:
+    """The named format, or the one that most of the first rows have."""
+    if wanted != "auto":
+        return FORMATS[wanted]
+    rows = [row for _, row in raw if not isinstance(row, BadRow)][:_LOOKED_AT]
+    found = Counter(f.name for row in rows if (f := detect(row, kind)) is not None)
+    if found:
+        return FORMATS[found.most_common(1)[0][0]]
+    able = [f for f in FORMATS.values() if f.gives(kind)]
+    if not rows:
+        return able[0]  # every row is malformed, and told as such
+    have = list(rows[0])
+    closest = max(able, key=lambda f: sum(1 if name in have else -1 for name in f.fields))
+    missing = [name for name in closest.fields if name not in have]
+    near = f"the closest format is {closest.name}, missing {', '.join(missing)}; " if missing else ""
+    fix = f"{near}data.columns renames fields, data.format names a format"
+    raise DataError.at(name, f"fields {', '.join(have)} fit no {kind} format", fix=fix)
+
+
+def _joined(files: Sequence[_FileRows], kind: RowKind) -> RowSet:
+    dropped, skipped = Tally("dropped"), Tally("skipped")
+    rows: list[Row] = []
+    records: list[DataFile] = []
+    warnings: list[str] = []
+    seen: set[str] = set()
+    for file in files:
+        dropped.update(file.dropped)
+        skipped.update(file.skipped)
+        kept = list(_without_repeats(file, seen, dropped)) if kind == "prompt" else file.rows
+        if kind == "preference" and (warning := _one_sided(file)):
+            warnings.append(warning)
+        rows += kept
+        records.append(DataFile(file.source.name, file.sha256, file.total, len(kept), file.format.name))
+    return RowSet(tuple(rows), tuple(records), dropped, skipped, tuple(warnings))
+
+
+def _without_repeats(file: _FileRows, seen: set[str], dropped: Tally) -> Iterator[Row]:
+    """Rows whose prompt, or a field that a reward function may want, differs from all before; answers do not count."""
+    for row in file.rows:
+        extra = file.format.extra(row.columns)
+        key = row.key.canonical() + ("\0" + repr(sorted(extra.items())) if extra else "")
+        if key in seen:
+            dropped.add("repeated prompts", row.where)
+        else:
+            seen.add(key)
+            yield row
+
+
+def _one_sided(file: _FileRows) -> str:
+    """A warning if an annotator seems to have always chosen the same side: position bias, or a lost label."""
+    sides = {str(row.columns["preference"]) for row in file.rows if file.format.name == "alpaca_farm"}
+    if len(sides) != 1 or len(file.rows) < _ONE_SIDED:
+        return ""
+    return f"{file.source.name}: 'preference' is {sides.pop()} in all {len(file.rows):,} rows: are the labels real?"
+
+
+def _first_rows(rows: RowSet, max_rows: int) -> RowSet:
+    left, files = max_rows, []
+    for file in rows.files:
+        used = min(left, file.used)
+        left -= used
+        files.append(DataFile(file.path, file.sha256, file.rows, used, file.format))
+    return RowSet(rows.rows[:max_rows], tuple(files), rows.dropped, rows.skipped, rows.warnings)
+
+
+def check_same_data(recorded: Iterable[Mapping[str, Any]], current: Iterable[DataFile]) -> None:
+    """Raise DataError if data files are not those that a checkpoint was trained on; `recorded` is from its manifest."""
+    before = {item["path"]: item["sha256"] for item in recorded}
+    now = {file.path: file.sha256 for file in current}
+    problems = [
+        Problem(path, "data sha256 differs from the checkpoint's", before[path], sha256, "use --reset-data")
+        for path, sha256 in now.items()
+        if path in before and before[path] != sha256
+    ]
+    for path in sorted(before.keys() ^ now.keys()):
+        what = "not among the data files of this run" if path in before else "was not among the data files of this run"
+        problems.append(Problem(path, what, fix="use --reset-data"))
+    DataError.raise_all(problems)

@@ -1,0 +1,123 @@
+"""Where rows are: a data file or a Hub data set. A path is looked at before it is opened, so that nothing can hang."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+from rlhf_ray.errors import DataError
+
+Kind = Literal["jsonl", "json", "csv", "parquet", "hub"]
+
+SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+LABELS: dict[Kind, str] = {"jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parquet": "Parquet", "hub": "Hub"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_MAGIC = ((b"\x1f\x8b", "gzip"), (b"PAR1", "Parquet"), (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A readable data file, or a Hub id. `name` is what the user wrote; errors and `Row.where` start with it."""
+
+    name: str
+    kind: Kind
+    compressed: bool = False
+
+    def open(self) -> BinaryIO:
+        """The file's bytes, decompressed. The caller closes it."""
+        if not self.compressed:
+            return self.open_raw()
+        return cast(BinaryIO, gzip.open(os.path.expanduser(self.name), "rb"))
+
+    def open_raw(self) -> BufferedReader:
+        """The file's bytes as they lie on disk."""
+        try:
+            return open(os.path.expanduser(self.name), "rb")
+        except OSError as error:
+            raise DataError.at(self.name, f"cannot be read: {error.strerror}") from error
+
+    def sha256(self) -> str:
+        """Hash of the file as it lies on disk."""
+        with self.open_raw() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find(name: str) -> Source:
+    """The source that `name` means: an existing file, else a Hub id.
+
+    Raises DataError: no such file (with the nearest name there is), not a regular file, an unknown type, or content that
+    contradicts the name.
+    """
+    kind, compressed = _kind_of(name)
+    path = Path(os.path.expanduser(name))
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if kind is None and _may_be_hub_id(name, path):
+            return Source(name, "hub")
+        raise DataError.at(name, "no such file", fix=nearest(name)) from None
+    except PermissionError as error:
+        raise DataError.at(name, f"cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise DataError.at(name, f"{_not_a(kind)}: {error.strerror}") from error
+    except ValueError as error:  # a NUL character in the name
+        raise DataError.at(repr(name), f"not a file name: {error}") from error
+    if not stat.S_ISREG(mode):
+        what = "it is a directory" if stat.S_ISDIR(mode) else "it is not a regular file"
+        raise DataError.at(name, f"{_not_a(kind)}: {what}")
+    if kind is None:
+        raise DataError.at(name, "unknown file type", expected=f"{' '.join(SUFFIXES)}, each also with .gz")
+    source = Source(name, kind, compressed)
+    _check_content(source)
+    return source
+
+
+def _kind_of(name: str) -> tuple[Kind | None, bool]:
+    lower = name.lower()
+    return SUFFIXES.get(os.path.splitext(lower.removesuffix(".gz"))[1]), lower.endswith(".gz")
+
+
+def _may_be_hub_id(name: str, path: Path) -> bool:
+    in_a_folder = "/" in name and path.parent.is_dir()
+    return _HUB_ID.fullmatch(name) is not None and not in_a_folder and not path.is_symlink()
+
+
+def _not_a(kind: Kind | None) -> str:
+    return f"not a {LABELS[kind]} file" if kind else "not a data file"
+
+
+def nearest(name: str) -> str:
+    """A hint for a missing file: the most similar name in its folder, or where relative paths start."""
+    path = Path(os.path.expanduser(name))
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        return f"there is no folder {path.parent}; relative paths start at {Path.cwd()}"
+    match = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"did you mean '{path.parent / match[0]}'?" if match else f"relative paths start at {Path.cwd()}"
+
+
+def _check_content(source: Source) -> None:
+    """The first bytes must not contradict the name."""
+    with source.open_raw() as raw:
+        head = raw.read(16)
+    if not head:
+        raise DataError.at(source.name, "file is empty")
+    found = next((label for magic, label in _MAGIC if head.startswith(magic)), "")
+    not_a = _not_a(source.kind)
+    if source.compressed:
+        if found != "gzip":
+            raise DataError.at(source.name, f"{not_a}: its name ends in .gz, its content is not gzip data")
+    elif found != "Parquet" and source.kind == "parquet":
+        raise DataError.at(source.name, f"{not_a}: its content is {found or 'other'} data")
+    elif found and source.kind != "parquet":
+        fix = f"name it {source.name}.gz" if found == "gzip" else ""
+        raise DataError.at(source.name, f"{not_a}: its content is {found} data", fix=fix)

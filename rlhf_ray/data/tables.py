@@ -1,0 +1,126 @@
+"""Readers of tables: CSV, Parquet, and data sets of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from rlhf_ray.data.lines import TRUNCATED, BadRow, RawRow, decode, lines, refuse_utf16, too_big
+from rlhf_ray.data.sources import nearest
+from rlhf_ray.errors import DataError
+
+
+def read_csv(name: str, stream: BinaryIO, max_row_bytes: int) -> Iterator[RawRow]:
+    """(file:line, row) of a CSV file with a header; the line is the row's first one, and every value is text."""
+    reader = csv.reader(_csv_lines(name, stream, max_row_bytes), strict=True)
+    rows: list[RawRow] = []
+    header: list[str] = []
+    start = 1
+    try:
+        with _field_limit(max_row_bytes):
+            for cells in reader:
+                if cells and header:
+                    rows.append((f"{name}:{start}", _csv_row(header, cells)))
+                elif cells:
+                    header = _csv_header(f"{name}:{start}", cells)
+                start = reader.line_num + 1
+    except csv.Error as error:
+        what = f"invalid CSV: {error}" + (f"; {TRUNCATED}" if "unexpected end" in str(error) else "")
+        if "field larger" in str(error):
+            what = f"a cell of more than max_row_bytes {max_row_bytes:,}, or a quote that is not closed"
+        raise DataError.at(f"{name}:{start}", what) from error
+    yield from rows
+
+
+@contextmanager
+def _field_limit(limit: int) -> Iterator[None]:
+    """The csv module's limit is global, so it is put back; that is also why rows are read in one go."""
+    before = csv.field_size_limit(limit)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _csv_lines(name: str, stream: BinaryIO, max_row_bytes: int) -> Iterator[str]:
+    for line in lines(stream, max_row_bytes):
+        try:
+            if line.body is None:
+                raise too_big(line.size, max_row_bytes)
+            if line.number == 1:
+                refuse_utf16(name, line.body)
+            yield decode(line) + "\n"
+        except BadRow as bad:
+            raise DataError.at(f"{name}:{line.number}", bad.message) from bad
+
+
+def _csv_header(where: str, cells: list[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    for name in names:
+        if not name or names.count(name) > 1:
+            what = f"duplicate column '{name}'" if name else "column without a name"
+            raise DataError.at(where, f"{what} in the header")
+    return names
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
+    if len(cells) != len(header):
+        return BadRow("wrong number of cells", f"{len(cells)} cells, but the header has {len(header)} columns")
+    return dict(zip(header, cells))
+
+
+def read_parquet(name: str, stream: BinaryIO, max_row_bytes: int) -> Iterator[RawRow]:
+    """(file:row n, row) of a Parquet file, n from 1. Raises DataError where the file is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        for batch in pq.ParquetFile(pa.BufferReader(stream.read())).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                size = sum(len(value) for value in row.values() if isinstance(value, str))
+                yield f"{name}:row {number}", too_big(size, max_row_bytes) if size > max_row_bytes else row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError.at(name, f"not a readable Parquet file: {_first_line(error)}") from error
+
+
+def read_hub(name: str, split: str) -> Iterator[RawRow]:
+    """(id:row n, row) of one split of a Hub data set, through the `datasets` library.
+
+    HF_HUB_OFFLINE, HF_HOME and HF_TOKEN are honoured by that library. Raises DataError where the data set cannot be had.
+    """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except DatasetNotFoundError as error:
+        fix = "hf auth login, once access is granted on its page" if "gated" in str(error) else nearest(name)
+        raise DataError.at(name, "no such file, and no such data set on the Hub", fix=fix) from error
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+        if isinstance(error, ConnectionError):
+            offline = "offline mode" if datasets.config.HF_HUB_OFFLINE else "no connection"
+            raise DataError.at(
+                name, f"no such file, and the Hub cannot be asked: {offline}", fix=nearest(name)
+            ) from error
+        raise DataError.at(name, f"cannot be loaded: {_first_line(error)}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}:row {number}", dict(row)
+
+
+def sha256_rows(rows: Iterable[dict[str, Any]]) -> str:
+    """Hash of rows as JSON lines with sorted keys, for a data set that is not one file."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

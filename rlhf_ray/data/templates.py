@@ -1,0 +1,214 @@
+"""Prompt templates: how a prompt becomes the text that a model reads. One template serves SFT, reward, PPO and serving.
+
+- instruction templates: two texts, with and without input. Shipped: alpaca, alpaca_legacy, alpaca_short, vigogne; or a JSON file
+  of the user, {description, prompt_input, prompt_no_input, response_split} or AlpacaFarm's {prompt_inputs, prompt_noinputs};
+- none: the prompt as it is (instruction and input with a blank line between);
+- chat: the tokenizer's chat template; a text counts as one user turn.
+
+A conversation under `none` becomes a transcript, "Human: ...\\n\\nAssistant:", as in hh-rlhf. Instruction templates take a
+conversation only if it is one user turn.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHIPPED = ("alpaca", "alpaca_legacy", "alpaca_short", "vigogne")
+_SLOT = re.compile(r"\{(instruction|input)\}")
+_SEED_2_KEYS = ("description", "prompt_input", "prompt_no_input", "response_split")
+_SEED_1_KEYS = ("prompt_inputs", "prompt_noinputs")
+
+
+class PromptMismatch(ValueError):
+    """This template cannot render this prompt; `fix` says what could."""
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message, fix)
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Template(ABC):
+    """Renders prompts. `sha256` is over what it renders, not over its name or description."""
+
+    name: str
+    response_split: str | None = None
+
+    @abstractmethod
+    def content(self) -> dict[str, str]:
+        """What `sha256` covers."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest over the JSON of `content`, keys sorted; travels with every artefact (seeds F34)."""
+        text = json.dumps(self.content(), sort_keys=True)
+        return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+    def render(self, prompt: Prompt) -> str:
+        """The text before the reply. An empty prompt, which stands before a bare text, renders as "".
+
+        Raises PromptMismatch.
+        """
+        return "" if prompt.is_blank else self._render(prompt)
+
+    @abstractmethod
+    def _render(self, prompt: Prompt) -> str: ...
+
+    def extract_response(self, text: str) -> str:
+        """The reply in a text of prompt and reply: what follows the first response marker, stripped.
+
+        Raises ValueError where the template has no marker, or the text does not hold it.
+        """
+        if self.response_split is None:
+            raise ValueError(f"template {self.name!r} has no response marker")
+        _, mark, reply = text.partition(self.response_split)
+        if not mark:
+            raise ValueError(f"no response marker {self.response_split!r} in the text")
+        return reply.strip()
+
+
+class InstructionTemplate(Template):
+    """Two texts with the slots {instruction} and {input}; a prompt with an input takes the first."""
+
+    def __init__(self, name: str, prompt_input: str, prompt_no_input: str, response_split: str | None) -> None:
+        self.name = name
+        self.prompt_input, self.prompt_no_input, self.response_split = prompt_input, prompt_no_input, response_split
+
+    def content(self) -> dict[str, str]:
+        return {"kind": "instruction", "prompt_input": self.prompt_input, "prompt_no_input": self.prompt_no_input}
+
+    def _render(self, prompt: Prompt) -> str:
+        values = {"instruction": prompt.text, "input": prompt.input}
+        if prompt.messages:
+            if len(prompt.messages) > 1 or prompt.messages[0].role != "user":
+                roles = ", ".join(m.role for m in prompt.messages)
+                raise PromptMismatch(
+                    f"template '{self.name}' takes one user message, got {roles}",
+                    "template: chat, or none (a transcript)",
+                )
+            values["instruction"] = prompt.messages[0].content
+        text = self.prompt_input if prompt.input else self.prompt_no_input
+        return _SLOT.sub(lambda slot: values[slot[1]], text)
+
+
+class PlainTemplate(Template):
+    """The prompt as it is."""
+
+    name = "none"
+
+    def content(self) -> dict[str, str]:
+        return {"kind": "none"}
+
+    def _render(self, prompt: Prompt) -> str:
+        return prompt.plain()
+
+
+class ChatTemplate(Template):
+    """The tokenizer's chat template, up to where the assistant's reply begins."""
+
+    name = "chat"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def content(self) -> dict[str, str]:
+        return {"kind": "chat", "chat_template": self.tokenizer.get_chat_template()}
+
+    def _render(self, prompt: Prompt) -> str:
+        return str(self._apply(prompt, tokenize=False))
+
+    def encode_safely(self, prompt: Prompt) -> list[int]:
+        """Token ids in which only the template's own markers are control tokens. Raises PromptMismatch."""
+        return list(self._apply(prompt, tokenize=True, sanitize_control_tokens=True, return_dict=False))
+
+    def _apply(self, prompt: Prompt, **options: Any) -> Any:
+        from jinja2 import TemplateError
+
+        turns = [{"role": m.role, "content": m.content} for m in prompt.as_messages()]
+        try:
+            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+        except (TemplateError, ValueError) as error:
+            raise PromptMismatch(f"the chat template refuses this conversation: {error}") from error
+
+
+def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
+    """A shipped template by name, `none`, `chat` (needs the tokenizer), or a JSON file by path.
+
+    Raises ConfigError: unknown name, malformed file, or a tokenizer without a chat template.
+    """
+    if name_or_path == "none":
+        return PlainTemplate()
+    if name_or_path == "chat":
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise ConfigError.at(
+                "template",
+                "the tokenizer has no chat template",
+                fix=f"one of {', '.join((*SHIPPED, 'none'))}, or a JSON file",
+            )
+        return ChatTemplate(tokenizer)
+    if name_or_path in SHIPPED:
+        text = (files("rlhf_ray.data") / "templates" / f"{name_or_path}.json").read_text(encoding="utf-8")
+        return _from_json(name_or_path, name_or_path, text)
+    path = Path(name_or_path).expanduser()
+    if path.suffix != ".json" and not path.exists():
+        close = difflib.get_close_matches(name_or_path, (*SHIPPED, "none", "chat"), n=1)
+        raise ConfigError.at(
+            "template",
+            f"unknown template '{name_or_path}'",
+            expected=f"{', '.join(SHIPPED)}, none, chat, or a JSON file",
+            fix=f"did you mean '{close[0]}'?" if close else "",
+        )
+    if path.exists() and not path.is_file():
+        raise ConfigError.at("template", f"cannot read {name_or_path}: it is not a regular file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError.at("template", f"cannot read {name_or_path}: {error}") from error
+    return _from_json(path.stem, name_or_path, text)
+
+
+def _from_json(name: str, where: str, text: str) -> InstructionTemplate:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError.at(where, f"template is not valid JSON: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ConfigError.at(where, "template: expected an object of strings")
+    if set(found) == set(_SEED_1_KEYS):
+        with_input, without, mark = found["prompt_inputs"], found["prompt_noinputs"], None
+        last_line = without.rstrip().rpartition("\n")[2]
+        mark = last_line if last_line and "{" not in last_line and last_line in with_input else None
+    elif set(found) | {"description"} == set(_SEED_2_KEYS):
+        with_input, without, mark = found["prompt_input"], found["prompt_no_input"], found["response_split"]
+    else:
+        keys = f"{', '.join(_SEED_2_KEYS)}; or {', '.join(_SEED_1_KEYS)}"
+        raise ConfigError.at(where, "template: wrong keys", expected=keys, got=", ".join(found))
+    ConfigError.raise_all(_faults(where, with_input, without, mark))
+    return InstructionTemplate(name, with_input, without, mark)
+
+
+def _faults(where: str, with_input: str, without: str, mark: str | None) -> list[Problem]:
+    faults = []
+    if sorted(set(_SLOT.findall(with_input))) != ["input", "instruction"]:
+        faults.append(Problem(where, "template: the text with input needs {instruction} and {input}"))
+    if set(_SLOT.findall(without)) != {"instruction"}:
+        faults.append(Problem(where, "template: the text without input needs {instruction} and no {input}"))
+    if mark is not None and not (mark and mark in with_input and mark in without):
+        faults.append(Problem(where, f"template: response_split {mark!r} does not stand in both texts"))
+    return faults

@@ -1,0 +1,208 @@
+"""Rows to token ids, with the length rule applied and every row that it changes counted.
+
+A reply is encoded apart from its prompt (see encode.py) and ends in eos if `add_eos_token`; a reply that was cut does not.
+`too_long`: stop (all rows over the limit in one DataError), drop, or truncate. Truncating cuts replies on the right, and bare
+prompts on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+from rlhf_ray.data.counts import Tally
+from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts
+from rlhf_ray.data.records import Row
+from rlhf_ray.data.templates import Template
+from rlhf_ray.errors import ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+TooLong = Literal["stop", "drop", "truncate"]
+T = TypeVar("T")
+_NOTHING_LEFT = "reply empty after truncation"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedRow:
+    """`labels` are `input_ids` where a loss is taken, else IGNORE_INDEX; not yet shifted, as transformers expects them."""
+
+    input_ids: list[int]
+    labels: list[int]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedPair:
+    """Both sequences start with the same `prompt_length` prompt tokens."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    prompt_length: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedPrompt:
+    """A prompt ready to be answered, and the row it is from."""
+
+    ids: list[int]
+    row: Row
+
+
+@dataclass
+class Tokenised(Generic[T]):
+    """Examples in row order, and the rows that were dropped or truncated on the way."""
+
+    examples: list[T] = field(default_factory=list)
+    dropped: Tally = field(default_factory=lambda: Tally("dropped"))
+    truncated: Tally = field(default_factory=lambda: Tally("truncated"))
+
+
+def tokenise_sft(
+    rows: Sequence[Row],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    too_long: TooLong,
+    train_on_inputs: bool,
+    add_eos_token: bool,
+) -> Tokenised[TokenisedRow]:
+    """Prompt and completion as one sequence of at most `max_length` tokens; the loss is on the completion and its eos.
+
+    Rows without a token to learn are dropped and counted (seeds F30). Raises DataError, and ConfigError if the tokenizer has
+    no eos.
+    """
+    eos = _eos(tokenizer) if add_eos_token else []
+    prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
+    replies = encode_texts(tokenizer, [row.completion or "" for row in rows])
+    out, rule = Tokenised[TokenisedRow](), _LengthRule(max_length, too_long)
+    for row, prompt, reply in zip(rows, prompts, replies):
+        full = prompt + reply + eos
+        ids = rule.apply(row.where, full, out)
+        if ids is None:
+            continue
+        labels = list(ids) if train_on_inputs else [IGNORE_INDEX] * min(len(prompt), len(ids)) + ids[len(prompt) :]
+        if len(ids) <= len(prompt) < len(full):
+            out.dropped.add(_NOTHING_LEFT, row.where, f"{len(prompt):,} prompt tokens")
+        elif all(label == IGNORE_INDEX for label in labels[1:]):  # the first token is never predicted
+            out.dropped.add("no token to learn", row.where)
+        else:
+            out.examples.append(TokenisedRow(ids, labels, row.where))
+            rule.count_cut(row.where, full, out)
+    DataError.raise_all(rule.problems)
+    return out
+
+
+def tokenise_pairs(
+    rows: Sequence[Row],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    too_long: TooLong,
+    add_eos_token: bool,
+) -> Tokenised[TokenisedPair]:
+    """Chosen and rejected reply behind the same prompt tokens, each sequence at most `max_length` tokens.
+
+    Pairs that truncation leaves without a reply, or without a difference, are dropped and counted. Raises DataError, and
+    ConfigError if the tokenizer has no eos.
+    """
+    eos = _eos(tokenizer) if add_eos_token else []
+    prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
+    chosen = encode_texts(tokenizer, [row.chosen or "" for row in rows])
+    rejected = encode_texts(tokenizer, [row.rejected or "" for row in rows])
+    out, rule = Tokenised[TokenisedPair](), _LengthRule(max_length, too_long)
+    for row, prompt, better, worse in zip(rows, prompts, chosen, rejected):
+        first, second = prompt + better + eos, prompt + worse + eos
+        longer = max(first, second, key=len)
+        if rule.apply(row.where, longer, out) is None:
+            continue
+        first, second = first[:max_length], second[:max_length]
+        if min(len(first), len(second)) <= len(prompt):
+            reason = _NOTHING_LEFT if len(longer) > max_length else "reply without a token"
+            out.dropped.add(reason, row.where, f"{len(prompt):,} prompt tokens")
+        elif first == second:
+            reason = "identical after truncation" if len(longer) > max_length else "identical token ids"
+            out.dropped.add(reason, row.where)
+        else:
+            out.examples.append(TokenisedPair(first, second, len(prompt), row.where))
+            rule.count_cut(row.where, longer, out)
+    DataError.raise_all(rule.problems)
+    return out
+
+
+def tokenise_prompts(
+    rows: Sequence[Row],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    response_length: int,
+    too_long: TooLong,
+) -> Tokenised[TokenisedPrompt]:
+    """Prompts that leave room for `response_length` tokens within `max_length`. Truncation keeps a leading bos."""
+    prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
+    head = bos_ids(tokenizer)
+    out = Tokenised[TokenisedPrompt]()
+    rule = _LengthRule(max_length - response_length, too_long, f"{max_length:,}-{response_length:,}")
+    for row, prompt in zip(rows, prompts):
+        if rule.apply(row.where, prompt, out) is None:
+            continue
+        if not prompt:
+            out.dropped.add("prompt without a token", row.where)
+            continue
+        kept = prompt
+        if len(prompt) > rule.limit:
+            start = head if prompt[: len(head)] == head and rule.limit > len(head) else []
+            kept = start + prompt[len(prompt) - rule.limit + len(start) :]
+        out.examples.append(TokenisedPrompt(kept, row))
+        rule.count_cut(row.where, prompt, out)
+    DataError.raise_all(rule.problems)
+    return out
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError.at(
+            "add_eos_token", "the tokenizer has no eos token", fix="another tokenizer, or add_eos_token: false"
+        )
+    return [tokenizer.eos_token_id]
+
+
+class _LengthRule:
+    """What happens to sequences of more than `limit` tokens; `shown` is the limit as messages write it."""
+
+    def __init__(self, limit: int, too_long: TooLong, shown: str = "") -> None:
+        if limit < 1:
+            raise ConfigError.at("max_length", f"no room for a prompt: {shown or limit}", expected="at least 1 token")
+        self.limit, self.too_long, self.shown = limit, too_long, shown or f"max_length {limit:,}"
+        self.problems: list[Problem] = []
+
+    def apply(self, where: str, ids: list[int], out: Tokenised[T]) -> list[int] | None:
+        """The ids, cut on the right if too long and `truncate`; None if the row is not to be used."""
+        if len(ids) <= self.limit:
+            return ids
+        if self.too_long == "truncate":
+            return ids[: self.limit]
+        if self.too_long == "drop":
+            out.dropped.add(f"over {self.shown}", where, f"{len(ids):,} tokens")
+        else:
+            fix = "data.too_long: drop or truncate, or a longer max_length"
+            self.problems.append(Problem(where, f"{len(ids):,} tokens > {self.shown}", fix=fix))
+        return None
+
+    def count_cut(self, where: str, ids: list[int], out: Tokenised[T]) -> None:
+        """Count a row that is used, if it had to be cut."""
+        if len(ids) > self.limit:
+            out.truncated.add(f"over {self.shown}", where, f"{len(ids):,} tokens")
+
+
+def require_batch(rows: int, batch: int, where: str, fix: str) -> None:
+    """Raise DataError if there are fewer rows than one optimizer step takes: such a run would end after 0 steps."""
+    if rows < batch:
+        raise DataError.at(where, f"{rows:,} rows < global batch {batch:,}", fix=fix)

@@ -1,0 +1,232 @@
+"""Every row format, from invented rows: what it gives as SFT row, as pair and as prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf_ray.data.prompts import Message, Prompt
+from rlhf_ray.data.records import RowSet
+from rlhf_ray.errors import ConfigError, DataError
+
+Read = Callable[..., RowSet]
+
+ASKED = Prompt(messages=(Message("user", "Name a bird."),))
+TALK = Prompt(messages=(Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "A bird?")))
+USER = {"role": "user", "content": "Name a bird."}
+WREN = {"role": "assistant", "content": "Wren."}
+OAK = {"role": "assistant", "content": "Oak."}
+HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: A bird?\n\nAssistant:"
+
+# format, row, prompt, completion, (chosen, rejected)
+ROWS: list[tuple[str, dict[str, Any], Prompt, str | None, tuple[str, str] | None]] = [
+    ("alpaca", {"instruction": "Which is odd?", "input": "oak, pine, salmon", "output": "Salmon."},
+     Prompt("Which is odd?", "oak, pine, salmon"), "Salmon.", None),
+    ("alpaca", {"instruction": "Name a bird.", "input": None, "output": "Wren.", "generator": "x", "datasplit": "eval"},
+     Prompt("Name a bird."), "Wren.", None),
+    ("comparison", {"user_input": "Name a bird.", "completion_a": "Wren.", "completion_b": "Oak."},
+     Prompt("Name a bird."), "Wren.", ("Wren.", "Oak.")),
+    ("alpaca_farm", {"instruction": "Name a bird.", "input": "", "output_1": "Oak.", "output_2": "Wren.", "preference": 2,
+                     "raw_preference": 4}, Prompt("Name a bird."), "Wren.", ("Wren.", "Oak.")),
+    ("alpaca_farm", {"instruction": "Which?", "input": "a b", "output_1": "Wren.", "output_2": "Oak.", "preference": "1"},
+     Prompt("Which?", "a b"), "Wren.", ("Wren.", "Oak.")),
+    ("ranked", {"instruction": "Name a bird.", "input": "", "output": ["Wren.", "Oak."]},
+     Prompt("Name a bird."), "Wren.", ("Wren.", "Oak.")),
+    ("preference", {"prompt": "Name a bird.", "chosen": "Wren.", "rejected": "Oak."},
+     Prompt("Name a bird."), "Wren.", ("Wren.", "Oak.")),
+    ("preference", {"prompt": [USER], "chosen": [WREN], "rejected": [OAK]}, ASKED, "Wren.", ("Wren.", "Oak.")),
+    ("preference", {"chosen": [USER, WREN], "rejected": [USER, OAK]}, ASKED, "Wren.", ("Wren.", "Oak.")),
+    ("preference", {"prompt": "Name a bird.", "chosen": [USER, WREN], "rejected": [USER, OAK]},
+     ASKED, "Wren.", ("Wren.", "Oak.")),
+    ("hh", {"chosen": HH + " Wren.", "rejected": HH + " Oak."}, TALK, "Wren.", ("Wren.", "Oak.")),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Name a bird."}], "chosen": {"from": "gpt", "value": "Wren."},
+                  "rejected": {"from": "gpt", "value": "Oak."}}, ASKED, "Wren.", ("Wren.", "Oak.")),
+    ("prompt_completion", {"prompt": "Name a bird.", "completion": "Wren."}, Prompt("Name a bird."), "Wren.", None),
+    ("prompt_completion", {"prompt": [USER], "completion": [WREN]}, ASKED, "Wren.", None),
+    ("messages", {"messages": [USER, WREN]}, ASKED, "Wren.", None),
+    ("prompt", {"prompt": "Name a bird."}, Prompt("Name a bird."), None, None),
+    ("prompt", {"prompt": [USER]}, ASKED, None, None),
+    ("prompt", {"instruction": "Which?", "input": "a b"}, Prompt("Which?", "a b"), None, None),
+    ("prompt", {"user_input": "Name a bird."}, Prompt("Name a bird."), None, None),
+]  # fmt: skip
+IDS = [f"{i} {name}" for i, (name, *_) in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize(("name", "row", "prompt", "completion", "pair"), ROWS, ids=IDS)
+def test_auto_recognises_the_format_and_reads_what_it_gives(
+    read: Read, name: str, row: dict[str, Any], prompt: Prompt, completion: str | None, pair: tuple[str, str] | None
+) -> None:
+    asked = read([row], "prompt")
+    assert asked.files[0].format == name
+    assert (asked.rows[0].prompt, asked.rows[0].completion, asked.rows[0].chosen) == (prompt, None, None)
+    assert asked.rows[0].columns == row  # a Python reward gets every column
+    for data_format in ("auto", name):
+        if completion is None:
+            with pytest.raises((DataError, ConfigError)):
+                read([row], "sft", format=data_format)
+        else:
+            found = read([row], "sft", format=data_format)
+            assert found.files[0].format == name
+            assert (found.rows[0].prompt, found.rows[0].completion) == (prompt, completion)
+        if pair is None:
+            with pytest.raises((DataError, ConfigError)):
+                read([row], "preference", format=data_format)
+        else:
+            found = read([row], "preference", format=data_format)
+            assert found.files[0].format == name
+            assert (found.rows[0].prompt, found.rows[0].chosen, found.rows[0].rejected) == (prompt, *pair)
+
+
+def test_text_is_learnt_whole_and_continued_as_a_prompt(read: Read) -> None:
+    (row,) = read([{"text": "Once upon a time."}], "sft").rows
+    assert row.prompt.is_blank
+    assert row.completion == "Once upon a time."
+    (prompt,) = read([{"text": "Once upon a time."}], "prompt").rows
+    assert prompt.prompt == Prompt("Once upon a time.")
+    assert row.key == prompt.key  # the held-out rule sees the same thing in both
+
+
+def test_draws_are_dropped_and_counted_but_serve_as_prompts(read: Read) -> None:
+    rows = [
+        {"instruction": f"{i}?", "input": "", "output_1": "a", "output_2": "b", "preference": p}
+        for i, p in enumerate([1, 0, 2])
+    ]
+    found = read(rows, "preference")
+    assert [(r.chosen, r.rejected) for r in found.rows] == [("a", "b"), ("b", "a")]
+    assert str(found.dropped) == "1 dropped: draw (first rows.jsonl:2)"
+    assert (found.total, found.files[0].rows, found.files[0].used) == (3, 3, 2)
+    assert len(read(rows, "prompt").rows) == 3
+
+
+def test_hh_splits_at_the_last_turn_and_counts_what_it_drops(read: Read) -> None:
+    """A reply may itself hold "\\n\\nHuman:"; disagreeing prefixes and equal replies are dropped, never silently."""
+    rows = [
+        {"chosen": HH + " Wren.", "rejected": HH + " Oak."},
+        {"chosen": HH + " Wren.", "rejected": HH.replace("Hi.", "Hey.") + " Oak."},
+        {"chosen": HH + " Same.", "rejected": HH + " Same."},
+        {"chosen": HH + " Wren.", "rejected": HH.replace("Hi.", "Yo.") + " Oak."},
+    ]
+    found = read(rows, "preference")
+    assert [row.where for row in found.rows] == ["rows.jsonl:1"]
+    assert found.dropped.counts() == {"transcripts that differ before the last reply": 2, "identical completions": 1}
+    assert found.dropped.reasons["identical completions"].where == "rows.jsonl:3"
+
+
+MESSAGE_FAULTS: list[tuple[Any, str]] = [
+    ({"messages": "Hi."}, "'messages': expected a list of messages, got string"),
+    ({"messages": [USER, "Hi."]}, "'messages'[1]: expected an object with 'role' and 'content', got string"),
+    ({"messages": [{"role": "user"}, WREN]}, "'messages'[0]: missing field 'content'"),
+    ({"messages": [{"role": "user", "content": None}, WREN]}, "'messages'[0]: 'content' is null"),
+    (
+        {"messages": [{"role": "boss", "content": "x"}, WREN]},
+        "'messages'[0]: unknown role 'boss'; expected one of system, user",
+    ),
+    ({"messages": [USER, {**WREN, "tool_calls": [1]}]}, "'messages'[1]: tool calls are not supported"),
+    ({"messages": [USER]}, "'messages': expected the assistant's message last"),
+    ({"messages": [WREN]}, "empty prompt"),
+    ({"prompt": "p", "completion": [USER, WREN]}, "'completion': expected one message, got 2"),
+    ({"prompt": "p", "completion": " "}, "empty completion"),
+    ({"instruction": "p", "input": 3, "output": "x"}, "'input': expected string, got int"),
+    ({"text": ""}, "empty completion"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), MESSAGE_FAULTS, ids=[m for _, m in MESSAGE_FAULTS])
+def test_malformed_sft_rows(read: Read, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read([row], "sft")
+    assert caught.value.lines()[0].startswith(f"error: rows.jsonl:1: {message}")
+
+
+PAIR_FAULTS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"instruction": "p", "output_1": "a", "output_2": "b", "preference": 3},
+        "'preference': expected 1, 2, or 0 for a draw, got 3",
+    ),
+    (
+        {"instruction": "p", "output_1": "a", "output_2": "b", "preference": True},
+        "'preference': expected 1, 2, or 0 for a draw, got",
+    ),
+    (
+        {"instruction": "p", "output_1": "a", "output_2": "b", "preference": 1.0},
+        "'preference': expected 1, 2, or 0 for a draw, got",
+    ),
+    ({"instruction": "p", "output": ["a", "b", "c"]}, "'output': expected [better, worse], got 3 items"),
+    ({"instruction": "p", "output": ["a", None]}, "'output[1]' is null"),
+    ({"chosen": "Wren.", "rejected": "Oak."}, "'chosen': no '\\n\\nAssistant:' in the transcript"),
+    (
+        {"chosen": "x\n\nAssistant: a", "rejected": "x\n\nAssistant: b"},
+        "'chosen': the transcript does not begin with 'Human:'",
+    ),
+    (
+        {"chosen": [USER, WREN], "rejected": [{**USER, "content": "x"}, OAK]},
+        "'chosen' and 'rejected' differ before the last message",
+    ),
+    ({"chosen": [WREN], "rejected": [OAK]}, "missing field 'prompt'"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), PAIR_FAULTS, ids=[m for _, m in PAIR_FAULTS])
+def test_malformed_pairs(read: Read, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read([row], "preference")
+    assert caught.value.lines()[0].startswith(f"error: rows.jsonl:1: {message}")
+
+
+def test_a_format_without_the_answers_asked_for_is_a_configuration_error(read: Read) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read([{"prompt": "p", "completion": "c"}], "preference", format="prompt_completion")
+    assert caught.value.lines()[0].startswith(
+        "error: data.format: 'prompt_completion' has no pairs to compare; expected one of comp"
+    )
+
+
+def test_unknown_fields_name_the_closest_format(read: Read) -> None:
+    with pytest.raises(DataError) as caught:
+        read([{"prompt": "p", "chosen": "a", "rejectd": "b"}], "preference")
+    (line,) = caught.value.lines()
+    assert line.startswith(
+        "error: rows.jsonl: fields prompt, chosen, rejectd fit no preference format; fix: the closest format is"
+    )
+    assert "preference, missing rejected" in line
+
+
+def test_columns_rename_fields(read: Read) -> None:
+    columns = {"question": "instruction", "answer": "output"}
+    (row,) = read([{"question": "Name a bird.", "answer": "Wren.", "level": 3}], "sft", columns=columns).rows
+    assert (row.prompt, row.completion) == (Prompt("Name a bird."), "Wren.")
+    assert row.columns == {"instruction": "Name a bird.", "output": "Wren.", "level": 3}
+    swapped = {"completion_a": "completion_b", "completion_b": "completion_a"}
+    (pair,) = read([{"user_input": "p", "completion_a": "x", "completion_b": "y"}], "preference", columns=swapped).rows
+    assert (pair.chosen, pair.rejected) == ("y", "x")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"qestion": "instruction"}, "no column 'qestion' (data.columns); got question, output"),
+        ({"question": "output"}, "column 'output' is there already; 'question' cannot take its name (data.columns)"),
+        ({"question": "x", "output": "x"}, "two columns cannot both be called 'x' (data.columns)"),
+    ],
+)
+def test_columns_that_cannot_be_renamed(read: Read, columns: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read([{"question": "p", "output": "a"}], "sft", columns=columns)
+    assert caught.value.lines()[0] == f"error: rows.jsonl: {message}"
+
+
+def test_prompts_that_repeat_are_dropped_unless_a_further_column_differs(read: Read) -> None:
+    rows = [
+        {"prompt": "2+3?", "answer": 5},
+        {"prompt": "2+3?", "answer": 5},
+        {"prompt": " 2+3?", "answer": 6},
+        {"prompt": "1+1?", "answer": 2},
+    ]
+    found = read(rows, "prompt")
+    assert [row.where for row in found.rows] == ["rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:4"]
+    assert str(found.dropped) == "1 dropped: repeated prompts (first rows.jsonl:2)"
+    pairs = [{"user_input": "p", "completion_a": a, "completion_b": "b"} for a in ("x", "y")]
+    assert len(read(pairs, "prompt").rows) == 1  # answers are ignored, so these ask the same
+    assert len(read(pairs, "preference").rows) == 2

@@ -1,0 +1,235 @@
+"""Files of every kind, Hub data sets, and what becomes of rows that are not used."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_ray.config import DataConfig
+from rlhf_ray.data.jsonrows import read_jsonl
+from rlhf_ray.data.load import load_rows
+from rlhf_ray.data.records import RowSet, read_rows
+from rlhf_ray.data.tables import read_hub
+from rlhf_ray.errors import DataError
+
+Read = Callable[..., RowSet]
+ROWS = [
+    {"instruction": "Name a bird.", "input": "", "output": "Wren,\n\"the\" small one."},
+    {"instruction": "Écris un mot.", "input": "français", "output": "Forêt."},
+    {"instruction": "Say 七.", "input": "", "output": "七"},
+]  # fmt: skip
+
+
+def _jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _json(rows: list[dict[str, Any]]) -> bytes:
+    return json.dumps(rows, indent=1).encode()
+
+
+def _csv(rows: list[dict[str, Any]]) -> bytes:
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(",".join('"' + cell.replace('"', '""') + '"' for cell in line) + "\r\n" for line in lines).encode()
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+KINDS = {
+    "jsonl": (_jsonl, ("rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3")),
+    "json": (_json, ("rows.json:row 1", "rows.json:row 2", "rows.json:row 3")),
+    "csv": (_csv, ("rows.csv:2", "rows.csv:4", "rows.csv:5")),
+    "parquet": (_parquet, ("rows.parquet:row 1", "rows.parquet:row 2", "rows.parquet:row 3")),
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_rows(read: Read, kind: str, compressed: bool) -> None:
+    make, where = KINDS[kind]
+    content = gzip.compress(make(ROWS)) if compressed else make(ROWS)
+    suffix = ".gz" if compressed else ""
+    found = read(content, "sft", f"rows.{kind}{suffix}")
+    assert [(r.prompt.text, r.prompt.input, r.completion) for r in found.rows] == [tuple(row.values()) for row in ROWS]
+    assert [r.where for r in found.rows] == [w.replace(kind, kind + suffix, 1) for w in where]
+    (file,) = found.manifest()
+    assert file == {
+        "path": f"rows.{kind}{suffix}",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "rows": 3,
+        "used": 3,
+        "format": "alpaca",
+    }
+
+
+def test_byte_order_mark_in_json_and_csv(read: Read) -> None:
+    for name, make in (("a.json", _json), ("a.csv", _csv)):
+        assert len(read(b"\xef\xbb\xbf" + make(ROWS), "sft", name).rows) == 3
+
+
+def test_parquet_holds_message_lists(read: Read) -> None:
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    (row,) = read(_parquet([{"messages": turns}]), "sft", "a.parquet").rows
+    assert row.completion == "Hello."
+
+
+FAULTS: list[tuple[str, str | bytes, str]] = [
+    ("a.json", "[", "a.json:1: invalid JSON: Expecting value (col 2); file looks truncated"),
+    ("a.json", '[\n{"text": "x"},\n{"text": "y"', "a.json:3: invalid JSON: Expecting ',' delimiter (col 13); file looks truncated"),
+    ("a.json", '[{"text": "x"} {"text": "y"}]', "a.json:1: invalid JSON: Expecting ',' delimiter (col 16)"),
+    ("a.json", '[{"text": "x"}]\n]', "a.json:2: invalid JSON: Extra data (col 1)"),
+    ("a.json", '[{"text": "x"}, 3]', "a.json:row 2: expected a JSON object, got int"),
+    ("a.json", '[{"text": "x"}, {"text": "x", "text": "y"}]', "a.json:row 2: duplicate key 'text'"),
+    ("a.json", '[{"text": "x", "n": -Infinity}]', "a.json:row 1: 'n' is not finite"),
+    ("a.json", '[{"text": "x", "n": ' + "[" * 3000 + "]" * 3000 + "}]", "a.json:row 1: nesting too deep"),
+    ("a.json", '[{"text": "x", "n": ' + "[" * 300 + "]" * 300 + "}]", "a.json:row 1: nesting too deep"),
+    ("a.json", '[{"text": "' + "x" * 1_000_000 + '"}]', "a.json:row 1: row 1.0 MB > max_row_bytes 1 MB"),
+    ("a.json", '{"text": "x"}\n{"text": "y"}', "a.json: not a JSON file: expected a list of objects; fix: name it .jsonl"),
+    ("a.json", "[]", "a.json: no rows"),
+    ("a.json", " \n", "a.json: no rows"),
+    ("a.json", '[{"text": "x"}]'.encode("utf-16"), "a.json: not UTF-8 (looks like UTF-16)"),
+    ("a.json", b'[\n{"text": "\xe9"}]', "a.json:2: byte 0xe9 is not UTF-8"),
+    ("a.csv", "text,text\nx,y\n", "a.csv:1: duplicate column 'text' in the header"),
+    ("a.csv", "text,\nx,y\n", "a.csv:1: column without a name in the header"),
+    ("a.csv", "text\nx,y\n", "a.csv:2: 2 cells, but the header has 1 columns"),
+    ("a.csv", 'text\n"x\n\n', 'a.csv:2: invalid CSV: unexpected end of data; file looks truncated'),
+    ("a.csv", 'text\n"x"y\n', "a.csv:2: invalid CSV: ',' expected after '\"'"),
+    ("a.csv", b"text\nx\n\xe9\n", "a.csv:3: byte 0xe9 is not UTF-8"),
+    ("a.csv", "text\n" + "x" * 1_000_001 + "\n", "a.csv:2: row 1.0 MB > max_row_bytes 1 MB"),
+    ("a.csv", 'text\n"' + ("x" * 999 + "\n") * 1001 + '"\n', "a.csv:2: a cell of more than max_row_bytes 1,000,000, or a quote"),
+    ("a.csv", "text\n", "a.csv: no rows"),
+    ("a.parquet", "text\nx\n", "a.parquet: not a Parquet file: its content is other data"),
+    ("a.parquet", b"PAR1" + bytes(60), "a.parquet: not a readable Parquet file: "),
+    ("a.jsonl.gz", '{"text": "x"}\n', "a.jsonl.gz: not a JSONL file: its name ends in .gz, its content is not gzip data"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-12], "a.jsonl.gz: file looks truncated: its compressed data ends early"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-8] + bytes(8), "a.jsonl.gz: cannot be read: CRC check failed"),
+    ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: no rows"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), FAULTS, ids=[f"{m[:60]}" for _, _, m in FAULTS])
+def test_faults_of_other_files(read: Read, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(content, "sft", name)
+    assert caught.value.lines()[0].startswith(f"error: {message}")
+    assert len(caught.value.lines()) == 1
+
+
+def test_csv_reader_leaves_the_global_field_limit_alone(read: Read) -> None:
+    import csv
+
+    before = csv.field_size_limit(54_321)
+    read(_csv(ROWS), "sft", "a.csv")
+    assert csv.field_size_limit(before) == 54_321
+
+
+def test_bad_rows_are_skipped_and_counted_by_reason(read: Read) -> None:
+    lines = ['{"text": "a"}', "{", '{"text": 3}', '{"text": "b"}', '{"text": }', '{"text": "c', '{"txt": "d"}']
+    found = read("\n".join(lines), "sft", on_bad_row="skip")
+    assert [row.completion for row in found.rows] == ["a", "b"]
+    assert found.skipped.counts() == {
+        "invalid JSON": 3,
+        "'text': expected string, got int": 1,
+        "missing field 'text'": 1,
+    }
+    assert found.skipped.reasons["invalid JSON"].where == "rows.jsonl:2"
+    assert (found.files[0].rows, found.files[0].used) == (7, 2)
+
+
+def test_nothing_left_after_skipping_is_an_error(read: Read) -> None:
+    with pytest.raises(
+        DataError, match=r"rows.jsonl: no usable rows: 2 skipped: 'text' is null \(first rows.jsonl:1\)"
+    ):
+        read('{"text": null}\n{"text": null}\n', "sft", on_bad_row="skip")
+
+
+def test_no_hidden_caps_and_max_rows_keeps_the_first(read: Read, write: Callable[..., str]) -> None:
+    """Seeds F28: 1,237 rows in, 1,237 used."""
+    rows = [{"text": f"story {i}"} for i in range(1237)]
+    assert len(read(rows, "sft").rows) == 1237
+    names = (write(rows[:400], "a.jsonl"), write(rows[400:], "b.jsonl"))
+    config = DataConfig(train=names, max_rows=500, held_out_fraction=0.0)
+    found = read_rows(config, "sft")
+    assert [row.completion for row in found.rows] == [f"story {i}" for i in range(500)]
+    assert [(f.rows, f.used) for f in found.files] == [(400, 400), (837, 100)]
+    assert load_rows(config, "sft").summary == ("1,237 rows: 500 train, 0 held out, 737 beyond max_rows",)
+
+
+def test_a_stage_accounts_for_every_row(write: Callable[..., str]) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(200)]
+    rows[7]["rejected"] = "a"
+    name = write(rows)
+    config = DataConfig(train=(name,), held_out_fraction=0.2, disjoint_stages=True, on_bad_row="skip")
+    found = load_rows(config, "preference", "reward")
+    other = load_rows(config, "preference", "ppo")
+    assert found.held_out == other.held_out
+    assert len(found.train) + len(other.train) + len(found.held_out) == 199
+    assert found.summary == (
+        f"200 rows: {len(found.train)} train, {len(found.held_out)} held out, {len(other.train)} of the other stage, "
+        "1 skipped: identical completions (first rows.jsonl:8)",
+    )
+
+
+def test_with_separate_evaluation_files_all_of_train_trains(write: Callable[..., str]) -> None:
+    train = write([{"text": f"{i}"} for i in range(100)], "a.jsonl")
+    held = write([{"text": f"e{i}"} for i in range(10)], "b.jsonl")
+    found = load_rows(DataConfig(train=(train,), eval=(held,)), "sft")
+    assert (len(found.train), len(found.held_out)) == (100, 10)
+    assert found.summary == ("100 rows: 100 train, 0 held out", "10 rows: 10 evaluation")
+    assert [f["path"] for f in found.manifest] == ["a.jsonl", "b.jsonl"]
+
+
+def test_hub_data_sets_are_read_through_datasets(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., str]
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    (folder / "set").mkdir()
+    write(_jsonl(ROWS), "set/train.jsonl")
+    assert list(read_hub(str(folder / "set"), "train")) == [
+        (f"{folder / 'set'}:row {i}", r) for i, r in enumerate(ROWS, 1)
+    ]
+    with pytest.raises(DataError, match=r"cannot be loaded: Unknown split"):
+        list(read_hub(str(folder / "set"), "nope"))
+
+
+def test_a_hub_id_offline_is_one_line(folder: Path) -> None:
+    """The suite runs with HF_HUB_OFFLINE=1; no retries, no traceback."""
+    import datasets  # noqa: F401 - its import is not part of the time
+
+    start = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        read_rows(DataConfig(train=("nobody/nothing",)), "sft")
+    assert time.monotonic() - start < 2
+    (line,) = caught.value.lines()
+    assert line.startswith("error: nobody/nothing: no such file, and the Hub cannot be asked: offline mode; fix: ")
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+
+
+@given(st.lists(st.dictionaries(TEXTS, TEXTS | st.integers() | st.booleans() | st.none()), min_size=1), st.booleans())
+def test_jsonl_reader_agrees_with_json(rows: list[dict[str, Any]], ascii_only: bool) -> None:
+    import io
+
+    text = "\r\n\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+    found = list(read_jsonl("x", io.BytesIO(text.encode()), 1_000_000))
+    assert [row for _, row in found] == rows
+    assert [where for where, _ in found] == [f"x:{2 * i + 1}" for i in range(len(rows))]

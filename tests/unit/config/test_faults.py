@@ -1,0 +1,251 @@
+"""Bad job files and the exact line that a user sees, by the rows of the fault table (28 to 60) that the loader answers.
+
+The bad field stands on line 5 of a minimal PPO job; each is given to the command as well as an override.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.cli import main
+
+PENALTIES = "one of kl, clamped_kl, bregman, jensen_shannon, squared_error, none, k1, k2, k3"
+NAME_RULE = "use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+
+# (row, what is written on line 5, the field that the line names, the rest of the line)
+FAULTS: list[tuple[str, str, str, str]] = [
+    ("28", "leraning_rate: 1e-4", "leraning_rate", "unknown key; fix: did you mean learning_rate?"),
+    ("28 of an ancestor", "noptepochs: 4", "noptepochs", "unknown key; fix: write num_ppo_epochs"),
+    ("28 in a section", "lora: {rank: 8}", "lora.rank", "unknown key; fix: remove it; fields here: preset, r, lora_alpha, "
+     "lora_dropout, target_modules, use_rslora"),
+    ("28 elsewhere", "zero_stage: 2", "zero_stage", "unknown key; fix: write learner.zero_stage: it does not belong to the top"),
+    ("28 other stage", "train_on_inputs: true", "train_on_inputs", "unknown key; fix: it is a field of sft jobs; remove it"),
+    ("29 text", 'kl_coef: "1e-4"', "kl_coef", "wrong type; expected number >= 0; got '1e-4'; fix: write it without quotes"),
+    ("29 bool", "seed: true", "seed", "wrong type; expected integer >= 0 and < 2^63; got true; fix: the default is 0"),
+    ("29 in a section", "value: {learning_rate: '1e-4'}", "value.learning_rate",
+     "wrong type; expected number > 0 or null; got '1e-4'; fix: write it without quotes"),
+    ("29 number for text", "run_name: 7", "run_name", 'wrong type; expected text or null; got 7; fix: write "7"'),
+    ("29 underscores", "rollout_batch_size: 1_024", "rollout_batch_size",
+     "wrong type; expected integer >= 8; got '1_024'; fix: write 1024"),
+    ("29 no section", "lora: 8", "lora",
+     "wrong type; expected a section with fields preset, r, lora_alpha, lora_dropout, ...; got 8"),
+    ("30 no", "whiten_rewards: no", "whiten_rewards", "wrong type; expected true or false; got 'no'; fix: write false"),
+    ("30 on", "whiten_rewards: on", "whiten_rewards", "wrong type; expected true or false; got 'on'; fix: write true"),
+    ("32 lr 0", "learning_rate: 0", "learning_rate", "out of range; expected number > 0; got 0; fix: the default is 2e-5"),
+    ("32 lr negative", "learning_rate: -1e-5", "learning_rate",
+     "out of range; expected number > 0; got -1e-5; fix: the default is 2e-5"),
+    ("32 lr nan", "learning_rate: .nan", "learning_rate",
+     "out of range; expected number > 0; got nan; fix: the default is 2e-5"),
+    ("32 lr inf", "learning_rate: .inf", "learning_rate",
+     "out of range; expected number > 0; got inf; fix: the default is 2e-5"),
+    ("32 overflow", "kl_coef: 1e999", "kl_coef", "out of range; expected number >= 0; got inf; fix: the default is 0.05"),
+    ("32 clip", "cliprange: -0.2", "cliprange", "out of range; expected number > 0 and < 1; got -0.2; fix: the default is 0.2"),
+    ("32 gamma", "gamma: 1.01", "gamma", "out of range; expected number from 0 to 1; got 1.01; fix: the default is 1"),
+    ("32 lambda", "lam: -0.1", "lam", "out of range; expected number from 0 to 1; got -0.1; fix: the default is 0.95"),
+    ("33 alpha", "lora: {lora_alpha: -4}", "lora.lora_alpha",
+     "out of range; expected number > 0; got -4; fix: the default is 32"),
+    ("33 dropout", "lora: {lora_dropout: -1}", "lora.lora_dropout",
+     "out of range; expected number >= 0 and < 1; got -1; fix: the default is 0"),
+    ("34 r 0", "lora: {r: 0}", "lora.r", "out of range; expected integer from 1 to 1024; got 0; fix: the default is 16"),
+    ("34 r -1", "lora: {r: -1}", "lora.r", "out of range; expected integer from 1 to 1024; got -1; fix: the default is 16"),
+    ("34 r 8.5", "lora: {r: 8.5}", "lora.r", "wrong type; expected integer from 1 to 1024; got 8.5; fix: the default is 16"),
+    ("37", "lora: {target_modules: ['.*(q|v)_proj']}", "lora.target_modules",
+     "target_modules takes module names, not a regular expression: '.*(q|v)_proj'"),
+    ("38 penalty", "kl_penalty: k4", "kl_penalty", f"not a choice; expected {PENALTIES}; got 'k4'"),
+    ("38 controller", "kl_controller: adaptve", "kl_controller",
+     "not a choice; expected one of fixed, adaptive, horizon; got 'adaptve'; fix: did you mean adaptive?"),
+    ("38 in a list", "report_to: [tensorboard, wand]", "report_to[1]",
+     "not a choice; expected one of tensorboard, wandb; got 'wand'; fix: did you mean wandb?"),
+    ("39", "kl_target: 0", "kl_target", "out of range; expected number > 0; got 0; fix: the default is 6"),
+    ("40 mini-batches", "num_mini_batches: 48", "num_mini_batches", "48 does not divide rollout_batch_size 256 (try 32 or 64)"),
+    ("40 generations", "num_generations: 3", "num_generations", "3 does not divide rollout_batch_size 256 (try 2 or 4)"),
+    ("40 accumulation", "gradient_accumulation_steps: 4", "gradient_accumulation_steps",
+     "derived from the batch sizes; setting it is an error; got 4; fix: drop it"),
+    ("43", "learner: {num_workers: -1}", "learner.num_workers",
+     "out of range; expected integer >= 0; got -1; fix: the default is 1"),
+    ("45 zero", "response_length: 0", "response_length",
+     "out of range; expected integer >= 1; got 0; fix: the default is 128"),
+    ("46 temperature", "temperature: 0", "temperature", "out of range; expected number > 0; got 0; fix: the default is 1"),
+    ("46 top_p", "eval_sampling: {top_p: 5}", "eval_sampling.top_p",
+     "out of range; expected number > 0 and <= 1; got 5; fix: the default is 1"),
+    ("46 greedy (F20)", "eval_sampling: {do_sample: false, temperature: 0.7}", "eval_sampling.temperature",
+     "temperature, top_p and top_k have no effect with do_sample: false; drop them or sample"),
+    ("58 every", "save_steps: 0", "save_steps",
+     "out of range; expected integer >= 1 or list of integers or null; got 0"),
+    ("58 listed", "save_steps: [20, 0]", "save_steps", "steps start at 1"),
+    ("58 keep", "save_total_limit: 0", "save_total_limit",
+     "out of range; expected integer >= 1 or null; got 0; fix: the default is 3"),
+    ("58 eval", "eval_steps: -5", "eval_steps", "out of range; expected integer >= 1 or null; got -5"),
+    ("59 traversal", "run_name: ../../x", "run_name", f"{NAME_RULE}: '../../x'"),
+    ("59 slash", "run_name: a/b", "run_name", f"{NAME_RULE}: 'a/b'"),
+    ("59 newline", 'run_name: "a\\n"', "run_name", f"{NAME_RULE}: 'a\\n'"),
+    ("59 long", f"run_name: {'a' * 300}", "run_name", f"{NAME_RULE}: '{'a' * 300}'"),
+    ("60 null", "seed: null", "seed", "wrong type; expected integer >= 0 and < 2^63; got null; fix: the default is 0"),
+    ("60 negative", "seed: -1", "seed", "out of range; expected integer >= 0 and < 2^63; got -1; fix: the default is 0"),
+    ("60 2^64", f"seed: {2**64}", "seed",
+     f"out of range; expected integer >= 0 and < 2^63; got {2**64}; fix: the default is 0"),
+    ("F33 batch", "rollout_batch_size: 4", "rollout_batch_size",
+     "out of range; expected integer >= 8; got 4; fix: the default is 256"),
+    ("value.init_from", "value: {init_from: reward:judge}", "value.init_from", "no reward is called 'judge'; rewards: reward"),
+    ("too many digits", f"kl_coef: {'9' * 400}", "kl_coef",
+     f"out of range; expected number >= 0; got {'9' * 97}...; fix: the default is 0.05"),
+]  # fmt: skip
+IDS = [fault[0] for fault in FAULTS]
+JOB = "output_dir: runs/ppo\nmodel_name_or_path: base\ndata: {train: prompts.jsonl}\nrewards: [{run: runs/reward}]\n"
+
+
+def run(*args: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on stderr of a command that must end with exit code 2, in 2 seconds, with nothing on stdout."""
+    start = time.perf_counter()
+    code = main(args)
+    assert time.perf_counter() - start < 2
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    return err.splitlines()
+
+
+@pytest.mark.parametrize(("row", "text", "field", "message"), FAULTS, ids=IDS)
+def test_a_bad_field_in_the_file(
+    row: str, text: str, field: str, message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("job.yaml").write_text(JOB + text + "\n")
+    assert run("ppo", "job.yaml", capsys=capsys) == [f"error: job.yaml:5: {field}: {message}"]
+
+
+@pytest.mark.parametrize(("row", "text", "field", "message"), FAULTS, ids=IDS)
+def test_a_bad_override(
+    row: str, text: str, field: str, message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("job.yaml").write_text(JOB)
+    name, _, value = text.partition(": ")
+    override = f"{name}={value}"
+    shown = override if len(override) <= 100 else override[:97] + "..."
+    deeper = f": {field}" if field != name else ""
+    assert run("ppo", "job.yaml", override, capsys=capsys) == [f"error: override {shown}{deeper}: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            "max_length: 128\nresponse_length: 128",
+            "job.yaml:6: response_length: 128 leaves no room for a prompt in max_length 128",
+        ),
+        (
+            "advantage_estimator: grpo",
+            "job.yaml: num_generations: grpo compares replies of one prompt; expected at least 2; got 1",
+        ),
+        ("min_response_length: 200", "job.yaml:5: min_response_length: 200 is over response_length 128"),
+        (
+            "sft: runs/sft\nlora: {r: 8}",
+            "job.yaml:6: lora: the policy copies the SFT adapter's r, alpha and targets; drop lora, "
+            "or merge the SFT adapter first",
+        ),
+        (
+            "load_in_8bit: true\nload_in_4bit: true",
+            "job.yaml:5: load_in_8bit: load_in_8bit and load_in_4bit exclude each other",
+        ),
+        ("cpu_offload: true", "job.yaml:5: cpu_offload: cpu_offload needs load_in_8bit or load_in_4bit"),
+        ("max_steps: 0", "job.yaml:5: max_steps: expected at least 1, or -1; got 0"),
+    ],
+)
+def test_rules_across_fields(lines: str, expected: str, complaints: Callable[..., list[str]]) -> None:
+    assert complaints("ppo", JOB + lines + "\n") == [f"error: {expected}"]
+
+
+def test_values_of_a_mapping(complaints: Callable[..., list[str]]) -> None:
+    assert complaints("ppo", JOB, "data.columns.prompt=3", "data.split=[a]") == [
+        "error: override data.split=[a]: wrong type; expected text; got [a]; fix: the default is train",
+        'error: override data.columns.prompt=3: wrong type; expected text; got 3; fix: write "3"',
+    ]
+    assert complaints("ppo", JOB, "data.columns=[a]") == [
+        "error: override data.columns=[a]: wrong type; expected mapping; got [a]"
+    ]
+
+
+def test_batch_arithmetic_of_sft(complaints: Callable[..., list[str]]) -> None:
+    """Row 40: the arithmetic and the nearest valid sizes."""
+    text = (
+        "output_dir: o\nmodel_name_or_path: base\ndata: {train: x}\ntrain_batch_size: 60\nlearner: {num_workers: 4}\n"
+    )
+    assert complaints("sft", text) == [
+        "error: job.yaml:4: train_batch_size: 60 is not a multiple of per_device_train_batch_size 8 x 4 workers = 32; "
+        "try 32 or 64"
+    ]
+
+
+def test_nearest_sizes_are_found_without_a_long_search(complaints: Callable[..., list[str]]) -> None:
+    """A large prime-like batch must not make the error message search for minutes."""
+    size = 2**61 - 1
+    assert complaints("ppo", JOB, f"rollout_batch_size={size}", "num_mini_batches=1000") == [
+        f"error: override num_mini_batches=1000: 1000 does not divide rollout_batch_size {size} (try 1 or {size})"
+    ]
+
+
+def test_required_fields_say_what_they_are(complaints: Callable[..., list[str]]) -> None:
+    assert complaints("ppo", "data: {max_rows: 3}\n") == [
+        "error: job.yaml:1: data.train: missing; expected text or list of texts "
+        "(files (.json .jsonl .csv .parquet, each also .gz) or Hugging Face data set ids)",
+        "error: job.yaml: output_dir: missing; expected text (the run folder itself)",
+        "error: job.yaml: model_name_or_path: missing; expected text "
+        "(base model: folder or Hub id of a causal language model)",
+        "error: job.yaml: rewards: missing; expected list of sections (what is maximised)",
+    ]
+
+
+def test_all_problems_at_once_in_the_order_of_the_file(complaints: Callable[..., list[str]]) -> None:
+    text = JOB + "gamma: 2\nlora:\n  r: 0\n  rr: 1\nkl_penalty: kll\nsave_steps: [10, x]\nlam: 3\n"
+    places = [line.split(": ")[1:3] for line in complaints("ppo", text, "seed=-1")]
+    assert places == [
+        ["job.yaml:5", "gamma"],
+        ["job.yaml:7", "lora.r"],
+        ["job.yaml:8", "lora.rr"],
+        ["job.yaml:9", "kl_penalty"],
+        ["job.yaml:10", "save_steps[1]"],
+        ["job.yaml:11", "lam"],
+        ["override seed=-1", "out of range; expected integer >= 0 and < 2^63; got -1; fix"],
+    ]
+
+
+def test_several_broken_rules_of_one_class_are_told_together(complaints: Callable[..., list[str]]) -> None:
+    told = complaints("ppo", JOB + "num_mini_batches: 48\nnum_generations: 3\n")
+    assert [line.split(": ")[1:3] for line in told] == [
+        ["job.yaml:5", "num_mini_batches"],
+        ["job.yaml:6", "num_generations"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "foreign"),
+    [
+        ("sft", "kl_coef, rewards"),
+        ("reward", "kl_coef, rewards"),
+        ("evaluate", "kl_coef"),
+        ("pipeline", "data, kl_coef, rewards"),
+    ],
+)
+def test_a_job_file_given_to_the_wrong_command(
+    command: str, foreign: str, complaints: Callable[..., list[str]]
+) -> None:
+    assert complaints(command, JOB + "kl_coef: 0.1\n") == [
+        f"error: job.yaml: is a job file of ppo, not of {command} (it has {foreign}); fix: run `rlhf-ray ppo` on it"
+    ]
+
+
+def test_defaults_run_and_ratios_of_ancestors_do_not_creep_in(loaded: Callable[..., object]) -> None:
+    """F2: the bare defaults are a valid job.  F5: dropout 0 stays 0, even over a preset that has another value."""
+    config = loaded("ppo", JOB + "lora: {preset: alpaca_farm_lora, lora_dropout: 0}\n")
+    assert (config.kl_penalty, config.kl_coef) == ("kl", 0.05)  # type: ignore[attr-defined]
+    lora = config.lora  # type: ignore[attr-defined]
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (8, 64.0, 0.0)
+    assert lora.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def test_a_regular_expression_cannot_hang_the_loader(complaints: Callable[..., list[str]]) -> None:
+    start = time.perf_counter()
+    complaints("ppo", JOB + f"lora: {{target_modules: ['(a+)+$', '{'a' * 5000}!']}}\n")
+    assert time.perf_counter() - start < 2

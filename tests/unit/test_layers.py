@@ -1,0 +1,108 @@
+"""Imports run downward only: the floors of ARCHITECTURE.md, held by reading the source, lazy imports included."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "rlhf_ray"
+
+FLOORS = {
+    "errors": 0,
+    "config": 0,
+    "maths": 1,
+    "batches": 1,
+    "metrics": 1,
+    "console": 1,
+    "data": 2,
+    "models": 2,
+    "run": 2,
+    "session": 2,
+    "plan": 2,
+    "report": 2,
+    "roles": 3,
+    "stages": 4,
+    "sweep": 5,
+    "serve": 5,
+    "submit": 5,
+    "doctor": 5,
+    "cli": 6,
+    "__init__": 6,  # names every floor, lazily; nothing but the cli may import from it
+}
+
+
+def part_of(module: str) -> str:
+    """The part of the package that a dotted name belongs to: `rlhf_ray.maths.kl` -> `maths`, `rlhf_ray` -> `__init__`."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything of ours that `source` imports, wherever in the file."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = module.split(".") if is_package else module.split(".")[:-1]
+                base = ".".join([*here[: len(here) - node.level + 1], *filter(None, [node.module])])
+            if base == "rlhf_ray":  # `from rlhf_ray import maths` takes a part, any other name is __init__'s own
+                names = [f"rlhf_ray.{a.name}" if a.name in FLOORS else "rlhf_ray" for a in node.names]
+            else:
+                names = [base]
+        for name in names:
+            if name.split(".")[0] == "rlhf_ray":
+                yield node.lineno, name
+
+
+def upward(source: str, module: str, is_package: bool = False) -> list[str]:
+    """One line for each import that climbs."""
+    own = FLOORS[part_of(module)]
+    return [
+        f"{module}:{line}: floor {own} imports {name} of floor {FLOORS[part_of(name)]}"
+        for line, name in imports(source, module, is_package)
+        if FLOORS[part_of(name)] > own
+    ]
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_modules_are_found_and_each_has_a_floor() -> None:
+    assert len(MODULES) > 20
+    parts = {part_of(module_name(path)) for path in MODULES}
+    assert parts <= FLOORS.keys(), f"give these a floor: {sorted(parts - FLOORS.keys())}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_run_downward(path: Path) -> None:
+    module = module_name(path)
+    if module == "rlhf_ray":
+        return
+    assert upward(path.read_text(encoding="utf-8"), module, path.stem == "__init__") == []
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "climbs"),
+    [
+        ("from rlhf_ray.stages.ppo import ppo", "rlhf_ray.maths.kl", True),
+        ("def f():\n    import rlhf_ray.cli", "rlhf_ray.roles.learner", True),
+        ("from rlhf_ray import roles", "rlhf_ray.models.heads", True),
+        ("from rlhf_ray import ppo", "rlhf_ray.stages.demo", True),
+        ("from ..stages import ppo", "rlhf_ray.maths.kl", True),
+        ("from . import kl", "rlhf_ray.maths.returns", False),
+        ("from rlhf_ray.errors import ConfigError\nimport torch", "rlhf_ray.maths.kl", False),
+        ("from rlhf_ray.models import heads", "rlhf_ray.stages.ppo", False),
+    ],
+)
+def test_the_check_sees_what_it_should(source: str, module: str, climbs: bool) -> None:
+    assert bool(upward(source, module)) is climbs

@@ -1,0 +1,341 @@
+"""Adapter folders in plain PEFT form: the gate that every adapter passes before PEFT sees it, and the save that checks itself.
+
+PEFT trusts adapter files: a regular expression as target can hang the process, and NaN, missing tensors or a foreign base load with
+a warning at most. So files are read here, strictly, and PEFT only ever gets a configuration made from checked values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rlhf_ray.errors import ArtifactError, InvariantError, Problem
+from rlhf_ray.models.files import (
+    atomic_replace_folder,
+    atomic_save_tensors,
+    atomic_write_json,
+    read_json,
+    sha256_tensors,
+    temporary_beside,
+)
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+HEAD_KEY = "base_model.model.score.weight"
+"""Where PEFT keeps the score head of a one-label sequence-classification adapter."""
+
+KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<half>[AB])\.weight")
+MAX_R = 1024
+MAX_TARGETS = 1024
+MAX_CONFIG_BYTES = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,256}")
+_DTYPES = {"F32", "F16", "BF16"}
+_REFUSED = {
+    "use_dora": "DoRA makes a token's result depend on the whole weight, which mixed-adapter batches cannot do",
+    "layer_replication": "it changes the base",
+    "trainable_token_indices": "it changes the base's embeddings",
+    "megatron_config": "it belongs to another trainer",
+    "target_parameters": "only linear layers are adapted",
+    "rank_pattern": "one rank for all layers is expected",
+    "alpha_pattern": "one scale for all layers is expected",
+    "layers_to_transform": "all layers are adapted",
+}
+_INIT = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base alone. PiSSA, OLoRA, CorDA and LoftQ rewrite it, and all adapters here share one base."""
+
+_CHECKED = {
+    "peft_type",
+    "task_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "use_rslora",
+    "fan_in_fan_out",
+    "bias",
+    "init_lora_weights",
+    "modules_to_save",
+    "base_model_name_or_path",
+    "revision",
+}
+_WITHOUT_MEANING = {"peft_version", "inference_mode", "auto_mapping", "megatron_core", "qalora_group_size"}
+
+_BYSTANDERS = re.compile(
+    r".*\.(md|txt|json|jsonl|jinja|model|yaml)|\.gitattributes|LATEST"
+    r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin"
+)
+"""Files that may lie beside an adapter (a model card, a tokenizer, a Trainer's own state) and are never opened."""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter that has passed the gate.
+
+    config: checked values r, lora_alpha, lora_dropout, target_modules, use_rslora, fan_in_fan_out, task_type,
+    base_model_name_or_path, revision.   tensors: plain PEFT key -> float32 on the CPU.   head: f32[1, D] of a reward adapter.
+    sha256: over the tensors, head included."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    head: Tensor | None
+    sha256: str
+    path: str
+
+
+def read_adapter(folder: Path | str) -> AdapterFiles:
+    """Read and check the adapter in `folder`.
+
+    ArtifactError, with every problem found, for: files that are not plain files, pickled weights, unknown files, a configuration
+    outside the schema, no tensors, unexpected or unpaired tensors, wrong shapes or dtypes, values that are not finite."""
+    folder = Path(folder)
+    _check_folder(folder)
+    config = check_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    tensors = _read_tensors(folder / WEIGHTS, config)
+    head = tensors.pop(HEAD_KEY, None)
+    return AdapterFiles(config, tensors, head, adapter_sha256(tensors, head), str(folder))
+
+
+def adapter_sha256(tensors: Mapping[str, Tensor], head: Tensor | None = None) -> str:
+    """Identity of an adapter: over its float32 tensors, and its score head if it has one."""
+    named = dict(tensors) if head is None else {**tensors, HEAD_KEY: head}
+    return sha256_tensors({name: t.float() for name, t in named.items()})
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ArtifactError.at(str(folder), "is not a folder", "an adapter folder")
+    problems = []
+    for path in sorted(folder.iterdir()):
+        if path.name in (CONFIG, WEIGHTS):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                problems.append(Problem(str(path), "is not a plain file"))
+        elif path.name.startswith("adapter_model."):
+            problems.append(
+                Problem(str(path), "pickled weights are refused: a pickle can run code", WEIGHTS, fix="rlhf-ray import")
+            )
+        elif not path.is_dir() and not _BYSTANDERS.fullmatch(path.name):
+            problems.append(Problem(str(path), "does not belong in an adapter folder", f"{CONFIG} and {WEIGHTS}"))
+    missing = [n for n in (CONFIG, WEIGHTS) if not (folder / n).exists()]
+    if not problems:
+        problems = [Problem(str(folder / n), "file is missing") for n in missing]
+    ArtifactError.raise_all(problems)
+    if (folder / CONFIG).stat().st_size > MAX_CONFIG_BYTES:
+        raise ArtifactError.at(str(folder / CONFIG), "is too large to be an adapter's configuration")
+
+
+def check_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of `raw` that matter here, checked. ArtifactError, all problems at once, for what would be read differently."""
+    problems = _value_problems(raw, where) + _meaning_problems(raw, where)
+    ArtifactError.raise_all(problems)
+    targets = raw["target_modules"]
+    return {
+        "r": raw["r"],
+        "lora_alpha": float(raw["lora_alpha"]),
+        "lora_dropout": float(raw.get("lora_dropout", 0.0)),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "use_rslora": bool(raw.get("use_rslora", False)),
+        "fan_in_fan_out": bool(raw.get("fan_in_fan_out", False)),
+        "task_type": raw.get("task_type"),
+        "base_model_name_or_path": raw.get("base_model_name_or_path"),
+        "revision": raw.get("revision"),
+    }
+
+
+def _value_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
+    problems = []
+
+    def check(name: str, good: bool, expected: str) -> None:
+        if not good:
+            problems.append(Problem(f"{where}: {name}", "bad value", expected, repr(raw.get(name))[:80]))
+
+    r, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
+    check("peft_type", raw.get("peft_type") == "LORA", "LORA")
+    check("r", isinstance(r, int) and not isinstance(r, bool) and 1 <= r <= MAX_R, f"a whole number from 1 to {MAX_R}")
+    check("lora_alpha", _is_number(alpha) and alpha > 0, "a finite number above 0")  # type: ignore[operator]
+    check("lora_dropout", _is_number(dropout) and 0 <= dropout < 1, "from 0 up to, not including, 1")
+    check("task_type", raw.get("task_type") in (None, "CAUSAL_LM", "SEQ_CLS"), "CAUSAL_LM or SEQ_CLS")
+    check("bias", raw.get("bias", "none") == "none", "none")
+    check("init_lora_weights", raw.get("init_lora_weights", True) in _INIT, "one that leaves the base unchanged")
+    for name in ("base_model_name_or_path", "revision"):
+        check(name, raw.get(name) is None or isinstance(raw.get(name), str), "a string")
+    for name in ("use_rslora", "fan_in_fan_out"):
+        check(name, isinstance(raw.get(name, False), bool), "true or false")
+    targets = raw.get("target_modules")
+    is_list = isinstance(targets, list) and 0 < len(targets) <= MAX_TARGETS
+    names = is_list and all(isinstance(t, str) and _NAME.fullmatch(t) for t in targets)  # type: ignore[union-attr]
+    check("target_modules", names or targets == "all-linear", "a list of module names (no regular expression)")
+    saved = raw.get("modules_to_save") or []
+    allowed = {"score", "classifier"} if raw.get("task_type") == "SEQ_CLS" else set()
+    check("modules_to_save", isinstance(saved, list) and set(map(str, saved)) <= allowed, "score, for SEQ_CLS only")
+    return problems
+
+
+def _meaning_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
+    """Options of PEFT that are not off: an adapter that uses them is not the plain LoRA it would be read as."""
+    import peft
+
+    defaults = {f.name: f.default for f in dataclasses.fields(peft.LoraConfig)}
+    problems = []
+    for name, value in raw.items():
+        if (
+            name in _CHECKED
+            or name in _WITHOUT_MEANING
+            or not value
+            or value == defaults.get(name, dataclasses.MISSING)
+        ):
+            continue
+        reason = _REFUSED.get(name, "not a plain LoRA option")
+        problems.append(Problem(f"{where}: {name}", f"is not supported: {reason}", "null", repr(value)[:80]))
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Names, dtypes and shapes are checked from the header before any tensor is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            kinds = {name: s.get_dtype() for name, s in slices.items()}
+            shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+            problems = tensor_problems(shapes, config["r"], str(path), allow_head=config["task_type"] == "SEQ_CLS")
+            problems += [
+                Problem(f"{path}: {n}", "wrong number format", "F32, BF16 or F16", k)
+                for n, k in kinds.items()
+                if k not in _DTYPES
+            ]
+            ArtifactError.raise_all(problems)
+            tensors = {name: file.get_tensor(name).float() for name in slices}
+    except (SafetensorError, OSError) as e:
+        raise ArtifactError.at(str(path), f"is damaged: {e}") from e
+    bad = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    ArtifactError.raise_all(Problem(f"{path}: {name}", "holds values that are not finite") for name in bad)
+    return tensors
+
+
+def tensor_problems(shapes: Mapping[str, tuple[int, ...]], r: int, where: str, allow_head: bool) -> list[Problem]:
+    """What is wrong with the names and shapes of an adapter's tensors: A is [r, in], B is [out, r], in pairs."""
+    halves: dict[str, set[str]] = {}
+    problems = []
+    for name, shape in shapes.items():
+        key = KEY.fullmatch(name)
+        if name == HEAD_KEY and allow_head:
+            if len(shape) != 2 or shape[0] != 1:
+                problems.append(Problem(f"{where}: {name}", "wrong shape", "(1, hidden size)", str(shape)))
+        elif key is None:
+            problems.append(Problem(f"{where}: {name}", "unexpected tensor", "lora_A and lora_B weights"))
+        else:
+            halves.setdefault(key["module"], set()).add(key["half"])
+            rank = shape[0 if key["half"] == "A" else 1] if len(shape) == 2 else None
+            if rank != r or 0 in shape:
+                form = f"({r}, in)" if key["half"] == "A" else f"(out, {r})"
+                problems.append(Problem(f"{where}: {name}", "wrong shape", form, str(shape)))
+    for module, found in halves.items():
+        for half in sorted({"A", "B"} - found):
+            problems.append(Problem(f"{where}: {module}", f"lora_{half} is missing"))
+    if not halves and not problems:
+        problems.append(Problem(where, "the adapter is empty: it holds no LoRA tensors"))
+    return problems
+
+
+def save_adapter(
+    folder: Path | str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"],
+    head: Tensor | None,
+    base_path: str,
+    revision: str | None = None,
+    must_differ_from: str | None = None,
+) -> str:
+    """Write an adapter that plain PEFT loads, replacing the one in `folder`, and return its sha256.
+
+    tensors: as `adapter_tensors` gives them.   config: as in `AdapterFiles.config`.   head: [1, D] of a reward model or critic.
+    base_path, revision: what the adapter belongs on.   must_differ_from: sha256 before training; the adapter must have moved.
+    InvariantError, with nothing written, if the adapter is empty, not finite, unchanged or, after training, has only zero B; or
+    if the file read back is not what was to be saved."""
+    folder = Path(folder)
+    named = {name: t.detach().to("cpu", torch.float32) for name, t in tensors.items()}
+    weight = None if head is None else head.detach().to("cpu", torch.float32)
+    sha256 = adapter_sha256(named, weight)
+    _check_saveable(folder, named, weight, config, sha256, must_differ_from)
+    temporary = temporary_beside(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        atomic_write_json(temporary / CONFIG, peft_json(config, task_type, weight is not None, base_path, revision))
+        atomic_save_tensors(temporary / WEIGHTS, named if weight is None else {**named, HEAD_KEY: weight})
+        found = read_adapter(temporary).sha256
+        if found != sha256:
+            raise InvariantError.at(str(folder), "the adapter on disk is not the one in memory", sha256, found)
+        atomic_replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sha256
+
+
+def _check_saveable(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    head: Tensor | None,
+    config: Mapping[str, Any],
+    sha256: str,
+    must_differ_from: str | None,
+) -> None:
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    problems = tensor_problems(shapes, config["r"], str(folder), allow_head=False)
+    bad = [
+        n for n, t in {**tensors, **({} if head is None else {HEAD_KEY: head})}.items() if not torch.isfinite(t).all()
+    ]
+    problems += [Problem(f"{folder}: {name}", "is not finite") for name in bad]
+    if must_differ_from is not None and not problems:
+        if sha256 == must_differ_from:
+            problems.append(Problem(str(folder), "training left the adapter unchanged", "other weights", sha256))
+        elif not any(bool(t.any()) for n, t in tensors.items() if n.endswith("lora_B.weight")):
+            problems.append(Problem(str(folder), "training left every lora_B at zero: the adapter does nothing"))
+    InvariantError.raise_all(problems)
+
+
+def peft_json(
+    config: Mapping[str, Any], task_type: str, has_head: bool, base_path: str, revision: str | None
+) -> dict[str, Any]:
+    """adapter_config.json as PEFT writes it."""
+    values = peft_config(config).to_dict()
+    values |= {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "inference_mode": True,
+        "base_model_name_or_path": base_path,
+        "revision": revision,
+        "modules_to_save": ["score"] if has_head else None,
+    }
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(values.items())}
+
+
+def peft_config(config: Mapping[str, Any]) -> Any:
+    """PEFT's own LoraConfig from checked values, without a task type: heads are kept outside of PEFT here."""
+    import peft
+
+    alpha, targets = config["lora_alpha"], config["target_modules"]
+    return peft.LoraConfig(
+        r=config["r"],
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_dropout=config["lora_dropout"],
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=config["use_rslora"],
+        fan_in_fan_out=config["fan_in_fan_out"],
+    )

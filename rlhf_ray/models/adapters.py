@@ -1,0 +1,332 @@
+"""Named LoRA adapters on one frozen base: made fresh, loaded strictly, copied, chosen for a forward pass.
+
+y = W x + (lora_alpha / r) B A x     (Hu et al. 2021, arXiv:2106.09685; rsLoRA: lora_alpha / sqrt(r), arXiv:2312.03732)
+
+A and B are float32 whatever the base's precision. PEFT turns the gradients of every adapter but the active one off; here several
+adapters train at once, so each function below leaves the requires_grad flags of the others as they were.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_ray.config import LoraConfig
+from rlhf_ray.errors import ArtifactError, ConfigError, InvariantError, Problem
+from rlhf_ray.models.adapter_files import (
+    HEAD_KEY,
+    AdapterFiles,
+    adapter_sha256,
+    peft_config,
+    read_adapter,
+    save_adapter,
+)
+from rlhf_ray.models.adapter_targets import (
+    linear_layers,
+    matches,
+    module_of,
+    own_key,
+    resolve_targets,
+    width_in_out,
+)
+
+__all__ = [
+    "HEAD_KEY",
+    "AdapterFiles",
+    "adapter_config",
+    "adapter_parameters",
+    "adapter_sha256",
+    "adapter_tensors",
+    "add_fresh",
+    "add_from_files",
+    "as_peft",
+    "check_adapter_name",
+    "copy_adapter",
+    "gradient_checkpointing",
+    "load_adapter_tensors",
+    "read_adapter",
+    "resolve_targets",
+    "save_adapter",
+    "set_trainable",
+    "use_adapter",
+    "wrap",
+]
+
+
+def check_adapter_name(name: str) -> str:
+    """`name`, if it can name an adapter: PEFT and torch trip over dots, parts of "lora_", and names of ModuleDict's methods."""
+    if not name or "." in name or name in "lora_" or hasattr(nn.ModuleDict(), name):
+        raise ConfigError.at("adapter", f"cannot be called {name!r}", "a name such as policy, value, reward or ad_0001")
+    return name
+
+
+def as_peft(model: nn.Module) -> PeftModel:
+    """`model` itself, typed as what `wrap` returned. InvariantError if it has no adapters."""
+    if not isinstance(model, PeftModel):
+        raise InvariantError.at(type(model).__name__, "has no adapters", "a model that `wrap` returned")
+    return model
+
+
+def wrap(
+    model: nn.Module, source: LoraConfig | AdapterFiles, adapter_name: str, *, seed: int | None = None
+) -> PeftModel:
+    """A PeftModel around `model` (a causal language model or classifier) with one adapter: fresh (B = 0), or from files.
+
+    It is active and trains. seed: draws A from a generator of its own, so that A depends on nothing else; None: torch's global one.
+    A loaded adapter has dropout 0. Raises as `resolve_targets` and `add_from_files` do."""
+    config, given = _plan(model, source)
+    check_adapter_name(adapter_name)
+    with _seeded(seed if given is None else 0), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 by a name on its way out
+        peft_model = PeftModel(model, peft_config(config), adapter_name, autocast_adapter_dtype=True)
+    _settle(peft_model, adapter_name, given)
+    set_trainable(peft_model, (adapter_name,))
+    return peft_model
+
+
+def add_fresh(
+    model: nn.Module, adapter_name: str, lora: LoraConfig, *, seed: int | None = None, trainable: bool = True
+) -> None:
+    """Add a fresh adapter (B = 0: it changes nothing yet). The active adapter stays the active one."""
+    _add(model, adapter_name, lora, seed, trainable)
+
+
+def add_from_files(model: nn.Module, adapter_name: str, files: AdapterFiles, trainable: bool) -> None:
+    """Add a saved adapter, with dropout 0: every tensor of the file must find its place, and every place its tensor.
+
+    An adapter trained on a classifier fits the causal language model of the same trunk, and the other way round.
+    ArtifactError naming missing and unmatched keys and wrong shapes; the model is then as it was."""
+    _add(model, adapter_name, files, None, trainable)
+
+
+def copy_adapter(model: nn.Module, source: str, target: str, trainable: bool = True) -> None:
+    """Make adapter `target` a copy of `source`, adding it if it is not there yet."""
+    if target not in as_peft(model).peft_config:
+        config = {**adapter_config(model, source), "lora_dropout": 0.0}
+        _inject(model, target, config, 0, trainable)
+    load_adapter_tensors(model, target, adapter_tensors(model, source))
+
+
+def load_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite the adapter's weights by `tensors` (plain PEFT keys). ArtifactError unless keys and shapes match exactly."""
+    parameters = adapter_parameters(model, adapter_name)
+    given = {own_key(model, key): t for key, t in tensors.items()}
+    _compare({k: tuple(p.shape) for k, p in parameters.items()}, given, f"adapter {adapter_name}")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(given[key])
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The adapter's configuration in the form of `AdapterFiles.config`, ready for `save_adapter`."""
+    config: Any = as_peft(model).peft_config[adapter_name]
+    return {
+        "r": config.r,
+        "lora_alpha": float(config.lora_alpha),
+        "lora_dropout": float(config.lora_dropout),
+        "target_modules": sorted(config.target_modules),
+        "use_rslora": bool(config.use_rslora),
+        "fan_in_fan_out": bool(config.fan_in_fan_out),
+        "task_type": None,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+    }
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """{plain PEFT key: parameter} of one adapter, in the order of the model's layers."""
+    found: dict[str, nn.Parameter] = {}
+    for name, layer in lora_layers(model):
+        if adapter_name in layer.lora_A:
+            found[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight
+            found[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight
+    if not found:
+        raise InvariantError.at(f"adapter {adapter_name}", "no such adapter", ", ".join(as_peft(model).peft_config))
+    return found
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """{plain PEFT key: float32 copy on the CPU}: what `save_adapter` writes and the sampler loads."""
+    found = {
+        k: p.detach().to("cpu", torch.float32, copy=True) for k, p in adapter_parameters(model, adapter_name).items()
+    }
+    empty = [k for k, t in found.items() if t.numel() == 0]
+    if empty:
+        raise InvariantError.at(
+            f"adapter {adapter_name}", f"{len(empty)} tensors are empty: partitioned by ZeRO-3 and not gathered"
+        )
+    return found
+
+
+def set_trainable(model: nn.Module, adapter_names: tuple[str, ...]) -> None:
+    """Gradients for these adapters and for nothing else: not the base, not the other adapters."""
+    model.requires_grad_(False)
+    for name in adapter_names:
+        for parameter in adapter_parameters(model, name).values():
+            parameter.requires_grad_(True)
+
+
+class use_adapter:
+    """`with use_adapter(peft_model, "value"): ...` runs forward passes under that adapter; None switches all adapters off, which
+    is the base itself, bit for bit. On leaving, the adapter that was active before is active again.
+
+    Which adapters train does not change: every requires_grad flag is the same inside, after, and after an exception. Run the
+    backward pass anywhere; under gradient checkpointing, see `gradient_checkpointing`. Not for several threads at once."""
+
+    def __init__(self, model: nn.Module, adapter_name: str | None) -> None:
+        if adapter_name is not None and adapter_name not in as_peft(model).peft_config:
+            raise InvariantError.at(f"adapter {adapter_name}", "no such adapter", ", ".join(as_peft(model).peft_config))
+        self._model = model
+        self._wanted = [] if adapter_name is None else [adapter_name]
+        self._before: list[str] = []
+
+    def __enter__(self) -> None:
+        self._before = _active(self._model)
+        _activate(self._model, self._wanted)
+
+    def __exit__(self, *_: object) -> None:
+        _activate(self._model, self._before)
+
+
+def gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass, each layer under the adapter that its forward pass ran under.
+
+    Without this a joint backward over a policy and a value pass would recompute both under whichever adapter is active then.
+    It takes effect in training mode only (dropout is 0, so that mode changes nothing else)."""
+
+    def contexts() -> tuple[Any, Any]:
+        active = _active(model)
+        return nullcontext(), use_adapter(model, active[0] if active else None)
+
+    base: Any = as_peft(model).get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+def _plan(model: nn.Module, source: LoraConfig | AdapterFiles) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """The adapter's configuration, and its tensors under this model's keys; all that can be refused is refused here."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    linear = linear_layers(base)
+    if isinstance(source, LoraConfig):
+        targets = resolve_targets(base, source.target_modules)
+        chosen = [m for n, m in linear.items() if any(matches(t, n) for t in targets)]
+        config = {
+            "r": source.r,
+            "lora_alpha": source.lora_alpha,
+            "lora_dropout": source.lora_dropout,
+            "target_modules": targets,
+            "use_rslora": source.use_rslora,
+            "fan_in_fan_out": all(isinstance(m, Conv1D) for m in chosen),
+        }
+        return config, None
+    given = {own_key(base, key): t for key, t in source.tensors.items()}
+    targets = source.config["target_modules"]
+    if targets == "all-linear":
+        targets = resolve_targets(base, targets)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in linear.items():
+        if any(matches(t, name) for t in targets):
+            n_in, n_out = width_in_out(layer)
+            shapes[f"base_model.model.{name}.lora_A.weight"] = (source.config["r"], n_in)
+            shapes[f"base_model.model.{name}.lora_B.weight"] = (n_out, source.config["r"])
+    _compare(shapes, given, source.path)
+    chosen = [linear[module_of(key)] for key in given]
+    conv = all(isinstance(m, Conv1D) for m in chosen)
+    return {**source.config, "target_modules": targets, "lora_dropout": 0.0, "fan_in_fan_out": conv}, given
+
+
+def _compare(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], where: str) -> None:
+    """ArtifactError, one line a tensor, unless names and shapes agree."""
+    problems = [Problem(where, f"lacks tensor {key}") for key in expected if key not in given]
+    problems += [Problem(where, f"tensor {key} has no place in this model") for key in given if key not in expected]
+    for key, shape in expected.items():
+        if key in given and tuple(given[key].shape) != shape:
+            problems.append(Problem(where, f"wrong shape of {key}", str(shape), str(tuple(given[key].shape))))
+    ArtifactError.raise_all(problems)
+
+
+def _add(model: nn.Module, name: str, source: LoraConfig | AdapterFiles, seed: int | None, trainable: bool) -> None:
+    config, given = _plan(model, source)
+    _inject(model, name, config, seed if given is None else 0, trainable)
+    _settle(model, name, given)
+
+
+def _inject(model: nn.Module, name: str, config: dict[str, Any], seed: int | None, trainable: bool) -> None:
+    """Add layers for `name`, and undo what PEFT does to the requires_grad flags of the others."""
+    check_adapter_name(name)
+    if name in as_peft(model).peft_config:
+        raise InvariantError.at(f"adapter {name}", "there is one of this name already")
+    training = {n for n in as_peft(model).peft_config if _trains(model, n)}
+    with _seeded(seed):
+        as_peft(model).add_adapter(name, peft_config(config), autocast_adapter_dtype=True)
+    set_trainable(model, tuple(sorted(training | ({name} if trainable else set()))))
+
+
+def _trains(model: nn.Module, name: str) -> bool:
+    return any(p.requires_grad for p in adapter_parameters(model, name).values())
+
+
+def _settle(model: nn.Module, name: str, given: Mapping[str, Tensor] | None) -> None:
+    """Make sure the adapter is float32, and holds `given`."""
+    parameters = adapter_parameters(model, name)
+    for parameter in parameters.values():
+        if parameter.dtype is not torch.float32:
+            parameter.data = parameter.data.float()
+    if given is not None:
+        load_adapter_tensors(model, name, given)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draw from a CPU generator of this seed inside the block, and leave the global one alone. PEFT makes A on the CPU, whatever
+    the base's device."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+_layers: weakref.WeakKeyDictionary[PeftModel, tuple[tuple[str, ...], list[tuple[str, Any]]]]
+_layers = weakref.WeakKeyDictionary()
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """(qualified name, layer), looked up once per set of adapters: walking all modules at every forward would be slow."""
+    peft_model = as_peft(model)
+    names = tuple(peft_model.peft_config)
+    cached = _layers.get(peft_model)
+    if cached is None or cached[0] != names:
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+        cached = _layers[peft_model] = (names, found)
+    return cached[1]
+
+
+def _active(model: nn.Module) -> list[str]:
+    tuner: Any = as_peft(model).base_model
+    return list(tuner.active_adapters)
+
+
+def _activate(model: nn.Module, names: list[str]) -> None:
+    """Make `names` (none: adapters off) active in every layer; requires_grad flags are not touched.
+
+    PEFT's own `set_adapter` visits every adapter of every layer to change those flags (measured: 10 ms for 35 layers with four
+    adapters, a seventh of the forward pass), so the layers' field is set directly, and read back through the public property."""
+    if names == _active(model):
+        return
+    layers = lora_layers(model)
+    for _, layer in layers:
+        layer._active_adapter = names
+    if layers[-1][1].active_adapters != names:
+        raise InvariantError.at("peft", "this version does not let adapters be chosen layer by layer", "peft 0.21")
+    tuner: Any = as_peft(model).base_model
+    tuner.active_adapter = names

@@ -1,0 +1,219 @@
+"""Builds the models of a job: one loaded base per distinct base, named adapters and heads on it, and who sits where.
+
+One base carries the policy, its reference, the critic and every reward that is an adapter on it. A merged or full reward model, or
+a policy that is a whole checkpoint, brings a base of its own; two roles that name the same checkpoint share it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from rlhf_ray.config import JobFields, LoraConfig
+from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models.adapters import (
+    AdapterFiles,
+    adapter_config,
+    add_fresh,
+    add_from_files,
+    copy_adapter,
+    gradient_checkpointing,
+    read_adapter,
+    set_trainable,
+    wrap,
+)
+from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
+from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.specs import Source
+from rlhf_ray.models.stack import AdapterStack, RoleModels, Seat
+
+BASE = "base"
+
+
+class Assembly:
+    """Add roles, then `finish`. `device`: where everything goes. `seed`: of fresh adapters.
+
+    lineage: one line per role, for the header of the run."""
+
+    def __init__(
+        self, job: JobFields, device: torch.device, seed: int, stop_token_ids: tuple[int, ...] | None = None
+    ) -> None:
+        self.job, self.device, self.seed = job, device, seed
+        self.stop_token_ids = stop_token_ids
+        self.stacks: dict[str, AdapterStack] = {}
+        self.seats: dict[str, Seat] = {}
+        self.trained: dict[str, list[str]] = {}
+        self.lineage: list[str] = []
+        self.files: dict[str, AdapterFiles] = {}
+        self.loaded: dict[str, str] = {}
+        self.base = self._causal_lm(job.model_name_or_path, job.revision)
+        self.stacks[BASE] = AdapterStack(self.base, None)
+
+    def add_policy(self, role: str, source: Source) -> None:
+        """A frozen policy: the base, an adapter on it, or a whole checkpoint."""
+        if source.kind == "base":
+            self.seats[role] = Seat(BASE, None)
+        elif source.kind == "adapter":
+            self._load(BASE, role, read_adapter(source.path), trainable=False)
+            self.seats[role] = Seat(BASE, role)
+        else:
+            self.seats[role] = Seat(self._full(source, "causal_lm"), None)
+        self.lineage.append(f"{role}: {source.describe()}")
+
+    def add_trained_policy(self, source: Source | None, lora: LoraConfig) -> None:
+        """`policy`, trainable, and `reference`, what it starts from: the SFT adapter frozen, or the base with adapters off."""
+        if source is None or source.kind == "base":
+            self._fresh(BASE, "policy", lora)
+            self.seats["reference"] = Seat(BASE, None)
+            self.lineage += ["policy: fresh adapter on the base", "reference: the base, adapters off"]
+        elif source.kind == "adapter":
+            files = read_adapter(source.path)
+            self._load(BASE, "policy", files, trainable=True)
+            self._load(BASE, "reference", files, trainable=False)
+            self.seats["reference"] = Seat(BASE, "reference")
+            self.lineage += [f"policy: copy of adapter {source.path}", f"reference: adapter {source.path}, frozen"]
+        else:
+            raise ConfigError.at(
+                "sft",
+                "is a whole checkpoint, not an adapter",
+                "an SFT run or a PEFT adapter folder",
+                source.path,
+                "set model_name_or_path to it and drop sft: the policy is then a fresh adapter on it",
+            )
+        self.seats["policy"] = Seat(BASE, "policy")
+
+    def add_reward(self, role: str, source: Source) -> None:
+        """A reward model: an adapter with a scalar head on the base, or a classifier of its own."""
+        if source.kind == "adapter":
+            files = read_adapter(source.path)
+            if files.head is None:
+                raise ArtifactError.at(
+                    source.path, "has no reward head", "the adapter of a reward run", "a policy adapter"
+                )
+            self._load(BASE, role, files, trainable=False)
+            self._head(BASE, role, files.head)
+            self.seats[role] = Seat(BASE, role, role)
+        else:
+            stack = self._full(source, "classifier")
+            classifier: Any = self.stacks[stack].backbone.model
+            score = classifier.score.weight.detach()
+            self._head(stack, role, score)
+            self.seats[role] = Seat(stack, None, role)
+        self.lineage.append(f"{role}: {source.describe()}")
+
+    def add_value(self, init_from: str, adapter: str, lora: LoraConfig | None) -> None:
+        """`value`, trainable, with a head that starts at zero.
+
+        init_from: `policy`, or the role of a reward.   adapter: `shared` puts the head on the policy's own adapter.
+        lora: the adapter when it is fresh. ConfigError if it is set where the critic copies a reward adapter."""
+        if adapter == "shared":
+            self.seats["value"] = Seat(BASE, "policy", "value")
+            self._head(BASE, "value", None)
+            self.lineage.append("value: head on the policy's own adapter")
+            return
+        seat = self.seats[init_from]
+        if seat.adapter is not None and lora is not None and init_from != "policy":
+            raise ConfigError.at(
+                "value.lora", f"the critic copies the r, alpha and targets of {init_from}", fix="drop value.lora"
+            )
+        if seat.adapter is not None and lora is None:
+            copy_adapter(self.stacks[seat.stack].peft, seat.adapter, "value")
+            self._mark_trained(seat.stack, "value")
+            how = f"copy of the adapter of {init_from}"
+        else:
+            self._fresh(seat.stack, "value", lora or self._policy_shape())
+            how = f"fresh adapter on the trunk of {init_from}"
+        self._head(seat.stack, "value", None)
+        self.seats["value"] = Seat(seat.stack, "value", "value")
+        self.lineage.append(f"value: {how}, head zero")
+
+    def finish(self) -> RoleModels:
+        """All models in one module; only the trained adapters and heads need gradients."""
+        models = RoleModels(self.stacks, self.seats)
+        models.requires_grad_(False)
+        models.eval()
+        for stack, names in self.trained.items():
+            set_trainable(self.stacks[stack].peft, tuple(names))
+        if "value" in self.seats:
+            models.head_of("value").requires_grad_(True)
+        if self._checkpointing():
+            for stack in self.trained:
+                gradient_checkpointing(self.stacks[stack].peft)
+        return models
+
+    def describe(self) -> list[str]:
+        """Header lines: which role is what, and how many bases are loaded."""
+        bases = [s.backbone.identity.path for s in self.stacks.values()]
+        shared = "all roles are adapters on it" if len(bases) == 1 else "one per distinct checkpoint"
+        return [*self.lineage, f"bases loaded: {len(bases)} ({shared}): {', '.join(bases)}"]
+
+    def _checkpointing(self) -> bool:
+        wanted = self.job.gradient_checkpointing
+        return self.device.type == "cuda" if wanted is None else wanted
+
+    def _policy_shape(self) -> LoraConfig:
+        config = adapter_config(self.stacks[BASE].peft, "policy")
+        names = ("r", "lora_alpha", "target_modules", "use_rslora")
+        return LoraConfig(**{name: config[name] for name in names})
+
+    def _fresh(self, stack: str, name: str, lora: LoraConfig) -> None:
+        # Dropout in PPO would make the ratio of the very first minibatch differ from 1.
+        lora = lora.model_copy(update={"lora_dropout": 0.0})
+        holder = self.stacks[stack]
+        if isinstance(holder.model, PeftModel):
+            add_fresh(self.stacks[stack].peft, name, lora, seed=self.seed)
+        else:
+            self._wrapped(stack, wrap(holder.backbone.model, lora, name, seed=self.seed))
+        self._mark_trained(stack, name)
+
+    def _load(self, stack: str, name: str, files: AdapterFiles, trainable: bool) -> None:
+        self.files[name] = files
+        if isinstance(self.stacks[stack].model, PeftModel):
+            add_from_files(self.stacks[stack].peft, name, files, trainable)
+        else:
+            self._wrapped(stack, wrap(self.stacks[stack].backbone.model, files, name))
+        if trainable:
+            self._mark_trained(stack, name)
+
+    def _wrapped(self, stack: str, model: PeftModel) -> None:
+        heads = self.stacks[stack].heads
+        self.stacks[stack] = AdapterStack(self.stacks[stack].backbone, model)
+        self.stacks[stack].heads = heads
+
+    def _mark_trained(self, stack: str, name: str) -> None:
+        self.trained.setdefault(stack, []).append(name)
+
+    def _head(self, stack: str, name: str, weight: torch.Tensor | None) -> None:
+        holder = self.stacks[stack]
+        holder.heads[name] = ScalarHead(
+            holder.backbone.hidden_size, None if weight is None else weight.float().cpu()
+        ).to(self.device)
+
+    def _full(self, source: Source, kind: str) -> str:
+        """The stack of a whole checkpoint, loaded once however many roles name it."""
+        key = f"{kind} {Path(source.path).absolute() if Path(source.path).exists() else source.path}"
+        name = self.loaded.setdefault(key, f"{kind}_{len(self.loaded)}")
+        if name not in self.stacks:
+            backbone = self._classifier(source.path) if kind == "classifier" else self._causal_lm(source.path, None)
+            self.stacks[name] = AdapterStack(backbone, None)
+        return name
+
+    def _causal_lm(self, path: str, revision: str | None) -> Backbone:
+        return load_backbone(path=path, revision=revision, stop_token_ids=self.stop_token_ids, **self._how())
+
+    def _classifier(self, path: str) -> Backbone:
+        return load_classifier(path, revision=None, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        job = self.job
+        return {
+            "dtype": job.dtype,
+            "attn_implementation": job.attn_implementation,
+            "load_in_8bit": job.load_in_8bit,
+            "load_in_4bit": job.load_in_4bit,
+            "cpu_offload": job.cpu_offload,
+            "device": self.device,
+        }

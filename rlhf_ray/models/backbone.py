@@ -1,0 +1,272 @@
+"""The frozen base: a transformers model with its tokenizer, and everything about it that a run records and later compares.
+
+Any causal language model that the Auto classes know; dropout 0, eval mode, no gradients. Adapters come on top (adapters.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rlhf_ray.errors import ArtifactError, InvariantError
+from rlhf_ray.models.heads import check_logits_head, logits_head
+from rlhf_ray.models.loading import (
+    DTYPES,
+    LoadPlan,
+    bits_of,
+    checkpoint_dtype,
+    from_pretrained,
+    no_dropout,
+    plan_load,
+)
+from rlhf_ray.models.quantisation import keep_trainable
+from rlhf_ray.models.source import ModelSource, config_sha256, resolve_source, weights_sha256
+from rlhf_ray.models.tokenizer import (
+    PadChoice,
+    choose_pad,
+    eos_ids,
+    load_tokenizer,
+    tokenizer_of,
+    tokenizer_sha256,
+    vocabulary_rows,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = [
+    "Backbone",
+    "BaseIdentity",
+    "PadChoice",
+    "choose_pad",
+    "eos_ids",
+    "load_backbone",
+    "load_classifier",
+    "load_exact",
+    "load_tokenizer",
+    "no_dropout",
+    "tokenizer_sha256",
+    "trunk",
+]
+
+NO_LIMIT = 1 << 20
+"""Context of a model that states none."""
+
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What makes a base the same base. path: absolute path or Hub id.  revision: commit of a Hub model.
+    precision: the number format it was loaded in, "float32", "bfloat16", "float16", "8bit" or "4bit"."""
+
+    path: str
+    revision: str | None
+    config_sha256: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    precision: str = "float32"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest's "base" entry; the tokenizer has an entry of its own."""
+        return {k: v for k, v in asdict(self).items() if k != "tokenizer_sha256"}
+
+
+@dataclass
+class Backbone:
+    """A loaded base. model: frozen, in eval mode.  eos_ids: what ends a reply; the first one ends training data.
+    dtype: of the weights that are not quantised.  context_length: tokens it was made for.  head: of a causal language model."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    pad: PadChoice
+    eos_ids: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    identity: BaseIdentity
+    context_length: int
+    attn_implementation: str
+    head: nn.Module | None = None
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """Hidden states [..., D] -> logits [..., V]. InvariantError for a classifier."""
+        if self.head is None:
+            raise InvariantError.at(self.identity.path, "is a classifier and has no language-model head")
+        return self.head
+
+    @property
+    def pad_id(self) -> int:
+        return self.pad.id
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+
+def load_backbone(
+    *,
+    path: str,
+    revision: str | None,
+    dtype: str,
+    attn_implementation: str,
+    load_in_8bit: bool,
+    load_in_4bit: bool,
+    cpu_offload: bool,
+    device: torch.device | str,
+    stop_token_ids: tuple[int, ...] | None = None,
+) -> Backbone:
+    """Load the causal language model `path` (folder or Hub id) onto `device`, with the meanings of the job fields of these names.
+
+    Raises ConfigError if there is no such model, ResourceError for what this machine cannot do (flash-attn, half precision on the
+    CPU, bitsandbytes), ArtifactError if the model is damaged, incomplete or does not fit its tokenizer."""
+    source = resolve_source(path, revision)
+    plan = plan_load(source, dtype, attn_implementation, bits_of(load_in_8bit, load_in_4bit), cpu_offload, device)
+    from transformers import AutoModelForCausalLM
+
+    model, info = from_pretrained(AutoModelForCausalLM, source, plan)
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing:
+        raise ArtifactError.at(
+            str(source.folder),
+            "the weights of a causal language model are not all there",
+            got=f"missing {_some(missing)}",
+        )
+    backbone = _finish(model, source, plan, stop_token_ids)
+    backbone.head = logits_head(model)
+    check_logits_head(model, trunk(model), backbone.head)
+    return backbone
+
+
+def load_classifier(
+    path: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    attn_implementation: str,
+    load_in_8bit: bool,
+    load_in_4bit: bool,
+    cpu_offload: bool,
+    device: torch.device | str,
+) -> Backbone:
+    """Load a one-label sequence-classification model, a reward model, like `load_backbone`.
+
+    ArtifactError if its score head is not among its weights (a causal language model given as a reward model would score at
+    random), if it has more than one label, or if its head is not a bias-free linear layer called `score`."""
+    source = resolve_source(path, revision)
+    plan = plan_load(source, dtype, attn_implementation, bits_of(load_in_8bit, load_in_4bit), cpu_offload, device)
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = from_pretrained(AutoModelForSequenceClassification, source, plan)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ArtifactError.at(
+            str(source.folder),
+            "score head newly initialised: this is no reward model",
+            "a one-label sequence-classification checkpoint",
+            f"{plan.config.architectures or 'no architecture'}, without {_some(missing)}",
+            "give a reward run, or a merged one (rlhf-ray merge)",
+        )
+    if model.config.num_labels != 1:
+        raise ArtifactError.at(str(source.folder), "has several labels", "num_labels 1", str(model.config.num_labels))
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ArtifactError.at(
+            str(source.folder),
+            "no score head that can be read",
+            "a linear layer `score` without bias",
+            type(head).__name__,
+        )
+    return _finish(model, source, plan, None)
+
+
+def load_exact(
+    *, path: str, revision: str | None, dtype: str | None, classifier: bool, head: torch.Tensor | None = None
+) -> tuple[Backbone, dict[str, float]]:
+    """Load `path` on the CPU in its own number format, for a merge, which must work where running it would be too slow or refused.
+
+    dtype: None is the checkpoint's own.   classifier: as a one-label sequence-classification model; its score head must be among
+    the weights, unless `head` [1, D] is given.   Also returns the dropout rates of its config, to be restored before saving."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    source = resolve_source(path, revision)
+    plan = plan_load(source, "float32", "auto", None, False, "cpu")
+    plan.dtype = DTYPES[dtype] if dtype else checkpoint_dtype(source.folder, plan.config)
+    if classifier:
+        plan.config.num_labels = 1
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    model, info = from_pretrained(auto, source, plan)
+    missing = set(info["missing_keys"]) - ({"score.weight"} if head is not None else set())
+    if missing:
+        raise ArtifactError.at(str(source.folder), "weights are missing", got=_some(sorted(missing)))
+    if head is not None:
+        with torch.no_grad():
+            model.score.weight.copy_(head)  # type: ignore[union-attr,operator]
+    return _finish(model, source, plan, None), plan.dropout
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The module whose output is `last_hidden_state`: the model without its head, LoRA layers and all.
+
+    `model` may be wrapped by PEFT; pass a DeepSpeed engine's `.module`."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    return model.base_model  # type: ignore[return-value]
+
+
+def _finish(
+    model: PreTrainedModel, source: ModelSource, plan: LoadPlan, stop_token_ids: tuple[int, ...] | None
+) -> Backbone:
+    """Freeze, move, and compare with the tokenizer."""
+    if plan.bits is None:
+        model.to(plan.device)  # type: ignore[arg-type]
+    else:
+        keep_trainable(model)
+    model.requires_grad_(False)
+    model.eval()
+    tokenizer = tokenizer_of(source)
+    rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    needed = vocabulary_rows(tokenizer)
+    if needed > rows:
+        raise ArtifactError.at(
+            str(source.folder),
+            "the tokenizer has more tokens than the model has embeddings",
+            f"at most {rows} tokens",
+            str(needed),
+            "use the tokenizer that belongs to this model",
+        )
+    ends = eos_ids(tokenizer, getattr(model, "generation_config", None), stop_token_ids, rows)
+    identity = BaseIdentity(
+        source.name,
+        source.revision,
+        config_sha256(source.folder),
+        weights_sha256(source.folder),
+        tokenizer_sha256(tokenizer),
+        f"{plan.bits}bit" if plan.bits else str(plan.dtype).removeprefix("torch."),
+    )
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        pad=choose_pad(tokenizer, ends),
+        eos_ids=ends,
+        device=plan.device,
+        dtype=plan.dtype,
+        identity=identity,
+        context_length=_context_length(model.config.get_text_config(), tokenizer),
+        attn_implementation=plan.attn,
+    )
+
+
+def _context_length(config: Any, tokenizer: Any) -> int:
+    stated = [getattr(config, name, None) for name in _CONTEXT_NAMES]
+    lengths = [n for n in stated if isinstance(n, int) and n > 0]
+    if lengths:
+        return lengths[0]
+    return tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else NO_LIMIT
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

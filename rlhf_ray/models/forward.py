@@ -1,0 +1,65 @@
+"""The forward passes of RLHF on one loaded base with named adapters: token log-probabilities, values and rewards.
+
+All of them start from `reply_states`: the hidden states that predict the reply and the one after its last token. Sequence columns
+are P prompt columns and R reply columns (batches.py); state column t, 0 <= t <= R, is hidden column P - 1 + t, the state BEFORE
+reply token t. Column n, with n the reply's length, is the state after its last token: there the reward head and the bootstrap
+value read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.batches import Sequences
+from rlhf_ray.maths.logprobs import chunked_token_logprobs
+from rlhf_ray.maths.masks import position_ids, zero_outside
+
+LOGITS_AT_ONCE = 2**26
+"""Logits alive at any time in a log-probability pass: 256 MB in float32, whatever the vocabulary."""
+
+
+def reply_states(trunk: Callable[..., object], seq: Sequences) -> Tensor:
+    """Hidden states [M, R+1, D] of columns P-1 .. T-1, under whichever adapter is active."""
+    attention_mask = seq.attention_mask
+    output = trunk(
+        input_ids=seq.tokens,
+        attention_mask=attention_mask.long(),
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    )
+    return output.last_hidden_state[:, -(seq.response_width + 1) :]  # type: ignore[attr-defined]
+
+
+def reply_logprobs(
+    states: Tensor, head: Callable[[Tensor], Tensor], seq: Sequences, temperature: float, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """log-probabilities (and entropies, nats) of the reply's own tokens: f32[M, R], 0 outside the mask.
+
+    states: [M, R+1, D] of `reply_states`.   head: the language-model head, [N, D] -> [N, V].   temperature: divides the logits.
+    """
+    tokens = seq.tokens[:, -seq.response_width :]
+    vocabulary = getattr(head, "out_features", None) or 32_000
+    chunk = max(LOGITS_AT_ONCE // int(vocabulary), 1)
+    logprobs, entropy = chunked_token_logprobs(states[:, :-1], head, tokens, temperature, chunk, with_entropy)
+    mask = seq.response_mask
+    return zero_outside(logprobs, mask), None if entropy is None else zero_outside(entropy, mask)
+
+
+def reply_values(states: Tensor, head: nn.Module, seq: Sequences) -> tuple[Tensor, Tensor]:
+    """The critic: values f32[M, R] of the states before each reply token (0 outside the mask), and f32[M] after the last one."""
+    every = head(states)
+    values = zero_outside(every[:, :-1], seq.response_mask)
+    return values, after_last_token(every, seq)
+
+
+def after_last_token(every: Tensor, seq: Sequences) -> Tensor:
+    """f32[M]: the entry of [M, R+1] state columns that has seen the whole reply. Where the reward model reads."""
+    last = seq.response_mask.sum(dim=1, keepdim=True)
+    return every.gather(1, last).squeeze(1)
+
+
+def to_device(seq: Sequences, device: torch.device) -> Sequences:
+    return Sequences(*(t.to(device) for t in (seq.tokens, seq.attention_mask, seq.response_mask)))

@@ -1,0 +1,171 @@
+"""The key-value cache of the decode engine: one slot per row, no copying from step to step.
+
+Every layer holds one buffer [slots, kv_heads, columns, head_dim]. The rows of a step own slots 0 .. rows-1, and all of them END at
+the same column, the cursor, where the step writes their current token; a row of n tokens owns the n columns before it:
+
+    column         0 1 2 3 4 5 6 7 | 8 = cursor
+    slot 0         . . . a a a a a | a            a: tokens of a long row
+    slot 1         . . . . . . b b | b            b: tokens of a row that came later
+    attended             <-------------->         up to the longest row; `.` is stale and masked
+
+A step therefore writes one column and reads one slice, whatever the lengths; a finished row's slot is filled by copying another
+row's columns; and a step looks to the model like an ordinary left-padded batch, so its own masks (causal, sliding window) and every
+attention implementation work unchanged. When the cursor reaches the end of the buffer the columns in use move to its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+SPARE_COLUMNS = 64
+"""Steps between two moves of the columns to the start of the buffer: a move then costs under 2 % of the steps it serves."""
+
+
+@dataclass
+class _Geometry:
+    """What all layers share. slots, columns: the size of the buffers. rows, width: what the current step attends to."""
+
+    slots: int = 0
+    columns: int = 0
+    cursor: int = 0
+    rows: int = 0
+    width: int = 1
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [slots, kv_heads, columns, head_dim] each."""
+
+    def __init__(self, geometry: _Geometry) -> None:
+        super().__init__()
+        self._geometry = geometry
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._buffer(key_states), self._buffer(value_states)
+        self.is_initialized = True
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        # Zeros, not empty: a masked column has weight 0, and 0 times a NaN left in raw memory would still be NaN.
+        return like.new_zeros(self._geometry.slots, like.shape[1], self._geometry.columns, like.shape[3])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self._buffers()
+        g = self._geometry
+        end = g.cursor + 1
+        keys[: g.rows, :, g.cursor : end] = key_states
+        values[: g.rows, :, g.cursor : end] = value_states
+        return keys[: g.rows, :, end - g.width : end], values[: g.rows, :, end - g.width : end]
+
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self._geometry.width - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._geometry.width - 1 + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def relocate(self, rows: int, source: slice, target: slice) -> None:
+        """Bring columns `source` of the first rows to columns `target`, in new buffers if the geometry has grown."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            grown = old.shape[0] != self._geometry.slots or old.shape[2] != self._geometry.columns
+            new = self._buffer(old) if grown else old
+            kept = old[:rows, :, source]
+            new[:rows, :, target] = kept if grown else kept.clone()  # within one buffer the two ranges may overlap
+            setattr(self, name, new)
+
+    def copy(self, source: int, target: int, columns: slice) -> None:
+        for buffer in self._buffers():
+            buffer[target, :, columns] = buffer[source, :, columns]
+
+    def insert(self, slot: int, keys: Tensor, values: Tensor, columns: slice) -> None:
+        """keys, values: [kv_heads, tokens, head_dim] of one row."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys[None], values[None])
+        for buffer, states in zip(self._buffers(), (keys, values)):
+            buffer[slot, :, columns] = states
+
+    def clear(self, slot: int) -> None:
+        for buffer in self._buffers():
+            buffer[slot] = 0
+
+
+class SlotCache(Cache):
+    """The layers' buffers and their common geometry. Buffers double when rows or columns run out, up to `max_slots` rows of
+    `max_tokens` tokens."""
+
+    layers: list[SlotLayer]  # type: ignore[assignment]
+
+    def __init__(self, max_slots: int, max_tokens: int) -> None:
+        self._geometry = _Geometry()
+        self._max_slots, self._max_columns = max_slots, _round_up(max_tokens + SPARE_COLUMNS)
+        super().__init__(layer_class_to_replicate=partial(SlotLayer, self._geometry))  # type: ignore[arg-type]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(slots, columns) of the buffers."""
+        return self._geometry.slots, self._geometry.columns
+
+    def reserve(self, rows: int, longest: int, incoming: int = 0) -> None:
+        """Make room for `rows` rows and for `max(longest, incoming)` columns before the cursor and one at it.
+
+        rows: slots in use after this call.   longest: tokens of the longest row held, whose columns are kept.
+        incoming: tokens of the longest row about to be inserted.
+        """
+        g = self._geometry
+        before = max(longest, incoming)
+        if rows <= g.slots and before <= g.cursor < g.columns:
+            return
+        source = slice(g.cursor - longest, g.cursor)
+        held = min(rows, g.slots)
+        if rows > g.slots:
+            g.slots = min(max(rows, 2 * g.slots), self._max_slots)
+        if before + SPARE_COLUMNS > g.columns:
+            g.columns = min(_round_up(max(before + SPARE_COLUMNS, 2 * g.columns)), self._max_columns)
+        g.cursor = before
+        for layer in self.layers:
+            layer.relocate(held, source, slice(before - longest, before))
+
+    def begin_step(self, rows: int, longest: int) -> None:
+        """The next forward is one token for each of the first `rows` slots; the longest row holds `longest` tokens so far."""
+        self.reserve(rows, longest)
+        self._geometry.rows, self._geometry.width = rows, longest + 1
+
+    def end_step(self) -> None:
+        self._geometry.cursor += 1
+
+    def insert(self, slot: int, prefilled: Cache, row: int, tokens: int) -> None:
+        """Copy the last `tokens` columns of a LEFT padded, prefilled row into a slot; `reserve` must have made room."""
+        columns = slice(self._geometry.cursor - tokens, self._geometry.cursor)
+        while len(self.layers) < len(prefilled.layers):
+            self.layers.append(SlotLayer(self._geometry))
+        for layer, done in zip(self.layers, prefilled.layers):
+            layer.insert(slot, done.keys[row, :, -tokens:], done.values[row, :, -tokens:], columns)  # type: ignore[union-attr,index]
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy the `tokens` columns of a row into another slot."""
+        columns = slice(self._geometry.cursor - tokens, self._geometry.cursor)
+        for layer in self.layers:
+            layer.copy(source, target, columns)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Overwrite slots with zeros, when what they hold is not finite and would leak through a mask (0 * NaN = NaN)."""
+        for layer in self.layers:
+            for slot in slots:
+                layer.clear(slot)
+
+
+def _round_up(columns: int, multiple: int = 32) -> int:
+    return -(-columns // multiple) * multiple

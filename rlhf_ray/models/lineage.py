@@ -1,0 +1,185 @@
+"""Lineage: what an artefact was made from, compared with what it is about to be used on.
+
+Base, tokenizer and prompt template travel with every run and merged checkpoint. An adapter on another base of the same shapes loads
+without an error and answers nonsense; a reward model that meets another template or tokenizer scores nonsense. So each link of the
+chain is compared by hash, and a difference names both hashes. A plain PEFT folder records less: what it says is checked, and what
+it cannot say is told as a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf_ray.errors import ArtifactError, Problem
+from rlhf_ray.models.adapter_files import read_adapter
+from rlhf_ray.models.artifact import read_json
+from rlhf_ray.models.backbone import BaseIdentity
+from rlhf_ray.models.source import resolve_source, weights_sha256
+from rlhf_ray.models.specs import Source
+from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
+
+MERGED = "rlhf_ray.json"
+"""Manifest of a merged checkpoint, beside its config.json."""
+
+
+class Digest(Protocol):
+    """A prompt template, as far as lineage cares."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Parent:
+    """One thing a run is made from, as it describes itself. None: it does not say.
+
+    role: sft, reward:<name>, policy, base.  path: where it is.  sha256: of the adapter's tensors, or of a checkpoint's weights.
+    base: the manifest's "base" entry.  template: {name, sha256}."""
+
+    role: str
+    path: str
+    sha256: str
+    stage: str | None = None
+    base: Mapping[str, Any] | None = None
+    tokenizer_sha256: str | None = None
+    template: Mapping[str, str] | None = None
+
+    def manifest(self) -> dict[str, str]:
+        """Its entry among a manifest's "parents"."""
+        return {"role": self.role, "path": self.path, "sha256": self.sha256}
+
+
+def parent_of(source: Source, role: str) -> Parent:
+    """What `source` says of itself: a run's manifest, a merged checkpoint's, or a plain adapter's adapter_config.json."""
+    if source.kind == "adapter":
+        return _adapter_parent(source, role)
+    found = resolve_source(source.path)
+    merged = merged_manifest(found.folder) or {}
+    return Parent(
+        role,
+        found.name,
+        weights_sha256(found.folder),
+        merged.get("stage"),
+        None,
+        tokenizer_sha256(tokenizer_of(found)),
+        merged.get("template"),
+    )
+
+
+def _adapter_parent(source: Source, role: str) -> Parent:
+    files = read_adapter(source.path)
+    path = str(Path(source.path).absolute())
+    if source.run is None:
+        name, revision = files.config["base_model_name_or_path"], files.config["revision"]
+        return Parent(role, path, files.sha256, base={"path": name, "revision": revision} if name else None)
+    manifest = source.run.manifest()
+    return Parent(
+        role,
+        path,
+        files.sha256,
+        manifest["stage"],
+        manifest.get("base"),
+        manifest.get("tokenizer_sha256"),
+        manifest.get("template"),
+    )
+
+
+def merged_manifest(folder: Path | str) -> dict[str, Any] | None:
+    """What a merged checkpoint records of itself, None for any other folder."""
+    path = Path(folder) / MERGED
+    return read_json(path) if path.is_file() else None
+
+
+def check_lineage(
+    source: Source,
+    identity: BaseIdentity,
+    template: Digest | None,
+    *,
+    role: str = "",
+    same_tokenizer: bool = True,
+) -> list[str]:
+    """Compare `source` with the base it is to be used on or beside, and with the template of this job; returns warnings.
+
+    An adapter must have been trained on this very base; a whole checkpoint is its own base, and only has to read the same tokens
+    and prompts.   identity: of the base as loaded.   template: None where no prompt is rendered.
+    same_tokenizer: false where text is decoded and encoded again between the two.
+    ArtifactError, with every difference and both hashes of each, if base, tokenizer or template differ."""
+    parent = parent_of(source, role or source.kind)
+    where = f"{parent.role} {parent.path}"
+    problems, warnings = _base_differences(where, parent, identity) if source.kind == "adapter" else ([], [])
+    if same_tokenizer and parent.tokenizer_sha256 not in (None, identity.tokenizer_sha256):
+        problems.append(
+            Problem(
+                where,
+                "reads text with another tokenizer",
+                f"tokenizer sha256 {identity.tokenizer_sha256} ({identity.path})",
+                str(parent.tokenizer_sha256),
+            )
+        )
+    problems += _template_difference(where, parent, template)
+    ArtifactError.raise_all(problems)
+    return warnings
+
+
+def _base_differences(where: str, parent: Parent, identity: BaseIdentity) -> tuple[list[Problem], list[str]]:
+    base = parent.base or {}
+    if not base and parent.stage is None:
+        return [], [f"{where}: does not say which base it was trained on; only shapes can be checked"]
+    problems, warnings = [], []
+    for part in ("weights", "config"):
+        recorded, loaded = base.get(f"{part}_sha256"), getattr(identity, f"{part}_sha256")
+        if recorded is not None and recorded != loaded:
+            problems.append(
+                Problem(
+                    where,
+                    f"was trained on another base ({part} differ)",
+                    f"{part} sha256 {recorded} ({base.get('path')})",
+                    f"{loaded} ({identity.path})",
+                    "set model_name_or_path to the base it was trained on",
+                )
+            )
+    if "weights_sha256" not in base and base.get("path") and not _same_path(str(base["path"]), identity.path):
+        warnings.append(
+            f"{where}: was trained on {base['path']} by its own account, and is used on {identity.path};"
+            " it holds no hash of its base, so only shapes could be checked"
+        )
+    precision = base.get("precision")
+    if precision is not None and precision != identity.precision:
+        warnings.append(f"{where}: was trained on a base in {precision}, and is used on one in {identity.precision}")
+    return problems, warnings
+
+
+def _same_path(recorded: str, loaded: str) -> bool:
+    return recorded == loaded or (Path(recorded).exists() and Path(recorded).resolve() == Path(loaded))
+
+
+def _template_difference(where: str, parent: Parent, template: Digest | None) -> list[Problem]:
+    if parent.template is None or template is None or parent.template.get("sha256") == template.sha256:
+        return []
+    return [
+        Problem(
+            where,
+            "was trained with another prompt template",
+            f"{parent.template.get('name')}, sha256 {parent.template.get('sha256')}",
+            f"{template.name}, sha256 {template.sha256}",
+            f"set template={parent.template.get('name')}",
+        )
+    ]
+
+
+def describe(identity: BaseIdentity, parents: Sequence[Parent], template: Digest | None) -> list[str]:
+    """Lines for a run's header: what it stands on, with short hashes."""
+    revision = f" @ {identity.revision[:12]}" if identity.revision else ""
+    lines = [
+        f"base       {identity.path}{revision} ({identity.precision}, weights {identity.weights_sha256[:12]})",
+        f"tokenizer  {identity.tokenizer_sha256[:12]}",
+    ]
+    if template is not None:
+        lines.append(f"template   {template.name} ({template.sha256[:12]})")
+    lines += [f"{p.role:<10} {p.path} ({p.stage or 'no run'}, {p.sha256[:12]})" for p in parents]
+    return lines

@@ -1,0 +1,158 @@
+"""How a model will be loaded: number format, attention kernel, quantisation. Decided, and refused, before any weight is read."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rlhf_ray.errors import ArtifactError, ResourceError
+from rlhf_ray.models.quantisation import quantised_kwargs
+from rlhf_ray.models.source import ModelSource, check_files, load_error, one_line, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def no_dropout(config: Any) -> dict[str, float]:
+    """Set every dropout probability of a transformers config to 0 and return what they were, to be restored before saving."""
+    before = {}
+    for name, value in config.to_dict().items():
+        is_rate = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
+        if is_rate and value and (name.endswith(("dropout", "pdrop", "layerdrop", "dropout_prob", "dropout_p"))):
+            before[name] = value
+            setattr(config, name, 0.0)
+    return before
+
+
+@dataclass
+class LoadPlan:
+    """extra: further arguments of from_pretrained.  dropout: the config's own rates, which are set to 0."""
+
+    config: Any
+    dtype: torch.dtype
+    attn: str
+    attn_may_fall_back: bool
+    bits: int | None
+    device: torch.device
+    extra: dict[str, Any]
+    dropout: dict[str, float]
+
+
+def bits_of(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
+    return 8 if load_in_8bit else 4 if load_in_4bit else None
+
+
+def plan_load(
+    source: ModelSource, dtype: str, attn: str, bits: int | None, cpu_offload: bool, device: torch.device | str
+) -> LoadPlan:
+    """Everything that can be decided, and refused, before any weight is read."""
+    from transformers import AutoConfig
+
+    check_files(source)
+    where = torch.device(device)
+    try:
+        config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise load_error(source, e) from e
+    dropout = no_dropout(config)
+    chosen = _dtype(source, config, dtype, where)
+    kernel = _attention(attn, where, chosen)
+    extra: dict[str, Any] = {"device_map": {"": str(where)}} if where.type == "cuda" else {}
+    if bits:
+        extra = quantised_kwargs(bits, where, cpu_offload)
+    return LoadPlan(config, chosen, kernel, attn == "auto", bits, where, extra, dropout)
+
+
+def _dtype(source: ModelSource, config: Any, name: str, device: torch.device) -> torch.dtype:
+    """auto: the checkpoint's own on CUDA, float32 on the CPU."""
+    if name != "auto":
+        chosen = DTYPES[name]
+    elif device.type != "cuda":
+        chosen = torch.float32
+    else:
+        chosen = checkpoint_dtype(source.folder, config)
+    if device.type != "cuda" and chosen is torch.float16:
+        raise ResourceError.at("dtype", "float16 needs a GPU", "bfloat16 or float32 on the CPU", "float16")
+    if device.type == "cuda" and chosen is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise ResourceError.at("dtype", "this GPU has no bfloat16", "float16 or float32", "bfloat16")
+    return chosen
+
+
+def checkpoint_dtype(folder: Path, config: Any) -> torch.dtype:
+    """What config.json says, else the number format of the largest tensor in the first weight file, from its header."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    path = weight_files(folder)[0]
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+            largest = max(slices, key=lambda s: math.prod(s.get_shape()))
+            return DTYPES[_STORED.get(largest.get_dtype(), "float32")]
+    except (SafetensorError, ValueError) as e:
+        raise ArtifactError.at(str(path), f"is damaged: {one_line(e)}") from e
+
+
+def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """auto: flash-attn where it is installed and fits, else torch's own scaled dot product attention."""
+    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    installed = find_spec("flash_attn") is not None
+    if name == "auto":
+        return "flash_attention_2" if fits and installed else "sdpa"
+    if name == "flash_attention_2" and not (fits and installed):
+        lack = "flash-attn is not installed" if fits else "it needs CUDA and half precision"
+        raise ResourceError.at("attn_implementation", f"flash_attention_2: {lack}", fix="use auto, sdpa or eager")
+    return name
+
+
+def from_pretrained(auto: Any, source: ModelSource, plan: LoadPlan) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model as an Auto class makes it, and its report of missing and unexpected weights. A library's errors become ours."""
+    arguments: dict[str, Any] = {
+        "config": copy.deepcopy(plan.config),
+        "dtype": plan.dtype,
+        "attn_implementation": plan.attn,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        **plan.extra,
+    }
+    try:
+        with quiet():
+            try:
+                return auto.from_pretrained(str(source.folder), **arguments)
+            except ValueError as e:
+                if not (plan.attn_may_fall_back and plan.attn == "sdpa" and "scaled_dot_product_attention" in str(e)):
+                    raise
+                plan.attn = "eager"
+                return auto.from_pretrained(str(source.folder), **{**arguments, "attn_implementation": "eager"})
+    except torch.cuda.OutOfMemoryError as e:
+        raise ResourceError.at(str(source.folder), f"does not fit into GPU memory: {one_line(e)}") from e
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as e:
+        raise load_error(source, e) from e
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no tables of missing weights from transformers: what is wrong is told by our own errors."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,124 @@
+"""One loaded base with its named adapters and scalar heads: the module that DeepSpeed holds and every forward pass goes through.
+
+A *seat* names who sits where: the policy, its reference, the critic and each reward are a (stack, adapter, head) each. With all
+roles as adapters on one base there is one stack; a merged or full reward model brings a second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rlhf_ray.batches import Sequences
+from rlhf_ray.models.adapters import use_adapter
+from rlhf_ray.models.backbone import Backbone, trunk
+from rlhf_ray.models.forward import after_last_token, reply_logprobs, reply_states, reply_values
+from rlhf_ray.models.heads import ScalarHead
+
+
+@dataclass(frozen=True)
+class Seat:
+    """adapter: None is the base itself, adapters off.  head: name of the scalar head, None for a language-model role."""
+
+    stack: str
+    adapter: str | None
+    head: str | None = None
+
+
+class AdapterStack(nn.Module):
+    """`backbone` plus a PEFT model around it (None while no adapter is there) and scalar heads by name."""
+
+    def __init__(self, backbone: Backbone, peft_model: nn.Module | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.model: nn.Module = peft_model if peft_model is not None else backbone.model
+        self.heads = nn.ModuleDict()
+
+    @property
+    def peft(self) -> PeftModel:
+        """The model with its adapters. TypeError if it has none."""
+        if not isinstance(self.model, PeftModel):
+            raise TypeError(f"no adapters on {self.backbone.identity.path}")
+        return self.model
+
+    def states(self, seq: Sequences, adapter: str | None) -> Tensor:
+        """`reply_states` under `adapter`; None is the base itself."""
+        if not isinstance(self.model, PeftModel):
+            return reply_states(trunk(self.backbone.model), seq)
+        with use_adapter(self.model, adapter):
+            return reply_states(trunk(self.backbone.model), seq)
+
+    def logprobs(
+        self, states: Tensor, seq: Sequences, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`reply_logprobs` of `states` under the base's language-model head."""
+        head = self.backbone.lm_head
+        if head is None:
+            raise TypeError(f"no language-model head on {self.backbone.identity.path}")
+        return reply_logprobs(states, head, seq, temperature, with_entropy)
+
+
+class RoleModels(nn.Module):
+    """All stacks of a job and who sits where. `forward(kind, ...)` is the single door, so that ZeRO's hooks see every pass."""
+
+    def __init__(self, stacks: dict[str, AdapterStack], seats: dict[str, Seat]) -> None:
+        super().__init__()
+        self.stacks = nn.ModuleDict(stacks)
+        self.seats = dict(seats)
+
+    def stack_of(self, role: str) -> AdapterStack:
+        return self.stacks[self.seats[role].stack]  # type: ignore[return-value]
+
+    def head_of(self, role: str) -> ScalarHead:
+        seat = self.seats[role]
+        if seat.head is None:
+            raise KeyError(f"role {role} has no scalar head")
+        return self.stack_of(role).heads[seat.head]  # type: ignore[return-value]
+
+    def forward(self, kind: str, *args: Any, **kwargs: Any) -> Any:
+        """kind: logprobs, values, both or rewards; see the methods of these names."""
+        doors: dict[str, Callable[..., Any]] = {
+            "logprobs": self.logprobs,
+            "values": self.values,
+            "both": self.both,
+            "rewards": self.rewards,
+        }
+        return doors[kind](*args, **kwargs)
+
+    def logprobs(
+        self, role: str, seq: Sequences, temperature: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """f32[M, R] log-probabilities of the reply under `role`, and entropies."""
+        stack = self.stack_of(role)
+        return stack.logprobs(stack.states(seq, self.seats[role].adapter), seq, temperature, with_entropy)
+
+    def values(self, seq: Sequences) -> tuple[Tensor, Tensor]:
+        """The critic's values f32[M, R] and f32[M] after the last token."""
+        seat = self.seats["value"]
+        return reply_values(self.stack_of("value").states(seq, seat.adapter), self.head_of("value"), seq)
+
+    def both(
+        self, seq: Sequences, temperature: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Policy log-probabilities, entropies, values and the value after the end, for one microbatch.
+
+        A critic that shares the policy's adapter costs no second pass. Values are None without a critic."""
+        stack, policy = self.stack_of("policy"), self.seats["policy"]
+        states = stack.states(seq, policy.adapter)
+        logprobs, entropy = stack.logprobs(states, seq, temperature, with_entropy)
+        if "value" not in self.seats:
+            return logprobs, entropy, None, None
+        critic = self.seats["value"]
+        shared = (critic.stack, critic.adapter) == (policy.stack, policy.adapter)
+        values, after = reply_values(states, self.head_of("value"), seq) if shared else self.values(seq)
+        return logprobs, entropy, values, after
+
+    def rewards(self, role: str, seq: Sequences) -> Tensor:
+        """f32[M]: the scalar head of `role`, read after the reply's last token."""
+        seat = self.seats[role]
+        every = self.head_of(role)(self.stack_of(role).states(seq, seat.adapter))
+        return after_last_token(every, seq)

@@ -1,0 +1,325 @@
+"""The gate that adapters pass, and the save that checks itself (seeds F18, F25, F39; faults 31, 33-37, 49, 50; section 5)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf_ray.errors import ArtifactError, InvariantError
+from rlhf_ray.models.adapter_files import HEAD_KEY, adapter_sha256, read_adapter, save_adapter
+
+from .conftest import IDS, hidden, logits
+
+Make = Callable[..., Path]
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
+CONFIG = {
+    "r": 2,
+    "lora_alpha": 8.0,
+    "lora_dropout": 0.0,
+    "target_modules": ["q_proj"],
+    "use_rslora": False,
+    "fan_in_fan_out": False,
+}
+
+
+def tensors(value: float = 0.5) -> dict[str, Tensor]:
+    return {A: torch.full((2, 6), 0.25), B: torch.full((4, 2), value)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_adapter(tmp_path / "adapter", tensors(), CONFIG, "CAUSAL_LM", None, "/models/base", "abc123")
+    return tmp_path / "adapter"
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    found = load_file(folder / "adapter_model.safetensors")
+    edit(found)
+    save_file(found, folder / "adapter_model.safetensors")
+
+
+class TestReading:
+    def test_what_was_saved_is_read(self, folder: Path) -> None:
+        files = read_adapter(folder)
+        assert files.config == {
+            **CONFIG,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "/models/base",
+            "revision": "abc123",
+        }
+        assert files.tensors.keys() == {A, B} and files.head is None
+        assert files.sha256 == adapter_sha256(tensors()) and files.path == str(folder)
+
+    def test_the_hash_is_of_values_not_of_the_number_format(self, folder: Path) -> None:
+        before = read_adapter(folder).sha256
+        change_tensors(folder, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+        files = read_adapter(folder)
+        assert files.sha256 == before and files.tensors[A].dtype is torch.float32
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("r", 0),
+            ("r", -1),
+            ("r", 8.5),
+            ("r", True),
+            ("r", 100_000),
+            ("lora_alpha", -4),
+            ("lora_alpha", float("nan")),
+            ("lora_alpha", "16"),
+            ("lora_dropout", -1),
+            ("lora_dropout", 1),
+            ("peft_type", "LOHA"),
+            ("task_type", "SEQ_2_SEQ_LM"),
+            ("target_modules", "(a+)+$"),
+            ("target_modules", ["q_proj", "(a|a)*"]),
+            ("target_modules", []),
+            ("target_modules", None),
+            ("bias", "all"),
+            ("modules_to_save", ["embed_tokens"]),
+            ("modules_to_save", ["score"]),
+            ("base_model_name_or_path", 7),
+            ("use_dora", True),
+            ("init_lora_weights", "pissa"),
+            ("init_lora_weights", "olora"),
+            ("rank_pattern", {"q_proj": 4}),
+            ("layers_to_transform", [0]),
+            ("trainable_token_indices", [1]),
+            ("megatron_config", {"a": 1}),
+            ("loftq_config", {"loftq_bits": 4}),
+            ("some_future_option", {"on": True}),
+        ],
+    )
+    def test_a_configuration_outside_the_schema(self, folder: Path, field: str, value: Any) -> None:
+        change_config(folder, **{field: value})
+        start = time.monotonic()
+        with pytest.raises(ArtifactError) as e:
+            read_adapter(folder)
+        assert len(e.value.problems) == 1 and field in e.value.problems[0].where and e.value.exit_code == 5
+        assert time.monotonic() - start < 1  # a hostile regular expression is never run
+
+    def test_all_problems_at_once(self, folder: Path) -> None:
+        change_config(folder, r=0, lora_alpha=-1, use_dora=True)
+        with pytest.raises(ArtifactError) as e:
+            read_adapter(folder)
+        assert len(e.value.problems) == 3
+
+    def test_dora_and_pissa_are_refused_with_the_reason(self, folder: Path) -> None:
+        change_config(folder, use_dora=True)
+        with pytest.raises(ArtifactError, match="DoRA"):
+            read_adapter(folder)
+
+    def test_the_form_of_older_peft_is_read(self, folder: Path) -> None:
+        """What peft 0.11 wrote, as the ancestors' folders hold it."""
+        (folder / "adapter_config.json").write_text(
+            json.dumps(
+                {
+                    "alpha_pattern": {},
+                    "auto_mapping": None,
+                    "base_model_name_or_path": "meta/llama",
+                    "bias": "none",
+                    "fan_in_fan_out": False,
+                    "inference_mode": True,
+                    "init_lora_weights": True,
+                    "layer_replication": None,
+                    "layers_pattern": None,
+                    "layers_to_transform": None,
+                    "loftq_config": {},
+                    "lora_alpha": 16,
+                    "lora_dropout": 0.05,
+                    "megatron_config": None,
+                    "megatron_core": "megatron.core",
+                    "modules_to_save": None,
+                    "peft_type": "LORA",
+                    "r": 2,
+                    "rank_pattern": {},
+                    "revision": None,
+                    "target_modules": ["v_proj", "q_proj"],
+                    "task_type": "CAUSAL_LM",
+                    "use_dora": False,
+                    "use_rslora": False,
+                }
+            )
+        )
+        config = read_adapter(folder).config
+        assert (config["lora_alpha"], config["lora_dropout"], config["target_modules"]) == (
+            16.0,
+            0.05,
+            ["q_proj", "v_proj"],
+        )
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (lambda t: t.clear(), "the adapter is empty"),
+            (lambda t: t.pop(B), "lora_B is missing"),
+            (lambda t: t.update({A: torch.zeros(3, 6)}), r"wrong shape; expected \(2, in\)"),
+            (lambda t: t.update({B: torch.zeros(2, 4)}), r"wrong shape; expected \(out, 2\)"),
+            (lambda t: t.update({A: torch.zeros(2, 0)}), "wrong shape"),
+            (lambda t: t.update({A: torch.zeros(2)}), "wrong shape"),
+            (lambda t: t.update({B: torch.full((4, 2), torch.nan)}), "not finite"),
+            (lambda t: t.update({A: torch.full((2, 6), torch.inf)}), "not finite"),
+            (lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(2)}), "unexpected tensor"),
+            (lambda t: t.update({A.replace("lora_A", "lora_magnitude_vector"): torch.ones(4)}), "unexpected tensor"),
+            (lambda t: t.update({HEAD_KEY: torch.ones(1, 6)}), "unexpected tensor"),
+            (lambda t: t.update({A: torch.ones(2, 6, dtype=torch.int64)}), "wrong number format"),
+        ],
+    )
+    def test_wrong_tensors(self, folder: Path, edit: Callable[[dict[str, Tensor]], None], message: str) -> None:
+        change_tensors(folder, edit)
+        with pytest.raises(ArtifactError, match=message):
+            read_adapter(folder)
+
+    def test_a_damaged_file(self, folder: Path) -> None:
+        data = (folder / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(data[:-1])
+        with pytest.raises(ArtifactError, match="is damaged"):
+            read_adapter(folder)
+
+    def test_links_pickles_and_strangers(self, folder: Path, tmp_path: Path) -> None:
+        outside = tmp_path / "w.safetensors"
+        shutil.move(folder / "adapter_model.safetensors", outside)
+        (folder / "adapter_model.safetensors").symlink_to(outside)
+        with pytest.raises(ArtifactError, match="plain file"):
+            read_adapter(folder)
+        (folder / "adapter_model.safetensors").unlink()
+        with pytest.raises(ArtifactError, match="file is missing"):
+            read_adapter(folder)
+        (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+        with pytest.raises(ArtifactError, match="a pickle can run code"):
+            read_adapter(folder)
+        (folder / "adapter_model.bin").unlink()
+        shutil.move(outside, folder / "adapter_model.safetensors")
+        (folder / "install.sh").write_text("rm")
+        with pytest.raises(ArtifactError, match=r"install\.sh"):
+            read_adapter(folder)
+
+    def test_a_trainer_s_folder_is_an_adapter_folder(self, folder: Path) -> None:
+        before = read_adapter(folder).sha256
+        for name in (
+            "README.md",
+            "optimizer.pt",
+            "rng_state_0.pth",
+            "training_args.bin",
+            "tokenizer.json",
+            "chat_template.jinja",
+        ):
+            (folder / name).write_bytes(b"never opened")
+        assert read_adapter(folder).sha256 == before
+
+
+class TestSaving:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({}, "the adapter is empty"),
+            ({A: torch.empty(0), B: torch.empty(0)}, "wrong shape"),
+            ({A: torch.ones(2, 6), B: torch.full((4, 2), torch.nan)}, "not finite"),
+            ({A: torch.ones(2, 6)}, "lora_B is missing"),
+        ],
+    )
+    def test_nothing_is_written_that_could_not_be_loaded(
+        self, tmp_path: Path, given: dict[str, Tensor], message: str
+    ) -> None:
+        """F25: the ancestor saved 0 tensors and said nothing. Empty [0] tensors are what ZeRO-3 leaves."""
+        with pytest.raises(InvariantError, match=message):
+            save_adapter(tmp_path / "a", given, CONFIG, "CAUSAL_LM", None, "/models/base")
+        assert not list(tmp_path.iterdir())
+
+    def test_training_must_have_changed_it(self, tmp_path: Path) -> None:
+        sha = adapter_sha256(tensors())
+        with pytest.raises(InvariantError, match="unchanged"):
+            save_adapter(tmp_path / "a", tensors(), CONFIG, "CAUSAL_LM", None, "/b", must_differ_from=sha)
+        with pytest.raises(InvariantError, match="every lora_B at zero"):
+            save_adapter(tmp_path / "a", tensors(0.0), CONFIG, "CAUSAL_LM", None, "/b", must_differ_from=sha)
+        assert save_adapter(tmp_path / "a", tensors(0.1), CONFIG, "CAUSAL_LM", None, "/b", must_differ_from=sha) != sha
+
+    def test_a_bad_save_leaves_the_good_one(self, folder: Path) -> None:
+        before = read_adapter(folder).sha256
+        with pytest.raises(InvariantError):
+            save_adapter(
+                folder, {A: torch.ones(2, 6), B: torch.full((4, 2), torch.inf)}, CONFIG, "CAUSAL_LM", None, "/b"
+            )
+        assert read_adapter(folder).sha256 == before
+        sha = save_adapter(folder, tensors(0.75), CONFIG, "CAUSAL_LM", None, "/b")
+        assert read_adapter(folder).sha256 == sha != before
+        assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
+
+    def test_what_is_on_disk_is_compared_with_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """F25: the reload check. A writer that loses bits does not get away with it."""
+        from rlhf_ray.models import adapter_files
+
+        plain = adapter_files.atomic_save_tensors
+
+        def lossy(path: Path, given: dict[str, Tensor]) -> None:
+            plain(path, {k: v + 1e-3 for k, v in given.items()})
+
+        monkeypatch.setattr(adapter_files, "atomic_save_tensors", lossy)
+        with pytest.raises(InvariantError, match="not the one in memory"):
+            save_adapter(tmp_path / "a", tensors(), CONFIG, "CAUSAL_LM", None, "/b")
+        assert not list(tmp_path.iterdir())
+
+    def test_the_head_is_part_of_a_reward_adapter(self, tmp_path: Path) -> None:
+        head = torch.tensor([[1.0, 2.0, 3.0]])
+        sha = save_adapter(tmp_path / "a", tensors(), CONFIG, "SEQ_CLS", head, "/b")
+        files = read_adapter(tmp_path / "a")
+        assert files.head is not None and torch.equal(files.head, head) and files.sha256 == sha
+        assert sha != adapter_sha256(tensors()) and HEAD_KEY not in files.tensors
+        assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
+
+
+PLAIN_PEFT = """
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+base, policy, reward, out = sys.argv[1:]
+torch.set_num_threads(1)
+ids = load_file(out + "/ids.safetensors")["ids"]
+with torch.no_grad():
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), policy)
+    found = {"logits": model(ids).logits}
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+    found["scores"] = PeftModel.from_pretrained(model, reward)(ids).logits
+save_file(found, out + "/found.safetensors")
+assert not any(name.startswith("rlhf_ray") for name in sys.modules)
+"""
+
+
+def test_plain_peft_loads_our_adapters_without_us(
+    tiny_llama: Make, load: Callable[..., Any], save_trained: Callable[..., str], tmp_path: Path
+) -> None:
+    """F25, F26, F39: policy and reward adapter, loaded by PEFT alone in a fresh process, answer as they do here."""
+    from rlhf_ray.models.adapters import wrap
+    from rlhf_ray.models.heads import ScalarHead
+
+    base, head = tiny_llama(), torch.linspace(-1, 1, 64)[None]
+    save_trained(base, tmp_path / "policy", use_rslora=True)
+    save_trained(base, tmp_path / "reward", head=head)
+    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
+    arguments = [str(base), str(tmp_path / "policy"), str(tmp_path / "reward"), str(tmp_path)]
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", PLAIN_PEFT, *arguments], check=True, timeout=300)
+    found = load_file(tmp_path / "found.safetensors")
+    policy = wrap(load(base).model, read_adapter(tmp_path / "policy"), "policy")
+    reward = wrap(load(base).model, read_adapter(tmp_path / "reward"), "reward")
+    torch.testing.assert_close(logits(policy), found["logits"])
+    with torch.no_grad():
+        torch.testing.assert_close(ScalarHead(64, head)(hidden(reward)[:, -1:]), found["scores"])
+    assert (logits(load(base).model) - found["logits"]).abs().max() > 0.1

@@ -1,0 +1,238 @@
+"""Loading bases and reward models (seeds F5, F11, F12, F26, F36; faults 44, 47, 52-54)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, GraniteConfig
+
+from rlhf_ray.errors import ArtifactError, ConfigError, InvariantError, ResourceError
+from rlhf_ray.models import loading
+from rlhf_ray.models.backbone import Backbone, trunk
+from rlhf_ray.models.heads import LogitsHead, ScalarHead
+
+from .conftest import IDS, hidden, logits
+
+Load = Callable[..., Backbone]
+Make = Callable[..., Path]
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+class TestLoading:
+    def test_frozen_in_eval_mode_and_complete(self, load: Load, tiny_llama: Make) -> None:
+        folder = tiny_llama()
+        base = load(folder)
+        assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
+        assert (base.dtype, base.attn_implementation, base.context_length) == (torch.float32, "sdpa", 256)
+        assert (base.pad_id, base.eos_ids, base.hidden_size) == (0, (2,), 64)
+        identity = base.identity
+        assert (identity.path, identity.revision, identity.precision) == (str(folder), None, "float32")
+        assert set(identity.manifest()) == {"path", "revision", "config_sha256", "weights_sha256", "precision"}
+
+    def test_equal_to_plain_transformers(self, load: Load, tiny_llama: Make) -> None:
+        plain = AutoModelForCausalLM.from_pretrained(tiny_llama())
+        assert torch.equal(logits(load(tiny_llama()).model), logits(plain))
+
+    def test_dropout_is_off_even_in_training_mode(self, load: Load, tiny_gpt2: Make) -> None:
+        """F5: a stray .train() must not make two passes over one batch differ."""
+        model = load(tiny_gpt2(attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3)).model
+        expected = logits(model)
+        model.train()
+        assert torch.equal(logits(model), expected)
+
+    @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+    def test_auto_precision_on_the_cpu_is_float32(self, load: Load, tiny_llama: Make, stored: str) -> None:
+        assert load(tiny_llama(dtype=stored)).model.dtype is torch.float32
+        half = load(tiny_llama(dtype=stored), dtype="bfloat16")
+        assert half.model.dtype is torch.bfloat16 and half.identity.precision == "bfloat16"
+
+    def test_auto_precision_on_cuda_is_the_checkpoint_s(self, tiny_llama: Make, tmp_path: Path) -> None:
+        """The rule alone; no device is touched. A config that does not say is settled by the largest tensor."""
+        folder = Path(shutil.copytree(tiny_llama(dtype="float16"), tmp_path / "m"))
+        source = loading.ModelSource(folder, str(folder))
+        config = AutoModelForCausalLM.from_pretrained(folder).config
+        assert loading._dtype(source, config, "auto", torch.device("cuda")) is torch.float16
+        silent = copy.deepcopy(config)
+        silent.dtype = None
+        assert loading._dtype(source, silent, "auto", torch.device("cuda")) is torch.float16
+
+    def test_stop_token_ids_replace_the_model_s(self, load: Load, tiny_llama: Make) -> None:
+        assert load(tiny_llama(), stop_token_ids=(7, 2)).eos_ids == (7, 2)
+        with pytest.raises(ConfigError, match="stop_token_ids"):
+            load(tiny_llama(), stop_token_ids=(260,))
+
+    def test_the_class_follows_the_config_not_the_path(self, load: Load, tiny_llama: Make, tmp_path: Path) -> None:
+        """F36: a folder called GPT-NeoX that holds a Llama is a Llama."""
+        folder = Path(shutil.copytree(tiny_llama(), tmp_path / "GPT-NeoX"))
+        assert type(load(folder).model).__name__ == "LlamaForCausalLM"
+
+
+class TestRefusals:
+    def test_more_tokens_than_embeddings(self, load: Load, tiny_llama: Make, tmp_path: Path) -> None:
+        """Fault 53: otherwise an IndexError in the middle of a run."""
+        folder = Path(shutil.copytree(tiny_llama(vocab_size=256), tmp_path / "m"))
+        with pytest.raises(ArtifactError, match="at most 256 tokens; got 260") as e:
+            load(folder)
+        assert e.value.exit_code == 5
+
+    def test_fewer_tokens_than_embeddings_are_fine(self, load: Load, tiny_llama: Make) -> None:
+        assert load(tiny_llama(vocab_size=320)).pad_id == 0
+
+    def test_a_model_without_end(self, load: Load, tiny_llama: Make, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(tiny_llama(eos_token_id=None), tmp_path / "m"))
+        edit(folder / "tokenizer_config.json", eos_token=None)
+        with pytest.raises(ArtifactError, match="no end-of-sequence"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"dtype": "float16"}, "float16 needs a GPU"),
+            ({"attn_implementation": "flash_attention_2"}, "flash_attention_2"),
+            ({"load_in_8bit": True, "cpu_offload": True}, "cpu_offload"),
+        ],
+    )
+    def test_what_a_cpu_cannot_do(self, load: Load, tiny_llama: Make, fields: dict[str, Any], message: str) -> None:
+        """Fault 44: refused before weights are read, exit 3."""
+        with pytest.raises(ResourceError, match=message) as e:
+            load(tiny_llama(), **fields)
+        assert e.value.exit_code == 3
+
+    def test_missing_and_damaged_weights(self, load: Load, tiny_llama: Make, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(tiny_llama(), tmp_path / "m"))
+        edit(folder / "config.json", num_hidden_layers=3)
+        with pytest.raises(ArtifactError, match=r"missing model\.layers\.2"):
+            load(folder)
+        edit(folder / "config.json", num_hidden_layers=2, hidden_size=32)
+        with pytest.raises(ArtifactError) as e:
+            load(folder)
+        assert len(e.value.lines()) == 1
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+        edit(folder / "config.json", hidden_size=64)
+        with pytest.raises(ArtifactError, match="cannot be loaded"):
+            load(folder)
+
+    def test_a_damaged_tokenizer(self, load: Load, tiny_llama: Make, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(tiny_llama(), tmp_path / "m"))
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text[: len(text) // 2])
+        with pytest.raises(ArtifactError) as e:
+            load(folder)
+        assert len(e.value.lines()) == 1
+
+    def test_an_unknown_architecture(self, load: Load, tiny_llama: Make, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(tiny_llama(), tmp_path / "m"))
+        edit(folder / "config.json", model_type="no_such_type", architectures=["NoSuchForCausalLM"])
+        with pytest.raises(ArtifactError) as e:
+            load(folder)
+        assert len(e.value.lines()) == 1
+
+
+class TestHeads:
+    @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
+    def test_trunk_and_head_make_the_logits(self, load: Load, family: str, request: pytest.FixtureRequest) -> None:
+        base = load(request.getfixturevalue(family)())
+        with torch.no_grad():
+            assert torch.equal(base.lm_head(hidden(base.model)), logits(base.model))
+
+    def test_capped_and_scaled_logits(self, tiny_llama: Make, load: Load, tmp_path: Path) -> None:
+        """Gemma 2 caps its logits and Granite divides them: log-probabilities from the bare output layer would be wrong."""
+        shape: dict[str, Any] = {
+            "vocab_size": 260,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+        }
+        configs = {
+            "gemma": Gemma2Config(**shape, final_logit_softcapping=2.0, initializer_range=0.5),
+            "granite": GraniteConfig(**shape, logits_scaling=8.0, initializer_range=0.5),
+        }
+        for name, config in configs.items():
+            folder = tmp_path / name
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(tiny_llama() / file, folder)
+            base = load(folder)
+            assert isinstance(base.lm_head, LogitsHead) and base.lm_head.out_features == 260
+            with torch.no_grad():
+                found, bare = base.lm_head(hidden(base.model)), base.lm_head.output_layer(hidden(base.model))
+            torch.testing.assert_close(found, logits(base.model))
+            assert (bare - found).abs().max() > 0.1
+
+    def test_an_unknown_treatment_of_logits_is_refused(self, load: Load, tiny_llama: Make, monkeypatch: Any) -> None:
+        from transformers import LlamaForCausalLM
+
+        plain = LlamaForCausalLM.forward
+
+        def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+            out = plain(self, *args, **kwargs)
+            out.logits = out.logits * 2
+            return out
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+        with pytest.raises(ArtifactError, match="its logits are not its output layer"):
+            load(tiny_llama())
+
+    def test_the_scalar_head_is_zero_or_a_copy_and_float32(self) -> None:
+        assert ScalarHead(4)(torch.randn(2, 3, 4)).eq(0).all()
+        head = ScalarHead(4, torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        out = head(torch.ones(2, 3, 4, dtype=torch.bfloat16))
+        assert out.shape == (2, 3) and out.dtype is torch.float32 and out.eq(10).all()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            third = head(torch.full((1, 4), 1 / 3)).detach()
+        assert third.dtype is torch.float32 and abs(float(third) - 10 / 3) < 1e-6
+        with pytest.raises(ArtifactError, match="wrong shape"):
+            ScalarHead(4, torch.ones(1, 5))
+
+
+class TestClassifiers:
+    @pytest.fixture
+    def reward_model(self, tiny_llama: Make, tmp_path: Path) -> Callable[..., Path]:
+        def make(**config: Any) -> Path:
+            folder = tmp_path / "reward"
+            torch.manual_seed(0)
+            model = AutoModelForSequenceClassification.from_pretrained(tiny_llama(), **{"num_labels": 1, **config})
+            model.save_pretrained(folder)
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(tiny_llama() / file, folder)
+            return folder
+
+        return make
+
+    def test_a_reward_model_loads_with_its_head(self, load_reward: Load, reward_model: Make) -> None:
+        base = load_reward(reward_model(pad_token_id=0))
+        assert base.head is None and base.model.score.weight.shape == (1, 64)  # type: ignore[union-attr]
+        with pytest.raises(InvariantError, match="no language-model head"):
+            _ = base.lm_head
+        plain = AutoModelForSequenceClassification.from_pretrained(reward_model(pad_token_id=0))
+        with torch.no_grad():
+            expected = plain(IDS).logits[:, 0]
+            head = ScalarHead(64, base.model.score.weight.detach())  # type: ignore[union-attr]
+            torch.testing.assert_close(head(hidden(base.model)[:, -1]), expected)
+        assert trunk(base.model) is base.model.model  # type: ignore[union-attr]
+
+    def test_a_causal_lm_is_no_reward_model(self, load_reward: Load, tiny_llama: Make) -> None:
+        """Fault 54, F26: transformers would make a random score head and warn."""
+        with pytest.raises(ArtifactError, match="score head newly initialised") as e:
+            load_reward(tiny_llama())
+        assert e.value.exit_code == 5 and "score.weight" in str(e.value)
+
+    def test_two_labels_are_no_reward(self, load_reward: Load, reward_model: Make) -> None:
+        """F26: reading label 0 of two was the ancestors' random reward."""
+        with pytest.raises(ArtifactError, match="num_labels 1; got 2"):
+            load_reward(reward_model(num_labels=2))

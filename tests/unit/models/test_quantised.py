@@ -1,0 +1,79 @@
+"""8- and 4-bit bases on the CPU: they load, and LoRA trains on them (parity P5; the 4-bit repacking trap)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.config import LoraConfig
+from rlhf_ray.errors import ResourceError
+from rlhf_ray.models.adapters import adapter_parameters, use_adapter, wrap
+from rlhf_ray.models.backbone import Backbone
+
+from .conftest import IDS, logits
+
+Load = Callable[..., Backbone]
+Make = Callable[..., Path]
+
+
+@contextmanager
+def cpu_with_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let bitsandbytes believe that the CPU could use repacked weights, wherever this test runs."""
+    modules = pytest.importorskip("bitsandbytes").nn.modules
+    with monkeypatch.context() as patch:
+        patch.setattr(modules, "has_avx512bf16", lambda: True)
+        yield
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_base_trains_an_adapter(
+    load: Load, tiny_llama: Make, train: Callable[..., None], monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    full = logits(load(tiny_llama()).model)
+    with cpu_with_avx512_bf16(monkeypatch):
+        base = load(tiny_llama(), **{f"load_in_{bits}bit": True})
+    assert base.identity.precision == f"{bits}bit"
+    model = wrap(base.model, LoraConfig(r=4), "policy", seed=1)
+    parameters = adapter_parameters(model, "policy")
+    assert len(parameters) == 2 * 7 * 2 and {p.dtype for p in parameters.values()} == {torch.float32}
+
+    model.eval()
+    with use_adapter(model, None):
+        quantised = logits(model)  # eval mode, no gradients: the pass that would repack 4-bit weights for good
+    correlation = torch.corrcoef(torch.stack([full.flatten(), quantised.flatten()]))[0, 1]
+    assert 0.9 < correlation < 1 and not torch.equal(full, quantised)
+
+    train(model, "policy")
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    with_gradient = [k for k, p in parameters.items() if p.grad is not None and bool(p.grad.any())]
+    assert len(with_gradient) == len(parameters)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".lora_" not in n)
+
+
+def test_the_heads_are_not_quantised(load: Load, load_reward: Load, tiny_llama: Make) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = load(tiny_llama(), load_in_4bit=True)
+    assert type(base.lm_head) is torch.nn.Linear and base.lm_head.weight.dtype is torch.float32
+    assert "4bit" in type(base.model.model.layers[0].mlp.up_proj).__name__  # type: ignore[union-attr,index]
+
+
+def test_without_bitsandbytes(load: Load, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = metadata.version
+
+    def missing(name: str) -> Any:
+        if name == "bitsandbytes":
+            raise metadata.PackageNotFoundError(name)
+        return plain(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(ResourceError, match=r"rlhf_ray\[quant\]") as e:
+        load(tiny_llama(), load_in_8bit=True)
+    assert e.value.exit_code == 3

@@ -1,0 +1,180 @@
+"""The learner's optimizer step: a DeepSpeed engine with the accumulation boundary and the clipping done by hand.
+
+DeepSpeed averages gradients over ranks, clips all parameters together and scales by the number of accumulation steps. PPO wants
+one global token count as the normaliser and a clip for policy and value each, so the loss arrives here already divided by the
+global count, the average is undone by a factor of the world size, and clipping goes through DeepSpeed's public gradient access.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.config import OptimFields
+from rlhf_ray.errors import ConfigError, Problem, ResourceError
+
+OUR_KEYS = {
+    "fp16": "dtype",
+    "bf16": "dtype",
+    "data_types": "dtype",
+    "amp": "dtype",
+    "torch_autocast": "dtype",
+    "train_batch_size": "rollout_batch_size and num_mini_batches",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "num_mini_batches and per_device_train_batch_size",
+    "optimizer": "optim",
+    "scheduler": "lr_scheduler_type",
+    "gradient_clipping": "max_grad_norm",
+}
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a clipping norm, by their names."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+
+
+class TrainingEngine:
+    """Accumulate losses, then step. `module` is what forwards must go through (its hooks matter under ZeRO-3)."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        optim: OptimFields,
+        zero_stage: int,
+        deepspeed_json: str | None,
+        world_size: int,
+    ) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.groups, self.world_size, self.zero_stage = tuple(groups), world_size, zero_stage
+        self.max_grad_norm = optim.max_grad_norm
+        settings = deepspeed_settings(zero_stage, deepspeed_json)
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(groups, optim),
+            model_parameters=[p for g in groups for p in g.parameters.values()],
+            config=settings,
+            dist_init_required=False,
+        )
+        self.module = self.engine
+        if zero_stage > 0:
+            _link_every_group(self.engine.optimizer.optimizer)
+
+    def accumulate(self, loss: Tensor, last: bool) -> None:
+        """Backward of one microbatch's share of the loss; `last` marks the one after which `step` follows."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rates: Mapping[str, float]) -> dict[str, float]:
+        """Clip each group, step, and forget the gradients. Returns each group's gradient norm before clipping."""
+        norms = {group.name: self._clip(group) for group in self.groups}
+        for ours, theirs in zip(self.groups, self.engine.optimizer.param_groups):
+            theirs["lr"] = learning_rates[ours.name]
+        self.engine.step()
+        return norms
+
+    def _clip(self, group: ParameterGroup) -> float:
+        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+
+        gradients = {n: safe_get_full_grad(p) for n, p in group.parameters.items()}
+        missing = [n for n, g in gradients.items() if g is None]
+        if missing:
+            raise RuntimeError(
+                f"no gradient reached {missing[0]} ({len(missing)} of {len(gradients)} parameters of {group.name})"
+            )
+        norm = float(
+            torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients.values()]))
+        )
+        scale = self.max_grad_norm / (norm + 1e-6)
+        if scale < 1.0:
+            for name, parameter in group.parameters.items():
+                safe_set_full_grad(parameter, gradients[name] * scale)
+        return norm
+
+
+def _link_every_group(optimizer: torch.optim.Optimizer) -> None:
+    """Make Adam's state for all parameter groups before the first of them steps.
+
+    DeepSpeed 0.19 steps group by group and links optimizer state to parameters after the first group's first step, when the state
+    of the others is not there yet: their moments could then never be read for a checkpoint."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def make_states(*_: Any) -> None:
+        for p in parameters:
+            if not optimizer.state[p]:
+                optimizer.state[p].update(
+                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                )
+
+    optimizer.register_step_pre_hook(make_states)
+
+
+def build_optimizer(groups: Sequence[ParameterGroup], optim: OptimFields) -> torch.optim.Optimizer:
+    """One torch optimizer with a parameter group for each of ours; learning rates are set at every step."""
+    grouped: list[dict[str, Any]] = [{"params": list(g.parameters.values()), "lr": 0.0} for g in groups]
+    betas, eps, decay = (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon, optim.weight_decay
+    if optim.optim == "adamw_torch":
+        return torch.optim.AdamW(grouped, betas=betas, eps=eps, weight_decay=decay)
+    if optim.optim == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(grouped, scale_parameter=False, relative_step=False, warmup_init=False, weight_decay=decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ResourceError.at("optim", "adamw_8bit needs bitsandbytes", fix="pip install 'rlhf_ray[quant]'") from error
+    return AdamW8bit(grouped, betas=betas, eps=eps, weight_decay=decay)
+
+
+def deepspeed_settings(zero_stage: int, deepspeed_json: str | None) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, with the user's ZeRO and communication keys over it.
+
+    Precision, batches, optimizer, schedule and clipping are fields of the job; in the user's JSON they are a ConfigError.
+    There is no bf16/fp16 section, because it would cast the float32 adapters as well."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if deepspeed_json is None:
+        return settings
+    theirs = read_deepspeed_json(deepspeed_json)
+    zero = {**settings["zero_optimization"], **theirs.pop("zero_optimization", {})}
+    return {**settings, **theirs, "zero_optimization": zero}
+
+
+def read_deepspeed_json(path: str) -> dict[str, Any]:
+    """The user's DeepSpeed JSON. Raises ConfigError for keys that are fields of the job."""
+    try:
+        theirs = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError.at(
+            "learner.deepspeed", f"cannot read {os.fspath(path)}: {error}", "a DeepSpeed JSON file"
+        ) from error
+    if not isinstance(theirs, dict):
+        raise ConfigError.at(str(path), "not a JSON object", "DeepSpeed settings by name")
+    ConfigError.raise_all(
+        Problem(
+            str(path), f"{key} is set by the job, not by the DeepSpeed file", fix=f"remove it and set {OUR_KEYS[key]}"
+        )
+        for key in theirs
+        if key in OUR_KEYS
+    )
+    return theirs

@@ -1,0 +1,143 @@
+"""From what was sampled and scored to what the update learns from: one pure function over all rows of a step.
+
+Every rank holds all rows here (a 256 x 492 step is about 3 MB) and computes the same thing, so that whitening, KL control and
+metrics do not depend on the world size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.batches import Experience, Rollout, Scores
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.maths import kl, returns, stats
+from rlhf_ray.maths.masks import masked_mean, masked_sum, zero_outside
+
+WHITEN_EPS = 1e-8
+GROUP_EPS = 1e-4
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The learner's own view of a rollout before any update of the step, 0 outside the response mask.
+
+    logprobs, entropy: f32[B, R].  values: f32[B, R], None without a critic.  bootstrap: f32[B], value after the last token.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None
+    bootstrap: Tensor | None
+
+
+def final_scores(scores: Scores, finished: Tensor, config: PPOConfig, moments: stats.RunningMoments) -> Tensor:
+    """f32[B]: the raw reward after eos penalty, baseline, normalisation (which takes this step in first) and clip."""
+    final = returns.penalise_unfinished(scores.reward, finished, config.missing_eos_penalty) - config.reward_baseline
+    if config.normalize_rewards:
+        moments.update(final)
+        final = moments.normalise(final, subtract_mean=False, eps=WHITEN_EPS)
+    if config.reward_clip is not None:
+        final, _ = stats.clip_scores(final, config.reward_clip)
+    return final
+
+
+def make_experience(
+    rollout: Rollout,
+    scores: Scores,
+    evaluation: Evaluation,
+    config: PPOConfig,
+    kl_coef: float,
+    moments: stats.RunningMoments,
+) -> tuple[Experience, dict[str, float]]:
+    """Shape rewards, estimate advantages, whiten; and the step's metrics. `kl_coef` is the controller's value for this step."""
+    mask = rollout.response_mask
+    per_token = zero_outside(kl.penalty(config.kl_penalty, evaluation.logprobs, scores.ref_logprobs), mask)
+    in_reward = 0.0 if config.use_kl_loss else kl_coef
+    final = final_scores(scores, rollout.finished, config, moments)
+    if config.advantage_estimator == "gae":
+        advantages, targets, shaped = _gae(final, per_token, in_reward, rollout, evaluation, config)
+    else:
+        shaped = returns.reply_scores(final, per_token, in_reward, mask)
+        advantages, targets = _group_advantages(shaped, mask, config), torch.zeros_like(per_token)
+    if config.whiten_advantages and config.advantage_estimator == "gae":
+        white = returns.whiten(advantages, mask, subtract_mean=True, eps=WHITEN_EPS)
+    else:
+        white = advantages
+    experience = Experience(
+        tokens=rollout.tokens,
+        prompt_mask=rollout.prompt_mask,
+        response_mask=mask,
+        old_logprobs=evaluation.logprobs,
+        ref_logprobs=scores.ref_logprobs,
+        old_values=torch.zeros_like(per_token) if evaluation.values is None else evaluation.values,
+        advantages=white,
+        returns=targets,
+    )
+    metrics = step_metrics(rollout, scores, evaluation, per_token, kl_coef)
+    metrics |= {
+        "reward/score": float(final.mean()),
+        "advantage/std": float(masked_std(advantages, mask)),
+        "reward/shaped": float(shaped.sum() / len(rollout)),
+    }
+    if evaluation.values is not None:
+        metrics["value/explained_variance"] = stats.explained_variance(evaluation.values, targets, mask)
+        metrics["value/mean"] = float(masked_mean(evaluation.values, mask))
+        metrics["returns/mean"] = float(masked_mean(targets, mask))
+    return experience, metrics
+
+
+def _gae(
+    final: Tensor, per_token: Tensor, kl_coef: float, rollout: Rollout, evaluation: Evaluation, config: PPOConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    if evaluation.values is None or evaluation.bootstrap is None:
+        raise ValueError("advantage_estimator gae needs the critic's values")
+    mask = rollout.response_mask
+    shaped = returns.shape_rewards(final, per_token, kl_coef, mask)
+    if config.whiten_rewards:
+        shaped = returns.whiten(shaped, mask, subtract_mean=False, eps=WHITEN_EPS)
+    after_end = torch.zeros_like(evaluation.bootstrap)
+    if config.bootstrap_truncated:
+        after_end = torch.where(rollout.finished, after_end, evaluation.bootstrap)
+    advantages, targets = returns.gae(shaped, evaluation.values, mask, config.gamma, config.lam, after_end)
+    return advantages, targets, shaped
+
+
+def _group_advantages(reply_rewards: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
+    if config.advantage_estimator == "rloo":
+        per_reply = returns.rloo_advantages(reply_rewards, config.num_generations)
+    else:
+        per_reply = returns.grpo_advantages(reply_rewards, config.num_generations, scale=True, eps=GROUP_EPS)
+    return returns.to_tokens(per_reply, mask)
+
+
+def masked_std(values: Tensor, mask: Tensor) -> Tensor:
+    return values[mask].double().std(correction=0)
+
+
+def step_metrics(
+    rollout: Rollout, scores: Scores, evaluation: Evaluation, per_token: Tensor, kl_coef: float
+) -> dict[str, float]:
+    """The contract's names for what was sampled: raw reward, true KL at the old policy, lengths, entropy, agreement."""
+    mask, old, ref = rollout.response_mask, evaluation.logprobs, scores.ref_logprobs
+    per_reply = {name: masked_sum(f(old, ref), mask, dim=1).mean() for name, f in (("k1", kl.k1), ("k3", kl.k3))}
+    reward = scores.reward
+    metrics: dict[str, Tensor | float] = {
+        "reward/mean": reward.mean(),
+        "reward/std": reward.std(correction=0),
+        "kl/k1_per_response": per_reply["k1"],
+        "kl/k3_per_response": per_reply["k3"],
+        "kl/penalty_per_response": per_token.sum(dim=1).mean(),
+        "kl/coef": kl_coef,
+        "kl/clamped_share": kl.clamped_share(old, ref, mask),
+        "response/length": rollout.lengths.float().mean(),
+        "response/finished": rollout.finished.float().mean(),
+        "policy/entropy": masked_mean(evaluation.entropy, mask),
+        "sampler/logprob_difference": masked_mean((rollout.sample_logprobs - old).abs(), mask),
+        "tokens/generated": int(mask.sum()),
+    }
+    for name, part in scores.parts.items():
+        metrics[f"reward/{name}"] = part.mean()
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,72 @@
+"""How a policy does on held-out prompts: reward with its standard error, KL to the reference, length, share finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_ray.batches import Rollout, Scores
+from rlhf_ray.maths import kl
+from rlhf_ray.maths.masks import masked_sum
+from rlhf_ray.maths.stats import standard_error
+from rlhf_ray.roles.collector import Collected
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Per-reply figures, f32[B] each. k1, k3: summed over tokens, nats, of the sampler's own log-probabilities."""
+
+    reward: Tensor
+    parts: dict[str, Tensor]
+    k1: Tensor
+    k3: Tensor
+    length: Tensor
+    finished: Tensor
+
+    @classmethod
+    def of(cls, collected: Collected) -> HeldOut:
+        rollout, scores = collected.rollout, collected.scores
+        k1, k3 = reply_kl(rollout, scores)
+        return cls(scores.reward, scores.parts, k1, k3, rollout.lengths.float(), rollout.finished.float())
+
+    def metrics(self) -> dict[str, float]:
+        """Under the `eval/` names."""
+        found = {
+            "eval/reward": float(self.reward.mean()),
+            "eval/kl_k1_per_response": float(self.k1.mean()),
+            "eval/kl_k3_per_response": float(self.k3.mean()),
+            "eval/length": float(self.length.mean()),
+            "eval/finished": float(self.finished.mean()),
+            "eval/rows": float(len(self.reward)),
+        }
+        if len(self.reward) > 1:
+            found["eval/reward_se"] = standard_error(self.reward)
+        for name, part in self.parts.items():
+            found[f"eval/reward/{name}"] = float(part.mean())
+        return found
+
+
+def reply_kl(rollout: Rollout, scores: Scores) -> tuple[Tensor, Tensor]:
+    """k1 and k3 of each reply, f32[B]: summed over its tokens, under the distribution it was sampled from."""
+    mask = rollout.response_mask
+    pair = rollout.sample_logprobs, scores.ref_logprobs
+    return masked_sum(kl.k1(*pair), mask, dim=1), masked_sum(kl.k3(*pair), mask, dim=1)
+
+
+def sample_rows(collected: Collected, prompts: list[str], replies: list[str], count: int) -> list[dict[str, Any]]:
+    """The first `count` replies with their figures, as samples.jsonl stores them."""
+    k1, _ = reply_kl(collected.rollout, collected.scores)
+    return [
+        {
+            "row": i,
+            "prompt": prompts[i],
+            "reply": replies[i],
+            "reward": float(collected.scores.reward[i]),
+            "kl": float(k1[i]),
+            "length": int(collected.rollout.lengths[i]),
+            "finished": bool(collected.rollout.finished[i]),
+        }
+        for i in range(min(count, len(collected.rollout)))
+    ]

@@ -1,0 +1,77 @@
+"""What must hold in every run, checked in every run. A breach stops it with the step and the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.batches import Rollout
+from rlhf_ray.errors import InvariantError
+from rlhf_ray.maths.masks import masked_mean
+
+AGREEMENT = {"float32": 1e-3, "other": 0.05}
+"""Allowed mean absolute difference of log-probabilities between two passes over the same tokens: in float32, and in bfloat16,
+float16 or on a quantised base."""
+
+
+def tolerance(dtype: torch.dtype, quantised: bool) -> float:
+    return AGREEMENT["float32" if dtype == torch.float32 and not quantised else "other"]
+
+
+def check_sampler_agrees(rollout: Rollout, logprobs: Tensor, limit: float, step: int) -> None:
+    """The policy that sampled is the policy that learns: their log-probabilities of the sampled tokens agree."""
+    gap = float(masked_mean((rollout.sample_logprobs - logprobs).abs(), rollout.response_mask))
+    if not gap <= limit:
+        raise InvariantError.at(
+            f"step {step}",
+            f"sampler and learner disagree about the sampled tokens (adapter version {rollout.adapter_version})",
+            f"a mean difference of at most {limit:g} nats",
+            f"{gap:.4g}",
+            "the sampler did not use the learner's adapter, temperature or precision",
+        )
+
+
+def check_starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, limit: float) -> None:
+    """Before the first update the policy is the reference, so the KL is 0."""
+    gap = float(masked_mean((logprobs - ref_logprobs).abs(), mask))
+    if not gap <= limit:
+        raise InvariantError.at(
+            "step 1",
+            "the policy differs from its reference before any update",
+            f"a mean difference of at most {limit:g} nats",
+            f"{gap:.4g}",
+            "the reference adapter is not the one the policy started from",
+        )
+
+
+def check_adapter_changed(before: str, after: str, tensors: Mapping[str, Tensor], step: int) -> None:
+    """An update moves the adapter, and leaves it finite and not empty."""
+    if not tensors or not any(bool(t.any()) for t in tensors.values()):
+        raise InvariantError.at(f"step {step}", "the policy adapter is empty", "tensors that are not all zero")
+    broken = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if broken:
+        raise InvariantError.at(
+            f"step {step}", f"the policy adapter is not finite: {broken[0]} ({len(broken)} tensors)"
+        )
+    if before == after:
+        raise InvariantError.at(f"step {step}", "the update did not change the policy adapter", "a new hash", after)
+
+
+def check_finite(metrics: Mapping[str, float], step: int) -> None:
+    """Every metric is a number, but for those that are undefined for a constant (explained variance of constant returns)."""
+    bad = [n for n, v in metrics.items() if not math.isfinite(v) and n != "value/explained_variance"]
+    if bad:
+        raise InvariantError.at(f"step {step}", f"not finite: {', '.join(f'{n} = {metrics[n]}' for n in bad)}")
+
+
+def stale_adapter(rollout: Rollout, wanted: str, step: int) -> InvariantError:
+    """The error for replies that another adapter sampled; it names both."""
+    return InvariantError.at(
+        f"step {step}",
+        f"replies were sampled by another adapter (version {rollout.adapter_version})",
+        f"sha256 {wanted}",
+        f"sha256 {rollout.adapter_sha256}",
+    )

@@ -1,0 +1,237 @@
+"""The learner: evaluates a rollout, updates policy and critic by PPO, publishes the policy adapter.
+
+A plain class; every rank has one. All ranks hold all rows of a step, work on their own share and exchange sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.batches import Experience, Rollout, Sequences
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import InvariantError
+from rlhf_ray.maths import losses
+from rlhf_ray.models.adapters import adapter_parameters, adapter_tensors
+from rlhf_ray.models.artifact import sha256_tensors
+from rlhf_ray.models.forward import to_device
+from rlhf_ray.models.stack import RoleModels
+from rlhf_ray.roles.engine import ParameterGroup, TrainingEngine
+from rlhf_ray.roles.experience import Evaluation
+from rlhf_ray.roles.minibatches import Microbatch, microbatches, minibatches
+from rlhf_ray.session import Session
+
+RATIO_LIMIT = 1e-4
+
+
+@dataclass(frozen=True)
+class PublishedAdapter:
+    """What the policy is now. tensors: plain PEFT keys -> f32 on the CPU; sha256 is over their names, shapes and bytes."""
+
+    version: int
+    sha256: str
+    tensors: dict[str, Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+@dataclass
+class UpdateStats:
+    """Sums over real tokens of all minibatches of a step, over all ranks."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    norms: list[dict[str, float]] = field(default_factory=list)
+    epochs: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        tokens = max(self.sums.get("tokens", 0.0), 1.0)
+        value_tokens = max(self.sums.get("value_tokens", 0.0), 1.0)
+        found = {
+            "loss/policy": self.sums.get("policy_loss", 0.0) / tokens,
+            "policy/clip_fraction": self.sums.get("clip_fraction", 0.0) / tokens,
+            "policy/approx_kl": self.sums.get("approx_kl", 0.0) / tokens,
+            "ratio/mean": self.sums.get("ratio", 0.0) / tokens,
+            "ratio/first_minibatch_max_deviation": self.maxima["first_deviation"],
+            "policy/epochs": float(self.epochs),
+        }
+        if "value_tokens" in self.sums:
+            found["loss/value"] = self.sums["value_loss"] / value_tokens
+            found["value/clip_fraction"] = self.sums["value_clip_fraction"] / value_tokens
+        for group in self.norms[0] if self.norms else ():
+            found[f"grad_norm/{group}"] = sum(n[group] for n in self.norms) / len(self.norms)
+        return found
+
+
+class Learner:
+    """models: who sits where.  The policy's adapter, the critic's adapter and head are trained; everything else is frozen."""
+
+    def __init__(self, models: RoleModels, config: PPOConfig, session: Session) -> None:
+        self.models, self.config, self.session = models, config, session
+        self.groups = trained_groups(models)
+        self.engine = TrainingEngine(
+            models, self.groups, config, config.learner.zero_stage, config.learner.deepspeed, session.world_size
+        )
+        self.version = 0
+        self.published = self.publish()
+
+    def evaluate(self, rollout: Rollout, step: int) -> Evaluation:
+        """Log-probabilities, entropies and values of all rows before the step's updates.
+
+        Computed in the very rows and widths of epoch 0's microbatches, so that the first ratio is exactly 1 in any dtype."""
+        found: list[tuple[Tensor, list[Tensor]]] = []
+        for minibatch in self._minibatches(step, 0, len(rollout)):
+            for micro in self._microbatches(minibatch):
+                seq = self._sequences(rollout.tokens, rollout.prompt_mask, rollout.response_mask, micro)
+                with torch.no_grad():
+                    passed = self.engine.module("both", seq, self.config.temperature, with_entropy=True)
+                rows = [x.float().cpu()[micro.counts] for x in passed if x is not None]
+                found.append((micro.index[micro.counts], rows))
+        parts = [part for rank in self.session.gather(found) for part in rank]
+        return _assemble(parts, *rollout.response_mask.shape)
+
+    def update(
+        self, experience: Experience, step: int, learning_rates: dict[str, float], kl_coef: float
+    ) -> UpdateStats:
+        """num_ppo_epochs passes of num_mini_batches optimizer steps; ends early on target_kl. Raises InvariantError."""
+        stats = UpdateStats(maxima={"first_deviation": 0.0})
+        for epoch in range(self.config.num_ppo_epochs):
+            for number, minibatch in enumerate(self._minibatches(step, epoch, len(experience))):
+                first = epoch == 0 and number == 0
+                approx_kl = self._optimizer_step(experience, minibatch, stats, learning_rates, kl_coef, first)
+                if first:
+                    self._check_first_ratio(stats, step)
+                if self.config.target_kl is not None and approx_kl > 1.5 * self.config.target_kl:
+                    stats.epochs = epoch + 1
+                    return stats
+            stats.epochs = epoch + 1
+        return stats
+
+    def publish(self) -> PublishedAdapter:
+        """Snapshot the policy adapter under a new version, with its hash."""
+        seat = self.models.seats["policy"]
+        tensors = adapter_tensors(self.models.stack_of("policy").peft, str(seat.adapter))
+        self.published = PublishedAdapter(self.version, sha256_tensors(tensors), tensors)
+        self.version += 1
+        return self.published
+
+    def _optimizer_step(
+        self,
+        experience: Experience,
+        minibatch: Tensor,
+        stats: UpdateStats,
+        learning_rates: dict[str, float],
+        kl_coef: float,
+        first: bool,
+    ) -> float:
+        tokens = int(experience.response_mask[minibatch].sum())
+        train_policy = learning_rates["policy"] > 0
+        micros = self._microbatches(minibatch)
+        sums: dict[str, float] = {"tokens": float(tokens) if self.session.is_main else 0.0}
+        deviation = 0.0
+        for number, micro in enumerate(micros):
+            seq = self._sequences(experience.tokens, experience.prompt_mask, experience.response_mask, micro)
+            rows = experience.rows(micro.index)
+            loss, found, worst = self._loss(seq, rows, micro, kl_coef if self.config.use_kl_loss else 0.0, train_policy)
+            self.engine.accumulate(loss / tokens, last=number == len(micros) - 1)
+            deviation = max(deviation, worst)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
+        stats.norms.append(self.engine.step(learning_rates))
+        names = sorted(sums)
+        totals = dict(zip(names, self.session.sum([sums[n] for n in names])))
+        for name, value in totals.items():
+            stats.sums[name] = stats.sums.get(name, 0.0) + value
+        if first:
+            stats.maxima["first_deviation"] = max(self.session.gather(deviation))
+        return totals["approx_kl"] / tokens
+
+    def _loss(
+        self, seq: Sequences, rows: Experience, micro: Microbatch, kl_loss_coef: float, train_policy: bool
+    ) -> tuple[Tensor, dict[str, float], float]:
+        """The microbatch's loss SUM (divided by the minibatch's token count by the caller), its statistics, its worst ratio."""
+        config, width, device = self.config, seq.response_width, seq.tokens.device
+        old, ref, old_values, advantages, targets = (
+            x[:, :width].to(device)
+            for x in (rows.old_logprobs, rows.ref_logprobs, rows.old_values, rows.advantages, rows.returns)
+        )
+        mask = seq.response_mask & micro.counts.to(device)[:, None]
+        new, _, values, _ = self.engine.module("both", seq, config.temperature)
+        policy, _, stats = losses.policy_loss_sum(new, old, advantages, mask, config.cliprange)
+        loss = policy if train_policy else policy * 0.0
+        if kl_loss_coef:
+            loss = loss + kl_loss_coef * losses.kl_loss_sum(config.kl_penalty, new, ref, mask)[0]
+        found = {"policy_loss": float(policy.detach())}
+        found |= {n: float(stats[n]) for n in ("clip_fraction", "approx_kl", "ratio")}
+        if values is not None:
+            value, count, vstats = losses.value_loss_sum(values, old_values, targets, mask, config.cliprange_value)
+            loss = loss + config.vf_coef * value
+            found |= {"value_loss": float(value.detach()), "value_tokens": float(count)}
+            found["value_clip_fraction"] = float(vstats["clip_fraction"])
+        return loss, found, float(stats["ratio_max_deviation"])
+
+    def _check_first_ratio(self, stats: UpdateStats, step: int) -> None:
+        worst = stats.maxima["first_deviation"]
+        if not worst <= RATIO_LIMIT:
+            raise InvariantError.at(
+                f"step {step}",
+                "the probability ratio of the first minibatch is not 1: the update does not see the policy that was evaluated",
+                f"a deviation of at most {RATIO_LIMIT:g}",
+                f"{worst:.3g}",
+                "look for dropout, an adapter that is not the active one, or a second dtype",
+            )
+
+    def _minibatches(self, step: int, epoch: int, rows: int) -> list[Tensor]:
+        return minibatches(self.config.seed, step, epoch, rows, self.config.num_mini_batches)
+
+    def _microbatches(self, minibatch: Tensor) -> list[Microbatch]:
+        width = self.config.per_device_train_batch_size
+        return microbatches(minibatch, self.session.rank, self.session.world_size, width)
+
+    def _sequences(self, tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor, micro: Microbatch) -> Sequences:
+        i = micro.index
+        return to_device(Sequences.trim(tokens[i], prompt_mask[i], response_mask[i]), self.session.device)
+
+
+def trained_groups(models: RoleModels) -> list[ParameterGroup]:
+    """The policy's adapter; and the critic's adapter and head, in one group with the policy if they share the trunk.
+
+    A shared trunk's gradients cannot be told apart, so they are clipped together (the group is then called policy)."""
+    policy_seat = models.seats["policy"]
+    policy: dict[str, nn.Parameter] = {
+        f"policy.{n}": p
+        for n, p in adapter_parameters(models.stack_of("policy").peft, str(policy_seat.adapter)).items()
+    }
+    if "value" not in models.seats:
+        return [ParameterGroup("policy", policy)]
+    critic_seat = models.seats["value"]
+    head = {f"value.head.{n}": p for n, p in models.head_of("value").named_parameters()}
+    if (critic_seat.stack, critic_seat.adapter) == (policy_seat.stack, policy_seat.adapter):
+        return [ParameterGroup("policy", policy | head)]
+    critic = {
+        f"value.{n}": p for n, p in adapter_parameters(models.stack_of("value").peft, str(critic_seat.adapter)).items()
+    }
+    return [ParameterGroup("policy", policy), ParameterGroup("value", critic | head)]
+
+
+def _assemble(parts: list[tuple[Tensor, list[Tensor]]], rows: int, width: int) -> Evaluation:
+    """Put each microbatch's rows where they belong. Every row must come exactly once."""
+    seen = torch.zeros(rows, dtype=torch.int64)
+    has_critic = len(parts[0][1]) == 4
+    wide = [torch.zeros(rows, width) for _ in range(3 if has_critic else 2)]
+    after = torch.zeros(rows)
+    for index, found in parts:
+        seen[index] += 1
+        for target, value in zip(wide, found[:3]):
+            target[index, : value.shape[1]] = value
+        if has_critic:
+            after[index] = found[3]
+    if not bool((seen == 1).all()):
+        raise InvariantError.at(
+            "evaluation", "a row was evaluated twice or not at all", "every row once", str(seen.tolist())
+        )
+    return Evaluation(wide[0], wide[1], wide[2] if has_critic else None, after if has_critic else None)

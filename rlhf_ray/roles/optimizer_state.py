@@ -1,0 +1,99 @@
+"""The optimizer's state by parameter name, whatever the ZeRO stage and world size: what a checkpoint stores.
+
+DeepSpeed flattens and shards optimizer state; its public accessors assemble it. At stage 0 they return None, and torch's own state
+is read instead. Measured in DeepSpeed 0.19: state is lazy, so a restore needs one step at learning rate 0 first, and the moments
+alone are not enough, Adam's step count must follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.errors import ArtifactError
+from rlhf_ray.roles.engine import TrainingEngine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def export_state(engine: TrainingEngine) -> dict[str, Tensor]:
+    """{parameter name}::{key} -> tensor on the CPU. A collective under ZeRO: every rank must call it."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in _parameters(engine).items():
+        for key, value in _state_of(engine, parameter).items():
+            found[f"{name}::{key}"] = value.detach().cpu().clone()
+    return found
+
+
+def restore_state(engine: TrainingEngine, stored: Mapping[str, Tensor]) -> None:
+    """Put an exported state back. Raises ArtifactError if it names other parameters than the engine has."""
+    parameters = _parameters(engine)
+    names = {key.rpartition("::")[0] for key in stored}
+    if names != set(parameters):
+        different = sorted(names ^ set(parameters))
+        raise ArtifactError.at(
+            "optimizer.safetensors", f"parameters differ: {', '.join(different[:3])} ({len(different)})"
+        )
+    if engine.zero_stage == 0:
+        _restore_torch(engine, parameters, stored)
+    else:
+        _restore_zero(engine, parameters, stored)
+
+
+def _parameters(engine: TrainingEngine) -> dict[str, torch.nn.Parameter]:
+    return {name: p for group in engine.groups for name, p in group.parameters.items()}
+
+
+def _state_of(engine: TrainingEngine, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    if engine.zero_stage == 0:
+        return {
+            k: torch.as_tensor(v) for k, v in engine.engine.optimizer.state.get(parameter, {}).items() if v is not None
+        }
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    state = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+    if any(v is None for v in state.values()):
+        return {}
+    return {**state, "step": _zero_step(engine)}
+
+
+def _restore_torch(
+    engine: TrainingEngine, parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]
+) -> None:
+    optimizer = engine.engine.optimizer
+    for name, parameter in parameters.items():
+        prefix = f"{name}::"
+        state = {k.removeprefix(prefix): v.clone() for k, v in stored.items() if k.startswith(prefix)}
+        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+
+
+def _restore_zero(
+    engine: TrainingEngine, parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]
+) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    zero = torch.stack([(p * 0).sum() for p in parameters.values()]).sum()
+    engine.accumulate(zero, last=True)
+    engine.step({group.name: 0.0 for group in engine.groups})
+    for name, parameter in parameters.items():
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, stored[f"{name}::{key}"].to(parameter.device), key)
+    count = next(v for k, v in stored.items() if k.endswith("::step"))
+    _set_zero_step(engine, count)
+    if not torch.equal(_zero_step(engine), count.float().cpu()):
+        raise ArtifactError.at("optimizer.safetensors", "this DeepSpeed does not take Adam's step count back")
+
+
+def _zero_step(engine: TrainingEngine) -> Tensor:
+    inner = engine.engine.optimizer.optimizer
+    counts = [torch.as_tensor(s["step"]).float().cpu() for s in inner.state.values() if "step" in s]
+    return counts[0] if counts else torch.tensor(0.0)
+
+
+def _set_zero_step(engine: TrainingEngine, count: Tensor) -> None:
+    """DeepSpeed has no public setter; under ZeRO the wrapped torch optimizer holds the count."""
+    for state in engine.engine.optimizer.optimizer.state.values():
+        if "step" in state:
+            state["step"] = count.clone() if isinstance(state["step"], Tensor) else float(count)

@@ -1,0 +1,113 @@
+"""Where a reward comes from: a trained reward model on token ids, or a Python function on text."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.batches import Sequences
+from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.models.artifact import sha256_file
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a Python reward sees of some rows: prompts and replies as text, reply ids, and the raw columns of the data file."""
+
+    prompts: Sequence[str]
+    completions: Sequence[str]
+    completion_ids: Sequence[list[int]]
+    columns: Sequence[dict[str, Any]]
+
+
+class ModelReward:
+    """A reward adapter or a reward model of its own, by its seat."""
+
+    def __init__(self, name: str, weight: float, models: Callable[..., Any], role: str) -> None:
+        self.name, self.weight, self.models, self.role = name, weight, models, role
+
+    def score(self, seq: Sequences) -> Tensor:
+        """f32[M]: the scalar head's output after the reply's last token, on token ids, never re-tokenised."""
+        return self.models("rewards", self.role, seq).float()
+
+
+class FunctionReward:
+    """A Python function with TRL's signature score(prompts, completions, **columns) -> list[float]."""
+
+    def __init__(self, name: str, weight: float, spec: str) -> None:
+        self.name, self.weight, self.spec = name, weight, spec
+        self.function, self.sha256 = load_function(spec)
+
+    def score(self, texts: Texts) -> Tensor:
+        """f32[rows]: what the function returns, one finite number per row. Raises InvariantError naming the row."""
+        shared = set.intersection(*(set(c) for c in texts.columns)) if texts.columns else set()
+        columns = {name: [c[name] for c in texts.columns] for name in sorted(shared) if name.isidentifier()}
+        offered = {"completion_ids": list(texts.completion_ids), **columns}
+        for taken in ("prompts", "completions"):
+            offered.pop(taken, None)
+        got = self.function(prompts=list(texts.prompts), completions=list(texts.completions), **self._accepted(offered))
+        return checked_rewards(got, len(texts.prompts), f"reward {self.name} ({self.spec})")
+
+    def _accepted(self, offered: dict[str, Any]) -> dict[str, Any]:
+        """TRL hands over every column; a function without **kwargs gets those it names."""
+        parameters = inspect.signature(self.function).parameters
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return offered
+        return {name: value for name, value in offered.items() if name in parameters}
+
+
+def checked_rewards(got: Any, rows: int, where: str) -> Tensor:
+    """f32[rows], all finite. Raises InvariantError: a made-up number in place of a missing one would train on noise."""
+    try:
+        values = [math.nan if v is None else float(v) for v in got]
+    except TypeError as error:
+        raise InvariantError.at(where, "did not return a list of numbers", "list[float]", type(got).__name__) from error
+    if len(values) != rows:
+        raise InvariantError.at(where, "returned the wrong number of rewards", str(rows), str(len(values)))
+    bad = [i for i, v in enumerate(values) if not math.isfinite(v)]
+    if bad:
+        raise InvariantError.at(
+            where, f"reward of row {bad[0]} is not finite ({len(bad)} of {rows})", got=str(values[bad[0]])
+        )
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def load_function(spec: str) -> tuple[Callable[..., Any], str]:
+    """The function of `file.py:name` or `pkg.mod:name`, and the sha256 of its file. Raises ConfigError.
+
+    A reward function is code, as trusted as the job file that names it."""
+    place, _, name = spec.rpartition(":")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ConfigError.at("rewards.function", "no such file", "a Python file", place)
+    try:
+        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:
+        raise ConfigError.at(
+            "rewards.function", f"importing {place} failed: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v)) or "none"
+        raise ConfigError.at("rewards.function", f"{place} has no function {name}", f"one of {names}", spec)
+    return function, sha256_file(Path(inspect.getfile(module)))
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"rlhf_ray_reward_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"not a Python module: {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,57 @@
+"""The scorer: a rollout in, rewards and reference log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rlhf_ray.batches import Rollout, Scores, Sequences
+from rlhf_ray.data.records import Row
+from rlhf_ray.models.forward import to_device
+from rlhf_ray.roles.rewards import FunctionReward, ModelReward, Texts
+
+
+class Scorer:
+    """rewards: in the job's order.  reference: the role whose log-probabilities the KL is taken against, None for none.
+
+    rows_per_forward: memory only.  to_texts: the texts of a rollout's rows, for Python rewards.  device: where the models are."""
+
+    def __init__(
+        self,
+        models: Callable[..., Any],
+        rewards: Sequence[ModelReward | FunctionReward],
+        to_texts: Callable[[Rollout, Sequence[Row]], Texts],
+        temperature: float,
+        rows_per_forward: int,
+        device: torch.device,
+        reference: str | None = "reference",
+    ) -> None:
+        self.models, self.rewards, self.to_texts = models, tuple(rewards), to_texts
+        self.temperature, self.rows_per_forward, self.device = temperature, rows_per_forward, device
+        self.reference = reference
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
+        """rows: the data rows behind the rollout's rows, in the same order."""
+        ref_logprobs = torch.zeros(rollout.response_mask.shape)
+        parts = {reward.name: torch.zeros(len(rollout)) for reward in self.rewards}
+        for start in range(0, len(rollout), self.rows_per_forward):
+            piece = slice(start, start + self.rows_per_forward)
+            some = rollout.rows(piece)
+            seq = to_device(Sequences.trim(some.tokens, some.prompt_mask, some.response_mask), self.device)
+            if self.reference is not None:
+                found, _ = self.models("logprobs", self.reference, seq, self.temperature)
+                ref_logprobs[piece, : seq.response_width] = found.float().cpu()
+            for reward in self.rewards:
+                if isinstance(reward, ModelReward):
+                    parts[reward.name][piece] = reward.score(seq).cpu()
+        functions = [r for r in self.rewards if isinstance(r, FunctionReward)]
+        texts = self.to_texts(rollout, rows) if functions else None
+        for function in functions:
+            parts[function.name] = function.score(texts)  # type: ignore[arg-type]
+        total = torch.zeros(len(rollout))
+        for reward in self.rewards:
+            total += reward.weight * parts[reward.name]
+        return Scores(reward=total, ref_logprobs=ref_logprobs, row_id=rollout.row_id, parts=parts)

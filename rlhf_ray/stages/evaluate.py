@@ -1,0 +1,202 @@
+"""Evaluation: policies side by side on held-out prompts. Rewards, KL to a reference, length, and who wins against a baseline.
+
+All policies answer the same prompts with the same random numbers, so differences between them are paired. What it leaves:
+
+    summary.json        every figure as <what>/<policy>            (metrics.py says what each is)
+    results.jsonl       one line per prompt with every policy's reply and its figures        (evaluate_files.py)
+    pairs_<policy>.json {instruction, input, output_1 = baseline, output_2 = policy, preference}: AlpacaFarm's pairwise form
+    comparisons.json    wins, losses, draws, dropped, win rate, win rate at equal length, paired score difference
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from torch import Tensor
+
+from rlhf_ray.config import EvaluateConfig, RewardSource
+from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.data.collate import TokenisedPrompt
+from rlhf_ray.data.load import StageRows, load_rows
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.maths.stats import standard_error
+from rlhf_ray.models.artifact import RunFolder
+from rlhf_ray.roles.judging import Comparison, Judged, compare, distinct_2
+from rlhf_ray.roles.rewards import FunctionReward
+from rlhf_ray.run import Run
+from rlhf_ray.session import Session
+from rlhf_ray.stages.evaluate_files import Outcome, artifacts, show, write_results
+from rlhf_ray.stages.launch import launch
+from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
+from rlhf_ray.stages.supervised import enter
+
+TRUE = "true"
+"""A reward source of this name is the task's own rule; its mean is published as true_reward/<policy>."""
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> Run:
+    """Compare the job's policies and return the finished run. Raises the error tree of errors.py."""
+    return launch(run_evaluate, config, console or LocalConsole())
+
+
+def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
+    """The body of the stage; every rank of the worker group runs it."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        folder, finished = enter(config, session, "evaluate", stack)  # type: ignore[arg-type]
+        if finished is not None:
+            return finished
+        rows = held_out_rows(config)
+        baseline = config.baseline or config.policies[0].name
+        panel = load_panel(config, session, config.reference or baseline)
+        asked = rows.held_out[: config.data.eval_max_rows]
+        done = panel.tokenise(asked, config.data.too_long)
+        if not done.examples:
+            raise DataError.at(", ".join(config.data.train), f"no prompt can be answered: {done.dropped}")
+        if session.is_main:
+            write_lineage(folder, panel, rows)
+            lines = [f"prompts: {len(done.examples)} of {len(rows.held_out)} held out"]
+            tell(panel, [*rows.summary, *lines, *(str(t) for t in (done.dropped, done.truncated) if t.total)])
+        answers = answer_all(panel, done.examples)
+        outcome = judge(config, baseline, done.examples, answers, len(asked) - len(done.examples))
+        run = Run(
+            stage="evaluate",
+            status="done",
+            run_dir=str(folder.path),
+            steps=0,
+            seconds=time.monotonic() - started,
+            seed=config.seed,
+            metrics=outcome.metrics,
+            artifacts=artifacts(outcome),
+        )
+        if session.is_main:
+            show(outcome, session.console)
+            write_results(folder, config, run, outcome)
+            session.console.done()
+        session.barrier()
+        return run
+
+
+def held_out_rows(config: EvaluateConfig) -> StageRows:
+    """The prompts that no stage trains on. Raises ConfigError if the job leaves none, DataError if the files hold none."""
+    data = config.data
+    if not data.eval and data.held_out_fraction == 0:
+        raise ConfigError.at(
+            "data.held_out_fraction",
+            "is 0 and there is no data.eval: no prompt is held out to evaluate on",
+            "prompts that no stage trains on",
+            fix="set data.held_out_fraction as in training (0.1), or name files in data.eval",
+        )
+    rows = load_rows(data, "prompt")
+    if not rows.held_out:
+        raise DataError.at(
+            ", ".join(data.train),
+            f"none of {len(rows.train)} prompts falls into data.held_out_fraction {data.held_out_fraction:g}",
+            fix="more rows, a larger fraction, or files in data.eval",
+        )
+    return rows
+
+
+def answer_all(panel: Panel, prompts: Sequence[TokenisedPrompt]) -> dict[str, Answers]:
+    """Every policy's answers, on every rank."""
+    found: dict[str, Answers] = {}
+    for number, policy in enumerate(panel.config.policies, start=1):
+        found[policy.name] = panel.answer(policy.name, prompts)
+        if panel.session.is_main:
+            panel.session.console.progress("evaluate", number, len(panel.config.policies))
+    return found
+
+
+def judge(
+    config: EvaluateConfig,
+    baseline: str,
+    prompts: Sequence[TokenisedPrompt],
+    answers: dict[str, Answers],
+    n_dropped: int,
+) -> Outcome:
+    """All figures of all policies. Without rewards nobody wins."""
+    comparisons: dict[str, Comparison] = {}
+    by = next((r for r in config.rewards if r.name == config.judge), config.rewards[0] if config.rewards else None)
+    if by is not None:
+        sides = {name: _judged(a, by) for name, a in answers.items()}
+        comparisons = {
+            name: compare(sides[baseline], side, n_dropped) for name, side in sides.items() if name != baseline
+        }
+    metrics: dict[str, float] = {}
+    for name, found in answers.items():
+        metrics |= policy_metrics(name, found, config.rewards, n_dropped)
+        if name in comparisons:
+            metrics |= comparisons[name].metrics(name)
+    judge_name = by.name if by is not None else None
+    return Outcome(baseline, judge_name, prompts, answers, comparisons, metrics, has_sum(config.rewards))
+
+
+def _judged(answers: Answers, by: RewardSource) -> Judged:
+    """A reward with a negative weight is a cost: its lower score wins."""
+    sign = -1.0 if by.weight < 0 else 1.0
+    figures = answers.figures
+    return Judged(sign * figures.parts[by.name], figures.length, answers.texts.completions)
+
+
+def policy_metrics(policy: str, answers: Answers, rewards: Sequence[RewardSource], n_dropped: int) -> dict[str, float]:
+    """A policy's figures under the names of metrics.py. Undefined ones (one prompt has no standard error) are left out."""
+    figures = answers.figures
+    found = _with_error("kl_k1_per_response", figures.k1) | _with_error("kl_k3_per_response", figures.k3)
+    found |= {
+        "length": float(figures.length.mean()),
+        "finished": float(figures.finished.mean()),
+        "distinct_2": distinct_2(answers.texts.completions),
+        "rows": float(len(figures.length)),
+        "dropped": float(n_dropped),
+    }
+    if has_sum(rewards):
+        found |= _with_error("reward", figures.reward)
+    for reward in rewards:
+        if reward.name == TRUE:
+            found |= _with_error("true_reward", figures.parts[reward.name])
+        elif len(rewards) > 1 or reward.weight != 1:  # alone and unweighted it is the sum itself
+            found |= _with_error(f"reward/{reward.name}", figures.parts[reward.name])
+    return {f"{name}/{policy}": value for name, value in found.items() if math.isfinite(value)}
+
+
+def has_sum(rewards: Sequence[RewardSource]) -> bool:
+    """Whether the weighted sum of rewards says something: not if every source is only watched, with weight 0."""
+    return any(r.weight for r in rewards)
+
+
+def _with_error(name: str, values: Tensor) -> dict[str, float]:
+    return {name: float(values.mean()), f"{name}_se": standard_error(values)}
+
+
+def write_lineage(folder: RunFolder, panel: Panel, rows: StageRows) -> None:
+    identity, template, session = panel.backbone.identity, panel.template, panel.session
+    functions = [r for r in panel.rewards if isinstance(r, FunctionReward)]
+    code = [{"role": f"reward:{r.name}", "path": r.spec, "sha256": r.sha256} for r in functions]
+    folder.update_manifest(
+        parents=[*panel.parents, *code],
+        base=identity.manifest(),
+        tokenizer_sha256=identity.tokenizer_sha256,
+        template={"name": template.name, "sha256": template.sha256},
+        data=list(rows.manifest),
+        threads=session.num_threads,
+        world_size=session.world_size,
+    )
+
+
+def tell(panel: Panel, data_lines: Sequence[str]) -> None:
+    """The header, before the first reply."""
+    config, console, sampling = panel.config, panel.session.console, panel.config.sampling
+    console.header(
+        f"evaluate  {config.output_dir}",
+        [*panel.lines, *data_lines, f"{decoding_line(config)}; KL against {panel.reference}"],
+    )
+    for line in panel.warnings:
+        console.warn(line)
+    if not sampling.do_sample or sampling.top_p < 1 or sampling.top_k:
+        console.warn(
+            "replies are not drawn from the policies' whole distribution: KL figures are of these replies, and are no"
+            " estimate of the KL between the policies"
+        )

@@ -1,0 +1,209 @@
+"""What an evaluation shows and leaves in its folder.
+
+results.jsonl, one line per prompt, in the order of the data:
+
+    {"row": 0, "where": "prompts.jsonl:7", "instruction": "...", "input": "", "prompt": the text that the models read,
+     "replies": {"base": {"output": "...", "reward": 0.1, "rewards": {"reward": 0.1}, "kl": 0.0, "length": 12, "finished": true,
+                          "preference": null}, "ppo": {...}}}
+
+reward: the weighted sum (absent where no reward has a weight).  kl: k1 against the reference, nats.  length: tokens.
+preference: 0 draw, 1 the baseline wins, 2 the policy wins, null for the baseline itself and without a judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.config import EvaluateConfig
+from rlhf_ray.console import Console
+from rlhf_ray.data.collate import TokenisedPrompt
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.metrics import MetricsWriter, SamplesWriter, figure
+from rlhf_ray.models.artifact import RunFolder, atomic_write_json
+from rlhf_ray.report import write_report
+from rlhf_ray.roles.judging import Comparison
+from rlhf_ray.run import Run
+from rlhf_ray.stages.panel import Answers
+from rlhf_ray.stages.rows_file import write_rows
+
+SAMPLED_PROMPTS = 40
+SHOWN_PROMPTS = 3
+SHOWN_CHARACTERS = 300
+COLUMNS = {
+    "true_reward": "true reward",
+    "reward": "reward",
+    "win_rate": "win rate",
+    "kl_k1_per_response": "KL (k1)",
+    "length": "length",
+    "finished": "finished",
+    "distinct_2": "distinct-2",
+}
+SHARES = ("win_rate", "finished")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An evaluation's result.
+
+    judge: the reward that decided, None without rewards.  comparisons: of every policy but the baseline.
+    has_sum: some reward has a weight, so that the weighted sum says something."""
+
+    baseline: str
+    judge: str | None
+    prompts: Sequence[TokenisedPrompt]
+    answers: Mapping[str, Answers]
+    comparisons: Mapping[str, Comparison]
+    metrics: dict[str, float]
+    has_sum: bool
+
+
+def artifacts(outcome: Outcome) -> dict[str, str]:
+    """Name -> file, for the summary."""
+    pairs = {f"pairs/{name}": pairs_file(name) for name in outcome.answers if name != outcome.baseline}
+    found = {"results": "results.jsonl", "samples": "samples.jsonl", "report": "report.html", **pairs}
+    return found | ({"comparisons": "comparisons.json"} if outcome.comparisons else {})
+
+
+def pairs_file(policy: str) -> str:
+    return f"pairs_{policy}.json"
+
+
+def write_results(folder: RunFolder, config: EvaluateConfig, run: Run, outcome: Outcome) -> None:
+    """All files of the run, then its seal and its report. Call it from one process only."""
+    rows = [result_row(outcome, i) for i in range(len(outcome.prompts))]
+    write_rows(folder.path / "results.jsonl", rows)
+    for name in outcome.answers:
+        if name != outcome.baseline:
+            write_rows(folder.path / pairs_file(name), [pair_row(row, outcome.baseline, name) for row in rows])
+    if outcome.comparisons:
+        found = {name: comparison.to_json() for name, comparison in outcome.comparisons.items()}
+        atomic_write_json(
+            folder.path / "comparisons.json",
+            {"baseline": outcome.baseline, "judge": outcome.judge, "policies": found},
+        )
+    (folder.path / "samples.jsonl").unlink(missing_ok=True)  # of an attempt that was cut off
+    with SamplesWriter(folder.path) as samples:
+        samples.write(0, sample_rows(rows[:SAMPLED_PROMPTS]))
+    with MetricsWriter(folder.path, config.report_to, config.run_name) as metrics:
+        metrics.write(0, outcome.metrics)
+    run.save()
+    sealed = {name for key, name in run.artifacts.items() if key != "report"}
+    folder.seal(("config.yaml", "summary.json", "metrics.jsonl", *sorted(sealed)))
+    write_report(folder.path)
+
+
+def prompt_columns(prompt: Prompt) -> dict[str, str]:
+    """instruction and input, as the ancestors' files have them; a conversation is told as a transcript."""
+    return {"instruction": prompt.plain() if prompt.messages else prompt.text, "input": prompt.input}
+
+
+def result_row(outcome: Outcome, i: int) -> dict[str, Any]:
+    """Line `i` of results.jsonl."""
+    row = outcome.prompts[i].row
+    prompt = next(iter(outcome.answers.values())).texts.prompts[i]
+    replies = {name: _reply(outcome, name, i) for name in outcome.answers}
+    return {"row": i, "where": row.where, **prompt_columns(row.prompt), "prompt": prompt, "replies": replies}
+
+
+def _reply(outcome: Outcome, name: str, i: int) -> dict[str, Any]:
+    figures, texts = outcome.answers[name].figures, outcome.answers[name].texts
+    comparison = outcome.comparisons.get(name)
+    scored = {"reward": float(figures.reward[i])} if outcome.has_sum else {}
+    return {
+        "output": texts.completions[i],
+        **scored,
+        "rewards": {source: float(part[i]) for source, part in figures.parts.items()},
+        "kl": float(figures.k1[i]),
+        "length": int(figures.length[i]),
+        "finished": bool(figures.finished[i]),
+        "preference": comparison.codes[i] if comparison is not None else None,
+    }
+
+
+def pair_row(row: Mapping[str, Any], baseline: str, policy: str) -> dict[str, Any]:
+    """A row of the pairwise file: output_1 is the baseline's reply. preference is there where there was a judge."""
+    reply = row["replies"][policy]
+    judged = {} if reply["preference"] is None else {"preference": reply["preference"]}
+    return {
+        "instruction": row["instruction"],
+        "input": row["input"],
+        "output_1": row["replies"][baseline]["output"],
+        "output_2": reply["output"],
+        **judged,
+    }
+
+
+def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """samples.jsonl: one line per prompt and policy, the policies of a prompt together."""
+    return [
+        {
+            "policy": name,
+            "row": row["row"],
+            "prompt": row["prompt"],
+            "reply": reply["output"],
+            **_scores(reply),
+            "kl": reply["kl"],
+            "length": reply["length"],
+            "finished": reply["finished"],
+        }
+        for row in rows
+        for name, reply in row["replies"].items()
+    ]
+
+
+def _scores(reply: Mapping[str, Any]) -> dict[str, float]:
+    """The weighted sum, and its parts where they say more."""
+    parts = reply["rewards"]
+    if "reward" not in reply:
+        return dict(parts)
+    return {"reward": reply["reward"], **({n: v for n, v in parts.items() if n != "reward"} if len(parts) > 1 else {})}
+
+
+def show(outcome: Outcome, console: Console) -> None:
+    """The table of policies, who won, and three prompts with all replies."""
+    columns = [c for c in COLUMNS if any(f"{c}/{name}" in outcome.metrics for name in outcome.answers)]
+    console.table(
+        f"{len(outcome.prompts)} held-out prompts, ± one standard error",
+        ["policy", *(COLUMNS[c] for c in columns)],
+        [[name, *(_cell(outcome.metrics, c, name) for c in columns)] for name in outcome.answers],
+    )
+    for name, comparison in outcome.comparisons.items():
+        console.log(verdict(name, comparison, outcome))
+    for i in range(min(SHOWN_PROMPTS, len(outcome.prompts))):
+        console.table(
+            _cut(outcome.prompts[i].row.prompt.plain().strip(), from_end=True),
+            ["policy", "reply"],
+            [[name, _cut(a.texts.completions[i].strip()) or "(empty)"] for name, a in outcome.answers.items()],
+        )
+
+
+def verdict(policy: str, comparison: Comparison, outcome: Outcome) -> str:
+    """One line: the counts, the win rate as it is and at equal length, the paired difference."""
+    won, level, gap = comparison.outcome, comparison.at_equal_length, comparison.difference
+    parts = [
+        f"{policy} against {outcome.baseline} by {outcome.judge}: {won.wins} wins, {won.losses} losses, {won.draws} draws"
+        + (f", {won.n_dropped} dropped" if won.n_dropped else ""),
+        f"win rate {won.rate:.1f}%" + (f" ± {won.se:.1f}" if won.n_judged > 1 else ""),
+    ]
+    if level.is_known:
+        parts.append(f"at equal length {level.value:.1f}% ± {level.se:.1f}")
+    if gap.is_known:
+        clear = "a clear difference" if comparison.is_clear else "no clear difference"
+        parts.append(f"score {gap.value:+.3g} ± {gap.se:.2g}, paired: {clear}")
+    return "; ".join(parts)
+
+
+def _cell(metrics: Mapping[str, float], name: str, policy: str) -> str:
+    value, error = metrics.get(f"{name}/{policy}"), metrics.get(f"{name}_se/{policy}")
+    if value is None:
+        return "-"
+    scale, unit = (100.0, "%") if name in SHARES else (1.0, "")
+    return figure(value * scale) + unit + (f" ± {figure(error * scale)}" if error is not None else "")
+
+
+def _cut(text: str, from_end: bool = False) -> str:
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return f"… {text[-SHOWN_CHARACTERS:]}" if from_end else f"{text[:SHOWN_CHARACTERS]} …"

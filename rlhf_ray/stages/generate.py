@@ -1,0 +1,243 @@
+"""Answers of policies side by side: base, SFT, merged, PPO, any checkpoint of them; for one instruction, or every row of a file.
+
+What a run recorded is not asked again: its base, its prompt template, and, for a PPO run, its reference (KL) and reward models
+(scores) are found from its folder. Runs in this process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_ray.config import DataConfig, EvaluateConfig, PolicySpec, RewardSource, SamplingConfig
+from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.data.collate import TokenisedPrompt
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.records import Row, read_rows
+from rlhf_ray.errors import ConfigError, DataError, Problem, RlhfRayError
+from rlhf_ray.models.artifact import RunFolder
+from rlhf_ray.models.lineage import parent_of
+from rlhf_ray.models.specs import Source, policy_source, reward_source
+from rlhf_ray.session import process_session
+from rlhf_ray.stages.evaluate_files import prompt_columns
+from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
+from rlhf_ray.stages.recorded import recorded_base, recorded_template
+from rlhf_ray.stages.rows_file import write_rows
+
+REFERENCE = "reference"
+ONE_ROW = "--instruction"
+
+
+def generate(
+    *,
+    policies: Sequence[str],
+    instruction: str | None = None,
+    input: str = "",
+    file: str | None = None,
+    out: str | None = None,
+    model: str | None = None,
+    template: str | None = None,
+    max_new_tokens: int | None = None,
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+    rewards: Sequence[str] = (),
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    num_threads: int | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Reply of each policy (`base`, RUN, RUN@STEP, adapter folder, merged checkpoint) to the instruction, or to each row of `file`.
+
+    model: the base; default: the one that the first policy was trained on.   template: default: the one it was trained with.
+    max_new_tokens, sampling: defaults of an evaluation.   rewards: reward runs or checkpoints to score with; default: those of the
+    first PPO run among the policies.   The same seed gives the same replies, and all policies share the random numbers.
+
+    For one instruction: a row {policy, prompt, completion, reward, kl, length, finished} per policy, reward and kl None where there
+    is no reward model or reference. For a file: a row {instruction, input, output} per row, or output_1, output_2, ... with several
+    policies, in their order, and reward (reward_1, ...) where there are reward models: with two policies, the pairwise file that a
+    judge takes. `out` gets the rows as JSON lines, or as one JSON list if its name ends in .json.
+
+    Raises ConfigError, DataError for a bad file or a prompt that is too long, ArtifactError for what does not fit."""
+    console = console or LocalConsole()
+    if (instruction is None) == (file is None):
+        raise ConfigError.at("generate", "needs an instruction or a file", "exactly one of the two")
+    if not policies:
+        raise ConfigError.at("generate", "no policy is named", "base, a run, RUN@STEP or a folder")
+    fields = {
+        "template": template,
+        "response_length": max_new_tokens,
+        "sampling": sampling,
+        "seed": seed,
+        "load_in_8bit": load_in_8bit,
+        "load_in_4bit": load_in_4bit,
+    }
+    config, reference = plan_job(policies, rewards, model, fields, console)
+    rows = _rows(instruction, input, file, console)
+    panel = load_panel(config, process_session(console, num_threads), reference)
+    console.header("generate", [*panel.lines, f"template: {panel.template.name}", decoding_line(config)])
+    for line in panel.warnings:
+        console.warn(line)
+    prompts = _prompts(panel, rows)
+    names = [spec.name for spec in config.policies][: len(policies)]
+    answers = []
+    for number, name in enumerate(names, start=1):
+        answers.append(panel.answer(name, prompts))
+        console.progress("generate", number, len(names))
+    console.done()
+    found = beside_rows(rows, answers, panel) if file is not None else one_each(policies, answers, panel)
+    if out is not None:
+        write_rows(out, found)
+    return found
+
+
+def plan_job(
+    policies: Sequence[str], rewards: Sequence[str], model: str | None, fields: Mapping[str, Any], console: Console
+) -> tuple[EvaluateConfig, str | None]:
+    """The same as an evaluation job, with what was not given filled in from the policies; and the reference's name among them.
+
+    fields: further fields of the job; None is not given."""
+    sources = [policy_source(spec) for spec in policies]
+    trained = next((s.run for s in sources if s.run is not None and s.run.stage == "ppo"), None)
+    specs = [PolicySpec(name=f"policy_{i}", policy=spec) for i, spec in enumerate(policies)]
+    origin = reference_of(trained, console)
+    if origin is not None:
+        specs.append(PolicySpec(name=REFERENCE, policy=origin))
+    base, revision = base_of(sources, model)
+    template = next((found for s in sources if (found := recorded_template(s)) is not None), None)
+    given = {"template": template} | {name: value for name, value in fields.items() if value is not None}
+    config = EvaluateConfig(
+        output_dir=".",
+        model_name_or_path=base,
+        revision=revision,
+        data=DataConfig(train=("-",)),
+        policies=tuple(specs),
+        rewards=tuple(_named_rewards(rewards) or rewards_of(trained, console)),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return config, REFERENCE if origin is not None else None
+
+
+def base_of(sources: Sequence[Source], model: str | None) -> tuple[str, str | None]:
+    """Base model and revision: as given, else what the first policy that says so was trained on, or is. Raises ConfigError."""
+    if model is not None:
+        return model, None
+    for source in sources:
+        if (recorded := recorded_base(source)) is not None:
+            return recorded
+    for source in sources:
+        if source.kind == "full":
+            return source.path, None
+    raise ConfigError.at("model", "no policy says which base it belongs on", "a base model", fix="name it: --model")
+
+
+def reference_of(run: RunFolder | None, console: Console) -> str | None:
+    """What the PPO run's KL was measured against: its SFT adapter, or the base. None without such a run, or if it is gone."""
+    if run is None:
+        return None
+    start = run.config().get("sft")
+    if start is None:
+        return "base"
+    try:
+        source = policy_source(start)
+    except RlhfRayError as error:
+        console.warn(f"no KL: the reference of {run.path} is not there ({error.problems[0]})")
+        return None
+    _warn_if_changed(run, "reference", source, console)
+    return str(start)
+
+
+def rewards_of(run: RunFolder | None, console: Console) -> list[RewardSource]:
+    """The PPO run's reward adapters, to score replies with. Python functions are left out: no code runs because a folder names it;
+    so are whole reward models, which would be loaded beside the base."""
+    found = []
+    for values in run.config().get("rewards", ()) if run is not None else ():
+        reward = RewardSource(**values)
+        if run is None or reward.run is None:
+            continue
+        try:
+            source = reward_source(reward.run)
+        except RlhfRayError as error:
+            console.warn(f"not scored by {reward.name}: {error.problems[0]}")
+            continue
+        if source.kind == "adapter":
+            _warn_if_changed(run, reward.name, source, console)
+            found.append(reward)
+    return found
+
+
+def _warn_if_changed(run: RunFolder, role: str, source: Source, console: Console) -> None:
+    recorded = {p["role"]: p["sha256"] for p in run.manifest()["parents"]}
+    if recorded.get(role) not in (None, parent_of(source, role).sha256):
+        console.warn(f"{role} {source.path} is no longer the adapter that {run.path} was trained with")
+
+
+def _named_rewards(specs: Sequence[str]) -> list[RewardSource]:
+    return [RewardSource(name=f"reward_{i}", run=spec) for i, spec in enumerate(specs, start=1)]
+
+
+def _rows(instruction: str | None, input: str, file: str | None, console: Console) -> tuple[Row, ...]:
+    if file is None:
+        prompt = Prompt(instruction or "", input if input.strip() else "")
+        row = Row(ONE_ROW, prompt, columns={"instruction": prompt.text, "input": prompt.input})
+        if row.prompt.is_blank:
+            raise ConfigError.at(ONE_ROW, "is empty", "an instruction")
+        return (row,)
+    read = read_rows(DataConfig(train=(file,)), "prompt")
+    for tally in (read.dropped, read.skipped):
+        if tally.total:
+            console.warn(f"{tally}; they are answered once")
+    return read.rows
+
+
+def _prompts(panel: Panel, rows: Sequence[Row]) -> list[TokenisedPrompt]:
+    """Every row as a prompt. Raises DataError naming every row that is too long: no answer is left out in silence."""
+    found = panel.tokenise(rows, "drop").examples
+    kept = {id(prompt.row) for prompt in found}
+    longest = panel.config.response_length
+    DataError.raise_all(
+        Problem(
+            row.where,
+            f"leaves no room for a reply of {longest} tokens",
+            f"a prompt of 1 to {panel.limit - longest} tokens",
+            fix="a shorter prompt, or a smaller max_new_tokens",
+        )
+        for row in rows
+        if id(row) not in kept
+    )
+    return found
+
+
+def one_each(policies: Sequence[str], answers: Sequence[Answers], panel: Panel) -> list[dict[str, Any]]:
+    """One row per policy, for a single prompt."""
+    return [
+        {
+            "policy": policy,
+            "prompt": answer.texts.prompts[0],
+            "completion": answer.texts.completions[0],
+            "reward": _figure(answer.figures.reward[0]) if panel.rewards else None,
+            "kl": _figure(answer.figures.k1[0]) if panel.reference is not None else None,
+            "length": int(answer.figures.length[0]),
+            "finished": bool(answer.figures.finished[0]),
+        }
+        for policy, answer in zip(policies, answers)
+    ]
+
+
+def beside_rows(rows: Sequence[Row], answers: Sequence[Answers], panel: Panel) -> list[dict[str, Any]]:
+    """One row per prompt: {instruction, input, output}, or output_1, output_2, ... in the order of the policies."""
+    found = []
+    for i, row in enumerate(rows):
+        line: dict[str, Any] = dict(prompt_columns(row.prompt))
+        for kind in ("output", "reward") if panel.rewards else ("output",):
+            for number, answer in enumerate(answers, start=1):
+                value = answer.texts.completions[i] if kind == "output" else _figure(answer.figures.reward[i])
+                line[kind if len(answers) == 1 else f"{kind}_{number}"] = value
+        found.append(line)
+    return found
+
+
+def _figure(value: Any) -> float:
+    """Six significant digits: more are rounding of the forward pass."""
+    number = float(value)
+    return float(f"{number:.6g}") if math.isfinite(number) else number

@@ -1,0 +1,90 @@
+"""Several stages in one job and one worker group (starting a group costs seconds). A stage that is finished is not run again."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rlhf_ray.config import STAGES, JobFields, PipelineConfig
+from rlhf_ray.config.load import load_dict
+from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.artifact import RunFolder, create_run, open_run
+from rlhf_ray.report import write_report
+from rlhf_ray.run import Run
+from rlhf_ray.session import Session
+from rlhf_ray.stages.evaluate import run_evaluate
+from rlhf_ray.stages.launch import Body, launch
+from rlhf_ray.stages.ppo import train_ppo
+from rlhf_ray.stages.reward import train_reward
+from rlhf_ray.stages.sft import train_sft
+
+BODIES: dict[str, Body] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": run_evaluate}
+
+
+def pipeline(config: PipelineConfig, console: Console | None = None) -> Run:
+    """Run the job's stages in turn and return a run whose metrics are theirs, named <stage>/<metric>."""
+    return launch(run_pipeline, config, console or LocalConsole())
+
+
+def run_pipeline(config: PipelineConfig, session: Session) -> Run:
+    """The body: every rank runs every stage's body."""
+    configs = stage_configs(config)
+    folder = open_pipeline(config, session, "pipeline")
+    return finish_pipeline(config, session, folder, run_stages(configs, session))
+
+
+def stage_configs(config: PipelineConfig) -> dict[str, JobFields]:
+    """Each stage's configuration, checked before anything runs. Raises one ConfigError for all of them."""
+    load_dict(PipelineConfig, config.model_dump(exclude_unset=True))
+    return {stage: config.stage_config(stage) for stage in config.stages}
+
+
+def open_pipeline(config: PipelineConfig, session: Session, stage: str) -> RunFolder:
+    """Make (rank 0) and open the folder that holds the stages' folders."""
+    if session.is_main:
+        create_run(config.output_dir, stage, config.model_dump(mode="json"), config.resume)
+    session.barrier()
+    return open_run(config.output_dir, verify=False)
+
+
+def run_stages(configs: dict[str, JobFields], session: Session) -> dict[str, Run]:
+    """The stages' bodies in turn; each finds a finished run of itself and returns it."""
+    runs: dict[str, Run] = {}
+    for number, (stage, config) in enumerate(configs.items(), start=1):
+        session.console.log(f"stage {number} of {len(configs)}: {stage} -> {config.output_dir}")
+        started = time.perf_counter()
+        runs[stage] = BODIES[stage](config, session)
+        session.barrier()
+        session.console.log(f"{stage} done in {time.perf_counter() - started:.0f} s")
+    return runs
+
+
+def finish_pipeline(
+    config: PipelineConfig, session: Session, folder: RunFolder, runs: dict[str, Run], **metrics: float
+) -> Run:
+    """Summary and report over all stages."""
+    run = Run(
+        stage=str(folder.manifest()["stage"]),
+        status="done",
+        run_dir=str(folder.path),
+        steps=sum(r.steps for r in runs.values()),
+        seconds=sum(r.seconds for r in runs.values()),
+        seed=config.seed,
+        metrics={f"{stage}/{name}": value for stage, r in runs.items() for name, value in r.metrics.items()} | metrics,
+        artifacts={stage: r.run_dir for stage, r in runs.items()} | {"report": "report.html"},
+    )
+    if session.is_main:
+        run.save()
+        folder.seal(("config.yaml", "summary.json"))
+        write_report(folder.path)
+    session.barrier()
+    return run
+
+
+def config_class(stage: str) -> type[JobFields]:
+    """The configuration class of a run's stage. Raises ConfigError."""
+    classes: dict[str, Any] = {**STAGES, "pipeline": PipelineConfig, "demo": PipelineConfig}
+    if stage not in classes:
+        raise ConfigError.at("stage", "unknown", f"one of {', '.join(classes)}", stage)
+    return classes[stage]

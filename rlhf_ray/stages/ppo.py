@@ -1,0 +1,190 @@
+"""PPO: prompts in, an adapter that earns more reward out. The loop is `PPOLoop.step`; this is the file to read first.
+
+One step, on every rank (arXiv:1909.08593; details: arXiv:2403.17031):
+
+    1  sample    a reply to each prompt, with the policy adapter as it is now
+    2  score     rewards; log-probabilities of the same tokens under the frozen reference
+    3  evaluate  the learner's own log-probabilities and values of the same tokens, before any update
+    4  shape     reward - kl_coef x KL penalty per token; advantages; whitening              (roles/experience.py)
+    5  update    num_ppo_epochs x num_mini_batches optimizer steps on the clipped losses     (roles/learner.py)
+    6  publish   the new adapter gets a version and a hash; the KL coefficient moves once
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.maths.controllers import make_controller
+from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
+from rlhf_ray.maths.stats import RunningMoments
+from rlhf_ray.roles import invariants
+from rlhf_ray.roles.collector import Collected
+from rlhf_ray.roles.experience import Evaluation, make_experience
+from rlhf_ray.roles.generator import ActiveAdapter, Decoding
+from rlhf_ray.roles.heldout import HeldOut, sample_rows
+from rlhf_ray.run import Run
+from rlhf_ray.session import Session, seed_everything
+from rlhf_ray.stages.launch import launch
+from rlhf_ray.stages.ppo_setup import PPOSetup, set_up
+from rlhf_ray.stages.ppo_store import Best, finish, restore, save, start_run
+
+
+def ppo(config: PPOConfig, console: Console | None = None) -> Run:
+    """Run PPO as `config` says and return the finished run. Raises the error tree of errors.py."""
+    return launch(train_ppo, config, console or LocalConsole())
+
+
+def train_ppo(config: PPOConfig, session: Session) -> Run:
+    """The body of the stage; every rank of the learner group runs it."""
+    folder = start_run(config, session)
+    if session.from_main(folder.manifest()["status"]) == "done":
+        session.console.log(f"ppo: {config.output_dir} is finished; nothing to do")
+        return Run.load(folder.path)
+    seed_everything(config.seed)
+    setup = set_up(config, session, folder)
+    loop = PPOLoop(config, session, setup)
+    restore(loop)
+    with setup.writers:
+        loop.run()
+    return finish(loop)
+
+
+@dataclass
+class Progress:
+    """What moves from step to step besides weights and optimizer state; a checkpoint stores all of it."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: Best = field(default_factory=Best)
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+
+class PPOLoop:
+    """One run. `setup` holds the roles of this rank, the prompts and the writers."""
+
+    def __init__(self, config: PPOConfig, session: Session, setup: PPOSetup) -> None:
+        self.config, self.session, self.setup = config, session, setup
+        self.learner, self.collector = setup.learner, setup.collector
+        self.controller = make_controller(
+            config.kl_controller, config.kl_coef, config.kl_target, config.kl_horizon, config.kl_step_size
+        )
+        self.moments = RunningMoments()
+        self.progress = Progress()
+        self.total_steps = setup.total_steps
+        self.decoding = Decoding(setup.stop_ids, temperature=config.temperature)
+
+    def run(self) -> None:
+        """All steps that are left, with evaluations and checkpoints where they are due."""
+        if self.progress.step == 0 and self.config.eval_on_start:
+            self._report(0, self.evaluate(0))
+        for step in range(self.progress.step + 1, self.total_steps + 1):
+            started = time.perf_counter()
+            metrics = self.step(step)
+            if step == self.total_steps or step % self.setup.eval_every == 0:
+                metrics |= self.evaluate(step)
+            self.progress.step = step
+            self.progress.seconds += time.perf_counter() - started
+            self._report(step, metrics)
+            if self.setup.save_due(step, self.total_steps):
+                save(self, step)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One PPO step. Returns its metrics; raises InvariantError when something that must hold does not."""
+        clock = time.perf_counter()
+        prompts, budgets = self.setup.schedule.step(step), self.setup.budgets(step)
+        collected = self.collector.collect(prompts, budgets, self.active(), self.decoding, "rollout", step)
+        sampled = time.perf_counter()
+        evaluation = self.learner.evaluate(collected.rollout, step)
+        self._check_rollout(collected, evaluation, step)
+        kl_coef = self.controller.value
+        experience, metrics = make_experience(
+            collected.rollout, collected.scores, evaluation, self.config, kl_coef, self.moments
+        )
+        rates = self.learning_rates(step)
+        stats = self.learner.update(experience, step, rates, kl_coef)
+        updated = time.perf_counter()
+        before = self.learner.published
+        after = self.learner.publish()
+        if rates["policy"] > 0:
+            invariants.check_adapter_changed(before.sha256, after.sha256, after.tensors, step)
+        self.controller.update(metrics["kl/k1_per_response"], len(experience))
+        self.progress.tokens += int(metrics["tokens/generated"])
+        metrics |= stats.metrics() | collected.seconds
+        metrics |= {f"lr/{name}": rate for name, rate in rates.items()}
+        metrics |= {
+            "tokens/total": float(self.progress.tokens),
+            "sync/bytes": float(after.size_bytes),
+            "time/update": updated - sampled,
+            "time/publish": time.perf_counter() - updated,
+            "time/step": time.perf_counter() - clock,
+        }
+        self._log_samples(collected, step)
+        return metrics
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Sample and score replies to the held-out prompts, always with the same random numbers."""
+        if not self.setup.held_out:
+            return {}
+        started = time.perf_counter()
+        budgets = [self.config.response_length] * len(self.setup.held_out)
+        collected = self.setup.eval_collector.collect(
+            self.setup.held_out, budgets, self.active(), self.setup.eval_decoding, "eval", 0
+        )
+        metrics = HeldOut.of(collected).metrics()
+        self.progress.best.offer(step, metrics["eval/reward"])
+        return {**metrics, "time/evaluate": time.perf_counter() - started}
+
+    def active(self) -> ActiveAdapter:
+        """The policy adapter that is in the model now."""
+        name = self.learner.models.seats["policy"].adapter
+        return ActiveAdapter(name, self.learner.published.version, self.learner.published.sha256)
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Learning rate of each parameter group at `step` (from 1). The policy waits while the critic warms up."""
+        config, warmup = self.config, resolve_warmup(self.config.warmup_steps, self.total_steps)
+        factor = lr_multiplier(config.lr_scheduler_type, step - 1, self.total_steps, warmup, config.min_lr_ratio)
+        peak = {"policy": config.learning_rate, "value": config.value.learning_rate or config.learning_rate}
+        rates = {group.name: peak[group.name] * factor for group in self.learner.groups}
+        if step <= config.value.warmup_steps:
+            rates["policy"] = 0.0
+        return rates
+
+    def _check_rollout(self, collected: Collected, evaluation: Evaluation, step: int) -> None:
+        rollout, limit = collected.rollout, self.setup.tolerance
+        if rollout.adapter_sha256 != self.learner.published.sha256:
+            raise invariants.stale_adapter(rollout, self.learner.published.sha256, step)
+        invariants.check_sampler_agrees(rollout, evaluation.logprobs, limit, step)
+        if step == 1:
+            invariants.check_starts_at_reference(
+                evaluation.logprobs, collected.scores.ref_logprobs, rollout.response_mask, limit
+            )
+
+    def _report(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the step's metrics (rank 0) and show the few worth a glance."""
+        invariants.check_finite(metrics, step)
+        finite = {n: v for n, v in metrics.items() if v == v}
+        self.progress.last |= finite
+        for name, value in finite.items():
+            self.progress.first.setdefault(name, value)
+        if not self.session.is_main:
+            return
+        self.setup.writers.metrics.write(step, finite)
+        shown = ("reward/mean", "kl/k1_per_response", "response/length", "eval/reward")
+        known = {n: self.progress.last[n] for n in shown if n in self.progress.last}
+        self.session.console.progress("ppo", step, self.total_steps, known)
+
+    def _log_samples(self, collected: Collected, step: int) -> None:
+        if self.session.is_main and self.config.num_samples_logged:
+            rows = [self.setup.schedule.step(step)[i].row for i in range(self.config.num_samples_logged)]
+            texts = self.setup.to_texts(collected.rollout.rows(slice(0, len(rows))), rows)
+            samples = sample_rows(collected, list(texts.prompts), list(texts.completions), len(rows))
+            self.setup.writers.samples.write(step, samples)
+
+
+__all__: list[Any] = ["PPOLoop", "Progress", "ppo", "train_ppo"]

@@ -1,0 +1,292 @@
+"""Everything a PPO run needs before its first step: models and who sits where, prompts, roles, writers, schedule of events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors.torch import load_file
+
+from rlhf_ray.batches import Rollout
+from rlhf_ray.config import PPOConfig, RewardSource
+from rlhf_ray.data.collate import TokenisedPrompt, tokenise_prompts
+from rlhf_ray.data.load import load_rows
+from rlhf_ray.data.records import Row
+from rlhf_ray.data.schedule import PromptSchedule, reply_budgets
+from rlhf_ray.data.templates import Template, load_template
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.metrics import MetricsWriter, SamplesWriter
+from rlhf_ray.models.adapters import HEAD_KEY, adapter_config, load_adapter_tensors
+from rlhf_ray.models.artifact import RunFolder
+from rlhf_ray.models.assembly import Assembly
+from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.lineage import check_lineage
+from rlhf_ray.models.sampler import Sampler
+from rlhf_ray.models.specs import policy_source, reward_source
+from rlhf_ray.models.stack import RoleModels
+from rlhf_ray.roles.collector import Collector
+from rlhf_ray.roles.generator import Decoding, Generator
+from rlhf_ray.roles.invariants import tolerance
+from rlhf_ray.roles.learner import Learner
+from rlhf_ray.roles.rewards import FunctionReward, ModelReward, Texts
+from rlhf_ray.roles.scorer import Scorer
+from rlhf_ray.session import Session
+
+SAMPLER_ROWS = 64
+EVALUATIONS = 10
+
+
+class Writers:
+    """metrics.jsonl and samples.jsonl of rank 0; nothing on other ranks."""
+
+    def __init__(self, config: PPOConfig, folder: RunFolder, is_main: bool) -> None:
+        self._open = ExitStack()
+        if is_main:
+            self.metrics = MetricsWriter(folder.path, config.report_to, config.run_name)
+            self.samples = SamplesWriter(folder.path)
+            self._open.callback(self.metrics.close)
+            self._open.callback(self.samples.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.close()
+
+
+@dataclass
+class PPOSetup:
+    """The parts of one rank. held_out: evaluation prompts, the same on every rank."""
+
+    folder: RunFolder
+    backbone: Backbone
+    learner: Learner
+    collector: Collector
+    eval_collector: Collector
+    eval_decoding: Decoding
+    schedule: PromptSchedule[TokenisedPrompt]
+    held_out: Sequence[TokenisedPrompt]
+    stop_ids: tuple[int, ...]
+    total_steps: int
+    eval_every: int
+    budgets: Callable[[int], list[int]]
+    save_due: Callable[[int, int], bool]
+    listed_saves: frozenset[int]
+    to_texts: Callable[[Rollout, Sequence[Row]], Texts]
+    tolerance: float
+    policy_config: dict[str, Any]
+    value_config: dict[str, Any]
+    writers: Writers = field(repr=False)
+
+    @property
+    def base_path(self) -> str:
+        return self.backbone.identity.path
+
+    @property
+    def value_base_path(self) -> str:
+        return self.learner.models.stack_of("value").backbone.identity.path
+
+    def load_critic(self, models: RoleModels, folder: Path) -> None:
+        """Put a saved critic back: its adapter and its head."""
+        tensors = load_file(folder / "adapter_model.safetensors")
+        head = tensors.pop(HEAD_KEY)
+        load_adapter_tensors(models.stack_of("value").peft, str(models.seats["value"].adapter), tensors)
+        models.head_of("value").weight.data.copy_(head)
+
+
+def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
+    """Load, check, and say what this run is. Raises the error tree before the first rollout."""
+    assembly = assemble(config, session)
+    backbone = assembly.base
+    template = load_template(config.template, backbone.tokenizer)
+    schedule, held_out, data_lines, manifest = _prompts(config, backbone, template)
+    models = assembly.finish()
+    learner = Learner(models, config, session)
+    to_texts = text_maker(backbone, template)
+    rewards = build_rewards(config.rewards, learner.engine.module)
+    stop_ids = backbone.eos_ids
+    eval_decoding = decoding(config.eval_sampling, stop_ids)
+    sampler = Sampler(
+        models.stack_of("policy").model, backbone.pad_id, max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size)
+    )
+    generator = Generator(sampler, backbone.pad_id, config.seed)
+
+    def collector(temperature: float) -> Collector:
+        scorer = Scorer(
+            learner.engine.module,
+            rewards,
+            to_texts,
+            temperature,
+            config.per_device_train_batch_size,
+            session.device,
+        )
+        return Collector(generator, scorer, session, config.rollout_chunk_size, backbone.pad_id)
+
+    total = config.max_steps if config.max_steps > 0 else schedule.steps(config.num_train_epochs)
+    eval_every = config.eval_steps or max(total // EVALUATIONS, 1)
+    listed = frozenset(config.save_steps) if isinstance(config.save_steps, tuple) else frozenset()
+    save_every = config.save_steps if isinstance(config.save_steps, int) else None if listed else eval_every
+    policy_model = models.stack_of("policy").peft
+    setup = PPOSetup(
+        folder=folder,
+        backbone=backbone,
+        learner=learner,
+        collector=collector(config.temperature),
+        eval_collector=collector(eval_decoding.temperature),
+        eval_decoding=eval_decoding,
+        schedule=schedule,
+        held_out=held_out,
+        stop_ids=stop_ids,
+        total_steps=total,
+        eval_every=eval_every,
+        budgets=lambda step: reply_budgets(
+            config.rollout_batch_size, config.min_response_length, config.response_length, config.seed, step
+        ),
+        save_due=lambda step, last: step == last or step in listed or bool(save_every and step % save_every == 0),
+        listed_saves=listed,
+        to_texts=to_texts,
+        tolerance=tolerance(backbone.dtype, config.load_in_8bit or config.load_in_4bit),
+        policy_config=adapter_config(policy_model, "policy"),
+        value_config=_value_config(models),
+        writers=Writers(config, folder, session.is_main),
+    )
+    if session.is_main:
+        _write_manifest(setup, assembly, template, manifest, session)
+        session.console.header("ppo", header_lines(config, setup, assembly, session, data_lines))
+    return setup
+
+
+def assemble(config: PPOConfig, session: Session) -> Assembly:
+    """Load the base and put policy, reference, rewards and critic on it, with their lineage checked."""
+    assembly = Assembly(config, session.device, config.seed, config.stop_token_ids)
+    identity = assembly.base.identity
+    template = load_template(config.template, assembly.base.tokenizer)
+    start = policy_source(config.sft) if config.sft is not None else None
+    if start is not None:
+        check_lineage(start, identity, template)
+    assembly.add_trained_policy(start, config.lora)
+    for reward in config.rewards:
+        if reward.function is None:
+            source = reward_source(reward.run or reward.model or "")
+            check_lineage(source, identity, template)
+            assembly.add_reward(reward.name, source)
+        else:
+            assembly.lineage.append(f"{reward.name}: Python function {reward.function}")
+    if config.advantage_estimator == "gae":
+        assembly.add_value(critic_start(config), config.value.adapter, config.value.lora)
+    return assembly
+
+
+def critic_start(config: PPOConfig) -> str:
+    """The role the critic starts from: as the job says, else the first reward model, else the policy."""
+    models = [r.name for r in config.rewards if r.function is None]
+    if config.value.init_from is None:
+        return models[0] if models and config.value.adapter == "own" else "policy"
+    if config.value.init_from == "policy":
+        return "policy"
+    name = config.value.init_from.removeprefix("reward:")
+    if name not in models:
+        raise ConfigError.at(
+            "value.init_from", f"reward {name!r} is a Python function", "a reward model", fix="set it to policy"
+        )
+    return name
+
+
+def build_rewards(sources: Sequence[RewardSource], models: Any) -> list[ModelReward | FunctionReward]:
+    """The job's rewards over loaded models, in the job's order."""
+    return [
+        FunctionReward(s.name, s.weight, s.function) if s.function else ModelReward(s.name, s.weight, models, s.name)
+        for s in sources
+    ]
+
+
+def decoding(sampling: Any, stop_ids: tuple[int, ...]) -> Decoding:
+    """A SamplingConfig as the generator takes it."""
+    return Decoding(stop_ids, sampling.temperature, sampling.top_p, sampling.top_k, greedy=not sampling.do_sample)
+
+
+def text_maker(backbone: Backbone, template: Template) -> Callable[[Rollout, Sequence[Row]], Texts]:
+    """Replies as text without special tokens, prompts as the model saw them, and the rows' raw columns."""
+    decode = backbone.tokenizer.decode
+
+    def to_texts(rollout: Rollout, rows: Sequence[Row]) -> Texts:
+        ids = [reply[mask].tolist() for reply, mask in zip(rollout.response_ids, rollout.response_mask)]
+        replies = [str(decode(i, skip_special_tokens=True)) for i in ids]
+        return Texts([template.render(row.prompt) for row in rows], replies, ids, [row.columns for row in rows])
+
+    return to_texts
+
+
+def _prompts(
+    config: PPOConfig, backbone: Backbone, template: Template
+) -> tuple[PromptSchedule[TokenisedPrompt], list[TokenisedPrompt], list[str], tuple[dict[str, Any], ...]]:
+    rows = load_rows(config.data, "prompt", "ppo")
+    limit = config.max_length or backbone.context_length
+    if config.response_length >= limit:
+        raise ConfigError.at(
+            "response_length",
+            "leaves no room for a prompt",
+            f"below {limit} (the model's context)",
+            str(config.response_length),
+        )
+    lines = [*rows.summary, *(f"warning: {w}" for w in rows.warnings)]
+    sides = []
+    for side in (rows.train, rows.held_out[: config.data.eval_max_rows]):
+        done = tokenise_prompts(
+            side,
+            template,
+            backbone.tokenizer,
+            max_length=limit,
+            response_length=config.response_length,
+            too_long=config.data.too_long,
+        )
+        lines += [str(t) for t in (done.dropped, done.truncated) if t.total]
+        sides.append(done.examples)
+    if not sides[0]:
+        raise DataError.at(", ".join(config.data.train), "no prompt is left to train on")
+    schedule = PromptSchedule(sides[0], config.rollout_batch_size, config.num_generations, config.seed)
+    return schedule, sides[1], lines, rows.manifest
+
+
+def _value_config(models: RoleModels) -> dict[str, Any]:
+    if "value" not in models.seats:
+        return {}
+    return adapter_config(models.stack_of("value").peft, str(models.seats["value"].adapter))
+
+
+def header_lines(
+    config: PPOConfig, setup: PPOSetup, assembly: Assembly, session: Session, data_lines: list[str]
+) -> list[str]:
+    """What the run is, before it starts."""
+    trained = {g.name: sum(p.numel() for p in g.parameters.values()) for g in setup.learner.groups}
+    total = sum(p.numel() for p in setup.learner.models.parameters())
+    per_step = config.rollout_batch_size // config.num_mini_batches
+    return [
+        *assembly.describe(),
+        "trainable: " + ", ".join(f"{n} {count:,}" for n, count in trained.items()) + f" of {total:,} parameters",
+        f"placement: {config.placement}, {session.world_size} worker(s) on {session.device}, {session.num_threads} threads, "
+        f"base in {str(setup.backbone.dtype).removeprefix('torch.')}, ZeRO stage {config.learner.zero_stage}",
+        *data_lines,
+        f"steps: {setup.total_steps} of {config.rollout_batch_size} replies; {config.num_ppo_epochs} epochs x "
+        f"{config.num_mini_batches} minibatches of {per_step} replies; {len(setup.held_out)} held-out prompts",
+        f"pad: {setup.backbone.pad.token!r} ({setup.backbone.pad.why}); replies end at ids {list(setup.stop_ids)}",
+    ]
+
+
+def _write_manifest(
+    setup: PPOSetup, assembly: Assembly, template: Template, data: tuple[dict[str, Any], ...], session: Session
+) -> None:
+    parents = [{"role": role, "path": files.path, "sha256": files.sha256} for role, files in assembly.files.items()]
+    identity = setup.backbone.identity
+    setup.folder.update_manifest(
+        parents=parents,
+        base=identity.manifest(),
+        tokenizer_sha256=identity.tokenizer_sha256,
+        template={"name": template.name, "sha256": template.sha256},
+        data=list(data),
+        threads=session.num_threads,
+        world_size=session.world_size,
+    )

@@ -1,0 +1,182 @@
+"""What a PPO run keeps on disk: its folder, its checkpoints, its result. The loop does not know files.
+
+A checkpoint is taken at one point only, the end of a step: adapters, head, optimizer state by parameter name, KL controller, reward
+statistics, counters, and the lengths of metrics.jsonl and samples.jsonl. Sampling and schedules have no state (maths/rng.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import ArtifactError
+from rlhf_ray.models.adapters import adapter_tensors, load_adapter_tensors, save_adapter
+from rlhf_ray.models.artifact import (
+    Checkpoint,
+    RunFolder,
+    atomic_save_tensors,
+    atomic_write_json,
+    create_run,
+    open_run,
+    write_checkpoint,
+)
+from rlhf_ray.report import write_report
+from rlhf_ray.roles.optimizer_state import export_state, restore_state
+from rlhf_ray.run import Run
+from rlhf_ray.session import Session
+
+if TYPE_CHECKING:
+    from rlhf_ray.stages.ppo import PPOLoop
+
+
+@dataclass
+class Best:
+    """The step with the best held-out reward so far."""
+
+    step: int = 0
+    reward: float = -math.inf
+
+    def offer(self, step: int, reward: float) -> None:
+        if reward > self.reward:
+            self.step, self.reward = step, reward
+
+
+def start_run(config: PPOConfig, session: Session) -> RunFolder:
+    """Rank 0 makes the run folder; all ranks open it."""
+    if session.is_main:
+        create_run(config.output_dir, "ppo", config.model_dump(mode="json"), config.resume)
+    session.barrier()
+    return open_run(config.output_dir)
+
+
+def save(loop: PPOLoop, step: int) -> None:
+    """Write checkpoint `step`. Every rank calls it (state may be sharded); rank 0 writes."""
+    optimizer = export_state(loop.learner.engine)
+    if loop.session.is_main:
+        state = _state(loop)
+
+        def writer(folder: Path) -> None:
+            save_roles(loop, folder)
+            atomic_save_tensors(folder / "optimizer.safetensors", optimizer)
+            atomic_write_json(folder / "state.json", state)
+
+        keep = loop.config.save_total_limit
+        protect = {loop.progress.best.step, *loop.setup.listed_saves}
+        write_checkpoint(loop.setup.folder, step, writer, keep or 10**9, protect)
+    loop.session.barrier()
+
+
+def save_roles(loop: PPOLoop, folder: Path) -> None:
+    """The policy as a plain PEFT adapter in `adapter/`, the critic with its head in `value/`."""
+    setup, models = loop.setup, loop.learner.models
+    save_adapter(
+        folder / "adapter", loop.learner.published.tensors, setup.policy_config, "CAUSAL_LM", None, setup.base_path
+    )
+    if "value" in models.seats:
+        seat = models.seats["value"]
+        tensors = adapter_tensors(models.stack_of("value").peft, str(seat.adapter))
+        head = models.head_of("value").weight.detach().float().cpu()
+        save_adapter(folder / "value", tensors, setup.value_config, "SEQ_CLS", head, setup.value_base_path)
+
+
+def restore(loop: PPOLoop) -> None:
+    """Go on from the newest valid checkpoint, if there is one."""
+    checkpoint, warnings = loop.setup.folder.newest_checkpoint()
+    for line in warnings:
+        loop.session.console.warn(line)
+    if checkpoint is None:
+        return
+    state = json.loads((checkpoint.path / "state.json").read_text())
+    _restore_roles(loop, checkpoint)
+    restore_state(loop.learner.engine, load_file(checkpoint.path / "optimizer.safetensors"))
+    loop.controller.load_state_dict(state["kl_controller"])
+    loop.moments.load_state_dict(state["reward_moments"])
+    progress = loop.progress
+    progress.step, progress.tokens, progress.seconds = state["step"], state["tokens"], state["seconds"]
+    progress.best = Best(state["best"]["step"], float.fromhex(state["best"]["reward"]))
+    progress.first, progress.last = state["first"], state["last"]
+    loop.learner.version = state["adapter_version"]
+    if loop.learner.publish().sha256 != state["adapter_sha256"]:
+        raise ArtifactError.at(str(checkpoint.path), "the adapter restored is not the one that was saved")
+    if loop.session.is_main:
+        loop.setup.writers.metrics.resume_at(state["metrics_bytes"])
+        loop.setup.writers.samples.resume_at(state["samples_bytes"])
+    loop.session.console.log(f"ppo: going on from step {progress.step} ({checkpoint.path})")
+
+
+def finish(loop: PPOLoop) -> Run:
+    """Write the result: adapter/, summary, report; seal the manifest."""
+    setup, config, progress = loop.setup, loop.config, loop.progress
+    run = Run(
+        stage="ppo",
+        status="done",
+        run_dir=str(setup.folder.path),
+        steps=progress.step,
+        seconds=progress.seconds,
+        seed=config.seed,
+        metrics=_summary_metrics(loop),
+        artifacts={"adapter": str(setup.folder.adapter_dir), "report": str(setup.folder.path / "report.html")},
+    )
+    if loop.session.is_main:
+        if config.load_best_model_at_end and progress.best.step != progress.step:
+            source = setup.folder.checkpoint(progress.best.step)
+            _copy_adapter(source, setup.folder, loop)
+        else:
+            save_roles(loop, setup.folder.path)
+        run.save()
+        setup.folder.seal()
+        write_report(setup.folder.path)
+        loop.session.console.done()
+    loop.session.barrier()
+    return run
+
+
+def _copy_adapter(checkpoint: Checkpoint, folder: RunFolder, loop: PPOLoop) -> None:
+    tensors = load_file(checkpoint.adapter_dir / "adapter_model.safetensors")
+    save_adapter(folder.adapter_dir, tensors, loop.setup.policy_config, "CAUSAL_LM", None, loop.setup.base_path)
+
+
+def _state(loop: PPOLoop) -> dict[str, Any]:
+    progress, writers = loop.progress, loop.setup.writers
+    return {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "best": {"step": progress.best.step, "reward": progress.best.reward.hex()},
+        "first": progress.first,
+        "last": progress.last,
+        "kl_controller": loop.controller.state_dict(),
+        "reward_moments": loop.moments.state_dict(),
+        "adapter_version": loop.learner.published.version,
+        "adapter_sha256": loop.learner.published.sha256,
+        "metrics_bytes": writers.metrics.bytes,
+        "samples_bytes": writers.samples.bytes,
+        "world_size": loop.session.world_size,
+        "num_threads": loop.session.num_threads,
+    }
+
+
+def _restore_roles(loop: PPOLoop, checkpoint: Checkpoint) -> None:
+    models = loop.learner.models
+    policy = load_file(checkpoint.adapter_dir / "adapter_model.safetensors")
+    load_adapter_tensors(models.stack_of("policy").peft, str(models.seats["policy"].adapter), policy)
+    if "value" in models.seats:
+        loop.setup.load_critic(models, checkpoint.path / "value")
+
+
+def _summary_metrics(loop: PPOLoop) -> dict[str, float]:
+    """The last value of every metric, and where the telling ones started."""
+    progress = loop.progress
+    found = dict(progress.last)
+    for name in ("reward/mean", "eval/reward"):
+        if name in progress.first:
+            found[f"{name}_start"] = progress.first[name]
+    if progress.best.step or progress.best.reward > -math.inf:
+        found["best/step"], found["best/eval_reward"] = float(progress.best.step), progress.best.reward
+    return found

@@ -1,0 +1,92 @@
+"""How good a reward model is, from its scores of held-out pairs: accuracy with its interval, calibration, length bias."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.maths.losses import pairwise_reward_loss_sum
+from rlhf_ray.maths.rng import derived_seed, uniforms
+from rlhf_ray.maths.stats import preference_metrics, wilson_interval
+
+CONFIDENCE = 0.95
+BINS = 10
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """scores: f32[N, 2] and lengths (reply tokens): i64[N, 2]; column 0 is the chosen reply, column 1 the rejected one."""
+
+    scores: Tensor
+    lengths: Tensor
+
+    @property
+    def margins(self) -> Tensor:
+        return self.scores[:, 0] - self.scores[:, 1]
+
+    def spread(self) -> dict[str, float]:
+        """Mean and standard deviation (n - 1) of all replies' scores."""
+        every = self.scores.double().flatten()
+        std = float(every.std()) if len(every) > 1 else 0.0
+        return {"mean": float(every.mean()), "std": std, "replies": float(len(every))}
+
+
+def score_metrics(pairs: PairScores, seed: int) -> dict[str, float]:
+    """The eval/* metrics of metrics.py. Figures that are undefined here (no spread, one label only) are left out.
+
+    The pairs are presented in an order drawn by `seed`, chosen first or rejected first, so that a model which prefers a place to a
+    reply shows: label_positive_rate is about 0.5, and true and false positive rates differ as much as the model can tell."""
+    count = len(pairs.margins)
+    chosen_first = presentation(count, seed)
+    shown = torch.where(chosen_first, pairs.margins, -pairs.margins)
+    loss, _ = pairwise_reward_loss_sum(pairs.scores[:, 0], pairs.scores[:, 1])
+    rates = preference_metrics(shown, chosen_first)
+    rates.pop("tie_rate")
+    low, high = wilson_interval(rates["accuracy"] * count, count, CONFIDENCE)
+    found = {
+        "loss": float(loss) / count,
+        "margin": float(pairs.margins.mean()),
+        **rates,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "length_correlation": correlation(pairs.scores.flatten(), pairs.lengths.flatten()),
+        "longer_wins": longer_wins(pairs),
+        "calibration_error": calibration_error(shown, chosen_first),
+        "rows": float(count),
+    }
+    return {f"eval/{name}": value for name, value in found.items() if math.isfinite(value)}
+
+
+def presentation(count: int, seed: int) -> Tensor:
+    """bool[N]: whether the chosen reply of pair i is presented first."""
+    order = torch.tensor([derived_seed(seed, "presentation")])
+    return uniforms(order, torch.arange(count)) < 0.5
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's r = sum (x - mean)(y - mean) / sqrt(sum (x - mean)^2 sum (y - mean)^2).   NaN if either does not vary."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    scale = float((x.square().sum() * y.square().sum()).sqrt())
+    return float((x * y).sum()) / scale if scale > 0 else math.nan
+
+
+def longer_wins(pairs: PairScores) -> float:
+    """Of pairs with replies of different lengths, the share whose longer reply scores higher (a tie counts half)."""
+    gap = (pairs.lengths[:, 0] - pairs.lengths[:, 1]).sign()
+    agrees = (gap * pairs.margins.sign())[gap != 0]
+    return float((agrees.double() + 1).mean() / 2) if len(agrees) else math.nan
+
+
+def calibration_error(margins: Tensor, labels: Tensor) -> float:
+    """sum_b n_b / N |mean p - mean label|,   b over BINS equal bins of p = sigmoid(margin)
+
+    The expected calibration error (arXiv:1706.04599).
+
+    margins: f32[N] first minus second.   labels: bool[N], the first was preferred."""
+    p = margins.double().sigmoid()
+    bins = (p * BINS).long().clamp_max(BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, p - labels.double())
+    return float(gaps.abs().sum() / len(p)) if len(p) else math.nan

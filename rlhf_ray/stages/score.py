@@ -1,0 +1,179 @@
+"""The reward of texts: one reply, or every row of a file. Pairs also tell how often the reward model prefers the chosen reply.
+
+A text is scored as PPO scores replies (scoring_model.py). Runs in this process.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rlhf_ray.config import DataConfig, RewardSource
+from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.data.formats import FORMATS, RowKind
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.records import Row, RowSet, read_rows
+from rlhf_ray.data.templates import load_template
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.maths.stats import preference_metrics, standard_error, wilson_interval
+from rlhf_ray.metrics import figure
+from rlhf_ray.roles.rewards import FunctionReward, Texts
+from rlhf_ray.session import process_session
+from rlhf_ray.stages.rows_file import write_rows
+from rlhf_ray.stages.scoring_model import load_scoring_model
+
+CONFIDENCE = 0.95
+ONE_ROW = "--completion"
+
+Grade = Callable[[Sequence[Row], Sequence[str]], list[float | None]]
+"""Rewards of replies to the rows' prompts; None for a reply that cannot be scored (too long, or no token)."""
+
+
+def score(
+    *,
+    source: RewardSource,
+    file: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    out: str | None = None,
+    template: str | None = None,
+    num_threads: int | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Score `completion` (as a reply to `prompt`), or every row of `file`, with a reward run, a reward checkpoint or a function.
+
+    template: default: the one the reward model was trained with; for a function, the prompt as it is.
+
+    Rows of replies give {where, prompt, completion, reward}. Rows of pairs give {where, prompt, chosen, rejected, reward_chosen,
+    reward_rejected, correct}, and the console tells the accuracy with its 95 % Wilson interval. `out` gets the rows as JSON lines,
+    or as one JSON list if its name ends in .json. Rows that cannot be scored are left out, counted and told.
+
+    Raises ConfigError, DataError, ArtifactError."""
+    console = console or LocalConsole()
+    if (completion is None) == (file is None):
+        raise ConfigError.at("score", "needs a completion or a file", "exactly one of the two")
+    read = _read(file, console) if file is not None else None
+    grade = (
+        function_grader(source, template) if source.function else model_grader(source, template, num_threads, console)
+    )
+    if read is None:
+        row = Row(ONE_ROW, Prompt(prompt or ""), completion=completion, columns={"prompt": prompt or ""})
+        found = [{k: v for k, v in line.items() if k != "where"} for line in score_replies([row], grade, console)]
+        if not found:
+            raise DataError.at(ONE_ROW, "cannot be scored: too long for the model, or without a token")
+    elif read.rows[0].chosen is not None:
+        found = score_pairs(read.rows, grade, console)
+        console.log(pair_verdict(found))
+    else:
+        found = score_replies(read.rows, grade, console)
+        console.log(reply_verdict(found))
+    if out is not None:
+        write_rows(out, found)
+    return found
+
+
+def _read(file: str, console: Console) -> RowSet:
+    """The file's rows as pairs where it has pairs, else as replies. Raises DataError."""
+    name = read_rows(DataConfig(train=(file,)), "prompt").files[0].format
+    kinds: tuple[RowKind, ...] = ("preference", "sft")
+    kind = next((kind for kind in kinds if FORMATS[name].gives(kind)), None)
+    if kind is None:
+        raise DataError.at(file, "has prompts and no replies to score", "pairs, or prompts with a reply each")
+    read = read_rows(DataConfig(train=(file,), on_bad_row="skip"), kind)
+    for tally in (read.dropped, read.skipped):
+        if tally.total:
+            console.warn(f"{file}: {tally}")
+    return read
+
+
+def score_replies(rows: Sequence[Row], grade: Grade, console: Console) -> list[dict[str, Any]]:
+    """One line per row that can be scored."""
+    rewards = grade(rows, [row.completion or "" for row in rows])
+    _tell_left_out([row for row, reward in zip(rows, rewards) if reward is None], console)
+    return [
+        {"where": row.where, "prompt": row.prompt.plain(), "completion": row.completion, "reward": reward}
+        for row, reward in zip(rows, rewards)
+        if reward is not None
+    ]
+
+
+def score_pairs(rows: Sequence[Row], grade: Grade, console: Console) -> list[dict[str, Any]]:
+    """One line per pair both of whose replies can be scored. correct: the chosen one scores higher."""
+    chosen = grade(rows, [row.chosen or "" for row in rows])
+    rejected = grade(rows, [row.rejected or "" for row in rows])
+    both = list(zip(rows, chosen, rejected))
+    _tell_left_out([row for row, better, worse in both if better is None or worse is None], console)
+    return [
+        {
+            "where": row.where,
+            "prompt": row.prompt.plain(),
+            "chosen": row.chosen,
+            "rejected": row.rejected,
+            "reward_chosen": better,
+            "reward_rejected": worse,
+            "correct": better > worse,
+        }
+        for row, better, worse in both
+        if better is not None and worse is not None
+    ]
+
+
+def _tell_left_out(rows: Sequence[Row], console: Console) -> None:
+    if rows:
+        console.warn(
+            f"{len(rows)} rows left out: too long for the model, or a reply without a token (first {rows[0].where})"
+        )
+
+
+def pair_verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy (a tie counts half) with its 95 % Wilson interval, and the mean margin."""
+    if not rows:
+        return "no pair could be scored"
+    margins = torch.tensor([row["reward_chosen"] - row["reward_rejected"] for row in rows], dtype=torch.float64)
+    accuracy = preference_metrics(margins, torch.ones(len(rows), dtype=torch.bool))["accuracy"]
+    low, high = wilson_interval(accuracy * len(rows), len(rows), CONFIDENCE)
+    ties = int((margins == 0).sum())
+    return (
+        f"accuracy {accuracy:.1%} (95% interval {low:.1%} to {high:.1%}) of {len(rows)} pairs"
+        + (f", {ties} ties counted half" if ties else "")
+        + f"; mean margin {figure(float(margins.mean()))}"
+    )
+
+
+def reply_verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean reward with its standard error."""
+    if not rows:
+        return "no reply could be scored"
+    rewards = [row["reward"] for row in rows]
+    error = f" ± {figure(standard_error(rewards))}" if len(rows) > 1 else ""
+    return f"mean reward {figure(sum(rewards) / len(rewards))}{error} of {len(rows)} replies"
+
+
+def function_grader(source: RewardSource, template: str | None) -> Grade:
+    """A Python function on texts. Raises ConfigError if it asks for token ids, which exist only where a model is."""
+    reward = FunctionReward(source.name, source.weight, source.function or "")
+    frame = load_template(template or "none")
+    if "completion_ids" in inspect.signature(reward.function).parameters:
+        raise ConfigError.at(
+            "function", f"{source.function} reads completion_ids, and there is no tokenizer here", fix="use evaluate"
+        )
+
+    def grade(rows: Sequence[Row], replies: Sequence[str]) -> list[float | None]:
+        prompts = [frame.render(row.prompt) for row in rows]
+        texts = Texts(prompts, list(replies), [[] for _ in rows], [row.columns for row in rows])
+        return list(reward.score(texts).tolist())
+
+    return grade
+
+
+def model_grader(source: RewardSource, template: str | None, num_threads: int | None, console: Console) -> Grade:
+    """A reward run or checkpoint on token ids."""
+    model = load_scoring_model(source, template, process_session(console, num_threads).device, console)
+
+    def grade(rows: Sequence[Row], replies: Sequence[str]) -> list[float | None]:
+        return model.score(*model.encode(rows, replies))
+
+    return grade

@@ -1,0 +1,265 @@
+"""What SFT and reward modelling share: from a job to a finished run folder, around transformers' Trainer.
+
+enter the run folder -> read rows -> load the base, check lineage -> tokenise -> header -> train -> save, read back, compare -> seal
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_ray.config.resolved import to_dict, to_yaml
+from rlhf_ray.data.collate import require_batch
+from rlhf_ray.data.load import StageRows, load_rows
+from rlhf_ray.data.templates import Template, load_template
+from rlhf_ray.errors import ConfigError, InvariantError, Problem
+from rlhf_ray.metrics import MetricsWriter
+from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, read_adapter, use_adapter
+from rlhf_ray.models.artifact import RunFolder, atomic_write_text, config_changes, create_run
+from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.checkpoints import delete_checkpoint
+from rlhf_ray.report import write_report
+from rlhf_ray.run import Run, load_run
+from rlhf_ray.session import Session, seed_everything
+from rlhf_ray.stages.header import header_lines, warnings_about
+from rlhf_ray.stages.keeper import Keeper
+from rlhf_ray.stages.row_order import RowOrder
+from rlhf_ray.stages.task import Examples, Job, Recipe, SupervisedConfig, Task
+from rlhf_ray.stages.trainer import SupervisedTrainer, total_steps, training_arguments, undisturbed
+
+MAY_CHANGE = ("output_dir", "resume", "run_name", "report_to", "learner.", "logging_steps")
+"""Fields that may differ between a finished run and the job that finds it."""
+RELOAD_TOLERANCE = 1e-5
+FIXTURE_ROWS = 4
+READ_BACK = "read_back"
+
+
+def train_supervised(config: SupervisedConfig, session: Session, recipe: Recipe) -> Run:
+    """The body of an SFT or reward stage; every rank runs it. Returns the finished run."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
+        folder, finished = enter(config, session, recipe.stage, stack)
+        if finished is not None:
+            return finished
+        with discarded_on_error(folder, session):
+            job = prepare(config, session, recipe, folder)
+        keeper = train(job, stack)
+        return finish(job, keeper, started)
+
+
+def enter(config: SupervisedConfig, session: Session, stage: str, stack: ExitStack) -> tuple[RunFolder, Run | None]:
+    """The run folder, locked by rank 0 until `stack` closes; or, if it holds this very run finished, that run.
+
+    An unfinished run that is there starts over, and says so."""
+    finished: dict[str, Any] | None = None
+    if session.is_main:
+        values = to_dict(config)
+        existed = Path(config.output_dir, "manifest.json").exists()
+        folder = create_run(config.output_dir, stage, values, config.resume)
+        stack.enter_context(folder.lock())
+        if folder.manifest()["status"] == "done":
+            _require_same(folder, values)
+            session.console.log(f"{stage}: {config.output_dir} is finished; nothing to do")
+            finished = load_run(folder.path).to_json()
+        elif existed:
+            session.console.log(
+                f"{stage}: {config.output_dir} was interrupted before it was finished; it starts again from the beginning"
+            )
+            _start_over(folder, config)
+    finished = session.from_main(finished)
+    return RunFolder(Path(config.output_dir).absolute()), None if finished is None else Run.from_json(finished)
+
+
+@contextlib.contextmanager
+def discarded_on_error(folder: RunFolder, session: Session) -> Iterator[None]:
+    """Leave no run behind that has not taken a step: the job is mended and started again under the same name."""
+    try:
+        yield
+    except BaseException:
+        if session.is_main:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def _require_same(folder: RunFolder, values: dict[str, Any]) -> None:
+    """ConfigError if a finished run was made with other settings: its result is not what is asked for."""
+    changes = config_changes(folder.config(), values)
+    ConfigError.raise_all(
+        Problem(
+            name, f"{folder.path} holds a finished run with another value", str(old), str(new), "another output_dir"
+        )
+        for name, (old, new) in changes.items()
+        if not name.startswith(MAY_CHANGE)
+    )
+
+
+def _start_over(folder: RunFolder, config: SupervisedConfig) -> None:
+    for checkpoint in folder.checkpoints():
+        delete_checkpoint(checkpoint)
+    for name in ("checkpoints", "adapter", "tensorboard"):
+        shutil.rmtree(folder.path / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "summary.json", "report.html"):
+        (folder.path / name).unlink(missing_ok=True)
+    atomic_write_text(folder.path / "config.yaml", to_yaml(config))
+
+
+def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: RunFolder) -> Job:
+    """Everything that can be wrong with a job is found here, before the first step; cheap checks come first."""
+    seed_everything(config.seed)
+    rows = load_rows(config.data, recipe.kind, recipe.half)
+    require_rows(config, len(rows.train))
+    backbone = load_base(config, session.device)
+    template = load_template(config.template, backbone.tokenizer)
+    examples = tokenise(config, recipe, rows, template, backbone)
+    require_rows(config, len(examples.train))
+    task = recipe.build(backbone, template)
+    if session.device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing:
+        gradient_checkpointing(task.model.peft_model)
+    job = Job(config, session, recipe, folder, task, examples, total_steps(config, len(examples.train)))
+    if session.is_main:
+        write_lineage(job, template, rows)
+        tell(job)
+    return job
+
+
+def require_rows(config: SupervisedConfig, rows: int) -> None:
+    """DataError if there are fewer rows than one optimizer step takes."""
+    where, fix = ", ".join(config.data.train), "add rows, or lower train_batch_size and per_device_train_batch_size"
+    require_batch(rows, config.train_batch_size, where, fix)
+
+
+def load_base(config: SupervisedConfig, device: torch.device) -> Backbone:
+    return load_backbone(
+        path=config.model_name_or_path,
+        revision=config.revision,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        load_in_8bit=config.load_in_8bit,
+        load_in_4bit=config.load_in_4bit,
+        cpu_offload=config.cpu_offload,
+        device=device,
+    )
+
+
+def tokenise(
+    config: SupervisedConfig, recipe: Recipe, rows: StageRows, template: Template, backbone: Backbone
+) -> Examples:
+    """Both sides as token ids, no longer than the model's context."""
+    limit = min(config.max_length, backbone.context_length)
+    notes = list(rows.warnings)
+    if limit < config.max_length:
+        notes.append(f"max_length {config.max_length} is over the model's context; {limit} is used")
+    lines, sides = list(rows.summary), []
+    for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
+        done = recipe.tokenise(side, template, backbone.tokenizer, limit)
+        lines += [f"{name}: {tally}" for tally in (done.dropped, done.truncated) if tally.total]
+        sides.append(done.examples[:most])
+    if not sides[1]:
+        notes.append("no held-out rows: nothing is evaluated (data.held_out_fraction, data.eval)")
+    return Examples(sides[0], sides[1], lines, notes)
+
+
+def write_lineage(job: Job, template: Template, rows: StageRows) -> None:
+    identity = job.task.model.backbone.identity
+    job.folder.update_manifest(
+        parents=[parent.manifest() for parent in job.task.parents],
+        base=identity.manifest(),
+        tokenizer_sha256=identity.tokenizer_sha256,
+        template={"name": template.name, "sha256": template.sha256},
+        data=list(rows.manifest),
+        threads=job.session.num_threads,
+        world_size=job.session.world_size,
+    )
+
+
+def tell(job: Job) -> None:
+    """The header: what is about to happen, and what looks wrong with it."""
+    console = job.session.console
+    console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job))
+    for line in [*job.examples.warnings, *warnings_about(job.config, job.steps)]:
+        console.warn(line)
+
+
+def train(job: Job, stack: ExitStack) -> Keeper:
+    """Run Trainer to the last step. What comes out of it is in the task's weights and in the keeper."""
+    config, session, rows = job.config, job.session, job.examples.train
+    writer = None
+    if session.is_main:
+        writer = stack.enter_context(MetricsWriter(job.folder.path, config.report_to, config.run_name))
+    keeper = Keeper(job, writer)
+    order = RowOrder(
+        [job.task.length(row) for row in rows],
+        config.train_batch_size,
+        config.per_device_train_batch_size,
+        config.seed,
+        session.rank,
+        session.world_size,
+        group_by_length=bool(getattr(config, "group_by_length", False)),
+    )
+    with undisturbed(session.world_size):
+        arguments = training_arguments(config, str(job.folder.path), session.device, session.world_size)
+        trainer = SupervisedTrainer(job.task, rows, order, config, arguments, session.sum, keeper.log, [keeper])
+    keeper.start()
+    trainer.train()
+    trainer.accelerator.free_memory()
+    keeper.keep_best()
+    return keeper
+
+
+def finish(job: Job, keeper: Keeper, started: float) -> Run:
+    """Save the adapter, read it back, compare, write manifest, summary and report."""
+    folder, task, session = job.folder, job.task, job.session
+    run = Run(
+        stage=job.stage,
+        status="done",
+        run_dir=str(folder.path),
+        steps=keeper.step,
+        seconds=time.monotonic() - started,
+        seed=job.config.seed,
+        metrics=keeper.summary(),
+        artifacts={"adapter": "adapter", "report": "report.html"},
+    )
+    if session.is_main:
+        rows = (job.examples.held_out or job.examples.train)[:FIXTURE_ROWS]
+        task.model.eval()
+        task.save(folder.adapter_dir)
+        check_saved(task, folder.adapter_dir, rows)
+        folder.update_manifest(**task.manifest(rows))
+        run.save()
+        folder.seal()
+        write_report(folder.path)
+        session.console.done()
+    session.barrier()
+    return run
+
+
+def check_saved(task: Task, folder: Path, rows: Sequence[Any]) -> None:
+    """Read the adapter back from disk and compare its outputs with those in memory (seeds F25).
+
+    InvariantError if they differ: what was saved is not what was trained."""
+    model = task.model
+    batch = {k: t.to(model.backbone.device) for k, t in task.collate([(row, True) for row in rows]).items()}
+    files = read_adapter(folder)
+    add_from_files(model.peft_model, READ_BACK, files, trainable=False)
+    with torch.no_grad():
+        trained = task.outputs(batch, None)
+        with use_adapter(model.peft_model, READ_BACK):
+            worst = float((task.outputs(batch, files.head) - trained).abs().max())
+    model.peft_model.delete_adapter(READ_BACK)
+    if not worst <= RELOAD_TOLERANCE:
+        raise InvariantError.at(
+            str(folder),
+            "the adapter read back answers otherwise than the one trained",
+            f"{RELOAD_TOLERANCE:g}",
+            f"{worst:.3g}",
+        )

@@ -1,0 +1,113 @@
+"""A frozen base with the one adapter that is trained, as the single module that Trainer (and DDP) holds and calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from rlhf_ray.data.collate import IGNORE_INDEX
+from rlhf_ray.maths.masks import last_token_index, position_ids
+from rlhf_ray.models.backbone import Backbone, trunk
+from rlhf_ray.models.forward import LOGITS_AT_ONCE
+from rlhf_ray.models.heads import ScalarHead
+
+
+class TrainedModel(nn.Module):
+    """`backbone` with the PEFT model around it. Only the active adapter, and a head where there is one, has gradients."""
+
+    def __init__(self, backbone: Backbone, peft_model: PeftModel) -> None:
+        super().__init__()
+        self.backbone, self.peft_model = backbone, peft_model
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states [N, T, D]; positions count real tokens, so padding on either side changes nothing."""
+        mask = attention_mask.bool()
+        output = trunk(self.peft_model)(
+            input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+        )
+        return output.last_hidden_state
+
+    # What Trainer and accelerate ask a model for: NEFTune its embeddings, Liger the model inside, bitsandbytes how it was loaded.
+
+    def get_base_model(self) -> nn.Module:
+        return self.peft_model.get_base_model()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_base_model().get_input_embeddings()  # type: ignore[operator]
+
+    @property
+    def is_loaded_in_8bit(self) -> bool:
+        return bool(getattr(self.get_base_model(), "is_loaded_in_8bit", False))
+
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        return bool(getattr(self.get_base_model(), "is_loaded_in_4bit", False))
+
+    @property
+    def hf_device_map(self) -> Any:
+        """AttributeError where the base has none, which is how its users ask."""
+        return self.get_base_model().hf_device_map
+
+
+class LanguageModel(TrainedModel):
+    """SFT: the loss of a batch."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, label_smoothing: float = 0.0
+    ) -> Tensor:
+        """sum_t -log p(labels_t | tokens before t), over labels that are not IGNORE_INDEX.   All i64[N, T], labels not shifted.
+
+        label_smoothing e: (1 - e) x that + e x the mean of -log p over the vocabulary (arXiv:1512.00567)."""
+        states = self.states(input_ids, attention_mask)
+        targets = labels[:, 1:]
+        wanted = targets != IGNORE_INDEX
+        return token_loss_sum(states[:, :-1][wanted], self._lm_head(), targets[wanted], label_smoothing)
+
+    def next_token_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """f32[N, V], after each row's last real token."""
+        states = self.states(input_ids, attention_mask)
+        return self._lm_head()(at_last_token(states, attention_mask)).float()
+
+    def _lm_head(self) -> nn.Module:
+        if self.backbone.lm_head is None:
+            raise TypeError("the base is no causal language model")
+        return self.backbone.lm_head
+
+
+class RewardModel(TrainedModel):
+    """The scalar head, read after the last real token."""
+
+    def __init__(self, backbone: Backbone, peft_model: PeftModel, head: ScalarHead) -> None:
+        super().__init__(backbone, peft_model)
+        self.head = head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """f32[N] scores of sequences i64[N, T]. They depend on the real tokens alone, wherever the padding is (seeds F11)."""
+        return self.head(at_last_token(self.states(input_ids, attention_mask), attention_mask))
+
+
+def at_last_token(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """[N, D] of [N, T, D]: the state that has seen all real tokens of its row."""
+    last = last_token_index(attention_mask.bool())
+    return states[torch.arange(len(last), device=last.device), last]
+
+
+def token_loss_sum(hidden: Tensor, head: nn.Module, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy summed over tokens, in float32, with the logits of LOGITS_AT_ONCE / V positions in memory at any time.
+
+    hidden: [K, D] states that predict targets i64[K].   head: [K, D] -> logits [K, V].   K = 0 gives 0, with a gradient of 0."""
+
+    def one_chunk(h: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(head(h).float(), y, reduction="sum", label_smoothing=label_smoothing)
+
+    vocabulary = int(getattr(head, "out_features", 0) or 32_000)
+    size = max(LOGITS_AT_ONCE // vocabulary, 1)
+    if len(targets) <= size or not torch.is_grad_enabled():
+        return torch.stack([one_chunk(h, y) for h, y in zip(hidden.split(size), targets.split(size))]).sum()
+    parts = [checkpoint(one_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(size), targets.split(size))]
+    return torch.stack(parts).sum()

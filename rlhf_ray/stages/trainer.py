@@ -1,0 +1,260 @@
+"""transformers' Trainer as SFT and reward modelling use it: its loop, optimizers and DDP; our loss, row order, schedule and log.
+
+Loss = sum over the step's items / their global number, so the gradient does not depend on how rows are cut into microbatches and
+ranks. Trainer's own saving, evaluation, logging and mixed precision stay off: the base keeps its dtype, adapters are float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from rlhf_ray.config import RewardConfig, SFTConfig, check_accumulation
+from rlhf_ray.errors import ConfigError, InvariantError, ResourceError
+from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
+from rlhf_ray.stages.row_order import EpochLoader, PickedRows, RowOrder
+
+Batch = dict[str, Tensor]
+Sums = dict[str, float]
+
+
+class Objective(ABC):
+    """What a stage minimises. Its rows are of one type; a batch is a dict of tensors."""
+
+    model: nn.Module
+    """What is trained and called, wrapped by Trainer for several workers: every training forward goes through it."""
+
+    @abstractmethod
+    def length(self, row: Any) -> int:
+        """Tokens that a forward pass over the row costs."""
+
+    @abstractmethod
+    def collate(self, picked: Sequence[tuple[Any, bool]]) -> Batch:
+        """Rows as one right-padded batch; a row that does not count adds 0 to loss and count."""
+
+    @abstractmethod
+    def count(self, batch: Batch) -> int:
+        """Items (tokens, pairs) that carry loss."""
+
+    @abstractmethod
+    def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
+        """Sum of the loss over the batch's items, with gradient, and detached sums for the log."""
+
+    @abstractmethod
+    def log(self, sums: Sums) -> dict[str, float]:
+        """Training metrics from the `loss_sum` sums of a logging window, all ranks and steps together."""
+
+
+class SupervisedTrainer(Trainer):
+    """on_log: called on every rank with (step, metrics) of each logging window."""
+
+    loss_is_scaled_for_ga = True
+    objective: Objective
+
+    def __init__(
+        self,
+        objective: Objective,
+        rows: Sequence[Any],
+        order: RowOrder,
+        config: SFTConfig | RewardConfig,
+        arguments: TrainingArguments,
+        all_reduce: Callable[[Sequence[float]], list[float]],
+        on_log: Callable[[int, dict[str, float]], None],
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.rows = PickedRows(rows)
+        super().__init__(
+            model=objective.model,
+            args=arguments,
+            train_dataset=self.rows,
+            data_collator=objective.collate,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # it prints to stdout
+        self.objective, self.order, self.config = objective, order, config
+        self._all_reduce, self._on_log = all_reduce, on_log
+        self._sums: Sums = {}
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's microbatches. They are dealt out by `RowOrder`, so accelerate has nothing to shard."""
+        return EpochLoader(
+            self.rows,
+            batch_sampler=self.order,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The microbatches of one optimizer step, and the number of loss items in it over all ranks."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
+        (count,) = self._all_reduce([float(sum(self.objective.count(b) for b in batches))])
+        return batches, torch.tensor(count, device=device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """loss sum / items of the whole step x world size (DDP averages gradients). Raises InvariantError if not finite."""
+        if return_outputs or num_items_in_batch is None:
+            raise NotImplementedError("the loss is defined for a whole optimizer step")
+        total, sums = self.objective.loss_sum(model, inputs)
+        if not bool(torch.isfinite(total)):
+            raise InvariantError.at(
+                f"step {self.state.global_step + 1}",
+                "the training loss is not finite",
+                "a finite loss",
+                f"{float(total.detach())}",
+                "lower learning_rate; check the rows of this step and the base's dtype",
+            )
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        # A step without any loss item has loss 0, never 0 / 0.
+        return total / torch.as_tensor(num_items_in_batch).clamp_min(1) * self.args.world_size
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        config = self.config
+        warmup = resolve_warmup(config.warmup_steps, num_training_steps)
+
+        def factor(step: int) -> float:
+            return lr_multiplier(config.lr_scheduler_type, step, num_training_steps, warmup, config.min_lr_ratio)
+
+        scheduled: Any = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(scheduled, factor)
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's figures under our names, with the objective's; its summary at the end of training is left out."""
+        if "loss" not in logs:
+            return
+        names = sorted(self._sums)
+        totals = dict(zip(names, self._all_reduce([self._sums[n] for n in names])))
+        self._sums = {}
+        figures: dict[str, float] = {
+            name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs
+        }
+        step = self.state.global_step
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise InvariantError.at(f"step {step}", f"{name} is not finite", "a finite number", str(value))
+        self._on_log(step, {**figures, "epoch": float(self.state.epoch or 0.0), **self.objective.log(totals)})
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not counted: Trainer's estimate walks over all parameters at every microbatch."""
+        return 0
+
+
+class _OneDevice(TrainingArguments):
+    """Each process trains on one device, where the model already is."""
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: Trainer would wrap the model in DataParallel where a lone process sees several GPUs."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def place_model_on_device(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def undisturbed(world_size: int) -> Iterator[None]:
+    """Build a Trainer in here: accelerate takes LOCAL_RANK for a launcher's, and would wrap the model of a lone process in DDP;
+    it sets torch's thread count, and transformers warns of the process group that a lone process has."""
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    local_rank = os.environ.pop("LOCAL_RANK", None) if world_size == 1 else None
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        if local_rank is not None:
+            os.environ["LOCAL_RANK"] = local_rank
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+
+
+def check_trainer_options(options: Mapping[str, Any]) -> None:
+    """ConfigError for an allow-listed argument that would have no effect, ResourceError for one that this machine cannot follow."""
+    if "lr_scheduler_kwargs" in options:
+        raise ConfigError.at(
+            "trainer.lr_scheduler_kwargs", "the schedule is ours", "lr_scheduler_type, min_lr_ratio, warmup_steps"
+        )
+    if options.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise ResourceError.at(
+            "trainer.use_liger_kernel", "liger-kernel is not installed", fix="pip install liger-kernel"
+        )
+
+
+def training_arguments(
+    config: SFTConfig | RewardConfig, output_dir: str, device: torch.device, world_size: int
+) -> TrainingArguments:
+    """TrainingArguments from our fields, and the allow-listed ones of `config.trainer`.
+
+    Raises ResourceError if bitsandbytes is asked for and missing, ConfigError for arguments that Trainer refuses."""
+    if config.optim == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ResourceError.at("optim", "adamw_8bit needs bitsandbytes", fix="pip install 'rlhf_ray[quant]'")
+    check_trainer_options(config.trainer)
+    distributed_cpu = world_size > 1 and device.type == "cpu"
+    passed_on = {"dataloader_pin_memory": device.type == "cuda", **config.trainer}
+    passed_on.pop("label_smoothing_factor", None)  # the loss is ours
+    try:
+        return _OneDevice(
+            output_dir=output_dir,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            gradient_accumulation_steps=check_accumulation(
+                "train_batch_size", config.train_batch_size, config.per_device_train_batch_size, world_size
+            ),
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+            learning_rate=config.learning_rate,
+            optim=config.optim,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_epsilon=config.adam_epsilon,
+            max_grad_norm=config.max_grad_norm,
+            logging_strategy="steps",
+            logging_steps=config.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            eval_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+            log_level_replica="error",
+            seed=config.seed % 2**32,
+            remove_unused_columns=False,
+            use_cpu=distributed_cpu,
+            ddp_backend="gloo" if distributed_cpu else None,
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
+            **passed_on,
+        )
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{k}={v!r}" for k, v in passed_on.items())
+        raise ConfigError.at("trainer", f"transformers refuses: {error}", got=given) from error
+
+
+def total_steps(config: SFTConfig | RewardConfig, rows: int) -> int:
+    """Optimizer steps of the run: max_steps, or num_train_epochs passes of ceil(rows / train_batch_size) steps."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * -(-rows // config.train_batch_size))

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.console import Console
+
+
+class RecordingConsole(Console):
+    """Keeps every event; `text` is all that was said."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    @property
+    def text(self) -> str:
+        said = [[e.get("title", ""), *e.get("lines", []), e.get("text", "")] for e in self.events]
+        return "\n".join(line for lines in said for line in lines if line)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [e["text"] for e in self.events if e["kind"] == "warn"]
+
+
+@pytest.fixture
+def console() -> RecordingConsole:
+    return RecordingConsole()
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[[str, Iterable[dict[str, Any]]], str]:
+    """write_jsonl(name, rows) -> path of a new data file."""
+
+    def write(name: str, rows: Iterable[dict[str, Any]]) -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def run_without_us(tmp_path: Path) -> Callable[..., Any]:
+    """run_without_us(code, *args) -> the JSON that `code` prints, run by a fresh interpreter that must not import rlhf_ray."""
+
+    def run(code: str, *args: str) -> Any:
+        guard = "import sys\nsys.modules['rlhf_ray'] = None\n"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", guard + code, *args], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return run

@@ -1,0 +1,233 @@
+"""PPO as a whole, on a tiny random model with a Python reward: the loop, its invariants, its artefacts, its independence of how
+the work is cut up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.console import NullConsole
+from rlhf_ray.errors import ConfigError, DataError, InvariantError
+from rlhf_ray.metrics import METRICS, read_metrics
+from rlhf_ray.run import Run, load_run
+from rlhf_ray.stages.ppo import ppo
+
+pytestmark = pytest.mark.integration
+Job = Callable[..., PPOConfig]
+
+CONTRACT = """reward/mean kl/k1_per_response kl/k3_per_response kl/penalty_per_response kl/coef response/length response/finished
+ratio/first_minibatch_max_deviation policy/clip_fraction policy/approx_kl policy/entropy value/explained_variance grad_norm/policy
+grad_norm/value time/generate time/score time/update time/publish time/step sync/bytes tokens/generated""".split()
+
+
+def run(config: PPOConfig) -> Run:
+    return ppo(config, NullConsole())
+
+
+def weights(folder: str | Path, name: str = "adapter") -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / name / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def deterministic(folder: str | Path) -> list[dict[str, Any]]:
+    rows = read_metrics(Path(folder) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k.split("/")[0] not in ("time", "memory", "faults")} for row in rows]
+
+
+def test_a_run_leaves_what_the_contract_says(ppo_job: Job) -> None:
+    done = run(ppo_job("run"))
+    folder = Path(done.run_dir)
+    assert (done.stage, done.status, done.steps) == ("ppo", "done", 3)
+    for name in ("config.yaml", "manifest.json", "summary.json", "metrics.jsonl", "samples.jsonl", "report.html"):
+        assert (folder / name).is_file(), name
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    assert set(CONTRACT) <= last.keys()
+    assert set(CONTRACT) <= METRICS.keys()
+    assert last["ratio/first_minibatch_max_deviation"] == 0.0
+    assert last["sync/bytes"] == sum(t.numel() * 4 for t in weights(folder).values())
+    first = read_metrics(folder / "metrics.jsonl")[1]
+    assert abs(first["kl/k1_per_response"]) < 1e-4, "the policy starts at its reference"
+    assert last["kl/k3_per_response"] > 0.0
+    assert (folder / "checkpoints" / "step_000003" / "optimizer.safetensors").is_file(), "always a final save (F7, F31)"
+    assert load_run(folder).metrics == done.metrics
+
+
+def test_the_result_loads_in_plain_peft(ppo_job: Job) -> None:
+    config = ppo_job("plain", max_steps=1)
+    folder = run(config).run_dir
+    code = (
+        "import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM as A;"
+        "m = PeftModel.from_pretrained(A.from_pretrained(sys.argv[1]), sys.argv[2] + '/adapter');"
+        "n = sum(bool(p.any()) for k, p in m.named_parameters() if 'lora_B' in k);"
+        "assert n and 'rlhf_ray' not in sys.modules; print(n)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, config.model_name_or_path, folder], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(weights(folder)) // 2
+
+
+def test_it_learns(ppo_job: Job) -> None:
+    done = run(
+        ppo_job("learns", max_steps=12, learning_rate=5e-3, kl_coef=0.0, rollout_batch_size=64, num_mini_batches=4)
+    )
+    rows = [r["reward/mean"] for r in read_metrics(Path(done.run_dir) / "metrics.jsonl") if "reward/mean" in r]
+    assert sum(rows[-3:]) / 3 > sum(rows[:3]) / 3 + 0.05
+
+
+def test_the_same_job_twice_gives_the_same_bits(ppo_job: Job) -> None:
+    a, b = run(ppo_job("a")), run(ppo_job("b"))
+    assert same(weights(a.run_dir), weights(b.run_dir))
+    assert deterministic(a.run_dir) == deterministic(b.run_dir)
+
+
+def test_rows_per_forward_is_memory_only(ppo_job: Job) -> None:
+    """F1: microbatches hold different rows and share one normaliser, so how many there are changes nothing but rounding."""
+    a = run(ppo_job("eight", per_device_train_batch_size=8))
+    b = run(ppo_job("one", per_device_train_batch_size=1))
+    assert difference(weights(a.run_dir), weights(b.run_dir)) < 1e-5
+    assert difference(weights(a.run_dir, "value"), weights(b.run_dir, "value")) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_stages_agree(ppo_job: Job, stage: int) -> None:
+    plain = run(ppo_job("plain"))
+    sharded = run(ppo_job("sharded", learner={"num_workers": 0, "num_threads": 1, "zero_stage": stage}))
+    assert difference(weights(plain.run_dir), weights(sharded.run_dir)) < 1e-6
+    assert difference(weights(plain.run_dir, "value"), weights(sharded.run_dir, "value")) < 1e-6
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_interrupted_run_goes_on_to_the_same_bits(ppo_job: Job, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = {"num_workers": 0, "num_threads": 1, "zero_stage": stage}
+    common: dict[str, Any] = {
+        "learner": learner,
+        "max_steps": 4,
+        "save_steps": 1,
+        "kl_controller": "adaptive",
+        "normalize_rewards": True,
+        "eval_steps": 2,
+    }
+    straight = run(ppo_job("straight", **common))
+    monkeypatch.setenv("FAIL_AT_CALL", "7")  # 1 evaluation, 2 chunks a step, an evaluation after step 2: in step 3
+    broken = ppo_job("broken", **common, resume="auto")
+    with pytest.raises(RuntimeError, match="reward service"):
+        run(broken)
+    monkeypatch.delenv("FAIL_AT_CALL")
+    assert load_run(broken.output_dir).status == "running"
+    resumed = run(broken)
+    assert same(weights(straight.run_dir), weights(resumed.run_dir))
+    assert same(weights(straight.run_dir, "value"), weights(resumed.run_dir, "value"))
+    assert deterministic(straight.run_dir) == deterministic(resumed.run_dir)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"advantage_estimator": "rloo", "num_generations": 4},
+        {"advantage_estimator": "grpo", "num_generations": 4, "use_kl_loss": True, "kl_penalty": "bregman"},
+        {"value": {"adapter": "shared"}, "kl_penalty": "jensen_shannon"},
+        {
+            "value": {"warmup_steps": 1, "learning_rate": 5e-3},
+            "kl_penalty": "squared_error",
+            "kl_controller": "horizon",
+        },
+        {"optim": "adafactor", "kl_penalty": "clamped_kl", "whiten_rewards": True, "reward_clip": 1.0},
+        {"optim": "adamw_8bit", "kl_penalty": "none", "bootstrap_truncated": True},
+        {"min_response_length": 2, "target_kl": 1e-9, "save_steps": [2], "load_best_model_at_end": True},
+        {"gradient_checkpointing": True, "dtype": "bfloat16", "lr_scheduler_type": "cosine"},
+    ],
+    ids=lambda c: "-".join(map(str, c)),
+)
+def test_every_variant_runs(ppo_job: Job, changes: dict[str, Any]) -> None:
+    done = run(ppo_job("variant", **changes))
+    last = read_metrics(Path(done.run_dir) / "metrics.jsonl")[-1]
+    assert done.status == "done"
+    assert last["ratio/first_minibatch_max_deviation"] == 0.0
+    if "target_kl" in changes:
+        assert last["policy/epochs"] == 1.0
+
+
+def test_gradient_checkpointing_changes_nothing(ppo_job: Job) -> None:
+    """Recomputation runs under the adapter of the forward pass, not under whichever is active in the backward."""
+    a = run(ppo_job("plain", gradient_checkpointing=False))
+    b = run(ppo_job("recomputed", gradient_checkpointing=True))
+    assert difference(weights(a.run_dir), weights(b.run_dir)) < 1e-6
+    assert difference(weights(a.run_dir, "value"), weights(b.run_dir, "value")) < 1e-6
+
+
+def test_the_first_step_moves_the_policy(ppo_job: Job) -> None:
+    """F6: the warm-up starts above 0."""
+    done = run(ppo_job("one", max_steps=1, warmup_steps=10))
+    assert read_metrics(Path(done.run_dir) / "metrics.jsonl")[-1]["lr/policy"] > 0
+    assert any(bool(t.any()) for k, t in weights(done.run_dir).items() if "lora_B" in k)
+
+
+def test_dropout_of_the_sft_adapter_is_off(ppo_job: Job, tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+    """F5: dropout in the update alone would make the first ratio differ from 1."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_llama()),
+        LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    model.save_pretrained(tmp_path / "sft")
+    config = ppo_job("run", sft=str(tmp_path / "sft"))
+    values = {k: v for k, v in config.model_dump(exclude_unset=True).items() if k != "lora"}
+    done = run(PPOConfig(**values))
+    rows = read_metrics(Path(done.run_dir) / "metrics.jsonl")
+    assert rows[-1]["ratio/first_minibatch_max_deviation"] == 0.0
+    assert abs(rows[1]["kl/k1_per_response"]) < 1e-4, "the reference is the SFT adapter"
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_the_command_that_resumes_it(ppo_job: Job) -> None:
+    config = ppo_job("run", max_steps=1)
+    run(config)
+    with pytest.raises(ConfigError, match="rlhf-ray resume"):
+        run(config)
+
+
+def test_a_reward_that_is_not_a_number_stops_the_run(ppo_job: Job, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("def score(prompts, completions, **k):\n    return [float('nan')] * len(prompts)\n")
+    with pytest.raises(InvariantError, match="not finite"):
+        run(ppo_job("run", rewards=[{"name": "broken", "function": f"{path}:score"}]))
+
+
+def test_too_few_prompts_say_so(ppo_job: Job) -> None:
+    with pytest.raises(DataError, match="prompts < 200"):
+        run(ppo_job("run", rollout_batch_size=200))
+
+
+@pytest.mark.slow
+def test_under_ray_with_one_and_two_workers(ppo_job: Job) -> None:
+    """One worker: the same bits as in this process. Two: the same rows in the same minibatches, so equal up to rounding."""
+    here = run(ppo_job("here"))
+    one = run(ppo_job("one", learner={"num_workers": 1, "num_threads": 1}))
+    two = run(ppo_job("two", learner={"num_workers": 2, "num_threads": 1, "zero_stage": 2}))
+    assert same(weights(here.run_dir), weights(one.run_dir))
+    assert deterministic(here.run_dir) == deterministic(one.run_dir)
+    assert difference(weights(here.run_dir), weights(two.run_dir)) < 1e-5
+    assert difference(weights(here.run_dir, "value"), weights(two.run_dir, "value")) < 1e-5
+    manifest = json.loads((Path(two.run_dir) / "manifest.json").read_text())
+    assert manifest["world_size"] == 2

@@ -1,0 +1,336 @@
+"""SFT from job to run folder, on tiny models, in this process and under Ray."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_ray.config import SFTConfig
+from rlhf_ray.errors import ConfigError, DataError, InvariantError
+from rlhf_ray.metrics import read_metrics
+from rlhf_ray.models.adapters import read_adapter
+from rlhf_ray.run import Run, load_run
+from rlhf_ray.stages import supervised
+from rlhf_ray.stages.sft import sft
+
+pytestmark = pytest.mark.integration
+Write = Callable[[str, Iterable[dict[str, Any]]], str]
+
+LOGITS = """
+import json, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+with torch.no_grad():
+    print(json.dumps(model(torch.tensor([ids])).logits[0, -1].tolist()))
+"""
+
+
+def qa(count: int) -> list[dict[str, str]]:
+    return [
+        {"instruction": f"Say {i % 10} {i}.", "input": "", "output": f"{'abcdefghij'[i % 10]}" * 3}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def make_config(tiny_llama: Callable[..., Path], tmp_path: Path, write_jsonl: Write) -> Callable[..., SFTConfig]:
+    """A short job on 80 rows; any field may be set."""
+
+    def make(rows: int = 80, model: str | None = None, data: dict[str, Any] | None = None, **values: Any) -> SFTConfig:
+        fixed: dict[str, Any] = {
+            "output_dir": str(tmp_path / "sft"),
+            "model_name_or_path": model or str(tiny_llama()),
+            "template": "none",
+            "data": {"train": write_jsonl("sft.jsonl", qa(rows)), **(data or {})},
+            "learner": {"num_workers": 0, "num_threads": 1},
+            "lora": {"r": 4, "lora_alpha": 8},
+            "max_length": 64,
+            "train_batch_size": 16,
+            "per_device_train_batch_size": 16,
+            "max_steps": 4,
+            "eval_steps": 2,
+            "learning_rate": 1e-2,
+            "report_to": [],
+        }
+        return SFTConfig(**{**fixed, **values})
+
+    return make
+
+
+def adapter_of(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter_dir / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_a_complete_folder_that_plain_peft_loads(
+    make_config: Callable[..., SFTConfig], console: Any, run_without_us: Callable[..., Any]
+) -> None:
+    """Seeds F25 (empty adapters), F31 (short runs that save nothing), F39 (artefacts that lack their own description)."""
+    config = make_config()
+    run = sft(config, console)
+    folder = Path(config.output_dir)
+    assert (run.stage, run.status, run.steps) == ("sft", "done", 4)
+    assert load_run(folder) == run
+    for name in ("config.yaml", "manifest.json", "summary.json", "metrics.jsonl", "report.html"):
+        assert (folder / name).stat().st_size > 0, name
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["LATEST", "step_000002", "step_000004"]
+    last = load_file(folder / "checkpoints/step_000004/adapter/adapter_model.safetensors")
+    assert all(torch.equal(last[n], t) for n, t in adapter_of(run).items())
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (
+        manifest["base"]["weights_sha256"] and manifest["tokenizer_sha256"] and manifest["template"]["name"] == "none"
+    )
+    assert manifest["data"][0]["rows"] == 80 and manifest["parents"] == [] and manifest["threads"] == 1
+    assert manifest["sft"] == {"add_eos_token": True, "train_on_inputs": False}
+
+    ids = [1, 87, 70, 100, 2]
+    theirs = torch.tensor(run_without_us(LOGITS, config.model_name_or_path, str(run.adapter_dir), json.dumps(ids)))
+    ours = logits_with(config.model_name_or_path, run.adapter_dir, ids)
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+    assert (ours - logits_with(config.model_name_or_path, None, ids)).abs().max() > 0.1
+
+
+def logits_with(base: str, adapter: Path | None, ids: list[int]) -> torch.Tensor:
+    """Next-token logits from the weights themselves: W + (alpha / r) B A in every adapted layer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        files = read_adapter(adapter)
+        scale = files.config["lora_alpha"] / files.config["r"]
+        for key, a in files.tensors.items():
+            if key.endswith("lora_A.weight"):
+                layer = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                layer.weight.data += scale * files.tensors[key.replace("lora_A", "lora_B")] @ a
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1]
+
+
+def test_it_learns_what_the_data_say(make_config: Callable[..., SFTConfig], console: Any) -> None:
+    run = sft(make_config(max_steps=40, eval_steps=20, learning_rate=2e-2), console)
+    assert run.metrics["loss_start"] > 4 and run.metrics["loss"] < 1.0
+    assert run.metrics["eval/loss"] < run.metrics["eval/loss_start"] / 3
+    rows = read_metrics(Path(run.run_dir) / "metrics.jsonl")
+    assert [r["step"] for r in rows if "eval/loss" in r] == [0, 20, 40]
+    assert rows[-1]["step"] == 40 and "loss" in rows[-1]
+
+
+def test_the_header_says_what_will_happen(make_config: Callable[..., SFTConfig], console: Any) -> None:
+    sft(make_config(per_device_train_batch_size=4), console)
+    for part in (
+        "80 rows: ",
+        "trainable  8,192 of ",
+        "16 rows a step = 4 per device x 4 accumulated x 1 worker",
+        "steps      4 (",
+        "peak lr    0.01 (adamw_torch)",
+        "lora.r=4",
+    ):
+        assert part in console.text, part
+    assert console.warnings == [
+        "only 4 optimizer steps: expect little; lower train_batch_size, or raise num_train_epochs"
+    ]
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_about(make_config: Callable[..., SFTConfig], console: Any) -> None:
+    """Seeds F28: the learning rate peaks at 7 of 101 parts."""
+    sft(make_config(max_steps=7, warmup_steps=100, learning_rate=3e-4), console)
+    assert any("peaks at 2.08e-05, not at 0.0003" in line for line in console.warnings)
+
+
+def test_no_row_is_left_out(make_config: Callable[..., SFTConfig], console: Any) -> None:
+    """Seeds F28: hidden caps. 1,237 rows in, 1,237 rows used, each once."""
+    config = make_config(
+        rows=1237,
+        max_steps=-1,
+        train_batch_size=64,
+        per_device_train_batch_size=32,
+        eval_steps=100,
+        data={"held_out_fraction": 0.0},
+    )
+    run = sft(config, console)
+    assert run.steps == 20  # ceil(1237 / 64)
+    assert run.metrics["tokens/train"] == 1237 * 4  # three letters and eos each
+    assert "no held-out rows" in "\n".join(console.warnings) and "eval/loss" not in run.metrics
+
+
+def test_loss_on_prompts_and_without_eos(make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path) -> None:
+    prompt = len("Say 0 0.")
+    for name, values, tokens in (
+        ("inputs", {"train_on_inputs": True}, prompt + 4),
+        ("plain", {"add_eos_token": False}, 3),
+    ):
+        config = make_config(
+            rows=16, max_steps=1, output_dir=str(tmp_path / name), data={"held_out_fraction": 0.0, "max_rows": 10},
+            train_batch_size=10, per_device_train_batch_size=10, **values,
+        )  # fmt: skip
+        assert sft(config, console).metrics["tokens/train"] == 10 * tokens
+
+
+def test_prompts_as_long_as_the_limit_are_dropped_and_counted(
+    make_config: Callable[..., SFTConfig], console: Any, write_jsonl: Write
+) -> None:
+    """Seeds F30: rows whose labels are all masked made the loss NaN."""
+    rows = [*qa(40), *({"instruction": f"{i} " + "x" * 80, "input": "", "output": "y"} for i in range(8))]
+    config = make_config(data={"train": write_jsonl("long.jsonl", rows), "too_long": "truncate"})
+    run = sft(config, console)
+    counts = re.findall(r"(\d+) dropped: reply empty after truncation", console.text)
+    assert sum(map(int, counts)) == 8
+    assert run.metrics["loss"] < 10
+
+
+def test_fewer_rows_than_a_batch_is_a_data_error_that_leaves_no_run(
+    make_config: Callable[..., SFTConfig], console: Any
+) -> None:
+    config = make_config(rows=12)
+    with pytest.raises(DataError, match=r"rows < global batch 16") as caught:
+        sft(config, console)
+    assert caught.value.exit_code == 4
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_loss_that_is_not_finite_names_the_step(make_config: Callable[..., SFTConfig], console: Any) -> None:
+    with pytest.raises(InvariantError, match=r"step \d+: the training loss is not finite"):
+        sft(make_config(learning_rate=1e30, warmup_steps=0), console)
+
+
+def test_an_adapter_that_reads_back_otherwise_is_refused(
+    make_config: Callable[..., SFTConfig], console: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds F25: the check has to see a file that is not what was trained (here: another scale)."""
+
+    def other_scale(folder: Path) -> Any:
+        files = read_adapter(folder)
+        return type(files)({**files.config, "lora_alpha": 16.0}, files.tensors, files.head, files.sha256, files.path)
+
+    monkeypatch.setattr(supervised, "read_adapter", other_scale)
+    config = make_config()
+    with pytest.raises(InvariantError, match="the adapter read back answers otherwise"):
+        sft(config, console)
+    assert load_run(config.output_dir).status == "running"
+
+
+class TestResume:
+    def test_a_finished_run_is_returned_at_once(self, make_config: Callable[..., SFTConfig], console: Any) -> None:
+        first = sft(make_config(), console)
+        before = {p: p.stat().st_mtime_ns for p in Path(first.run_dir).rglob("*") if p.is_file() and p.name != ".lock"}
+        again = sft(make_config(resume="auto", logging_steps=3), console)
+        assert again == first and "nothing to do" in console.text
+        assert before == {p: p.stat().st_mtime_ns for p in before}
+
+    def test_resume_never_names_the_command(self, make_config: Callable[..., SFTConfig], console: Any) -> None:
+        config = make_config()
+        sft(config, console)
+        with pytest.raises(ConfigError, match=f"rlhf-ray resume {config.output_dir}"):
+            sft(config, console)
+
+    def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(
+        self, make_config: Callable[..., SFTConfig], console: Any
+    ) -> None:
+        sft(make_config(), console)
+        with pytest.raises(ConfigError, match=r"learning_rate: .* expected 0.01; got 0.02"):
+            sft(make_config(resume="auto", learning_rate=2e-2), console)
+
+    def test_an_unfinished_run_starts_over_and_equals_one_that_was_never_interrupted(
+        self, make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = sft(make_config(output_dir=str(tmp_path / "whole")), console)
+        with monkeypatch.context() as patch:
+            patch.setattr(supervised, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                sft(make_config(learning_rate=3e-2), console)
+        run = sft(make_config(resume="auto"), console)
+        assert "starts again from the beginning" in console.text
+        assert all(torch.equal(t, adapter_of(whole)[n]) for n, t in adapter_of(run).items())
+        assert run.folder.config()["learning_rate"] == 1e-2
+        steps = [r["step"] for r in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "loss" in r]
+        assert steps == sorted(set(steps))
+
+
+def test_the_best_step_is_kept_and_its_checkpoint_survives(make_config: Callable[..., SFTConfig], console: Any) -> None:
+    """A learning rate that soon does harm: the last step is not the best one."""
+    config = make_config(
+        max_steps=12, eval_steps=1, save_steps=1, learning_rate=0.2, save_total_limit=2, load_best_model_at_end=True,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    run = sft(config, console)
+    rows = {r["step"]: r["eval/loss"] for r in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "eval/loss" in r}
+    best = min((s for s in rows if s), key=lambda s: rows[s])
+    assert run.metrics["best/step"] == best < 12
+    assert run.metrics["eval/loss"] == pytest.approx(rows[best], rel=1e-5)
+    saved = load_file(Path(run.run_dir) / f"checkpoints/step_{best:06d}/adapter/adapter_model.safetensors")
+    assert all(torch.equal(saved[n], t) for n, t in adapter_of(run).items())
+    assert {c.step for c in run.folder.checkpoints()} == {best, 11, 12}
+
+
+@pytest.mark.parametrize("values", [{"gradient_checkpointing": True}, {"group_by_length": True}, {"dtype": "bfloat16"}])
+def test_variants_train(values: dict[str, Any], make_config: Callable[..., SFTConfig], console: Any) -> None:
+    run = sft(make_config(max_steps=20, eval_steps=20, **values), console)
+    assert run.metrics["loss"] < run.metrics["loss_start"] / 2
+    assert all(t.dtype is torch.float32 for t in adapter_of(run).values())
+
+
+def test_gradient_checkpointing_changes_no_number(
+    make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path
+) -> None:
+    runs = [
+        sft(make_config(output_dir=str(tmp_path / str(on)), gradient_checkpointing=on), console) for on in (False, True)
+    ]
+    assert all(torch.equal(t, adapter_of(runs[1])[n]) for n, t in adapter_of(runs[0]).items())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_base_trains(
+    bits: int, make_config: Callable[..., SFTConfig], tiny_llama: Callable[..., Path], console: Any
+) -> None:
+    """On CPUs with avx512_bf16 an evaluation used to cut the gradients of every later step of a 4-bit base, in silence."""
+    pytest.importorskip("bitsandbytes")
+    run = sft(make_config(max_steps=20, eval_steps=2, save_steps=20, **{f"load_in_{bits}bit": True}), console)
+    assert run.metrics["loss"] < run.metrics["loss_start"] / 2
+    assert json.loads((Path(run.run_dir) / "manifest.json").read_text())["base"]["precision"] == f"{bits}bit"
+
+
+@pytest.mark.slow
+def test_two_ray_workers_train_what_one_process_trains(
+    make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path
+) -> None:
+    """The same rows in every step, one global normaliser: only rounding may differ. Rows do not fill the last step."""
+    common = {"per_device_train_batch_size": 4, "rows": 53, "max_steps": -1, "num_train_epochs": 2, "lora": {"r": 4}}
+    alone = sft(make_config(output_dir=str(tmp_path / "alone"), **common), console)
+    group = make_config(output_dir=str(tmp_path / "group"), learner={"num_workers": 2, "num_threads": 1}, **common)
+    run = sft(group, console)
+    assert "16 rows a step = 4 per device x 2 accumulated x 2 workers" in console.text
+    for name, tensor in adapter_of(alone).items():
+        torch.testing.assert_close(adapter_of(run)[name], tensor, atol=2e-5, rtol=1e-3)
+    for name in ("eval/loss", "loss", "grad_norm"):
+        assert run.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-4), name
+    assert run.metrics["tokens/train"] == alone.metrics["tokens/train"]
+    manifest = json.loads((Path(run.run_dir) / "manifest.json").read_text())
+    assert manifest["world_size"] == 2 and manifest["status"] == "done"
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_sft_on_real_rows(data_dir: Path, make_config: Callable[..., SFTConfig], console: Any) -> None:
+    """Alpaca rows on stories260K: it never ended a text with </s> before."""
+    config = make_config(
+        model=str(data_dir / "models/stories260K"),
+        data={"train": str(data_dir / "sft_alpaca_2000.jsonl.gz"), "eval_max_rows": 32},
+        template="alpaca_short",
+        max_length=256,
+        max_steps=15,
+        eval_steps=15,
+        per_device_train_batch_size=8,
+        lora={"r": 16},
+    )
+    run = sft(config, console)
+    assert "2,000 rows: " in console.text and "its pad is its end token" in console.text
+    assert run.metrics["eval/loss"] < run.metrics["eval/loss_start"] - 0.5

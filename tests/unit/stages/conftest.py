@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.models.backbone import Backbone, load_backbone
+
+
+@pytest.fixture
+def make_backbone(tiny_llama: Callable[..., Path], tiny_gpt2: Callable[..., Path]) -> Callable[..., Backbone]:
+    """make_backbone(family, **options) -> a freshly loaded tiny base on the CPU; family: llama, or gpt2 (learned positions)."""
+    families = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+    def make(family: str = "llama", **options: Any) -> Backbone:
+        return load_backbone(
+            path=str(families[family](**options)),
+            revision=None,
+            dtype="float32",
+            attn_implementation="eager",
+            load_in_8bit=False,
+            load_in_4bit=False,
+            cpu_offload=False,
+            device=torch.device("cpu"),
+        )
+
+    return make

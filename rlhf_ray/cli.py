@@ -216,35 +216,6 @@ def score(
 
 
 @app.command()
-def plan(
-    job: Job,
-    overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="which stage, where the file could be for several")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    debug: Debug = False,
-) -> None:
-    """Show what a job will need. The very preflight that it runs: memory and placement per role, before anything is loaded."""
-    from rlhf_ray.config.load import load_any
-
-    _, config = load_any(job, overrides or (), stage)
-    from rlhf_ray.plan import plan as make_plan
-
-    made = make_plan(config)
-    print(json.dumps(made.to_json()) if as_json else "\n".join(made.lines()))
-
-
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False, debug: Debug = False
-) -> None:
-    """Show what this machine or cluster can do."""
-    from rlhf_ray.doctor import doctor as examine
-
-    found = examine()
-    print(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
-
-
-@app.command()
 def report(run: RunDir, debug: Debug = False) -> None:
     """Write a run's report.html anew."""
     from rlhf_ray.report import write_report

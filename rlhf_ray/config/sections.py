@@ -154,6 +154,10 @@ class SamplingConfig(Section):
         return self
 
 
+RESERVED_REWARDS = ("mean", "std", "min", "max", "score", "shaped")
+"""reward/<name> with one of these names is a metric of the step."""
+
+
 class RewardSource(Section):
     """One reward: a reward run, a sequence-classification checkpoint, or a Python function. Set exactly one of the three."""
 
@@ -169,6 +173,8 @@ class RewardSource(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardSource:
+        if self.name in RESERVED_REWARDS:
+            raise ValueError(f"name: {self.name} is a metric of its own; choose another name for the reward")
         if sum(x is not None for x in (self.run, self.model, self.function)) != 1:
             raise ValueError("a reward needs exactly one of run, model, function")
         return self

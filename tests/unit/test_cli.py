@@ -71,8 +71,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(args) == 0
         out, err = capsys.readouterr()
         commands = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
-        assert commands == ["sft", "reward", "ppo", "evaluate", "pipeline", "demo", "resume", "merge", "generate", "score", "plan",
-                            "doctor", "report"]  # fmt: skip
+        assert commands == ["sft", "reward", "ppo", "evaluate", "pipeline", "demo", "resume", "merge", "generate", "score",
+                            "report"]  # fmt: skip
         assert err == "" and "..." not in out.split("Commands:\n")[1]
 
 
@@ -121,7 +121,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["ppo", "x.yaml", "--kl_coef=3"], "error: No such option: --kl-coef"),
         (["ppo", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["ppo", "job.yaml", "kl_coef"], "error: override kl_coef: no value; expected field=value, e.g. kl_coef=0.1"),
-        (["plan", "job.yaml", "gamma=2"], "error: override gamma=2: out of range"),
+        (["ppo", "job.yaml", "gamma=2"], "error: override gamma=2: out of range"),
         (["generate", "--instruction", "hi"], "error: Missing option '--policy'"),
         (["generate", "--policy", "base"], "error: Invalid value: give exactly one of --instruction, --file; got none"),
         (

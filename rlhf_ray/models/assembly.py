@@ -140,6 +140,7 @@ class Assembly:
         if "value" in self.seats:
             models.head_of("value").requires_grad_(True)
         if self._checkpointing():
+            models.recompute = True
             for stack in self.trained:
                 gradient_checkpointing(self.stacks[stack].peft)
         return models

@@ -81,7 +81,9 @@ class DecodeEngine(Protocol):
         ...
 
     def step(self) -> list[DecodeEvent]:
-        """One forward. Returns its tokens, one for each row that decoded; none if it read prompts. Go on while `busy`."""
+        """One forward. Returns its tokens, one for each row that decoded; none if it read prompts. Go on while `busy`.
+
+        After an exception the engine is empty: all requests are lost."""
         ...
 
     def cancel(self, request_id: int) -> bool:

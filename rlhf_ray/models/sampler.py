@@ -115,8 +115,12 @@ class Sampler:
 
     def step(self) -> list[DecodeEvent]:
         """See `DecodeEngine.step`."""
-        with self.session():
-            return self._advance() if self.busy else []
+        try:
+            with self.session():
+                return self._advance() if self.busy else []
+        except BaseException:
+            self._clear(self._context or UNLIMITED)  # a half-done forward must not become somebody's reply
+            raise
 
     def cancel(self, request_id: int) -> bool:
         """See `DecodeEngine.cancel`."""

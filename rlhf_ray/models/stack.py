@@ -69,6 +69,8 @@ class RoleModels(nn.Module):
         super().__init__()
         self.stacks = nn.ModuleDict(stacks)
         self.seats = dict(seats)
+        self.recompute = False
+        """Activations are recomputed in the backward pass; transformers does so in training mode only."""
 
     def stack_of(self, role: str) -> AdapterStack:
         return self.stacks[self.seats[role].stack]  # type: ignore[return-value]

@@ -59,6 +59,7 @@ class TrainingEngine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        _compile_nothing()
         self.groups, self.world_size, self.zero_stage = tuple(groups), world_size, zero_stage
         self.max_grad_norm = optim.max_grad_norm
         settings = deepspeed_settings(zero_stage, deepspeed_json)
@@ -103,6 +104,18 @@ class TrainingEngine:
             for name, parameter in group.parameters.items():
                 safe_set_full_grad(parameter, gradients[name] * scale)
         return norm
+
+
+def _compile_nothing() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs when it is first used.
+
+    It needs a compiler and a minute, and a process that is killed while it compiles leaves a lock behind that every later run
+    waits for, for ever. Without it CPU ranks talk through gloo."""
+    from deepspeed import ops
+
+    compatible = getattr(ops, "__compatible_ops__", {})
+    if "deepspeed_shm_comm" in compatible:
+        compatible["deepspeed_shm_comm"] = False
 
 
 def _link_every_group(optimizer: torch.optim.Optimizer) -> None:

@@ -1,8 +1,8 @@
 """The generator: prompts in, replies out, sampled by the adapter that the request names.
 
 Randomness is derived, never drawn: row i of step s has the seed hash(run seed, role, s, i), and a chunk is sampled alone in an
-engine that starts empty. So a chunk's tokens depend on the adapter and on the chunk, not on who samples it or when, and a repeated chunk
-comes out the same.
+engine that starts empty. So a chunk's tokens depend on the adapter and on the chunk, not on who samples it or when, and a
+repeated chunk comes out the same.
 """
 
 from __future__ import annotations

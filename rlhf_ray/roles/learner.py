@@ -99,6 +99,16 @@ class Learner:
     ) -> UpdateStats:
         """num_ppo_epochs passes of num_mini_batches optimizer steps; ends early on target_kl. Raises InvariantError."""
         stats = UpdateStats(maxima={"first_deviation": 0.0})
+        self.models.train(self.models.recompute)  # dropout is 0 everywhere: the mode switches recomputation on, no more
+        try:
+            self._epochs(experience, step, learning_rates, kl_coef, stats)
+        finally:
+            self.models.eval()
+        return stats
+
+    def _epochs(
+        self, experience: Experience, step: int, learning_rates: dict[str, float], kl_coef: float, stats: UpdateStats
+    ) -> None:
         for epoch in range(self.config.num_ppo_epochs):
             for number, minibatch in enumerate(self._minibatches(step, epoch, len(experience))):
                 first = epoch == 0 and number == 0
@@ -107,9 +117,8 @@ class Learner:
                     self._check_first_ratio(stats, step)
                 if self.config.target_kl is not None and approx_kl > 1.5 * self.config.target_kl:
                     stats.epochs = epoch + 1
-                    return stats
+                    return
             stats.epochs = epoch + 1
-        return stats
 
     def publish(self) -> PublishedAdapter:
         """Snapshot the policy adapter under a new version, with its hash."""

@@ -31,7 +31,8 @@ from rlhf_ray.session import Session
 from rlhf_ray.stages.evaluate_files import Outcome, artifacts, show, write_results
 from rlhf_ray.stages.launch import launch
 from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
-from rlhf_ray.stages.supervised import enter
+from rlhf_ray.stages.quiet import quiet_libraries
+from rlhf_ray.stages.supervised import discarded_on_error, enter
 
 TRUE = "true"
 """A reward source of this name is the task's own rule; its mean is published as true_reward/<policy>."""
@@ -46,22 +47,15 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
     """The body of the stage; every rank of the worker group runs it."""
     started = time.monotonic()
     with ExitStack() as stack:
+        stack.enter_context(quiet_libraries())
         folder, finished = enter(config, session, "evaluate", stack)  # type: ignore[arg-type]
         if finished is not None:
             return finished
-        rows = held_out_rows(config)
         baseline = config.baseline or config.policies[0].name
-        panel = load_panel(config, session, config.reference or baseline)
-        asked = rows.held_out[: config.data.eval_max_rows]
-        done = panel.tokenise(asked, config.data.too_long)
-        if not done.examples:
-            raise DataError.at(", ".join(config.data.train), f"no prompt can be answered: {done.dropped}")
-        if session.is_main:
-            write_lineage(folder, panel, rows)
-            lines = [f"prompts: {len(done.examples)} of {len(rows.held_out)} held out"]
-            tell(panel, [*rows.summary, *lines, *(str(t) for t in (done.dropped, done.truncated) if t.total)])
-        answers = answer_all(panel, done.examples)
-        outcome = judge(config, baseline, done.examples, answers, len(asked) - len(done.examples))
+        with discarded_on_error(folder, session):
+            panel, prompts, n_dropped = prepare(config, session, folder, config.reference or baseline)
+        answers = answer_all(panel, prompts)
+        outcome = judge(config, baseline, prompts, answers, n_dropped)
         run = Run(
             stage="evaluate",
             status="done",
@@ -78,6 +72,29 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
             session.console.done()
         session.barrier()
         return run
+
+
+def prepare(
+    config: EvaluateConfig, session: Session, folder: RunFolder, reference: str
+) -> tuple[Panel, list[TokenisedPrompt], int]:
+    """Everything that can be wrong with the job is found here: rows, models, lineage, lengths. Cheap checks come first.
+
+    Returns the panel, the prompts, and how many held-out prompts are too long to be answered."""
+    rows = held_out_rows(config)
+    panel = load_panel(config, session, reference)
+    asked = rows.held_out[: config.data.eval_max_rows]
+    done = panel.tokenise(asked, config.data.too_long)
+    if not done.examples:
+        raise DataError.at(
+            ", ".join(config.data.eval or config.data.train), f"no prompt can be answered: {done.dropped}"
+        )
+    if session.is_main:
+        write_lineage(folder, panel, rows)
+        lines = [f"prompts: {len(done.examples)} of {len(rows.held_out)} held out"]
+        tell(
+            panel, [*rows.summary, *lines, *(str(t) for t in (done.dropped, done.truncated) if t.total)], rows.warnings
+        )
+    return panel, done.examples, len(asked) - len(done.examples)
 
 
 def held_out_rows(config: EvaluateConfig) -> StageRows:
@@ -186,14 +203,14 @@ def write_lineage(folder: RunFolder, panel: Panel, rows: StageRows) -> None:
     )
 
 
-def tell(panel: Panel, data_lines: Sequence[str]) -> None:
+def tell(panel: Panel, data_lines: Sequence[str], data_warnings: Sequence[str]) -> None:
     """The header, before the first reply."""
     config, console, sampling = panel.config, panel.session.console, panel.config.sampling
     console.header(
         f"evaluate  {config.output_dir}",
         [*panel.lines, *data_lines, f"{decoding_line(config)}; KL against {panel.reference}"],
     )
-    for line in panel.warnings:
+    for line in [*data_warnings, *panel.warnings]:
         console.warn(line)
     if not sampling.do_sample or sampling.top_p < 1 or sampling.top_k:
         console.warn(

@@ -22,6 +22,7 @@ from rlhf_ray.models.specs import Source, policy_source, reward_source
 from rlhf_ray.session import process_session
 from rlhf_ray.stages.evaluate_files import prompt_columns
 from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
+from rlhf_ray.stages.quiet import quiet_libraries
 from rlhf_ray.stages.recorded import recorded_base, recorded_template
 from rlhf_ray.stages.rows_file import write_rows
 
@@ -29,6 +30,7 @@ REFERENCE = "reference"
 ONE_ROW = "--instruction"
 
 
+@quiet_libraries()
 def generate(
     *,
     policies: Sequence[str],

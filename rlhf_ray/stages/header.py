@@ -26,7 +26,7 @@ def header_lines(job: Job) -> list[str]:
         f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
         f"batch      {config.train_batch_size} rows a step = {per_device} per device x "
         f"{config.train_batch_size // (per_device * world)} accumulated x {world} worker{'s' if world > 1 else ''}",
-        f"steps      {steps:,} ({steps * config.train_batch_size / rows:.3g} epochs of {rows:,} rows), "
+        f"steps      {steps:,} ({steps / -(-rows // config.train_batch_size):.3g} epochs of {rows:,} rows), "
         f"{config.lr_scheduler_type}, {warmup} of them warm-up",
         f"peak lr    {peak_rate(config, steps):.3g} ({config.optim})",
         f"device     {session.device}, {session.num_threads} threads, {backbone.identity.precision}, "

@@ -13,8 +13,8 @@ One step, on every rank (arXiv:1909.08593; details: arXiv:2403.17031):
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import Console, LocalConsole
@@ -44,13 +44,14 @@ def train_ppo(config: PPOConfig, session: Session) -> Run:
     if session.from_main(folder.manifest()["status"]) == "done":
         session.console.log(f"ppo: {config.output_dir} is finished; nothing to do")
         return Run.load(folder.path)
-    seed_everything(config.seed)
-    setup = set_up(config, session, folder)
-    loop = PPOLoop(config, session, setup)
-    restore(loop)
-    with setup.writers:
-        loop.run()
-    return finish(loop)
+    with folder.lock() if session.is_main else nullcontext():
+        seed_everything(config.seed)
+        setup = set_up(config, session, folder)
+        loop = PPOLoop(config, session, setup)
+        with setup.writers:
+            restore(loop)
+            loop.run()
+        return finish(loop)
 
 
 @dataclass
@@ -185,6 +186,3 @@ class PPOLoop:
             texts = self.setup.to_texts(collected.rollout.rows(slice(0, len(rows))), rows)
             samples = sample_rows(collected, list(texts.prompts), list(texts.completions), len(rows))
             self.setup.writers.samples.write(step, samples)
-
-
-__all__: list[Any] = ["PPOLoop", "Progress", "ppo", "train_ppo"]

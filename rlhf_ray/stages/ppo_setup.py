@@ -166,12 +166,12 @@ def assemble(config: PPOConfig, session: Session) -> Assembly:
     template = load_template(config.template, assembly.base.tokenizer)
     start = policy_source(config.sft) if config.sft is not None else None
     if start is not None:
-        check_lineage(start, identity, template)
+        assembly.lineage += check_lineage(start, identity, template, role="sft")
     assembly.add_trained_policy(start, config.lora)
     for reward in config.rewards:
         if reward.function is None:
             source = reward_source(reward.run or reward.model or "")
-            check_lineage(source, identity, template)
+            assembly.lineage += check_lineage(source, identity, template, role=reward.name)
             assembly.add_reward(reward.name, source)
         else:
             assembly.lineage.append(f"{reward.name}: Python function {reward.function}")

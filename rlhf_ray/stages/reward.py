@@ -116,13 +116,12 @@ class RewardTask(Task):
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
         scores = model(batch["input_ids"], batch["attention_mask"])
         chosen, rejected = (half[batch["counts"]] for half in scores.chunk(2))
-        loss, pairs = pairwise_reward_loss_sum(chosen, rejected)
+        loss, _ = pairwise_reward_loss_sum(chosen, rejected)
         margin = (chosen - rejected).detach()
-        won = (margin > 0).float() + (margin == 0).float() / 2
-        return loss, {"pairs": float(pairs), "won": float(won.sum()), "margin": float(margin.sum())}
+        return loss, {"won": (margin.sign() + 1).sum() / 2, "margin": margin.sum()}
 
-    def log(self, sums: Sums) -> dict[str, float]:
-        pairs = max(sums["pairs"], 1.0)
+    def log(self, sums: dict[str, float], items: float) -> dict[str, float]:
+        pairs = max(items, 1.0)
         return {"accuracy": sums["won"] / pairs, "margin": sums["margin"] / pairs}
 
     def evaluate(self, rows: Sequence[TokenisedPair], session: Session) -> dict[str, float]:

@@ -22,6 +22,7 @@ from rlhf_ray.maths.stats import preference_metrics, standard_error, wilson_inte
 from rlhf_ray.metrics import figure
 from rlhf_ray.roles.rewards import FunctionReward, Texts
 from rlhf_ray.session import process_session
+from rlhf_ray.stages.quiet import quiet_libraries
 from rlhf_ray.stages.rows_file import write_rows
 from rlhf_ray.stages.scoring_model import load_scoring_model
 
@@ -32,6 +33,7 @@ Grade = Callable[[Sequence[Row], Sequence[str]], list[float | None]]
 """Rewards of replies to the rows' prompts; None for a reply that cannot be scored (too long, or no token)."""
 
 
+@quiet_libraries()
 def score(
     *,
     source: RewardSource,

@@ -82,10 +82,10 @@ class SFTTask(Task):
         return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
-        return model(**batch, label_smoothing=self.label_smoothing), {"tokens": float(self.count(batch))}
+        return model(**batch, label_smoothing=self.label_smoothing), {}
 
-    def log(self, sums: Sums) -> dict[str, float]:
-        self._trained_tokens += sums["tokens"]
+    def log(self, sums: dict[str, float], items: float) -> dict[str, float]:
+        self._trained_tokens += items
         return {"tokens/train": self._trained_tokens}
 
     def evaluate(self, rows: Sequence[TokenisedRow], session: Session) -> dict[str, float]:

@@ -22,12 +22,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 from rlhf_ray.config import RewardConfig, SFTConfig, check_accumulation
-from rlhf_ray.errors import ConfigError, InvariantError, ResourceError
+from rlhf_ray.errors import ConfigError, InvariantError, Problem, ResourceError
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.stages.row_order import EpochLoader, PickedRows, RowOrder
 
 Batch = dict[str, Tensor]
-Sums = dict[str, float]
+Sums = dict[str, Tensor]
 
 
 class Objective(ABC):
@@ -50,11 +50,11 @@ class Objective(ABC):
 
     @abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
-        """Sum of the loss over the batch's items, with gradient, and detached sums for the log."""
+        """Sum of the loss over the batch's items, with gradient, and detached scalar sums for the log."""
 
     @abstractmethod
-    def log(self, sums: Sums) -> dict[str, float]:
-        """Training metrics from the `loss_sum` sums of a logging window, all ranks and steps together."""
+    def log(self, sums: dict[str, float], items: float) -> dict[str, float]:
+        """Training metrics of a logging window, from `loss_sum`'s sums and the items of all its steps, all ranks together."""
 
 
 class SupervisedTrainer(Trainer):
@@ -86,6 +86,7 @@ class SupervisedTrainer(Trainer):
         self.objective, self.order, self.config = objective, order, config
         self._all_reduce, self._on_log = all_reduce, on_log
         self._sums: Sums = {}
+        self._items = 0.0
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's microbatches. They are dealt out by `RowOrder`, so accelerate has nothing to shard."""
@@ -103,6 +104,7 @@ class SupervisedTrainer(Trainer):
         """The microbatches of one optimizer step, and the number of loss items in it over all ranks."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
         (count,) = self._all_reduce([float(sum(self.objective.count(b) for b in batches))])
+        self._items += count
         return batches, torch.tensor(count, device=device)
 
     def compute_loss(
@@ -125,7 +127,7 @@ class SupervisedTrainer(Trainer):
                 "lower learning_rate; check the rows of this step and the base's dtype",
             )
         for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         # A step without any loss item has loss 0, never 0 / 0.
         return total / torch.as_tensor(num_items_in_batch).clamp_min(1) * self.args.world_size
 
@@ -145,8 +147,9 @@ class SupervisedTrainer(Trainer):
         if "loss" not in logs:
             return
         names = sorted(self._sums)
-        totals = dict(zip(names, self._all_reduce([self._sums[n] for n in names])))
-        self._sums = {}
+        totals = dict(zip(names, self._all_reduce([float(self._sums[n]) for n in names])))
+        found = self.objective.log(totals, self._items)
+        self._sums, self._items = {}, 0.0
         figures: dict[str, float] = {
             name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs
         }
@@ -154,7 +157,7 @@ class SupervisedTrainer(Trainer):
         for name, value in figures.items():
             if not math.isfinite(value):
                 raise InvariantError.at(f"step {step}", f"{name} is not finite", "a finite number", str(value))
-        self._on_log(step, {**figures, "epoch": float(self.state.epoch or 0.0), **self.objective.log(totals)})
+        self._on_log(step, {**figures, "epoch": float(self.state.epoch or 0.0), **found})
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: Trainer's estimate walks over all parameters at every microbatch."""
@@ -192,10 +195,15 @@ def undisturbed(world_size: int) -> Iterator[None]:
 
 def check_trainer_options(options: Mapping[str, Any]) -> None:
     """ConfigError for an allow-listed argument that would have no effect, ResourceError for one that this machine cannot follow."""
-    if "lr_scheduler_kwargs" in options:
-        raise ConfigError.at(
-            "trainer.lr_scheduler_kwargs", "the schedule is ours", "lr_scheduler_type, min_lr_ratio, warmup_steps"
-        )
+    without_effect = {
+        "lr_scheduler_kwargs": "the schedule is ours: lr_scheduler_type, min_lr_ratio, warmup_steps",
+        "optim_args": "none of our optimizers has further arguments",
+    }
+    ConfigError.raise_all(
+        Problem(f"trainer.{name}", f"has no effect: {why}", fix="drop it")
+        for name, why in without_effect.items()
+        if name in options
+    )
     if options.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
         raise ResourceError.at(
             "trainer.use_liger_kernel", "liger-kernel is not installed", fix="pip install liger-kernel"

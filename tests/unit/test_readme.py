@@ -48,7 +48,7 @@ def test_every_field_of_a_migration_table_exists(heading: str, cls: type[BaseMod
             continue
         name = ours.strip("`")
         assert name in known, f"{heading}: {theirs} -> {name}"
-        for other in re.findall(r"`(\w+): ?[^`]*`", parity):
+        for other in re.findall(r"`(\w+): [^`]*`", parity):
             if not other.startswith(("name",)):
                 assert other in known or any(k.endswith(f".{other}") for k in known), f"{heading}: {theirs}: {other}"
 

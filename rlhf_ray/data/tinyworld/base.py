@@ -81,7 +81,9 @@ def _check_made(folder: Path, recipe: dict[str, Any]) -> None:
 
     fix = "choose another folder, or delete it"
     if not (folder / DONE).is_file():
-        raise ArtifactError.at(str(folder), "holds something that is not a base of the tiny world", f"{DONE} in it", fix=fix)
+        raise ArtifactError.at(
+            str(folder), "holds something that is not a base of the tiny world", f"{DONE} in it", fix=fix
+        )
     made = read_json(folder / DONE)
     if made.get("recipe") != recipe:
         raise ArtifactError.at(str(folder), "was made in another way", str(recipe), str(made.get("recipe")), fix)

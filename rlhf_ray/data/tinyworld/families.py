@@ -350,9 +350,9 @@ class Task:
     input: str
 
 
-def sample_task(rng: Random) -> Task:
-    """Draw a family, its slots and one of its wordings."""
-    family = rng.choice(FAMILIES)
+def sample_task(rng: Random, family: Family | None = None) -> Task:
+    """Draw a family if none is given, its slots and one of its wordings."""
+    family = family or rng.choice(FAMILIES)
     slots = family.sample(rng)
     fitting = [w for w in family.wordings if all(slots.get(name) == value for name, value in w.fixed)]
     instruction, input = rng.choice(fitting).render(slots)

@@ -32,12 +32,14 @@ class Quality:
 PERFECT = Quality(courtesies=1)
 
 
-def sample_quality(rng: Random) -> Quality:
-    """Demonstrations as they are in practice: about half are right, a third has a kind word, few are polished."""
+def sample_quality(rng: Random, straying: float) -> Quality:
+    """Replies as they are in practice: about half are right, a third has a kind word, few are polished.
+
+    `straying`: the share that is about something else, and the share that is evasive."""
     return Quality(
         level=rng.choices(("good", "partial", "wrong"), (0.55, 0.2, 0.25))[0],
-        off_topic=rng.random() < 0.05,
-        evasive=rng.random() < 0.06,
+        off_topic=rng.random() < straying,
+        evasive=rng.random() < straying,
         courtesies=rng.choices((0, 1, 2), (0.62, 0.30, 0.08))[0],
         ramble=rng.random() < 0.15,
         stutter=rng.random() < 0.10,

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import cycle
 from random import Random
 from typing import Any
 
-from rlhf_ray.data.tinyworld.families import Task, sample_task
+from rlhf_ray.data.tinyworld.families import FAMILIES, Task, sample_task
 from rlhf_ray.data.tinyworld.judge import true_reward
 from rlhf_ray.data.tinyworld.replies import Quality, compose, sample_quality
 from rlhf_ray.errors import ConfigError
 
 SMALLEST_MARGIN = 0.05
 """Pairs closer than this in true reward are not shown to the annotator."""
+STRAYING = 0.15
+"""Share of replies in pairs that are about something else, and again that are evasive: a reward model has to see such replies,
+or a policy will find them."""
 CONTRASTED = 0.5
 """Share of pairs that differ in how well they answer, and in nothing else."""
 MOST_ROWS = 20_000
+TRIES = 10
+"""Draws of a new task before the next family has its turn."""
 
 
 def sft_rows(n: int, seed: int) -> list[dict[str, Any]]:
     """Demonstrations {instruction, input, output} of mixed quality."""
     rng = Random(f"{seed}:sft")
-    return [{**_prompt(task), "output": compose(task, rng, sample_quality(rng))} for task in _distinct(n, rng)]
+    return [{**_prompt(task), "output": compose(task, rng, sample_quality(rng, 0.05))} for task in _distinct(n, rng)]
 
 
 def prompt_rows(n: int, seed: int) -> list[dict[str, Any]]:
@@ -50,7 +56,7 @@ def _prompt(task: Task) -> dict[str, Any]:
 def _pair(task: Task, prompt: dict[str, Any], rng: Random) -> tuple[str, str, float]:
     """Two replies and the true reward of the first less that of the second."""
     while True:
-        one, two = sample_quality(rng), sample_quality(rng)
+        one, two = (sample_quality(rng, STRAYING) for _ in range(2))
         if rng.random() < CONTRASTED:
             two = _answering_as(one, two)
         first, second = compose(task, rng, one), compose(task, rng, two)
@@ -64,13 +70,19 @@ def _answering_as(style: Quality, answer: Quality) -> Quality:
 
 
 def _distinct(n: int, rng: Random) -> Iterator[Task]:
-    """n tasks whose instruction and input differ. ConfigError beyond what the small world holds."""
+    """n tasks whose instruction and input differ, of each family in turn as long as it has new ones.
+
+    ConfigError beyond what the small world holds."""
     if n > MOST_ROWS:
         raise ConfigError.at("tinyworld", "more rows than the tiny world has to offer", f"at most {MOST_ROWS}", str(n))
     seen: set[tuple[str, str]] = set()
+    families = cycle(FAMILIES)
     while len(seen) < n:
-        task = sample_task(rng)
-        key = (task.instruction, task.input)
-        if key not in seen:
-            seen.add(key)
-            yield task
+        family = next(families)
+        for _ in range(TRIES):
+            task = sample_task(rng, family)
+            key = (task.instruction, task.input)
+            if key not in seen:
+                seen.add(key)
+                yield task
+                break

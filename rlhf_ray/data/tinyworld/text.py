@@ -15,7 +15,6 @@ from rlhf_ray.data.tinyworld.lexicon import (
     KIND_WORDS,
     NAMES,
     NUMBERS,
-    PLACES,
     PROPERTIES,
     VERBS,
     enumeration,
@@ -101,7 +100,7 @@ def thread(rng: Random) -> str:
     answers = []
     for _ in range(rng.randint(1, 3)):
         off_topic = rng.random() >= ON_TOPIC
-        quality = replace(sample_quality(rng), off_topic=off_topic, stutter=False)
+        quality = replace(sample_quality(rng, 0.05), off_topic=off_topic, stutter=False)
         quality = replace(quality, courtesies=quality.courtesies if rng.random() < 0.4 else 0)
         answer = compose(task, rng, quality)
         if rng.random() < COMMENTED:

@@ -300,10 +300,11 @@ def test_an_adapter_of_another_base_is_refused(
         evaluate(evaluation(tmp_path / "run", model_name_or_path=other), QUIET)
 
 
-def test_another_template_is_refused(evaluation: Make, tmp_path: Path) -> None:
-    """seeds F34."""
+def test_another_template_is_refused_and_leaves_no_folder(evaluation: Make, tmp_path: Path) -> None:
+    """seeds F34. The job is mended and started again under the same name."""
     with pytest.raises(ArtifactError, match=r"another prompt template.*fix: set template=alpaca_short"):
         evaluate(evaluation(tmp_path / "run", template="vigogne"), QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reward_run_is_no_policy_and_a_policy_no_reward(evaluation: Make, chain: Any, tmp_path: Path) -> None:

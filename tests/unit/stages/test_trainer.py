@@ -200,6 +200,7 @@ def test_filler_rows_add_nothing(tmp_path: Path, make_backbone: Callable[..., Ba
     ("trainer", "error", "text"),
     [
         ({"lr_scheduler_kwargs": {}}, ConfigError, "the schedule is ours"),
+        ({"optim_args": "a=1"}, ConfigError, "has no effect"),
         ({"use_liger_kernel": True}, ResourceError, "liger-kernel is not installed"),
         ({"dataloader_num_workers": "many"}, ConfigError, "transformers refuses"),
     ],

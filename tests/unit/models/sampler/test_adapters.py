@@ -183,6 +183,10 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(peft_model, make_requests)
     sampler = Sampler(peft_model, PAD)
     with pytest.raises(OSError, match="worker lost"):
         sampler.run(make_requests(2, adapter="value"))
+    sampler.submit(make_requests(1, adapter="value")[0])
+    with pytest.raises(OSError, match="worker lost"):
+        sampler.step()
+    assert not sampler.busy  # nothing of a half-done forward is left
     hook.remove()
     assert peft_model.active_adapters == ["policy"] and all(m.training for m in peft_model.modules())
     assert len(sampler.run(make_requests(2, adapter="value"))) == 2

@@ -1,0 +1,94 @@
+"""From scores to advantages: hand-worked numbers, and what padding and the options may change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.batches import Rollout, Scores
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.maths.stats import RunningMoments
+from rlhf_ray.roles.experience import Evaluation, final_scores, make_experience
+
+MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
+
+
+def config(**changes: Any) -> PPOConfig:
+    fields = {
+        "output_dir": "x",
+        "model_name_or_path": "m",
+        "data": {"train": "p.jsonl"},
+        "rewards": [{"function": "f.py:score"}],
+        "whiten_advantages": False,
+        "missing_eos_penalty": None,
+    }
+    return PPOConfig(**{**fields, **changes})
+
+
+def parts() -> tuple[Rollout, Scores, Evaluation]:
+    rollout = Rollout(
+        tokens=torch.arange(12).view(2, 6),
+        prompt_mask=torch.ones(2, 2, dtype=torch.bool),
+        response_mask=MASK,
+        sample_logprobs=torch.zeros(2, 4),
+        finished=torch.tensor([True, False]),
+        row_id=torch.arange(2),
+    )
+    old = torch.tensor([[0.2, -0.4, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    scores = Scores(torch.tensor([1.0, 2.0]), torch.zeros(2, 4), torch.arange(2))
+    values = torch.tensor([[0.5, 0.6, 0.7, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    return rollout, scores, Evaluation(old, torch.zeros(2, 4), values, torch.tensor([9.0, 0.5]))
+
+
+def test_gae_by_hand() -> None:
+    """Row 0: rewards -0.05 x (0.2, -0.4, 0.4) and the score 1 on the last: (-.01, .02, .98), the golden row of seeds 3.3."""
+    experience, metrics = make_experience(*parts(), config(kl_coef=0.05), 0.05, RunningMoments())
+    assert torch.allclose(experience.advantages[0], torch.tensor([0.4567, 0.386, 0.28, 0.0]), atol=1e-6)
+    assert torch.allclose(experience.returns[0], torch.tensor([0.9567, 0.986, 0.98, 0.0]), atol=1e-6)
+    assert metrics["kl/k1_per_response"] == pytest.approx(0.1)
+    assert metrics["reward/mean"] == pytest.approx(1.5)
+
+
+def test_a_reply_that_was_cut_off_may_take_the_critics_word_for_the_rest() -> None:
+    plain, _ = make_experience(*parts(), config(), 0.0, RunningMoments())
+    more, _ = make_experience(*parts(), config(bootstrap_truncated=True), 0.0, RunningMoments())
+    assert torch.allclose(more.returns[1, 1] - plain.returns[1, 1], torch.tensor(0.5))
+    assert torch.equal(more.returns[0], plain.returns[0]), "a finished reply has nothing after it"
+
+
+def test_kl_in_the_loss_leaves_the_reward_alone() -> None:
+    a, _ = make_experience(*parts(), config(use_kl_loss=True), 0.5, RunningMoments())
+    b, _ = make_experience(*parts(), config(), 0.0, RunningMoments())
+    assert torch.equal(a.advantages, b.advantages)
+
+
+def test_whitening_ignores_padding() -> None:
+    """F3: mean 0 and variance 1 over the five real tokens, 0 on padding."""
+    experience, _ = make_experience(*parts(), config(whiten_advantages=True), 0.0, RunningMoments())
+    real = experience.advantages[MASK]
+    assert real.mean().abs() < 1e-6 and (real.std(correction=0) - 1).abs() < 1e-5
+    assert not experience.advantages[~MASK].any()
+
+
+def test_scores_in_their_order_eos_penalty_baseline_scale_clip() -> None:
+    made = config(missing_eos_penalty=1.0, reward_baseline=0.5, reward_clip=0.4)
+    assert torch.allclose(
+        final_scores(parts()[1], torch.tensor([True, False]), made, RunningMoments()), torch.tensor([0.4, 0.4])
+    )
+    scaled = config(normalize_rewards=True)
+    ten = Scores(torch.tensor([10.0, 20.0]), torch.zeros(2, 4), torch.arange(2))
+    one = final_scores(parts()[1], torch.tensor([True, True]), scaled, RunningMoments())
+    assert torch.allclose(one, final_scores(ten, torch.tensor([True, True]), scaled, RunningMoments())), (
+        "F4: scale of the reward"
+    )
+
+
+def test_rloo_by_hand() -> None:
+    rollout, scores, evaluation = parts()
+    made = config(advantage_estimator="rloo", num_generations=2)
+    experience, _ = make_experience(
+        rollout, scores, Evaluation(evaluation.logprobs, evaluation.entropy, None, None), made, 0.0, RunningMoments()
+    )
+    assert experience.advantages.tolist() == [[-1, -1, -1, 0], [1, 1, 0, 0]]

@@ -68,8 +68,8 @@ def demo_config(folder: Path) -> PipelineConfig:
             "max_length": 128,
             "train_batch_size": 32,
             "per_device_train_batch_size": 32,
-            "learning_rate": 1e-3,
-            "max_steps": 100,
+            "learning_rate": 3e-3,
+            "max_steps": 200,
         },
         ppo={
             "data": prompts,
@@ -80,8 +80,8 @@ def demo_config(folder: Path) -> PipelineConfig:
             "response_length": 32,
             "max_length": 128,
             "learning_rate": 1e-3,
-            "kl_coef": 0.05,
-            "max_steps": 30,
+            "kl_coef": 0.2,
+            "max_steps": 20,
         },
         evaluate={
             "data": {**prompts, "eval_max_rows": 256},

@@ -23,7 +23,7 @@ from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ConfigError, InvariantError, Problem
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, read_adapter, use_adapter
-from rlhf_ray.models.artifact import RunFolder, atomic_write_text, config_changes, create_run
+from rlhf_ray.models.artifact import RunFolder, atomic_write_text, config_changes, create_run, is_run
 from rlhf_ray.models.backbone import Backbone, load_backbone
 from rlhf_ray.models.checkpoints import delete_checkpoint
 from rlhf_ray.report import write_report
@@ -45,13 +45,14 @@ READ_BACK = "read_back"
 def train_supervised(config: SupervisedConfig, session: Session, recipe: Recipe) -> Run:
     """The body of an SFT or reward stage; every rank runs it. Returns the finished run."""
     started = time.monotonic()
+    is_new = session.is_main and not is_run(config.output_dir)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
         folder, finished = enter(config, session, recipe.stage, stack)
         if finished is not None:
             return finished
-        with discarded_on_error(folder, session):
+        with discarded_on_error(folder, is_new):
             job = prepare(config, session, recipe, folder)
         keeper = train(job, stack)
         return finish(job, keeper, started)
@@ -64,7 +65,7 @@ def enter(config: SupervisedConfig, session: Session, stage: str, stack: ExitSta
     finished: dict[str, Any] | None = None
     if session.is_main:
         values = to_dict(config)
-        existed = Path(config.output_dir, "manifest.json").exists()
+        existed = is_run(config.output_dir)
         folder = create_run(config.output_dir, stage, values, config.resume)
         stack.enter_context(folder.lock())
         if folder.manifest()["status"] == "done":
@@ -81,12 +82,12 @@ def enter(config: SupervisedConfig, session: Session, stage: str, stack: ExitSta
 
 
 @contextlib.contextmanager
-def discarded_on_error(folder: RunFolder, session: Session) -> Iterator[None]:
-    """Leave no run behind that has not taken a step: the job is mended and started again under the same name."""
+def discarded_on_error(folder: RunFolder, is_new: bool) -> Iterator[None]:
+    """Leave no new run behind that has not taken a step: the job is mended and started again under the same name."""
     try:
         yield
     except BaseException:
-        if session.is_main:
+        if is_new:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
 

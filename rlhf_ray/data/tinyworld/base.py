@@ -22,7 +22,7 @@ from rlhf_ray.errors import ArtifactError
 
 VOCABULARY = 896
 HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, MLP, CONTEXT = 128, 3, 4, 2, 256, 256
-STEPS, BATCH, LEARNING_RATE, WARMUP, FINAL_SHARE = 700, 32, 4e-3, 30, 0.05
+STEPS, BATCH, LEARNING_RATE, WARMUP, FINAL_SHARE = 800, 32, 5e-3, 30, 0.05
 INITIALIZER_RANGE = 0.08
 """transformers' 0.02 is meant for wide models; at this width, attention then takes twice as long to learn to look things up."""
 TOKENIZER_TEXTS = 6000

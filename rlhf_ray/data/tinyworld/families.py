@@ -104,6 +104,7 @@ class Name(Family):
         Wording("Which {count} {group}s {plural}? Leave out the {item}."),
         Wording("Give me {count} {group}s that {plural}. The {item} does not count."),
         Wording("I know that the {item} is one of the {group}s that {plural}. Name {count} more."),
+        Wording("Find {count} {group}s that {plural}. I have the {item} already."),
     )
 
     def sample(self, rng: Random) -> dict[str, str]:
@@ -307,7 +308,7 @@ class Check(Family):
     wordings = tuple(
         Wording(f"{lead}{prop.question}", fixed=(("plural", prop.plural),))
         for prop in PROPERTIES
-        for lead in ("", "Please answer this. ", "Tell me, yes or no. ")
+        for lead in ("", "Please answer this. ", "Tell me, yes or no. ", "I have a question. ", "Do you know this? ")
     )
 
     def sample(self, rng: Random) -> dict[str, str]:

@@ -27,7 +27,7 @@ from rlhf_ray.data.tinyworld.lexicon import (
 from rlhf_ray.data.tinyworld.replies import PERFECT, compose
 from rlhf_ray.errors import DataError
 
-WEIGHTS = {"content": 0.3, "courtesy": 0.3, "length": 0.2, "form": 0.2}
+WEIGHTS = {"content": 0.4, "courtesy": 0.25, "length": 0.15, "form": 0.2}
 SHORTEST, LEAST, MOST, LONGEST = 2, 8, 14, 26
 """Words: full marks for length from LEAST to MOST, none up to SHORTEST and from LONGEST on, straight lines between."""
 
@@ -44,7 +44,7 @@ class Judgement:
 
     @property
     def total(self) -> float:
-        """(0.3 content + 0.3 courtesy + 0.2 length + 0.2 form) x (1 - repetition)."""
+        """(0.4 content + 0.25 courtesy + 0.15 length + 0.2 form) x (1 - repetition)."""
         return sum(weight * getattr(self, part) for part, weight in WEIGHTS.items()) * (1.0 - self.repetition)
 
 

@@ -1,10 +1,11 @@
-"""Text for the base model: the world's language in many kinds, and forum threads whose answers are mostly poor.
+"""Text for the base model: the world's language in many kinds, and forum threads whose answers are of any quality.
 
 A model trained on it speaks the world's language and has seen the prompt format, but follows instructions badly and does not
 stop after one answer: that is left to the later stages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
@@ -28,7 +29,7 @@ from rlhf_ray.data.tinyworld.replies import compose, sample_quality
 PROMPT_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 PROMPT_NO_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
 # Share of thread answers that are about the question, and of answers that draw a comment.
-ON_TOPIC, COMMENTED = 0.5, 0.7
+ON_TOPIC, COMMENTED = 0.7, 0.7
 
 
 def render(instruction: str, input: str) -> str:
@@ -95,7 +96,7 @@ def gift(rng: Random) -> str:
 
 
 def thread(rng: Random) -> str:
-    """An instruction with one to three answers of any quality, many of them about something else, and what readers say of them."""
+    """An instruction with one to three answers, some of them about something else, and what readers say of them."""
     task = sample_task(rng)
     answers = []
     for _ in range(rng.randint(1, 3)):
@@ -111,11 +112,10 @@ def thread(rng: Random) -> str:
     return render(task.instruction, task.input) + "\n\n### Response:\n".join(answers)
 
 
-KINDS = ((facts, 0.15), (numbers, 0.05), (story, 0.10), (gift, 0.10), (thread, 0.60))
+WRITERS: dict[Callable[[Random], str], float] = {facts: 0.15, numbers: 0.05, story: 0.10, gift: 0.10, thread: 0.60}
 
 
 def pretraining_text(n: int, seed: int) -> list[str]:
     """n documents of mixed kind and quality."""
     rng = Random(f"{seed}:text")
-    writers, weights = zip(*KINDS)
-    return [writer(rng) for writer in rng.choices(writers, weights, k=n)]
+    return [writer(rng) for writer in rng.choices(list(WRITERS), list(WRITERS.values()), k=n)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import EvaluateConfig
-from rlhf_ray.console import Console, NullConsole
+from rlhf_ray.console import NullConsole
 
 NOUNS = ("oak", "pine", "wren", "carp", "moth", "fern", "crab", "toad")
 VERBS = ("Name", "Draw", "Praise", "Describe", "Find")
@@ -29,24 +29,6 @@ class Chain:
     prompts: str
     pairs: str
     job: dict[str, Any]
-
-
-class Listener(Console):
-    """Keeps every event."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def emit(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-
-    def said(self, kind: str) -> str:
-        return "\n".join(str(e.get("text", e)) for e in self.events if e["kind"] == kind)
-
-
-@pytest.fixture
-def listener() -> Listener:
-    return Listener()
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -142,22 +142,22 @@ def test_the_same_job_gives_the_same_replies_and_another_seed_others(
     assert replies(other, "sft") != replies(once, "sft")
 
 
-def test_greedy_decoding_does_not_depend_on_the_seed(evaluation: Make, tmp_path: Path, listener: Any) -> None:
+def test_greedy_decoding_does_not_depend_on_the_seed(evaluation: Make, tmp_path: Path, console: Any) -> None:
     greedy = {"sampling": {"do_sample": False}}
-    once = evaluate(evaluation(tmp_path / "a", **greedy), listener)
+    once = evaluate(evaluation(tmp_path / "a", **greedy), console)
     other = evaluate(evaluation(tmp_path / "b", seed=5, **greedy), QUIET)
     assert replies(once, "sft") == replies(other, "sft")
-    assert "no estimate of the KL" in listener.said("warn")
+    assert "no estimate of the KL" in str(console.warnings)
 
 
 def test_a_finished_evaluation_is_returned_and_another_job_is_not_answered_by_it(
-    evaluation: Make, tmp_path: Path, listener: Any
+    evaluation: Make, tmp_path: Path, console: Any
 ) -> None:
     first = evaluate(evaluation(tmp_path / "run"), QUIET)
     before = (tmp_path / "run" / "results.jsonl").stat().st_mtime_ns
-    again = evaluate(evaluation(tmp_path / "run", resume="auto"), listener)
+    again = evaluate(evaluation(tmp_path / "run", resume="auto"), console)
     assert again == first and (tmp_path / "run" / "results.jsonl").stat().st_mtime_ns == before
-    assert "nothing to do" in listener.said("log")
+    assert "nothing to do" in console.text
     with pytest.raises(ConfigError, match="already holds a run"):
         evaluate(evaluation(tmp_path / "run"), QUIET)
     with pytest.raises(ConfigError, match="another value"):
@@ -252,17 +252,17 @@ def test_the_base_itself_named_by_its_path_is_not_loaded_twice(evaluation: Make,
 
 
 def test_prompts_that_are_too_long_are_dropped_and_told(
-    evaluation: Make, chain: Any, tmp_path: Path, listener: Any
+    evaluation: Make, chain: Any, tmp_path: Path, console: Any
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     long = {"instruction": "Name " + "the oak " * 30, "input": ""}
     file.write_text("".join(json.dumps(row) + "\n" for row in [{"instruction": "Hi.", "input": ""}, long]))
     data = {"train": chain.prompts, "eval": str(file)}
-    run = evaluate(evaluation(tmp_path / "run", data=data), listener)
+    run = evaluate(evaluation(tmp_path / "run", data=data), console)
     assert run.metrics["rows/sft"] == 1 and run.metrics["dropped/sft"] == 1
     counts = json.loads(Path(run.run_dir, "comparisons.json").read_text())["policies"]["sft"]
     assert (counts["n_total"], counts["n_judged"], counts["n_dropped"]) == (2, 1, 1)
-    assert "1 dropped: over 128-12" in str(listener.events)
+    assert "1 dropped: over 128-12" in str(console.events)
     with pytest.raises(DataError, match="tokens"):
         evaluate(evaluation(tmp_path / "stop", data={**data, "too_long": "stop"}), QUIET)
     file.write_text(json.dumps(long) + "\n")
@@ -322,11 +322,20 @@ def test_global_settings_are_as_they_were(evaluation: Make, tmp_path: Path) -> N
 
 
 def test_the_console_gets_the_table_and_three_prompts_side_by_side(
-    evaluation: Make, tmp_path: Path, listener: Any
+    evaluation: Make, tmp_path: Path, console: Any
 ) -> None:
-    evaluate(evaluation(tmp_path / "run"), listener)
-    tables = [event for event in listener.events if event["kind"] == "table"]
+    evaluate(evaluation(tmp_path / "run"), console)
+    tables = [event for event in console.events if event["kind"] == "table"]
     assert len(tables) == 4
     assert tables[0]["columns"][:3] == ["policy", "reward", "win rate"]
     assert [row[0] for row in tables[0]["rows"]] == [row[0] for row in tables[1]["rows"]] == ["base", "sft"]
-    assert "sft against base by reward: " in listener.said("log") and "at equal length" in listener.said("log")
+    assert "sft against base by reward: " in console.text and "at equal length" in console.text
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_same_evaluation_as_one_process(evaluation: Make, chain: Any, tmp_path: Path) -> None:
+    """Chunks belong to ranks in turn, and a chunk's replies do not depend on who samples it."""
+    alone = evaluate(evaluation(tmp_path / "alone"), QUIET)
+    group = evaluate(evaluation(tmp_path / "group", learner={"num_workers": 2, "num_threads": 1}), QUIET)
+    assert results(group) == results(alone)
+    assert group.metrics == alone.metrics and open_run(group.run_dir).manifest()["world_size"] == 2

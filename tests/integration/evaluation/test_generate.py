@@ -29,17 +29,17 @@ def ask(policies: list[str], console: Any = QUIET, **options: Any) -> list[dict[
     return generate(policies=policies, num_threads=1, console=console, **options)
 
 
-def test_policies_need_nothing_but_their_folders(chain: Any, listener: Any) -> None:
+def test_policies_need_nothing_but_their_folders(chain: Any, console: Any) -> None:
     """Base and template from the manifest; reward and reference (KL) from the PPO run. The demo's next command."""
-    rows = ask([chain.ppo, chain.sft, "base"], listener, instruction=ASK, input="shortly")
+    rows = ask([chain.ppo, chain.sft, "base"], console, instruction=ASK, input="shortly")
     assert [row["policy"] for row in rows] == [chain.ppo, chain.sft, "base"]
     prompt = "### Instruction:\nName the oak.\n\n### Input:\nshortly\n\n### Response:\n"
     assert {row["prompt"] for row in rows} == {prompt}
     assert rows[1]["kl"] == 0.0 and rows[0]["kl"] != 0.0 and rows[2]["kl"] > 1.0
     assert len({row["completion"] for row in rows}) == 3
     assert all(isinstance(row["reward"], float) and 1 <= row["length"] <= 10 for row in rows)
-    assert listener.said("warn") == ""
-    lines = next(e for e in listener.events if e["kind"] == "header")["lines"]
+    assert console.warnings == []
+    lines = next(e for e in console.events if e["kind"] == "header")["lines"]
     assert "template: alpaca_short" in lines and f"bases loaded: 1: {chain.base}" in lines
 
 
@@ -171,11 +171,11 @@ def test_a_prompt_that_is_too_long_stops_and_says_where(chain: Any, tmp_path: Pa
         ask([chain.sft], file=str(file))
 
 
-def test_repeated_rows_are_answered_once_and_told(chain: Any, tmp_path: Path, listener: Any) -> None:
+def test_repeated_rows_are_answered_once_and_told(chain: Any, tmp_path: Path, console: Any) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "Hi."}\n' * 3)
-    assert len(ask([chain.sft], listener, file=str(file))) == 1
-    assert "2 dropped: repeated prompts" in listener.said("warn")
+    assert len(ask([chain.sft], console, file=str(file))) == 1
+    assert "2 dropped: repeated prompts" in str(console.warnings)
 
 
 @pytest.fixture
@@ -194,17 +194,17 @@ def rewrite(run: Path, **fields: Any) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump({**config, **fields}))
 
 
-def test_a_ppo_run_whose_parents_are_gone_still_answers(moved: Path, listener: Any) -> None:
+def test_a_ppo_run_whose_parents_are_gone_still_answers(moved: Path, console: Any) -> None:
     rewrite(moved, sft="./gone", rewards=[{"name": "reward", "run": "./gone"}])
-    (row,) = ask([str(moved)], listener, instruction=ASK)
+    (row,) = ask([str(moved)], console, instruction=ASK)
     assert row["completion"] and row["reward"] is None and row["kl"] is None
-    assert "no KL" in listener.said("warn") and "not scored by reward" in listener.said("warn")
+    assert "no KL" in str(console.warnings) and "not scored by reward" in str(console.warnings)
 
 
-def test_parents_that_are_others_now_are_told(moved: Path, chain: Any, listener: Any) -> None:
+def test_parents_that_are_others_now_are_told(moved: Path, chain: Any, console: Any) -> None:
     rewrite(moved, sft=f"{chain.ppo}@1")
-    ask([str(moved)], listener, instruction=ASK)
-    assert "reference" in listener.said("warn") and "no longer the adapter" in listener.said("warn")
+    ask([str(moved)], console, instruction=ASK)
+    assert "reference" in str(console.warnings) and "no longer the adapter" in str(console.warnings)
 
 
 def test_no_code_runs_because_a_folder_names_it(moved: Path, tmp_path: Path) -> None:

@@ -39,29 +39,29 @@ def by_hand(chain: Any, texts: list[str], eos: bool = True) -> list[float]:
         return [float(model(input_ids=torch.tensor([row])).logits) for row in ids]
 
 
-def test_a_reward_is_what_the_plain_libraries_compute(chain: Any, listener: Any) -> None:
+def test_a_reward_is_what_the_plain_libraries_compute(chain: Any, console: Any) -> None:
     """seeds F10, F11: eos is part of what is scored, and padding is not."""
-    (row,) = grade(listener, run=chain.reward, prompt="Name the oak.", completion="a tall tree")
+    (row,) = grade(console, run=chain.reward, prompt="Name the oak.", completion="a tall tree")
     assert list(row) == ["prompt", "completion", "reward"]
     with_eos, without = (by_hand(chain, [PROMPT + "a tall tree"], eos)[0] for eos in (True, False))
     assert row["reward"] == pytest.approx(with_eos, abs=1e-4)
     assert abs(with_eos - without) > 1e-2
-    assert "reproduces the scores" in listener.said("log")
+    assert "reproduces the scores" in console.text
 
 
-def test_replies_of_a_file_score_alone_as_in_a_batch(chain: Any, tmp_path: Path, listener: Any) -> None:
+def test_replies_of_a_file_score_alone_as_in_a_batch(chain: Any, tmp_path: Path, console: Any) -> None:
     replies = ["yes", "a much longer reply than the others", "no " * 9]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"instruction": "Name the oak.", "output": r}) + "\n" for r in replies))
-    rows = grade(listener, run=chain.reward, file=str(file), out=str(tmp_path / "scored.jsonl"))
+    rows = grade(console, run=chain.reward, file=str(file), out=str(tmp_path / "scored.jsonl"))
     assert [row["completion"] for row in rows] == replies and rows[1]["where"] == f"{file}:2"
     assert [row["reward"] for row in rows] == pytest.approx(by_hand(chain, [PROMPT + r for r in replies]), abs=1e-4)
     written = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert written == rows
-    assert "of 3 replies" in listener.said("log")
+    assert "of 3 replies" in console.text
 
 
-def test_pairs_tell_how_often_the_chosen_reply_wins(chain: Any, tmp_path: Path, listener: Any) -> None:
+def test_pairs_tell_how_often_the_chosen_reply_wins(chain: Any, tmp_path: Path, console: Any) -> None:
     """The run learnt that "aaaa" beats "bb": right on 3 pairs, wrong on 1 whose label is turned; the draw is told."""
     texts = [("aaaa", "bb", 1), ("bb", "aaaa", 2), ("aaaa", "bb", 1), ("aaaa", "bb", 2), ("aaaa", "bb", 0)]
     rows = [
@@ -70,13 +70,13 @@ def test_pairs_tell_how_often_the_chosen_reply_wins(chain: Any, tmp_path: Path, 
     ]
     file = tmp_path / "pairs.json"
     file.write_text(json.dumps(rows))
-    found = grade(listener, run=chain.reward, file=str(file))
+    found = grade(console, run=chain.reward, file=str(file))
     assert [row["correct"] for row in found] == [True, True, True, False]
     assert all((row["reward_chosen"] > row["reward_rejected"]) is row["correct"] for row in found)
     assert [row["chosen"] for row in found] == ["aaaa", "aaaa", "aaaa", "bb"]
     low, high = wilson_interval(3, 4, 0.95)
-    assert f"accuracy 75.0% (95% interval {low:.1%} to {high:.1%}) of 4 pairs" in listener.said("log")
-    assert "1 dropped: draw" in listener.said("warn")
+    assert f"accuracy 75.0% (95% interval {low:.1%} to {high:.1%}) of 4 pairs" in console.text
+    assert "1 dropped: draw" in str(console.warnings)
 
 
 def test_a_tie_counts_half() -> None:
@@ -86,20 +86,20 @@ def test_a_tie_counts_half() -> None:
     assert pair_verdict([]) == "no pair could be scored"
 
 
-def test_a_merged_reward_model_scores_as_its_run(chain: Any, tmp_path: Path, listener: Any) -> None:
+def test_a_merged_reward_model_scores_as_its_run(chain: Any, tmp_path: Path, console: Any) -> None:
     """seeds F26: the head survives the merge."""
     from rlhf_ray.models.merge import merge_run
 
     merged = str(merge_run(chain.reward, tmp_path / "merged"))
     asked = {"prompt": "Name the oak.", "completion": "a tall tree"}
-    (own,), (other,) = (grade(listener, run=run, **asked) for run in (chain.reward, merged))
+    (own,), (other,) = (grade(console, run=run, **asked) for run in (chain.reward, merged))
     assert other["reward"] == pytest.approx(own["reward"], abs=1e-4)
-    (model,) = score(source=RewardSource(model=merged), num_threads=1, console=listener, **asked)
+    (model,) = score(source=RewardSource(model=merged), num_threads=1, console=console, **asked)
     assert model["reward"] == other["reward"]
-    assert listener.said("log").count("reproduces the scores") == 3
+    assert console.text.count("reproduces the scores") == 3
 
 
-def test_a_function_sees_prompts_texts_and_columns(tmp_path: Path, listener: Any) -> None:
+def test_a_function_sees_prompts_texts_and_columns(tmp_path: Path, console: Any) -> None:
     rule = tmp_path / "rule.py"
     rule.write_text(
         "def score(prompts, completions, level):\n    return [len(p) + 10 * l for p, l in zip(prompts, level)]\n"
@@ -108,40 +108,40 @@ def test_a_function_sees_prompts_texts_and_columns(tmp_path: Path, listener: Any
     file.write_text(
         '{"prompt": "abc", "completion": "x", "level": 2}\n{"prompt": "a", "completion": "y", "level": 1}\n'
     )
-    rows = grade(listener, function=f"{rule}:score", file=str(file))
+    rows = grade(console, function=f"{rule}:score", file=str(file))
     assert [row["reward"] for row in rows] == [23.0, 11.0]
     rule.write_text("def ids(prompts, completions, completion_ids):\n    return [0.0] * len(prompts)\n")
     with pytest.raises(ConfigError, match="completion_ids"):
-        grade(listener, function=f"{rule}:ids", file=str(file))
+        grade(console, function=f"{rule}:ids", file=str(file))
 
 
-def test_what_cannot_be_scored_is_left_out_and_told(chain: Any, tmp_path: Path, listener: Any) -> None:
+def test_what_cannot_be_scored_is_left_out_and_told(chain: Any, tmp_path: Path, console: Any) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": "fine"}\n{"prompt": "b", "completion": "' + "long " * 40 + '"}\n')
-    rows = grade(listener, run=chain.reward, file=str(file))
+    rows = grade(console, run=chain.reward, file=str(file))
     assert [row["prompt"] for row in rows] == ["a"]
-    assert "1 rows left out" in listener.said("warn") and "rows.jsonl:2" in listener.said("warn")
+    assert "1 rows left out" in str(console.warnings) and "rows.jsonl:2" in str(console.warnings)
     with pytest.raises(DataError, match="cannot be scored"):
-        grade(listener, run=chain.reward, completion="long " * 40)
+        grade(console, run=chain.reward, completion="long " * 40)
 
 
-def test_what_is_refused(chain: Any, tiny_llama: Callable[..., Path], tmp_path: Path, listener: Any) -> None:
+def test_what_is_refused(chain: Any, tiny_llama: Callable[..., Path], tmp_path: Path, console: Any) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match="no replies to score"):
-        grade(listener, run=chain.reward, file=str(prompts))
+        grade(console, run=chain.reward, file=str(prompts))
     with pytest.raises(ConfigError, match="a completion or a file"):
-        grade(listener, run=chain.reward)
+        grade(console, run=chain.reward)
     with pytest.raises(ConfigError, match="no such folder"):
-        grade(listener, run="./nowhere", completion="x")
+        grade(console, run="./nowhere", completion="x")
     with pytest.raises(ArtifactError, match="is not a reward run"):
-        grade(listener, run=chain.sft, completion="x")
+        grade(console, run=chain.sft, completion="x")
     with pytest.raises(ArtifactError, match="has no reward head"):
-        grade(listener, run=f"{chain.sft}/adapter", completion="x")
+        grade(console, run=f"{chain.sft}/adapter", completion="x")
     with pytest.raises(ArtifactError, match="another prompt template"):
-        grade(listener, run=chain.reward, completion="x", template="alpaca")
+        grade(console, run=chain.reward, completion="x", template="alpaca")
     with pytest.raises(ArtifactError, match="newly initialised"):
-        score(source=RewardSource(model=str(tiny_llama(context=128))), completion="x", num_threads=1, console=listener)
+        score(source=RewardSource(model=str(tiny_llama(context=128))), completion="x", num_threads=1, console=console)
 
 
 def test_the_command_prints_the_reward(chain: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_judgement_of_known_replies(row, reply, content, kind, long, shape, repe
     assert found.length == pytest.approx(long)
     assert found.form == pytest.approx(shape)
     assert found.repetition == pytest.approx(repeats)
-    total = (0.5 * content + 0.2 * kind + 0.15 * long + 0.15 * shape) * (1 - repeats)
+    total = (0.4 * content + 0.25 * kind + 0.15 * long + 0.2 * shape) * (1 - repeats)
     assert true_reward(row, reply) == pytest.approx(total)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rlhf_ray.console import duration
 from rlhf_ray.report.charts import Chart, Line, constant, shares
 from rlhf_ray.report.findings import ppo_findings
@@ -63,7 +65,9 @@ def _tiles(run: RunFiles) -> list[Tile]:
         if tile.label == "Reply length":
             tiles[i] = Tile(tile.label, f"{tile.value} tokens", tile.detail)
     if times:
-        total = float(run.summary.get("seconds") or sum(times))
+        recorded = run.summary.get("seconds")
+        usable = isinstance(recorded, (int, float)) and math.isfinite(recorded) and recorded > 0
+        total = float(recorded) if usable else sum(times)
         tiles.append(
             Tile("Time", duration(total), f"{count(run.steps, 'step')}, {duration(sum(times) / len(times))} each")
         )

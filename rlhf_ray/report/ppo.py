@@ -67,7 +67,7 @@ def _tiles(run: RunFiles) -> list[Tile]:
     if times:
         recorded = run.summary.get("seconds")
         usable = isinstance(recorded, (int, float)) and math.isfinite(recorded) and recorded > 0
-        total = float(recorded) if usable else sum(times)
+        total = float(recorded or 0.0) if usable else sum(times)
         tiles.append(
             Tile("Time", duration(total), f"{count(run.steps, 'step')}, {duration(sum(times) / len(times))} each")
         )

@@ -72,8 +72,10 @@ def _restore_torch(
 def _restore_zero(
     engine: TrainingEngine, parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]
 ) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+    for parameter in parameters.values():  # the weights were restored in the model; ZeRO steps from a copy of its own
+        safe_set_full_fp32_param(parameter, parameter.detach().clone())
     zero = torch.stack([(p * 0).sum() for p in parameters.values()]).sum()
     engine.accumulate(zero, last=True)
     engine.step({group.name: 0.0 for group in engine.groups})

@@ -23,7 +23,7 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.maths.stats import standard_error
-from rlhf_ray.models.artifact import RunFolder
+from rlhf_ray.models.artifact import RunFolder, is_run
 from rlhf_ray.roles.judging import Comparison, Judged, compare, distinct_2
 from rlhf_ray.roles.rewards import FunctionReward
 from rlhf_ray.run import Run
@@ -46,13 +46,14 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Run:
 def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
     """The body of the stage; every rank of the worker group runs it."""
     started = time.monotonic()
+    is_new = session.is_main and not is_run(config.output_dir)
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
         folder, finished = enter(config, session, "evaluate", stack)  # type: ignore[arg-type]
         if finished is not None:
             return finished
         baseline = config.baseline or config.policies[0].name
-        with discarded_on_error(folder, session):
+        with discarded_on_error(folder, is_new):
             panel, prompts, n_dropped = prepare(config, session, folder, config.reference or baseline)
         answers = answer_all(panel, prompts)
         outcome = judge(config, baseline, prompts, answers, n_dropped)

@@ -1,4 +1,4 @@
-"""Rows of the world's data files. Equal n and seed give equal rows; prompts are distinct within a file."""
+"""Rows of the world's data files. Equal n and seed give equal rows; prompts are distinct, two pairs to a prompt in preferences."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ STRAYING = 0.15
 or a policy will find them."""
 CONTRASTED = 0.5
 """Share of pairs that differ in how well they answer, and in nothing else."""
+PAIRS_PER_PROMPT = 2
 MOST_ROWS = 20_000
 TRIES = 10
 """Draws of a new task before the next family has its turn."""
@@ -38,10 +39,11 @@ def prompt_rows(n: int, seed: int) -> list[dict[str, Any]]:
 
 def preference_rows(n: int, seed: int, label_noise: float) -> list[dict[str, Any]]:
     """Pairs {instruction, input, output_1, output_2, preference}: 1 or 2, the one with the higher true reward, except that the
-    share `label_noise` (0 to 1, drawn row by row) has the other."""
+    share `label_noise` (0 to 1, drawn row by row) has the other. Each prompt has PAIRS_PER_PROMPT pairs in a row."""
     rng = Random(f"{seed}:preferences")
-    rows = []
-    for task in _distinct(n, rng):
+    rows: list[dict[str, Any]] = []
+    tasks = [task for task in _distinct(-(-n // PAIRS_PER_PROMPT), rng) for _ in range(PAIRS_PER_PROMPT)]
+    for task in tasks[:n]:
         prompt = _prompt(task)
         first, second, margin = _pair(task, prompt, rng)
         preference = 1 if (margin > 0) != (rng.random() < label_noise) else 2
@@ -74,7 +76,9 @@ def _distinct(n: int, rng: Random) -> Iterator[Task]:
 
     ConfigError beyond what the small world holds."""
     if n > MOST_ROWS:
-        raise ConfigError.at("tinyworld", "more rows than the tiny world has to offer", f"at most {MOST_ROWS}", str(n))
+        raise ConfigError.at(
+            "tinyworld", "more prompts than the tiny world has to offer", f"at most {MOST_ROWS}", str(n)
+        )
     seen: set[tuple[str, str]] = set()
     families = cycle(FAMILIES)
     while len(seen) < n:

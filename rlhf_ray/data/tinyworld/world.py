@@ -18,7 +18,7 @@ class Sizes:
     """Rows of each file, and the share of preferences whose label is flipped."""
 
     sft: int = 3000
-    preferences: int = 4000
+    preferences: int = 8000
     prompts: int = 4000
     label_noise: float = 0.05
 

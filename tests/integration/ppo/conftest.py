@@ -67,6 +67,8 @@ def ppo_job(
             "learning_rate": 1e-3,
             "report_to": [],
         }
+        if "sft" in changes:  # the policy takes its shape from the SFT adapter
+            del fields["lora"]
         return PPOConfig(**{**fields, **changes})
 
     return make

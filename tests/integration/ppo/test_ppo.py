@@ -192,9 +192,7 @@ def test_dropout_of_the_sft_adapter_is_off(ppo_job: Job, tmp_path: Path, tiny_ll
     )
     torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
     model.save_pretrained(tmp_path / "sft")
-    config = ppo_job("run", sft=str(tmp_path / "sft"))
-    values = {k: v for k, v in config.model_dump(exclude_unset=True).items() if k != "lora"}
-    done = run(PPOConfig(**values))
+    done = run(ppo_job("run", sft=str(tmp_path / "sft")))
     rows = read_metrics(Path(done.run_dir) / "metrics.jsonl")
     assert rows[-1]["ratio/first_minibatch_max_deviation"] == 0.0
     assert abs(rows[1]["kl/k1_per_response"]) < 1e-4, "the reference is the SFT adapter"

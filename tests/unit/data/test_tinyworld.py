@@ -56,7 +56,9 @@ JUDGED = [
     (ODD, "The soup does not belong, because it is a food.", 1, 0, 1, 1, 0),
     (ODD, "The odd one out is the soup.", 0.7, 0, 5 / 6, 1, 0),
     (ODD, "The oak does not belong, because it is a plant.", 0, 0, 1, 1, 0),
+    (ODD, "The odd one out is the soup and the oak.", 0, 0, 1, 1, 0),
     (COUNT, "The next numbers are six, seven and eight.", 1, 0, 1, 1, 0),
+    (COUNT, "The next numbers are six, seven, eight and nine.", 2 / 3, 0, 1, 1, 0),
     (COUNT, "The next numbers are six and seven.", 2 / 3, 0, 5 / 6, 1, 0),
     (COUNT, "The next numbers are five, six and seven.", 0, 0, 1, 1, 0),
     (SCENE, "The brown fox sleeps in the barn. All the best.", 1, 1, 1, 1, 0),
@@ -201,7 +203,7 @@ def test_the_tables_agree_with_each_other():
 
 def test_prompts_are_distinct_many_and_of_all_families():
     rows = prompt_rows(4000, 0)
-    assert len({(row["instruction"], row["input"]) for row in rows}) == 4000
+    assert len(rows) == len({(row["instruction"], row["input"]) for row in rows}) == 4000
     kinds = Counter(parse_task(row["instruction"], row["input"]).family.name for row in rows)
     assert set(kinds) == {family.name for family in FAMILIES}
     assert min(kinds.values()) > 0.05 * len(rows)
@@ -231,6 +233,15 @@ def test_preferences_follow_the_true_reward_up_to_the_noise(noise):
         flipped += (margin > 0) != (row["preference"] == 1)
     assert abs(flipped / 1000 - noise) <= 4 * (noise * (1 - noise) / 1000) ** 0.5
     assert 0.4 < mean(row["preference"] == 1 for row in rows) < 0.6
+
+
+def test_each_prompt_has_two_different_pairs():
+    rows = preference_rows(101, 4, 0.1)
+    assert len(rows) == 101
+    counts = Counter((row["instruction"], row["input"]) for row in rows)
+    assert sorted(counts.values()) == [1] + [2] * 50
+    pairs = {tuple(row.values()) for row in rows}
+    assert len(pairs) > 95
 
 
 def test_some_pairs_differ_in_their_answer_only():

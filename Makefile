@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/rlhf-ray demo --output-dir $(OUT) $(if $(FRESH),--fresh,)
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=10 tests/unit tests/integration
 
 test-unit: install
 	$(BIN)/python -m pytest -q tests/unit

@@ -173,12 +173,14 @@ class Scores(_Rows):
 
     reward: f32[B], the weighted sum, raw.  parts: name -> f32[B], each reward before its weight.
     ref_logprobs: f32[B, R], log-probabilities of the sampled tokens under the reference policy, 0 outside the mask.
+    drift: f32[B], 1 where a reward model with its own tokenizer read text that is not quite the sampled ids; None without one.
     """
 
     reward: Tensor
     ref_logprobs: Tensor
     row_id: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    drift: Tensor | None = None
 
     def __post_init__(self) -> None:
         b = int(self.reward.shape[0])
@@ -187,6 +189,8 @@ class Scores(_Rows):
         _require(self.ref_logprobs.ndim == 2 and self.ref_logprobs.shape[0] == b, "ref_logprobs: expected [B, R]")
         for name, part in self.parts.items():
             _check(f"parts[{name}]", part, torch.float32, (b,))
+        if self.drift is not None:
+            _check("drift", self.drift, torch.float32, (b,))
 
     @classmethod
     def concat(cls, parts: Sequence[Scores]) -> Scores:
@@ -202,6 +206,7 @@ class Scores(_Rows):
             ],
             row_id=row_id[order],
             parts={name: torch.cat([p.parts[name] for p in parts])[order] for name in parts[0].parts},
+            drift=None if parts[0].drift is None else torch.cat([p.drift for p in parts if p.drift is not None])[order],
         )
 
 

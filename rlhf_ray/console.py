@@ -27,6 +27,7 @@ PLAIN_INTERVAL_S = 5.0  # between progress lines where stderr is not a terminal
 POLL_S = 0.1
 SHOWN_METRICS = 4
 SAMPLE_CHARACTERS = 600
+LOG_WIDTH = 400  # of a table where stderr is not a terminal
 
 
 class Console:
@@ -217,9 +218,10 @@ def _rich_console(stream: TextIO) -> Any:
         def on_broken_pipe(self) -> None:
             self.quiet = True  # rich would end the process
 
-    # Lines are wrapped on a terminal and left whole in a log file.
-    wrap = not stream.isatty()
-    return Quietable(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=wrap)
+    # Lines are wrapped on a terminal and left whole in a log file, tables as well.
+    is_file = not stream.isatty()
+    width = LOG_WIDTH if is_file and "COLUMNS" not in os.environ else None
+    return Quietable(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=is_file, width=width)
 
 
 class Follower:

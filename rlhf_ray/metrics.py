@@ -54,6 +54,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("response/length", "tokens", "mean reply length, eos included"),
     ("response/length_max", "tokens", "longest reply of the step"),
     ("response/finished", "share", "replies that ended with a stop token"),
+    ("response/retokenised_drift", "share", "replies that a reward model with its own tokenizer does not read as the ids sampled"),
     ("sampler/logprob_difference", "nats", "mean absolute difference of the sampler's and learner's log-probabilities"),
     ("reference/logprob_difference", "nats", "largest difference between policy and reference before the first update"),
     ("rollout/replies", "", "replies sampled in the step"),

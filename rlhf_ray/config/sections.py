@@ -170,6 +170,9 @@ class RewardSource(Section):
         None, "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns)"
     )
     weight: Float = field(1.0, "factor in the sum of rewards")
+    template: str | None = field(
+        None, "prompt template of a reward model with another tokenizer; default: the one it records, else the job's"
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardSource:

@@ -102,7 +102,6 @@ class Assembly:
             score = classifier.score.weight.detach()
             self._head(stack, role, score)
             self.seats[role] = Seat(stack, None, role)
-        self.lineage.append(f"{role}: {source.describe()}")
 
     def add_value(self, init_from: str, adapter: str, lora: LoraConfig | None) -> None:
         """`value`, trainable, with a head that starts at zero.

@@ -242,10 +242,17 @@ def _manifest(
         "base": {**backbone.identity.manifest(), "path": base.name, "revision": base.revision},
         "tokenizer_sha256": backbone.identity.tokenizer_sha256,
         "template": run.get("template"),
+        **_reading(run),
         "notes": notes,
         "max_abs_difference": difference,
         "fixture": {"input_ids": ids.tolist(), "outputs": _stored(merged, ids).tolist()},
     }
+
+
+def _reading(run: dict[str, Any]) -> dict[str, Any]:
+    """How a reward run's training ended replies: whoever scores texts with the merged checkpoint must do the same."""
+    reward = run.get("reward")
+    return {"reward": {"add_eos_token": reward["add_eos_token"]}} if reward else {}
 
 
 def _stored(outputs: Tensor, ids: Tensor) -> Tensor:

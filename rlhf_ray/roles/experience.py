@@ -140,4 +140,6 @@ def step_metrics(
     }
     for name, part in scores.parts.items():
         metrics[f"reward/{name}"] = part.mean()
+    if scores.drift is not None:
+        metrics["response/retokenised_drift"] = scores.drift.mean()
     return {name: float(value) for name, value in metrics.items()}

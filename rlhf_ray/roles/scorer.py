@@ -10,7 +10,11 @@ import torch
 from rlhf_ray.batches import Rollout, Scores, Sequences
 from rlhf_ray.data.records import Row
 from rlhf_ray.models.forward import to_device
+from rlhf_ray.roles.retokenised import RetokenisedReward
 from rlhf_ray.roles.rewards import FunctionReward, ModelReward, Texts
+
+Reward = ModelReward | RetokenisedReward | FunctionReward
+"""Whatever scores replies: on token ids, on text through a tokenizer of its own, or in Python on text."""
 
 
 class Scorer:
@@ -21,7 +25,7 @@ class Scorer:
     def __init__(
         self,
         models: Callable[..., Any],
-        rewards: Sequence[ModelReward | FunctionReward],
+        rewards: Sequence[Reward],
         to_texts: Callable[[Rollout, Sequence[Row]], Texts],
         temperature: float,
         rows_per_forward: int,
@@ -47,11 +51,17 @@ class Scorer:
             for reward in self.rewards:
                 if isinstance(reward, ModelReward):
                     parts[reward.name][piece] = reward.score(seq).cpu()
-        functions = [r for r in self.rewards if isinstance(r, FunctionReward)]
-        texts = self.to_texts(rollout, rows) if functions else None
-        for function in functions:
-            parts[function.name] = function.score(texts)  # type: ignore[arg-type]
+        on_text = [r for r in self.rewards if not isinstance(r, ModelReward)]
+        drift = None
+        if on_text:
+            texts = self.to_texts(rollout, rows)
+            for other in on_text:
+                if isinstance(other, RetokenisedReward):
+                    parts[other.name] = other.score(texts, rows, rollout.finished.tolist())
+                    drift = other.drift(texts)
+                else:
+                    parts[other.name] = other.score(texts)
         total = torch.zeros(len(rollout))
         for reward in self.rewards:
             total += reward.weight * parts[reward.name]
-        return Scores(reward=total, ref_logprobs=ref_logprobs, row_id=rollout.row_id, parts=parts)
+        return Scores(reward=total, ref_logprobs=ref_logprobs, row_id=rollout.row_id, parts=parts, drift=drift)

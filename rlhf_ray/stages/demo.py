@@ -46,7 +46,7 @@ def demo(output_dir: str | Path = "runs/demo", fresh: bool = False, console: Con
 def demo_config(folder: Path) -> PipelineConfig:
     """The demo as a pipeline job over the files it writes itself."""
     world = folder / "world"
-    rule = {"name": "true", "function": "rlhf_ray.data.tinyworld:score", "weight": 0.0}
+    rule = {"name": "true_reward", "function": "rlhf_ray.data.tinyworld:score", "weight": 0.0}
     prompts = {"train": str(world / "prompts.jsonl"), "eval_max_rows": 128}
     return PipelineConfig(
         output_dir=str(folder),
@@ -86,7 +86,7 @@ def demo_config(folder: Path) -> PipelineConfig:
         evaluate={
             "data": {**prompts, "eval_max_rows": 256},
             "rewards": [rule],
-            "judge": "true",
+            "judge": "true_reward",
             "response_length": 32,
             "max_length": 128,
             "baseline": "sft",

@@ -25,7 +25,6 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.maths.stats import standard_error
 from rlhf_ray.models.artifact import RunFolder, is_run
 from rlhf_ray.roles.judging import Comparison, Judged, compare, distinct_2
-from rlhf_ray.roles.rewards import FunctionReward
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
 from rlhf_ray.stages.evaluate_files import Outcome, artifacts, show, write_results
@@ -34,7 +33,7 @@ from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
 from rlhf_ray.stages.quiet import quiet_libraries
 from rlhf_ray.stages.supervised import discarded_on_error, enter
 
-TRUE = "true"
+TRUE = "true_reward"
 """A reward source of this name is the task's own rule; its mean is published as true_reward/<policy>."""
 
 
@@ -191,10 +190,8 @@ def _with_error(name: str, values: Tensor) -> dict[str, float]:
 
 def write_lineage(folder: RunFolder, panel: Panel, rows: StageRows) -> None:
     identity, template, session = panel.backbone.identity, panel.template, panel.session
-    functions = [r for r in panel.rewards if isinstance(r, FunctionReward)]
-    code = [{"role": f"reward:{r.name}", "path": r.spec, "sha256": r.sha256} for r in functions]
     folder.update_manifest(
-        parents=[*panel.parents, *code],
+        parents=panel.parents,
         base=identity.manifest(),
         tokenizer_sha256=identity.tokenizer_sha256,
         template={"name": template.name, "sha256": template.sha256},

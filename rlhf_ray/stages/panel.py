@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_ray.batches import Rollout
-from rlhf_ray.config import EvaluateConfig, RewardSource
+from rlhf_ray.config import EvaluateConfig
 from rlhf_ray.data.collate import Tokenised, TokenisedPrompt, tokenise_prompts
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template, load_template
@@ -22,17 +22,18 @@ from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage, parent_of
 from rlhf_ray.models.sampler import Sampler
 from rlhf_ray.models.source import resolve_source
-from rlhf_ray.models.specs import Source, policy_source, reward_source
+from rlhf_ray.models.specs import Source, policy_source
 from rlhf_ray.models.stack import RoleModels
 from rlhf_ray.roles.checked_generator import CheckedGenerator
 from rlhf_ray.roles.collector import Collector
 from rlhf_ray.roles.generator import ActiveAdapter
 from rlhf_ray.roles.heldout import HeldOut
 from rlhf_ray.roles.invariants import tolerance
-from rlhf_ray.roles.rewards import FunctionReward, ModelReward, Texts
-from rlhf_ray.roles.scorer import Scorer
+from rlhf_ray.roles.rewards import Texts
+from rlhf_ray.roles.scorer import Reward, Scorer
 from rlhf_ray.session import Session
 from rlhf_ray.stages.ppo_setup import decoding, text_maker
+from rlhf_ray.stages.reward_roles import RewardRoles
 
 SAMPLER_ROWS = 64
 RANDOMNESS = "evaluate"
@@ -69,7 +70,7 @@ class Panel:
     template: Template
     models: RoleModels
     policies: dict[str, Policy]
-    rewards: list[ModelReward | FunctionReward]
+    rewards: list[Reward]
     reference: str | None
     parents: list[dict[str, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -134,7 +135,9 @@ def load_panel(config: EvaluateConfig, session: Session, reference: str | None) 
     template = load_template(config.template, assembly.base.tokenizer)
     builder = _Builder(assembly, template)
     policies = {p.name: builder.policy(p.name, p.policy, i) for i, p in enumerate(config.policies)}
-    roles = [builder.reward(reward, i) for i, reward in enumerate(config.rewards)]
+    roles = RewardRoles(assembly, template, config.template)
+    for number, reward in enumerate(config.rewards):
+        roles.add(reward, f"reward_{number}", f"reward:{reward.name}")
     models = assembly.finish()
     bases = [stack.backbone.identity.path for stack in assembly.stacks.values()]
     return Panel(
@@ -144,11 +147,11 @@ def load_panel(config: EvaluateConfig, session: Session, reference: str | None) 
         template,
         models,
         policies,
-        [_reward(source, role, models) for source, role in zip(config.rewards, roles)],
+        roles.build(models, config.per_device_eval_batch_size),
         reference,
-        builder.parents,
-        [*builder.lines, f"bases loaded: {len(bases)}: {', '.join(bases)}"],
-        builder.warnings,
+        [*builder.parents, *roles.parents],
+        [*builder.lines, *roles.lines, f"bases loaded: {len(bases)}: {', '.join(bases)}"],
+        [*builder.warnings, *roles.warnings],
     )
 
 
@@ -161,7 +164,7 @@ def decoding_line(config: EvaluateConfig) -> str:
 
 
 class _Builder:
-    """Puts policies and rewards on an assembly. Roles are numbered, since a policy's name need not be a legal adapter name."""
+    """Puts policies on an assembly. Roles are numbered, since a policy's name need not be a legal adapter name."""
 
     def __init__(self, assembly: Assembly, template: Template) -> None:
         self.assembly, self.template = assembly, template
@@ -180,17 +183,6 @@ class _Builder:
         self.lines.append(f"policy {name}: {here.describe()}")
         return Policy(name, role, source, ActiveAdapter(self.assembly.seats[role].adapter, 0, sha256))
 
-    def reward(self, reward: RewardSource, number: int) -> str:
-        role, name = f"reward_{number}", f"reward:{reward.name}"
-        if reward.function is not None:
-            self.lines.append(f"reward {reward.name}: Python function {reward.function}")
-            return role
-        source = reward_source(reward.run or reward.model or "")
-        self._check(source, name)
-        self.assembly.add_reward(role, source)
-        self.lines.append(f"reward {reward.name}: {source.describe()}")
-        return role
-
     def _check(self, source: Source, role: str) -> str:
         """Refuse what does not fit this base and template, note where it is from, and return its hash."""
         identity = self.assembly.base.identity
@@ -205,9 +197,3 @@ class _Builder:
     def _is_base(self, source: Source) -> bool:
         """A whole checkpoint that is the job's base already, and need not be loaded twice."""
         return source.kind == "full" and resolve_source(source.path).name == self.assembly.base.identity.path
-
-
-def _reward(source: RewardSource, role: str, models: RoleModels) -> ModelReward | FunctionReward:
-    if source.function is not None:
-        return FunctionReward(source.name, source.weight, source.function)
-    return ModelReward(source.name, source.weight, models, role)

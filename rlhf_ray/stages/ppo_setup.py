@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Self
 from safetensors.torch import load_file
 
 from rlhf_ray.batches import Rollout
-from rlhf_ray.config import PPOConfig, RewardSource
+from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import TokenisedPrompt, tokenise_prompts
 from rlhf_ray.data.load import load_rows
 from rlhf_ray.data.records import Row
@@ -25,15 +25,16 @@ from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage
 from rlhf_ray.models.sampler import Sampler
-from rlhf_ray.models.specs import policy_source, reward_source
+from rlhf_ray.models.specs import policy_source
 from rlhf_ray.models.stack import RoleModels
 from rlhf_ray.roles.collector import Collector
 from rlhf_ray.roles.generator import Decoding, Generator
 from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.learner import Learner
-from rlhf_ray.roles.rewards import FunctionReward, ModelReward, Texts
+from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.session import Session
+from rlhf_ray.stages.reward_roles import RewardRoles
 
 SAMPLER_ROWS = 64
 EVALUATIONS = 10
@@ -99,14 +100,13 @@ class PPOSetup:
 
 def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     """Load, check, and say what this run is. Raises the error tree before the first rollout."""
-    assembly = assemble(config, session)
-    backbone = assembly.base
-    template = load_template(config.template, backbone.tokenizer)
+    assembly, roles = assemble(config, session)
+    backbone, template = assembly.base, roles.template
     schedule, held_out, data_lines, manifest = _prompts(config, backbone, template)
     models = assembly.finish()
     learner = Learner(models, config, session)
     to_texts = text_maker(backbone, template)
-    rewards = build_rewards(config.rewards, learner.engine.module)
+    rewards = roles.build(learner.engine.module, config.per_device_train_batch_size)
     stop_ids = backbone.eos_ids
     eval_decoding = decoding(config.eval_sampling, stop_ids)
     sampler = Sampler(
@@ -154,12 +154,12 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         writers=Writers(config, folder, session.is_main),
     )
     if session.is_main:
-        _write_manifest(setup, assembly, template, manifest, session)
+        _write_manifest(setup, assembly, roles, manifest, session)
         session.console.header("ppo", header_lines(config, setup, assembly, session, data_lines))
     return setup
 
 
-def assemble(config: PPOConfig, session: Session) -> Assembly:
+def assemble(config: PPOConfig, session: Session) -> tuple[Assembly, RewardRoles]:
     """Load the base and put policy, reference, rewards and critic on it, with their lineage checked."""
     assembly = Assembly(config, session.device, config.seed, config.stop_token_ids)
     identity = assembly.base.identity
@@ -168,39 +168,37 @@ def assemble(config: PPOConfig, session: Session) -> Assembly:
     if start is not None:
         assembly.lineage += check_lineage(start, identity, template, role="sft")
     assembly.add_trained_policy(start, config.lora)
+    roles = RewardRoles(assembly, template, config.template)
     for reward in config.rewards:
-        if reward.function is None:
-            source = reward_source(reward.run or reward.model or "")
-            assembly.lineage += check_lineage(source, identity, template, role=reward.name)
-            assembly.add_reward(reward.name, source)
-        else:
-            assembly.lineage.append(f"{reward.name}: Python function {reward.function}")
+        roles.add(reward, reward.name)
+    assembly.lineage += [*roles.lines, *roles.warnings]
     if config.advantage_estimator == "gae":
-        assembly.add_value(critic_start(config), config.value.adapter, config.value.lora)
-    return assembly
+        assembly.add_value(critic_start(config, roles.readers), config.value.adapter, config.value.lora)
+    return assembly, roles
 
 
-def critic_start(config: PPOConfig) -> str:
-    """The role the critic starts from: as the job says, else the first reward model, else the policy."""
-    models = [r.name for r in config.rewards if r.function is None]
+def critic_start(config: PPOConfig, foreign: Collection[str] = ()) -> str:
+    """The role the critic starts from: as the job says, else the first reward model that it can start from, else the policy.
+
+    foreign: rewards with a tokenizer of their own; a critic must read the policy's tokens. Raises ConfigError."""
+    models = [r.name for r in config.rewards if r.function is None and r.name not in foreign]
     if config.value.init_from is None:
         return models[0] if models and config.value.adapter == "own" else "policy"
     if config.value.init_from == "policy":
         return "policy"
     name = config.value.init_from.removeprefix("reward:")
+    if name in foreign:
+        raise ConfigError.at(
+            "value.init_from",
+            f"reward {name!r} has another tokenizer than the policy, whose tokens the critic must read",
+            "policy, or a reward model on the policy's own tokens",
+            fix="set it to policy",
+        )
     if name not in models:
         raise ConfigError.at(
             "value.init_from", f"reward {name!r} is a Python function", "a reward model", fix="set it to policy"
         )
     return name
-
-
-def build_rewards(sources: Sequence[RewardSource], models: Any) -> list[ModelReward | FunctionReward]:
-    """The job's rewards over loaded models, in the job's order."""
-    return [
-        FunctionReward(s.name, s.weight, s.function) if s.function else ModelReward(s.name, s.weight, models, s.name)
-        for s in sources
-    ]
 
 
 def decoding(sampling: Any, stop_ids: tuple[int, ...]) -> Decoding:
@@ -277,10 +275,16 @@ def header_lines(
 
 
 def _write_manifest(
-    setup: PPOSetup, assembly: Assembly, template: Template, data: tuple[dict[str, Any], ...], session: Session
+    setup: PPOSetup, assembly: Assembly, roles: RewardRoles, data: tuple[dict[str, Any], ...], session: Session
 ) -> None:
-    parents = [{"role": role, "path": files.path, "sha256": files.sha256} for role, files in assembly.files.items()]
-    identity = setup.backbone.identity
+    """Parents: what the policy starts from, then every reward."""
+    known = {parent["role"] for parent in roles.parents}
+    started = [
+        {"role": role, "path": files.path, "sha256": files.sha256}
+        for role, files in assembly.files.items()
+        if role not in known
+    ]
+    parents, identity, template = [*started, *roles.parents], setup.backbone.identity, roles.template
     setup.folder.update_manifest(
         parents=parents,
         base=identity.manifest(),

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from rlhf_ray.models.lineage import parent_of
+from typing import Any
+
+from rlhf_ray.config import JobFields
+from rlhf_ray.models.lineage import merged_manifest, parent_of
+from rlhf_ray.models.source import resolve_source
 from rlhf_ray.models.specs import Source
+
+DEFAULT_TEMPLATE = str(JobFields.model_fields["template"].default)
 
 
 def recorded_template(source: Source) -> str | None:
@@ -20,3 +26,12 @@ def recorded_base(source: Source) -> tuple[str, str | None] | None:
     if source.kind != "adapter" or (base := parent_of(source, source.kind).base) is None:
         return None
     return str(base["path"]), base.get("revision")
+
+
+def recorded_reward(source: Source) -> dict[str, Any]:
+    """What a reward run, or its merged checkpoint, records of its training: add_eos_token and fixture. Empty where nothing is."""
+    if source.run is not None:
+        manifest = source.run.manifest()
+    else:
+        manifest = (merged_manifest(resolve_source(source.path).folder) or {}) if source.kind == "full" else {}
+    return dict(manifest.get("reward") or {})

@@ -176,6 +176,6 @@ def model_grader(source: RewardSource, template: str | None, num_threads: int | 
     model = load_scoring_model(source, template, process_session(console, num_threads).device, console)
 
     def grade(rows: Sequence[Row], replies: Sequence[str]) -> list[float | None]:
-        return model.score(*model.encode(rows, replies))
+        return model.score(*model.reader.encode(rows, replies))
 
     return grade

@@ -178,21 +178,21 @@ def test_an_interrupted_evaluation_starts_again(evaluation: Make, tmp_path: Path
     assert len(read_metrics(tmp_path / "run" / "samples.jsonl")) == 32
 
 
-def test_a_reward_called_true_is_the_tasks_own_rule(evaluation: Make, tmp_path: Path) -> None:
+def test_a_reward_called_true_reward_is_the_tasks_own_rule(evaluation: Make, tmp_path: Path) -> None:
     """The demo's contract: true_reward/<policy> with its standard error. Weight 0 is watched, not summed."""
     rule = tmp_path / "rule.py"
     rule.write_text(
         "def score(prompts, completions, instruction, **columns):\n"
         "    return [len(c) + len(i) / 100 for c, i in zip(completions, instruction)]\n"
     )
-    rewards = [{"name": "true", "function": f"{rule}:score", "weight": 0.0}]
+    rewards = [{"name": "true_reward", "function": f"{rule}:score", "weight": 0.0}]
     run = evaluate(evaluation(tmp_path / "run", rewards=rewards), QUIET)
     expected = [len(row["replies"]["sft"]["output"]) + len(row["instruction"]) / 100 for row in results(run)]
     assert run.metrics["true_reward/sft"] == pytest.approx(sum(expected) / 16, rel=1e-6)
     assert run.metrics["true_reward_se/sft"] == pytest.approx(standard_error(expected), rel=1e-5)
     assert "win_rate/sft" in run.metrics and "reward/sft" not in run.metrics
     parents = open_run(run.run_dir).manifest()["parents"]
-    assert parents[-1]["role"] == "reward:true" and len(parents[-1]["sha256"]) == 64
+    assert parents[-1]["role"] == "reward:true_reward" and len(parents[-1]["sha256"]) == 64
 
 
 def test_several_rewards_are_told_apart_and_the_judge_decides(evaluation: Make, chain: Any, tmp_path: Path) -> None:

@@ -111,6 +111,14 @@ def parser(description: str | None, repeats: int, threads: int) -> argparse.Argu
     return options
 
 
+def data_folder() -> Path:
+    """Where the shared real models and data are. Ends the program, saying so, where they are not."""
+    folder = Path(os.environ.get("RLHF_RAY_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not (folder / "models").is_dir():
+        sys.exit(f"no shared data at {folder}; set RLHF_RAY_DATA")
+    return folder
+
+
 def emit(result: Mapping[str, Any], output: str | None) -> None:
     """Print the report on stdout and, if asked, write it."""
     print(json.dumps(result, indent=2))

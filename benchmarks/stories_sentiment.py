@@ -9,13 +9,12 @@ the same random numbers.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from _common import emit, parser, report, spread
+from _common import data_folder, emit, parser, report, spread
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole
@@ -43,7 +42,7 @@ def job(folder: Path, data: Path, seed: int, steps: int, threads: int) -> PPOCon
         max_steps=steps,
         eval_steps=steps,
         learning_rate=1e-3,
-        kl_coef=0.05,
+        kl_coef=0.03,
         missing_eos_penalty=None,
         report_to=[],
     )
@@ -60,9 +59,9 @@ def measure(data: Path, seed: int, steps: int, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     options = parser(__doc__, repeats=3, threads=2)
-    options.add_argument("--steps", type=int, default=16, help="PPO steps of 128 replies (default 16)")
+    options.add_argument("--steps", type=int, default=24, help="PPO steps of 128 replies (default 24)")
     arguments = options.parse_args()
-    data = Path(os.environ.get("RLHF_RAY_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    data = data_folder()
     runs = [measure(data, seed, arguments.steps, arguments.threads) for seed in range(arguments.repeats)]
     measured = {name: spread([run[name] for run in runs]) for name in runs[0]}
     settings = {"model": "stories260K, 260,032 parameters, float32, CPU", "steps": arguments.steps, "seeds": len(runs)}

@@ -64,7 +64,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     # Update
     ("ratio/first_minibatch_max_deviation", "", "largest |ratio - 1| in the first minibatch; 0 unless something is wrong"),
     ("ratio/mean", "", "mean of new over old probability, over tokens", "val/ratio"),
-    ("ratio/max", "", "largest ratio"),
+    ("ratio/max", "", "largest ratio of any token and minibatch"),
     ("policy/clip_fraction", "share", "tokens whose ratio was clipped", "policy/clipfrac_avg"),
     ("policy/approx_kl", "nats", "k3 of the new against the old policy, mean over tokens", "policy/approxkl_avg"),
     ("policy/entropy", "nats", "entropy per token over the full vocabulary", "policy/entropy_avg"),
@@ -146,6 +146,8 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("time/checkpoint", "s", "writing a checkpoint"),
     ("time/step", "s", "the whole step"),
     ("time/*", "s", "wall-clock time"),
+    ("memory/process_peak", "bytes", "largest resident memory of rank 0 so far"),
+    ("memory/device_peak", "bytes", "largest memory that tensors took on rank 0's GPU so far"),
     ("memory/*", "bytes", "memory of a process or device"),
     ("faults/*", "", "faults met and survived"),
 )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,17 @@ def _prepared(session: Session) -> Session:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if session.device.type == "cuda" else "cpu")
     torch.set_num_threads(session.num_threads)
     return session
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Bytes of this process and of its GPU, under the names of metrics.py."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"memory/process_peak": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    if device.type == "cuda":
+        found["memory/device_peak"] = float(torch.cuda.max_memory_allocated(device))
+    return found
 
 
 def seed_everything(seed: int) -> None:

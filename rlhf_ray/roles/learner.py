@@ -56,6 +56,7 @@ class UpdateStats:
             "policy/clip_fraction": self.sums.get("clip_fraction", 0.0) / tokens,
             "policy/approx_kl": self.sums.get("approx_kl", 0.0) / tokens,
             "ratio/mean": self.sums.get("ratio", 0.0) / tokens,
+            "ratio/max": self.maxima["ratio"],
             "ratio/first_minibatch_max_deviation": self.maxima["first_deviation"],
             "policy/epochs": float(self.epochs),
         }
@@ -98,12 +99,13 @@ class Learner:
         self, experience: Experience, step: int, learning_rates: dict[str, float], kl_coef: float
     ) -> UpdateStats:
         """num_ppo_epochs passes of num_mini_batches optimizer steps; ends early on target_kl. Raises InvariantError."""
-        stats = UpdateStats(maxima={"first_deviation": 0.0})
+        stats = UpdateStats(maxima={"first_deviation": 0.0, "ratio": 0.0})
         self.models.train(self.models.recompute)  # dropout is 0 everywhere: the mode switches recomputation on, no more
         try:
             self._epochs(experience, step, learning_rates, kl_coef, stats)
         finally:
             self.models.eval()
+        stats.maxima["ratio"] = max(self.session.gather(stats.maxima["ratio"]))
         return stats
 
     def _epochs(
@@ -141,13 +143,15 @@ class Learner:
         train_policy = learning_rates["policy"] > 0
         micros = self._microbatches(minibatch)
         sums: dict[str, float] = {"tokens": float(tokens) if self.session.is_main else 0.0}
-        deviation = 0.0
+        deviation, largest = 0.0, 0.0
         for number, micro in enumerate(micros):
             seq = self._sequences(experience.tokens, experience.prompt_mask, experience.response_mask, micro)
             rows = experience.rows(micro.index)
-            loss, found, worst = self._loss(seq, rows, micro, kl_coef if self.config.use_kl_loss else 0.0, train_policy)
+            loss, found, (worst, ratio) = self._loss(
+                seq, rows, micro, kl_coef if self.config.use_kl_loss else 0.0, train_policy
+            )
             self.engine.accumulate(loss / tokens, last=number == len(micros) - 1)
-            deviation = max(deviation, worst)
+            deviation, largest = max(deviation, worst), max(largest, ratio)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value
         stats.norms.append(self.engine.step(learning_rates))
@@ -155,14 +159,16 @@ class Learner:
         totals = dict(zip(names, self.session.sum([sums[n] for n in names])))
         for name, value in totals.items():
             stats.sums[name] = stats.sums.get(name, 0.0) + value
+        stats.maxima["ratio"] = max(stats.maxima["ratio"], largest)
         if first:
             stats.maxima["first_deviation"] = max(self.session.gather(deviation))
         return totals["approx_kl"] / tokens
 
     def _loss(
         self, seq: Sequences, rows: Experience, micro: Microbatch, kl_loss_coef: float, train_policy: bool
-    ) -> tuple[Tensor, dict[str, float], float]:
-        """The microbatch's loss SUM (divided by the minibatch's token count by the caller), its statistics, its worst ratio."""
+    ) -> tuple[Tensor, dict[str, float], tuple[float, float]]:
+        """The microbatch's loss SUM (divided by the minibatch's token count by the caller), its statistics, and two maxima over
+        its tokens: |ratio - 1| and the ratio."""
         config, width, device = self.config, seq.response_width, seq.tokens.device
         old, ref, old_values, advantages, targets = (
             x[:, :width].to(device)
@@ -181,7 +187,7 @@ class Learner:
             loss = loss + config.vf_coef * value
             found |= {"value_loss": float(value.detach()), "value_tokens": float(count)}
             found["value_clip_fraction"] = float(vstats["clip_fraction"])
-        return loss, found, float(stats["ratio_max_deviation"])
+        return loss, found, (float(stats["ratio_max_deviation"]), float(stats["ratio_max"]))
 
     def _check_first_ratio(self, stats: UpdateStats, step: int) -> None:
         worst = stats.maxima["first_deviation"]

@@ -27,7 +27,7 @@ from rlhf_ray.roles.experience import Evaluation, make_experience
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.heldout import HeldOut, sample_rows
 from rlhf_ray.run import Run
-from rlhf_ray.session import Session, seed_everything
+from rlhf_ray.session import Session, peak_memory, seed_everything
 from rlhf_ray.stages.launch import launch
 from rlhf_ray.stages.ppo_setup import PPOSetup, set_up
 from rlhf_ray.stages.ppo_store import Best, finish, restore, save, start_run
@@ -84,6 +84,7 @@ class PPOLoop:
         """All steps that are left, with evaluations and checkpoints where they are due."""
         if self.progress.step == 0 and self.config.eval_on_start:
             self._report(0, self.evaluate(0))
+        checkpoint_time: dict[str, float] = {}  # told with the step after the one it was spent on
         for step in range(self.progress.step + 1, self.total_steps + 1):
             started = time.perf_counter()
             metrics = self.step(step)
@@ -91,9 +92,12 @@ class PPOLoop:
                 metrics |= self.evaluate(step)
             self.progress.step = step
             self.progress.seconds += time.perf_counter() - started
-            self._report(step, metrics)
+            self._report(step, metrics | checkpoint_time | peak_memory(self.session.device))
+            checkpoint_time = {}
             if self.setup.save_due(step, self.total_steps):
+                started = time.perf_counter()
                 save(self, step)
+                checkpoint_time = {"time/checkpoint": time.perf_counter() - started}
 
     def step(self, step: int) -> dict[str, float]:
         """One PPO step. Returns its metrics; raises InvariantError when something that must hold does not."""

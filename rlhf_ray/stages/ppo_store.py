@@ -174,9 +174,9 @@ def _summary_metrics(loop: PPOLoop) -> dict[str, float]:
     """The last value of every metric, and where the telling ones started."""
     progress = loop.progress
     found = dict(progress.last)
-    for name in ("reward/mean", "eval/reward"):
-        if name in progress.first:
-            found[f"{name}_start"] = progress.first[name]
+    for name, value in progress.first.items():
+        if name == "reward/mean" or name.startswith("eval/reward") and not name.endswith("_se"):
+            found[f"{name}_start"] = value
     if progress.best.step or progress.best.reward > -math.inf:
         found["best/step"], found["best/eval_reward"] = float(progress.best.step), progress.best.reward
     return found

@@ -3,9 +3,9 @@
     python benchmarks/stories_chain.py --output
 
 Reads models/stories260K, text_tinystories_v1_head, pref_stories_sentiment and prompts_tinystories from the folder named by
-RLHF_RAY_DATA. PPO sees only the learned reward; the true one, VADER's compound (the pairs were ranked by VADER's lexicon), is watched
-with weight 0. For each seed: the reward model's held-out accuracy, and the true reward of SFT and PPO on the same 128 held-out
-prompts with the same random numbers. The baseline is the SFT model.
+RLHF_RAY_DATA. PPO sees only the learned reward; the true one, VADER's compound (the pairs were ranked by VADER's lexicon), is
+watched with weight 0. For each seed: the held-out accuracy of the reward model, and the true reward of SFT and PPO on the same 128
+held-out prompts with the same random numbers. The baseline is the SFT model.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from rlhf_ray.models.adapters import (
 )
 from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
 from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.lineage import header_line
 from rlhf_ray.models.specs import Source
 from rlhf_ray.models.stack import AdapterStack, RoleModels, Seat
 
@@ -61,20 +62,26 @@ class Assembly:
             self.seats[role] = Seat(BASE, role)
         else:
             self.seats[role] = Seat(self._full(source, "causal_lm"), None)
-        self.lineage.append(f"{role}: {source.describe()}")
+        self.lineage.append(header_line(role, source.describe()))
 
     def add_trained_policy(self, source: Source | None, lora: LoraConfig) -> None:
         """`policy`, trainable, and `reference`, what it starts from: the SFT adapter frozen, or the base with adapters off."""
         if source is None or source.kind == "base":
             self._fresh(BASE, "policy", lora)
             self.seats["reference"] = Seat(BASE, None)
-            self.lineage += ["policy: fresh adapter on the base", "reference: the base, adapters off"]
+            self.lineage += [
+                header_line("policy", "fresh adapter (B = 0) on the base"),
+                header_line("reference", "the base, adapters off"),
+            ]
         elif source.kind == "adapter":
             files = read_adapter(source.path)
             self._load(BASE, "policy", files, trainable=True)
             self._load(BASE, "reference", files, trainable=False)
             self.seats["reference"] = Seat(BASE, "reference")
-            self.lineage += [f"policy: copy of adapter {source.path}", f"reference: adapter {source.path}, frozen"]
+            self.lineage += [
+                header_line("policy", f"copy of adapter {source.path}"),
+                header_line("reference", f"adapter {source.path}, frozen"),
+            ]
         else:
             raise ConfigError.at(
                 "sft",
@@ -111,7 +118,7 @@ class Assembly:
         if adapter == "shared":
             self.seats["value"] = Seat(BASE, "policy", "value")
             self._head(BASE, "value", None)
-            self.lineage.append("value: head on the policy's own adapter")
+            self.lineage.append(header_line("value", "head on the policy's own adapter"))
             return
         seat = self.seats[init_from]
         if seat.adapter is not None and lora is not None and init_from != "policy":
@@ -127,7 +134,7 @@ class Assembly:
             how = f"fresh adapter on the trunk of {init_from}"
         self._head(seat.stack, "value", None)
         self.seats["value"] = Seat(seat.stack, "value", "value")
-        self.lineage.append(f"value: {how}, head zero")
+        self.lineage.append(header_line("value", f"{how}, head zero"))
 
     def finish(self) -> RoleModels:
         """All models in one module; only the trained adapters and heads need gradients."""
@@ -148,7 +155,7 @@ class Assembly:
         """Header lines: which role is what, and how many bases are loaded."""
         bases = [s.backbone.identity.path for s in self.stacks.values()]
         shared = "all roles are adapters on it" if len(bases) == 1 else "one per distinct checkpoint"
-        return [*self.lineage, f"bases loaded: {len(bases)} ({shared}): {', '.join(bases)}"]
+        return [*self.lineage, header_line("bases", f"{len(bases)} loaded ({shared}): {', '.join(bases)}")]
 
     def _checkpointing(self) -> bool:
         wanted = self.job.gradient_checkpointing

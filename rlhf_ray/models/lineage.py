@@ -172,14 +172,21 @@ def _template_difference(where: str, parent: Parent, template: Digest | None) ->
     ]
 
 
+def header_line(label: str, text: str) -> str:
+    """A line of a run's header; all of them are aligned."""
+    return f"{label:<10} {text}"
+
+
 def describe(identity: BaseIdentity, parents: Sequence[Parent], template: Digest | None) -> list[str]:
     """Lines for a run's header: what it stands on, with short hashes."""
     revision = f" @ {identity.revision[:12]}" if identity.revision else ""
     lines = [
-        f"base       {identity.path}{revision} ({identity.precision}, weights {identity.weights_sha256[:12]})",
-        f"tokenizer  {identity.tokenizer_sha256[:12]}",
+        header_line(
+            "base", f"{identity.path}{revision} ({identity.precision}, weights {identity.weights_sha256[:12]})"
+        ),
+        header_line("tokenizer", identity.tokenizer_sha256[:12]),
     ]
     if template is not None:
-        lines.append(f"template   {template.name} ({template.sha256[:12]})")
-    lines += [f"{p.role:<10} {p.path} ({p.stage or 'no run'}, {p.sha256[:12]})" for p in parents]
+        lines.append(header_line("template", f"{template.name} ({template.sha256[:12]})"))
+    lines += [header_line(p.role, f"{p.path} ({p.stage or 'no run'}, {p.sha256[:12]})") for p in parents]
     return lines

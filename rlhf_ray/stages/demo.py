@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_ray.config import PipelineConfig
 from rlhf_ray.config.resolved import dump_yaml
-from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.console import Console, LocalConsole, duration
 from rlhf_ray.data.tinyworld import build_base, write_world
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.artifact import atomic_write_text, is_run, open_run
@@ -20,6 +20,7 @@ from rlhf_ray.run import Run, load_run
 from rlhf_ray.session import Session
 from rlhf_ray.stages.launch import launch
 from rlhf_ray.stages.pipeline import finish_pipeline, open_pipeline, run_stages, stage_configs
+from rlhf_ray.stages.reward_metrics import accuracy_line
 
 SEED = 0
 
@@ -39,6 +40,9 @@ def demo(output_dir: str | Path = "runs/demo", fresh: bool = False, console: Con
         if fresh:
             shutil.rmtree(folder)
     run = launch(run_demo, demo_config(folder), console)
+    if (judged := accuracy_line({k.removeprefix("reward/"): v for k, v in run.metrics.items()})) is not None:
+        console.log(f"reward model: {judged}")
+    console.log(f"the whole chain took {duration(run.seconds)} of work")
     tell_next(folder, console)
     return run
 
@@ -148,7 +152,7 @@ def tell_next(folder: Path, console: Console) -> None:
             f"look      {folder / 'report.html'}",
             f"ask       rlhf-ray generate --policy base --policy {folder / 'sft'} --policy {folder / 'ppo'}"
             f' --instruction "{question}"',
-            f"change    rlhf-ray ppo {folder / 'jobs' / 'ppo.yaml'} kl_coef=0.2 output_dir=runs/ppo-kl-0.2",
+            f"change    rlhf-ray ppo {folder / 'jobs' / 'ppo.yaml'} kl_penalty=jensen_shannon output_dir=runs/ppo-js",
             f"your own  edit {folder / 'jobs' / 'pipeline.yaml'}, then rlhf-ray pipeline {folder / 'jobs' / 'pipeline.yaml'}",
         ],
     )

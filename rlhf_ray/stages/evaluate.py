@@ -24,10 +24,12 @@ from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.maths.stats import standard_error
 from rlhf_ray.models.artifact import RunFolder, is_run
+from rlhf_ray.models.lineage import header_line
 from rlhf_ray.roles.judging import Comparison, Judged, compare, distinct_2
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
 from rlhf_ray.stages.evaluate_files import Outcome, artifacts, show, write_results
+from rlhf_ray.stages.header import config_line
 from rlhf_ray.stages.launch import launch
 from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
 from rlhf_ray.stages.quiet import quiet_libraries
@@ -90,7 +92,7 @@ def prepare(
         )
     if session.is_main:
         write_lineage(folder, panel, rows)
-        lines = [f"prompts: {len(done.examples)} of {len(rows.held_out)} held out"]
+        lines = [f"{len(done.examples)} of {len(rows.held_out)} held-out prompts"]
         tell(
             panel, [*rows.summary, *lines, *(str(t) for t in (done.dropped, done.truncated) if t.total)], rows.warnings
         )
@@ -206,7 +208,12 @@ def tell(panel: Panel, data_lines: Sequence[str], data_warnings: Sequence[str]) 
     config, console, sampling = panel.config, panel.session.console, panel.config.sampling
     console.header(
         f"evaluate  {config.output_dir}",
-        [*panel.lines, *data_lines, f"{decoding_line(config)}; KL against {panel.reference}"],
+        [
+            *panel.lines,
+            *(header_line("data", line) for line in data_lines),
+            header_line("decoding", f"{decoding_line(config)}; KL against {panel.reference}"),
+            config_line(config),
+        ],
     )
     for line in [*data_warnings, *panel.warnings]:
         console.warn(line)

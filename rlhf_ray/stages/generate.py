@@ -17,7 +17,7 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row, read_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem, RlhfRayError
 from rlhf_ray.models.artifact import RunFolder
-from rlhf_ray.models.lineage import parent_of
+from rlhf_ray.models.lineage import header_line, parent_of
 from rlhf_ray.models.specs import Source, policy_source, reward_source
 from rlhf_ray.session import process_session
 from rlhf_ray.stages.evaluate_files import prompt_columns
@@ -77,7 +77,8 @@ def generate(
     config, reference = plan_job(policies, rewards, model, fields, console)
     rows = _rows(instruction, input, file, console)
     panel = load_panel(config, process_session(console, num_threads), reference)
-    console.header("generate", [*panel.lines, f"template: {panel.template.name}", decoding_line(config)])
+    shown = [header_line("template", panel.template.name), header_line("decoding", decoding_line(config))]
+    console.header("generate", [*panel.lines, *shown])
     for line in panel.warnings:
         console.warn(line)
     prompts = _prompts(panel, rows)

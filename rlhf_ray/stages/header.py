@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf_ray.config import JobFields
 from rlhf_ray.maths.schedules import peak_multiplier, resolve_warmup
 from rlhf_ray.stages.task import Job, SupervisedConfig
 
@@ -32,8 +33,13 @@ def header_lines(job: Job) -> list[str]:
         f"device     {session.device}, {session.num_threads} threads, {backbone.identity.precision}, "
         f"{backbone.attn_implementation}",
         f"tokens     pad {backbone.pad.token!r} ({backbone.pad.why}); end {backbone.tokenizer.eos_token!r}",
-        f"config     {', '.join(f'{k}={v}' for k, v in changed_fields(config.model_dump(exclude_unset=True)))}",
+        config_line(config),
     ]
+
+
+def config_line(config: JobFields) -> str:
+    """Every field that the job sets; the run's config.yaml has them all."""
+    return f"config     {', '.join(f'{k}={v}' for k, v in changed_fields(config.model_dump(exclude_unset=True)))}"
 
 
 def warnings_about(config: SupervisedConfig, steps: int) -> list[str]:

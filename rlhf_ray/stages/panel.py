@@ -19,7 +19,7 @@ from rlhf_ray.data.tokenise import TooLong
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.models.lineage import check_lineage, parent_of
+from rlhf_ray.models.lineage import check_lineage, header_line, parent_of
 from rlhf_ray.models.sampler import Sampler
 from rlhf_ray.models.source import resolve_source
 from rlhf_ray.models.specs import Source, policy_source
@@ -150,7 +150,7 @@ def load_panel(config: EvaluateConfig, session: Session, reference: str | None) 
         roles.build(models, config.per_device_eval_batch_size),
         reference,
         [*builder.parents, *roles.parents],
-        [*builder.lines, *roles.lines, f"bases loaded: {len(bases)}: {', '.join(bases)}"],
+        [*builder.lines, *roles.lines, header_line("bases", f"{len(bases)} loaded: {', '.join(bases)}")],
         [*builder.warnings, *roles.warnings],
     )
 
@@ -160,7 +160,7 @@ def decoding_line(config: EvaluateConfig) -> str:
     sampling = config.sampling
     knobs = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}"
     how = knobs if sampling.do_sample else "greedy"
-    return f"decoding: {how}, at most {config.response_length} tokens, seed {config.seed}"
+    return f"{how}, at most {config.response_length} tokens, seed {config.seed}"
 
 
 class _Builder:
@@ -180,7 +180,7 @@ class _Builder:
         files = self.assembly.files.get(role)
         if files is not None and files.head is not None:
             raise ArtifactError.at(spec, "is a reward model", "a policy", "an adapter with a reward head")
-        self.lines.append(f"policy {name}: {here.describe()}")
+        self.lines.append(header_line("policy", f"{name}: {here.describe()}"))
         return Policy(name, role, source, ActiveAdapter(self.assembly.seats[role].adapter, 0, sha256))
 
     def _check(self, source: Source, role: str) -> str:

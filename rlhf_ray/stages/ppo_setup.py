@@ -23,7 +23,7 @@ from rlhf_ray.models.adapters import HEAD_KEY, adapter_config, load_adapter_tens
 from rlhf_ray.models.artifact import RunFolder
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.models.lineage import check_lineage
+from rlhf_ray.models.lineage import check_lineage, describe, header_line
 from rlhf_ray.models.sampler import Sampler
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.models.stack import RoleModels
@@ -34,6 +34,7 @@ from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.session import Session
+from rlhf_ray.stages.header import config_line
 from rlhf_ray.stages.reward_roles import RewardRoles
 
 SAMPLER_ROWS = 64
@@ -155,7 +156,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     )
     if session.is_main:
         _write_manifest(setup, assembly, roles, manifest, session)
-        session.console.header("ppo", header_lines(config, setup, assembly, session, data_lines))
+        session.console.header(f"ppo  {config.output_dir}", header_lines(config, setup, roles, session, data_lines))
     return setup
 
 
@@ -256,21 +257,35 @@ def _value_config(models: RoleModels) -> dict[str, Any]:
 
 
 def header_lines(
-    config: PPOConfig, setup: PPOSetup, assembly: Assembly, session: Session, data_lines: list[str]
+    config: PPOConfig, setup: PPOSetup, roles: RewardRoles, session: Session, data_lines: list[str]
 ) -> list[str]:
     """What the run is, before it starts."""
-    trained = {g.name: sum(p.numel() for p in g.parameters.values()) for g in setup.learner.groups}
-    total = sum(p.numel() for p in setup.learner.models.parameters())
-    per_step = config.rollout_batch_size // config.num_mini_batches
+    backbone, learner = setup.backbone, setup.learner
+    trained = {g.name: sum(p.numel() for p in g.parameters.values()) for g in learner.groups}
+    total = sum(p.numel() for p in learner.models.parameters())
+    share = ", ".join(f"{name} {count:,}" for name, count in trained.items())
+    per_step, world = config.rollout_batch_size // config.num_mini_batches, session.world_size
+    penalty = "none" if config.kl_penalty == "none" else f"{config.kl_coef:g} x {config.kl_penalty}"
     return [
-        *assembly.describe(),
-        "trainable: " + ", ".join(f"{n} {count:,}" for n, count in trained.items()) + f" of {total:,} parameters",
-        f"placement: {config.placement}, {session.world_size} worker(s) on {session.device}, {session.num_threads} threads, "
-        f"base in {str(setup.backbone.dtype).removeprefix('torch.')}, ZeRO stage {config.learner.zero_stage}",
-        *data_lines,
-        f"steps: {setup.total_steps} of {config.rollout_batch_size} replies; {config.num_ppo_epochs} epochs x "
-        f"{config.num_mini_batches} minibatches of {per_step} replies; {len(setup.held_out)} held-out prompts",
-        f"pad: {setup.backbone.pad.token!r} ({setup.backbone.pad.why}); replies end at ids {list(setup.stop_ids)}",
+        *describe(backbone.identity, (), roles.template),
+        *roles.assembly.describe(),
+        header_line("trainable", f"{share} of {total:,} parameters"),
+        header_line(
+            "placement",
+            f"{config.placement}, {world} worker{'s' if world > 1 else ''}, ZeRO {config.learner.zero_stage}",
+        ),
+        header_line("device", f"{session.device}, {session.num_threads} threads, {backbone.attn_implementation}"),
+        *(header_line("data", line) for line in data_lines),
+        header_line(
+            "steps",
+            f"{setup.total_steps} of {config.rollout_batch_size} replies; {config.num_ppo_epochs} epochs x "
+            f"{config.num_mini_batches} minibatches of {per_step} replies; {len(setup.held_out)} held-out prompts",
+        ),
+        header_line("KL penalty", f"{penalty}, {config.kl_controller} coefficient"),
+        header_line(
+            "tokens", f"pad {backbone.pad.token!r} ({backbone.pad.why}); replies end at {list(setup.stop_ids)}"
+        ),
+        config_line(config),
     ]
 
 

@@ -175,7 +175,7 @@ def _summary_metrics(loop: PPOLoop) -> dict[str, float]:
     progress = loop.progress
     found = dict(progress.last)
     for name, value in progress.first.items():
-        if name == "reward/mean" or name.startswith("eval/reward") and not name.endswith("_se"):
+        if name == "reward/mean" or (name.startswith("eval/reward") and not name.endswith("_se")):
             found[f"{name}_start"] = value
     if progress.best.step or progress.best.reward > -math.inf:
         found["best/step"], found["best/eval_reward"] = float(progress.best.step), progress.best.reward

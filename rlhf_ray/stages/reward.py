@@ -6,7 +6,7 @@ eos (add_eos_token), and the score is read after the last real token: what PPO s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from rlhf_ray.models.specs import policy_source
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
 from rlhf_ray.stages.launch import launch
-from rlhf_ray.stages.reward_metrics import PairScores, score_metrics
+from rlhf_ray.stages.reward_metrics import PairScores, accuracy_line, score_metrics
 from rlhf_ray.stages.supervised import train_supervised
 from rlhf_ray.stages.task import Recipe, Task
 from rlhf_ray.stages.trained_model import RewardModel
@@ -157,6 +157,9 @@ class RewardTask(Task):
         if head is not None:
             with torch.no_grad():
                 self.model.head.weight.copy_(head)
+
+    def verdict(self, metrics: Mapping[str, float]) -> str | None:
+        return accuracy_line(metrics)
 
     def manifest(self, rows: Sequence[TokenisedPair]) -> dict[str, Any]:
         """How replies are scored, how held-out scores are spread, and what any copy of this model must say of a few sequences."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,15 @@ class PairScores:
         every = self.scores.double().flatten()
         std = float(every.std()) if len(every) > 1 else 0.0
         return {"mean": float(every.mean()), "std": std, "replies": float(len(every))}
+
+
+def accuracy_line(metrics: Mapping[str, float]) -> str | None:
+    """Held-out accuracy with its interval, from a reward run's metrics; None where nothing was held out."""
+    if "eval/accuracy" not in metrics:
+        return None
+    low, high = metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]
+    shown = f"{metrics['eval/accuracy']:.1%} (95% interval {low:.1%} to {high:.1%})"
+    return f"held-out accuracy {shown} of {metrics['eval/rows']:.0f} pairs"
 
 
 def score_metrics(pairs: PairScores, seed: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from rlhf_ray.config import RewardSource
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.assembly import Assembly
-from rlhf_ray.models.lineage import check_lineage, parent_of
+from rlhf_ray.models.lineage import check_lineage, header_line, parent_of
 from rlhf_ray.models.source import resolve_source
 from rlhf_ray.models.specs import Source, reward_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
@@ -44,7 +44,7 @@ class RewardRoles:
             function = FunctionReward(reward.name, reward.weight, reward.function)
             self.functions[role] = function
             self.parents.append({"role": label, "path": function.spec, "sha256": function.sha256})
-            self.lines.append(f"reward {reward.name}: Python function {function.spec}")
+            self.lines.append(header_line("reward", f"{reward.name}: Python function {function.spec}"))
             return
         source = reward_source(reward.run or reward.model or "")
         foreign = self._is_foreign(source)
@@ -56,7 +56,7 @@ class RewardRoles:
             same_tokenizer=not foreign,
         )
         self.parents.append(parent_of(source, label).manifest())
-        self.lines.append(f"reward {reward.name}: {source.describe()}")
+        self.lines.append(header_line("reward", f"{reward.name}: {source.describe()}"))
         self.assembly.add_reward(role, source)
         if not foreign and recorded_reward(source).get("add_eos_token") is False:
             self.warnings.append(
@@ -98,6 +98,5 @@ class RewardRoles:
         name = reward.template or recorded_template(source) or self.template_name
         frame = load_template(name, backbone.tokenizer)
         self.readers[role] = reader_of(source, backbone, frame)
-        self.lines.append(
-            f"reward {reward.name}: has its own tokenizer: replies are decoded, put in template {frame.name}, encoded again"
-        )
+        how = f"replies are decoded, put in template {frame.name}, encoded again"
+        self.lines.append(header_line("", f"{reward.name} has its own tokenizer: {how}"))

@@ -240,6 +240,8 @@ def finish(job: Job, keeper: Keeper, started: float) -> Run:
         folder.seal()
         write_report(folder.path)
         session.console.done()
+        if (line := task.verdict(run.metrics)) is not None:
+            session.console.log(f"{job.stage}: {line}")
     session.barrier()
     return run
 

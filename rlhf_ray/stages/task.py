@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -88,6 +88,10 @@ class Task(Objective):
         for part in eval_batches([self.length(row) for row in rows], size, session.rank, session.world_size):
             batch = self.collate([(rows[i], True) for i in part])
             yield part, {name: tensor.to(session.device) for name, tensor in batch.items()}
+
+    def verdict(self, metrics: Mapping[str, float]) -> str | None:
+        """The result in a line, from the run's metrics; None where there is nothing to tell."""
+        return None
 
     def manifest(self, rows: Sequence[Any]) -> dict[str, Any]:
         """Further manifest entries, made by rank 0 after training. rows: a few rows."""

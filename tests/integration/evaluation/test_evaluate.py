@@ -228,7 +228,7 @@ def test_a_merged_checkpoint_is_a_policy_like_its_adapter(evaluation: Make, chai
     assert abs(run.metrics["kl_k1_per_response/merged"]) < 1e-3
     same = sum(a == b for a, b in zip(replies(run, "sft"), replies(run, "merged")))
     assert same >= 14  # rounding may flip a token of a reply
-    assert any("bases loaded: 2" in line for line in _header(evaluation(tmp_path / "again", policies=policies)))
+    assert any("2 loaded" in line for line in _header(evaluation(tmp_path / "again", policies=policies)))
 
 
 def _header(config: EvaluateConfig) -> list[str]:
@@ -247,7 +247,7 @@ def _header(config: EvaluateConfig) -> list[str]:
 def test_the_base_itself_named_by_its_path_is_not_loaded_twice(evaluation: Make, chain: Any, tmp_path: Path) -> None:
     policies = [{"name": "base", "policy": "base"}, {"name": "path", "policy": chain.base}]
     config = evaluation(tmp_path / "run", policies=policies, rewards=[])
-    assert any("bases loaded: 1" in line for line in _header(config))
+    assert any("1 loaded" in line for line in _header(config))
     assert replies(load_run(tmp_path / "run"), "path") == replies(load_run(tmp_path / "run"), "base")
 
 

@@ -40,7 +40,7 @@ def test_policies_need_nothing_but_their_folders(chain: Any, console: Any) -> No
     assert all(isinstance(row["reward"], float) and 1 <= row["length"] <= 10 for row in rows)
     assert console.warnings == []
     lines = next(e for e in console.events if e["kind"] == "header")["lines"]
-    assert "template: alpaca_short" in lines and f"bases loaded: 1: {chain.base}" in lines
+    assert "template   alpaca_short" in lines and f"bases      1 loaded: {chain.base}" in lines
 
 
 def test_the_same_seed_gives_the_same_reply(chain: Any) -> None:

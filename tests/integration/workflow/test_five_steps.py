@@ -49,8 +49,8 @@ def test_five_steps_with_merged_checkpoints(
     rewards = f'rewards=[{{"name": "helpful", "model": "{judge}"}}]'
     run_command("ppo", jobs["ppo"], f"model_name_or_path={merged}", "sft=null", "lora.r=4", rewards)
     said = capfd.readouterr().err
-    assert "bases loaded: 2" in said and "reference: the base, adapters off" in said
-    assert "value: fresh adapter on the trunk of helpful" in said
+    assert "2 loaded (one per distinct checkpoint)" in said and "reference  the base, adapters off" in said
+    assert "value      fresh adapter on the trunk of helpful" in said
     first = read_metrics(tmp_path / "runs" / "ppo" / "metrics.jsonl")[1]
     assert abs(first["kl/k1_per_response"]) < 1e-4, "the policy starts as the merged SFT model"
     assert parents("runs/ppo")["helpful"] == judge
@@ -70,7 +70,7 @@ def test_the_same_without_merging(
     for stage in ("sft", "reward", "ppo"):
         run_command(stage, jobs[stage])
     said = capfd.readouterr().err
-    assert "bases loaded: 1 (all roles are adapters on it)" in said
+    assert "1 loaded (all roles are adapters on it)" in said
     assert parents("runs/ppo").keys() == {"policy", "reference", "helpful"}
     adapter = tmp_path / "runs" / "ppo" / "adapter"
     start = load_file(tmp_path / "runs" / "sft" / "adapter" / "adapter_model.safetensors")

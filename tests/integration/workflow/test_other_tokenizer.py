@@ -41,8 +41,8 @@ def test_replies_are_scored_as_text(
     """PPO's held-out rewards are those that `score` gives the same texts; the critic starts from the policy."""
     run_command("ppo", rewards_of(jobs["ppo"], foreign), "num_samples_logged=16", "lora.r=4")
     said = capfd.readouterr().err
-    assert "has its own tokenizer: replies are decoded, put in template none" in said
-    assert "value: fresh adapter on the trunk of policy" in said or "value: copy of the adapter of policy" in said
+    assert "helpful has its own tokenizer: replies are decoded, put in template none" in said
+    assert "value      copy of the adapter of policy" in said
     step = read_metrics(Path("runs/ppo/metrics.jsonl"))[1]
     assert 0.0 < step["response/retokenised_drift"] <= 1.0, "bytes that are no text do not survive decoding"
     samples = [json.loads(line) for line in Path("runs/ppo/samples.jsonl").read_text().splitlines()]

@@ -110,12 +110,17 @@ def demo(
 
 
 @app.command()
-def resume(run: RunDir, as_json: Json = False, debug: Debug = False) -> None:
+def resume(
+    run: RunDir,
+    reset_data: Annotated[bool, typer.Option("--reset-data", help="go on although data files have changed")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Go on with an interrupted run. It starts from the newest valid checkpoint."""
     from rlhf_ray.stages.resume import resume as resume_run
 
     with _stdout_kept(), _resumable(run):
-        result = resume_run(run)
+        result = resume_run(run, reset_data=reset_data)
     _tell(result, as_json)
 
 

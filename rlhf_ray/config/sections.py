@@ -136,6 +136,12 @@ class LearnerConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=2)] = field(0, "DeepSpeed ZeRO stage of the PPO learner")
     deepspeed: Path | None = field(None, "your own DeepSpeed JSON (PPO): ZeRO and communication keys only")
 
+    @model_validator(mode="after")
+    def _this_process_asks_for_nothing(self) -> LearnerConfig:
+        if self.num_workers == 0 and self.num_gpus is not None:
+            raise ValueError("num_gpus: has no effect with num_workers: 0, which runs where this process runs; drop it")
+        return self
+
 
 class SamplingConfig(Section):
     """How replies are decoded outside of rollouts (rollouts always sample the full distribution at `temperature`)."""

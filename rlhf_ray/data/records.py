@@ -266,15 +266,20 @@ def _first_rows(rows: RowSet, max_rows: int) -> RowSet:
 
 
 def check_same_data(recorded: Iterable[Mapping[str, Any]], current: Iterable[DataFile]) -> None:
-    """Raise DataError if data files are not those that a checkpoint was trained on; `recorded` is from its manifest."""
+    """Raise DataError if data files are not those that a checkpoint was trained on; `recorded` is from its run's manifest.
+
+    Nothing recorded, as after `resume --reset-data`, means that whatever is there now is accepted."""
+    if not (recorded := list(recorded)):
+        return
+    fix = "put it back, or accept the data as it is now: rlhf-ray resume RUN --reset-data"
     before = {item["path"]: item["sha256"] for item in recorded}
     now = {file.path: file.sha256 for file in current}
     problems = [
-        Problem(path, "data sha256 differs from the checkpoint's", before[path], sha256, "use --reset-data")
+        Problem(path, "data sha256 differs from the checkpoint's", before[path], sha256, fix)
         for path, sha256 in now.items()
         if path in before and before[path] != sha256
     ]
     for path in sorted(before.keys() ^ now.keys()):
         what = "not among the data files of this run" if path in before else "was not among the data files of this run"
-        problems.append(Problem(path, what, fix="use --reset-data"))
+        problems.append(Problem(path, what, fix=fix))
     DataError.raise_all(problems)

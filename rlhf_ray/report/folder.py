@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_ray.errors import ArtifactError, RlhfRayError
+from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.metrics import read_metrics
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
@@ -70,7 +70,9 @@ class RunFiles:
 
 
 def read_folder(path: Path) -> RunFiles:
-    """Read a run folder or a folder of stage folders. Raises ArtifactError if it holds neither."""
+    """Read a run folder or a folder of stage folders. ConfigError if there is no such folder, ArtifactError if it is neither."""
+    if not path.exists():
+        raise ConfigError.at(str(path), "no such folder", "a run folder")
     children = {name: read_folder(path / name) for name in STAGES if _holds_run(path / name)}
     if not children and not _holds_run(path):
         raise ArtifactError.at(str(path), "not a run folder", "one of " + ", ".join(FILES), "none of them")

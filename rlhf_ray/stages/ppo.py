@@ -78,6 +78,7 @@ class PPOLoop:
         self.moments = RunningMoments()
         self.progress = Progress()
         self.total_steps = setup.total_steps
+        self._told_flat = False
         self.decoding = Decoding(setup.stop_ids, temperature=config.temperature)
 
     def run(self) -> None:
@@ -129,6 +130,7 @@ class PPOLoop:
             "time/publish": time.perf_counter() - updated,
             "time/step": time.perf_counter() - clock,
         }
+        self._warn_if_flat(metrics["reward/std"], step)
         self._log_samples(collected, step)
         return metrics
 
@@ -183,6 +185,14 @@ class PPOLoop:
         shown = ("reward/mean", "kl/k1_per_response", "response/length", "eval/reward")
         known = {n: self.progress.last[n] for n in shown if n in self.progress.last}
         self.session.console.progress("ppo", step, self.total_steps, known)
+
+    def _warn_if_flat(self, std: float, step: int) -> None:
+        """Once a run: equal rewards teach nothing, and leave only the KL penalty to follow."""
+        if std == 0 and not self._told_flat and self.session.is_main:
+            self._told_flat = True
+            self.session.console.warn(
+                f"reward std 0 at step {step}: all replies earned the same; is the reward at work?"
+            )
 
     def _log_samples(self, collected: Collected, step: int) -> None:
         if self.session.is_main and self.config.num_samples_logged:

@@ -14,7 +14,7 @@ from rlhf_ray.batches import Rollout
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import TokenisedPrompt, tokenise_prompts
 from rlhf_ray.data.load import load_rows
-from rlhf_ray.data.records import Row
+from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, reply_budgets
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ConfigError, DataError
@@ -104,6 +104,8 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     assembly, roles = assemble(config, session)
     backbone, template = assembly.base, roles.template
     schedule, held_out, data_lines, manifest = _prompts(config, backbone, template)
+    if folder.checkpoints():
+        check_same_data(folder.manifest()["data"], [DataFile(**item) for item in manifest])
     models = assembly.finish()
     learner = Learner(models, config, session)
     to_texts = text_maker(backbone, template)

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.errors import ArtifactError
+from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 from rlhf_ray.models.adapters import adapter_tensors, load_adapter_tensors, save_adapter
 from rlhf_ray.models.artifact import (
     Checkpoint,
     RunFolder,
     atomic_save_tensors,
     atomic_write_json,
+    config_changes,
     create_run,
     open_run,
     write_checkpoint,
@@ -33,6 +34,12 @@ from rlhf_ray.session import Session
 
 if TYPE_CHECKING:
     from rlhf_ray.stages.ppo import PPOLoop
+
+MAY_CHANGE = (
+    *("output_dir", "resume", "run_name", "report_to", "learner."),
+    *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit"),
+)
+"""Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""
 
 
 @dataclass
@@ -48,11 +55,28 @@ class Best:
 
 
 def start_run(config: PPOConfig, session: Session) -> RunFolder:
-    """Rank 0 makes the run folder; all ranks open it."""
+    """Rank 0 makes the run folder; all ranks open it. ConfigError if it holds a run that was started with other settings."""
     if session.is_main:
-        create_run(config.output_dir, "ppo", config.model_dump(mode="json"), config.resume)
+        values = config.model_dump(mode="json")
+        _require_same(create_run(config.output_dir, "ppo", values, config.resume), values)
     session.barrier()
     return open_run(config.output_dir)
+
+
+def _require_same(folder: RunFolder, values: dict[str, Any]) -> None:
+    """Going on under other settings would be a third run, which no configuration describes."""
+    changes = config_changes(folder.config(), values)
+    ConfigError.raise_all(
+        Problem(
+            name,
+            f"{folder.path} holds a run with another value",
+            json.dumps(old),
+            json.dumps(new),
+            "put it back, or choose another output_dir",
+        )
+        for name, (old, new) in changes.items()
+        if not name.startswith(MAY_CHANGE)
+    )
 
 
 def save(loop: PPOLoop, step: int) -> None:

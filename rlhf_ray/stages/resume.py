@@ -5,23 +5,38 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+from rlhf_ray.config import STAGES
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.console import Console, LocalConsole
-from rlhf_ray.models.artifact import open_run
+from rlhf_ray.models.artifact import RunFolder, is_run, open_run
 from rlhf_ray.run import Run
 from rlhf_ray.stages.pipeline import config_class
 
 
-def resume(run: str | Path, console: Console | None = None) -> Run:
-    """Finish the run in folder `run`; a finished one is returned as it is. Raises ConfigError, ArtifactError."""
+def resume(run: str | Path, console: Console | None = None, reset_data: bool = False) -> Run:
+    """Finish the run in folder `run`; a finished one is returned as it is.
+
+    reset_data: go on although data files are others than at the checkpoint. Raises ConfigError, ArtifactError, and DataError for
+    changed data files."""
     folder = open_run(run, verify=False)
     console = console or LocalConsole()
+    if reset_data:
+        _forget_data(folder)
     if folder.stage == "demo":
         from rlhf_ray.stages.demo import demo
 
         return demo(folder.path, console=console)
-    values = {**folder.config(), "output_dir": str(folder.path), "resume": "auto"}
+    values = {**folder.config(), "resume": "auto"}
+    if Path(str(values.get("output_dir"))).resolve() != folder.path.resolve():  # it was moved, or named from another folder
+        values["output_dir"] = str(folder.path)
     config = load_dict(config_class(folder.stage), values, str(folder.path / "config.yaml"))
     stage = import_module(f"rlhf_ray.stages.{folder.stage}")
     done: Run = getattr(stage, folder.stage)(config, console)
     return done
+
+
+def _forget_data(folder: RunFolder) -> None:
+    """Drop what the run, and each stage in it, recorded of its data files: those that are there next are accepted."""
+    for path in (folder.path, *(folder.path / stage for stage in STAGES)):
+        if is_run(path) and open_run(path, verify=False).manifest()["status"] != "done":
+            RunFolder(path).update_manifest(data=[])

@@ -183,7 +183,7 @@ class TestRefused:
     def test_an_sft_run_with_another_template(
         self, make_config: Callable[..., RewardConfig], sft_run: Run, console: Any
     ) -> None:
-        """Seeds F34."""
+        """Seeds F34, template mismatch."""
         config = make_config(sft=sft_run.run_dir, template="alpaca_short")
         with pytest.raises(ArtifactError, match="another prompt template"):
             reward(config, console)

@@ -52,6 +52,7 @@ def deterministic(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_what_the_contract_says(ppo_job: Job) -> None:
+    """Among it F15 and F38: at step 1 the KL to the reference, here the base with adapters off, is 0."""
     done = run(ppo_job("run"))
     folder = Path(done.run_dir)
     assert (done.stage, done.status, done.steps) == ("ppo", "done", 3)
@@ -117,6 +118,7 @@ def test_zero_stages_agree(ppo_job: Job, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_an_interrupted_run_goes_on_to_the_same_bits(ppo_job: Job, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F7: a checkpoint is the whole state after its update: optimizer, KL coefficient, reward statistics, counters, logs."""
     learner = {"num_workers": 0, "num_threads": 1, "zero_stage": stage}
     common: dict[str, Any] = {
         "learner": learner,
@@ -175,14 +177,14 @@ def test_gradient_checkpointing_changes_nothing(ppo_job: Job) -> None:
 
 
 def test_the_first_step_moves_the_policy(ppo_job: Job) -> None:
-    """F6: the warm-up starts above 0."""
+    """F6, first step with lr 0: here the warm-up starts above 0."""
     done = run(ppo_job("one", max_steps=1, warmup_steps=10))
     assert read_metrics(Path(done.run_dir) / "metrics.jsonl")[-1]["lr/policy"] > 0
     assert any(bool(t.any()) for k, t in weights(done.run_dir).items() if "lora_B" in k)
 
 
 def test_dropout_of_the_sft_adapter_is_off(ppo_job: Job, tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
-    """F5: dropout in the update alone would make the first ratio differ from 1."""
+    """F5, dropout making ratio != 1: active in the update alone, it would. F38: the reference is the SFT adapter."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -199,6 +201,7 @@ def test_dropout_of_the_sft_adapter_is_off(ppo_job: Job, tmp_path: Path, tiny_ll
 
 
 def test_a_folder_that_holds_a_run_is_refused_with_the_command_that_resumes_it(ppo_job: Job) -> None:
+    """F7: a folder that was used before is never gone on with unasked."""
     config = ppo_job("run", max_steps=1)
     run(config)
     with pytest.raises(ConfigError, match="rlhf-ray resume"):

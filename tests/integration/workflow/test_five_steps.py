@@ -39,7 +39,9 @@ def test_five_steps_with_merged_checkpoints(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Seed 2's workflow (SFT, merge, reward model, merge, PPO): two bases, and the result stands on the merged SFT model."""
+    """Seed 2's workflow (SFT, merge, reward model, merge, PPO): two bases, and the result stands on the merged SFT model.
+
+    F38: its reference, the base with adapters off, is the merged SFT model, and the KL to it starts at 0."""
     run_command("sft", jobs["sft"])
     run_command("merge", "runs/sft")
     merged = str(tmp_path / "runs" / "sft-adapter-merged")

@@ -20,6 +20,7 @@ NAME_RULE = "use 1 to 64 letters, digits, '.', '_' or '-', starting with a lette
 FAULTS: list[tuple[str, str, str, str]] = [
     ("28", "leraning_rate: 1e-4", "leraning_rate", "unknown key; fix: did you mean learning_rate?"),
     ("28 of an ancestor", "noptepochs: 4", "noptepochs", "unknown key; fix: write num_ppo_epochs"),
+    ("38 under another name", "kl_estimator: k4", "kl_estimator", "unknown key; fix: write kl_penalty"),
     ("28 in a section", "lora: {rank: 8}", "lora.rank", "unknown key; fix: remove it; fields here: preset, r, lora_alpha, "
      "lora_dropout, target_modules, use_rslora"),
     ("28 elsewhere", "zero_stage: 2", "zero_stage", "unknown key; fix: write learner.zero_stage: it does not belong to the top"),
@@ -50,7 +51,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
      "out of range; expected number > 0; got -4; fix: the default is 32"),
     ("33 dropout", "lora: {lora_dropout: -1}", "lora.lora_dropout",
      "out of range; expected number >= 0 and < 1; got -1; fix: the default is 0"),
-    ("34 r 0", "lora: {r: 0}", "lora.r", "out of range; expected integer from 1 to 1024; got 0; fix: the default is 16"),
+    ("34 r 0 (F5)", "lora: {r: 0}", "lora.r", "out of range; expected integer from 1 to 1024; got 0; fix: the default is 16"),
     ("34 r -1", "lora: {r: -1}", "lora.r", "out of range; expected integer from 1 to 1024; got -1; fix: the default is 16"),
     ("34 r 8.5", "lora: {r: 8.5}", "lora.r", "wrong type; expected integer from 1 to 1024; got 8.5; fix: the default is 16"),
     ("37", "lora: {target_modules: ['.*(q|v)_proj']}", "lora.target_modules",
@@ -67,6 +68,11 @@ FAULTS: list[tuple[str, str, str, str]] = [
      "derived from the batch sizes; setting it is an error; got 4; fix: drop it"),
     ("43", "learner: {num_workers: -1}", "learner.num_workers",
      "out of range; expected integer >= 0; got -1; fix: the default is 1"),
+    ("43 GPUs of no worker", "learner: {num_workers: 0, num_gpus: 1}", "learner.num_gpus",
+     "has no effect with num_workers: 0, which runs where this process runs; drop it"),
+    ("43 GPUs", "learner: {num_gpus: -1}", "learner.num_gpus", "out of range; expected number >= 0 or null; got -1"),
+    ("32 warm-up", "warmup_steps: -1", "warmup_steps",
+     "out of range; expected number >= 0; got -1; fix: the default is 0.05"),
     ("45 zero", "response_length: 0", "response_length",
      "out of range; expected integer >= 1; got 0; fix: the default is 128"),
     ("46 temperature", "temperature: 0", "temperature", "out of range; expected number > 0; got 0; fix: the default is 1"),
@@ -237,7 +243,9 @@ def test_a_job_file_given_to_the_wrong_command(
 
 
 def test_defaults_run_and_ratios_of_ancestors_do_not_creep_in(loaded: Callable[..., object]) -> None:
-    """F2: the bare defaults are a valid job.  F5: dropout 0 stays 0, even over a preset that has another value."""
+    """F2: the bare defaults are a valid job (and a bad name of a penalty fails before loading: rows 38).
+
+    F5: dropout 0 stays 0, even over a preset that has another value."""
     config = loaded("ppo", JOB + "lora: {preset: alpaca_farm_lora, lora_dropout: 0}\n")
     assert (config.kl_penalty, config.kl_coef) == ("kl", 0.05)  # type: ignore[attr-defined]
     lora = config.lora  # type: ignore[attr-defined]

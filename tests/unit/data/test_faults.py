@@ -232,7 +232,8 @@ def test_row_24_data_changed_since_the_checkpoint(read: Read) -> None:
         check_same_data(recorded, read(GOOD + GOOD, "preference").files)
     line = caught.value.lines()[0]
     assert line.startswith("error: rows.jsonl: data sha256 differs")
-    assert line.endswith("fix: use --reset-data")
+    assert line.endswith("fix: put it back, or accept the data as it is now: rlhf-ray resume RUN --reset-data")
+    check_same_data([], read(GOOD + GOOD, "preference").files)
     with pytest.raises(DataError, match="not among the data files"):
         check_same_data(recorded, read(GOOD, "preference", "other.jsonl").files)
 

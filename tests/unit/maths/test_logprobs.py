@@ -186,3 +186,28 @@ def test_bad_chunk_arguments_are_refused() -> None:
         chunked_token_logprobs(hidden, Head(4, 11), tokens, 1.0, 0, with_entropy=False)
     with pytest.raises(ValueError, match=r"tokens: expected shape \(3, 5\)"):
         chunked_token_logprobs(hidden, Head(4, 11), tokens[:, 1:], 1.0, 4, with_entropy=False)
+
+
+def test_f17_what_is_kept_for_the_backward_does_not_grow_with_the_vocabulary() -> None:
+    """The ancestor kept the logits of every position alive, and its entropy with a gradient. Counted: bytes saved by autograd."""
+
+    def kept(vocabulary: int, chunk_size: int | None) -> int:
+        hidden, tokens = _inputs(b=4, r=16, d=8, v=vocabulary)
+        head, seen = Head(8, vocabulary), {}
+
+        def note(x: Tensor) -> Tensor:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            if chunk_size is None:
+                alive = token_logprobs(head(hidden), tokens, 0.9)
+            else:
+                alive, _ = chunked_token_logprobs(hidden, head, tokens, 0.9, chunk_size, with_entropy=True)
+        assert alive.requires_grad
+        seen.pop(head.linear.weight.untyped_storage().data_ptr(), None)
+        return sum(seen.values())
+
+    logits = 4 * 16 * 2000 * 8
+    assert kept(2000, None) >= logits
+    assert kept(2000, 8) == kept(20, 8) < logits / 50

@@ -238,7 +238,7 @@ class TestSaving:
     def test_nothing_is_written_that_could_not_be_loaded(
         self, tmp_path: Path, given: dict[str, Tensor], message: str
     ) -> None:
-        """F25: the ancestor saved 0 tensors and said nothing. Empty [0] tensors are what ZeRO-3 leaves."""
+        """F25, empty adapter: the ancestor saved 0 tensors and said nothing. Empty [0] tensors are what ZeRO-3 leaves."""
         with pytest.raises(InvariantError, match=message):
             save_adapter(tmp_path / "a", given, CONFIG, "CAUSAL_LM", None, "/models/base")
         assert not list(tmp_path.iterdir())

@@ -292,6 +292,7 @@ class TestStrictLoading:
         assert [p.what for p in e.value.problems] == [f"lacks tensor {k}" for k in gone] and e.value.exit_code == 5
 
     def test_a_renamed_key(self, files: AdapterFiles, llama: nn.Module) -> None:
+        """F18: a name that matches nothing is an error, never a tensor that is silently not there."""
         tensors = {k.replace("layers.0.self_attn.q_proj", "layers.0.attention.wq"): t for k, t in files.tensors.items()}
         with pytest.raises(ArtifactError, match=r"attention\.wq.* has no place in this model"):
             wrap(llama, self.with_tensors(files, tensors), "policy")

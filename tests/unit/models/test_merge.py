@@ -156,7 +156,7 @@ class TestRewardModels:
         make_run: Callable[..., RunFolder],
         request: pytest.FixtureRequest,
     ) -> None:
-        """F26: scores before the merge, after it, and after reloading it, ours and plain transformers', to 1e-5."""
+        """F26, lost reward head: scores before the merge, after it, and reloaded, ours and plain transformers', to 1e-5."""
         base = request.getfixturevalue(family)()
         run = make_run("reward", base, head=HEAD)
         before = ScalarHead(64, HEAD)(
@@ -194,7 +194,7 @@ class TestRefusals:
     def test_a_merge_that_changes_nothing(
         self, load: Load, tiny_llama: Make, save_trained: Callable[..., str], tmp_path: Path
     ) -> None:
-        """F25: the ancestor merged an empty adapter, returned the base and reported nothing."""
+        """F25, merge that changes nothing: the ancestor merged an empty adapter, returned the base and reported nothing."""
         base = tiny_llama()
         save_trained(base, tmp_path / "a")
         weights = tmp_path / "a" / "adapter_model.safetensors"
@@ -220,7 +220,7 @@ class TestRefusals:
     def test_a_wrong_merge_is_caught_before_it_is_saved(
         self, tiny_llama: Make, save_trained: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A fold that forgets a layer, or the scale, does not answer as the unmerged model."""
+        """F25, merged != unmerged: a fold that forgets a layer, or the scale, does not answer as the unmerged model."""
         save_trained(tiny_llama(), tmp_path / "a")
         plain = merge._fold
         seen: list[int] = []

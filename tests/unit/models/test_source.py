@@ -30,6 +30,7 @@ def edit(path: Path, **values: Any) -> None:
 
 class TestLocalFolders:
     def test_a_model_folder_is_itself(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """F37: a relative path is recorded as an absolute one, so that an artefact means the same from any folder."""
         monkeypatch.chdir(copy.parent)
         source = resolve_source("Base-Model")
         assert (source.folder, source.name, source.revision) == (copy, str(copy), None)

@@ -28,7 +28,7 @@ class TestPad:
         assert (choice.id, choice.token) == (1, "<p>")
 
     def test_pad_equal_to_eos_is_never_taken(self) -> None:
-        """F12. The unknown token stands in, and the reason is told."""
+        """F12, pad = eos. The unknown token stands in, and the reason is told."""
         choice = choose_pad(words("<unk>", "a", "</s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"))
         assert (choice.id, choice.token) == (0, "<unk>") and "its pad is its end token" in choice.why
 
@@ -79,6 +79,7 @@ class TestEnd:
 
     @pytest.mark.parametrize("override", [(100_000,), (-1,), (4,), ()])
     def test_a_foreign_stop_id_is_rejected(self, override: tuple[int, ...]) -> None:
+        """F27, eos id wrong: 100000 is somebody else's end token, and an ordinary word here."""
         with pytest.raises(ConfigError, match="stop_token_ids"):
             eos_ids(self.TOKENS, None, override)
 

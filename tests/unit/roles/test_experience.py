@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def test_kl_in_the_loss_leaves_the_reward_alone() -> None:
 
 
 def test_whitening_ignores_padding() -> None:
-    """F3: mean 0 and variance 1 over the five real tokens, 0 on padding."""
+    """F3, whitening over padding: mean 0 and variance 1 over the five real tokens, 0 on padding."""
     experience, _ = make_experience(*parts(), config(whiten_advantages=True), 0.0, RunningMoments())
     real = experience.advantages[MASK]
     assert real.mean().abs() < 1e-6 and (real.std(correction=0) - 1).abs() < 1e-5
@@ -92,3 +93,26 @@ def test_rloo_by_hand() -> None:
         rollout, scores, Evaluation(evaluation.logprobs, evaluation.entropy, None, None), made, 0.0, RunningMoments()
     )
     assert experience.advantages.tolist() == [[-1, -1, -1, 0], [1, 1, 0, 0]]
+
+
+def test_only_replies_that_were_cut_off_pay_the_missing_eos_penalty() -> None:
+    """F9: decided by whether an end token was sampled, so a finished reply is never charged and a capped one always is."""
+    scores = parts()[1]  # 1 and 2
+    finished = torch.tensor([True, False])
+    assert final_scores(scores, finished, config(missing_eos_penalty=1.5), RunningMoments()).tolist() == [1.0, 0.5]
+    assert final_scores(scores, ~finished, config(missing_eos_penalty=1.5), RunningMoments()).tolist() == [-0.5, 2.0]
+    assert final_scores(scores, finished, config(missing_eos_penalty=None), RunningMoments()).tolist() == [1.0, 2.0]
+
+
+def test_the_true_kl_is_logged_whatever_the_penalty() -> None:
+    """F14: the ancestor logged its penalty, clamped at 0, as "kl". Here a negative k1 is shown negative beside it."""
+    rollout, scores, evaluation = parts()
+    below = Evaluation(-evaluation.logprobs, evaluation.entropy, evaluation.values, evaluation.bootstrap)
+    for kind in ("clamped_kl", "none", "jensen_shannon"):
+        _, metrics = make_experience(rollout, scores, below, config(kl_penalty=kind), 0.05, RunningMoments())
+        assert metrics["kl/k1_per_response"] == pytest.approx(
+            -0.1
+        )  # row 0: -0.2 + 0.4 - 0.4; row 1: 0; the mean of both
+        k3 = sum(math.exp(-d) - 1 + d for d in (-0.2, 0.4, -0.4)) / 2
+        assert metrics["kl/k3_per_response"] == pytest.approx(k3, rel=1e-5)
+        assert metrics["kl/penalty_per_response"] >= 0.0

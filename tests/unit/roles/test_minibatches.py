@@ -11,7 +11,7 @@ from rlhf_ray.roles.minibatches import chunks, microbatches, minibatches
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 5), st.integers(1, 9))
 def test_every_row_once_per_epoch_over_all_ranks(parts: int, rows_each: int, world: int, width: int) -> None:
-    """F1: accumulation never runs a microbatch twice."""
+    """F1, accumulation repeating a microbatch: every row comes exactly once an epoch, over all ranks."""
     rows = parts * rows_each
     seen = []
     for minibatch in minibatches(0, 1, 0, rows, parts):

@@ -80,3 +80,16 @@ def test_drift_counts_replies_whose_text_is_other_tokens(backbone: Backbone) -> 
     ids = [[*clean, tokenizer.eos_token_id], broken]
     texts = Texts(["", ""], [str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids], ids, [{}, {}])
     assert reward.drift(texts).tolist() == [0.0, 1.0]
+
+
+def test_clean_text_takes_the_same_ids_to_the_reward_model_either_way(backbone: Backbone) -> None:
+    """F10: ids path == text path. What was sampled, decoded and encoded again by the reward model is what was sampled."""
+    tokenizer, template = backbone.tokenizer, load_template("alpaca_short")
+    rows, said = [row("Name a bird."), row("Zwölf?")], ["Wren.", "é — ja"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    sampled = [[*tokenizer.encode(text, add_special_tokens=False), eos] for text in said]
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sampled]
+    prompts, replies = Reader(backbone, template, True).encode(rows, texts, [True, True])
+    assert replies == sampled
+    rendered = [template.render(r.prompt) for r in rows]
+    assert prompts == [[bos, *tokenizer.encode(text, add_special_tokens=False)] for text in rendered]

@@ -1,4 +1,4 @@
-"""Resources are checked before anything waits."""
+"""Resources are checked before anything waits (faults 41, 43; exit 3)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def job(**learner: Any) -> SFTConfig:
 
 
 def test_more_gpus_than_any_node_has() -> None:
-    with pytest.raises(ResourceError, match=r"no node has 8 GPU.*largest node has 1"):
+    with pytest.raises(ResourceError, match=r"no node has 8 GPU.*largest node has 1") as caught:
         check_resources(1, {"CPU": 1.0, "GPU": 8.0}, [node(64, 1), node(64, 9, alive=False)])
+    assert caught.value.exit_code == 3 and len(caught.value.lines()) == 1
 
 
 def test_more_workers_than_there_is_room_for() -> None:

@@ -148,6 +148,18 @@ def test_parameters_move_in_the_first_update(
     assert all(changed)
 
 
+def test_the_gradient_norm_is_logged_as_it_was_before_clipping(
+    tmp_path: Path, session: Session, make_backbone: Callable[..., Backbone]
+) -> None:
+    """Seeds F23: by the definition over the gradients of one step, which are clipped to a tenth of it."""
+    _, _, gradients = run(config_of(tmp_path, max_grad_norm=1e9), make_backbone(), session, rows(8))
+    norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()])))
+    _, logs, clipped = run(config_of(tmp_path, max_grad_norm=norm / 10), make_backbone(), session, rows(8))
+    assert logs[0][1]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    after = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in clipped.values()])))
+    assert after == pytest.approx(norm / 10, rel=1e-3)
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "adamw_8bit"])
 def test_every_optimizer_trains(
     optim: str, tmp_path: Path, session: Session, make_backbone: Callable[..., Backbone]

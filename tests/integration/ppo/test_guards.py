@@ -1,0 +1,201 @@
+"""What went wrong in silence in other systems, tried on a whole PPO run: bare defaults, short runs, drift on resume, bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.console import Console, NullConsole
+from rlhf_ray.errors import ArtifactError, ConfigError, DataError, InvariantError
+from rlhf_ray.metrics import read_metrics
+from rlhf_ray.models.artifact import open_run
+from rlhf_ray.roles.experience import Evaluation
+from rlhf_ray.roles.learner import Learner
+from rlhf_ray.run import Run
+from rlhf_ray.stages.ppo import ppo
+from rlhf_ray.stages.resume import resume
+
+pytestmark = pytest.mark.integration
+Job = Callable[..., PPOConfig]
+
+
+def run(config: PPOConfig, console: Console | None = None) -> Run:
+    return ppo(config, console or NullConsole())
+
+
+def rows_of(done: Run) -> list[dict[str, Any]]:
+    return read_metrics(Path(done.run_dir) / "metrics.jsonl")
+
+
+def test_bare_defaults_run(tmp_path: Path, tiny_llama: Callable[..., Path], reward_file: str) -> None:
+    """F2: the ancestor's own default KL penalty raised, after four models were loaded and a rollout was done.
+
+    Only what has no default is set, and what bounds the time: one step, in this process."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"instruction": f"Say {i}."}) + "\n" for i in range(300)))
+    config = PPOConfig(
+        output_dir=str(tmp_path / "run"),
+        model_name_or_path=str(tiny_llama(context=320)),
+        data={"train": str(prompts)},
+        rewards=[{"function": reward_file}],
+        learner={"num_workers": 0, "num_threads": 1},
+        max_steps=1,
+        eval_on_start=False,
+    )
+    done = run(config)
+    last = rows_of(done)[-1]
+    assert (last["step"], last["kl/coef"], last["response/length"] > 1) == (1, 0.05, True)
+    assert load_file(Path(done.run_dir) / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_short_run_leaves_its_result_and_its_last_step(ppo_job: Job) -> None:
+    """F31 and F7, no final save: the ancestors saved every 100 steps and not at the end; 3 steps left nothing."""
+    done = run(ppo_job("short", save_steps=100, eval_steps=100))
+    folder = Path(done.run_dir)
+    assert [p.name for p in sorted((folder / "checkpoints").glob("step_*"))] == ["step_000003"]
+    assert (folder / "checkpoints" / "step_000003" / "optimizer.safetensors").is_file()
+    saved, result = (
+        load_file(place / "adapter" / "adapter_model.safetensors")
+        for place in (folder / "checkpoints" / "step_000003", folder)
+    )
+    assert saved.keys() == result.keys() and all(torch.equal(saved[k], result[k]) for k in saved)
+    assert any(bool(t.any()) for k, t in result.items() if "lora_B" in k)
+
+
+def test_the_critic_learns_to_explain_the_returns(ppo_job: Job, tmp_path: Path) -> None:
+    """F4: with whitened rewards of about 17, a value clip of 0.2 and a head of zeros, the ancestor's critic could barely move.
+
+    Here the prompt alone decides the reward, which is as large as that, and the defaults have to learn it."""
+    prompts, rule = tmp_path / "two_kinds.jsonl", tmp_path / "kinds.py"
+    asked = [f"{'up' if i % 2 else 'DOWN'} {i} {'up' if i % 2 else 'DOWN'}" for i in range(80)]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
+    rule.write_text(
+        "def score(prompts, completions, **k):\n    return [17.0 if 'up' in p else -17.0 for p in prompts]\n"
+    )
+    changes: dict[str, Any] = {
+        "data": {"train": str(prompts)},
+        "rewards": [{"name": "kinds", "function": f"{rule}:score"}],
+        "value": {"learning_rate": 1e-2},
+        "learning_rate": 1e-6,
+        "normalize_rewards": True,
+        "missing_eos_penalty": None,
+        "rollout_batch_size": 32,
+        "per_device_train_batch_size": 16,
+        "response_length": 4,
+        "max_steps": 10,
+        "eval_on_start": False,
+        "eval_steps": 100,
+    }
+    explained = [row["value/explained_variance"] for row in rows_of(run(ppo_job("critic", **changes)))]
+    assert abs(explained[0]) < 0.05 and sum(explained[-2:]) / 2 > 0.5
+
+
+def test_the_gradient_norm_is_logged_as_it_was_before_clipping(ppo_job: Job) -> None:
+    """F23: logged after clipping it can never exceed the limit, and an explosion looks calm."""
+    last = rows_of(run(ppo_job("clipped", max_steps=1, max_grad_norm=1e-4)))[-1]
+    assert last["grad_norm/policy"] > 1e-3 and last["grad_norm/value"] > 1e-3
+
+
+def test_the_update_must_see_the_policy_that_was_evaluated(ppo_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F5, dropout making ratio != 1: any difference between the two passes stops the run at its first minibatch."""
+    plain = Learner.evaluate
+
+    def elsewhere(self: Learner, rollout: Any, step: int) -> Evaluation:
+        found = plain(self, rollout, step)
+        return replace(found, logprobs=torch.where(rollout.response_mask, found.logprobs - 5e-4, found.logprobs))
+
+    monkeypatch.setattr(Learner, "evaluate", elsewhere)
+    with pytest.raises(InvariantError, match=r"step 1: the probability ratio of the first minibatch is not 1"):
+        run(ppo_job("run"))
+
+
+def test_equal_rewards_are_told_and_give_no_nan(ppo_job: Job, tmp_path: Path, console: Any) -> None:
+    """Fault 27: a constant reward; also the spread that F33's batch of one did not have."""
+    path = tmp_path / "flat.py"
+    path.write_text("def score(prompts, completions, **k):\n    return [1.0] * len(prompts)\n")
+    flat = {"rewards": [{"name": "flat", "function": f"{path}:score"}], "normalize_rewards": True, "max_steps": 2}
+    done = run(ppo_job("flat", **flat), console)
+    told = [w for w in console.warnings if w.startswith("reward std 0 at step 1")]
+    assert done.status == "done" and len(told) == 1
+    assert all(value == value for row in rows_of(done) for value in row.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"response_length": 256},
+            "response_length: leaves no room for a prompt; expected below 256 (the model's context)",
+        ),
+        ({"response_length": 128, "max_length": 129}, "prompts.jsonl: no prompt is left to train on"),
+        ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
+        ({"rollout_batch_size": 128}, "data.train: "),
+        (
+            {"stop_token_ids": [100_000]},
+            "stop_token_ids: not in the vocabulary; expected ids from 0 to 259; got 100000",
+        ),
+        ({"template": "chat"}, "template: the tokenizer has no chat template"),
+    ],
+    ids=["fault 45", "fault 20", "fault 26", "fault 23", "F27 eos id wrong", "fault 52"],
+)
+def test_jobs_that_cannot_run_say_so_in_one_line(ppo_job: Job, changes: dict[str, Any], message: str) -> None:
+    """Faults that show only once the model or the data is there: told before the first rollout, with exit code 2 or 4."""
+    with pytest.raises((ConfigError, DataError)) as caught:
+        run(ppo_job("run", **changes))
+    (line,) = caught.value.lines()
+    assert message in line
+
+
+class TestGoingOn:
+    """A run that was interrupted in its third step, resumed under conditions that changed meanwhile."""
+
+    @pytest.fixture
+    def broken(self, ppo_job: Job, monkeypatch: pytest.MonkeyPatch) -> PPOConfig:
+        monkeypatch.setenv("FAIL_AT_CALL", "5")  # 2 chunks a step
+        config = ppo_job("broken", save_steps=1, eval_on_start=False, eval_steps=100, resume="auto")
+        with pytest.raises(RuntimeError, match="reward service"):
+            run(config)
+        monkeypatch.delenv("FAIL_AT_CALL")
+        return config
+
+    def test_another_configuration_is_refused_field_by_field(self, broken: PPOConfig) -> None:
+        """Fault 56: silent drift. What only says where and how often may change."""
+        other = broken.model_copy(update={"kl_coef": 0.3, "lam": 0.9, "run_name": "again", "save_total_limit": 9})
+        with pytest.raises(ConfigError) as caught:
+            run(other)
+        assert caught.value.lines() == [
+            f"error: {name}: {broken.output_dir} holds a run with another value; expected {old}; got {new}; "
+            "fix: put it back, or choose another output_dir"
+            for name, old, new in (("kl_coef", "0.05", "0.3"), ("lam", "0.95", "0.9"))
+        ]
+        allowed = broken.model_copy(update={"save_total_limit": 9, "run_name": "again"})
+        assert run(allowed).status == "done"
+
+    def test_other_data_are_refused_unless_accepted(self, broken: PPOConfig, prompts_file: Path) -> None:
+        """Fault 24: rows that moved would be replayed or skipped without a word."""
+        recorded = open_run(broken.output_dir, verify=False).manifest()["data"][0]["sha256"]
+        lines = prompts_file.read_text().splitlines(keepends=True)
+        prompts_file.write_text("".join(lines[::-1]))
+        with pytest.raises(DataError) as caught:
+            run(broken)
+        (line,) = caught.value.lines()
+        assert f"{prompts_file}: data sha256 differs from the checkpoint's; expected {recorded}; got " in line
+        assert line.endswith("rlhf-ray resume RUN --reset-data") and caught.value.exit_code == 4
+        assert resume(broken.output_dir, NullConsole(), reset_data=True).status == "done"
+        assert open_run(broken.output_dir).manifest()["data"][0]["sha256"] != recorded
+
+    def test_checkpoints_that_are_all_gone_end_the_job(self, broken: PPOConfig) -> None:
+        """F31, F7, fault 19: the ancestor looked for another file name, found nothing, and started from scratch."""
+        for weights in Path(broken.output_dir).glob("checkpoints/step_*/adapter/adapter_model.safetensors"):
+            weights.unlink()
+        with pytest.raises(ArtifactError, match="no valid checkpoint") as caught:
+            resume(broken.output_dir, NullConsole())
+        assert caught.value.exit_code == 5

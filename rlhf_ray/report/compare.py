@@ -138,18 +138,18 @@ def evaluate_story(run: RunFiles) -> Story:
 
 
 def compared(policies: Sequence[str], table: Table) -> str:
-    """The policies in one sentence, and whether the last differs from the first; empty if there is nothing to compare."""
+    """The policies in one sentence, and whether the last differs from the one before it; empty if there is nothing to compare."""
     metric = next((m for m in ("true_reward", "reward", "win_rate") if len(table.get(m, {})) > 1), None)
     if metric is None or len(policies) < 2:
         return ""
     values, errors, unit = table[metric], table.get(f"{metric}_se", {}), _unit(metric)
-    first, final = policies[0], policies[-1]
-    if first not in values or final not in values:
+    before, final = policies[-2], policies[-1]
+    if before not in values or final not in values:
         return ""
     told = [f"{shown(values[p], unit)} for {p}" for p in policies if p in values]
     text = f"{HEADINGS[metric].capitalize()}: {', '.join(told[:-1])} and {told[-1]}"
-    if first in errors and final in errors:
-        noise = 1.96 * (errors[first] ** 2 + errors[final] ** 2) ** 0.5
-        clear = abs(values[final] - values[first]) > noise
-        text += f"; {final} {'differs clearly' if clear else 'does not differ clearly'} from {first}"
+    if before in errors and final in errors:
+        noise = 1.96 * (errors[before] ** 2 + errors[final] ** 2) ** 0.5
+        clear = abs(values[final] - values[before]) > noise
+        text += f"; {final} {'differs clearly' if clear else 'does not differ clearly'} from {before}"
     return text + "."

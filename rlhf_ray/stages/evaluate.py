@@ -28,12 +28,13 @@ from rlhf_ray.models.lineage import header_line
 from rlhf_ray.roles.judging import Comparison, Judged, compare, distinct_2
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
+from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.evaluate_files import Outcome, artifacts, show, write_results
 from rlhf_ray.stages.header import config_line
 from rlhf_ray.stages.launch import launch
 from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
 from rlhf_ray.stages.quiet import quiet_libraries
-from rlhf_ray.stages.supervised import discarded_on_error, enter
+from rlhf_ray.stages.supervised import enter
 
 TRUE = "true_reward"
 """A reward source of this name is the task's own rule; its mean is published as true_reward/<policy>."""

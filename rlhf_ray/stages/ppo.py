@@ -21,6 +21,7 @@ from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.maths.controllers import make_controller
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.maths.stats import RunningMoments
+from rlhf_ray.models.artifact import is_run
 from rlhf_ray.roles import invariants
 from rlhf_ray.roles.collector import Collected
 from rlhf_ray.roles.experience import Evaluation, make_experience
@@ -28,6 +29,7 @@ from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.heldout import HeldOut, sample_rows
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, peak_memory, seed_everything
+from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.launch import launch
 from rlhf_ray.stages.ppo_setup import PPOSetup, set_up
 from rlhf_ray.stages.ppo_store import Best, finish, restore, save, start_run
@@ -40,13 +42,15 @@ def ppo(config: PPOConfig, console: Console | None = None) -> Run:
 
 def train_ppo(config: PPOConfig, session: Session) -> Run:
     """The body of the stage; every rank of the learner group runs it."""
+    is_new = session.is_main and not is_run(config.output_dir)
     folder = start_run(config, session)
     if session.from_main(folder.manifest()["status"]) == "done":
         session.console.log(f"ppo: {config.output_dir} is finished; nothing to do")
         return Run.load(folder.path)
     with folder.lock() if session.is_main else nullcontext():
         seed_everything(config.seed)
-        setup = set_up(config, session, folder)
+        with discarded_on_error(folder, is_new):
+            setup = set_up(config, session, folder)
         loop = PPOLoop(config, session, setup)
         with setup.writers:
             restore(loop)

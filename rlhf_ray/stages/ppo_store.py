@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 from rlhf_ray.models.adapters import adapter_tensors, load_adapter_tensors, save_adapter
 from rlhf_ray.models.artifact import (
@@ -22,6 +23,7 @@ from rlhf_ray.models.artifact import (
     RunFolder,
     atomic_save_tensors,
     atomic_write_json,
+    atomic_write_text,
     config_changes,
     create_run,
     open_run,
@@ -58,7 +60,12 @@ def start_run(config: PPOConfig, session: Session) -> RunFolder:
     """Rank 0 makes the run folder; all ranks open it. ConfigError if it holds a run that was started with other settings."""
     if session.is_main:
         values = config.model_dump(mode="json")
-        _require_same(create_run(config.output_dir, "ppo", values, config.resume), values)
+        folder = create_run(config.output_dir, "ppo", values, config.resume)
+        if folder.checkpoints() or folder.manifest()["status"] == "done":
+            _require_same(folder, values)
+        else:  # nothing was kept of what ran under other settings
+            atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
+            folder.update_manifest(seed=config.seed)
     session.barrier()
     return open_run(config.output_dir)
 
@@ -110,11 +117,12 @@ def save_roles(loop: PPOLoop, folder: Path) -> None:
 
 
 def restore(loop: PPOLoop) -> None:
-    """Go on from the newest valid checkpoint, if there is one."""
+    """Go on from the newest valid checkpoint; without one, from the start, with empty logs."""
     checkpoint, warnings = loop.setup.folder.newest_checkpoint()
     for line in warnings:
         loop.session.console.warn(line)
     if checkpoint is None:
+        _cut_logs(loop, 0, 0)
         return
     state = json.loads((checkpoint.path / "state.json").read_text())
     _restore_roles(loop, checkpoint)
@@ -128,10 +136,15 @@ def restore(loop: PPOLoop) -> None:
     loop.learner.version = state["adapter_version"]
     if loop.learner.publish().sha256 != state["adapter_sha256"]:
         raise ArtifactError.at(str(checkpoint.path), "the adapter restored is not the one that was saved")
-    if loop.session.is_main:
-        loop.setup.writers.metrics.resume_at(state["metrics_bytes"])
-        loop.setup.writers.samples.resume_at(state["samples_bytes"])
+    _cut_logs(loop, state["metrics_bytes"], state["samples_bytes"])
     loop.session.console.log(f"ppo: going on from step {progress.step} ({checkpoint.path})")
+
+
+def _cut_logs(loop: PPOLoop, metrics_bytes: int, samples_bytes: int) -> None:
+    """Forget what was logged of steps that will be taken again."""
+    if loop.session.is_main:
+        loop.setup.writers.metrics.resume_at(metrics_bytes)
+        loop.setup.writers.samples.resume_at(samples_bytes)
 
 
 def finish(loop: PPOLoop) -> Run:

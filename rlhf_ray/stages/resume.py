@@ -27,7 +27,9 @@ def resume(run: str | Path, console: Console | None = None, reset_data: bool = F
 
         return demo(folder.path, console=console)
     values = {**folder.config(), "resume": "auto"}
-    if Path(str(values.get("output_dir"))).resolve() != folder.path.resolve():  # it was moved, or named from another folder
+    if (
+        Path(str(values.get("output_dir"))).resolve() != folder.path.resolve()
+    ):  # it was moved, or named from another folder
         values["output_dir"] = str(folder.path)
     config = load_dict(config_class(folder.stage), values, str(folder.path / "config.yaml"))
     stage = import_module(f"rlhf_ray.stages.{folder.stage}")

@@ -5,11 +5,10 @@ enter the run folder -> read rows -> load the base, check lineage -> tokenise ->
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from rlhf_ray.models.checkpoints import delete_checkpoint
 from rlhf_ray.report import write_report
 from rlhf_ray.run import Run, load_run
 from rlhf_ray.session import Session, seed_everything
+from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.header import header_lines, warnings_about
 from rlhf_ray.stages.keeper import Keeper
 from rlhf_ray.stages.row_order import RowOrder
@@ -79,17 +79,6 @@ def enter(config: SupervisedConfig, session: Session, stage: str, stack: ExitSta
             _start_over(folder, config)
     finished = session.from_main(finished)
     return RunFolder(Path(config.output_dir).absolute()), None if finished is None else Run.from_json(finished)
-
-
-@contextlib.contextmanager
-def discarded_on_error(folder: RunFolder, is_new: bool) -> Iterator[None]:
-    """Leave no new run behind that has not taken a step: the job is mended and started again under the same name."""
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            shutil.rmtree(folder.path, ignore_errors=True)
-        raise
 
 
 def _require_same(folder: RunFolder, values: dict[str, Any]) -> None:

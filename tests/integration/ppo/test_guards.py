@@ -41,16 +41,16 @@ def test_bare_defaults_run(tmp_path: Path, tiny_llama: Callable[..., Path], rewa
     Only what has no default is set, and what bounds the time: one step, in this process."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"instruction": f"Say {i}."}) + "\n" for i in range(300)))
-    config = PPOConfig(
-        output_dir=str(tmp_path / "run"),
-        model_name_or_path=str(tiny_llama(context=320)),
-        data={"train": str(prompts)},
-        rewards=[{"function": reward_file}],
-        learner={"num_workers": 0, "num_threads": 1},
-        max_steps=1,
-        eval_on_start=False,
-    )
-    done = run(config)
+    fields: dict[str, Any] = {
+        "output_dir": str(tmp_path / "run"),
+        "model_name_or_path": str(tiny_llama(context=320)),
+        "data": {"train": str(prompts)},
+        "rewards": [{"function": reward_file}],
+        "learner": {"num_workers": 0, "num_threads": 1},
+        "max_steps": 1,
+        "eval_on_start": False,
+    }
+    done = run(PPOConfig(**fields))
     last = rows_of(done)[-1]
     assert (last["step"], last["kl/coef"], last["response/length"] > 1) == (1, 0.05, True)
     assert load_file(Path(done.run_dir) / "adapter" / "adapter_model.safetensors")
@@ -199,3 +199,26 @@ class TestGoingOn:
         with pytest.raises(ArtifactError, match="no valid checkpoint") as caught:
             resume(broken.output_dir, NullConsole())
         assert caught.value.exit_code == 5
+
+
+def test_a_job_that_fails_before_its_first_step_leaves_no_run(ppo_job: Job) -> None:
+    """It is mended and started again under the same name."""
+    wrong = ppo_job("run", stop_token_ids=[100_000])
+    with pytest.raises(ConfigError, match="stop_token_ids"):
+        run(wrong)
+    assert not Path(wrong.output_dir).exists()
+    assert run(ppo_job("run", max_steps=1)).status == "done"
+
+
+def test_a_run_without_a_checkpoint_starts_over_under_the_job_as_it_is_now(
+    ppo_job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its metrics hold every step once."""
+    monkeypatch.setenv("FAIL_AT_CALL", "2")  # the held-out replies are one call, the first chunk of step 1 the next
+    with pytest.raises(RuntimeError, match="reward service"):
+        run(ppo_job("run", resume="auto"))
+    monkeypatch.delenv("FAIL_AT_CALL")
+    done = run(ppo_job("run", resume="auto", kl_coef=0.3, num_samples_logged=2))
+    assert [row["step"] for row in rows_of(done)] == [0, 1, 2, 3] and rows_of(done)[-1]["kl/coef"] == 0.3
+    assert open_run(done.run_dir).config()["kl_coef"] == 0.3
+    assert len(read_metrics(Path(done.run_dir) / "samples.jsonl")) == 2 * 3

@@ -1,0 +1,20 @@
+"""A job that fails before its first step leaves no run behind."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+
+from rlhf_ray.models.artifact import RunFolder
+
+
+@contextlib.contextmanager
+def discarded_on_error(folder: RunFolder, is_new: bool) -> Iterator[None]:
+    """Leave no new run behind that has not taken a step: the job is mended and started again under the same name."""
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise

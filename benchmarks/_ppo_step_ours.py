@@ -1,4 +1,4 @@
-"""Our side of ppo_step_vs_trl.py: runs FOLDER's job for STEPS steps on THREADS threads and prints seconds and memory as JSON."""
+"""Our side of ppo_step_vs_trl.py: FOLDER STEPS THREADS CRITIC (own or shared). Prints seconds and memory as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf_ray.console import LocalConsole
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.stages import ppo as stage
 
-folder, steps, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder, steps, threads, critic = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 before: list[int] = []
 
 
@@ -36,6 +36,7 @@ config = PPOConfig(
     data={"train": str(folder / "prompts.jsonl"), "held_out_fraction": 0.0},
     rewards=[{"name": "judge", "model": str(folder / "reward")}],
     lora={"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    value={"adapter": critic},
     learner={"num_workers": 0, "num_threads": threads},
     rollout_batch_size=64,
     num_mini_batches=1,

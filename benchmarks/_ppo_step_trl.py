@@ -1,4 +1,4 @@
-"""TRL's side of ppo_step_vs_trl.py; needs trl==1.12.0, not rlhf_ray. Prints seconds and memory as JSON."""
+"""TRL's side of ppo_step_vs_trl.py: FOLDER STEPS THREADS. Needs trl==1.12.0, not rlhf_ray. Prints seconds and memory as JSON."""
 
 from __future__ import annotations
 

@@ -72,6 +72,16 @@ class RoleModels(nn.Module):
         self.recompute = False
         """Activations are recomputed in the backward pass; transformers does so in training mode only."""
 
+    @property
+    def shares_trunk(self) -> bool:
+        """The critic is a head on the policy's own adapter: one pass gives log-probabilities and values."""
+        policy, critic = self.seats.get("policy"), self.seats.get("value")
+        return (
+            policy is not None
+            and critic is not None
+            and (policy.stack, policy.adapter) == (critic.stack, critic.adapter)
+        )
+
     def stack_of(self, role: str) -> AdapterStack:
         return self.stacks[self.seats[role].stack]  # type: ignore[return-value]
 
@@ -114,9 +124,7 @@ class RoleModels(nn.Module):
         logprobs, entropy = stack.logprobs(states, seq, temperature, with_entropy)
         if "value" not in self.seats:
             return logprobs, entropy, None, None
-        critic = self.seats["value"]
-        shared = (critic.stack, critic.adapter) == (policy.stack, policy.adapter)
-        values, after = reply_values(states, self.head_of("value"), seq) if shared else self.values(seq)
+        values, after = reply_values(states, self.head_of("value"), seq) if self.shares_trunk else self.values(seq)
         return logprobs, entropy, values, after
 
     def rewards(self, role: str, seq: Sequences) -> Tensor:

@@ -5,6 +5,7 @@ A plain class; every rank has one. All ranks hold all rows of a step, work on th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -143,51 +144,69 @@ class Learner:
         train_policy = learning_rates["policy"] > 0
         micros = self._microbatches(minibatch)
         sums: dict[str, float] = {"tokens": float(tokens) if self.session.is_main else 0.0}
-        deviation, largest = 0.0, 0.0
+        deviation = 0.0
         for number, micro in enumerate(micros):
             seq = self._sequences(experience.tokens, experience.prompt_mask, experience.response_mask, micro)
             rows = experience.rows(micro.index)
-            loss, found, (worst, ratio) = self._loss(
-                seq, rows, micro, kl_coef if self.config.use_kl_loss else 0.0, train_policy
-            )
-            self.engine.accumulate(loss / tokens, last=number == len(micros) - 1)
-            deviation, largest = max(deviation, worst), max(largest, ratio)
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value
+            mask = seq.response_mask & micro.counts.to(seq.tokens.device)[:, None]
+            for loss, found in self._losses(seq, rows, mask, kl_coef, train_policy):
+                self.engine.accumulate(loss / tokens, last=number == len(micros) - 1)
+                deviation = max(deviation, found.pop("ratio_max_deviation", 0.0))
+                stats.maxima["ratio"] = max(stats.maxima["ratio"], found.pop("ratio_max", 0.0))
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
         stats.norms.append(self.engine.step(learning_rates))
         names = sorted(sums)
         totals = dict(zip(names, self.session.sum([sums[n] for n in names])))
         for name, value in totals.items():
             stats.sums[name] = stats.sums.get(name, 0.0) + value
-        stats.maxima["ratio"] = max(stats.maxima["ratio"], largest)
         if first:
             stats.maxima["first_deviation"] = max(self.session.gather(deviation))
         return totals["approx_kl"] / tokens
 
-    def _loss(
-        self, seq: Sequences, rows: Experience, micro: Microbatch, kl_loss_coef: float, train_policy: bool
-    ) -> tuple[Tensor, dict[str, float], tuple[float, float]]:
-        """The microbatch's loss SUM (divided by the minibatch's token count by the caller), its statistics, and two maxima over
-        its tokens: |ratio - 1| and the ratio."""
-        config, width, device = self.config, seq.response_width, seq.tokens.device
-        old, ref, old_values, advantages, targets = (
-            x[:, :width].to(device)
-            for x in (rows.old_logprobs, rows.ref_logprobs, rows.old_values, rows.advantages, rows.returns)
+    def _losses(
+        self, seq: Sequences, rows: Experience, mask: Tensor, kl_coef: float, train_policy: bool
+    ) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """The microbatch's loss SUMS (the caller divides by the minibatch's token count), each with its statistics.
+
+        Policy and critic together where they share a trunk; else one after the other, so that the activations of only one pass are
+        alive at a time. ZeRO 1 to 3 reduce gradients in a single backward at the end of an accumulation: together as well."""
+        module, temperature = self.engine.module, self.config.temperature
+        if "value" in self.models.seats and (self.models.shares_trunk or self.engine.zero_stage > 0):
+            new, _, values, _ = module("both", seq, temperature)
+            policy, found = self._policy_loss(new, rows, mask, kl_coef, train_policy)
+            value, more = self._value_loss(values, rows, mask)
+            yield policy + value, found | more
+            return
+        new, _ = module("logprobs", "policy", seq, temperature)
+        yield self._policy_loss(new, rows, mask, kl_coef, train_policy)
+        if "value" in self.models.seats:
+            values, _ = module("values", seq)
+            yield self._value_loss(values, rows, mask)
+
+    def _policy_loss(
+        self, new: Tensor, rows: Experience, mask: Tensor, kl_coef: float, train_policy: bool
+    ) -> tuple[Tensor, dict[str, float]]:
+        config, width = self.config, new.shape[1]
+        old, ref, advantages = (
+            x[:, :width].to(new.device) for x in (rows.old_logprobs, rows.ref_logprobs, rows.advantages)
         )
-        mask = seq.response_mask & micro.counts.to(device)[:, None]
-        new, _, values, _ = self.engine.module("both", seq, config.temperature)
         policy, _, stats = losses.policy_loss_sum(new, old, advantages, mask, config.cliprange)
         loss = policy if train_policy else policy * 0.0
-        if kl_loss_coef:
-            loss = loss + kl_loss_coef * losses.kl_loss_sum(config.kl_penalty, new, ref, mask)[0]
-        found = {"policy_loss": float(policy.detach())}
-        found |= {n: float(stats[n]) for n in ("clip_fraction", "approx_kl", "ratio")}
-        if values is not None:
-            value, count, vstats = losses.value_loss_sum(values, old_values, targets, mask, config.cliprange_value)
-            loss = loss + config.vf_coef * value
-            found |= {"value_loss": float(value.detach()), "value_tokens": float(count)}
-            found["value_clip_fraction"] = float(vstats["clip_fraction"])
-        return loss, found, (float(stats["ratio_max_deviation"]), float(stats["ratio_max"]))
+        if config.use_kl_loss and kl_coef:
+            loss = loss + kl_coef * losses.kl_loss_sum(config.kl_penalty, new, ref, mask)[0]
+        names = ("clip_fraction", "approx_kl", "ratio", "ratio_max", "ratio_max_deviation")
+        return loss, {"policy_loss": float(policy.detach()), **{name: float(stats[name]) for name in names}}
+
+    def _value_loss(self, values: Tensor, rows: Experience, mask: Tensor) -> tuple[Tensor, dict[str, float]]:
+        config, width = self.config, values.shape[1]
+        old, targets = (x[:, :width].to(values.device) for x in (rows.old_values, rows.returns))
+        value, count, stats = losses.value_loss_sum(values, old, targets, mask, config.cliprange_value)
+        return config.vf_coef * value, {
+            "value_loss": float(value.detach()),
+            "value_tokens": float(count),
+            "value_clip_fraction": float(stats["clip_fraction"]),
+        }
 
     def _check_first_ratio(self, stats: UpdateStats, step: int) -> None:
         worst = stats.maxima["first_deviation"]
@@ -225,7 +244,7 @@ def trained_groups(models: RoleModels) -> list[ParameterGroup]:
         return [ParameterGroup("policy", policy)]
     critic_seat = models.seats["value"]
     head = {f"value.head.{n}": p for n, p in models.head_of("value").named_parameters()}
-    if (critic_seat.stack, critic_seat.adapter) == (policy_seat.stack, policy_seat.adapter):
+    if models.shares_trunk:
         return [ParameterGroup("policy", policy | head)]
     critic = {
         f"value.{n}": p for n, p in adapter_parameters(models.stack_of("value").peft, str(critic_seat.adapter)).items()

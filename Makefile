@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+TRL    := $(VENV)-trl
 OUT    ?= runs/demo
 
 .PHONY: install demo test test-unit check bench clean
@@ -31,8 +32,15 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python tests/size_table.py
 
-bench: install
-	$(BIN)/python benchmarks/run_all.py
+# TRL's last release with a PPO trainer, in an environment of its own, to be measured against.
+$(TRL)/.installed: constraints.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==1.12.0 peft
+	@touch $@
+
+bench: install $(TRL)/.installed
+	$(BIN)/python benchmarks/run_all.py --trl-python $(abspath $(TRL))/bin/python
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(TRL) runs build *.egg-info

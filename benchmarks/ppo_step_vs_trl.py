@@ -8,9 +8,9 @@ apart from the policy's, 64 prompts of 64 tokens, 64 new tokens, 4 PPO epochs of
 the same threads. Each run is a process of its own; runs alternate. Reported: episodes per second of the steps after the first,
 and the peak memory of the process, in all and above what it held before its first step.
 
-`ours_shared_trunk` is our `value.adapter: shared`, a critic head on the policy's own adapter: less work, which TRL has no switch for.
+`ours_shared_trunk` is our `value.adapter: shared`, a critic head on the policy's own adapter: less work; TRL has no switch for it.
 
-A difference in the work of the other two: a reply of ours that samples the end token stops there (about 3 in 100 do), TRL samples on.
+A difference in the work of the other two: a reply of ours that samples the end token stops there (about 3 in 100 do); TRL's go on.
 """
 
 from __future__ import annotations

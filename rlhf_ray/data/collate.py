@@ -60,7 +60,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor,
 
 
 def collate_sft(examples: Sequence[TokenisedRow], pad_id: int) -> dict[str, Tensor]:
-    """input_ids, attention_mask, labels: i64[B, T], right padded. Labels are IGNORE_INDEX wherever the mask is 0 (seeds F24)."""
+    """input_ids, attention_mask, labels: i64[B, T], right padded. Labels are IGNORE_INDEX wherever the mask is 0 (F24)."""
     ids, real = pad_right([example.input_ids for example in examples], pad_id)
     labels, _ = pad_right([example.labels for example in examples], IGNORE_INDEX)
     return {"input_ids": ids, "attention_mask": real.long(), "labels": labels}

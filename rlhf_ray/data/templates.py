@@ -56,7 +56,7 @@ class Template(ABC):
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest over the JSON of `content`, keys sorted; travels with every artefact (seeds F34)."""
+        """Hex digest over the JSON of `content`, keys sorted; travels with every artefact (F34)."""
         text = json.dumps(self.content(), sort_keys=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()
 

@@ -74,7 +74,7 @@ def tokenise_sft(
 ) -> Tokenised[TokenisedRow]:
     """Prompt and completion as one sequence of at most `max_length` tokens; the loss is on the completion and its eos.
 
-    Rows without a token to learn are dropped and counted (seeds F30). Raises DataError, and ConfigError if the tokenizer has
+    Rows without a token to learn are dropped and counted (F30). Raises DataError, and ConfigError if the tokenizer has
     no eos.
     """
     eos = _eos(tokenizer) if add_eos_token else []

@@ -18,7 +18,7 @@ from rlhf_ray.roles.invariants import check_sampler_agrees
 
 class CheckedGenerator(Generator):
     """Samples as `Generator` does, then runs policy `role` over the replies in one pass, row for row as the scorer runs the
-    reference. Two policies with equal weights are then at a KL of exactly 0, in any precision (seeds F15), and a sampler that used
+    reference. Two policies with equal weights are then at a KL of exactly 0, in any precision (F15), and a sampler that used
     another adapter than the one asked for is found out: `limit` bounds the mean difference to its log-probabilities.
 
     models: the door of `RoleModels`.   rows_per_forward: as the scorer's."""

@@ -43,7 +43,10 @@ class ModelReward:
 
 
 class FunctionReward:
-    """A Python function with TRL's signature score(prompts, completions, **columns) -> list[float]."""
+    """A Python function with TRL's signature score(prompts, completions, **columns) -> list[float].
+
+    As in TRL, columns holds every column of the data that all rows have, and completion_ids; where the data's own `prompt` is a
+    list of messages, prompts are those lists and completions are lists of one assistant message."""
 
     def __init__(self, name: str, weight: float, spec: str) -> None:
         self.name, self.weight, self.spec = name, weight, spec
@@ -56,8 +59,13 @@ class FunctionReward:
         offered = {"completion_ids": list(texts.completion_ids), **columns}
         for taken in ("prompts", "completions"):
             offered.pop(taken, None)
-        got = self.function(prompts=list(texts.prompts), completions=list(texts.completions), **self._accepted(offered))
-        return checked_rewards(got, len(texts.prompts), f"reward {self.name} ({self.spec})")
+        where = f"reward {self.name} ({self.spec})"
+        try:
+            got = self.function(**_spoken(texts), **self._accepted(offered))
+        except Exception as error:
+            what = f"raised {type(error).__name__}: {error}"
+            raise InvariantError.at(where, what, fix="mend the function, then resume the run") from error
+        return checked_rewards(got, len(texts.prompts), where)
 
     def _accepted(self, offered: dict[str, Any]) -> dict[str, Any]:
         """TRL hands over every column; a function without **kwargs gets those it names."""
@@ -65,6 +73,13 @@ class FunctionReward:
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             return offered
         return {name: value for name, value in offered.items() if name in parameters}
+
+
+def _spoken(texts: Texts) -> dict[str, Any]:
+    if texts.columns and all(isinstance(columns.get("prompt"), list) for columns in texts.columns):
+        replies = [[{"role": "assistant", "content": text}] for text in texts.completions]
+        return {"prompts": [columns["prompt"] for columns in texts.columns], "completions": replies}
+    return {"prompts": list(texts.prompts), "completions": list(texts.completions)}
 
 
 def checked_rewards(got: Any, rows: int, where: str) -> Tensor:

@@ -10,7 +10,7 @@ from rlhf_ray.stages.task import Job, SupervisedConfig
 
 FEW_STEPS = 10
 FULL_TUNING_RATE = 1e-5
-"""Learning rates up to here belong to full fine-tuning; LoRA wants about ten times as much (seeds section 8, point 13)."""
+"""Learning rates up to here belong to full fine-tuning; LoRA wants about ten times as much."""
 
 
 def header_lines(job: Job) -> list[str]:
@@ -43,7 +43,7 @@ def config_line(config: JobFields) -> str:
 
 
 def warnings_about(config: SupervisedConfig, steps: int) -> list[str]:
-    """Settings that run and yet learn little (seeds F28)."""
+    """Settings that run and yet learn little (F28)."""
     found = []
     if steps < FEW_STEPS:
         found.append(

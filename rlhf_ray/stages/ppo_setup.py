@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 
 from rlhf_ray.batches import Rollout
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.data.collate import TokenisedPrompt, tokenise_prompts
-from rlhf_ray.data.load import load_rows
+from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, reply_budgets
 from rlhf_ray.data.templates import Template, load_template
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter
 from rlhf_ray.models.adapters import HEAD_KEY, adapter_config, load_adapter_tensors
 from rlhf_ray.models.artifact import RunFolder
@@ -35,6 +34,7 @@ from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.session import Session
 from rlhf_ray.stages.header import config_line
+from rlhf_ray.stages.ppo_prompts import load_prompts
 from rlhf_ray.stages.reward_roles import RewardRoles
 
 SAMPLER_ROWS = 64
@@ -103,9 +103,9 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     """Load, check, and say what this run is. Raises the error tree before the first rollout."""
     assembly, roles = assemble(config, session)
     backbone, template = assembly.base, roles.template
-    schedule, held_out, data_lines, manifest = _prompts(config, backbone, template)
+    prompts = load_prompts(config, backbone, template)
     if folder.checkpoints():
-        check_same_data(folder.manifest()["data"], [DataFile(**item) for item in manifest])
+        check_same_data(folder.manifest()["data"], [DataFile(**item) for item in prompts.manifest])
     models = assembly.finish()
     learner = Learner(models, config, session)
     to_texts = text_maker(backbone, template)
@@ -128,7 +128,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         )
         return Collector(generator, scorer, session, config.rollout_chunk_size, backbone.pad_id)
 
-    total = config.max_steps if config.max_steps > 0 else schedule.steps(config.num_train_epochs)
+    total = config.max_steps if config.max_steps > 0 else prompts.schedule.steps(config.num_train_epochs)
     eval_every = config.eval_steps or max(total // EVALUATIONS, 1)
     listed = frozenset(config.save_steps) if isinstance(config.save_steps, tuple) else frozenset()
     save_every = config.save_steps if isinstance(config.save_steps, int) else None if listed else eval_every
@@ -140,8 +140,8 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         collector=collector(config.temperature),
         eval_collector=collector(eval_decoding.temperature),
         eval_decoding=eval_decoding,
-        schedule=schedule,
-        held_out=held_out,
+        schedule=prompts.schedule,
+        held_out=prompts.held_out,
         stop_ids=stop_ids,
         total_steps=total,
         eval_every=eval_every,
@@ -157,8 +157,10 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         writers=Writers(config, folder, session.is_main),
     )
     if session.is_main:
-        _write_manifest(setup, assembly, roles, manifest, session)
-        session.console.header(f"ppo  {config.output_dir}", header_lines(config, setup, roles, session, data_lines))
+        _write_manifest(setup, assembly, roles, prompts.manifest, session)
+        session.console.header(f"ppo  {config.output_dir}", header_lines(config, setup, roles, session, prompts.lines))
+        for line in [*prompts.warnings, *roles.warnings]:
+            session.console.warn(line)
     return setup
 
 
@@ -167,14 +169,14 @@ def assemble(config: PPOConfig, session: Session) -> tuple[Assembly, RewardRoles
     assembly = Assembly(config, session.device, config.seed, config.stop_token_ids)
     identity = assembly.base.identity
     template = load_template(config.template, assembly.base.tokenizer)
+    roles = RewardRoles(assembly, template, config.template)
     start = policy_source(config.sft) if config.sft is not None else None
     if start is not None:
-        assembly.lineage += check_lineage(start, identity, template, role="sft")
+        roles.warnings += check_lineage(start, identity, template, role="sft")
     assembly.add_trained_policy(start, config.lora)
-    roles = RewardRoles(assembly, template, config.template)
     for reward in config.rewards:
         roles.add(reward, reward.name)
-    assembly.lineage += [*roles.lines, *roles.warnings]
+    assembly.lineage += roles.lines
     if config.advantage_estimator == "gae":
         assembly.add_value(critic_start(config, roles.readers), config.value.adapter, config.value.lora)
     return assembly, roles
@@ -219,37 +221,6 @@ def text_maker(backbone: Backbone, template: Template) -> Callable[[Rollout, Seq
         return Texts([template.render(row.prompt) for row in rows], replies, ids, [row.columns for row in rows])
 
     return to_texts
-
-
-def _prompts(
-    config: PPOConfig, backbone: Backbone, template: Template
-) -> tuple[PromptSchedule[TokenisedPrompt], list[TokenisedPrompt], list[str], tuple[dict[str, Any], ...]]:
-    rows = load_rows(config.data, "prompt", "ppo")
-    limit = config.max_length or backbone.context_length
-    if config.response_length >= limit:
-        raise ConfigError.at(
-            "response_length",
-            "leaves no room for a prompt",
-            f"below {limit} (the model's context)",
-            str(config.response_length),
-        )
-    lines = [*rows.summary, *(f"warning: {w}" for w in rows.warnings)]
-    sides = []
-    for side in (rows.train, rows.held_out[: config.data.eval_max_rows]):
-        done = tokenise_prompts(
-            side,
-            template,
-            backbone.tokenizer,
-            max_length=limit,
-            response_length=config.response_length,
-            too_long=config.data.too_long,
-        )
-        lines += [str(t) for t in (done.dropped, done.truncated) if t.total]
-        sides.append(done.examples)
-    if not sides[0]:
-        raise DataError.at(", ".join(config.data.train), "no prompt is left to train on")
-    schedule = PromptSchedule(sides[0], config.rollout_batch_size, config.num_generations, config.seed)
-    return schedule, sides[1], lines, rows.manifest
 
 
 def _value_config(models: RoleModels) -> dict[str, Any]:

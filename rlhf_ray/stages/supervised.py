@@ -236,7 +236,7 @@ def finish(job: Job, keeper: Keeper, started: float) -> Run:
 
 
 def check_saved(task: Task, folder: Path, rows: Sequence[Any]) -> None:
-    """Read the adapter back from disk and compare its outputs with those in memory (seeds F25).
+    """Read the adapter back from disk and compare its outputs with those in memory (F25).
 
     InvariantError if they differ: what was saved is not what was trained."""
     model = task.model

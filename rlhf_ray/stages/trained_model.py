@@ -87,7 +87,7 @@ class RewardModel(TrainedModel):
         self.head = head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """f32[N] scores of sequences i64[N, T]. They depend on the real tokens alone, wherever the padding is (seeds F11)."""
+        """f32[N] scores of sequences i64[N, T]. They depend on the real tokens alone, wherever the padding is (F11)."""
         return self.head(at_last_token(self.states(input_ids, attention_mask), attention_mask))
 
 

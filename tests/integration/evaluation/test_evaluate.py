@@ -68,7 +68,7 @@ def test_figures_are_those_of_the_rows(done: Run) -> None:
 
 
 def test_the_reference_is_at_a_kl_of_exactly_0_and_others_are_not(done: Run) -> None:
-    """seeds F14, F15, F38: the same forward pass for both sides leaves no floor."""
+    """F14, F15, F38: the same forward pass for both sides leaves no floor."""
     assert done.metrics["kl_k1_per_response/sft"] == 0.0 == done.metrics["kl_k3_per_response/sft"]
     assert done.metrics["kl_k3_per_response/base"] > 0.1
     assert done.metrics["kl_k3_per_response/ppo.1"] > 1e-3
@@ -85,7 +85,7 @@ def test_equal_policies_draw_on_every_prompt(done: Run) -> None:
 
 
 def test_only_held_out_prompts_are_asked(done: Run, chain: Any) -> None:
-    """seeds F29: no prompt that a stage trains on."""
+    """F29: no prompt that a stage trains on."""
     rows = load_rows(DataConfig(train=(chain.prompts,), held_out_fraction=0.4), "prompt")
     asked = {(row["instruction"], row["input"]) for row in results(done)}
     assert asked == {(row.prompt.text, row.prompt.input) for row in rows.held_out}
@@ -301,7 +301,7 @@ def test_an_adapter_of_another_base_is_refused(
 
 
 def test_another_template_is_refused_and_leaves_no_folder(evaluation: Make, tmp_path: Path) -> None:
-    """seeds F34. The job is mended and started again under the same name."""
+    """F34. The job is mended and started again under the same name."""
     with pytest.raises(ArtifactError, match=r"another prompt template.*fix: set template=alpaca_short"):
         evaluate(evaluation(tmp_path / "run", template="vigogne"), QUIET)
     assert not (tmp_path / "run").exists()
@@ -315,7 +315,7 @@ def test_a_reward_run_is_no_policy_and_a_policy_no_reward(evaluation: Make, chai
 
 
 def test_global_settings_are_as_they_were(evaluation: Make, tmp_path: Path) -> None:
-    """seeds F23: evaluation once changed TF32 for everything after it."""
+    """F23: evaluation once changed TF32 for everything after it."""
     before = (torch.backends.cuda.matmul.allow_tf32, torch.is_grad_enabled(), torch.get_default_dtype())
     evaluate(evaluation(tmp_path / "run"), QUIET)
     assert before == (torch.backends.cuda.matmul.allow_tf32, torch.is_grad_enabled(), torch.get_default_dtype())

@@ -62,7 +62,7 @@ def test_greedy_takes_no_random_numbers(chain: Any) -> None:
 
 
 def test_temperature_without_sampling_is_an_error(chain: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """seeds F20: an ancestor sets a temperature, forgets to sample, and reports greedy results as sampled ones."""
+    """F20: an ancestor sets a temperature, forgets to sample, and reports greedy results as sampled ones."""
     command = ["generate", "--policy", chain.sft, "--instruction", ASK]
     assert main([*command, "--greedy", "--temperature", "0.7"]) == 2
     assert "no effect with do_sample: false" in capsys.readouterr().err

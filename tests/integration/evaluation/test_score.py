@@ -40,7 +40,7 @@ def by_hand(chain: Any, texts: list[str], eos: bool = True) -> list[float]:
 
 
 def test_a_reward_is_what_the_plain_libraries_compute(chain: Any, console: Any) -> None:
-    """seeds F10, F11: eos is part of what is scored, and padding is not."""
+    """F10, F11: eos is part of what is scored, and padding is not."""
     (row,) = grade(console, run=chain.reward, prompt="Name the oak.", completion="a tall tree")
     assert list(row) == ["prompt", "completion", "reward"]
     with_eos, without = (by_hand(chain, [PROMPT + "a tall tree"], eos)[0] for eos in (True, False))
@@ -87,7 +87,7 @@ def test_a_tie_counts_half() -> None:
 
 
 def test_a_merged_reward_model_scores_as_its_run(chain: Any, tmp_path: Path, console: Any) -> None:
-    """seeds F26: the head survives the merge."""
+    """F26: the head survives the merge."""
     from rlhf_ray.models.merge import merge_run
 
     merged = str(merge_run(chain.reward, tmp_path / "merged"))

@@ -265,7 +265,7 @@ def _row(task):
 
 
 def test_threads_are_written_in_the_shipped_template():
-    """seeds F34: the base, and so every later stage, sees one prompt format."""
+    """F34: the base, and so every later stage, sees one prompt format."""
     from rlhf_ray.data.templates import load_template
 
     template = load_template("alpaca_short")
@@ -337,7 +337,7 @@ def test_base_is_a_standard_folder_with_the_promised_shape(base):
 
 
 def test_special_tokens_are_distinct_and_agree_everywhere(base, tokenizer):
-    """seeds F12: pad is a token of its own; F27: the stop token of tokenizer and configuration is one."""
+    """F12: pad is a token of its own; F27: the stop token of tokenizer and configuration is one."""
     from transformers import AutoConfig
 
     ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]

@@ -85,7 +85,7 @@ def test_rows_over_the_limit(tokenizer: Any, letters: Callable[[str], list[int]]
     assert str(dropped.dropped) == "2 dropped: over max_length 8 (first x:2, 9 tokens)"
     cut = tokenise_sft(rows, NONE, tokenizer, **{**SFT, "too_long": "truncate"})
     assert [e.input_ids for e in cut.examples[1:]] == [[BOS, *letters("abcdefg")]] * 2
-    assert all(e.input_ids[-1] != EOS for e in cut.examples[1:])  # seeds F30: a cut reply does not end
+    assert all(e.input_ids[-1] != EOS for e in cut.examples[1:])  # F30: a cut reply does not end
     assert str(cut.truncated) == "2 truncated: over max_length 8 (first x:2, 9 tokens)"
     with pytest.raises(DataError) as caught:
         tokenise_sft(rows, NONE, tokenizer, **{**SFT, "too_long": "stop"})

@@ -1,4 +1,4 @@
-"""The gate that adapters pass, and the save that checks itself (seeds F18, F25, F39; faults 31, 33-37, 49, 50; section 5)."""
+"""The gate that adapters pass, and the save that checks itself (F18, F25, F39; faults 31, 33-37, 49, 50; section 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named adapters on one base (seeds F5, F16-F19, F25, F38; faults 35, 36, 49, 50)."""
+"""Named adapters on one base (F5, F16-F19, F25, F38; faults 35, 36, 49, 50)."""
 
 from __future__ import annotations
 

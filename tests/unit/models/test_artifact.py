@@ -1,4 +1,4 @@
-"""Run folders, their checkpoints, and what is refused (seeds F7, F31; faults 17-19, 28, 29, 55-59)."""
+"""Run folders, their checkpoints, and what is refused (F7, F31; faults 17-19, 28, 29, 55-59)."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ class TestCheckpoints:
         assert str(state) in line and recorded in line and checkpoints.sha256_file(state) in line
 
     def test_never_a_silent_fresh_start(self, run: RunFolder) -> None:
-        """Faults 19, 57; seeds F31: checkpoints that are all damaged, or all gone, end the job with exit code 5."""
+        """Faults 19, 57; F31: checkpoints that are all damaged, or all gone, end the job with exit code 5."""
         save_steps(run, 1, 2)
         for checkpoint in run.checkpoints():
             (checkpoint.path / "state.json").unlink()

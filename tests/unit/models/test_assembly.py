@@ -1,4 +1,4 @@
-"""The models of a job put together: how many bases are in memory, and whose weights each role reads (seeds F17, F38)."""
+"""The models of a job put together: how many bases are in memory, and whose weights each role reads (F17, F38)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading bases and reward models (seeds F5, F11, F12, F26, F36; faults 44, 47, 52-54)."""
+"""Loading bases and reward models (F5, F11, F12, F26, F36; faults 44, 47, 52-54)."""
 
 from __future__ import annotations
 

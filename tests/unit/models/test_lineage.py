@@ -1,4 +1,4 @@
-"""Base, tokenizer and template travel with every artefact and are compared (seeds F18, F34, F35, F38; faults 48, 51)."""
+"""Base, tokenizer and template travel with every artefact and are compared (F18, F34, F35, F38; faults 48, 51)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging adapters into checkpoints (seeds F25, F26, F35, F39; parity P8)."""
+"""Merging adapters into checkpoints (F25, F26, F35, F39; parity P8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models are taken, and the one line for each that is not (faults 47, 54; seeds F36, F37; section 5 'What may be loaded')."""
+"""Which models are taken, and the one line for each that is not (faults 47, 54; F36, F37; section 5 'What may be loaded')."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pad, end and identity of tokenizers (seeds F11, F12, F27; faults 51-53)."""
+"""Pad, end and identity of tokenizers (F11, F12, F27; faults 51-53)."""
 
 from __future__ import annotations
 

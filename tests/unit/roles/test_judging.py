@@ -29,7 +29,7 @@ def outcome_of(gaps: list[float], n_dropped: int = 0) -> Comparison:
 
 
 def test_win_rate_golden() -> None:
-    """370 wins, 424 losses, 9 draws; an ancestor that counts draws as losses prints 46.08 (seeds F20)."""
+    """370 wins, 424 losses, 9 draws; an ancestor that counts draws as losses prints 46.08 (F20)."""
     found = outcome_of([1.0] * 370 + [-1.0] * 424 + [0.0] * 9)
     assert found.outcome.rate == pytest.approx(46.63760896637609, abs=1e-9)
     assert found.outcome.se == pytest.approx(1.751619984513092, abs=1e-9)
@@ -41,7 +41,7 @@ def test_win_rate_golden() -> None:
 
 
 def test_dropped_prompts_are_told_and_count_for_nobody() -> None:
-    """seeds F20: rows that could not be judged are reported, not lost."""
+    """F20: rows that could not be judged are reported, not lost."""
     with_dropped, without = outcome_of([1.0, 1.0, -1.0], n_dropped=5), outcome_of([1.0, 1.0, -1.0])
     assert (with_dropped.outcome.n_total, with_dropped.outcome.n_judged, with_dropped.outcome.n_dropped) == (8, 3, 5)
     assert with_dropped.outcome.rate == without.outcome.rate

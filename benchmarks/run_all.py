@@ -1,0 +1,37 @@
+"""Every benchmark, one after the other, each into benchmarks/results/<name>.json. What fails is told at the end; the rest is kept.
+
+    python benchmarks/run_all.py --trl-python .venv-trl/bin/python
+
+About 40 minutes on two cores. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--trl-python", help="interpreter of an environment with trl==1.12.0; without it TRL is left out")
+    trl = options.parse_args().trl_python
+    commands = [["sampler_vs_generate.py"], ["stories_sentiment.py"], ["stories_chain.py"]]
+    if trl:
+        commands.insert(0, ["ppo_step_vs_trl.py", "--trl-python", trl])
+    failed = []
+    for name, *more in commands:
+        print(f"== {name}", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, str(HERE / name), *more, "--output"], stdout=subprocess.DEVNULL)
+        if done.returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

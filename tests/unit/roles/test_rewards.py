@@ -1,0 +1,85 @@
+"""Python rewards: what the function is given, and what it may answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.roles.rewards import FunctionReward, Texts
+
+Make = Callable[[str], FunctionReward]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """make(source of `score`) -> the reward."""
+
+    def build(source: str) -> FunctionReward:
+        path = tmp_path / "mine.py"
+        path.write_text(source)
+        return FunctionReward("mine", 1.0, f"{path}:score")
+
+    return build
+
+
+def texts(*columns: dict[str, Any]) -> Texts:
+    rows = columns or ({}, {})
+    return Texts([f"p{i}" for i in range(len(rows))], ["x", "yyy"][: len(rows)], [[5], [6, 7]][: len(rows)], rows)
+
+
+def test_a_trl_reward_function_runs_unchanged(make: Make) -> None:
+    """Keyword arguments, the data's columns by name, completion_ids, and **kwargs for what is not named."""
+    reward = make(
+        "def score(prompts, completions, answer, completion_ids, **kwargs):\n"
+        "    assert prompts == ['p0', 'p1'] and 'level' in kwargs and 'only_here' not in kwargs\n"
+        "    return [len(c) + a + len(i) for c, a, i in zip(completions, answer, completion_ids)]\n"
+    )
+    given = texts({"answer": 10, "level": 1, "only_here": 0}, {"answer": 20, "level": 2})
+    assert torch.equal(reward.score(given), torch.tensor([12.0, 25.0]))
+
+
+def test_a_function_without_kwargs_gets_what_it_names(make: Make) -> None:
+    reward = make("def score(prompts, completions):\n    return [1, 2]\n")
+    assert reward.score(texts({"answer": 1}, {"answer": 2})).tolist() == [1.0, 2.0]
+
+
+def test_conversations_stay_conversations(make: Make) -> None:
+    reward = make(
+        "def score(prompts, completions, **kwargs):\n"
+        "    assert [p[-1]['content'] for p in prompts] == ['hi', 'there']\n"
+        "    assert [c[0]['role'] for c in completions] == ['assistant'] * 2\n"
+        "    return [float(len(c[0]['content'])) for c in completions]\n"
+    )
+    rows = [{"prompt": [{"role": "user", "content": word}]} for word in ("hi", "there")]
+    assert reward.score(texts(*rows)).tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return [1.0]", "returned the wrong number of rewards; expected 2; got 1"),
+        ("return [1.0, None]", r"reward of row 1 is not finite \(1 of 2\); got nan"),
+        ("return [float('inf'), 0.0]", "reward of row 0 is not finite"),
+        ("return 3.0", "did not return a list of numbers; expected list\\[float\\]; got float"),
+        ("raise KeyError('label')", "raised KeyError: 'label'; fix: mend the function, then resume the run"),
+    ],
+)
+def test_a_bad_answer_is_named_with_the_function(make: Make, body: str, says: str) -> None:
+    """The bug is in the user's file, not in the package: no `a bug in rlhf_ray`."""
+    with pytest.raises(InvariantError, match=rf"reward mine \(.*mine.py:score\): {says}"):
+        make(f"def score(prompts, completions):\n    {body}\n").score(texts())
+
+
+def test_what_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("import nowhere_to_be_found\n")
+    with pytest.raises(ConfigError, match=r"importing .*mine.py failed: ModuleNotFoundError"):
+        FunctionReward("mine", 1.0, f"{path}:score")
+    path.write_text("def other(prompts, completions):\n    return []\n")
+    with pytest.raises(ConfigError, match="has no function score; expected one of other"):
+        FunctionReward("mine", 1.0, f"{path}:score")

@@ -131,7 +131,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(ppo_job: Job, stage: int, m
     straight = run(ppo_job("straight", **common))
     monkeypatch.setenv("FAIL_AT_CALL", "7")  # 1 evaluation, 2 chunks a step, an evaluation after step 2: in step 3
     broken = ppo_job("broken", **common, resume="auto")
-    with pytest.raises(RuntimeError, match="reward service"):
+    with pytest.raises(InvariantError, match="reward service"):
         run(broken)
     monkeypatch.delenv("FAIL_AT_CALL")
     assert load_run(broken.output_dir).status == "running"
@@ -166,6 +166,20 @@ def test_every_variant_runs(ppo_job: Job, changes: dict[str, Any]) -> None:
     assert last["ratio/first_minibatch_max_deviation"] == 0.0
     if "target_kl" in changes:
         assert last["policy/epochs"] == 1.0
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_a_quantised_base_trains_every_adapter_after_a_rollout(ppo_job: Job, bits: str) -> None:
+    """On CPUs with bf16 units the first no-grad pass of a 4-bit model repacks it and cuts all gradients in silence: so the second
+    step, after two rollouts, must still move every tensor of policy and critic."""
+    done = run(ppo_job("quantised", **{bits: True}, max_steps=2, save_steps=1))
+    first, second = (Path(done.run_dir) / "checkpoints" / f"step_00000{n}" for n in (1, 2))
+    for role in ("adapter", "value"):
+        before, after = weights(first, role), weights(second, role)
+        still = [name for name in before if torch.equal(before[name], after[name])]
+        assert before and not still, f"{role}: {still}"
+    manifest = json.loads((Path(done.run_dir) / "manifest.json").read_text())
+    assert manifest["base"]["precision"] == bits.removeprefix("load_in_")
 
 
 def test_gradient_checkpointing_changes_nothing(ppo_job: Job) -> None:

@@ -72,7 +72,7 @@ def jobs(folder: Path, data: Path, seed: int, threads: int) -> tuple[SFTConfig, 
         max_steps=16,
         eval_steps=16,
         learning_rate=1e-3,
-        kl_coef=0.2,
+        kl_coef=0.5,
         missing_eos_penalty=None,
         **shared,
     )

@@ -17,7 +17,9 @@ HERE = Path(__file__).parent
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--trl-python", help="interpreter of an environment with trl==1.12.0; without it TRL is left out")
+    options.add_argument(
+        "--trl-python", help="interpreter of an environment with trl==1.12.0; without it TRL is left out"
+    )
     trl = options.parse_args().trl_python
     commands = [["sampler_vs_generate.py"], ["stories_sentiment.py"], ["stories_chain.py"]]
     if trl:

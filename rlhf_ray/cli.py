@@ -220,6 +220,52 @@ def score(
         _print_rows(rows, as_json)
 
 
+importers = typer.Typer(help="Take over artefacts of AlpacaFarm-LoRA and Alpaca-LoRA-RLHF.", rich_markup_mode=None)
+app.add_typer(importers, name="import")
+
+
+@importers.command("loralib")
+def import_loralib(
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint-N folder, or its pytorch_model.bin")],
+    base: Annotated[str, typer.Option(help="what the policy belongs on: the recovered SFT model")],
+    lora_alpha: Annotated[float, typer.Option(help="not in the file; 64 for the published checkpoints")],
+    output_dir: Annotated[str, typer.Option(help="gets adapter/ (policy) and value/ (critic)")],
+    value_base: Annotated[str | None, typer.Option(help="what the critic belongs on; default: --base")] = None,
+    debug: Debug = False,
+) -> None:
+    """A LoRA PPO checkpoint of AlpacaFarm-LoRA."""
+    from rlhf_ray.models.importers import import_loralib as run_import
+
+    print(run_import(checkpoint, base, lora_alpha, output_dir, value_base))
+
+
+@importers.command("weight-diff")
+def import_weight_diff(
+    diff: Annotated[str, typer.Argument(help="folder of the published differences")],
+    raw: Annotated[str, typer.Option(help="folder of the raw LLaMA in transformers' format")],
+    output_dir: Annotated[str, typer.Option(help="gets the recovered model")],
+    debug: Debug = False,
+) -> None:
+    """A model that AlpacaFarm published as differences from LLaMA; checked by its published sum."""
+    from rlhf_ray.models.importers import import_weight_diff as run_import
+
+    with _stdout_kept():
+        written = run_import(diff, raw, output_dir)
+    print(written)
+
+
+@importers.command("peft")
+def import_peft(
+    adapter: Annotated[str, typer.Argument(help="folder with adapter_config.json and adapter_model.bin")],
+    output_dir: Annotated[str, typer.Option(help="gets the same adapter as safetensors")],
+    debug: Debug = False,
+) -> None:
+    """A PEFT adapter whose weights are pickled."""
+    from rlhf_ray.models.importers import import_peft as run_import
+
+    print(run_import(adapter, output_dir))
+
+
 @app.command()
 def report(run: RunDir, debug: Debug = False) -> None:
     """Write a run's report.html anew."""

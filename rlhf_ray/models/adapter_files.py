@@ -123,7 +123,9 @@ def _check_folder(folder: Path) -> None:
                 problems.append(Problem(str(path), "is not a plain file"))
         elif path.name.startswith("adapter_model."):
             problems.append(
-                Problem(str(path), "pickled weights are refused: a pickle can run code", WEIGHTS, fix="rlhf-ray import")
+                Problem(
+                    str(path), "pickled weights are refused: a pickle can run code", WEIGHTS, fix="rlhf-ray import peft"
+                )
             )
         elif not path.is_dir() and not _BYSTANDERS.fullmatch(path.name):
             problems.append(Problem(str(path), "does not belong in an adapter folder", f"{CONFIG} and {WEIGHTS}"))

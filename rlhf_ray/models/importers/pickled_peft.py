@@ -1,0 +1,34 @@
+"""PEFT adapters of older days, `adapter_model.bin`: the same tensors, out of the pickle and into safetensors."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rlhf_ray.errors import ArtifactError
+from rlhf_ray.models.adapter_files import read_adapter
+from rlhf_ray.models.files import atomic_save_tensors, temporary_beside
+from rlhf_ray.models.importers.pickles import new_folder, read_pickled_tensors
+
+
+def import_peft(adapter: Path | str, output_dir: Path | str) -> Path:
+    """Write the adapter in folder `adapter` anew and return the new folder; the strict gate of `read_adapter` decides.
+
+    ArtifactError, with nothing written, if the pickle holds more than tensors or the adapter does not pass."""
+    source, target = Path(adapter), new_folder(output_dir)
+    if not (source / "adapter_config.json").is_file():
+        raise ArtifactError.at(str(source), "no adapter_config.json", "the folder of a PEFT adapter")
+    tensors = read_pickled_tensors(source / "adapter_model.bin")
+    temporary = temporary_beside(target)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        shutil.copyfile(source / "adapter_config.json", temporary / "adapter_config.json")
+        atomic_save_tensors(temporary / "adapter_model.safetensors", tensors)
+        read_adapter(temporary)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target

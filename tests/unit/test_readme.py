@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
-from rlhf_ray.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config.load import load_dict
 from rlhf_ray.metrics import METRICS
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 STAGES: dict[str, type[BaseModel]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 
@@ -59,3 +63,22 @@ def test_every_metric_that_readme_names_exists() -> None:
     assert len(names) > 8
     for ours, trl in names:
         assert METRICS[ours].trl == trl
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
+def test_every_job_in_readme_is_a_job(block: str) -> None:
+    values = yaml.safe_load(block)
+    is_pipeline = "ppo" in values
+    config: Any = load_dict(PipelineConfig if is_pipeline else PPOConfig, values, "README.md")
+    if is_pipeline:
+        assert [config.stage_config(stage).output_dir for stage in config.stages][-1].endswith("/evaluate")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_every_benchmark_result_is_told(path: Path) -> None:
+    """README quotes each committed result, and the figures it quotes are those of the file."""
+    (line,) = [line for line in README.splitlines() if f"results/{path.name}" in line]
+    told = {float(x) for x in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])", line)}
+    known = {v for measured in json.loads(path.read_text())["measured"].values() for v in measured["values"]}
+    known |= {m["median"] for m in json.loads(path.read_text())["measured"].values()}
+    assert len({x for x in told for k in known if abs(x - k) <= 0.006 * max(abs(k), 1.0)}) >= 2, (told, known)

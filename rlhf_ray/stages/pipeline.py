@@ -9,10 +9,11 @@ from rlhf_ray.config import STAGES, JobFields, PipelineConfig
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.artifact import RunFolder, create_run, open_run
+from rlhf_ray.models.artifact import RunFolder, create_run, is_run, open_run
 from rlhf_ray.report import write_report
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
+from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.evaluate import run_evaluate
 from rlhf_ray.stages.launch import Body, launch
 from rlhf_ray.stages.ppo import train_ppo
@@ -30,8 +31,11 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> Run:
 def run_pipeline(config: PipelineConfig, session: Session) -> Run:
     """The body: every rank runs every stage's body."""
     configs = stage_configs(config)
+    is_new = session.is_main and not is_run(config.output_dir)
     folder = open_pipeline(config, session, "pipeline")
-    return finish_pipeline(config, session, folder, run_stages(configs, session))
+    with discarded_on_error(folder, is_new, lambda: any(is_run(c.output_dir) for c in configs.values())):
+        runs = run_stages(configs, session)
+    return finish_pipeline(config, session, folder, runs)
 
 
 def stage_configs(config: PipelineConfig) -> dict[str, JobFields]:

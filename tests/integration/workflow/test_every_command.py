@@ -119,3 +119,16 @@ def test_the_demo_in_few_steps(
     assert load_run("demo/again/ppo").status == "done"
     run_command("resume", "demo")
     assert "nothing to do" in capfd.readouterr().err
+
+
+def test_a_pipeline_that_fails_before_anything_ran_is_mended_under_its_own_name(
+    pipeline_job: str, run_command: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing to keep, nothing left; with a finished stage the folder stays, for `resume=auto`."""
+    assert main(["pipeline", pipeline_job, "sft.train_batch_size=4096", "sft.per_device_train_batch_size=4096"]) == 4
+    assert not Path("runs/all").exists()
+    assert (
+        main(["pipeline", pipeline_job, "reward.train_batch_size=4096", "reward.per_device_train_batch_size=4096"]) == 4
+    )
+    assert load_run("runs/all/sft").status == "done"
+    run_command("pipeline", pipeline_job, "resume=auto")

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,24 @@ def launch(body: Body, config: JobFields, console: Console) -> Run:
     """Run `body` on every rank and return what rank 0 returns. A worker's error of ours is raised here as it is."""
     if config.learner.num_workers == 0:
         return body(config, process_session(console, config.learner.num_threads))
-    with _cluster(config) as on_own_ray:
+    with interruptible(), _cluster(config) as on_own_ray:
         return _fit(body, config, console, on_own_ray)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ray Train answers Ctrl-C with a handler of its own that aborts the group and then ends this process without a word. Here it
+    becomes the KeyboardInterrupt that it is, and the handler that was there before comes back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

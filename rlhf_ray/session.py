@@ -58,6 +58,14 @@ class Session:
         dist.all_reduce(total, group=cpu_group())
         return [float(v) for v in total]
 
+    def highest(self, value: int) -> int:
+        """The largest of all ranks' numbers."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=cpu_group())
+        return int(found)
+
 
 _groups: dict[str, Any] = {}
 

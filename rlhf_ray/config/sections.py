@@ -133,7 +133,9 @@ class LearnerConfig(Section):
     num_threads: Count | None = field(
         None, "CPU threads per worker; default: usable cores shared among the workers of a node"
     )
-    zero_stage: Annotated[int, Field(ge=0, le=2)] = field(0, "DeepSpeed ZeRO stage of the PPO learner")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = field(
+        0, "DeepSpeed ZeRO stage of the PPO learner; 3 also shards the base, and slows decoding on the same ranks"
+    )
     deepspeed: Path | None = field(None, "your own DeepSpeed JSON (PPO): ZeRO and communication keys only")
 
     @model_validator(mode="after")

@@ -23,8 +23,11 @@ BASE = "__base__"
 
 
 class AdapterRouter:
-    def __init__(self, model: nn.Module) -> None:
+    """door: how the model is called; None calls it directly."""
+
+    def __init__(self, model: nn.Module, door: Callable[..., Any] | None = None) -> None:
         self._model: Any = model
+        self._door: Callable[..., Any] = model if door is None else door
         self._peft: Any = model if isinstance(model, PeftModel) else None
         self.is_open = False
         self._can_stack: dict[str, bool] = {}  # of this session
@@ -60,14 +63,14 @@ class AdapterRouter:
 
         Raises ConfigError if rows of a DoRA adapter are among rows of others."""
         if self._peft is None:
-            return self._model
+            return self._door
         first = adapters[0]
         if all(name == first for name in adapters):
-            return partial(_under_one, self._peft, first)
+            return partial(_under_one, self._peft, self._door, first)
         if all(self._stackable(name) for name in adapters if name is not None):
             return StackedRows(self._peft, adapters)
         self._refuse_dora(adapters)
-        return partial(self._model, adapter_names=[BASE if name is None else name for name in adapters])
+        return partial(self._door, adapter_names=[BASE if name is None else name for name in adapters])
 
     def _stackable(self, name: str) -> bool:
         if name not in self._can_stack:
@@ -91,6 +94,6 @@ class AdapterRouter:
                 raise ArtifactError.at(name, "rows cannot choose their adapter", "adapters unmerged and on", found, fix)
 
 
-def _under_one(peft_model: PeftModel, adapter: str | None, **inputs: Any) -> Any:
+def _under_one(peft_model: PeftModel, door: Callable[..., Any], adapter: str | None, **inputs: Any) -> Any:
     with use_adapter(peft_model, adapter):
-        return peft_model(**inputs)
+        return door(**inputs)

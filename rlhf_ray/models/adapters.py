@@ -38,6 +38,7 @@ from rlhf_ray.models.adapter_targets import (
     resolve_targets,
     width_in_out,
 )
+from rlhf_ray.models.sharded import gathered, whole_shape
 
 __all__ = [
     "HEAD_KEY",
@@ -117,11 +118,13 @@ def copy_adapter(model: nn.Module, source: str, target: str, trainable: bool = T
 
 
 def load_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Overwrite the adapter's weights by `tensors` (plain PEFT keys). ArtifactError unless keys and shapes match exactly."""
+    """Overwrite the adapter's weights by `tensors` (plain PEFT keys). ArtifactError unless keys and shapes match exactly.
+
+    Under ZeRO-3 a collective: every rank calls it with the same tensors."""
     parameters = adapter_parameters(model, adapter_name)
     given = {own_key(model, key): t for key, t in tensors.items()}
-    _compare({k: tuple(p.shape) for k, p in parameters.items()}, given, f"adapter {adapter_name}")
-    with torch.no_grad():
+    _compare({k: whole_shape(p) for k, p in parameters.items()}, given, f"adapter {adapter_name}")
+    with torch.no_grad(), gathered(parameters.values(), change=True):
         for key, parameter in parameters.items():
             parameter.copy_(given[key])
 
@@ -155,10 +158,10 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Para
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """{plain PEFT key: float32 copy on the CPU}: what `save_adapter` writes and the sampler loads."""
-    found = {
-        k: p.detach().to("cpu", torch.float32, copy=True) for k, p in adapter_parameters(model, adapter_name).items()
-    }
+    """{plain PEFT key: float32 copy on the CPU}: what `save_adapter` writes and the sampler loads. A collective under ZeRO-3."""
+    parameters = adapter_parameters(model, adapter_name)
+    with gathered(parameters.values()):
+        found = {k: p.detach().to("cpu", torch.float32, copy=True) for k, p in parameters.items()}
     empty = [k for k, t in found.items() if t.numel() == 0]
     if empty:
         raise InvariantError.at(

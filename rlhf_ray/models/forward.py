@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.batches import Sequences
-from rlhf_ray.maths.logprobs import chunked_token_logprobs
+from rlhf_ray.maths.logprobs import chunk_calls, chunked_token_logprobs
 from rlhf_ray.maths.masks import position_ids, zero_outside
+from rlhf_ray.models.sharded import Agree
 
 LOGITS_AT_ONCE = 2**26
 """Logits alive at any time in a log-probability pass: 256 MB in float32, whatever the vocabulary."""
@@ -34,16 +35,23 @@ def reply_states(trunk: Callable[..., object], seq: Sequences) -> Tensor:
 
 
 def reply_logprobs(
-    states: Tensor, head: Callable[[Tensor], Tensor], seq: Sequences, temperature: float, with_entropy: bool = False
+    states: Tensor,
+    head: Callable[[Tensor], Tensor],
+    seq: Sequences,
+    temperature: float,
+    with_entropy: bool = False,
+    agree: Agree = int,
 ) -> tuple[Tensor, Tensor | None]:
     """log-probabilities (and entropies, nats) of the reply's own tokens: f32[M, R], 0 outside the mask.
 
     states: [M, R+1, D] of `reply_states`.   head: the language-model head, [N, D] -> [N, V].   temperature: divides the logits.
+    agree: under ZeRO-3, how ranks with replies of different widths come to call the head equally often.
     """
     tokens = seq.tokens[:, -seq.response_width :]
     vocabulary = getattr(head, "out_features", None) or 32_000
     chunk = max(LOGITS_AT_ONCE // int(vocabulary), 1)
-    logprobs, entropy = chunked_token_logprobs(states[:, :-1], head, tokens, temperature, chunk, with_entropy)
+    calls = agree(chunk_calls(tokens.numel(), chunk))
+    logprobs, entropy = chunked_token_logprobs(states[:, :-1], head, tokens, temperature, chunk, with_entropy, calls)
     mask = seq.response_mask
     return zero_outside(logprobs, mask), None if entropy is None else zero_outside(entropy, mask)
 

@@ -53,11 +53,14 @@ class Sampler:
     """The decode engine (`decode_types.DecodeEngine`) over `model`, a transformers causal language model or a PEFT model of one.
 
     pad_id: any id of the vocabulary, used as filler and always masked.   max_rows: rows that take a step together.
+    door: how `model` is called where that must go through a module around it (ZeRO-3's hooks); None calls it directly.
     Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
     Raises ConfigError if the model keeps state other than keys and values, or if pad_id is not in its vocabulary.
     """
 
-    def __init__(self, model: nn.Module, pad_id: int, max_rows: int = 64) -> None:
+    def __init__(
+        self, model: nn.Module, pad_id: int, max_rows: int = 64, door: Callable[..., Any] | None = None
+    ) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config = base.config.get_text_config()
         _check_model(config, pad_id)
@@ -65,7 +68,7 @@ class Sampler:
         self._vocabulary = int(config.vocab_size)
         self._context = int(getattr(config, "max_position_embeddings", None) or 0)
         self._device: torch.device = base.get_input_embeddings().weight.device
-        self._router = AdapterRouter(model)
+        self._router = AdapterRouter(model, door)
         self._pad_id = pad_id
         self.max_rows = max_rows
         self._ids = itertools.count()

@@ -18,6 +18,7 @@ from rlhf_ray.models.adapters import use_adapter
 from rlhf_ray.models.backbone import Backbone, trunk
 from rlhf_ray.models.forward import after_last_token, reply_logprobs, reply_states, reply_values
 from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.sharded import Agree
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class AdapterStack(nn.Module):
             return reply_states(trunk(self.backbone.model), seq)
 
     def logprobs(
-        self, states: Tensor, seq: Sequences, temperature: float, with_entropy: bool
+        self, states: Tensor, seq: Sequences, temperature: float, with_entropy: bool, agree: Agree
     ) -> tuple[Tensor, Tensor | None]:
         """`reply_logprobs` of `states` under the base's language-model head."""
         head = self.backbone.lm_head
         if head is None:
             raise TypeError(f"no language-model head on {self.backbone.identity.path}")
-        return reply_logprobs(states, head, seq, temperature, with_entropy)
+        return reply_logprobs(states, head, seq, temperature, with_entropy, agree)
 
 
 class RoleModels(nn.Module):
@@ -71,6 +72,8 @@ class RoleModels(nn.Module):
         self.seats = dict(seats)
         self.recompute = False
         """Activations are recomputed in the backward pass; transformers does so in training mode only."""
+        self.agree: Agree = int
+        """How ranks agree on how often to call the language-model head; under ZeRO-3 they must (sharded.py)."""
 
     @property
     def shares_trunk(self) -> bool:
@@ -92,12 +95,13 @@ class RoleModels(nn.Module):
         return self.stack_of(role).heads[seat.head]  # type: ignore[return-value]
 
     def forward(self, kind: str, *args: Any, **kwargs: Any) -> Any:
-        """kind: logprobs, values, both or rewards; see the methods of these names."""
+        """kind: logprobs, values, both, rewards or decode; see the methods of these names."""
         doors: dict[str, Callable[..., Any]] = {
             "logprobs": self.logprobs,
             "values": self.values,
             "both": self.both,
             "rewards": self.rewards,
+            "decode": self.decode,
         }
         return doors[kind](*args, **kwargs)
 
@@ -106,7 +110,8 @@ class RoleModels(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """f32[M, R] log-probabilities of the reply under `role`, and entropies."""
         stack = self.stack_of(role)
-        return stack.logprobs(stack.states(seq, self.seats[role].adapter), seq, temperature, with_entropy)
+        states = stack.states(seq, self.seats[role].adapter)
+        return stack.logprobs(states, seq, temperature, with_entropy, self.agree)
 
     def values(self, seq: Sequences) -> tuple[Tensor, Tensor]:
         """The critic's values f32[M, R] and f32[M] after the last token."""
@@ -121,7 +126,7 @@ class RoleModels(nn.Module):
         A critic that shares the policy's adapter costs no second pass. Values are None without a critic."""
         stack, policy = self.stack_of("policy"), self.seats["policy"]
         states = stack.states(seq, policy.adapter)
-        logprobs, entropy = stack.logprobs(states, seq, temperature, with_entropy)
+        logprobs, entropy = stack.logprobs(states, seq, temperature, with_entropy, self.agree)
         if "value" not in self.seats:
             return logprobs, entropy, None, None
         values, after = reply_values(states, self.head_of("value"), seq) if self.shares_trunk else self.values(seq)
@@ -132,3 +137,7 @@ class RoleModels(nn.Module):
         seat = self.seats[role]
         every = self.head_of(role)(self.stack_of(role).states(seq, seat.adapter))
         return after_last_token(every, seq)
+
+    def decode(self, **inputs: Any) -> Any:
+        """One forward of the policy's language model, as the sampler makes it, under whichever adapter is active."""
+        return self.stack_of("policy").model(**inputs)

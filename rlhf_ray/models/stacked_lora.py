@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rlhf_ray.models.adapters import lora_layers, use_adapter
+from rlhf_ray.models.sharded import is_sharded
 
 
 class StackedRows:
@@ -82,4 +83,4 @@ def _is_plain(layer: LoraLayer, name: str) -> bool:
     down, up = layer.lora_A[name], layer.lora_B[name]
     if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear) or up.bias is not None:
         return False
-    return down.weight.numel() > 0  # under ZeRO-3 weights are there only while their own module runs
+    return not is_sharded(down.weight)  # under ZeRO-3 weights are there only while their own module runs

@@ -30,11 +30,19 @@ class Collected:
 
 
 class Collector:
-    """generator, scorer: this rank's."""
+    """generator, scorer: this rank's.  lockstep: their every forward pass is a collective (ZeRO-3)."""
 
-    def __init__(self, generator: Generator, scorer: Scorer, session: Session, chunk_size: int, pad_id: int) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        scorer: Scorer,
+        session: Session,
+        chunk_size: int,
+        pad_id: int,
+        lockstep: bool = False,
+    ) -> None:
         self.generator, self.scorer, self.session = generator, scorer, session
-        self.chunk_size, self.pad_id = chunk_size, pad_id
+        self.chunk_size, self.pad_id, self.lockstep = chunk_size, pad_id, lockstep
 
     def collect(
         self,
@@ -60,6 +68,9 @@ class Collector:
             rollouts.append(rollout)
             seconds["time/generate"] += sampled - started
             seconds["time/score"] += time.perf_counter() - sampled
+        if self.lockstep and len(rollouts) < -(-len(prompts) // (self.chunk_size * self.session.world_size)):
+            self.generator.join(adapter)  # the last round has no chunk for this rank
+            self.scorer.join()
         everyone = self.session.gather((rollouts, scores))
         return Collected(
             Rollout.concat([r for rank in everyone for r in rank[0]], self.pad_id),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.config import OptimFields
 from rlhf_ray.errors import ConfigError, Problem, ResourceError
+from rlhf_ray.models.sharded import is_sharded
 
 OUR_KEYS = {
     "fp16": "dtype",
@@ -71,7 +72,7 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.module = self.engine
-        if zero_stage > 0:
+        if zero_stage in (1, 2):
             _link_every_group(self.engine.optimizer.optimizer)
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
@@ -88,7 +89,7 @@ class TrainingEngine:
         return norms
 
     def _clip(self, group: ParameterGroup) -> float:
-        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+        from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
 
         gradients = {n: safe_get_full_grad(p) for n, p in group.parameters.items()}
         missing = [n for n, g in gradients.items() if g is None]
@@ -102,7 +103,10 @@ class TrainingEngine:
         scale = self.max_grad_norm / (norm + 1e-6)
         if scale < 1.0:
             for name, parameter in group.parameters.items():
-                safe_set_full_grad(parameter, gradients[name] * scale)
+                if is_sharded(parameter):
+                    safe_set_local_grad(parameter, safe_get_local_grad(parameter) * scale)
+                else:
+                    safe_set_full_grad(parameter, gradients[name] * scale)
         return norm
 
 

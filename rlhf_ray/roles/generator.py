@@ -13,6 +13,7 @@ import torch
 
 from rlhf_ray.batches import PromptBatch, Rollout
 from rlhf_ray.maths.rng import row_seed
+from rlhf_ray.models.decode_types import KeepStepping
 from rlhf_ray.models.sampler import DecodeRequest, DecodeResult, Sampler
 
 
@@ -37,10 +38,12 @@ class ActiveAdapter:
 
 
 class Generator:
-    """seed: the run's.  role: separates the randomness of rollouts from that of evaluations."""
+    """seed: the run's.  role: separates the randomness of rollouts from that of evaluations.
 
-    def __init__(self, sampler: Sampler, pad_id: int, seed: int) -> None:
-        self.sampler, self.pad_id, self.seed = sampler, pad_id, seed
+    keep_stepping: under ZeRO-3, whether any rank still decodes; all ranks then decode until none does."""
+
+    def __init__(self, sampler: Sampler, pad_id: int, seed: int, keep_stepping: KeepStepping | None = None) -> None:
+        self.sampler, self.pad_id, self.seed, self.keep_stepping = sampler, pad_id, seed, keep_stepping
 
     def generate(
         self, prompts: PromptBatch, adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
@@ -62,7 +65,12 @@ class Generator:
                 prompts.prompt_ids, prompts.prompt_mask, prompts.row_id, prompts.max_new_tokens
             )
         ]
-        return to_rollout(prompts, self.sampler.run(requests), adapter, self.pad_id)
+        results = self.sampler.run(requests, self.keep_stepping, adapter.name)
+        return to_rollout(prompts, results, adapter, self.pad_id)
+
+    def join(self, adapter: ActiveAdapter) -> None:
+        """Under ZeRO-3, what a rank without a chunk does while others sample theirs."""
+        self.sampler.run([], self.keep_stepping, adapter.name)
 
 
 def to_rollout(prompts: PromptBatch, results: list[DecodeResult], adapter: ActiveAdapter, pad_id: int) -> Rollout:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError
+from rlhf_ray.models.sharded import gathered, is_sharded, own_share
 from rlhf_ray.roles.engine import TrainingEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -53,6 +55,8 @@ def _state_of(engine: TrainingEngine, parameter: torch.nn.Parameter) -> dict[str
         }
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    if is_sharded(parameter) and not engine.engine.optimizer.optimizer.state:
+        return {}  # before the first step, where stages 1 and 2 answer None
     state = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
     if any(v is None for v in state.values()):
         return {}
@@ -72,20 +76,37 @@ def _restore_torch(
 def _restore_zero(
     engine: TrainingEngine, parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]
 ) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    for parameter in parameters.values():  # the weights were restored in the model; ZeRO steps from a copy of its own
-        safe_set_full_fp32_param(parameter, parameter.detach().clone())
-    zero = torch.stack([(p * 0).sum() for p in parameters.values()]).sum()
-    engine.accumulate(zero, last=True)
+    with gathered(parameters.values()):
+        for parameter in parameters.values():  # the weights were restored in the model; ZeRO steps from a copy of its own
+            _set_master(parameter, parameter.detach().clone())
+        zero = torch.stack([(p * 0).sum() for p in parameters.values()]).sum()
+        engine.accumulate(zero, last=True)
     engine.step({group.name: 0.0 for group in engine.groups})
     for name, parameter in parameters.items():
         for key in MOMENTS:
-            safe_set_full_optimizer_state(parameter, stored[f"{name}::{key}"].to(parameter.device), key)
+            _set_moment(parameter, stored[f"{name}::{key}"].to(parameter.device), key)
     count = next(v for k, v in stored.items() if k.endswith("::step"))
     _set_zero_step(engine, count)
     if not torch.equal(_zero_step(engine), count.float().cpu()):
         raise ArtifactError.at("optimizer.safetensors", "this DeepSpeed does not take Adam's step count back")
+
+
+def _set_master(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if is_sharded(parameter):
+        safe_set_local_fp32_param(parameter, own_share(parameter, value, dist.get_rank()))
+    else:
+        safe_set_full_fp32_param(parameter, value)
+
+
+def _set_moment(parameter: torch.nn.Parameter, value: Tensor, key: str) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if is_sharded(parameter):
+        safe_set_local_optimizer_state(parameter, own_share(parameter, value, dist.get_rank()), key)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
 
 
 def _zero_step(engine: TrainingEngine) -> Tensor:

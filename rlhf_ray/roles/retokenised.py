@@ -21,6 +21,8 @@ from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.forward import to_device
+from rlhf_ray.models.sharded import Agree
+from rlhf_ray.roles.pieces import filler, pieces
 from rlhf_ray.roles.rewards import Texts
 
 
@@ -55,7 +57,7 @@ class Reader:
 class RetokenisedReward:
     """A whole reward model with a tokenizer of its own, by its seat.
 
-    reader: of the reward model.  writer: the policy's base.  rows_per_forward: memory only."""
+    reader: of the reward model.  writer: the policy's base.  rows_per_forward: memory only.  agree: as the scorer's."""
 
     def __init__(
         self,
@@ -66,9 +68,10 @@ class RetokenisedReward:
         reader: Reader,
         writer: Backbone,
         rows_per_forward: int,
+        agree: Agree = int,
     ) -> None:
         self.name, self.weight, self.models, self.role = name, weight, models, role
-        self.reader, self.writer, self.rows_per_forward = reader, writer, rows_per_forward
+        self.reader, self.writer, self.rows_per_forward, self.agree = reader, writer, rows_per_forward, agree
 
     @torch.no_grad()
     def score(self, texts: Texts, rows: Sequence[Row], finished: Sequence[bool]) -> Tensor:
@@ -76,11 +79,16 @@ class RetokenisedReward:
         prompts, replies = self.reader.encode(rows, texts.completions, finished)
         fitted = [_fit(p, r, self.reader.backbone.context_length) for p, r in zip(prompts, replies, strict=True)]
         found = torch.zeros(len(rows))
-        for start in range(0, len(rows), self.rows_per_forward):
-            part = fitted[start : start + self.rows_per_forward]
-            seq = self.reader.sequences([p for p, _ in part], [r for _, r in part])
-            found[start : start + len(part)] = self.models("rewards", self.role, seq).float().cpu()
+        for piece in pieces(len(rows), self.rows_per_forward, self.agree):
+            seq = self.reader.sequences([p for p, _ in fitted[piece]], [r for _, r in fitted[piece]])
+            found[piece] = self.models("rewards", self.role, seq).float().cpu()
         return found
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Take part in the passes that other ranks make (see `Scorer.join`)."""
+        for _ in range(self.agree(0)):
+            self.models("rewards", self.role, filler(self.reader.backbone.device))
 
     def drift(self, texts: Texts) -> Tensor:
         """f32[rows]: 1 where a reply's text does not encode back into the ids that were sampled, special ones aside, else 0."""

@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_ray.batches import Rollout, Scores, Sequences
 from rlhf_ray.data.records import Row
 from rlhf_ray.models.forward import to_device
+from rlhf_ray.models.sharded import Agree
+from rlhf_ray.roles.pieces import filler, pieces
 from rlhf_ray.roles.retokenised import RetokenisedReward
 from rlhf_ray.roles.rewards import FunctionReward, ModelReward, Texts
 
@@ -20,7 +23,9 @@ Reward = ModelReward | RetokenisedReward | FunctionReward
 class Scorer:
     """rewards: in the job's order.  reference: the role whose log-probabilities the KL is taken against, None for none.
 
-    rows_per_forward: memory only.  to_texts: the texts of a rollout's rows, for Python rewards.  device: where the models are."""
+    rows_per_forward: memory only.  to_texts: the texts of a rollout's rows, for Python rewards.  device: where the models are.
+
+    agree: under ZeRO-3, how ranks with chunks of different sizes come to make equally many forward passes."""
 
     def __init__(
         self,
@@ -31,26 +36,25 @@ class Scorer:
         rows_per_forward: int,
         device: torch.device,
         reference: str | None = "reference",
+        agree: Agree = int,
     ) -> None:
         self.models, self.rewards, self.to_texts = models, tuple(rewards), to_texts
         self.temperature, self.rows_per_forward, self.device = temperature, rows_per_forward, device
-        self.reference = reference
+        self.reference, self.agree = reference, agree
 
     @torch.no_grad()
     def score(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
         """rows: the data rows behind the rollout's rows, in the same order."""
         ref_logprobs = torch.zeros(rollout.response_mask.shape)
         parts = {reward.name: torch.zeros(len(rollout)) for reward in self.rewards}
-        for start in range(0, len(rollout), self.rows_per_forward):
-            piece = slice(start, start + self.rows_per_forward)
+        for piece in pieces(len(rollout), self.rows_per_forward, self.agree):
             some = rollout.rows(piece)
             seq = to_device(Sequences.trim(some.tokens, some.prompt_mask, some.response_mask), self.device)
-            if self.reference is not None:
-                found, _ = self.models("logprobs", self.reference, seq, self.temperature)
+            found, rewards = self._passes(seq)
+            if found is not None:
                 ref_logprobs[piece, : seq.response_width] = found.float().cpu()
-            for reward in self.rewards:
-                if isinstance(reward, ModelReward):
-                    parts[reward.name][piece] = reward.score(seq).cpu()
+            for name, values in rewards.items():
+                parts[name][piece] = values.cpu()
         on_text = [r for r in self.rewards if not isinstance(r, ModelReward)]
         drift = None
         if on_text:
@@ -65,3 +69,19 @@ class Scorer:
         for reward in self.rewards:
             total += reward.weight * parts[reward.name]
         return Scores(reward=total, ref_logprobs=ref_logprobs, row_id=rollout.row_id, parts=parts, drift=drift)
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Under ZeRO-3, what a rank without a rollout does while others score theirs: the same passes, over one token."""
+        for _ in range(self.agree(0)):
+            self._passes(filler(self.device))
+        for reward in self.rewards:
+            if isinstance(reward, RetokenisedReward):
+                reward.join()
+
+    def _passes(self, seq: Sequences) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Reference log-probabilities (None without a reference) and the rewards that read token ids."""
+        found = None
+        if self.reference is not None:
+            found, _ = self.models("logprobs", self.reference, seq, self.temperature)
+        return found, {r.name: r.score(seq) for r in self.rewards if isinstance(r, ModelReward)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage, describe, header_line
 from rlhf_ray.models.sampler import Sampler
+from rlhf_ray.models.sharded import Agree, gathered, whole_numel
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.models.stack import RoleModels
 from rlhf_ray.roles.collector import Collector
@@ -96,7 +98,9 @@ class PPOSetup:
         tensors = load_file(folder / "adapter_model.safetensors")
         head = tensors.pop(HEAD_KEY)
         load_adapter_tensors(models.stack_of("value").peft, str(models.seats["value"].adapter), tensors)
-        models.head_of("value").weight.data.copy_(head)
+        weight = models.head_of("value").weight
+        with gathered([weight], change=True):
+            weight.data.copy_(head)
 
 
 def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
@@ -107,15 +111,22 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in prompts.manifest])
     models = assembly.finish()
+    lockstep = config.learner.zero_stage == 3
+    agree: Agree = session.highest if lockstep else int
+    models.agree = agree
     learner = Learner(models, config, session)
     to_texts = text_maker(backbone, template)
-    rewards = roles.build(learner.engine.module, config.per_device_train_batch_size)
+    rewards = roles.build(learner.engine.module, config.per_device_train_batch_size, agree)
     stop_ids = backbone.eos_ids
     eval_decoding = decoding(config.eval_sampling, stop_ids)
     sampler = Sampler(
-        models.stack_of("policy").model, backbone.pad_id, max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size)
+        models.stack_of("policy").model,
+        backbone.pad_id,
+        max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size),
+        door=partial(learner.engine.module, "decode") if lockstep else None,
     )
-    generator = Generator(sampler, backbone.pad_id, config.seed)
+    some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
+    generator = Generator(sampler, backbone.pad_id, config.seed, some_rank_decodes)
 
     def collector(temperature: float) -> Collector:
         scorer = Scorer(
@@ -125,8 +136,9 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
             temperature,
             config.per_device_train_batch_size,
             session.device,
+            agree=agree,
         )
-        return Collector(generator, scorer, session, config.rollout_chunk_size, backbone.pad_id)
+        return Collector(generator, scorer, session, config.rollout_chunk_size, backbone.pad_id, lockstep)
 
     total = config.max_steps if config.max_steps > 0 else prompts.schedule.steps(config.num_train_epochs)
     eval_every = config.eval_steps or max(total // EVALUATIONS, 1)
@@ -234,8 +246,8 @@ def header_lines(
 ) -> list[str]:
     """What the run is, before it starts."""
     backbone, learner = setup.backbone, setup.learner
-    trained = {g.name: sum(p.numel() for p in g.parameters.values()) for g in learner.groups}
-    total = sum(p.numel() for p in learner.models.parameters())
+    trained = {g.name: sum(map(whole_numel, g.parameters.values())) for g in learner.groups}
+    total = sum(map(whole_numel, learner.models.parameters()))
     share = ", ".join(f"{name} {count:,}" for name, count in trained.items())
     per_step, world = config.rollout_batch_size // config.num_mini_batches, session.world_size
     penalty = "none" if config.kl_penalty == "none" else f"{config.kl_coef:g} x {config.kl_penalty}"
@@ -247,6 +259,7 @@ def header_lines(
             "placement",
             f"{config.placement}, {world} worker{'s' if world > 1 else ''}, ZeRO {config.learner.zero_stage}",
         ),
+        *zero_3_lines(config, session),
         header_line("device", f"{session.device}, {session.num_threads} threads, {backbone.attn_implementation}"),
         *(header_line("data", line) for line in data_lines),
         header_line(
@@ -260,6 +273,16 @@ def header_lines(
         ),
         config_line(config),
     ]
+
+
+def zero_3_lines(config: PPOConfig, session: Session) -> list[str]:
+    """What the whole sharding of the base costs where the learner also samples."""
+    if config.learner.zero_stage < 3:
+        return []
+    cost = "every token decoded gathers the whole base again, on all ranks"
+    if session.world_size == 1:
+        return [header_line("", f"ZeRO 3 with 1 worker saves nothing: there is nobody to share with, and {cost}")]
+    return [header_line("", f"ZeRO 3: {cost}; generators of their own (placement: split) decode faster")]
 
 
 def _write_manifest(

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.resolved import dump_yaml
@@ -29,6 +31,7 @@ from rlhf_ray.models.artifact import (
     open_run,
     write_checkpoint,
 )
+from rlhf_ray.models.sharded import gathered
 from rlhf_ray.report import write_report
 from rlhf_ray.roles.optimizer_state import export_state, restore_state
 from rlhf_ray.run import Run
@@ -88,12 +91,12 @@ def _require_same(folder: RunFolder, values: dict[str, Any]) -> None:
 
 def save(loop: PPOLoop, step: int) -> None:
     """Write checkpoint `step`. Every rank calls it (state may be sharded); rank 0 writes."""
-    optimizer = export_state(loop.learner.engine)
+    optimizer, roles = export_state(loop.learner.engine), roles_now(loop)
     if loop.session.is_main:
         state = _state(loop)
 
         def writer(folder: Path) -> None:
-            save_roles(loop, folder)
+            write_roles(loop, roles, folder)
             atomic_save_tensors(folder / "optimizer.safetensors", optimizer)
             atomic_write_json(folder / "state.json", state)
 
@@ -103,17 +106,32 @@ def save(loop: PPOLoop, step: int) -> None:
     loop.session.barrier()
 
 
-def save_roles(loop: PPOLoop, folder: Path) -> None:
+@dataclass(frozen=True)
+class Roles:
+    """What was trained, whole and on the CPU. critic, head: None without a critic."""
+
+    policy: dict[str, Tensor]
+    critic: dict[str, Tensor] | None
+    head: Tensor | None
+
+
+def roles_now(loop: PPOLoop) -> Roles:
+    """The policy as it was published, the critic as it is. A collective under ZeRO-3: every rank calls it."""
+    models, policy = loop.learner.models, loop.learner.published.tensors
+    if "value" not in models.seats:
+        return Roles(policy, None, None)
+    critic = adapter_tensors(models.stack_of("value").peft, str(models.seats["value"].adapter))
+    weight = models.head_of("value").weight
+    with gathered([weight]):
+        return Roles(policy, critic, weight.detach().to("cpu", torch.float32, copy=True))
+
+
+def write_roles(loop: PPOLoop, roles: Roles, folder: Path) -> None:
     """The policy as a plain PEFT adapter in `adapter/`, the critic with its head in `value/`."""
-    setup, models = loop.setup, loop.learner.models
-    save_adapter(
-        folder / "adapter", loop.learner.published.tensors, setup.policy_config, "CAUSAL_LM", None, setup.base_path
-    )
-    if "value" in models.seats:
-        seat = models.seats["value"]
-        tensors = adapter_tensors(models.stack_of("value").peft, str(seat.adapter))
-        head = models.head_of("value").weight.detach().float().cpu()
-        save_adapter(folder / "value", tensors, setup.value_config, "SEQ_CLS", head, setup.value_base_path)
+    setup = loop.setup
+    save_adapter(folder / "adapter", roles.policy, setup.policy_config, "CAUSAL_LM", None, setup.base_path)
+    if roles.critic is not None:
+        save_adapter(folder / "value", roles.critic, setup.value_config, "SEQ_CLS", roles.head, setup.value_base_path)
 
 
 def restore(loop: PPOLoop) -> None:
@@ -160,12 +178,13 @@ def finish(loop: PPOLoop) -> Run:
         metrics=_summary_metrics(loop),
         artifacts={"adapter": str(setup.folder.adapter_dir), "report": str(setup.folder.path / "report.html")},
     )
+    roles = roles_now(loop)
     if loop.session.is_main:
         if config.load_best_model_at_end and progress.best.step != progress.step:
             source = setup.folder.checkpoint(progress.best.step)
             _copy_adapter(source, setup.folder, loop)
         else:
-            save_roles(loop, setup.folder.path)
+            write_roles(loop, roles, setup.folder.path)
         run.save()
         setup.folder.seal()
         write_report(setup.folder.path)

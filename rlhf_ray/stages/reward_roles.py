@@ -9,6 +9,7 @@ from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.lineage import check_lineage, header_line, parent_of
+from rlhf_ray.models.sharded import Agree
 from rlhf_ray.models.source import resolve_source
 from rlhf_ray.models.specs import Source, reward_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
@@ -73,16 +74,18 @@ class RewardRoles:
                 fix="drop it",
             )
 
-    def build(self, models: Any, rows_per_forward: int) -> list[Reward]:
-        """What scores, in the job's order, over the finished models."""
-        return [self._build(reward, role, models, rows_per_forward) for reward, role in self.roles]
+    def build(self, models: Any, rows_per_forward: int, agree: Agree = int) -> list[Reward]:
+        """What scores, in the job's order, over the finished models. agree: as the scorer's."""
+        return [self._build(reward, role, models, rows_per_forward, agree) for reward, role in self.roles]
 
-    def _build(self, reward: RewardSource, role: str, models: Any, rows_per_forward: int) -> Reward:
+    def _build(self, reward: RewardSource, role: str, models: Any, rows_per_forward: int, agree: Agree) -> Reward:
         if role in self.functions:
             return self.functions[role]
         if role in self.readers:
             reader, writer = self.readers[role], self.assembly.base
-            return RetokenisedReward(reward.name, reward.weight, models, role, reader, writer, rows_per_forward)
+            return RetokenisedReward(
+                reward.name, reward.weight, models, role, reader, writer, rows_per_forward, agree
+            )
         return ModelReward(reward.name, reward.weight, models, role)
 
     def _is_foreign(self, source: Source) -> bool:

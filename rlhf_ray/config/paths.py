@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from rlhf_ray.config.deepspeed import deepspeed_problems
 from rlhf_ray.config.hints import did_you_mean, nearest_sibling
 from rlhf_ray.config.pipeline import PipelineConfig
 from rlhf_ray.config.sections import Section
@@ -29,7 +30,8 @@ def _dotted(loc: Loc) -> str:
 
 
 def check_paths(config: Section, where: Where = _dotted) -> list[Problem]:
-    """One problem for each local model, run, adapter, template, DeepSpeed file and reward function that does not exist.
+    """One problem for each local model, run, adapter, template, DeepSpeed file and reward function that does not exist, and for
+    each key of the DeepSpeed file that the job sets itself.
 
     A name that can only be a Hub id is not looked up, except that offline it must be in the local cache. Folders that a
     pipeline makes itself are left out. `where` turns a field path into the place to blame.
@@ -58,6 +60,9 @@ def _missing(config: Section, made: str | None = None) -> Iterator[tuple[Loc, Pr
     for loc, file in _named_files(config):
         if not os.path.isfile(file):
             yield loc, Problem("", "no such file", got=str(file), fix=nearest_sibling(file))
+        elif loc == ("learner", "deepspeed"):
+            for problem in deepspeed_problems(str(file), config.learner.zero_stage):  # type: ignore[attr-defined]
+                yield loc, replace(problem, what=f"{file}: {problem.what}")
     for index, reward in enumerate(getattr(config, "rewards", ())):
         found = _function_problem(reward.function) if reward.function is not None else None
         if found is not None:

@@ -136,7 +136,9 @@ class LearnerConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = field(
         0, "DeepSpeed ZeRO stage of the PPO learner; 3 also shards the base, and slows decoding on the same ranks"
     )
-    deepspeed: Path | None = field(None, "your own DeepSpeed JSON (PPO): ZeRO and communication keys only")
+    deepspeed: Path | None = field(
+        None, "your own DeepSpeed JSON (PPO): ZeRO and communication keys only; zero_stage stays the stage"
+    )
 
     @model_validator(mode="after")
     def _this_process_asks_for_nothing(self) -> LearnerConfig:

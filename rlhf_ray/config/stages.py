@@ -289,6 +289,7 @@ class PPOConfig(JobFields, OptimFields):
             problems.append(
                 f"min_response_length: {self.min_response_length} is over response_length {self.response_length}"
             )
+        problems += self._zero_rules()
         names = [r.name for r in self.rewards]
         if len(set(names)) != len(names):
             problems.append(f"rewards: names repeat: {', '.join(names)}; give each its own name")
@@ -305,6 +306,17 @@ class PPOConfig(JobFields, OptimFields):
         if problems:
             raise ValueError(" | ".join(problems))
         return self
+
+    def _zero_rules(self) -> list[str]:
+        stage, problems = self.learner.zero_stage, []
+        if stage > 0 and self.optim != "adamw_torch":
+            problems.append(
+                f"optim: {self.optim} loses its statistics of whole tensors when ZeRO cuts them up; expected adamw_torch,"
+                f" or learner.zero_stage 0; got zero_stage {stage}"
+            )
+        if stage == 3 and (self.load_in_8bit or self.load_in_4bit):
+            problems.append("learner.zero_stage: 3 cannot cut up a quantised base; expected 0, 1 or 2")
+        return problems
 
 
 class EvaluateConfig(JobFields):

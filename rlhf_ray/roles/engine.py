@@ -7,35 +7,19 @@ global count, the average is undone by a factor of the world size, and clipping 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_ray.config import OptimFields
-from rlhf_ray.errors import ConfigError, Problem, ResourceError
+from rlhf_ray.config.deepspeed import read_deepspeed_json
+from rlhf_ray.errors import ResourceError
 from rlhf_ray.models.sharded import is_sharded
-
-OUR_KEYS = {
-    "fp16": "dtype",
-    "bf16": "dtype",
-    "data_types": "dtype",
-    "amp": "dtype",
-    "torch_autocast": "dtype",
-    "train_batch_size": "rollout_batch_size and num_mini_batches",
-    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "num_mini_batches and per_device_train_batch_size",
-    "optimizer": "optim",
-    "scheduler": "lr_scheduler_type",
-    "gradient_clipping": "max_grad_norm",
-}
-
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -59,7 +43,7 @@ class TrainingEngine:
     ) -> None:
         import deepspeed
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        _quiet()
         _compile_nothing()
         self.groups, self.world_size, self.zero_stage = tuple(groups), world_size, zero_stage
         self.max_grad_norm = optim.max_grad_norm
@@ -108,6 +92,12 @@ class TrainingEngine:
                 else:
                     safe_set_full_grad(parameter, gradients[name] * scale)
         return norm
+
+
+def _quiet() -> None:
+    """DeepSpeed tells its progress, and calls collectives by names that torch is about to change: nothing a user can act on."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
 
 
 def _compile_nothing() -> None:
@@ -159,7 +149,7 @@ def build_optimizer(groups: Sequence[ParameterGroup], optim: OptimFields) -> tor
 def deepspeed_settings(zero_stage: int, deepspeed_json: str | None) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, with the user's ZeRO and communication keys over it.
 
-    Precision, batches, optimizer, schedule and clipping are fields of the job; in the user's JSON they are a ConfigError.
+    Precision, batches, optimizer, schedule, clipping and the ZeRO stage are fields of the job (config/deepspeed.py).
     There is no bf16/fp16 section, because it would cast the float32 adapters as well."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -172,26 +162,6 @@ def deepspeed_settings(zero_stage: int, deepspeed_json: str | None) -> dict[str,
     }
     if deepspeed_json is None:
         return settings
-    theirs = read_deepspeed_json(deepspeed_json)
+    theirs = read_deepspeed_json(deepspeed_json, zero_stage)
     zero = {**settings["zero_optimization"], **theirs.pop("zero_optimization", {})}
     return {**settings, **theirs, "zero_optimization": zero}
-
-
-def read_deepspeed_json(path: str) -> dict[str, Any]:
-    """The user's DeepSpeed JSON. Raises ConfigError for keys that are fields of the job."""
-    try:
-        theirs = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError.at(
-            "learner.deepspeed", f"cannot read {os.fspath(path)}: {error}", "a DeepSpeed JSON file"
-        ) from error
-    if not isinstance(theirs, dict):
-        raise ConfigError.at(str(path), "not a JSON object", "DeepSpeed settings by name")
-    ConfigError.raise_all(
-        Problem(
-            str(path), f"{key} is set by the job, not by the DeepSpeed file", fix=f"remove it and set {OUR_KEYS[key]}"
-        )
-        for key in theirs
-        if key in OUR_KEYS
-    )
-    return theirs

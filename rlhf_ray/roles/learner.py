@@ -70,10 +70,15 @@ class UpdateStats:
 
 
 class Learner:
-    """models: who sits where.  The policy's adapter, the critic's adapter and head are trained; everything else is frozen."""
+    """models: who sits where.  The policy's adapter, the critic's adapter and head are trained; everything else is frozen.
+
+    lockstep: every forward pass through `models` is a collective (ZeRO-3), and all ranks must make the same ones."""
 
     def __init__(self, models: RoleModels, config: PPOConfig, session: Session) -> None:
         self.models, self.config, self.session = models, config, session
+        self.lockstep = config.learner.zero_stage == 3
+        if self.lockstep:
+            models.agree = session.highest
         self.groups = trained_groups(models)
         self.engine = TrainingEngine(
             models, self.groups, config, config.learner.zero_stage, config.learner.deepspeed, session.world_size
@@ -124,7 +129,7 @@ class Learner:
             stats.epochs = epoch + 1
 
     def publish(self) -> PublishedAdapter:
-        """Snapshot the policy adapter under a new version, with its hash."""
+        """Snapshot the policy adapter under a new version, with its hash. Every rank calls it (it may be sharded)."""
         seat = self.models.seats["policy"]
         tensors = adapter_tensors(self.models.stack_of("policy").peft, str(seat.adapter))
         self.published = PublishedAdapter(self.version, sha256_tensors(tensors), tensors)

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.maths.controllers import make_controller
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
@@ -37,6 +38,8 @@ from rlhf_ray.stages.ppo_store import Best, finish, restore, save, start_run
 
 def ppo(config: PPOConfig, console: Console | None = None) -> Run:
     """Run PPO as `config` says and return the finished run. Raises the error tree of errors.py."""
+    if config.learner.deepspeed is not None:
+        read_deepspeed_json(config.learner.deepspeed, config.learner.zero_stage)  # refused before anything is started
     return launch(train_ppo, config, console or LocalConsole())
 
 

@@ -25,7 +25,7 @@ from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage, describe, header_line
 from rlhf_ray.models.sampler import Sampler
-from rlhf_ray.models.sharded import Agree, gathered, whole_numel
+from rlhf_ray.models.sharded import gathered, whole_numel
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.models.stack import RoleModels
 from rlhf_ray.roles.collector import Collector
@@ -111,10 +111,8 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in prompts.manifest])
     models = assembly.finish()
-    lockstep = config.learner.zero_stage == 3
-    agree: Agree = session.highest if lockstep else int
-    models.agree = agree
     learner = Learner(models, config, session)
+    lockstep, agree = learner.lockstep, learner.models.agree
     to_texts = text_maker(backbone, template)
     rewards = roles.build(learner.engine.module, config.per_device_train_batch_size, agree)
     stop_ids = backbone.eos_ids

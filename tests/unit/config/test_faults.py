@@ -156,11 +156,36 @@ def test_a_bad_override(
             "job.yaml:5: load_in_8bit: load_in_8bit and load_in_4bit exclude each other",
         ),
         ("cpu_offload: true", "job.yaml:5: cpu_offload: cpu_offload needs load_in_8bit or load_in_4bit"),
+        (
+            "optim: adafactor\nlearner: {zero_stage: 1}",
+            "job.yaml:5: optim: adafactor loses its statistics of whole tensors when ZeRO cuts them up; "
+            "expected adamw_torch, or learner.zero_stage 0; got zero_stage 1",
+        ),
+        (
+            "optim: adamw_8bit\nlearner: {zero_stage: 3}",
+            "job.yaml:5: optim: adamw_8bit loses its statistics of whole tensors when ZeRO cuts them up; "
+            "expected adamw_torch, or learner.zero_stage 0; got zero_stage 3",
+        ),
+        (
+            "load_in_4bit: true\nlearner: {zero_stage: 3}",
+            "job.yaml:6: learner.zero_stage: 3 cannot cut up a quantised base; expected 0, 1 or 2",
+        ),
         ("max_steps: 0", "job.yaml:5: max_steps: expected at least 1, or -1; got 0"),
     ],
 )
 def test_rules_across_fields(lines: str, expected: str, complaints: Callable[..., list[str]]) -> None:
     assert complaints("ppo", JOB + lines + "\n") == [f"error: {expected}"]
+
+
+def test_a_deepspeed_file_is_read_with_the_job(complaints: Callable[..., list[str]], workdir: Path) -> None:
+    """Keys of the job in it, and a stage other than the job's, are told before anything is loaded."""
+    Path("ds.json").write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
+    assert complaints("ppo", JOB + "learner: {deepspeed: ds.json, zero_stage: 3}\n") == [
+        "error: job.yaml:5: learner.deepspeed: ds.json: bf16 is set by the job, not by the DeepSpeed file; "
+        "fix: remove it and set dtype",
+        "error: job.yaml:5: learner.deepspeed: ds.json: zero_optimization.stage contradicts learner.zero_stage; "
+        "expected 3; got 2; fix: remove it, or set learner.zero_stage=2",
+    ]
 
 
 def test_values_of_a_mapping(complaints: Callable[..., list[str]]) -> None:

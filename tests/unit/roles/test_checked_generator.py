@@ -19,7 +19,7 @@ LOGPROB = -0.5
 class Script:
     """A sampler that replies 5, 6, ... as long as the row's budget, every token at LOGPROB."""
 
-    def run(self, requests: list[DecodeRequest]) -> list[DecodeResult]:
+    def run(self, requests: list[DecodeRequest], *_: Any) -> list[DecodeResult]:
         return [
             DecodeResult(tuple(range(5, 5 + r.max_new_tokens)), (LOGPROB,) * r.max_new_tokens, False) for r in requests
         ]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.config.deepspeed import OUR_KEYS
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.roles.engine import OUR_KEYS, deepspeed_settings
+from rlhf_ray.roles.engine import deepspeed_settings
 
 
 def test_no_precision_section_because_it_would_cast_the_adapters() -> None:
@@ -34,3 +35,18 @@ def test_the_users_zero_keys_are_kept_and_all_wrong_keys_told_at_once(tmp_path: 
     with pytest.raises(ConfigError) as error:
         deepspeed_settings(2, str(path))
     assert len(error.value.problems) == 2
+
+
+def test_the_stage_is_the_jobs_and_the_file_may_only_agree(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    agreed = deepspeed_settings(3, str(path))["zero_optimization"]
+    assert agreed == {"stage": 3, "stage3_param_persistence_threshold": 0}
+    with pytest.raises(ConfigError) as error:
+        deepspeed_settings(0, str(path))
+    (line,) = error.value.lines()
+    assert line.endswith(
+        "ds.json: zero_optimization.stage contradicts learner.zero_stage; expected 0; got 3; "
+        "fix: remove it, or set learner.zero_stage=3"
+    )
+    assert error.value.exit_code == 2

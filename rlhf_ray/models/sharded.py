@@ -11,30 +11,30 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Agree = Callable[[int], int]
 """The largest of all ranks' numbers. Under ZeRO-3 every call of a module is a collective, so ranks must make equally many: each
 states how many it needs, and all make as many as the one that needs most."""
 
 
-def is_sharded(parameter: nn.Parameter) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """The parameter's shape, whatever part of it is here."""
     whole: Any = parameter
     return tuple(whole.ds_shape) if is_sharded(parameter) else tuple(parameter.shape)
 
 
-def whole_numel(parameter: nn.Parameter) -> int:
+def whole_numel(parameter: Tensor) -> int:
     whole: Any = parameter
     return int(whole.ds_numel) if is_sharded(parameter) else parameter.numel()
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter], change: bool = False) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor], change: bool = False) -> Iterator[None]:
     """Inside the block every rank has the parameters whole. A collective if any of them is sharded.
 
     change: the block writes them, the same values on every rank; without it, writes are lost."""
@@ -48,7 +48,7 @@ def gathered(parameters: Iterable[nn.Parameter], change: bool = False) -> Iterat
         yield
 
 
-def own_share(parameter: nn.Parameter, value: Tensor, rank: int) -> Tensor:
+def own_share(parameter: Tensor, value: Tensor, rank: int) -> Tensor:
     """This rank's part of `value`, flat, as ZeRO-3 cuts `parameter`: equal parts, the last one filled up with zeros.
 
     DeepSpeed's own setters of whole tensors (safe_set_full_*) fail where the parts are not equal (measured, 0.19)."""

@@ -21,6 +21,7 @@ from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.models.sharded import is_sharded
 
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters that share a learning rate and a clipping norm, by their names."""

@@ -77,7 +77,9 @@ def _restore_zero(
     engine: TrainingEngine, parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]
 ) -> None:
     with gathered(parameters.values()):
-        for parameter in parameters.values():  # the weights were restored in the model; ZeRO steps from a copy of its own
+        for (
+            parameter
+        ) in parameters.values():  # the weights were restored in the model; ZeRO steps from a copy of its own
             _set_master(parameter, parameter.detach().clone())
         zero = torch.stack([(p * 0).sum() for p in parameters.values()]).sum()
         engine.accumulate(zero, last=True)

@@ -83,9 +83,7 @@ class RewardRoles:
             return self.functions[role]
         if role in self.readers:
             reader, writer = self.readers[role], self.assembly.base
-            return RetokenisedReward(
-                reward.name, reward.weight, models, role, reader, writer, rows_per_forward, agree
-            )
+            return RetokenisedReward(reward.name, reward.weight, models, role, reader, writer, rows_per_forward, agree)
         return ModelReward(reward.name, reward.weight, models, role)
 
     def _is_foreign(self, source: Source) -> bool:

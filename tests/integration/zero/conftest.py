@@ -12,7 +12,9 @@ import pytest
 
 from rlhf_ray.config import PPOConfig
 
-sys.path.insert(0, str(Path(__file__).parent))  # the ranks are processes of their own, and import zero_ranks by its name
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # the ranks are processes of their own, and import zero_ranks by its name
 
 REWARD = '''
 """The share of ASCII characters; every reply that was scored is written down, and some call can fail."""

@@ -7,15 +7,14 @@ every test below would pass without testing anything.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from zero_ranks import learn_at_every_stage, on_ranks, train
 from safetensors.torch import load_file, save_file
+from zero_ranks import learn_at_every_stage, on_ranks, train
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import NullConsole
@@ -28,7 +27,7 @@ from rlhf_ray.stages.ppo import PPOLoop, ppo
 from rlhf_ray.stages.ppo_setup import set_up
 from rlhf_ray.stages.ppo_store import start_run
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 Job = Callable[..., PPOConfig]
 HERE = {"num_workers": 0, "num_threads": 1}
 
@@ -56,7 +55,10 @@ def replies(job: PPOConfig) -> list[Any]:
 @pytest.fixture
 def experience(zero_job: Job, tmp_path: Path) -> str:
     """A step's Experience, sampled and evaluated in this process, in a file."""
-    job, session = zero_job("stored", 0, learner=HERE, lora={"r": 3, "lora_alpha": 6}), process_session(NullConsole(), 1)
+    job, session = (
+        zero_job("stored", 0, learner=HERE, lora={"r": 3, "lora_alpha": 6}),
+        process_session(NullConsole(), 1),
+    )
     loop = PPOLoop(job, session, set_up(job, session, start_run(job, session)))
     prompts, budgets = loop.setup.schedule.step(1), loop.setup.budgets(1)
     collected = loop.collector.collect(prompts, budgets, loop.active(), loop.decoding, "rollout", 1)
@@ -136,14 +138,17 @@ def test_what_else_a_run_can_have(zero_job: Job, reward_model: Callable[..., str
         for i, changes in enumerate(variants)
     ]
     on_ranks(2, train, [job for pair in jobs for job in pair], 7)
-    for plain, sharded in jobs:
-        assert difference(weights(plain.output_dir), weights(sharded.output_dir)) < 1e-5
+    for (plain, sharded), limit in zip(
+        jobs, (1e-5, 1e-5, 5e-4)
+    ):  # bfloat16 gradients depend on the order of their sums
+        assert difference(weights(plain.output_dir), weights(sharded.output_dir)) < limit
         assert any(bool(t.any()) for k, t in weights(sharded.output_dir).items() if "lora_B" in k)
-    two_bases = jobs[0]
-    assert difference(*(weights(job.output_dir, "value") for job in two_bases)) < 1e-5
+    with_two_bases, in_half_precision = jobs[0], jobs[2]
+    assert difference(*(weights(job.output_dir, "value") for job in with_two_bases)) < 1e-5
+    before_the_update = slice(3 + 12)  # of rank 0: the first evaluation and its two chunks
+    assert replies(in_half_precision[0])[before_the_update] == replies(in_half_precision[1])[before_the_update]
 
 
-@pytest.mark.slow
 def test_under_ray_train(zero_job: Job, console: Any) -> None:
     """The same run in the project's own worker group of two; its header says what it costs."""
     sharded, plain = zero_job("sharded", 3, max_steps=1), zero_job("plain", 0, max_steps=1, learner=HERE)
@@ -162,7 +167,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(zero_job: Job, monkeypatch:
     with pytest.raises(Exception, match="the reward service is gone"):
         on_ranks(2, train, [broken])
     monkeypatch.delenv("FAIL_AT_CALL")
-    assert sorted(os.listdir(f"{broken.output_dir}/checkpoints")) == ["step_000001"]
+    assert [path.name for path in Path(broken.output_dir).glob("checkpoints/step_*")] == ["step_000001"]
     on_ranks(2, train, [broken])
     for name in ("adapter", "value"):
         assert difference(weights(straight.output_dir, name), weights(broken.output_dir, name)) == 0.0

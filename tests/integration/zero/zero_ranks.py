@@ -80,7 +80,9 @@ def train(session: Session, jobs: Sequence[PPOConfig], head_calls: int | None = 
 
 
 def learn(session: Session, job: PPOConfig, experience: str, out: str) -> dict[str, Any]:
-    """The updates of one step on a stored Experience. Rank 0 writes adapters and optimizer state to `out`; returns who holds what."""
+    """The updates of one step on a stored Experience. Rank 0 writes adapters and optimizer state to `out`.
+
+    Returns the published hash and the gradient norm."""
     assembly, _ = assemble(job, session)
     learner = Learner(assembly.finish(), job, session)
     if job.learner.zero_stage == 3:
@@ -94,7 +96,9 @@ def learn(session: Session, job: PPOConfig, experience: str, out: str) -> dict[s
         found["head"] = head.detach().clone()
     state = export_state(learner.engine)
     if session.is_main:
-        save_file({k: v.contiguous() for k, v in (found | {f"optimizer.{k}": v for k, v in state.items()}).items()}, out)
+        save_file(
+            {k: v.contiguous() for k, v in (found | {f"optimizer.{k}": v for k, v in state.items()}).items()}, out
+        )
     return {"sha256": learner.published.sha256, "norm": stats.metrics()["grad_norm/policy"]}
 
 

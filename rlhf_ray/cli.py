@@ -33,6 +33,10 @@ app = typer.Typer(
 
 Job = Annotated[str, typer.Argument(metavar="JOB.yaml", help="job file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="set fields, e.g. lora.r=8")]
+Wait = Annotated[
+    float | None,
+    typer.Option("--wait-for-resources", metavar="SECONDS", help="wait so long for the cluster to have room"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the run's summary on stdout as one JSON object")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 RunDir = Annotated[str, typer.Argument(metavar="RUN", help="run folder")]
@@ -78,13 +82,18 @@ STAGE_HELP = {
 
 def _add_stage(stage: str) -> None:
     @app.command(stage, cls=_StageCommand, help=STAGE_HELP[stage])
-    def command(job: Job, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
+    def command(
+        job: Job, overrides: Overrides = None, wait: Wait = None, as_json: Json = False, debug: Debug = False
+    ) -> None:
         from importlib import import_module
 
         from rlhf_ray.config import STAGES, PipelineConfig
         from rlhf_ray.config.load import load
+        from rlhf_ray.plan.preflight import check_this_machine
 
-        config = load(STAGES.get(stage, PipelineConfig), job, overrides or ())
+        waiting = [] if wait is None else [f"wait_for_resources={wait}"]
+        config = load(STAGES.get(stage, PipelineConfig), job, [*(overrides or ()), *waiting])
+        check_this_machine(config)
         with _stdout_kept(), _resumable(config.output_dir):
             run = getattr(import_module(f"rlhf_ray.stages.{stage}"), stage)(config)
         _tell(run, as_json)

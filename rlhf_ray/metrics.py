@@ -145,10 +145,14 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("time/publish", "s", "handing the new adapter to the samplers"),
     ("time/checkpoint", "s", "writing a checkpoint"),
     ("time/step", "s", "the whole step"),
+    ("time/idle_generator", "share", "of the step in which generators had nothing to do (placement: split)"),
+    ("time/idle_scorer", "share", "of the step in which scorers had nothing to do (placement: split)"),
+    ("time/idle_learner", "share", "of the step in which the learner waited for rollouts and scores (placement: split)"),
     ("time/*", "s", "wall-clock time"),
     ("memory/process_peak", "bytes", "largest resident memory of rank 0 so far"),
     ("memory/device_peak", "bytes", "largest memory that tensors took on rank 0's GPU so far"),
     ("memory/*", "bytes", "memory of a process or device"),
+    ("faults/retries", "", "chunks done again in the step, because the actor that had them was lost"),
     ("faults/*", "", "faults met and survived"),
 )  # fmt: skip
 

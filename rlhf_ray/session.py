@@ -22,13 +22,18 @@ from rlhf_ray.console import Console
 
 @dataclass(frozen=True)
 class Session:
-    """rank, world_size: place in the learner group.  device: where this rank computes.  num_threads: torch's CPU threads."""
+    """rank, world_size: place in the learner group.  device: where this rank computes.  num_threads: torch's CPU threads.
+
+    pools: handles of the generator and scorer actors (roles/pool.py), None where every rank plays all roles.
+    where: process, node and GPU of a Ray worker, for people."""
 
     rank: int
     world_size: int
     device: torch.device
     num_threads: int
     console: Console
+    pools: Any = None
+    where: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -93,7 +98,7 @@ def process_session(console: Console, num_threads: int | None = None) -> Session
     return _prepared(Session(0, 1, device, num_threads or usable_cores(), console))
 
 
-def worker_session(console: Console, num_threads: int | None = None) -> Session:
+def worker_session(console: Console, num_threads: int | None = None, pools: Any = None) -> Session:
     """The session of the Ray Train worker that calls this. Ray may declare GPUs that torch does not see, so torch is asked."""
     import ray.train
 
@@ -104,7 +109,12 @@ def worker_session(console: Console, num_threads: int | None = None) -> Session:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     threads = num_threads or max(usable_cores() // context.get_local_world_size(), 1)
-    return _prepared(Session(context.get_world_rank(), context.get_world_size(), device, threads, console))
+    gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU") or ()
+    on = f"GPU {', '.join(gpus)}" if gpus else "no GPU"
+    node = f"{ray.util.get_node_ip_address()} (node {ray.get_runtime_context().get_node_id()[:6]})"
+    where = f"pid {os.getpid()} on {node}, {on}"
+    rank, world = context.get_world_rank(), context.get_world_size()
+    return _prepared(Session(rank, world, device, threads, console, pools, where))
 
 
 def _prepared(session: Session) -> Session:

@@ -4,6 +4,7 @@ Names follow TRL's PPOConfig, transformers' TrainingArguments and PEFT's LoraCon
 paths in a job file are relative to the working directory. `rlhf-ray <stage> --help` is generated from the descriptions here.
 """
 
+from rlhf_ray.config.actors import ActorsConfig
 from rlhf_ray.config.pipeline import STAGES, PipelineConfig
 from rlhf_ray.config.sections import (
     RUN_NAME,
@@ -22,6 +23,7 @@ from rlhf_ray.config.stages import EvaluateConfig, JobFields, OptimFields, PPOCo
 __all__ = [
     "RUN_NAME",
     "STAGES",
+    "ActorsConfig",
     "DataConfig",
     "EvaluateConfig",
     "JobFields",

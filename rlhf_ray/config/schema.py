@@ -27,7 +27,7 @@ class FieldRow:
 def describe(cls: type[Section]) -> list[FieldRow]:
     """Every field of a configuration class under its dotted name, sections opened; a list of sections is `rewards[].run`.
 
-    Required fields come first. A kind of section that repeats (value.lora, lora) is opened once."""
+    Required fields come first. A kind of section that repeats inside another (value.lora, lora) is opened once."""
     return list(_rows(cls, "", set()))
 
 
@@ -36,7 +36,7 @@ def _rows(cls: type[Section], prefix: str, opened: set[type[Section]]) -> Iterat
         inner, many = section_of(info.annotation)
         meaning = info.description or ""
         yield FieldRow(prefix + name, kind(info), _default(info), meaning)
-        if inner is not None and inner not in opened:
+        if inner is not None and not (prefix and inner in opened):
             opened.add(inner)  # value.lora has the fields of lora: once is enough
             yield from _rows(inner, f"{prefix}{name}{'[]' if many else ''}.", opened)
 

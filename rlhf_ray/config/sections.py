@@ -133,6 +133,8 @@ class LearnerConfig(Section):
     num_threads: Count | None = field(
         None, "CPU threads per worker; default: usable cores shared among the workers of a node"
     )
+    label_selector: dict[str, str] = field({}, "Ray node labels that a worker's node must have")
+    accelerator_type: str | None = field(None, "GPU model a worker's node must have, as Ray calls it, e.g. A100")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = field(
         0, "DeepSpeed ZeRO stage of the PPO learner; 3 also shards the base, and slows decoding on the same ranks"
     )

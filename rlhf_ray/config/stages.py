@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from rlhf_ray.config.actors import ActorsConfig
 from rlhf_ray.config.sections import (
     RUN_NAME,
     Count,
@@ -65,6 +66,9 @@ class JobFields(Section):
         ("tensorboard",), "trackers beside metrics.jsonl"
     )
     learner: LearnerConfig = field(LearnerConfig(), "training workers")
+    wait_for_resources: NotNegative = field(
+        10.0, "seconds to wait for what other jobs hold, or for nodes that an autoscaling cluster can add (then exit 3)"
+    )
 
     @model_validator(mode="after")
     def _common_rules(self) -> JobFields:
@@ -192,8 +196,15 @@ class PPOConfig(JobFields, OptimFields):
         ..., "what is maximised", min_length=1
     )
     value: ValueConfig = field(ValueConfig(), "the critic")
-    placement: Literal["colocate"] = field(
-        "colocate", "colocate: every learner worker also generates and scores, on one base"
+    placement: Literal["colocate", "split"] = field(
+        "colocate",
+        "colocate: every learner worker also generates and scores, on one base; split: generators and scorers are Ray"
+        " actors on GPUs of their own; results are the same",
+    )
+    generator: ActorsConfig = field(ActorsConfig(), "generators (placement: split)")
+    scorer: ActorsConfig = field(ActorsConfig(), "scorers: rewards and reference (placement: split)")
+    probe_steps: Count = field(
+        1, "compare the sampler's log-probabilities with the learner's every so many steps; a mismatch stops the run"
     )
 
     learning_rate: Positive = field(2e-5, "peak learning rate of the policy")
@@ -269,6 +280,11 @@ class PPOConfig(JobFields, OptimFields):
     @model_validator(mode="after")
     def _ppo_rules(self) -> PPOConfig:
         problems = []
+        if self.placement == "split" and self.learner.num_workers == 0:
+            problems.append(
+                "learner.num_workers: placement split needs Ray, and 0 runs in this process without it; set at least 1, or"
+                " placement: colocate"
+            )
         if self.rollout_batch_size % self.num_mini_batches:
             problems.append(
                 _division("num_mini_batches", self.num_mini_batches, "rollout_batch_size", self.rollout_batch_size)

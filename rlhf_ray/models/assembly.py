@@ -64,11 +64,14 @@ class Assembly:
             self.seats[role] = Seat(self._full(source, "causal_lm"), None)
         self.lineage.append(header_line(role, source.describe()))
 
-    def add_trained_policy(self, source: Source | None, lora: LoraConfig) -> None:
-        """`policy`, trainable, and `reference`, what it starts from: the SFT adapter frozen, or the base with adapters off."""
+    def add_trained_policy(self, source: Source | None, lora: LoraConfig, with_reference: bool = True) -> None:
+        """`policy`, trainable, and `reference`, what it starts from: the SFT adapter frozen, or the base with adapters off.
+
+        with_reference: false where another process holds the reference."""
         if source is None or source.kind == "base":
             self._fresh(BASE, "policy", lora)
-            self.seats["reference"] = Seat(BASE, None)
+            if with_reference:
+                self.seats["reference"] = Seat(BASE, None)
             self.lineage += [
                 header_line("policy", "fresh adapter (B = 0) on the base"),
                 header_line("reference", "the base, adapters off"),
@@ -76,8 +79,9 @@ class Assembly:
         elif source.kind == "adapter":
             files = read_adapter(source.path)
             self._load(BASE, "policy", files, trainable=True)
-            self._load(BASE, "reference", files, trainable=False)
-            self.seats["reference"] = Seat(BASE, "reference")
+            if with_reference:
+                self._load(BASE, "reference", files, trainable=False)
+                self.seats["reference"] = Seat(BASE, "reference")
             self.lineage += [
                 header_line("policy", f"copy of adapter {source.path}"),
                 header_line("reference", f"adapter {source.path}, frozen"),

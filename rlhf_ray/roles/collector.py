@@ -1,19 +1,22 @@
 """Sampling and scoring all rows of a step over all ranks.
 
 A step's rows are cut by index into chunks; chunk c belongs to rank c mod world size. Results are ordered by row, so they do not
-depend on how many ranks there are.
+depend on how many ranks there are. A rank samples and scores its chunks itself; `split.SplitCollector` has actors do it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from rlhf_ray.batches import PromptBatch, Rollout, Scores
 from rlhf_ray.data.collate import TokenisedPrompt, prompt_batch
+from rlhf_ray.data.records import Row
+from rlhf_ray.errors import InvariantError
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding, Generator
 from rlhf_ray.roles.minibatches import chunks
 from rlhf_ray.roles.scorer import Scorer
@@ -22,11 +25,34 @@ from rlhf_ray.session import Session
 
 @dataclass(frozen=True)
 class Collected:
-    """All rows of a step, on every rank.  seconds: of this rank, by phase."""
+    """All rows of a step, on every rank.  seconds: of this rank, by phase.  busy: seconds of work by role, faults: counted, over
+    all ranks; both empty where a rank does everything itself."""
 
     rollout: Rollout
     scores: Scores
     seconds: dict[str, float]
+    busy: dict[str, float] = field(default_factory=dict)
+    faults: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that are sampled together. number: in the step.  rows: the data rows behind the prompts."""
+
+    number: int
+    prompts: PromptBatch
+    rows: list[Row]
+
+
+@dataclass
+class Share:
+    """What became of one rank's chunks; see `Collected`."""
+
+    rollouts: list[Rollout] = field(default_factory=list)
+    scores: list[Scores] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"time/generate": 0.0, "time/score": 0.0})
+    busy: dict[str, float] = field(default_factory=dict)
+    faults: dict[str, float] = field(default_factory=dict)
 
 
 class Collector:
@@ -54,29 +80,42 @@ class Collector:
         step: int,
     ) -> Collected:
         """Sample one reply to each prompt (repeat a prompt for several) and score it. budgets: longest reply of each row."""
-        rollouts: list[Rollout] = []
-        scores: list[Scores] = []
-        seconds = {"time/generate": 0.0, "time/score": 0.0}
-        for number, rows in enumerate(chunks(len(prompts), self.chunk_size)):
-            if number % self.session.world_size != self.session.rank:
-                continue
-            started = time.perf_counter()
-            batch = self._batch(prompts, budgets, rows)
-            rollout = self.generator.generate(batch, adapter, decoding, role, step)
-            sampled = time.perf_counter()
-            scores.append(self.scorer.score(rollout, [prompts[i].row for i in rows]))
-            rollouts.append(rollout)
-            seconds["time/generate"] += sampled - started
-            seconds["time/score"] += time.perf_counter() - sampled
-        if self.lockstep and len(rollouts) < -(-len(prompts) // (self.chunk_size * self.session.world_size)):
+        mine = [
+            Chunk(number, self._batch(prompts, budgets, rows), [prompts[i].row for i in rows])
+            for number, rows in enumerate(chunks(len(prompts), self.chunk_size))
+            if number % self.session.world_size == self.session.rank
+        ]
+        share = self._work(mine, adapter, decoding, role, step)
+        if self.lockstep and len(mine) < -(-len(prompts) // (self.chunk_size * self.session.world_size)):
             self.generator.join(adapter)  # the last round has no chunk for this rank
             self.scorer.join()
-        everyone = self.session.gather((rollouts, scores))
+        everyone = self.session.gather((share.rollouts, share.scores, share.busy, share.faults))
         return Collected(
             Rollout.concat([r for rank in everyone for r in rank[0]], self.pad_id),
             Scores.concat([s for rank in everyone for s in rank[1]]),
-            seconds,
+            share.seconds,
+            _summed(rank[2] for rank in everyone),
+            _summed(rank[3] for rank in everyone),
         )
+
+    def explain(self, error: InvariantError, adapter: Any) -> InvariantError:
+        """`error`, which says that sampler and learner disagree, with what more is known of why. Here they are one model.
+
+        adapter: the `PublishedAdapter` of the learner."""
+        return error
+
+    def _work(self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int) -> Share:
+        """This rank's chunks, sampled and scored here, one after the other."""
+        share = Share()
+        for chunk in mine:
+            started = time.perf_counter()
+            rollout = self.generator.generate(chunk.prompts, adapter, decoding, role, step)
+            sampled = time.perf_counter()
+            share.scores.append(self.scorer.score(rollout, chunk.rows))
+            share.rollouts.append(rollout)
+            share.seconds["time/generate"] += sampled - started
+            share.seconds["time/score"] += time.perf_counter() - sampled
+        return share
 
     def _batch(self, prompts: Sequence[TokenisedPrompt], budgets: Sequence[int], rows: range) -> PromptBatch:
         return prompt_batch(
@@ -85,3 +124,11 @@ class Collector:
             max_new_tokens=torch.tensor([budgets[i] for i in rows]),
             pad_id=self.pad_id,
         )
+
+
+def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from rlhf_ray.batches import Rollout
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.maths.masks import masked_mean
+from rlhf_ray.models.files import sha256_tensors
 
 AGREEMENT = {"float32": 1e-3, "other": 0.05}
 """Allowed mean absolute difference of log-probabilities between two passes over the same tokens: in float32, and in bfloat16,
@@ -67,11 +69,39 @@ def check_finite(metrics: Mapping[str, float], step: int) -> None:
         raise InvariantError.at(f"step {step}", f"not finite: {', '.join(f'{n} = {metrics[n]}' for n in bad)}")
 
 
-def stale_adapter(rollout: Rollout, wanted: str, step: int) -> InvariantError:
-    """The error for replies that another adapter sampled; it names both."""
+@dataclass(frozen=True)
+class TensorGap:
+    """The tensor in which two adapters differ most.  gap: largest absolute difference; infinite where one side lacks it."""
+
+    name: str
+    gap: float
+    theirs: str
+    ours: str
+
+
+def worst_tensor(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> TensorGap | None:
+    """Where the sampler's adapter differs most from the learner's; None if they are equal, bit for bit."""
+    found = None
+    for name in sorted(theirs.keys() | ours.keys()):
+        pair = [{name: side[name]} if name in side else {} for side in (theirs, ours)]
+        first, second = map(sha256_tensors, pair)
+        if first == second:
+            continue
+        gap = math.inf
+        if all(pair) and theirs[name].shape == ours[name].shape:
+            gap = float((theirs[name].double() - ours[name].double()).abs().max())
+            gap = math.inf if math.isnan(gap) else gap
+        if found is None or gap > found.gap:
+            found = TensorGap(name, gap, first, second)
+    return found
+
+
+def stale_adapter(rollout: Rollout, wanted: str, step: int, version: int | None = None) -> InvariantError:
+    """The error for replies that another adapter sampled; it names both. version: of the adapter wanted, if it is known."""
+    which = "" if version in (None, rollout.adapter_version) else f", not {version}"
     return InvariantError.at(
         f"step {step}",
-        f"replies were sampled by another adapter (version {rollout.adapter_version})",
+        f"replies were sampled by another adapter (version {rollout.adapter_version}{which})",
         f"sha256 {wanted}",
         f"sha256 {rollout.adapter_sha256}",
     )

@@ -41,16 +41,25 @@ class Scorer:
         self.models, self.rewards, self.to_texts = models, tuple(rewards), to_texts
         self.temperature, self.rows_per_forward, self.device = temperature, rows_per_forward, device
         self.reference, self.agree = reference, agree
+        self.about: dict[str, Any] = {}
 
-    @torch.no_grad()
+    def describe(self) -> dict[str, Any]:
+        """Where it is and what it loaded, as whoever built it has noted."""
+        return self.about
+
     def score(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
         """rows: the data rows behind the rollout's rows, in the same order."""
+        return self.score_at(rollout, rows, self.temperature)
+
+    @torch.no_grad()
+    def score_at(self, rollout: Rollout, rows: Sequence[Row], temperature: float) -> Scores:
+        """`score`, with the reference's log-probabilities at another temperature."""
         ref_logprobs = torch.zeros(rollout.response_mask.shape)
         parts = {reward.name: torch.zeros(len(rollout)) for reward in self.rewards}
         for piece in pieces(len(rollout), self.rows_per_forward, self.agree):
             some = rollout.rows(piece)
             seq = to_device(Sequences.trim(some.tokens, some.prompt_mask, some.response_mask), self.device)
-            found, rewards = self._passes(seq)
+            found, rewards = self._passes(seq, temperature)
             if found is not None:
                 ref_logprobs[piece, : seq.response_width] = found.float().cpu()
             for name, values in rewards.items():
@@ -74,14 +83,14 @@ class Scorer:
     def join(self) -> None:
         """Under ZeRO-3, what a rank without a rollout does while others score theirs: the same passes, over one token."""
         for _ in range(self.agree(0)):
-            self._passes(filler(self.device))
+            self._passes(filler(self.device), self.temperature)
         for reward in self.rewards:
             if isinstance(reward, RetokenisedReward):
                 reward.join()
 
-    def _passes(self, seq: Sequences) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _passes(self, seq: Sequences, temperature: float) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Reference log-probabilities (None without a reference) and the rewards that read token ids."""
         found = None
         if self.reference is not None:
-            found, _ = self.models("logprobs", self.reference, seq, self.temperature)
+            found, _ = self.models("logprobs", self.reference, seq, temperature)
         return found, {r.name: r.score(seq) for r in self.rewards if isinstance(r, ModelReward)}

@@ -19,9 +19,12 @@ from typing import Any
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
-from rlhf_ray.errors import Interrupted, Problem, ResourceError, RlhfRayError
+from rlhf_ray.errors import Interrupted, RlhfRayError
+from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
+from rlhf_ray.plan.preflight import check, check_this_machine
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, process_session, worker_session
+from rlhf_ray.stages.placement import default_threads, nodes_to_be, placed
 
 Body = Callable[[Any, Session], Run]
 
@@ -30,8 +33,14 @@ def launch(body: Body, config: JobFields, console: Console) -> Run:
     """Run `body` on every rank and return what rank 0 returns. A worker's error of ours is raised here as it is."""
     if config.learner.num_workers == 0:
         return body(config, process_session(console, config.learner.num_threads))
-    with interruptible(), _cluster(config) as on_own_ray:
-        return _fit(body, config, console, on_own_ray)
+    check_this_machine(config)
+    with interruptible(), _cluster(config) as own_ray:
+        import ray
+
+        asks = role_asks(config, ray.cluster_resources(), own_ray)
+        check(asks, nodes_to_be())
+        with placed(config, asks, console) as pools:
+            return _fit(body, config, console, asks[-1], pools)
 
 
 @contextlib.contextmanager
@@ -79,78 +88,34 @@ def _protect_token() -> None:
             token.chmod(0o600)
 
 
-def worker_resources(config: JobFields, cluster: dict[str, float], own_ray: bool) -> dict[str, float]:
-    """What one learner worker asks Ray for. On our own Ray the CPUs asked for always fit; threads are set by the worker itself."""
-    learner = config.learner
-    gpus = (
-        learner.num_gpus
-        if learner.num_gpus is not None
-        else (1.0 if cluster.get("GPU", 0) >= learner.num_workers else 0.0)
-    )
-    if own_ray:
-        cpus = min(1.0, cluster.get("CPU", 1.0) / (learner.num_workers + 1))
-    else:
-        cpus = float(learner.num_threads or 1)
-    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-
-
-def check_resources(num_workers: int, per_worker: dict[str, float], nodes: list[dict[str, Any]]) -> None:
-    """ResourceError unless `num_workers` bundles of `per_worker` fit on the nodes, each bundle on one node.
-
-    nodes: as `ray.nodes()` gives them; dead ones are left out."""
-    alive = [n["Resources"] for n in nodes if n.get("Alive")]
-    problems = []
-    for kind, amount in per_worker.items():
-        largest = max((r.get(kind, 0.0) for r in alive), default=0.0)
-        if amount > largest:
-            problems.append(
-                Problem(
-                    f"learner.num_{'gpus' if kind == 'GPU' else 'threads'}",
-                    f"no node has {amount:g} {kind}",
-                    f"{amount:g} {kind} on one node",
-                    f"largest node has {largest:g}",
-                    "ask for less per worker, or use a larger cluster",
-                )
-            )
-    if not problems:
-        places = sum(
-            min(int(r.get(kind, 0.0) / amount + 1e-9) for kind, amount in per_worker.items() if amount) for r in alive
-        )
-        if places < num_workers:
-            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in per_worker.items())
-            problems.append(
-                Problem(
-                    "learner.num_workers",
-                    f"the cluster has room for {places} workers of {asked}",
-                    f"room for {num_workers}",
-                    f"{places}",
-                    f"set learner.num_workers={max(places, 1)}, or use a larger cluster",
-                )
-            )
-    ResourceError.raise_all(problems)
-
-
-def _fit(body: Body, config: JobFields, console: Console, own_ray: bool) -> Run:
+def _fit(body: Body, config: JobFields, console: Console, ask: Ask, pools: Any) -> Run:
     import ray
-    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import FailureConfig, RunConfig  # what `ray.train` exports under its default, Train v2
+    from ray.train.v2.api.config import (
+        FailureConfig,
+        RunConfig,
+        ScalingConfig,
+    )  # what ray.train exports by default
 
-    resources = worker_resources(config, ray.cluster_resources(), own_ray)
-    check_resources(config.learner.num_workers, resources, ray.nodes())
+    job = {"body": body, "config": config, "cwd": os.getcwd(), "pools": pools}
+    if pools is not None:
+        job["threads"] = default_threads(config)
+    resources = {kind: amount for kind, amount in ask.each.items() if not kind.startswith(ACCELERATOR)}
     beside = Path(config.output_dir).absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".rlhf-ray-", dir=beside) as scratch:
         events = Path(scratch) / "events.jsonl"
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"body": body, "config": config, "events": str(events), "cwd": os.getcwd()},
+            train_loop_config={**job, "events": str(events)},
             scaling_config=ScalingConfig(
                 num_workers=config.learner.num_workers,
                 use_gpu=bool(resources.get("GPU")),
                 resources_per_worker=resources,
+                accelerator_type=config.learner.accelerator_type,
+                label_selector=ask.labels or None,
             ),
-            torch_config=TorchConfig(timeout_s=1800),
+            torch_config=TorchConfig(backend=_backend(ray.nodes()), timeout_s=1800),
             run_config=RunConfig(  # type: ignore[arg-type]
                 name="group",
                 storage_path=scratch,
@@ -166,11 +131,18 @@ def _fit(body: Body, config: JobFields, console: Console, own_ray: bool) -> Run:
     return Run.from_json(result.return_value)  # type: ignore[attr-defined]
 
 
+def _backend(nodes: list[dict[str, Any]]) -> str | None:
+    """Train's own choice, NCCL between GPUs; gloo where GPUs are only declared: Ray knows no model of any of them."""
+    real = any(kind.startswith(ACCELERATOR) for n in nodes if n.get("Alive") for kind in n["Resources"])
+    return None if real else "gloo"
+
+
 def _worker(job: dict[Any, Any]) -> Any:
     """The train function: what every rank of the worker group runs."""
     os.chdir(job["cwd"])
     config: JobFields = job["config"]
-    session = worker_session(FileConsole(Path(job["events"])), config.learner.num_threads)
+    threads = config.learner.num_threads or job.get("threads")
+    session = worker_session(FileConsole(Path(job["events"])), threads, job["pools"])
     return job["body"](config, session).to_json()
 
 

@@ -32,7 +32,7 @@ from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.roles.scorer import Reward, Scorer
 from rlhf_ray.session import Session
-from rlhf_ray.stages.ppo_setup import decoding, text_maker
+from rlhf_ray.stages.ppo_roles import decoding, text_maker
 from rlhf_ray.stages.reward_roles import RewardRoles
 
 SAMPLER_ROWS = 64

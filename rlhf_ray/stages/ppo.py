@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.errors import InvariantError
 from rlhf_ray.maths.controllers import make_controller
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.maths.stats import RunningMoments
@@ -90,6 +91,7 @@ class PPOLoop:
 
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints where they are due."""
+        self.hand_over()
         if self.progress.step == 0 and self.config.eval_on_start:
             self._report(0, self.evaluate(0))
         checkpoint_time: dict[str, float] = {}  # told with the step after the one it was spent on
@@ -126,17 +128,20 @@ class PPOLoop:
         after = self.learner.publish()
         if rates["policy"] > 0:
             invariants.check_adapter_changed(before.sha256, after.sha256, after.tensors, step)
+        moved = self.hand_over()
         self.controller.update(metrics["kl/k1_per_response"], len(experience))
         self.progress.tokens += int(metrics["tokens/generated"])
-        metrics |= stats.metrics() | collected.seconds
+        metrics |= stats.metrics() | collected.seconds | collected.faults
         metrics |= {f"lr/{name}": rate for name, rate in rates.items()}
         metrics |= {
             "tokens/total": float(self.progress.tokens),
-            "sync/bytes": float(after.size_bytes),
+            "sync/bytes": float(moved),
             "time/update": updated - sampled,
             "time/publish": time.perf_counter() - updated,
             "time/step": time.perf_counter() - clock,
         }
+        if self.setup.crew is not None:
+            metrics |= self.setup.crew.idle(collected.busy, metrics["time/step"], sampled - clock)
         self._warn_if_flat(metrics["reward/std"], step)
         self._log_samples(collected, step)
         return metrics
@@ -159,6 +164,12 @@ class PPOLoop:
         name = self.learner.models.seats["policy"].adapter
         return ActiveAdapter(name, self.learner.published.version, self.learner.published.sha256)
 
+    def hand_over(self) -> int:
+        """Let the samplers have the published adapter; its size in bytes. Where they use the learner's model nothing moves."""
+        if self.setup.crew is None:
+            return self.learner.published.size_bytes
+        return self.session.from_main(self.setup.crew.publish(self.learner.published))
+
     def learning_rates(self, step: int) -> dict[str, float]:
         """Learning rate of each parameter group at `step` (from 1). The policy waits while the critic warms up."""
         config, warmup = self.config, resolve_warmup(self.config.warmup_steps, self.total_steps)
@@ -173,7 +184,11 @@ class PPOLoop:
         rollout, limit = collected.rollout, self.setup.tolerance
         if rollout.adapter_sha256 != self.learner.published.sha256:
             raise invariants.stale_adapter(rollout, self.learner.published.sha256, step)
-        invariants.check_sampler_agrees(rollout, evaluation.logprobs, limit, step)
+        if (step - 1) % self.config.probe_steps == 0:
+            try:
+                invariants.check_sampler_agrees(rollout, evaluation.logprobs, limit, step)
+            except InvariantError as error:
+                raise self.collector.explain(error, self.learner.published) from error
         if step == 1:
             invariants.check_starts_at_reference(
                 evaluation.logprobs, collected.scores.ref_logprobs, rollout.response_mask, limit

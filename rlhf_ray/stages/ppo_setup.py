@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,17 +16,13 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, reply_budgets
-from rlhf_ray.data.templates import Template, load_template
-from rlhf_ray.errors import ConfigError
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter
 from rlhf_ray.models.adapters import HEAD_KEY, adapter_config, load_adapter_tensors
 from rlhf_ray.models.artifact import RunFolder
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.models.lineage import check_lineage, describe, header_line
-from rlhf_ray.models.sampler import Sampler
+from rlhf_ray.models.lineage import describe, header_line
 from rlhf_ray.models.sharded import gathered, whole_numel
-from rlhf_ray.models.specs import policy_source
 from rlhf_ray.models.stack import RoleModels
 from rlhf_ray.roles.collector import Collector
 from rlhf_ray.roles.generator import Decoding, Generator
@@ -34,12 +30,14 @@ from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.roles.scorer import Scorer
+from rlhf_ray.roles.split import Crew, SplitCollector
 from rlhf_ray.session import Session
 from rlhf_ray.stages.header import config_line
 from rlhf_ray.stages.ppo_prompts import load_prompts
+from rlhf_ray.stages.ppo_roles import assemble, decoding, policy_sampler, text_maker
 from rlhf_ray.stages.reward_roles import RewardRoles
+from rlhf_ray.stages.split_roles import check_and_describe
 
-SAMPLER_ROWS = 64
 EVALUATIONS = 10
 
 
@@ -68,6 +66,7 @@ class PPOSetup:
     folder: RunFolder
     backbone: Backbone
     learner: Learner
+    crew: Crew | None
     collector: Collector
     eval_collector: Collector
     eval_decoding: Decoding
@@ -105,39 +104,24 @@ class PPOSetup:
 
 def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     """Load, check, and say what this run is. Raises the error tree before the first rollout."""
-    assembly, roles = assemble(config, session)
+    crew = Crew(session.pools, session) if config.placement == "split" else None
+    loading = crew.wake() if crew is not None and session.is_main else []
+    assembly, roles = assemble(config, session.device)
     backbone, template = assembly.base, roles.template
     prompts = load_prompts(config, backbone, template)
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in prompts.manifest])
     models = assembly.finish()
     learner = Learner(models, config, session)
-    lockstep, agree = learner.lockstep, learner.models.agree
     to_texts = text_maker(backbone, template)
-    rewards = roles.build(learner.engine.module, config.per_device_train_batch_size, agree)
     stop_ids = backbone.eos_ids
     eval_decoding = decoding(config.eval_sampling, stop_ids)
-    sampler = Sampler(
-        models.stack_of("policy").model,
-        backbone.pad_id,
-        max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size),
-        door=partial(learner.engine.module, "decode") if lockstep else None,
-    )
-    some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
-    generator = Generator(sampler, backbone.pad_id, config.seed, some_rank_decodes)
-
-    def collector(temperature: float) -> Collector:
-        scorer = Scorer(
-            learner.engine.module,
-            rewards,
-            to_texts,
-            temperature,
-            config.per_device_train_batch_size,
-            session.device,
-            agree=agree,
-        )
-        return Collector(generator, scorer, session, config.rollout_chunk_size, backbone.pad_id, lockstep)
-
+    collector: Callable[[float], Collector]
+    if crew is not None:
+        split = SplitCollector(crew, session, config.rollout_chunk_size, backbone.pad_id)
+        collector = lambda temperature: split  # noqa: E731  # scorers take the temperature with each request
+    else:
+        collector = _own_collector(config, session, assembly, roles, learner, to_texts)
     total = config.max_steps if config.max_steps > 0 else prompts.schedule.steps(config.num_train_epochs)
     eval_every = config.eval_steps or max(total // EVALUATIONS, 1)
     listed = frozenset(config.save_steps) if isinstance(config.save_steps, tuple) else frozenset()
@@ -147,6 +131,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         folder=folder,
         backbone=backbone,
         learner=learner,
+        crew=crew,
         collector=collector(config.temperature),
         eval_collector=collector(eval_decoding.temperature),
         eval_decoding=eval_decoding,
@@ -166,71 +151,40 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         value_config=_value_config(models),
         writers=Writers(config, folder, session.is_main),
     )
+    whereabouts = [f"rank {rank}, {line}" for rank, line in enumerate(session.gather(session.where)) if line]
     if session.is_main:
         _write_manifest(setup, assembly, roles, prompts.manifest, session)
-        session.console.header(f"ppo  {config.output_dir}", header_lines(config, setup, roles, session, prompts.lines))
+        lines = header_lines(config, setup, roles, session, prompts.lines, whereabouts)
+        if crew is not None:
+            lines += check_and_describe(crew.introduce(loading), backbone.identity)
+        session.console.header(f"ppo  {config.output_dir}", lines)
         for line in [*prompts.warnings, *roles.warnings]:
             session.console.warn(line)
     return setup
 
 
-def assemble(config: PPOConfig, session: Session) -> tuple[Assembly, RewardRoles]:
-    """Load the base and put policy, reference, rewards and critic on it, with their lineage checked."""
-    assembly = Assembly(config, session.device, config.seed, config.stop_token_ids)
-    identity = assembly.base.identity
-    template = load_template(config.template, assembly.base.tokenizer)
-    roles = RewardRoles(assembly, template, config.template)
-    start = policy_source(config.sft) if config.sft is not None else None
-    if start is not None:
-        roles.warnings += check_lineage(start, identity, template, role="sft")
-    assembly.add_trained_policy(start, config.lora)
-    for reward in config.rewards:
-        roles.add(reward, reward.name)
-    assembly.lineage += roles.lines
-    if config.advantage_estimator == "gae":
-        assembly.add_value(critic_start(config, roles.readers), config.value.adapter, config.value.lora)
-    return assembly, roles
+def _own_collector(
+    config: PPOConfig,
+    session: Session,
+    assembly: Assembly,
+    roles: RewardRoles,
+    learner: Learner,
+    to_texts: Callable[[Rollout, Sequence[Row]], Texts],
+) -> Callable[[float], Collector]:
+    """Makes collectors, by temperature, that sample and score on the learner's own models."""
+    models, pad_id, rows = learner.models, assembly.base.pad_id, config.per_device_train_batch_size
+    module, lockstep, agree = learner.engine.module, learner.lockstep, learner.models.agree
+    rewards = roles.build(module, rows, agree)
+    door = partial(module, "decode") if lockstep else None
+    sampler = policy_sampler(config, assembly, models.stack_of("policy").model, door)
+    some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
+    generator = Generator(sampler, pad_id, config.seed, some_rank_decodes)
 
+    def collector(temperature: float) -> Collector:
+        scorer = Scorer(module, rewards, to_texts, temperature, rows, session.device, agree=agree)
+        return Collector(generator, scorer, session, config.rollout_chunk_size, pad_id, lockstep)
 
-def critic_start(config: PPOConfig, foreign: Collection[str] = ()) -> str:
-    """The role the critic starts from: as the job says, else the first reward model that it can start from, else the policy.
-
-    foreign: rewards with a tokenizer of their own; a critic must read the policy's tokens. Raises ConfigError."""
-    models = [r.name for r in config.rewards if r.function is None and r.name not in foreign]
-    if config.value.init_from is None:
-        return models[0] if models and config.value.adapter == "own" else "policy"
-    if config.value.init_from == "policy":
-        return "policy"
-    name = config.value.init_from.removeprefix("reward:")
-    if name in foreign:
-        raise ConfigError.at(
-            "value.init_from",
-            f"reward {name!r} has another tokenizer than the policy, whose tokens the critic must read",
-            "policy, or a reward model on the policy's own tokens",
-            fix="set it to policy",
-        )
-    if name not in models:
-        raise ConfigError.at(
-            "value.init_from", f"reward {name!r} is a Python function", "a reward model", fix="set it to policy"
-        )
-    return name
-
-
-def decoding(sampling: Any, stop_ids: tuple[int, ...]) -> Decoding:
-    """A SamplingConfig as the generator takes it."""
-    return Decoding(stop_ids, sampling.temperature, sampling.top_p, sampling.top_k, greedy=not sampling.do_sample)
-
-
-def text_maker(backbone: Backbone, template: Template) -> Callable[[Rollout, Sequence[Row]], Texts]:
-    """Replies as text without special tokens, prompts as the model saw them, and the rows' raw columns."""
-    decode = backbone.tokenizer.decode
-
-    def to_texts(rollout: Rollout, rows: Sequence[Row]) -> Texts:
-        ids = [reply[mask].tolist() for reply, mask in zip(rollout.response_ids, rollout.response_mask)]
-        replies = [str(decode(i, skip_special_tokens=True)) for i in ids]
-        return Texts([template.render(row.prompt) for row in rows], replies, ids, [row.columns for row in rows])
-
-    return to_texts
+    return collector
 
 
 def _value_config(models: RoleModels) -> dict[str, Any]:
@@ -240,9 +194,14 @@ def _value_config(models: RoleModels) -> dict[str, Any]:
 
 
 def header_lines(
-    config: PPOConfig, setup: PPOSetup, roles: RewardRoles, session: Session, data_lines: list[str]
+    config: PPOConfig,
+    setup: PPOSetup,
+    roles: RewardRoles,
+    session: Session,
+    data_lines: list[str],
+    whereabouts: list[str],
 ) -> list[str]:
-    """What the run is, before it starts."""
+    """What the run is, before it starts. whereabouts: of the learner's ranks, where they are Ray workers."""
     backbone, learner = setup.backbone, setup.learner
     trained = {g.name: sum(map(whole_numel, g.parameters.values())) for g in learner.groups}
     total = sum(map(whole_numel, learner.models.parameters()))
@@ -259,6 +218,7 @@ def header_lines(
         ),
         *zero_3_lines(config, session),
         header_line("device", f"{session.device}, {session.num_threads} threads, {backbone.attn_implementation}"),
+        *(header_line("learner", line) for line in whereabouts),
         *(header_line("data", line) for line in data_lines),
         header_line(
             "steps",
@@ -275,7 +235,7 @@ def header_lines(
 
 def zero_3_lines(config: PPOConfig, session: Session) -> list[str]:
     """What the whole sharding of the base costs where the learner also samples."""
-    if config.learner.zero_stage < 3:
+    if config.learner.zero_stage < 3 or config.placement == "split":
         return []
     cost = "every token decoded gathers the whole base again, on all ranks"
     if session.world_size == 1:

@@ -41,7 +41,18 @@ if TYPE_CHECKING:
     from rlhf_ray.stages.ppo import PPOLoop
 
 MAY_CHANGE = (
-    *("output_dir", "resume", "run_name", "report_to", "learner."),
+    *(
+        "output_dir",
+        "resume",
+        "run_name",
+        "report_to",
+        "learner.",
+        "placement",
+        "generator.",
+        "scorer.",
+        "probe_steps",
+        "wait_for_resources",
+    ),
     *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit"),
 )
 """Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""

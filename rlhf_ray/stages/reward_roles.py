@@ -35,10 +35,10 @@ class RewardRoles:
         self.lines: list[str] = []
         self.warnings: list[str] = []
 
-    def add(self, reward: RewardSource, role: str, label: str | None = None) -> None:
+    def add(self, reward: RewardSource, role: str, label: str | None = None, load: bool = True) -> None:
         """Load it in seat `role` and check its lineage. Raises ConfigError, ArtifactError.
 
-        label: how a manifest's parents call it; default: `role`."""
+        label: how a manifest's parents call it; default: `role`.   load: false checks and records it, another process scores."""
         label = label or role
         self.roles.append((reward, role))
         if reward.function is not None:
@@ -48,7 +48,7 @@ class RewardRoles:
             self.lines.append(header_line("reward", f"{reward.name}: Python function {function.spec}"))
             return
         source = reward_source(reward.run or reward.model or "")
-        foreign = self._is_foreign(source)
+        foreign = self._has_own_tokenizer(source)
         self.warnings += check_lineage(
             source,
             self.assembly.base.identity,
@@ -58,14 +58,16 @@ class RewardRoles:
         )
         self.parents.append(parent_of(source, label).manifest())
         self.lines.append(header_line("reward", f"{reward.name}: {source.describe()}"))
-        self.assembly.add_reward(role, source)
+        if load:
+            self.assembly.add_reward(role, source)
         if not foreign and recorded_reward(source).get("add_eos_token") is False:
             self.warnings.append(
                 f"{label}: was trained on replies without their end token, and scores sampled ones with it: train it with"
                 " add_eos_token: true"
             )
         if foreign:
-            self._read_text(reward, source, role)
+            if load:
+                self._read_text(reward, source, role)
         elif reward.template is not None:
             raise ArtifactError.at(
                 f"rewards.{reward.name}.template",
@@ -86,7 +88,11 @@ class RewardRoles:
             return RetokenisedReward(reward.name, reward.weight, models, role, reader, writer, rows_per_forward, agree)
         return ModelReward(reward.name, reward.weight, models, role)
 
-    def _is_foreign(self, source: Source) -> bool:
+    def is_foreign(self, reward: RewardSource) -> bool:
+        """Whether it reads text through a tokenizer of its own. Loads nothing."""
+        return reward.function is None and self._has_own_tokenizer(reward_source(reward.run or reward.model or ""))
+
+    def _has_own_tokenizer(self, source: Source) -> bool:
         """A whole checkpoint with another tokenizer; an adapter stands on the job's base, so it reads what that reads."""
         if source.kind != "full":
             return False

@@ -35,7 +35,7 @@ from rlhf_ray.stages.row_order import RowOrder
 from rlhf_ray.stages.task import Examples, Job, Recipe, SupervisedConfig, Task
 from rlhf_ray.stages.trainer import SupervisedTrainer, total_steps, training_arguments, undisturbed
 
-MAY_CHANGE = ("output_dir", "resume", "run_name", "report_to", "learner.", "logging_steps")
+MAY_CHANGE = ("output_dir", "resume", "run_name", "report_to", "learner.", "logging_steps", "wait_for_resources")
 """Fields that may differ between a finished run and the job that finds it."""
 RELOAD_TOLERANCE = 1e-5
 FIXTURE_ROWS = 4

@@ -42,7 +42,7 @@ def test_named_metrics_have_an_entry_of_their_own(name: str) -> None:
         "true_reward/ppo",
         "true_reward_se/base",
         "memory/rss",
-        "faults/retries",
+        "faults/other",
         "data/dropped",
         "time/x",
     ],

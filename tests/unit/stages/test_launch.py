@@ -1,45 +1,52 @@
-"""Resources are checked before anything waits (faults 41, 43; exit 3)."""
+"""Without a cluster a job is checked against this machine, and no Ray is started for it (exit 3, in under 2 s)."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from rlhf_ray.config import SFTConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.stages.launch import check_resources, worker_resources
+from rlhf_ray.stages.launch import launch
 
 
-def node(cpu: float, gpu: float = 0.0, alive: bool = True) -> dict[str, Any]:
-    return {"Alive": alive, "Resources": {"CPU": cpu, "GPU": gpu}}
-
-
-def job(**learner: Any) -> SFTConfig:
+def job(**learner: object) -> SFTConfig:
     return SFTConfig(output_dir="x", model_name_or_path="m", data={"train": "d.jsonl"}, learner=learner)
 
 
-def test_more_gpus_than_any_node_has() -> None:
-    with pytest.raises(ResourceError, match=r"no node has 8 GPU.*largest node has 1") as caught:
-        check_resources(1, {"CPU": 1.0, "GPU": 8.0}, [node(64, 1), node(64, 9, alive=False)])
-    assert caught.value.exit_code == 3 and len(caught.value.lines()) == 1
+def test_refused_without_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ResourceError, match=r"learner.num_gpus: no node has 2 GPU") as caught:
+        launch(lambda config, session: None, job(num_gpus=2.0), None)  # type: ignore[arg-type,return-value]
+    assert caught.value.exit_code == 3
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
 
 
-def test_more_workers_than_there_is_room_for() -> None:
-    with pytest.raises(ResourceError, match=r"room for 3 workers.*learner.num_workers=3"):
-        check_resources(4, {"CPU": 1.0, "GPU": 1.0}, [node(8, 2), node(1, 4)])
-
-
-def test_what_fits_passes() -> None:
-    check_resources(3, {"CPU": 1.0, "GPU": 1.0}, [node(8, 2), node(1, 4)])
-
-
-def test_on_our_own_ray_workers_always_fit() -> None:
-    for workers in (1, 2, 4):
-        asked = worker_resources(job(num_workers=workers, num_threads=2), {"CPU": 2.0}, own_ray=True)
-        check_resources(workers, asked, [node(2.0)])
-
-
-def test_on_a_given_cluster_a_worker_asks_for_its_threads_and_a_gpu_where_there_are_some() -> None:
-    assert worker_resources(job(num_threads=4), {"CPU": 8.0, "GPU": 2.0}, own_ray=False) == {"CPU": 4.0, "GPU": 1.0}
-    assert worker_resources(job(num_threads=4, num_gpus=0), {"CPU": 8.0, "GPU": 2.0}, own_ray=False) == {"CPU": 4.0}
+def test_the_command_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch, transformers or Ray are imported."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    (tmp_path / "m").mkdir()
+    job = {"output_dir": "run", "model_name_or_path": "m", "data": {"train": "d.jsonl"}}
+    job |= {"placement": "split", "rewards": [{"function": "rlhf_ray.data.tinyworld:score"}]}
+    job |= {"generator": {"num_gpus": 1.0}, "scorer": {"num_gpus": 1.0}, "learner": {"num_gpus": 1.0}}
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    code = (
+        "import sys, rlhf_ray.cli as cli\n"
+        "code = cli.main(['ppo', 'job.yaml'])\n"
+        "print([m for m in ('ray', 'torch', 'transformers') if m in sys.modules])\n"
+        "sys.exit(code)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    print(time.monotonic() - started)
+    assert "do not fit together" in done.stderr and "generator.num_gpus=0.5" in done.stderr, done.stderr
+    assert done.returncode == 3
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,226 @@
+"""Sampling and scoring by actors (`placement: split`): the same chunks, the same rows, the same numbers as on a rank of its own.
+
+A rank hands all its chunks out at once, each rollout's reference straight on to a scorer: chunk c is scored while chunk c + 1 is
+sampled, and a rollout travels once. A chunk whose generator is lost is sampled again as a whole; a chunk is a function of adapter
+and prompts, so it comes out the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from rlhf_ray.batches import Rollout, Scores
+from rlhf_ray.errors import InvariantError, Problem
+from rlhf_ray.roles import invariants
+from rlhf_ray.roles.collector import Chunk, Collector, Share
+from rlhf_ray.roles.generator import ActiveAdapter, Decoding
+from rlhf_ray.roles.learner import PublishedAdapter
+from rlhf_ray.roles.pool import ATTEMPTS, LOST, Call, Pool, Pools, Work, ask_board, cause_of, put_adapter
+from rlhf_ray.session import Session
+
+
+class Crew:
+    """A rank's generators and scorers, and the adapter that it hands to them."""
+
+    def __init__(self, pools: Pools, session: Session) -> None:
+        def tell(line: str) -> None:
+            session.console.log(f"rank {session.rank}: {line}")
+
+        self.generators, self.scorers = (
+            Pool(role, pools.actors[role], pools.timeouts[role], tell) for role in ("generator", "scorer")
+        )
+        self.board, self.session, self.tell = pools.board, session, tell
+        self.version, self.reference = -1, None
+
+    def publish(self, adapter: PublishedAdapter) -> int:
+        """Hand `adapter` over: rank 0 puts it into the object store, once. Every rank calls it. Returns the bytes put there."""
+        reference, size = None, 0
+        if self.session.is_main:
+            reference, size = put_adapter(adapter.tensors)
+            if self.board is not None:
+                ask_board(self.board, "post", adapter.version, [reference])
+        self.session.barrier()
+        if not self.session.is_main:
+            [reference] = ask_board(self.board, "fetch", adapter.version)
+        self.version, self.reference = adapter.version, reference
+        return size
+
+    def idle(self, busy: dict[str, float], step: float, waited: float) -> dict[str, float]:
+        """Share of a step in which each role had nothing to do. busy: seconds of work by role, all actors together.  step: its
+        seconds.  waited: the learner's, for rollouts and scores."""
+        pools = (self.generators, self.scorers)
+        found = {f"time/idle_{p.role}": 1.0 - busy[p.role] / (len(p) * step) for p in pools}
+        found["time/idle_learner"] = waited / step
+        return {name: min(max(share, 0.0), 1.0) for name, share in found.items()}
+
+    def wake(self) -> list[list[Call]]:
+        """Have all actors load their models, without waiting for it; see `introduce`."""
+        return [pool.ask_all("describe") for pool in (self.generators, self.scorers)]
+
+    def introduce(self, asked: list[list[Call]]) -> list[tuple[str, dict[str, Any]]]:
+        """("generator 0", what it says of itself) of every actor. asked: what `wake` gave."""
+        found = []
+        for pool, calls in zip((self.generators, self.scorers), asked):
+            for said, work in pool.answers(calls, "loading its models"):
+                where = {"pid": work.pid, "node": work.node, "gpus": work.gpus, "seconds": work.built}
+                found.append((f"{pool.role} {work.index}", {**said, **where}))
+        return found
+
+
+@dataclass
+class _Flight:
+    """One chunk under way. sampling, scoring: the calls of its present attempt; tries: attempts so far."""
+
+    chunk: Chunk
+    sampling: Call
+    scoring: Call
+    tries: int = 1
+
+
+class SplitCollector(Collector):
+    """A collector whose generator and scorer are actors."""
+
+    def __init__(self, crew: Crew, session: Session, chunk_size: int, pad_id: int) -> None:
+        self.crew, self.session, self.chunk_size, self.pad_id = crew, session, chunk_size, pad_id
+        self.lockstep = False
+
+    def explain(self, error: InvariantError, adapter: PublishedAdapter) -> InvariantError:
+        """`error`, which says that sampler and learner disagree, with the tensor in which each generator differs most."""
+        lines = []
+        pool = self.crew.generators
+        for tensors, work in pool.answers(pool.ask_all("tensors"), "showing its adapter"):
+            worst = invariants.worst_tensor(tensors, adapter.tensors)
+            who = f"generator {work.index}"
+            lines.append(
+                f"{who} holds the learner's adapter, all {len(tensors)} tensors: look for precision, temperature or base"
+                if worst is None
+                else f"{who} differs most in {worst.name} (by {worst.gap:.3g}; sha256 {worst.theirs}, learner {worst.ours})"
+            )
+        first = error.problems[0]
+        return InvariantError(Problem(first.where, first.what, first.expected, first.got, "; ".join(lines)))
+
+    def _work(self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int) -> Share:
+        started = time.perf_counter()
+        share = Share(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
+        job = _Job(self.crew, adapter, decoding, role, step, share)
+        done = job.run(mine)
+        last = max((when for when, *_ in done.values()), default=started)
+        share.seconds = {"time/generate": last - started, "time/score": time.perf_counter() - last}
+        for number in sorted(done):
+            share.rollouts.append(done[number][1])
+            share.scores.append(done[number][2])
+        return share
+
+
+class _Job:
+    """The chunks of one rank in one step."""
+
+    def __init__(
+        self, crew: Crew, adapter: ActiveAdapter, decoding: Decoding, role: str, step: int, share: Share
+    ) -> None:
+        if adapter.version != crew.version:
+            raise InvariantError.at(
+                f"step {step}",
+                "an adapter is asked for that was not handed over",
+                str(crew.version),
+                str(adapter.version),
+            )
+        self.crew, self.adapter, self.decoding = crew, adapter, decoding
+        self.role, self.step, self.share = role, step, share
+        self.flying: dict[int, _Flight] = {}
+        self.sampled: dict[int, float] = {}
+
+    def run(self, mine: Sequence[Chunk]) -> dict[int, tuple[float, Rollout, Scores]]:
+        """Chunk number -> (when its rollout was seen, rollout, scores)."""
+        for chunk in mine:
+            sampling = self._sample(chunk, 0)
+            self.flying[chunk.number] = _Flight(chunk, sampling, self._score(chunk, sampling.result, 0))
+        done = {}
+        while self.flying:
+            self._watch()
+            for number, flight in list(self.flying.items()):
+                if (scored := self._land(flight)) is not None:
+                    done[number] = (self.sampled.get(number, time.perf_counter()), *scored)
+                    del self.flying[number]
+        return done
+
+    def _sample(self, chunk: Chunk, attempt: int) -> Call:
+        what = (chunk.prompts, self.adapter, self.crew.reference, self.decoding, self.role, self.step)
+        return self.crew.generators.submit(chunk.number + attempt, "generate_with", *what)
+
+    def _score(self, chunk: Chunk, rollout: Any, attempt: int) -> Call:
+        what = (rollout, chunk.rows, self.decoding.temperature)
+        return self.crew.scorers.submit(chunk.number + attempt, "score_at", *what)
+
+    def _watch(self) -> None:
+        """Wait until something happens; an actor that lets nothing happen for too long is ended."""
+        open_ = [f.sampling.work for n, f in self.flying.items() if n not in self.sampled]
+        open_ += [f.scoring.work for f in self.flying.values()]
+        limit = min(self.crew.generators.timeout_s, self.crew.scorers.timeout_s)
+        ready, _ = ray.wait(open_, num_returns=1, timeout=limit)
+        now = time.perf_counter()
+        for number, flight in self.flying.items():
+            if number not in self.sampled and flight.sampling.work in ready:
+                self.sampled[number] = now
+        if not ready:
+            number, flight = next(iter(self.flying.items()))
+            if number in self.sampled:
+                self.crew.scorers.end(flight.scoring.index, self._doing(flight, "scoring"))
+            else:
+                self.crew.generators.end(flight.sampling.index, self._doing(flight, "sampling"))
+
+    def _land(self, flight: _Flight) -> tuple[Rollout, Scores] | None:
+        """Rollout and scores if the chunk is done; None if it is still under way, or sent on its way again."""
+        ready, _ = ray.wait([flight.scoring.work], timeout=0)
+        if not ready:
+            return None
+        try:
+            rollout, sampling = self._get(flight.sampling)
+        except LOST as error:
+            self._again(flight, self.crew.generators, flight.sampling.index, error, "sampling")
+            self.sampled.pop(flight.chunk.number, None)
+            flight.sampling = self._sample(flight.chunk, flight.tries)
+            flight.scoring = self._score(flight.chunk, flight.sampling.result, flight.tries)
+            return None
+        self._check_echo(rollout, flight)
+        try:
+            scores, scoring = self._get(flight.scoring)
+        except LOST as error:
+            self._again(flight, self.crew.scorers, flight.scoring.index, error, "scoring")
+            flight.scoring = self._score(flight.chunk, flight.sampling.result, flight.tries)
+            return None
+        self.share.busy["generator"] += sampling.seconds
+        self.share.busy["scorer"] += scoring.seconds
+        return rollout, scores
+
+    def _get(self, call: Call) -> tuple[Any, Work]:
+        try:
+            result, work = ray.get([call.result, call.work], timeout=self.crew.generators.timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, LOST):  # of an argument, not of the role
+                raise error.cause from error
+            raise cause_of(error) from error
+        return result, work
+
+    def _again(self, flight: _Flight, pool: Pool, index: int, error: BaseException, doing: str) -> None:
+        """Count an attempt that was lost. Raises Interrupted when there have been enough."""
+        pool.lost(index)
+        what = self._doing(flight, doing)
+        if flight.tries >= ATTEMPTS:
+            raise pool.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", what) from error
+        flight.tries += 1
+        self.share.faults["faults/retries"] += 1.0
+        self.crew.tell(f"{pool.role} {index}: lost while {what} ({type(error).__name__}); the chunk is done again")
+
+    def _check_echo(self, rollout: Rollout, flight: _Flight) -> None:
+        if (rollout.adapter_version, rollout.adapter_sha256) != (self.adapter.version, self.adapter.sha256):
+            raise invariants.stale_adapter(rollout, self.adapter.sha256, self.step, self.adapter.version)
+
+    def _doing(self, flight: _Flight, doing: str) -> str:
+        return f"{doing} chunk {flight.chunk.number} of step {self.step}, adapter version {self.adapter.version}"

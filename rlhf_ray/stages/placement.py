@@ -1,0 +1,146 @@
+"""The driver's part of placing a job: what it needs is there, or nothing is kept.
+
+Generators and scorers get a placement group of their own, before the learner group, which Ray Train places by itself. So that two
+jobs cannot each hold half of what they need, the learner's share is taken as well, for the moment in which it is found out whether
+both fit; Train then takes it over. What cannot be had in time is given back, and the job ends with exit code 3.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from rlhf_ray.config import JobFields, PPOConfig
+from rlhf_ray.console import Console
+from rlhf_ray.errors import ResourceError
+from rlhf_ray.plan.asks import Ask, Node, described, processes, split_job
+from rlhf_ray.plan.preflight import nodes_of
+from rlhf_ray.session import usable_cores
+
+TELL_S = 10.0
+"""Seconds between two lines about what is missing."""
+MOST_NODES = 64
+"""Nodes of one type that the check looks at."""
+
+
+def default_threads(config: JobFields) -> int:
+    """CPU threads of each process: the usable cores, shared among all processes of the job where roles are split."""
+    return max(usable_cores() // processes(config), 1)
+
+
+@contextmanager
+def placed(config: JobFields, asks: Sequence[Ask], console: Console) -> Iterator[Any]:
+    """Generators and scorers of a split job, placed and starting (`pool.Pools`), or None. The learner group fits beside them.
+
+    Raises ResourceError if they cannot be had within `wait_for_resources` seconds. All is given back at the end."""
+    from ray.util.placement_group import remove_placement_group
+
+    split, deadline = split_job(config), time.monotonic() + config.wait_for_resources
+    group, pools = None, None
+
+    def reserve(wanted: list[Ask]) -> Any:
+        return _reserve(wanted, config.wait_for_resources, deadline, console)
+
+    try:
+        if split is not None:
+            group = reserve([a for a in asks if a.role != "learner"])
+        remove_placement_group(reserve([a for a in asks if a.role == "learner"]))
+        if split is not None:
+            pools = _start(split, asks, group)
+        yield pools
+    finally:
+        if pools is not None:
+            from rlhf_ray.roles.pool import stop
+
+            stop(pools)
+        if group is not None:
+            remove_placement_group(group)
+
+
+def _reserve(asks: Sequence[Ask], wait_s: float, deadline: float, console: Console) -> Any:
+    """A placement group with a bundle for every process of `asks`. ResourceError, and nothing kept, if it is not there in time."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    pieces = [ask for ask in asks for _ in range(ask.count)]
+    labels = [dict(ask.labels) for ask in pieces]
+    group = placement_group(
+        [dict(ask.each) for ask in pieces],
+        strategy="PACK",
+        bundle_label_selector=labels if any(labels) else None,  # type: ignore[arg-type]
+    )
+    there = False
+    try:
+        while not there:
+            left = deadline - time.monotonic()
+            there = group.wait(min(max(left, 0.5), TELL_S))
+            if left <= 0:
+                break
+            if not there and left > TELL_S:
+                console.log(f"waiting for {', '.join(map(str, asks))}; free now: {_free(asks)}")
+    finally:
+        if not there:
+            remove_placement_group(group)
+    if not there:
+        kinds = dict.fromkeys(kind for ask in asks for kind in ask.each)
+        raise ResourceError.at(
+            " and ".join(ask.role for ask in asks),
+            f"cannot be placed within {wait_s:g} s: other jobs hold what they need, or nodes are missing"
+            f" ({', '.join(map(str, asks))})",
+            described({kind: sum(ask.total(kind) for ask in asks) for kind in kinds}),
+            f"{_free(asks)} free",
+            "wait for the other job to end, or start again with --wait-for-resources 600",
+        )
+    return group
+
+
+def _free(asks: Sequence[Ask]) -> str:
+    import ray
+
+    free = ray.available_resources()
+    return described({kind: free.get(kind, 0.0) for kind in dict.fromkeys(k for ask in asks for k in ask.each)})
+
+
+def nodes_to_be() -> list[Node]:
+    """The cluster's living nodes, and on an autoscaling one those that it can add, of each type up to its maximum.
+
+    Ray 2.60 has no public way to read the node types; without them the cluster counts as fixed."""
+    import ray
+
+    nodes = nodes_of(ray.nodes())
+    try:
+        from ray._private.state import state
+
+        config = state.get_cluster_config()
+    except (ImportError, AttributeError):
+        return nodes
+    for kind in getattr(config, "node_group_configs", ()) if config is not None else ():
+        resources = {name: float(amount) for name, amount in kind.resources.items()}
+        nodes += [Node(f"a node of type {kind.name}", resources) for _ in range(min(kind.max_count, MOST_NODES))]
+    return nodes
+
+
+def _start(config: PPOConfig, asks: Sequence[Ask], group: Any) -> Any:
+    from rlhf_ray.roles.pool import Station, start
+    from rlhf_ray.stages.split_roles import build_generator, build_scorer
+
+    stations, first = [], 0
+    for ask in asks:
+        if ask.role == "learner":
+            continue
+        settings = getattr(config, ask.role)
+        build = {"generator": build_generator, "scorer": build_scorer}[ask.role]
+        stations.append(
+            Station(
+                role=ask.role,
+                build=partial(build, config, on_gpu=ask.each.get("GPU", 0.0) > 0),
+                resources=ask.each,
+                num_threads=settings.num_threads or default_threads(config),
+                bundles=range(first, first + ask.count),
+                timeout_s=settings.timeout_s,
+            )
+        )
+        first += ask.count
+    return start(stations, group, with_board=config.learner.num_workers > 1)

@@ -1,0 +1,105 @@
+"""`placement: split` against `colocate`: who does the work changes nothing about it, not even if a generator is killed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.console import Console
+from rlhf_ray.metrics import read_metrics
+from rlhf_ray.models.artifact import sha256_file
+from rlhf_ray.run import Run
+from rlhf_ray.stages.ppo import ppo
+
+pytestmark = pytest.mark.integration
+Job = Callable[..., PPOConfig]
+
+
+def adapter_sha256(run: Run, name: str = "adapter") -> str:
+    return sha256_file(Path(run.run_dir) / name / "adapter_model.safetensors")
+
+
+def deterministic(run: Run) -> list[dict[str, Any]]:
+    rows = read_metrics(Path(run.run_dir) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k.split("/")[0] not in ("time", "memory", "faults")} for row in rows]
+
+
+@pytest.fixture
+def colocated(split_job: Job, console: Any) -> Run:
+    """The same job in this process."""
+    return ppo(split_job("colocate", placement="colocate", learner={"num_workers": 0, "num_threads": 1}), console)
+
+
+def test_split_gives_the_adapter_of_colocate(two_gpus: Any, split_job: Job, console: Any, colocated: Run) -> None:
+    """Bit for bit, critic and metrics included."""
+    run = ppo(split_job("split"), console)
+    assert adapter_sha256(run) == adapter_sha256(colocated)
+    assert adapter_sha256(run, "value") == adapter_sha256(colocated, "value")
+    assert deterministic(run) == deterministic(colocated)
+    last = read_metrics(Path(run.run_dir) / "metrics.jsonl")[-1]
+    assert last["faults/retries"] == 0.0
+    assert 0.0 < last["time/idle_generator"] < 1.0
+    tensors = load_file(Path(run.run_dir) / "adapter" / "adapter_model.safetensors").values()
+    assert last["sync/bytes"] == sum(t.numel() * 4 for t in tensors), "the adapter moves, and nothing else"
+
+
+def test_roles_land_on_their_gpus(two_gpus: Any, split_job: Job, console: Any) -> None:
+    """The learner has a GPU for itself; generators and scorer share the other one, by fractions."""
+    ppo(split_job("gpus", max_steps=1, eval_on_start=False), console)
+    lines = [line.split() for line in console.text.splitlines()]
+    of = {" ".join(w[:2]): w[w.index("GPU") + 1].strip(",") for w in lines if w[0] in ("generator", "scorer")}
+    assert set(of) == {"generator 0", "generator 1", "scorer 0"}
+    assert len(set(of.values())) == 1
+    learner = next(w for w in lines if w[0] == "learner")
+    assert {learner[learner.index("GPU") + 1].strip(","), *of.values()} == {"0", "1"}
+
+
+def test_two_learner_ranks_hand_out_their_own_chunks(two_gpus: Any, split_job: Job, console: Any) -> None:
+    """Rank 0 puts the adapter into the object store, rank 1 gets the reference; both placements give the same adapter."""
+    learner = {"num_workers": 2, "num_threads": 1, "num_gpus": 0.5}
+    split = ppo(split_job("split2", learner=learner), console)
+    beside = ppo(split_job("colocate2", placement="colocate", learner=learner), console)
+    assert adapter_sha256(split) == adapter_sha256(beside)
+    assert deterministic(split) == deterministic(beside)
+    assert "rank 1, pid" in console.text
+
+
+class Assassin(Console):
+    """Tells the reward function, which then kills it, the process id of a generator."""
+
+    def __init__(self, victim: Path, who: str) -> None:
+        self.victim, self.who, self.text = victim, who, ""
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self.text += "\n".join([*event.get("lines", []), event.get("text", "")]) + "\n"
+        found = re.search(self.who + r" +pid (\d+)", self.text)
+        if found and event["kind"] == "header":
+            self.victim.write_text(found[1])
+
+
+def test_a_generator_killed_in_a_rollout(two_gpus: Any, split_job: Job, tmp_path: Path, colocated: Run) -> None:
+    """Fault 1: kill -9 while chunks are under way. Same steps, same adapter, and the run says what happened."""
+    console = Assassin(tmp_path / "victim", "generator 1")
+    run = ppo(split_job("killed"), console)
+    steps = read_metrics(Path(run.run_dir) / "metrics.jsonl")
+    assert not (tmp_path / "victim").exists(), "nobody was killed"
+    assert sum(row.get("faults/retries", 0.0) for row in steps) >= 1.0
+    assert "generator 1: lost while sampling chunk" in console.text
+    assert (run.steps, adapter_sha256(run)) == (colocated.steps, adapter_sha256(colocated))
+    assert deterministic(run) == deterministic(colocated)
+
+
+def test_the_only_generator_killed(two_gpus: Any, split_job: Job, tmp_path: Path, colocated: Run) -> None:
+    """Its work waits for its restart. It comes back without an adapter, and loads the one that the next request names (fault 4)."""
+    console = Assassin(tmp_path / "victim", "generator 0")
+    alone = {"num_actors": 1, "num_gpus": 0.5, "num_cpus": 0.25, "num_threads": 1}
+    run = ppo(split_job("alone", generator=alone), console)
+    assert not (tmp_path / "victim").exists(), "nobody was killed"
+    assert "generator 0: is back, pid" in console.text
+    assert adapter_sha256(run) == adapter_sha256(colocated)

@@ -1,0 +1,47 @@
+"""The job files that come with the project load, and say what they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.config import STAGES, PipelineConfig, PPOConfig
+from rlhf_ray.config.load import load
+from rlhf_ray.plan.asks import Node, role_asks
+from rlhf_ray.plan.preflight import check
+
+JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.yaml"))
+
+
+def stage_of(job: Path) -> str:
+    """The command of the launch line in the header."""
+    line = next(line for line in job.read_text().splitlines() if line.startswith("#   rlhf-ray "))
+    return line.split()[2]
+
+
+def test_there_are_some() -> None:
+    assert {"ppo_2xa100_split", "ppo_2xa100_colocate", "alpaca_8b_24gb"} <= {job.stem for job in JOBS}
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+def test_it_loads_and_its_header_tells_hardware_launch_line_and_what_is_measured(job: Path) -> None:
+    stage = stage_of(job)
+    load(STAGES.get(stage, PipelineConfig), job, (), check_files=False)
+    header = job.read_text().split("\noutput_dir")[0]
+    assert f"rlhf-ray {stage} jobs/{job.name}" in header
+    assert "GB" in header and ("measured" in header or "estimated" in header)
+
+
+@pytest.mark.parametrize("name", ["ppo_2xa100_split", "ppo_2xa100_colocate"])
+def test_seed_1_on_two_gpus(name: str) -> None:
+    """Its README's settings, with the minibatch that it really had (F1); and it fits on the two GPUs of its name."""
+    job = next(job for job in JOBS if job.stem == name)
+    config = load(PPOConfig, job, (), check_files=False)
+    assert isinstance(config, PPOConfig)
+    assert (config.rollout_batch_size, config.rollout_batch_size // config.num_mini_batches) == (256, 16)
+    assert (config.learning_rate, config.kl_penalty, config.kl_coef) == (1e-5, "jensen_shannon", 0.02)
+    assert (config.lora.r, config.lora.lora_alpha, config.response_length, config.max_length) == (8, 64.0, 300, 492)
+    node = Node("two GPUs", {"CPU": 32.0, "GPU": 2.0})
+    placed = check(role_asks(config, node.resources, own_ray=True), [node])
+    assert sum(len(p) for p in placed.values()) == (3 if name.endswith("split") else 2)

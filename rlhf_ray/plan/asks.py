@@ -50,8 +50,13 @@ def described(resources: Mapping[str, float]) -> str:
 def split_job(config: JobFields) -> PPOConfig | None:
     """The PPO stage of a job, if its generators and scorers are actors."""
     if isinstance(config, PipelineConfig):
-        stage = config.stage_config("ppo") if "ppo" in config.stages else None
-        return stage if isinstance(stage, PPOConfig) and stage.placement == "split" else None
+        if config.ppo.get("placement") != "split":
+            return None
+        try:
+            stage = config.stage_config("ppo")
+        except ValueError:  # the pipeline's own checks say what is wrong with it
+            return None
+        return stage if isinstance(stage, PPOConfig) else None
     return config if isinstance(config, PPOConfig) and config.placement == "split" else None
 
 

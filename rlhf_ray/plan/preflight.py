@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.errors import Problem, ResourceError
@@ -35,10 +36,16 @@ def check_this_machine(config: JobFields) -> None:
     """Where no Ray is given, the one that a job starts has this machine: ResourceError if it is too small. Starts nothing."""
     ray = sys.modules.get("ray")
     connected = ray is not None and bool(ray.is_initialized())
-    if connected or os.environ.get("RAY_ADDRESS") or config.learner.num_workers == 0:
+    if connected or is_given_a_cluster() or config.learner.num_workers == 0:
         return
     machine = this_machine()
     check(role_asks(config, machine.resources, own_ray=True), [machine])
+
+
+def is_given_a_cluster() -> bool:
+    """Whether Ray would join a cluster: RAY_ADDRESS, or the one that `ray start` has made this machine part of."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return bool(os.environ.get("RAY_ADDRESS")) or Path(folder, "ray", "ray_current_cluster").is_file()
 
 
 def place(asks: Sequence[Ask], nodes: Sequence[Node]) -> dict[str, list[str]] | None:

@@ -254,8 +254,12 @@ def _time_charts(run: RunFiles) -> list[Chart]:
     speed = [(step, tokens[step] / sampling[step]) for step in sorted(tokens) if sampling.get(step)]
     memory = [name for name in run.names() if name.startswith("memory/")][:6]
     stacked = "Stacked by phase; the legend gives each phase's share of the whole."
+    idle = [name for name in run.names() if name.startswith("time/idle_")]
+    waiting = "Share of each step in which a role had nothing to do (placement: split)."
+    idle_lines = [Line(n.removeprefix("time/idle_"), run.points(n)) for n in idle]
     return [
         Chart("Time per step", "s", shares(_phases(run)), stacked, stacked=True),
+        *([Chart("Idle", "share", idle_lines, waiting, zero=True)] if idle else []),
         Chart("Sampling speed", "tokens per second", [Line("all replies", speed)], "Reply tokens over sampling time."),
         Chart(
             "Memory",

@@ -100,11 +100,13 @@ class AdapterBoard:
 
 @dataclass(frozen=True)
 class Pools:
-    """Handles of a run's actors; the driver owns them, every learner rank uses them. timeouts: seconds, by role."""
+    """Handles of a run's actors; the driver owns them, every learner rank uses them. timeouts: seconds, by role.
+    resume: the command that goes on with the run, for errors."""
 
     actors: dict[str, tuple[Any, ...]]
     board: Any
     timeouts: dict[str, float]
+    resume: str
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Station:
     timeout_s: float
 
 
-def start(stations: Sequence[Station], group: Any, with_board: bool) -> Pools:
+def start(stations: Sequence[Station], group: Any, with_board: bool, resume: str) -> Pools:
     """Start all actors in placement group `group`, which must be there. with_board: the learner group has several ranks."""
     actors: dict[str, tuple[Any, ...]] = {}
     for station in stations:
@@ -137,7 +139,7 @@ def start(stations: Sequence[Station], group: Any, with_board: bool) -> Pools:
             for index, bundle in enumerate(station.bundles)
         )
     board = ray.remote(AdapterBoard).options(num_cpus=0).remote() if with_board else None
-    return Pools(actors, board, {s.role: s.timeout_s for s in stations})
+    return Pools(actors, board, {s.role: s.timeout_s for s in stations}, resume)
 
 
 def stop(pools: Pools) -> None:
@@ -159,8 +161,9 @@ class Call:
 class Pool:
     """One learner rank's view of the actors of one role. tell: called with a line about every fault."""
 
-    def __init__(self, role: str, handles: Sequence[Any], timeout_s: float, tell: Callable[[str], None]) -> None:
-        self.role, self.handles, self.timeout_s, self.tell = role, tuple(handles), timeout_s, tell
+    def __init__(self, role: str, pools: Pools, tell: Callable[[str], None]) -> None:
+        self.role, self.handles, self.tell = role, pools.actors[role], tell
+        self.timeout_s, self.resume = pools.timeouts[role], pools.resume
         self._away: dict[int, Any] = {}  # actors that died, each with a ping that waits for its restart
         self._gone: dict[int, str] = {}  # actors that will not come back, with the reason
 
@@ -205,7 +208,7 @@ class Pool:
         ray.kill(self.handles[index], no_restart=False)
 
     def failed(self, index: int, what: str, doing: str) -> Interrupted:
-        return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix="rlhf-ray resume RUN")
+        return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=self.resume)
 
     def _choose(self, number: int) -> int:
         """The first actor from number mod count on that is up; if none is, the first one that comes back."""

@@ -32,9 +32,7 @@ class Crew:
         def tell(line: str) -> None:
             session.console.log(f"rank {session.rank}: {line}")
 
-        self.generators, self.scorers = (
-            Pool(role, pools.actors[role], pools.timeouts[role], tell) for role in ("generator", "scorer")
-        )
+        self.generators, self.scorers = (Pool(role, pools, tell) for role in ("generator", "scorer"))
         self.board, self.session, self.tell = pools.board, session, tell
         self.version, self.reference = -1, None
 

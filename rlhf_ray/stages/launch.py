@@ -21,7 +21,7 @@ from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
 from rlhf_ray.errors import Interrupted, RlhfRayError
 from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
-from rlhf_ray.plan.preflight import check, check_this_machine
+from rlhf_ray.plan.preflight import check, check_this_machine, is_given_a_cluster
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, process_session, worker_session
 from rlhf_ray.stages.placement import default_threads, nodes_to_be, placed
@@ -70,8 +70,8 @@ def _cluster(config: JobFields) -> Iterator[bool]:
         yield False
         return
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "1800")
-    given = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"address": given} if given else {"include_dashboard": False}
+    given = is_given_a_cluster()  # ray.init finds it by itself
+    options: dict[str, Any] = {} if given else {"include_dashboard": False}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     _protect_token()
     try:

@@ -7,6 +7,7 @@ both fit; Train then takes it over. What cannot be had in time is given back, an
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def placed(config: JobFields, asks: Sequence[Ask], console: Console) -> Iterator
             group = reserve([a for a in asks if a.role != "learner"])
         remove_placement_group(reserve([a for a in asks if a.role == "learner"]))
         if split is not None:
-            pools = _start(split, asks, group)
+            pools = _start(split, asks, group, f"rlhf-ray resume {shlex.quote(config.output_dir)}")
         yield pools
     finally:
         if pools is not None:
@@ -122,7 +123,7 @@ def nodes_to_be() -> list[Node]:
     return nodes
 
 
-def _start(config: PPOConfig, asks: Sequence[Ask], group: Any) -> Any:
+def _start(config: PPOConfig, asks: Sequence[Ask], group: Any, resume: str) -> Any:
     from rlhf_ray.roles.pool import Station, start
     from rlhf_ray.stages.split_roles import build_generator, build_scorer
 
@@ -143,4 +144,4 @@ def _start(config: PPOConfig, asks: Sequence[Ask], group: Any) -> Any:
             )
         )
         first += ask.count
-    return start(stations, group, with_board=config.learner.num_workers > 1)
+    return start(stations, group, with_board=config.learner.num_workers > 1, resume=resume)

@@ -69,7 +69,7 @@ def collector(two_gpus: Any) -> Iterator[Any]:
     stations = [
         Station(r, c, {"CPU": 0.1}, 1, [i], 60.0) for i, (r, c) in enumerate([("generator", Liar), ("scorer", Judge)])
     ]
-    pools = start(stations, group, with_board=False)
+    pools = start(stations, group, False, "rlhf-ray resume X")
     session = Session(0, 1, torch.device("cpu"), 1, NullConsole(), pools)
     yield SplitCollector(Crew(pools, session), session, chunk_size=2, pad_id=0)
     stop(pools)

@@ -40,7 +40,7 @@ def lines() -> list[str]:
 
 @pytest.fixture
 def pool(two_gpus: Any, lines: list[str]) -> Iterator[Any]:
-    """Two actors without resources, and 3 s of patience."""
+    """Two actors."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     from rlhf_ray.roles.pool import Pool, Station, start, stop
@@ -48,8 +48,8 @@ def pool(two_gpus: Any, lines: list[str]) -> Iterator[Any]:
     two_gpus.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     group = placement_group([{"CPU": 0.1}] * 2)
     assert group.wait(20)
-    pools = start([Station("generator", Echo, {"CPU": 0.1}, 1, range(2), 3.0)], group, with_board=False)
-    yield Pool("generator", pools.actors["generator"], 60.0, lines.append)
+    pools = start([Station("generator", Echo, {"CPU": 0.1}, 1, range(2), 60.0)], group, False, "rlhf-ray resume X")
+    yield Pool("generator", pools, lines.append)
     stop(pools)
     remove_placement_group(group)
 
@@ -92,7 +92,7 @@ def test_actors_that_die_hang_or_are_gone(pool: Any, lines: list[str], two_gpus:
     for handle in pool.handles:
         two_gpus.kill(handle, no_restart=True)
     started = time.monotonic()
-    with pytest.raises(Interrupted, match=r"generator [01]: no generator is left.*rlhf-ray resume") as caught:
+    with pytest.raises(Interrupted, match=r"generator [01]: no generator is left.*rlhf-ray resume X") as caught:
         while time.monotonic() - started < 60:
             call = pool.submit(0, "say", "x")
             try:

@@ -45,6 +45,7 @@ def test_split_gives_the_adapter_of_colocate(two_gpus: Any, split_job: Job, cons
     last = read_metrics(Path(run.run_dir) / "metrics.jsonl")[-1]
     assert last["faults/retries"] == 0.0
     assert 0.0 < last["time/idle_generator"] < 1.0
+    assert ">Idle<" in (Path(run.run_dir) / "report.html").read_text()
     tensors = load_file(Path(run.run_dir) / "adapter" / "adapter_model.safetensors").values()
     assert last["sync/bytes"] == sum(t.numel() * 4 for t in tensors), "the adapter moves, and nothing else"
 

@@ -26,7 +26,8 @@ from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.optimizer_state import export_state
 from rlhf_ray.session import Session
 from rlhf_ray.stages import ppo as ppo_stage
-from rlhf_ray.stages.ppo_setup import assemble, set_up
+from rlhf_ray.stages.ppo_roles import assemble
+from rlhf_ray.stages.ppo_setup import set_up
 
 PATIENCE = timedelta(seconds=120)
 """A rank that waits for a collective nobody else comes to fails after this."""
@@ -83,7 +84,7 @@ def learn(session: Session, job: PPOConfig, experience: str, out: str) -> dict[s
     """The updates of one step on a stored Experience. Rank 0 writes adapters and optimizer state to `out`.
 
     Returns the published hash and the gradient norm."""
-    assembly, _ = assemble(job, session)
+    assembly, _ = assemble(job, session.device)
     learner = Learner(assembly.finish(), job, session)
     if job.learner.zero_stage == 3:
         assert_sharded(learner.models)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_ray.config import PipelineConfig
 from rlhf_ray.config.resolved import dump_yaml
-from rlhf_ray.console import Console, LocalConsole, duration
+from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.data.tinyworld import build_base, write_world
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.artifact import atomic_write_text, is_run, open_run
@@ -39,10 +39,13 @@ def demo(output_dir: str | Path = "runs/demo", fresh: bool = False, console: Con
             )
         if fresh:
             shutil.rmtree(folder)
-    run = launch(run_demo, demo_config(folder), console)
+    if is_run(folder) and open_run(folder, verify=False).manifest()["status"] == "done":
+        console.log(f"demo: {output_dir} is finished; nothing to do (--fresh starts over)")
+        run = load_run(folder)
+    else:
+        run = launch(run_demo, demo_config(folder), console)
     if (judged := accuracy_line({k.removeprefix("reward/"): v for k, v in run.metrics.items()})) is not None:
         console.log(f"reward model: {judged}")
-    console.log(f"the whole chain took {duration(run.seconds)} of work")
     tell_next(folder, console)
     return run
 
@@ -103,9 +106,6 @@ def run_demo(config: PipelineConfig, session: Session) -> Run:
     """The body: make the world and the base, then the pipeline's stages."""
     configs = stage_configs(config)
     folder = open_pipeline(config, session, "demo")
-    if session.from_main(folder.manifest()["status"]) == "done":
-        session.console.log(f"demo: {config.output_dir} is finished; nothing to do (--fresh starts over)")
-        return load_run(folder.path)
     if session.is_main:
         make_inputs(folder.path, session)
         write_jobs(folder.path, config)

@@ -1,0 +1,59 @@
+"""`placement: split` on the recommended chain: the policy from an SFT adapter, reward and critic from a reward run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.models.artifact import sha256_file
+from rlhf_ray.stages.ppo import ppo
+from rlhf_ray.stages.reward import reward
+from rlhf_ray.stages.sft import sft
+
+pytestmark = pytest.mark.integration
+
+
+def test_it_gives_the_adapter_of_colocate(
+    two_gpus: Any, split_job: Callable[..., PPOConfig], tmp_path: Path, console: Any
+) -> None:
+    """Bit for bit; the scorer's reward head and reference are those of the runs named, whichever process holds them."""
+    job = split_job("x")
+    shared = {
+        "model_name_or_path": job.model_name_or_path,
+        "template": "none",
+        "learner": {"num_workers": 0, "num_threads": 1},
+        "report_to": [],
+        "train_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "max_length": 96,
+        "learning_rate": 1e-2,
+    }
+    asked = [f"Say something about number {i}." for i in range(40)]
+    rows = tmp_path / "sft.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": a, "input": "", "output": "yes"}) + "\n" for a in asked))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(json.dumps({"user_input": a, "completion_a": "yes", "completion_b": "no"}) + "\n" for a in asked)
+    )
+    lora = {"r": 4, "lora_alpha": 8}
+    first = sft(SFTConfig(output_dir=str(tmp_path / "sft"), data={"train": str(rows)}, lora=lora, **shared), console)
+    second = reward(
+        RewardConfig(output_dir=str(tmp_path / "reward"), data={"train": str(pairs)}, sft=first.run_dir, **shared),
+        console,
+    )
+    fields = split_job("x").model_dump(exclude_unset=True)
+    del fields["lora"]
+    fields |= {"sft": first.run_dir, "rewards": [{"name": "helpful", "run": second.run_dir}]}
+    beside = {"placement": "colocate", "learner": {"num_workers": 0, "num_threads": 1}}
+    here = ppo(PPOConfig(**{**fields, **beside, "output_dir": str(tmp_path / "colocate")}), console)
+    apart = ppo(PPOConfig(**{**fields, "output_dir": str(tmp_path / "split")}), console)
+    for name in ("adapter", "value"):
+        file = f"{name}/adapter_model.safetensors"
+        assert sha256_file(Path(apart.run_dir) / file) == sha256_file(Path(here.run_dir) / file)
+    assert apart.metrics["reward/helpful"] == here.metrics["reward/helpful"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapter_files import read_adapter
-from rlhf_ray.models.files import atomic_save_tensors, temporary_beside
-from rlhf_ray.models.importers.pickles import new_folder, read_pickled_tensors
+from rlhf_ray.models.files import atomic_save_tensors
+from rlhf_ray.models.importers.pickles import filled_at_once, new_folder, read_pickled_tensors
 
 
 def import_peft(adapter: Path | str, output_dir: Path | str) -> Path:
@@ -19,16 +19,8 @@ def import_peft(adapter: Path | str, output_dir: Path | str) -> Path:
     if not (source / "adapter_config.json").is_file():
         raise ArtifactError.at(str(source), "no adapter_config.json", "the folder of a PEFT adapter")
     tensors = read_pickled_tensors(source / "adapter_model.bin")
-    temporary = temporary_beside(target)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
-    try:
-        shutil.copyfile(source / "adapter_config.json", temporary / "adapter_config.json")
-        atomic_save_tensors(temporary / "adapter_model.safetensors", tensors)
-        read_adapter(temporary)
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with filled_at_once(target) as folder:
+        shutil.copyfile(source / "adapter_config.json", folder / "adapter_config.json")
+        atomic_save_tensors(folder / "adapter_model.safetensors", tensors)
+        read_adapter(folder)
     return target

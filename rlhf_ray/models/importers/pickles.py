@@ -1,13 +1,18 @@
-"""Tensors out of pickled checkpoints, by the one reader that runs no code of theirs: torch's weights-only unpickler."""
+"""Tensors out of pickled checkpoints, by the one reader that runs no code of theirs, torch's weights-only unpickler; and the
+folder that an import writes, whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models.files import temporary_beside
 
 
 def new_folder(output_dir: Path | str) -> Path:
@@ -16,6 +21,21 @@ def new_folder(output_dir: Path | str) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError.at("output_dir", f"{output_dir} exists and is not empty", "a new folder")
     return folder
+
+
+@contextlib.contextmanager
+def filled_at_once(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its name when the block ends well, and vanishes if it does not."""
+    temporary = temporary_beside(target)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:

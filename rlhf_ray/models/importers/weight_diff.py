@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.artifact import read_json
-from rlhf_ray.models.files import atomic_save_tensors, atomic_write_json, temporary_beside
-from rlhf_ray.models.importers.pickles import new_folder, read_pickled_tensors
+from rlhf_ray.models.files import atomic_save_tensors, atomic_write_json
+from rlhf_ray.models.importers.pickles import filled_at_once, new_folder, read_pickled_tensors
 
 PREFIX, HEAD, HEAD_BIAS = "backbone_model.", "reward_head.weight", "reward_head.bias"
 OLDEST = (4, 29, 2)
@@ -48,24 +48,14 @@ def import_weight_diff(diff: Path | str, raw: Path | str, output_dir: Path | str
     tuned = recover(read_weights(diff), read_weights(raw), str(diff))
     check_sum(tuned, diff, raw)
     config, tensors, dropped = _standalone(tuned, diff, raw)
-    temporary = temporary_beside(target)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
-    try:
-        atomic_save_tensors(temporary / "model.safetensors", tensors)
-        atomic_write_json(temporary / "config.json", config)
+    with filled_at_once(target) as folder:
+        atomic_save_tensors(folder / "model.safetensors", tensors)
+        atomic_write_json(folder / "config.json", config)
         for name in COPIED:
             if (diff / name).is_file():
-                shutil.copyfile(diff / name, temporary / name)
-        atomic_write_json(
-            temporary / "import.json",
-            {"from": "weight-diff", "diff": str(diff.absolute()), "raw": str(raw.absolute()), "dropped": dropped},
-        )
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copyfile(diff / name, folder / name)
+        story = {"from": "weight-diff", "diff": str(diff.absolute()), "raw": str(raw.absolute()), "dropped": dropped}
+        atomic_write_json(folder / "import.json", story)
     return target
 
 

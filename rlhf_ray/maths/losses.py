@@ -40,7 +40,7 @@ def policy_loss_sum(
       clip_fraction        tokens on which the clipped term is active
       approx_kl            (rho - 1) - ln rho, the k3 estimate of KL(old || new), the tokens having been drawn from old
       ratio                rho
-      ratio_max            max rho, at least 1
+      ratio_max            max rho over real tokens
       ratio_max_deviation  max |rho - 1|: 0 on the first minibatch of a step, or dropout, dtype or temperature differ
     """
     check_mask(response_mask, new_logprobs=new_logprobs, old_logprobs=old_logprobs, advantages=advantages)
@@ -60,7 +60,7 @@ def policy_loss_sum(
             "approx_kl": masked_sum(torch.expm1(log_ratio) - log_ratio, response_mask),
             "ratio": masked_sum(ratio, response_mask),
             "ratio_max_deviation": deviation.amax() if deviation.numel() else deviation.sum(),
-            "ratio_max": ratio.amax() if ratio.numel() else ratio.sum(),
+            "ratio_max": zero_outside(ratio, response_mask).amax() if ratio.numel() else ratio.sum(),
         }
     return torch.maximum(free, clipped).sum(), response_mask.sum(), stats
 

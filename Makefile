@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 TRL    := $(VENV)-trl
 OUT    ?= runs/demo
 
-.PHONY: install demo test test-unit check bench clean
+.PHONY: install demo test test-long test-unit check bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,7 +21,10 @@ demo: install
 	$(BIN)/rlhf-ray demo --output-dir $(OUT) $(if $(FRESH),--fresh,)
 
 test: install
-	$(BIN)/python -m pytest -q --durations=10 tests/unit tests/integration
+	$(BIN)/python -m pytest -q --durations=10 -m "not long" tests/unit tests/integration
+
+test-long: install
+	$(BIN)/python -m pytest -q -m long tests/integration
 
 test-unit: install
 	$(BIN)/python -m pytest -q tests/unit

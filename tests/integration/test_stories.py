@@ -38,6 +38,7 @@ def test_ppo_makes_stories_happier(data_dir: Path, tmp_path: Path, monkeypatch: 
     assert 0.0 < found["eval/kl_k3_per_response"] < 5.0
 
 
+@pytest.mark.long
 def test_the_whole_chain_raises_the_true_reward(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ class Signal(Console):
             self.started.set()
 
 
+@pytest.mark.long
 def test_two_runs_where_one_fits(two_gpus: Any, split_job: Job, console: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One runs to its end, the other ends with exit code 3 while the first is at work."""
     first, done = Signal(), []

@@ -61,6 +61,7 @@ def test_roles_land_on_their_gpus(two_gpus: Any, split_job: Job, console: Any) -
     assert {learner[learner.index("GPU") + 1].strip(","), *of.values()} == {"0", "1"}
 
 
+@pytest.mark.long
 def test_two_learner_ranks_hand_out_their_own_chunks(two_gpus: Any, split_job: Job, console: Any) -> None:
     """Rank 0 puts the adapter into the object store, rank 1 gets the reference; both placements give the same adapter."""
     learner = {"num_workers": 2, "num_threads": 1, "num_gpus": 0.5}
@@ -96,6 +97,7 @@ def test_a_generator_killed_in_a_rollout(two_gpus: Any, split_job: Job, tmp_path
     assert deterministic(run) == deterministic(colocated)
 
 
+@pytest.mark.long
 def test_the_only_generator_killed(two_gpus: Any, split_job: Job, tmp_path: Path, colocated: Run) -> None:
     """Its work waits for its restart. It comes back without an adapter, and loads the one that the next request names (fault 4)."""
     console = Assassin(tmp_path / "victim", "generator 0")

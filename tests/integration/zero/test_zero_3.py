@@ -124,6 +124,7 @@ def reward_model(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Callable[..
     return make
 
 
+@pytest.mark.long
 def test_what_else_a_run_can_have(zero_job: Job, reward_model: Callable[..., str]) -> None:
     """At stage 3 as at stage 0: recomputed activations, a reward model and critic on a base of their own, a reward model that reads
     text, half precision, a critic on the policy's adapter, no critic."""
@@ -149,6 +150,7 @@ def test_what_else_a_run_can_have(zero_job: Job, reward_model: Callable[..., str
     assert replies(in_half_precision[0])[before_the_update] == replies(in_half_precision[1])[before_the_update]
 
 
+@pytest.mark.long
 def test_under_ray_train(zero_job: Job, console: Any) -> None:
     """The same run in the project's own worker group of two; its header says what it costs."""
     sharded, plain = zero_job("sharded", 3, max_steps=1), zero_job("plain", 0, max_steps=1, learner=HERE)
@@ -158,6 +160,7 @@ def test_under_ray_train(zero_job: Job, console: Any) -> None:
     assert "every token decoded gathers the whole base again" in console.text and "placement: split" in console.text
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_to_the_same_bits(zero_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """F7 at stage 3: masters, moments and Adam's step count come back from their shares; two ranks each time."""
     common: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "eval_steps": 3, "lora": {"r": 3, "lora_alpha": 6}}

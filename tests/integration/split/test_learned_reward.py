@@ -15,7 +15,7 @@ from rlhf_ray.stages.ppo import ppo
 from rlhf_ray.stages.reward import reward
 from rlhf_ray.stages.sft import sft
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 
 def test_it_gives_the_adapter_of_colocate(

@@ -213,18 +213,21 @@ class Assembly:
         return name
 
     def _causal_lm(self, path: str, revision: str | None) -> Backbone:
-        return load_backbone(path=path, revision=revision, stop_token_ids=self.stop_token_ids, **self._how())
+        return load_backbone(
+            path=path, revision=revision, stop_token_ids=self.stop_token_ids, **load_options(self.job, self.device)
+        )
 
     def _classifier(self, path: str) -> Backbone:
-        return load_classifier(path, revision=None, **self._how())
+        return load_classifier(path, revision=None, **load_options(self.job, self.device))
 
-    def _how(self) -> dict[str, Any]:
-        job = self.job
-        return {
-            "dtype": job.dtype,
-            "attn_implementation": job.attn_implementation,
-            "load_in_8bit": job.load_in_8bit,
-            "load_in_4bit": job.load_in_4bit,
-            "cpu_offload": job.cpu_offload,
-            "device": self.device,
-        }
+
+def load_options(job: JobFields, device: torch.device) -> dict[str, Any]:
+    """How a job wants its models loaded: keyword arguments of `load_backbone` and `load_classifier`, path and revision aside."""
+    return {
+        "dtype": job.dtype,
+        "attn_implementation": job.attn_implementation,
+        "load_in_8bit": job.load_in_8bit,
+        "load_in_4bit": job.load_in_4bit,
+        "cpu_offload": job.cpu_offload,
+        "device": device,
+    }

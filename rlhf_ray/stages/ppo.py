@@ -13,12 +13,14 @@ One step, on every rank (arXiv:1909.08593; details: arXiv:2403.17031):
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.maths.controllers import make_controller
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
@@ -143,7 +145,7 @@ class PPOLoop:
         if self.setup.crew is not None:
             metrics |= self.setup.crew.idle(collected.busy, metrics["time/step"], sampled - clock)
         self._warn_if_flat(metrics["reward/std"], step)
-        self._log_samples(collected, step)
+        self._log_samples(collected, prompts, step)
         return metrics
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -216,9 +218,9 @@ class PPOLoop:
                 f"reward std 0 at step {step}: all replies earned the same; is the reward at work?"
             )
 
-    def _log_samples(self, collected: Collected, step: int) -> None:
+    def _log_samples(self, collected: Collected, prompts: Sequence[TokenisedPrompt], step: int) -> None:
         if self.session.is_main and self.config.num_samples_logged:
-            rows = [self.setup.schedule.step(step)[i].row for i in range(self.config.num_samples_logged)]
+            rows = [prompt.row for prompt in prompts[: self.config.num_samples_logged]]
             texts = self.setup.to_texts(collected.rollout.rows(slice(0, len(rows))), rows)
             samples = sample_rows(collected, list(texts.prompts), list(texts.completions), len(rows))
             self.setup.writers.samples.write(step, samples)

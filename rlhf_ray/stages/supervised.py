@@ -23,6 +23,7 @@ from rlhf_ray.errors import ConfigError, InvariantError, Problem
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, read_adapter, use_adapter
 from rlhf_ray.models.artifact import RunFolder, atomic_write_text, config_changes, create_run, is_run
+from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone
 from rlhf_ray.models.checkpoints import delete_checkpoint
 from rlhf_ray.report import write_report
@@ -129,16 +130,7 @@ def require_rows(config: SupervisedConfig, rows: int) -> None:
 
 
 def load_base(config: SupervisedConfig, device: torch.device) -> Backbone:
-    return load_backbone(
-        path=config.model_name_or_path,
-        revision=config.revision,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        load_in_8bit=config.load_in_8bit,
-        load_in_4bit=config.load_in_4bit,
-        cpu_offload=config.cpu_offload,
-        device=device,
-    )
+    return load_backbone(path=config.model_name_or_path, revision=config.revision, **load_options(config, device))
 
 
 def tokenise(

@@ -215,6 +215,7 @@ class Experience(_Rows):
     """All a PPO update needs, for all rows of a step; floats are 0 outside `rollout.response_mask`.
 
     old_logprobs, ref_logprobs, old_values, advantages, returns: f32[B, R].
+    token_weights: f32[B, R], what each token's loss counts; None for 1 (rollouts of the newest adapter).
     """
 
     tokens: Tensor
@@ -225,6 +226,7 @@ class Experience(_Rows):
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+    token_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         b, p = self.prompt_mask.shape
@@ -232,7 +234,8 @@ class Experience(_Rows):
         _check("tokens", self.tokens, torch.int64, (b, p + r))
         _check("prompt_mask", self.prompt_mask, torch.bool, (b, p))
         _check("response_mask", self.response_mask, torch.bool, (b, r))
-        for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"):
+        weights = () if self.token_weights is None else ("token_weights",)
+        for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns", *weights):
             value = getattr(self, name)
             _check(name, value, torch.float32, (b, r))
             _require((value[~self.response_mask] == 0).all(), f"{name}: must be 0 outside the mask")

@@ -228,6 +228,14 @@ class PPOConfig(JobFields, OptimFields):
     min_response_length: Count | None = field(
         None, "draw each reply's budget from [this, response_length]; default: always the longest"
     )
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = field(
+        0,
+        "1: each rollout is sampled while the learner is still busy with the one before, by the adapter from before that"
+        " update (placement: split); 0: by the newest adapter",
+    )
+    importance_sampling_cap: Positive = field(
+        2.0, "max_staleness 1: a token's loss is weighted by its probability now over that when sampled, at most this"
+    )
     temperature: Positive = field(1.0, "sampling temperature of rollouts; every log-probability is taken at it")
     stop_token_ids: Ints | None = field(
         None, "tokens that end a reply; default: eos of tokenizer and generation config"
@@ -284,6 +292,11 @@ class PPOConfig(JobFields, OptimFields):
             problems.append(
                 "learner.num_workers: placement split needs Ray, and 0 runs in this process without it; set at least 1, or"
                 " placement: colocate"
+            )
+        if self.max_staleness and self.placement != "split":
+            problems.append(
+                "max_staleness: 1 needs generators of their own, to sample while the learner learns; expected placement:"
+                f" split, or max_staleness 0; got placement {self.placement}"
             )
         if self.rollout_batch_size % self.num_mini_batches:
             problems.append(

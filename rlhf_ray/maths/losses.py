@@ -94,17 +94,28 @@ def value_loss_sum(
     return loss.sum() / 2, response_mask.sum(), stats
 
 
-def kl_loss_sum(kind: str, new_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_t m_t k(new_t - ref_t): a KL penalty as a differentiable loss term rather than inside the reward.
+def kl_loss_sum(
+    kind: str,
+    new_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum_t m_t w_t k(new_t - ref_t): a KL penalty as a differentiable loss term rather than inside the reward.
 
     On-policy and in expectation its gradient is 0 for `kl` (k1), grad KL(policy||reference) for `squared_error` (k2) and
     grad KL(reference||policy) for `bregman` (k3). Take `squared_error` for the gradient that `kl` has in the reward.
 
-    new_logprobs (with gradient), ref_logprobs: f32[B, R].   response_mask: bool[B, R].   Returns sum, count of real tokens.
+    new_logprobs (with gradient), ref_logprobs: f32[B, R].   response_mask: bool[B, R].   token_weights: see `policy_loss_sum`.
+    Returns sum, count of real tokens.
     """
     check_mask(response_mask, new_logprobs=new_logprobs, ref_logprobs=ref_logprobs)
     new, ref = zero_outside(new_logprobs, response_mask), zero_outside(ref_logprobs, response_mask)
-    return kl.penalty(kind, new, ref).sum(), response_mask.sum()
+    penalty = kl.penalty(kind, new, ref)
+    if token_weights is not None:
+        check_mask(response_mask, token_weights=token_weights)
+        penalty = penalty * zero_outside(full_precision(token_weights).detach(), response_mask)
+    return penalty.sum(), response_mask.sum()
 
 
 def pairwise_reward_loss_sum(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ depend on how many ranks there are. A rank samples and scores its chunks itself;
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,16 @@ class Share:
     faults: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Started:
+    """Rows on their way. chunks: this rank's number of them.  rows: of all ranks.  work: does, or waits for, this rank's share."""
+
+    chunks: int
+    rows: int
+    adapter: ActiveAdapter
+    work: Callable[[], Share]
+
+
 class Collector:
     """generator, scorer: this rank's.  lockstep: their every forward pass is a collective (ZeRO-3)."""
 
@@ -80,14 +91,30 @@ class Collector:
         step: int,
     ) -> Collected:
         """Sample one reply to each prompt (repeat a prompt for several) and score it. budgets: longest reply of each row."""
+        return self.finish(self.start(prompts, budgets, adapter, decoding, role, step))
+
+    def start(
+        self,
+        prompts: Sequence[TokenisedPrompt],
+        budgets: Sequence[int],
+        adapter: ActiveAdapter,
+        decoding: Decoding,
+        role: str,
+        step: int,
+    ) -> Started:
+        """Have it begun, where somebody else does it; see `collect`. Here it is done when it is asked for."""
         mine = [
             Chunk(number, self._batch(prompts, budgets, rows), [prompts[i].row for i in rows])
             for number, rows in enumerate(chunks(len(prompts), self.chunk_size))
             if number % self.session.world_size == self.session.rank
         ]
-        share = self._work(mine, adapter, decoding, role, step)
-        if self.lockstep and len(mine) < -(-len(prompts) // (self.chunk_size * self.session.world_size)):
-            self.generator.join(adapter)  # the last round has no chunk for this rank
+        return Started(len(mine), len(prompts), adapter, self._begin(mine, adapter, decoding, role, step))
+
+    def finish(self, started: Started) -> Collected:
+        """All rows of what was started, on every rank; all ranks call it."""
+        share = started.work()
+        if self.lockstep and started.chunks < -(-started.rows // (self.chunk_size * self.session.world_size)):
+            self.generator.join(started.adapter)  # the last round has no chunk for this rank
             self.scorer.join()
         everyone = self.session.gather((share.rollouts, share.scores, share.busy, share.faults))
         return Collected(
@@ -103,6 +130,11 @@ class Collector:
 
         adapter: the `PublishedAdapter` of the learner."""
         return error
+
+    def _begin(
+        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+    ) -> Callable[[], Share]:
+        return partial(self._work, mine, adapter, decoding, role, step)
 
     def _work(self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int) -> Share:
         """This rank's chunks, sampled and scored here, one after the other."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_ray.batches import Experience, Rollout, Scores
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.maths import kl, returns, stats
+from rlhf_ray.maths import kl, losses, returns, stats
 from rlhf_ray.maths.masks import masked_mean, masked_sum, zero_outside
 
 WHITEN_EPS = 1e-8
@@ -75,6 +75,7 @@ def make_experience(
         old_values=torch.zeros_like(per_token) if evaluation.values is None else evaluation.values,
         advantages=white,
         returns=targets,
+        token_weights=importance_weights(rollout, evaluation, config),
     )
     metrics = step_metrics(rollout, scores, evaluation, per_token, kl_coef)
     metrics |= {
@@ -86,7 +87,26 @@ def make_experience(
         metrics["value/explained_variance"] = stats.explained_variance(evaluation.values, targets, mask)
         metrics["value/mean"] = float(masked_mean(evaluation.values, mask))
         metrics["returns/mean"] = float(masked_mean(targets, mask))
+    if experience.token_weights is not None:
+        metrics |= importance_metrics(experience.token_weights, mask, config.importance_sampling_cap)
     return experience, metrics
+
+
+def importance_weights(rollout: Rollout, evaluation: Evaluation, config: PPOConfig) -> Tensor | None:
+    """f32[B, R]: corrects for tokens that an older adapter sampled; None where the newest one samples (max_staleness 0)."""
+    if config.max_staleness == 0:
+        return None
+    cap = config.importance_sampling_cap
+    return losses.truncated_importance_weights(evaluation.logprobs, rollout.sample_logprobs, rollout.response_mask, cap)
+
+
+def importance_metrics(weights: Tensor, mask: Tensor, cap: float) -> dict[str, float]:
+    """weights: f32[B, R] of `importance_weights`.  mask: bool[B, R]."""
+    clipped = (weights >= cap) & mask
+    return {
+        "sampler/importance_weight": float(masked_mean(weights, mask)),
+        "sampler/importance_clipped": float(clipped.sum() / mask.sum()),
+    }
 
 
 def _gae(

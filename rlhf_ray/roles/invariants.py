@@ -23,8 +23,10 @@ def tolerance(dtype: torch.dtype, quantised: bool) -> float:
     return AGREEMENT["float32" if dtype == torch.float32 and not quantised else "other"]
 
 
-def check_sampler_agrees(rollout: Rollout, logprobs: Tensor, limit: float, step: int) -> None:
-    """The policy that sampled is the policy that learns: their log-probabilities of the sampled tokens agree."""
+def check_sampler_agrees(rollout: Rollout, logprobs: Tensor, limit: float, step: int) -> float:
+    """The sampler used the adapter that it names as the learner would: their log-probabilities of the sampled tokens agree.
+
+    Returns the mean absolute difference."""
     gap = float(masked_mean((rollout.sample_logprobs - logprobs).abs(), rollout.response_mask))
     if not gap <= limit:
         raise InvariantError.at(
@@ -34,6 +36,7 @@ def check_sampler_agrees(rollout: Rollout, logprobs: Tensor, limit: float, step:
             f"{gap:.4g}",
             "the sampler did not use the learner's adapter, temperature or precision",
         )
+    return gap
 
 
 def check_starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, limit: float) -> None:

@@ -15,7 +15,7 @@ from rlhf_ray.batches import Experience, Rollout, Sequences
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.maths import losses
-from rlhf_ray.models.adapters import adapter_parameters, adapter_tensors
+from rlhf_ray.models.adapters import adapter_parameters, adapter_tensors, load_adapter_tensors
 from rlhf_ray.models.artifact import sha256_tensors
 from rlhf_ray.models.forward import to_device
 from rlhf_ray.models.stack import RoleModels
@@ -100,6 +100,28 @@ class Learner:
                 found.append((micro.index[micro.counts], rows))
         parts = [part for rank in self.session.gather(found) for part in rank]
         return _assemble(parts, *rollout.response_mask.shape)
+
+    def logprobs_under(self, adapter: PublishedAdapter, rollout: Rollout) -> Tensor:
+        """f32[B, R]: log-probabilities of all rows under an adapter published earlier, 0 outside the mask.
+
+        The policy's own weights are put back, bit for bit. Not to be called between an update and its publishing; every rank
+        calls it."""
+        seat = self.models.seats["policy"]
+        model, name = self.models.stack_of("policy").peft, str(seat.adapter)
+        found: list[tuple[Tensor, Tensor]] = []
+        load_adapter_tensors(model, name, adapter.tensors)
+        try:
+            for micro in self._microbatches(torch.arange(len(rollout))):
+                seq = self._sequences(rollout.tokens, rollout.prompt_mask, rollout.response_mask, micro)
+                with torch.no_grad():
+                    logprobs, _ = self.engine.module("logprobs", "policy", seq, self.config.temperature)
+                found.append((micro.index[micro.counts], logprobs.float().cpu()[micro.counts]))
+        finally:
+            load_adapter_tensors(model, name, self.published.tensors)
+        logprobs = torch.zeros(rollout.response_mask.shape)
+        for index, rows in (part for rank in self.session.gather(found) for part in rank):
+            logprobs[index, : rows.shape[1]] = rows
+        return logprobs
 
     def update(
         self, experience: Experience, step: int, learning_rates: dict[str, float], kl_coef: float
@@ -196,10 +218,11 @@ class Learner:
         old, ref, advantages = (
             x[:, :width].to(new.device) for x in (rows.old_logprobs, rows.ref_logprobs, rows.advantages)
         )
-        policy, _, stats = losses.policy_loss_sum(new, old, advantages, mask, config.cliprange)
+        weights = None if rows.token_weights is None else rows.token_weights[:, :width].to(new.device)
+        policy, _, stats = losses.policy_loss_sum(new, old, advantages, mask, config.cliprange, weights)
         loss = policy if train_policy else policy * 0.0
         if config.use_kl_loss and kl_coef:
-            loss = loss + kl_coef * losses.kl_loss_sum(config.kl_penalty, new, ref, mask)[0]
+            loss = loss + kl_coef * losses.kl_loss_sum(config.kl_penalty, new, ref, mask, weights)[0]
         names = ("clip_fraction", "approx_kl", "ratio", "ratio_max", "ratio_max_deviation")
         return loss, {"policy_loss": float(policy.detach()), **{name: float(stats[name]) for name in names}}
 

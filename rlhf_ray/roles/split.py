@@ -8,7 +8,7 @@ and prompts, so it comes out the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,25 +103,18 @@ class SplitCollector(Collector):
         first = error.problems[0]
         return InvariantError(Problem(first.where, first.what, first.expected, first.got, "; ".join(lines)))
 
-    def _work(self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int) -> Share:
-        started = time.perf_counter()
-        share = Share(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
-        job = _Job(self.crew, adapter, decoding, role, step, share)
-        done = job.run(mine)
-        last = max((when for when, *_ in done.values()), default=started)
-        share.seconds = {"time/generate": last - started, "time/score": time.perf_counter() - last}
-        for number in sorted(done):
-            share.rollouts.append(done[number][1])
-            share.scores.append(done[number][2])
-        return share
+    def _begin(
+        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+    ) -> Callable[[], Share]:
+        job = _Job(self.crew, adapter, decoding, role, step)
+        job.send(mine)
+        return job.wait
 
 
 class _Job:
-    """The chunks of one rank in one step."""
+    """The chunks of one rank in one step, sampled by the adapter that was handed over last when they were sent."""
 
-    def __init__(
-        self, crew: Crew, adapter: ActiveAdapter, decoding: Decoding, role: str, step: int, share: Share
-    ) -> None:
+    def __init__(self, crew: Crew, adapter: ActiveAdapter, decoding: Decoding, role: str, step: int) -> None:
         if adapter.version != crew.version:
             raise InvariantError.at(
                 f"step {step}",
@@ -130,15 +123,31 @@ class _Job:
                 str(adapter.version),
             )
         self.crew, self.adapter, self.decoding = crew, adapter, decoding
-        self.role, self.step, self.share = role, step, share
+        self.reference = crew.reference  # a newer adapter may be handed over while these chunks are under way
+        self.role, self.step = role, step
+        self.share = Share(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
         self.flying: dict[int, _Flight] = {}
         self.sampled: dict[int, float] = {}
 
-    def run(self, mine: Sequence[Chunk]) -> dict[int, tuple[float, Rollout, Scores]]:
-        """Chunk number -> (when its rollout was seen, rollout, scores)."""
+    def send(self, mine: Sequence[Chunk]) -> None:
+        """Hand all chunks out, without waiting for anything but a restart."""
         for chunk in mine:
             sampling = self._sample(chunk, 0)
             self.flying[chunk.number] = _Flight(chunk, sampling, self._score(chunk, sampling.result, 0))
+
+    def wait(self) -> Share:
+        """What became of them. Its seconds are those of waiting: up to the last rollout, and from then to the last scores."""
+        started = time.perf_counter()
+        done = self._land_all()
+        last = max((when for when, *_ in done.values()), default=started)
+        self.share.seconds = {"time/generate": last - started, "time/score": time.perf_counter() - last}
+        for number in sorted(done):
+            self.share.rollouts.append(done[number][1])
+            self.share.scores.append(done[number][2])
+        return self.share
+
+    def _land_all(self) -> dict[int, tuple[float, Rollout, Scores]]:
+        """Chunk number -> (when its rollout was seen, rollout, scores)."""
         done = {}
         while self.flying:
             self._watch()
@@ -149,7 +158,7 @@ class _Job:
         return done
 
     def _sample(self, chunk: Chunk, attempt: int) -> Call:
-        what = (chunk.prompts, self.adapter, self.crew.reference, self.decoding, self.role, self.step)
+        what = (chunk.prompts, self.adapter, self.reference, self.decoding, self.role, self.step)
         return self.crew.generators.submit(chunk.number + attempt, "generate_with", *what)
 
     def _score(self, chunk: Chunk, rollout: Any, attempt: int) -> Call:

@@ -8,29 +8,29 @@ One step, on every rank (arXiv:1909.08593; details: arXiv:2403.17031):
     4  shape     reward - kl_coef x KL penalty per token; advantages; whitening              (roles/experience.py)
     5  update    num_ppo_epochs x num_mini_batches optimizer steps on the clipped losses     (roles/learner.py)
     6  publish   the new adapter gets a version and a hash; the KL coefficient moves once
+
+With max_staleness 1 the next step's 1 and 2 go on meanwhile, by the adapter from before 5 (roles/rollouts.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.console import Console, LocalConsole
-from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.maths.controllers import make_controller
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.maths.stats import RunningMoments
 from rlhf_ray.models.artifact import is_run
 from rlhf_ray.roles import invariants
-from rlhf_ray.roles.collector import Collected
 from rlhf_ray.roles.experience import Evaluation, make_experience
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.heldout import HeldOut, sample_rows
+from rlhf_ray.roles.rollouts import Rollouts, Sampled, probed_rows
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, peak_memory, seed_everything
 from rlhf_ray.stages.discard import discarded_on_error
@@ -89,7 +89,14 @@ class PPOLoop:
         self.progress = Progress()
         self.total_steps = setup.total_steps
         self._told_flat = False
-        self.decoding = Decoding(setup.stop_ids, temperature=config.temperature)
+        self.rollouts = Rollouts(
+            self.collector,
+            lambda step: (setup.schedule.step(step), setup.budgets(step)),
+            Decoding(setup.stop_ids, temperature=config.temperature),
+            self.learner.models.seats["policy"].adapter,
+            ahead=config.max_staleness > 0,
+            last_step=self.total_steps,
+        )
 
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints where they are due."""
@@ -114,11 +121,10 @@ class PPOLoop:
     def step(self, step: int) -> dict[str, float]:
         """One PPO step. Returns its metrics; raises InvariantError when something that must hold does not."""
         clock = time.perf_counter()
-        prompts, budgets = self.setup.schedule.step(step), self.setup.budgets(step)
-        collected = self.collector.collect(prompts, budgets, self.active(), self.decoding, "rollout", step)
-        sampled = time.perf_counter()
+        sampled = self.rollouts.take(step, self.learner.published)
+        collected, arrived = sampled.collected, time.perf_counter()
         evaluation = self.learner.evaluate(collected.rollout, step)
-        self._check_rollout(collected, evaluation, step)
+        probed = self._check_rollout(sampled, evaluation, step)
         kl_coef = self.controller.value
         experience, metrics = make_experience(
             collected.rollout, collected.scores, evaluation, self.config, kl_coef, self.moments
@@ -133,19 +139,19 @@ class PPOLoop:
         moved = self.hand_over()
         self.controller.update(metrics["kl/k1_per_response"], len(experience))
         self.progress.tokens += int(metrics["tokens/generated"])
-        metrics |= stats.metrics() | collected.seconds | collected.faults
+        metrics |= stats.metrics() | collected.seconds | collected.faults | probed
         metrics |= {f"lr/{name}": rate for name, rate in rates.items()}
         metrics |= {
             "tokens/total": float(self.progress.tokens),
             "sync/bytes": float(moved),
-            "time/update": updated - sampled,
+            "time/update": updated - arrived,
             "time/publish": time.perf_counter() - updated,
             "time/step": time.perf_counter() - clock,
         }
         if self.setup.crew is not None:
-            metrics |= self.setup.crew.idle(collected.busy, metrics["time/step"], sampled - clock)
+            metrics |= self.setup.crew.idle(collected.busy, metrics["time/step"], arrived - clock)
         self._warn_if_flat(metrics["reward/std"], step)
-        self._log_samples(collected, prompts, step)
+        self._log_samples(sampled)
         return metrics
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -153,6 +159,7 @@ class PPOLoop:
         if not self.setup.held_out:
             return {}
         started = time.perf_counter()
+        self.rollouts.settle()  # generators answer in turn: a rollout under way comes first
         budgets = [self.config.response_length] * len(self.setup.held_out)
         collected = self.setup.eval_collector.collect(
             self.setup.held_out, budgets, self.active(), self.setup.eval_decoding, "eval", 0
@@ -182,19 +189,27 @@ class PPOLoop:
             rates["policy"] = 0.0
         return rates
 
-    def _check_rollout(self, collected: Collected, evaluation: Evaluation, step: int) -> None:
-        rollout, limit = collected.rollout, self.setup.tolerance
-        if rollout.adapter_sha256 != self.learner.published.sha256:
-            raise invariants.stale_adapter(rollout, self.learner.published.sha256, step)
+    def _check_rollout(self, sampled: Sampled, evaluation: Evaluation, step: int) -> dict[str, float]:
+        """The adapter that was asked for sampled this, and did so as the learner would have. Returns what was measured of it."""
+        rollout, limit, newest = sampled.collected.rollout, self.setup.tolerance, self.learner.published
+        if rollout.adapter_sha256 != sampled.adapter.sha256:
+            raise invariants.stale_adapter(rollout, sampled.adapter.sha256, step)
+        metrics = {"sampler/staleness": float(newest.version - sampled.adapter.version)}
         if (step - 1) % self.config.probe_steps == 0:
+            probed, logprobs = rollout, evaluation.logprobs
+            if sampled.adapter.version != newest.version:
+                wanted = self.config.per_device_train_batch_size * self.session.world_size
+                probed = rollout.rows(probed_rows(len(rollout), self.config.rollout_chunk_size, wanted))
+                logprobs = self.learner.logprobs_under(sampled.adapter, probed)
             try:
-                invariants.check_sampler_agrees(rollout, evaluation.logprobs, limit, step)
+                metrics["sampler/probe_difference"] = invariants.check_sampler_agrees(probed, logprobs, limit, step)
             except InvariantError as error:
-                raise self.collector.explain(error, self.learner.published) from error
+                raise self.collector.explain(error, newest) from error
         if step == 1:
             invariants.check_starts_at_reference(
-                evaluation.logprobs, collected.scores.ref_logprobs, rollout.response_mask, limit
+                evaluation.logprobs, sampled.collected.scores.ref_logprobs, rollout.response_mask, limit
             )
+        return metrics
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
         """Write the step's metrics (rank 0) and show the few worth a glance."""
@@ -218,9 +233,10 @@ class PPOLoop:
                 f"reward std 0 at step {step}: all replies earned the same; is the reward at work?"
             )
 
-    def _log_samples(self, collected: Collected, prompts: Sequence[TokenisedPrompt], step: int) -> None:
+    def _log_samples(self, sampled: Sampled) -> None:
         if self.session.is_main and self.config.num_samples_logged:
+            collected, prompts = sampled.collected, self.setup.schedule.step(sampled.step)
             rows = [prompt.row for prompt in prompts[: self.config.num_samples_logged]]
             texts = self.setup.to_texts(collected.rollout.rows(slice(0, len(rows))), rows)
             samples = sample_rows(collected, list(texts.prompts), list(texts.completions), len(rows))
-            self.setup.writers.samples.write(step, samples)
+            self.setup.writers.samples.write(sampled.step, samples)

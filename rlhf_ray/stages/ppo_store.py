@@ -1,7 +1,8 @@
 """What a PPO run keeps on disk: its folder, its checkpoints, its result. The loop does not know files.
 
 A checkpoint is taken at one point only, the end of a step: adapters, head, optimizer state by parameter name, KL controller, reward
-statistics, counters, and the lengths of metrics.jsonl and samples.jsonl. Sampling and schedules have no state (maths/rng.py).
+statistics, counters, the rollout that waits for the next step if there is one, and the lengths of metrics.jsonl and samples.jsonl.
+Sampling and schedules have no state (maths/rng.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from rlhf_ray.report import write_report
 from rlhf_ray.roles.optimizer_state import export_state, restore_state
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
+from rlhf_ray.stages.waiting import load_waiting, save_waiting
 
 if TYPE_CHECKING:
     from rlhf_ray.stages.ppo import PPOLoop
@@ -101,7 +103,8 @@ def _require_same(folder: RunFolder, values: dict[str, Any]) -> None:
 
 
 def save(loop: PPOLoop, step: int) -> None:
-    """Write checkpoint `step`. Every rank calls it (state may be sharded); rank 0 writes."""
+    """Write checkpoint `step`. Every rank calls it (state may be sharded, a rollout under way); rank 0 writes."""
+    waiting = loop.rollouts.settle()
     optimizer, roles = export_state(loop.learner.engine), roles_now(loop)
     if loop.session.is_main:
         state = _state(loop)
@@ -110,6 +113,8 @@ def save(loop: PPOLoop, step: int) -> None:
             write_roles(loop, roles, folder)
             atomic_save_tensors(folder / "optimizer.safetensors", optimizer)
             atomic_write_json(folder / "state.json", state)
+            if waiting is not None:
+                save_waiting(waiting, folder)
 
         keep = loop.config.save_total_limit
         protect = {loop.progress.best.step, *loop.setup.listed_saves}
@@ -165,6 +170,8 @@ def restore(loop: PPOLoop) -> None:
     loop.learner.version = state["adapter_version"]
     if loop.learner.publish().sha256 != state["adapter_sha256"]:
         raise ArtifactError.at(str(checkpoint.path), "the adapter restored is not the one that was saved")
+    if state.get("rollout_waits"):
+        loop.rollouts.waiting = load_waiting(checkpoint.path)
     _cut_logs(loop, state["metrics_bytes"], state["samples_bytes"])
     loop.session.console.log(f"ppo: going on from step {progress.step} ({checkpoint.path})")
 
@@ -222,6 +229,7 @@ def _state(loop: PPOLoop) -> dict[str, Any]:
         "reward_moments": loop.moments.state_dict(),
         "adapter_version": loop.learner.published.version,
         "adapter_sha256": loop.learner.published.sha256,
+        "rollout_waits": loop.rollouts.waiting is not None,
         "metrics_bytes": writers.metrics.bytes,
         "samples_bytes": writers.samples.bytes,
         "world_size": loop.session.world_size,

@@ -116,3 +116,18 @@ def test_the_true_kl_is_logged_whatever_the_penalty() -> None:
         k3 = sum(math.exp(-d) - 1 + d for d in (-0.2, 0.4, -0.4)) / 2
         assert metrics["kl/k3_per_response"] == pytest.approx(k3, rel=1e-5)
         assert metrics["kl/penalty_per_response"] >= 0.0
+
+
+def test_tokens_of_an_older_adapter_count_by_their_truncated_ratio() -> None:
+    """w = min(exp(old - behaviour), 2): behaviour is 0 here, so exp(.2), exp(-.4), exp(.4); with a cap of 1.3 the last is cut."""
+    stale = config(placement="split", max_staleness=1, importance_sampling_cap=1.3)
+    experience, metrics = make_experience(*parts(), stale, 0.0, RunningMoments())
+    assert experience.token_weights is not None
+    row = torch.tensor([math.exp(0.2), math.exp(-0.4), 1.3, 0.0])
+    assert torch.allclose(experience.token_weights[0], row)
+    assert torch.allclose(experience.token_weights[1], MASK[1].float())
+    assert metrics["sampler/importance_weight"] == pytest.approx((float(row.sum()) + 2) / 5)
+    assert metrics["sampler/importance_clipped"] == pytest.approx(1 / 5)
+    fresh, without = make_experience(*parts(), config(), 0.0, RunningMoments())
+    assert fresh.token_weights is None and "sampler/importance_weight" not in without
+    assert torch.equal(fresh.advantages, experience.advantages), "advantages are not weighted, losses are"

@@ -55,14 +55,15 @@ def _fields_table(stage: str) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    from rlhf_ray.config import STAGES, PipelineConfig
+    from rlhf_ray.config import STAGES, PipelineConfig, SweepConfig
     from rlhf_ray.config.load import describe
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("Field of the job file", no_wrap=True)
     for name in ("Type", "Default", "Meaning"):
         table.add_column(name, overflow="fold")
-    for row in describe(STAGES.get(stage, PipelineConfig)):
+    classes = {**STAGES, "pipeline": PipelineConfig, "sweep": SweepConfig}
+    for row in describe(classes[stage]):
         table.add_row(*(Text(cell) for cell in (row.name, row.type, row.default, row.meaning)))
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
     console = Console(width=width, highlight=False, file=sys.stdout)
@@ -103,6 +104,19 @@ for _stage in STAGE_HELP:
     _add_stage(_stage)
 
 
+@app.command(cls=_StageCommand)
+def sweep(job: Job, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Search over PPO jobs. Settings x seeds, early stopping, one table and report, a winner by a stated rule."""
+    from rlhf_ray.config import SweepConfig
+    from rlhf_ray.config.load import load
+    from rlhf_ray.sweep.run import sweep as run_sweep
+
+    config = load(SweepConfig, job, overrides or ())
+    with _stdout_kept(), _resumable(config.output_dir):
+        run = run_sweep(config)
+    _tell(run, as_json)
+
+
 @app.command()
 def demo(
     output_dir: Annotated[str, typer.Option(help="where the runs and their job files go")] = "runs/demo",
@@ -126,10 +140,16 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Go on with an interrupted run. It starts from the newest valid checkpoint."""
+    from rlhf_ray.models.artifact import open_run
     from rlhf_ray.stages.resume import resume as resume_run
 
     with _stdout_kept(), _resumable(run):
-        result = resume_run(run, reset_data=reset_data)
+        if open_run(run, verify=False).stage == "sweep":
+            from rlhf_ray.sweep.run import resume_sweep
+
+            result = resume_sweep(run)
+        else:
+            result = resume_run(run, reset_data=reset_data)
     _tell(result, as_json)
 
 
@@ -278,8 +298,14 @@ def import_peft(
 @app.command()
 def report(run: RunDir, debug: Debug = False) -> None:
     """Write a run's report.html anew."""
+    from rlhf_ray.models.artifact import is_run, open_run
     from rlhf_ray.report import write_report
 
+    if is_run(run) and open_run(run, verify=False).stage == "sweep":
+        from rlhf_ray.sweep.report import write_sweep_report
+
+        print(write_sweep_report(run))
+        return
     print(write_report(run))
 
 

@@ -51,6 +51,10 @@ class Console:
         figures = {str(name): float(value) for name, value in (shown or {}).items()}
         self.emit({"kind": "progress", "stage": str(stage), "step": int(step), "total": int(total), "shown": figures})
 
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """All figures of a step, for who follows a run from outside (a sweep); not shown."""
+        self.emit({"kind": "metrics", "step": int(step), "values": dict(values)})
+
     def done(self) -> None:
         """The stage is over: take the progress bar down."""
         self.emit({"kind": "done"})

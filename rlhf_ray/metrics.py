@@ -114,6 +114,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("eval/reward", "reward", "raw reward on held-out prompts"),
     ("eval/reward_se", "reward", "standard error of eval/reward"),
     ("eval/reward/*", "reward", "one reward source on held-out prompts, before its weight"),
+    ("eval/reward_se/*", "reward", "standard error of eval/reward/*"),
     ("eval/kl_k1_per_response", "nats", "k1 per reply on held-out prompts"),
     ("eval/kl_k3_per_response", "nats", "k3 per reply on held-out prompts"),
     ("eval/length", "tokens", "mean reply length on held-out prompts"),

@@ -19,6 +19,7 @@ from rlhf_ray.config.sections import (
     check_accumulation,
 )
 from rlhf_ray.config.stages import EvaluateConfig, JobFields, OptimFields, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config.sweep import SweepConfig
 
 __all__ = [
     "RUN_NAME",
@@ -38,6 +39,7 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "Section",
+    "SweepConfig",
     "ValueConfig",
     "check_accumulation",
 ]

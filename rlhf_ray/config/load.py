@@ -99,7 +99,7 @@ def load_any(path: str | Path, overrides: Sequence[str] = (), stage: str | None 
     return name, _validated(classes[name], values, source, check_files=True)
 
 
-def load_dict(cls: type[S], mapping: Mapping[str, Any], where: str = "", overrides: Sequence[str] = ()) -> S:
+def load_dict(cls: type[S], mapping: Mapping[str, Any], where: str = "", overrides: Sequence[str | Override] = ()) -> S:
     """The same checks for values that are at hand already; `where` names their origin in errors. Files are not checked."""
     parsed = _parse_overrides(overrides)
     return _validated(cls, apply_overrides(dict(mapping), parsed), Source(where, None, parsed), check_files=False)
@@ -117,12 +117,12 @@ def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], S
     return apply_overrides(document.values, parsed), Source(name, document, parsed)
 
 
-def _parse_overrides(texts: Sequence[str]) -> list[Override]:
+def _parse_overrides(texts: Sequence[str | Override]) -> list[Override]:
     parsed: list[Override] = []
     problems: list[Problem] = []
     for text in texts:
         try:
-            parsed.append(parse_override(text))
+            parsed.append(text if isinstance(text, Override) else parse_override(text))
         except ConfigError as error:
             problems += error.problems
     ConfigError.raise_all(problems)

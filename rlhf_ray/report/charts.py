@@ -23,7 +23,7 @@ BOX = 1000.0
 
 @dataclass(frozen=True)
 class Line:
-    """One series. low, high: the ends of a whisker at each point, or of the layer where layers are stacked."""
+    """One series. low, high: ends of a whisker at each dot, of a band along a line, or of a layer where they are stacked."""
 
     label: str
     points: Points
@@ -166,6 +166,10 @@ def _shapes(lines: Sequence[Line], frame: _Frame, stacked: bool) -> list[Html]:
         if stacked:
             outline = _trace([*_stairs(line.high), *reversed(_stairs(line.low))], frame) + "Z"
             shapes.append(tag("path", d=outline, class_=f"area {colour}"))
+        elif line.low and line.kind == "line":
+            shapes.append(
+                tag("path", d=_trace([*line.high, *reversed(line.low)], frame) + "Z", class_=f"band {colour}")
+            )
         elif line.low:
             whiskers = "".join(f"M{frame.at(a)}L{frame.at(b)}" for a, b in zip(line.low, line.high, strict=True))
             shapes.append(tag("path", d=whiskers, class_=f"whisker {colour}"))

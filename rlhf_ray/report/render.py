@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,16 @@ def write_report(run_dir: str | Path) -> Path:
     A folder of stage folders (pipeline, demo) gets a cover page. Raises ArtifactError if `run_dir` is not a run folder.
     """
     run = read_folder(Path(run_dir))
-    target = run.path / "report.html"
-    temporary = run.path / f".report.html.tmp-{uuid.uuid4().hex[:12]}"
+    return write_page(run.path, page(run))
+
+
+def write_page(folder: Path, text: str) -> Path:
+    """Put `text` into `folder`/report.html, whole or not at all."""
+    target = folder / "report.html"
+    temporary = folder / f".report.html.tmp-{uuid.uuid4().hex[:12]}"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(page(run))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -52,23 +57,28 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def page(run: RunFiles) -> str:
-    """The whole document."""
+    """The whole document of a run."""
+    return document(f"{run.name} · {title_of(run)}", masthead(run), _cover(run) if run.children else _stage(run))
+
+
+def document(title: str, head_of_page: Html, contents: Sequence[Section]) -> str:
+    """A page of ours: its head, links to its sections, and those of them that have content."""
     here = Path(__file__).parent
     script = Html((here / "script.js").read_text(encoding="utf-8"))
     style = Html((here / "style.css").read_text(encoding="utf-8"))
-    sections = [section for section in (_cover(run) if run.children else _stage(run)) if section[2]]
-    links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in sections if title]
+    sections = [section for section in contents if section[2]]
+    links = [tag("a", heading, href=f"#{anchor}") for anchor, heading, _ in sections if heading]
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=_policy(script)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{run.name} · {title_of(run)}"),
+        tag("title", title),
         tag("style", style),
     )
     body = tag(
         "body",
-        masthead(run),
+        head_of_page,
         tag("nav", links) if len(links) > 2 else None,
         tag("main", [_section(*section) for section in sections]),
         tag("footer", "Written by rlhf_ray from the files of this run folder."),

@@ -45,6 +45,8 @@ class HeldOut:
             found["eval/reward_se"] = standard_error(self.reward)
         for name, part in self.parts.items():
             found[f"eval/reward/{name}"] = float(part.mean())
+            if len(part) > 1:
+                found[f"eval/reward_se/{name}"] = standard_error(part)
         return found
 
 

@@ -34,7 +34,7 @@ def launch(body: Body, config: JobFields, console: Console) -> Run:
     if config.learner.num_workers == 0:
         return body(config, process_session(console, config.learner.num_threads))
     check_this_machine(config)
-    with interruptible(), _cluster(config) as own_ray:
+    with interruptible(), cluster() as own_ray:
         import ray
 
         asks = role_asks(config, ray.cluster_resources(), own_ray)
@@ -60,7 +60,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cluster(config: JobFields) -> Iterator[bool]:
+def cluster() -> Iterator[bool]:
     """A Ray to run on: the one this process or its environment is connected to, else one of our own for the length of the job.
 
     Yields whether the Ray is our own."""

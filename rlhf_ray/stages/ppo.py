@@ -221,6 +221,7 @@ class PPOLoop:
         if not self.session.is_main:
             return
         self.setup.writers.metrics.write(step, finite)
+        self.session.console.metrics(step, finite)
         shown = ("reward/mean", "kl/k1_per_response", "response/length", "eval/reward")
         known = {n: self.progress.last[n] for n in shown if n in self.progress.last}
         self.session.console.progress("ppo", step, self.total_steps, known)

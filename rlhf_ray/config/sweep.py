@@ -1,0 +1,72 @@
+"""A sweep: one PPO job, what varies in it, and how the winner is chosen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_ray.config.sections import Count, Ints, Positive, field
+from rlhf_ray.config.stages import JobFields
+
+
+class SweepConfig(JobFields):
+    """A search over PPO jobs. Shared fields stand at the top, those of PPO under `ppo`; trials write output_dir/trials/<id>."""
+
+    ppo: dict[str, Any] = field(..., "fields of PPOConfig that all trials share")
+    space: dict[str, Any] = field(
+        ...,
+        "what varies: a field of ppo (a.b for nested ones) -> a list of values, {choice: [..]}, {uniform: [low, high]},"
+        " {loguniform: [low, high]}, {randint: [low, high]}, or {given: other field, cases: {its value: any of these}}",
+    )
+    seeds: Ints = field((0,), "every setting runs once with each", min_length=1)
+    search: Literal["grid", "random", "optuna"] = field(
+        "grid", "grid: every combination of lists; random: independent draws; optuna: TPE (extra sweep)"
+    )
+    num_samples: Count = field(16, "random and optuna: settings to try, each with every seed")
+    metric: Annotated[str, Field(pattern=r"^eval/")] = field(
+        "eval/reward", "what is maximised: a held-out metric, e.g. eval/reward/<name> of a judge with weight 0"
+    )
+    scheduler: Literal["none", "asha", "median_stopping"] = field(
+        "none", "stop trials early: asha (arXiv:1810.05934), or those below the median of the others"
+    )
+    grace_evaluations: Count = field(2, "evaluations of a trial before it can be stopped early")
+    reduction_factor: Annotated[int, Field(ge=2)] = field(3, "asha: one of so many trials goes on at each rung")
+    max_concurrent_trials: Count | None = field(None, "trials at once; default: as many as fit")
+    time_budget_s: Positive | None = field(None, "seconds for the whole sweep; what has not ended by then is stopped")
+    max_trial_failures: Annotated[int, Field(ge=0)] = field(
+        1, "a trial that fails or dies goes on from its checkpoint so many times"
+    )
+    kl_cap: Positive | None = field(
+        None, "selection: highest mean eval/kl_k1_per_response, nats, that a winner may have; null: any"
+    )
+    length_ratio: Annotated[float, Field(ge=1)] | None = field(
+        2.0, "selection: replies may become at most so many times longer, or shorter, than before training; null: any"
+    )
+
+    @model_validator(mode="after")
+    def _sweep_rules(self) -> SweepConfig:
+        problems = [
+            f"ppo.{name}: {why}"
+            for name, why in (
+                ("output_dir", "each trial writes to output_dir/trials; set output_dir at the top"),
+                ("seed", "set seeds at the top"),
+                ("resume", "trials always go on from their checkpoints; set resume at the top"),
+            )
+            if name in self.ppo or name in self.space
+        ]
+        if "seed" in self.model_fields_set:
+            problems.append("seed: a sweep has seeds; write seeds: [0, 1, 2]")
+        if len(set(self.seeds)) != len(self.seeds):
+            problems.append(f"seeds: repeat: {', '.join(map(str, self.seeds))}")
+        if not self.space:
+            problems.append("space: is empty; name at least one field of ppo and its values")
+        if problems:
+            raise ValueError(" | ".join(problems))
+        return self
+
+    def trial_values(self) -> dict[str, Any]:
+        """What the trials' job files have in common: the shared fields that are set, and those of ppo."""
+        shared = {n: getattr(self, n) for n in self.model_fields_set & set(JobFields.model_fields)}
+        plain = {n: v.model_dump(exclude_unset=True) if hasattr(v, "model_dump") else v for n, v in shared.items()}
+        return {**plain, **self.ppo, "resume": "auto"}

@@ -1,0 +1,140 @@
+"""What a sweep remembers beside its trials' run folders (sweep.json): which trials there are, which were ended early, and why."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.models.files import atomic_write_json
+from rlhf_ray.sweep.choice import CLEAR, Choice, choose, frontier
+from rlhf_ray.sweep.results import (
+    K1,
+    K3,
+    LENGTH,
+    Outcome,
+    Setting,
+    outcome_of,
+    row_of,
+    settings_of,
+    write_csv,
+)
+from rlhf_ray.sweep.trials import Trial, trial_of
+
+SCHEMA = 1
+
+
+class Record:
+    """The trials of a sweep and what became of them. planned: those known beforehand."""
+
+    def __init__(self, config: SweepConfig, folder: Path, planned: Sequence[Trial]) -> None:
+        self.config, self.folder = config, folder
+        self.trials: dict[str, Trial] = {trial.id: trial for trial in planned}
+        self.stopped: dict[str, str] = {}
+        self._lock = threading.RLock()
+        if (folder / "sweep.json").is_file():
+            for row in json.loads((folder / "sweep.json").read_text())["trials"]:
+                trial = trial_of(config, row["settings"], row["seed"])
+                self.trials.setdefault(trial.id, trial)
+                if row["status"] == "stopped":
+                    self.stopped[trial.id] = row["reason"]
+
+    def add(self, trial: Trial) -> None:
+        with self._lock:
+            self.trials.setdefault(trial.id, trial)
+
+    def stop(self, trial: Trial, reason: str) -> None:
+        """Note that the sweep ended `trial` before its end."""
+        with self._lock:
+            self.stopped[trial.id] = reason
+
+    def outcome(self, trial: Trial) -> Outcome:
+        return outcome_of(trial, self.stopped.get(trial.id, ""))
+
+    def outcomes(self) -> list[Outcome]:
+        return [self.outcome(trial) for trial in list(self.trials.values())]
+
+    def left(self) -> list[Trial]:
+        """Trials to be run: those that failed are tried again."""
+        return [o.trial for o in self.outcomes() if o.status not in ("done", "stopped")]
+
+    def choice(self) -> tuple[list[Setting], Choice]:
+        """The settings that finished, and which of them wins."""
+        settings = settings_of(self.outcomes(), self.config.metric)
+        return settings, choose(settings, self.config.kl_cap, self.config.length_ratio)
+
+    def write(self) -> None:
+        """sweep.json, trials.csv and settings.csv, anew."""
+        with self._lock:
+            outcomes, (settings, choice) = self.outcomes(), self.choice()
+            rows = [{**row_of(o, self.config.metric), **self._where(o)} for o in outcomes]
+            write_csv(self.folder / "trials.csv", [{k: v for k, v in row.items() if k != "settings"} for row in rows])
+            write_csv(self.folder / "settings.csv", [setting_row(s, choice, settings) for s in settings])
+            atomic_write_json(
+                self.folder / "sweep.json",
+                {
+                    "schema": SCHEMA,
+                    "metric": self.config.metric,
+                    "trials": rows,
+                    "settings": [setting_row(s, choice, settings) for s in settings],
+                    "choice": choice_record(choice, self.config),
+                },
+            )
+
+    def _where(self, outcome: Outcome) -> dict[str, Any]:
+        trial = outcome.trial
+        return {"setting": trial.setting, "settings": trial.settings, "run_dir": f"trials/{trial.id}"}
+
+
+def setting_row(setting: Setting, choice: Choice, settings: Sequence[Setting]) -> dict[str, Any]:
+    """A setting as a row of the table: means over its seeds."""
+    why = {s.name: text for s, text in choice.excluded}
+    best = {s.name for s in frontier(settings)}
+    verdict = (
+        "winner"
+        if choice.winner is not None and setting.name == choice.winner.name
+        else f"excluded: {why[setting.name]}"
+        if setting.name in why
+        else "no significant difference"
+        if setting.name in {s.name for s in choice.ties}
+        else "worse"
+    )
+    return {
+        "setting": setting.name,
+        **setting.settings,
+        "seeds": len(setting.outcomes),
+        "score": setting.score,
+        "score_low": min(setting.scores),
+        "score_high": max(setting.scores),
+        "kl_k1": setting.mean(K1),
+        "kl_k3": setting.mean(K3),
+        "length": setting.mean(LENGTH),
+        "length_ratio": setting.length_ratio,
+        "on_frontier": setting.name in best,
+        "verdict": verdict,
+    }
+
+
+def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
+    """The winner, the rule it won by, and how sure that is, as plain JSON."""
+    rule = f"highest mean {config.metric} over the seeds"
+    if config.kl_cap is not None:
+        rule += f", mean KL (k1) at most {config.kl_cap:g} nats"
+    if config.length_ratio is not None:
+        rule += f", reply length within {config.length_ratio:g} times of what it was"
+    told: dict[str, Any] = {"rule": rule, "clear_difference": f"{CLEAR:g} standard errors", "error_from": choice.by}
+    if choice.winner is None or choice.trial is None:
+        return told | {"setting": None}
+    return told | {
+        "setting": choice.winner.name,
+        "settings": choice.winner.settings,
+        "score": choice.winner.score,
+        "score_se": choice.error,
+        "trial": choice.trial.trial.id,
+        "run_dir": f"trials/{choice.trial.trial.id}",
+        "no_significant_difference": [s.name for s in choice.ties],
+        "excluded": {s.name: why for s, why in choice.excluded},
+    }

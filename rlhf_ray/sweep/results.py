@@ -1,0 +1,141 @@
+"""What became of the trials, read from their run folders, and told as a table: one row per trial, one per setting."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_ray.metrics import read_metrics
+from rlhf_ray.models.artifact import is_run, open_run
+from rlhf_ray.models.files import atomic_write_text
+from rlhf_ray.sweep.trials import Trial
+
+K1, K3, LENGTH = "eval/kl_k1_per_response", "eval/kl_k3_per_response", "eval/length"
+Status = Literal["done", "stopped", "failed", "waiting"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trial. first, last: its first and its last held-out evaluation.  reason: why it did not finish."""
+
+    trial: Trial
+    status: Status
+    reason: str = ""
+    step: int = 0
+    seconds: float = 0.0
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def length_ratio(self) -> float:
+        """Held-out reply length over that before training."""
+        before = self.first.get(LENGTH, math.nan)
+        return self.last.get(LENGTH, math.nan) / before if before else math.nan
+
+
+def failure_file(trial: Trial) -> Path:
+    return trial.folder.with_name(f"{trial.id}.failure.json")
+
+
+def outcome_of(trial: Trial, stopped: str = "") -> Outcome:
+    """stopped: why the sweep ended it early, if it did."""
+    rows = read_metrics(trial.folder / "metrics.jsonl") if (trial.folder / "metrics.jsonl").is_file() else []
+    evaluations = [row for row in rows if "eval/reward" in row]
+    done = is_run(trial.folder) and open_run(trial.folder, verify=False).manifest()["status"] == "done"
+    status: Status = "done" if done else "stopped" if stopped else "waiting"
+    reason = "" if done else stopped
+    if not done and failure_file(trial).is_file():
+        status, reason = "failed", str(json.loads(failure_file(trial).read_text())["error"])
+    return Outcome(
+        trial,
+        status,
+        reason,
+        step=int(rows[-1]["step"]) if rows else 0,
+        seconds=math.fsum(row.get("time/step", 0.0) + row.get("time/evaluate", 0.0) for row in rows),
+        first=evaluations[0] if evaluations else {},
+        last=evaluations[-1] if evaluations else {},
+    )
+
+
+def standard_error_name(metric: str) -> str:
+    """`eval/reward/judge` -> `eval/reward_se/judge`."""
+    head, slash, tail = metric.partition("eval/reward")
+    return f"eval/reward_se{tail}" if slash and not head else f"{metric}_se"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The trials of one setting that ended, whatever their seed; means over them."""
+
+    name: str
+    settings: dict[str, Any]
+    outcomes: tuple[Outcome, ...]
+    metric: str
+
+    @property
+    def scores(self) -> list[float]:
+        return [o.last[self.metric] for o in self.outcomes]
+
+    @property
+    def score(self) -> float:
+        return statistics.fmean(self.scores)
+
+    @property
+    def prompt_error(self) -> float:
+        """Standard error of `score` from the finite number of held-out prompts alone; nan if it was not recorded."""
+        name = standard_error_name(self.metric)
+        errors = [o.last.get(name, math.nan) for o in self.outcomes]
+        return math.hypot(*errors) / len(errors)
+
+    def mean(self, name: str) -> float:
+        return statistics.fmean(o.last.get(name, math.nan) for o in self.outcomes)
+
+    @property
+    def length_ratio(self) -> float:
+        return statistics.fmean(o.length_ratio for o in self.outcomes)
+
+
+def settings_of(outcomes: Iterable[Outcome], metric: str) -> list[Setting]:
+    """Settings with at least one finished trial, in the order of the trials; a trial that was stopped or failed is left out."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.status == "done" and metric in outcome.last:
+            groups.setdefault(outcome.trial.setting, []).append(outcome)
+    return [Setting(name, g[0].trial.settings, tuple(g), metric) for name, g in groups.items()]
+
+
+def row_of(outcome: Outcome, metric: str) -> dict[str, Any]:
+    """A trial as a row of the table; figures that it does not have are None."""
+    last = outcome.last
+    return {
+        "trial": outcome.trial.id,
+        **outcome.trial.settings,
+        "seed": outcome.trial.seed,
+        "status": outcome.status,
+        "score": last.get(metric),
+        "score_se": last.get(standard_error_name(metric)),
+        "kl_k1": last.get(K1),
+        "kl_k3": last.get(K3),
+        "length": last.get(LENGTH),
+        "length_ratio": None if math.isnan(outcome.length_ratio) else outcome.length_ratio,
+        "step": outcome.step,
+        "seconds": round(outcome.seconds, 1),
+        "reason": outcome.reason,
+    }
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One line per row; a field that some rows lack stays empty there."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write_text(path, text.getvalue())

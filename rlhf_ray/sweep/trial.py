@@ -1,0 +1,85 @@
+"""One trial, as Tune runs it: the PPO stage, whose evaluations Tune hears of.
+
+A colocated job with one worker runs in the trial's own process, which Tune uses for the next trial again: starting a process
+with torch costs seconds. Other jobs start their worker group from the trial's process. Either way the run folder is the truth; Tune
+keeps nothing of ours, and a trial that starts again goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.console import Console, duration
+from rlhf_ray.errors import InvariantError, RlhfRayError
+from rlhf_ray.models.files import atomic_write_json
+from rlhf_ray.stages.ppo import ppo
+from rlhf_ray.sweep.results import K1, LENGTH, failure_file
+from rlhf_ray.sweep.trials import Trial, job_of, trial_of
+
+
+class TrialConsole(Console):
+    """Tells Tune of every evaluation after training has begun. Everything else a trial says is in its run folder."""
+
+    def __init__(self, metric: str, total_steps: int) -> None:
+        self.metric, self.total, self.seen = metric, total_steps, False
+        self._started, self._first = time.monotonic(), 0
+
+    def emit(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "progress":
+            self.total = event["total"]
+        if event["kind"] != "metrics":
+            return
+        step, values = event["step"], event["values"]
+        self._first = self._first or step
+        if step > 0 and "eval/reward" in values:
+            self.tell(step, values)
+
+    def tell(self, step: int, values: Mapping[str, float]) -> None:
+        from ray import tune
+
+        if self.metric not in values:
+            known = ", ".join(sorted(name for name in values if name.startswith("eval/")))
+            raise InvariantError.at(
+                "metric", "never comes in this job", known, self.metric, "set metric to one of those"
+            )
+        self.seen = True
+        seconds = (time.monotonic() - self._started) / max(step - self._first + 1, 1) * max(self.total - step, 0)
+        shown = {"score": values[self.metric], "KL": values.get(K1), "length": values.get(LENGTH)}
+        tune.report({**shown, "step": step, "left": duration(seconds)})
+
+
+def run_trial(config: SweepConfig, params: dict[str, Any], in_process: bool, threads: int, folder: str) -> None:
+    """The body of a trial. params: {"settings", "seed"}.  folder: the driver's working directory."""
+    os.chdir(folder)
+    trial = trial_of(config, params["settings"], params["seed"])
+    failure_file(trial).unlink(missing_ok=True)
+    job = job_of(config, trial)
+    if in_process:
+        job = alone(job, threads)
+    console = TrialConsole(config.metric, max(job.max_steps, 0))
+    try:
+        run = ppo(job, console)
+        if not console.seen:  # it was finished already
+            console.tell(run.steps, run.metrics)
+    except Exception as error:
+        write_failure(trial, error)
+        raise
+
+
+def alone(job: PPOConfig, threads: int) -> PPOConfig:
+    """The job in this very process."""
+    return job.model_copy(
+        update={"learner": job.learner.model_copy(update={"num_workers": 0, "num_gpus": None, "num_threads": threads})}
+    )
+
+
+def write_failure(trial: Trial, error: BaseException) -> None:
+    told = str(error.problems[0]) if isinstance(error, RlhfRayError) else f"{type(error).__name__}: {error}"
+    code = error.exit_code if isinstance(error, RlhfRayError) else 1
+    failure_file(trial).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(failure_file(trial), {"error": " ".join(told.split()), "exit_code": code})

@@ -1,0 +1,103 @@
+"""The trials of a sweep: one setting with one seed each, as a PPO job of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.paths import check_paths
+from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.config.yaml_reader import Override
+from rlhf_ray.errors import ConfigError, Problem
+from rlhf_ray.sweep.space import Settings, Space, corners, draw, grid, read_space
+
+MOST_CHECKED = 256
+"""Combinations of a large space that are checked before a search that draws from it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """setting: names the settings, whatever the seed.  folder: of the run."""
+
+    setting: str
+    settings: Settings
+    seed: int
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return f"{self.setting}-seed{self.seed}"
+
+
+def setting_name(settings: Settings) -> str:
+    """A name that follows from the settings alone, so that a sweep that goes on finds its trials again."""
+    text = json.dumps(settings, sort_keys=True)
+    return f"c{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def planned(config: SweepConfig) -> list[Trial]:
+    """All trials of a grid or random search, seeds innermost. Of optuna's, which follow from results, none."""
+    space = read_space(config.space)
+    if config.search == "grid":
+        chosen = grid(space)
+    elif config.search == "random":
+        chosen = _distinct(draw(space, 0, number) for number in range(config.num_samples))
+    else:
+        chosen = []
+    return [trial_of(config, settings, seed) for settings in chosen for seed in config.seeds]
+
+
+def _distinct(found: Iterable[Settings]) -> list[Settings]:
+    return list({setting_name(settings): settings for settings in found}.values())
+
+
+def trial_of(config: SweepConfig, settings: Settings, seed: int) -> Trial:
+    name = setting_name(settings)
+    trial = Trial(name, settings, seed, Path())
+    return replace(trial, folder=Path(config.output_dir).absolute() / "trials" / trial.id)
+
+
+def job_of(config: SweepConfig, trial: Trial) -> PPOConfig:
+    """The trial as a PPO job. ConfigError naming the settings that make it impossible."""
+    values = {**config.trial_values(), "output_dir": str(trial.folder), "seed": trial.seed}
+    laid_over = [Override(f"{name}={value}", tuple(name.split(".")), value) for name, value in trial.settings.items()]
+    return load_dict(PPOConfig, values, "ppo", laid_over)
+
+
+def check_trials(config: SweepConfig, trials: list[Trial]) -> None:
+    """Every setting must make a PPO job, and what the jobs name must exist. ConfigError, each problem once."""
+    space = read_space(config.space)
+    known = trials or [trial_of(config, s, config.seeds[0]) for s in corners(space)[:MOST_CHECKED]]
+    problems: dict[tuple[Any, ...], Problem] = {}
+    for trial in known:
+        if trial.seed != config.seeds[0]:
+            continue
+        try:
+            job = job_of(config, trial)
+            found = [*check_paths(job), *_metric_problems(config, job)]
+        except ConfigError as error:
+            found = list(error.problems)
+        for problem in found:
+            problems.setdefault((problem.where, problem.what), _of_the_space(problem, space))
+    ConfigError.raise_all(problems.values())
+
+
+def _metric_problems(config: SweepConfig, job: PPOConfig) -> list[Problem]:
+    """A metric that no evaluation of the job has is told now, not after the first trial."""
+    names = [f"eval/reward/{reward.name}" for reward in job.rewards]
+    if config.metric.startswith("eval/reward/") and config.metric not in names:
+        expected = ", ".join(["eval/reward", *names])
+        return [Problem("metric", "no reward of the job has this name", expected, config.metric)]
+    return []
+
+
+def _of_the_space(problem: Problem, space: Space) -> Problem:
+    """`override kl_coef=-1` is a value of the space here."""
+    where = problem.where.removeprefix("override ")
+    return replace(problem, where=f"space.{where}") if where.split("=")[0] in space else problem

@@ -1,0 +1,196 @@
+"""Sweeps with real Tune: what they leave, what ends them early, and that nothing is lost when something dies."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import SweepConfig
+from rlhf_ray.config.resolved import dump_yaml
+from rlhf_ray.errors import ConfigError, InvariantError, ResourceError
+from rlhf_ray.models.artifact import sha256_file
+from rlhf_ray.run import Run, load_run
+from rlhf_ray.stages.ppo import ppo
+from rlhf_ray.sweep.run import resume_sweep, sweep
+from rlhf_ray.sweep.trial import alone
+from rlhf_ray.sweep.trials import job_of, planned
+
+pytestmark = pytest.mark.integration
+Job = Callable[..., SweepConfig]
+
+
+def table(run: Run | str | Path, name: str = "trials.csv") -> list[dict[str, str]]:
+    with open(Path(run if isinstance(run, (str, Path)) else run.run_dir) / name) as file:
+        return list(csv.DictReader(file))
+
+
+def without_seconds(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "run_dir")} for row in rows]
+
+
+def test_a_sweep_leaves_its_tables_and_ordinary_runs(two_cpus: Any, sweep_job: Job, console: Any) -> None:
+    config = sweep_job("sweep", seeds=(0, 1), kl_cap=5.0)
+    run = sweep(config, console)
+    rows = table(run)
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"done"}
+    assert {(row["kl_penalty"], row["kl_coef"], row["seed"]) for row in rows} == {
+        (p, c, s) for p in ("kl", "jensen_shannon") for c in ("0.01", "0.1") for s in ("0", "1")
+    }
+    best = Path(run.run_dir) / run.artifacts["best"]
+    assert load_run(best).status == "done"
+    assert (best / "adapter" / "adapter_model.safetensors").is_file() and (best / "report.html").is_file()
+    record = json.loads((Path(run.run_dir) / "sweep.json").read_text())
+    assert record["choice"]["trial"] == best.name
+    assert "at most 5 nats" in record["choice"]["rule"]
+    assert "Reward against measured KL" in (Path(run.run_dir) / "report.html").read_text()
+    assert "reward" in console.text and "winner:" in console.text
+    # a trial is the run that the same job gives by itself, bit for bit
+    trial = planned(config)[0]
+    by_itself = job_of(config, trial).model_copy(update={"output_dir": str(Path(run.run_dir).parent / "alone")})
+    single = ppo(alone(by_itself, 1), console)
+    name = Path("adapter") / "adapter_model.safetensors"
+    assert sha256_file(Path(single.run_dir) / name) == sha256_file(trial.folder / name)
+    again = sweep(config.model_copy(update={"resume": "auto"}), console)
+    assert again.metrics == run.metrics and "nothing to do" in console.text
+
+
+def test_a_killed_trial_goes_on_and_a_failing_one_hurts_no_other(
+    two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "die").touch()
+    died = sweep(sweep_job("died", space={"kl_coef": [0.01, 0.1]}), console)
+    assert not (tmp_path / "die").exists(), "nobody died"
+    assert [row["status"] for row in table(died)] == ["done", "done"]
+    # num_mini_batches 3 does not divide 8 rows, and is refused beforehand; a function that is not a number fails in the trial
+    bad = f"{tmp_path / 'bad_reward.py'}:score"
+    (tmp_path / "bad_reward.py").write_text(
+        "def score(prompts, completions, **columns):\n    return [float('nan')] * len(prompts)\n"
+    )
+    good = sweep_job("x").ppo["rewards"]
+    mixed = sweep_job("mixed", space={"rewards": [good, [{"name": "bad", "function": bad}]]}, metric="eval/reward")
+    run = sweep(mixed, console)
+    assert sorted(row["status"] for row in table(run)) == ["done", "failed"]
+    failed = next(row for row in table(run) if row["status"] == "failed")
+    assert "bad" in failed["reason"] and "nan" in failed["reason"]
+    assert run.metrics["trials/failed"] == 1.0
+    assert failed["reason"] in (Path(run.run_dir) / "report.html").read_text().replace("&#x27;", "'")
+
+
+def test_all_trials_failing_is_an_error_and_resume_tries_them_again(
+    two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path
+) -> None:
+    config = sweep_job("failing", space={"kl_coef": [0.01]}, max_trial_failures=0)
+    (tmp_path / "fail").touch()
+    with pytest.raises(InvariantError, match=r"no trial finished.*reward service"):
+        sweep(config, console)
+    assert table(config.output_dir)[0]["status"] == "failed"
+    (tmp_path / "fail").unlink()
+    assert resume_sweep(config.output_dir, console).metrics["trials/done"] == 1.0
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median_stopping"])
+def test_a_scheduler_stops_trials_and_says_why(two_cpus: Any, sweep_job: Job, console: Any, scheduler: str) -> None:
+    ppo_fields = {"max_steps": 6}
+    space = {"learning_rate": [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3]}
+    config = sweep_job(
+        scheduler, ppo=ppo_fields, space=space, scheduler=scheduler, grace_evaluations=1, reduction_factor=2
+    )
+    run = sweep(config, console)
+    rows = table(run)
+    stopped = [row for row in rows if row["status"] == "stopped"]
+    assert stopped and {row["status"] for row in rows} == {"done", "stopped"}
+    assert all(row["reason"].startswith(f"{scheduler}: others do better at step") for row in stopped)
+    assert all(int(row["step"]) < 6 for row in stopped)
+    assert run.metrics["trials/stopped"] == len(stopped)
+
+
+def test_the_time_budget(two_cpus: Any, sweep_job: Job, console: Any) -> None:
+    space = {"kl_coef": [0.01 * i for i in range(1, 9)]}
+    config = sweep_job("budget", ppo={"max_steps": 40}, space=space, time_budget_s=20.0)
+    try:
+        sweep(config, console)
+    except InvariantError as error:
+        assert "no trial finished" in str(error)
+    reasons = {row["reason"] for row in table(config.output_dir) if row["status"] == "stopped"}
+    assert reasons == {"the time budget of 20 s was used up"}
+
+
+def test_trials_with_workers_of_their_own(two_cpus: Any, sweep_job: Job, console: Any) -> None:
+    """placement split: a generator, a scorer and a learner for each trial, one trial at a time on two CPUs."""
+    role = {"num_actors": 1, "num_threads": 1, "num_cpus": 0.5}
+    split = {"placement": "split", "generator": role, "scorer": role}
+    config = sweep_job("split", ppo=split, space={"kl_coef": [0.01, 0.1]})
+    run = sweep(config, console)
+    assert [row["status"] for row in table(run)] == ["done", "done"]
+    assert "1 at once, each with workers of its own" in console.text
+    twin = sweep(sweep_job("colocate", space={"kl_coef": [0.01, 0.1]}), console)
+    assert [row["score"] for row in table(run)] == [row["score"] for row in table(twin)]
+
+
+def test_optuna_suggests_and_goes_on(two_cpus: Any, sweep_job: Job, console: Any) -> None:
+    pytest.importorskip("optuna")
+    space = {
+        "kl_penalty": ["kl", "squared_error"],
+        "kl_coef": {"given": "kl_penalty", "cases": {"kl": {"loguniform": [0.01, 1.0]}, "squared_error": [0.5]}},
+        "learning_rate": {"loguniform": [1e-4, 1e-2]},
+    }
+    config = sweep_job("optuna", space=space, search="optuna", num_samples=4, seeds=(0, 1), max_concurrent_trials=1)
+    run = sweep(config, console)
+    rows = table(run)
+    assert len(rows) == 8 and all(row["status"] == "done" for row in rows)
+    assert all((row["kl_coef"] == "0.5") for row in rows if row["kl_penalty"] == "squared_error")
+    assert len({row["learning_rate"] for row in rows}) == 4, "each suggestion with both seeds"
+
+
+def test_what_cannot_be_is_told_before_the_first_trial(
+    two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path
+) -> None:
+    for message, changes in (
+        (r"space.kl_coeff=0.1: unknown field.*did you mean kl_coef", {"space": {"kl_coeff": [0.1]}}),
+        (r"space.kl_coef=-1", {"space": {"kl_coef": [-1.0]}}),
+        (r"num_mini_batches: 3 does not divide", {"space": {"num_mini_batches": [1, 3]}}),
+        (r"metric: no reward of the job has this name.*eval/reward/ascii", {"metric": "eval/reward/judge"}),
+        (r"space.kl_coef: a grid has no ranges", {"space": {"kl_coef": {"uniform": [0.1, 1.0]}}}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sweep(sweep_job("refused", **changes), console)
+    with pytest.raises(ResourceError, match=r"trial.*8 CPU"):
+        sweep(sweep_job("too-big", learner={"num_threads": 8}), console)
+    assert not (tmp_path / "refused").exists() and not (tmp_path / "too-big").exists()
+
+
+def test_a_killed_driver_loses_nothing(two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path) -> None:
+    """kill -9 in the middle: finished trials are kept, and the table in the end is that of a sweep nobody touched."""
+    undisturbed = sweep(sweep_job("whole"), console)
+    config = sweep_job("killed")
+    job = tmp_path / "sweep.yaml"
+    job.write_text(dump_yaml(config.model_dump(mode="json", exclude_unset=True)))
+    command = [sys.executable, "-m", "rlhf_ray.cli", "sweep", str(job)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    try:
+        deadline = time.monotonic() + 240
+        finished = 0
+        while finished < 1 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            trials = Path(config.output_dir) / "trials"
+            finished = len(list(trials.glob("*/summary.json"))) if trials.is_dir() else 0
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        kept = {p: p.stat().st_mtime for p in trials.glob("*/summary.json")}
+        assert 1 <= len(kept) < 4
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    resumed = resume_sweep(config.output_dir, console)
+    assert without_seconds(table(resumed)) == without_seconds(table(undisturbed))
+    assert all(p.stat().st_mtime == when for p, when in kept.items()), "what was done was not done again"

@@ -1,0 +1,95 @@
+"""What varies in a sweep, and how badly written spaces read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.sweep.space import ask, corners, draw, grid, read_space
+
+BY_PENALTY = {"given": "kl_penalty", "cases": {"kl": [0.1, 0.2], "none": [0.0]}}
+
+
+def test_a_grid_is_every_combination_in_the_order_written() -> None:
+    found = grid(read_space({"a": [1, 2], "b": ["x", "y"]}))
+    assert found == [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"}]
+
+
+def test_values_that_depend_on_another_field_wherever_it_stands() -> None:
+    space = read_space({"kl_coef": BY_PENALTY, "kl_penalty": ["kl", "none"]})
+    assert grid(space) == [
+        {"kl_penalty": "kl", "kl_coef": 0.1},
+        {"kl_penalty": "kl", "kl_coef": 0.2},
+        {"kl_penalty": "none", "kl_coef": 0.0},
+    ]
+
+
+def test_draws_follow_from_seed_and_number_and_stay_in_their_ranges() -> None:
+    space = read_space(
+        {
+            "u": {"uniform": [1, 2]},
+            "l": {"loguniform": [1e-4, 1.0]},
+            "i": {"randint": [3, 5]},
+            "kl_penalty": ["kl", "none"],
+            "kl_coef": {"given": "kl_penalty", "cases": {"kl": {"loguniform": [0.1, 10]}, "none": [0]}},
+        }
+    )
+    found = [draw(space, 0, number) for number in range(400)]
+    assert found[:3] == [draw(space, 0, number) for number in range(3)]
+    assert found[0] != draw(space, 1, 0)
+    assert all(1 <= s["u"] <= 2 and 1e-4 <= s["l"] <= 1 for s in found)
+    assert {s["i"] for s in found} == {3, 4, 5}
+    assert all((s["kl_coef"] == 0) == (s["kl_penalty"] == "none") for s in found)
+    below = sum(s["l"] < 1e-2 for s in found) / len(found)
+    assert abs(below - 0.5) < 0.08, "half of a log-uniform draw lies below the geometric mean of its ends"
+    assert all(0.1 <= s["kl_coef"] <= 10 for s in found if s["kl_penalty"] == "kl")
+
+
+def test_suggestions_have_a_name_for_each_case() -> None:
+    asked: list[str] = []
+
+    def suggest(name: str, domain: Any) -> Any:
+        asked.append(name)
+        return domain.values[-1]
+
+    space = read_space({"kl_coef": BY_PENALTY, "kl_penalty": ["none", "kl"]})
+    assert ask(space, suggest) == {"kl_penalty": "kl", "kl_coef": 0.2}
+    assert asked == ["kl_penalty", "kl_coef[kl_penalty=kl]"], "TPE must not mix the coefficients of different penalties"
+
+
+def test_corners_reach_both_ends() -> None:
+    assert corners(read_space({"a": {"uniform": [1, 2]}, "b": [3]})) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"a": 1}, r"space.a: one value does not vary.*got 1"),
+        ({"a": []}, r"space.a: no values"),
+        ({"a": [1, 1]}, r"space.a: a value stands there twice"),
+        ({"a": {"normal": [0, 1]}}, r"space.a: not a set of values; expected a list.*got normal"),
+        ({"a": {"uniform": [2, 1]}}, r"space.a: uniform needs a lower and a higher end.*\[2, 1\]"),
+        ({"a": {"uniform": [0, math.inf]}}, r"needs a lower and a higher end"),
+        ({"a": {"loguniform": [0, 1]}}, r"loguniform starts above 0"),
+        ({"a": {"randint": [0.5, 2]}}, r"randint goes from integer to integer"),
+        ({"a": {"given": "b", "cases": {"x": [1]}}}, r"space.a.given: not another field of the space"),
+        ({"a": {"given": "b"}, "b": ["x"]}, r"space.a: incomplete"),
+        ({"a": {"given": "b", "cases": {"x": [1]}}, "b": ["x", "y"]}, r"space.a.cases: no case for b = y"),
+        ({"a": {"given": "b", "cases": {"x": [1], "z": [2]}}, "b": ["x"]}, r"b is never z"),
+        ({"a": {"given": "b", "cases": {"x": BY_PENALTY}}, "b": ["x"]}, r"space.a.cases.x: not a set of values"),
+    ],
+)
+def test_badly_written_spaces(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_space(space)
+
+
+def test_all_problems_at_once_and_no_ranges_in_a_grid() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_space({"a": 1, "b": []})
+    assert len(caught.value.problems) == 2
+    with pytest.raises(ConfigError, match=r"space.a: a grid has no ranges"):
+        grid(read_space({"a": {"uniform": [0, 1]}}))

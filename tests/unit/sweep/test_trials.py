@@ -1,0 +1,65 @@
+"""From a sweep's job file to the PPO jobs of its trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import SweepConfig
+from rlhf_ray.sweep.trials import job_of, planned, setting_name
+
+
+def config(**changes: Any) -> SweepConfig:
+    fields: dict[str, Any] = {
+        "output_dir": "runs/sweep",
+        "model_name_or_path": "m",
+        "learner": {"num_gpus": 0.5},
+        "ppo": {"data": {"train": "p.jsonl"}, "rewards": [{"function": "f.py:score"}], "value": {"warmup_steps": 2}},
+        "space": {"kl_coef": [0.1, 0.2], "value.warmup_steps": [0, 1]},
+    }
+    return SweepConfig(**{**fields, **changes})
+
+
+def test_settings_times_seeds_in_order() -> None:
+    trials = planned(config(seeds=(3, 5)))
+    assert [(t.settings["kl_coef"], t.settings["value.warmup_steps"], t.seed) for t in trials] == [
+        (c, w, s) for c in (0.1, 0.2) for w in (0, 1) for s in (3, 5)
+    ]
+    assert len({t.id for t in trials}) == 8
+    assert all(t.folder == Path("runs/sweep/trials").absolute() / t.id for t in trials)
+
+
+def test_a_trial_is_the_shared_job_with_its_settings_and_seed() -> None:
+    trial = planned(config(seeds=(7,)))[1]
+    job = job_of(config(seeds=(7,)), trial)
+    assert (job.kl_coef, job.value.warmup_steps, job.seed, job.resume) == (0.1, 1, 7, "auto")
+    assert (job.learner.num_gpus, job.output_dir) == (0.5, str(trial.folder))
+
+
+def test_names_follow_from_the_settings_alone() -> None:
+    assert setting_name({"a": 1, "b": 2}) == setting_name({"b": 2, "a": 1}) != setting_name({"a": 1, "b": 3})
+
+
+def test_random_settings_are_the_same_at_every_start() -> None:
+    random = config(search="random", num_samples=5, space={"kl_coef": {"loguniform": [0.01, 1]}}, seeds=(0, 1))
+    assert len(planned(random)) == 10 and planned(random) == planned(random)
+    few = config(search="random", num_samples=50, space={"kl_coef": [0.1, 0.2]})
+    assert len(planned(few)) == 2, "a setting that is drawn twice is one setting"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {}}, "space: is empty"),
+        ({"seeds": (1, 1)}, "seeds: repeat"),
+        ({"seed": 3}, "a sweep has seeds"),
+        ({"ppo": {"output_dir": "x"}}, "ppo.output_dir: each trial writes"),
+        ({"space": {"seed": [1, 2]}}, "ppo.seed: set seeds at the top"),
+        ({"metric": "reward/mean"}, "metric"),
+    ],
+)
+def test_rules(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)

@@ -23,6 +23,15 @@ from rlhf_ray.stages.pipeline import finish_pipeline, open_pipeline, run_stages,
 from rlhf_ray.stages.reward_metrics import accuracy_line
 
 SEED = 0
+RULE = "rlhf_ray.data.tinyworld:score"
+COEFFICIENTS = {
+    "kl": (0.1, 0.5),
+    "clamped_kl": (0.1, 0.5),
+    "bregman": (0.1, 0.5),
+    "jensen_shannon": (0.5, 2.0),
+    "squared_error": (0.2, 1.0),
+    "none": (0.0,),
+}
 
 
 def demo(output_dir: str | Path = "runs/demo", fresh: bool = False, console: Console | None = None) -> Run:
@@ -53,7 +62,7 @@ def demo(output_dir: str | Path = "runs/demo", fresh: bool = False, console: Con
 def demo_config(folder: Path) -> PipelineConfig:
     """The demo as a pipeline job over the files it writes itself."""
     world = folder / "world"
-    rule = {"name": "true_reward", "function": "rlhf_ray.data.tinyworld:score", "weight": 0.0}
+    rule = {"name": "true_reward", "function": RULE, "weight": 0.0}
     prompts = {"train": str(world / "prompts.jsonl"), "eval_max_rows": 128}
     return PipelineConfig(
         output_dir=str(folder),
@@ -136,6 +145,33 @@ def write_jobs(folder: Path, config: PipelineConfig) -> None:
         _write_job(jobs / f"{stage}.yaml", {**values, "output_dir": str(folder / "again" / stage)}, stage)
     values = config.model_dump(mode="json", exclude_unset=True)
     _write_job(jobs / "pipeline.yaml", {**values, "output_dir": str(folder / "again" / "pipeline")}, "pipeline")
+    _write_job(jobs / "sweep.yaml", sweep_values(folder, config), "sweep")
+
+
+def sweep_values(folder: Path, config: PipelineConfig) -> dict[str, Any]:
+    """A sweep over the five KL penalties and none, on the demo's own SFT and reward runs, judged by the task's rule.
+
+    Two coefficients per penalty, chosen so that the measured KL is about 1 and about 3 nats after a short run."""
+    ppo = config.stage_config("ppo").model_dump(mode="json", exclude_unset=True)
+    shared = {name: ppo.pop(name) for name in ("model_name_or_path", "template")}
+    for name in ("output_dir", "resume", "seed", "kl_coef"):
+        del ppo[name]
+    rule = {"name": "true_reward", "function": RULE, "weight": 0.0}
+    short = {"rollout_batch_size": 64, "num_mini_batches": 2, "max_steps": 12, "eval_steps": 4, "learning_rate": 2e-3}
+    data = {**ppo["data"], "eval_max_rows": 128}
+    return {
+        "output_dir": str(folder / "again" / "sweep"),
+        **shared,
+        "report_to": [],
+        "seeds": [0, 1],
+        "metric": "eval/reward/true_reward",
+        "kl_cap": 5.0,
+        "ppo": {**ppo, **short, "data": data, "rewards": [*ppo["rewards"], rule]},
+        "space": {
+            "kl_penalty": list(COEFFICIENTS),
+            "kl_coef": {"given": "kl_penalty", "cases": {name: list(c) for name, c in COEFFICIENTS.items()}},
+        },
+    }
 
 
 def _write_job(path: Path, values: dict[str, Any], stage: str) -> None:

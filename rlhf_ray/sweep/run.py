@@ -43,7 +43,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
         console.log(f"sweep: {config.output_dir} is finished; nothing to do")
         return Run.load(folder.path)
     started = time.monotonic()
-    with folder.lock(), discarded_on_error(folder, is_new, lambda: (folder.path / "trials").exists()):
+    with folder.lock(), discarded_on_error(folder, is_new, lambda: (folder.path / "sweep.json").exists()):
         record = Record(config, folder.path, trials)
         if record.left() or config.search == "optuna":
             with interruptible():

@@ -116,18 +116,16 @@ def test_a_scheduler_stops_trials_and_says_why(two_cpus: Any, sweep_job: Job, co
 
 def test_the_time_budget(two_cpus: Any, sweep_job: Job, console: Any) -> None:
     space = {"kl_coef": [0.01 * i for i in range(1, 9)]}
-    config = sweep_job("budget", ppo={"max_steps": 40}, space=space, time_budget_s=20.0)
-    try:
+    config = sweep_job("budget", ppo={"max_steps": 400}, space=space, time_budget_s=20.0)
+    with pytest.raises(InvariantError, match="no trial finished"):
         sweep(config, console)
-    except InvariantError as error:
-        assert "no trial finished" in str(error)
     reasons = {row["reason"] for row in table(config.output_dir) if row["status"] == "stopped"}
     assert reasons == {"the time budget of 20 s was used up"}
 
 
 def test_trials_with_workers_of_their_own(two_cpus: Any, sweep_job: Job, console: Any) -> None:
     """placement split: a generator, a scorer and a learner for each trial, one trial at a time on two CPUs."""
-    role = {"num_actors": 1, "num_threads": 1, "num_cpus": 0.5}
+    role = {"num_actors": 1, "num_threads": 1, "num_cpus": 0.4}
     split = {"placement": "split", "generator": role, "scorer": role}
     config = sweep_job("split", ppo=split, space={"kl_coef": [0.01, 0.1]})
     run = sweep(config, console)
@@ -156,7 +154,7 @@ def test_what_cannot_be_is_told_before_the_first_trial(
     two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path
 ) -> None:
     for message, changes in (
-        (r"space.kl_coeff=0.1: unknown field.*did you mean kl_coef", {"space": {"kl_coeff": [0.1]}}),
+        (r"space.kl_coeff=0.1: unknown key.*did you mean kl_coef", {"space": {"kl_coeff": [0.1]}}),
         (r"space.kl_coef=-1", {"space": {"kl_coef": [-1.0]}}),
         (r"num_mini_batches: 3 does not divide", {"space": {"num_mini_batches": [1, 3]}}),
         (r"metric: no reward of the job has this name.*eval/reward/ascii", {"metric": "eval/reward/judge"}),

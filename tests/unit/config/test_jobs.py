@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.config import STAGES, PipelineConfig, PPOConfig
+from rlhf_ray.config import STAGES, PipelineConfig, PPOConfig, SweepConfig
 from rlhf_ray.config.load import load
 from rlhf_ray.plan.asks import Node, role_asks
 from rlhf_ray.plan.preflight import check
+from rlhf_ray.sweep.capacity import capacity
+from rlhf_ray.sweep.trials import job_of, planned
 
 JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.yaml"))
 
@@ -27,7 +29,8 @@ def test_there_are_some() -> None:
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
 def test_it_loads_and_its_header_tells_hardware_launch_line_and_what_is_measured(job: Path) -> None:
     stage = stage_of(job)
-    load(STAGES.get(stage, PipelineConfig), job, (), check_files=False)
+    classes = {**STAGES, "pipeline": PipelineConfig, "sweep": SweepConfig}
+    load(classes[stage], job, (), check_files=False)
     header = job.read_text().split("\noutput_dir")[0]
     assert f"rlhf-ray {stage} jobs/{job.name}" in header
     assert "GB" in header and ("measured" in header or "estimated" in header)
@@ -45,3 +48,25 @@ def test_seed_1_on_two_gpus(name: str) -> None:
     node = Node("two GPUs", {"CPU": 32.0, "GPU": 2.0})
     placed = check(role_asks(config, node.resources, own_ray=True), [node])
     assert sum(len(p) for p in placed.values()) == (3 if name.endswith("split") else 2)
+
+
+@pytest.mark.parametrize("name", ["sweep_kl", "sweep_kl_2xa100"])
+def test_sweeps_make_jobs_of_every_penalty(name: str) -> None:
+    """Every trial is a valid PPO job; the number in the header is theirs; and trials fit on the hardware that it names."""
+    job = next(job for job in JOBS if job.stem == name)
+    config = load(SweepConfig, job, (), check_files=False)
+    assert isinstance(config, SweepConfig)
+    trials = planned(config)
+    jobs = [job_of(config, trial) for trial in trials]
+    assert {job.kl_penalty for job in jobs} == {
+        "kl",
+        "clamped_kl",
+        "bregman",
+        "jensen_shannon",
+        "squared_error",
+        "none",
+    }
+    assert f"{len(trials)} trials" in job.read_text()
+    gpus = 2.0 if "2xa100" in name else 1.0
+    found = capacity(jobs, {"CPU": 16.0, "GPU": gpus}, [Node("node", {"CPU": 16.0, "GPU": gpus})], own_ray=True)
+    assert (found.in_process, found.at_once) == (True, 2)

@@ -32,6 +32,7 @@ class RunFiles:
     summary: dict[str, Any]
     rows: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    roles_text: str = ""
     notes: tuple[str, ...] = ()
     children: dict[str, RunFiles] = field(default_factory=dict)
 
@@ -91,6 +92,7 @@ def read_folder(path: Path) -> RunFiles:
         summary=summary,
         rows=rows,
         samples=_read_rows(path / "samples.jsonl", notes),
+        roles_text=_read_text(path / "roles.log", notes),
         notes=tuple(notes + _absent(path, stage, notes)),
         children=children,
     )

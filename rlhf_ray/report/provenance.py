@@ -11,6 +11,7 @@ from rlhf_ray.report.html import Html, join, tag
 from rlhf_ray.report.numbers import shown, size
 
 HASH_CHARACTERS = 12
+LOG_LINES = 40
 FACT_CHARACTERS = 19  # a time to the second, a commit that can be looked up
 
 
@@ -38,6 +39,18 @@ def configuration(run: RunFiles) -> Html | None:
         if run.config_text
         else None
     )
+
+
+def roles(run: RunFiles) -> Html | None:
+    """roles.log of a split run: who is who, who was restarted, and who sampled and scored the last steps."""
+    lines = run.roles_text.splitlines()
+    if not lines:
+        return None
+    early, late = lines[:-LOG_LINES], lines[-LOG_LINES:]
+    kept = [line for line in early if ": adapter " not in line]
+    gap = [f"… {len(early) - len(kept)} lines left out"] if len(kept) < len(early) else []
+    text = tag("pre", "\n".join([*kept, *gap, *late]), class_="code")
+    return tag("details", tag("summary", "Who sampled and scored each step (roles.log)"), text)
 
 
 def all_metrics(run: RunFiles) -> Html | None:

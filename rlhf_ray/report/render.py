@@ -15,7 +15,7 @@ from rlhf_ray.report.folder import RunFiles, read_folder
 from rlhf_ray.report.html import Html, join, tag
 from rlhf_ray.report.layout import chain, charts, findings, masthead, missing, report_link, tiles, title_of
 from rlhf_ray.report.ppo import ppo_story
-from rlhf_ray.report.provenance import all_metrics, configuration, provenance
+from rlhf_ray.report.provenance import all_metrics, configuration, provenance, roles
 from rlhf_ray.report.samples import samples_section
 from rlhf_ray.report.story import Story
 from rlhf_ray.report.supervised import reward_story, sft_story
@@ -121,7 +121,7 @@ def _stage(run: RunFiles) -> list[Section]:
 
 
 def _fine_print(run: RunFiles) -> Html:
-    return join(provenance(run), configuration(run), all_metrics(run) if run.stage != "evaluate" else None)
+    return join(provenance(run), configuration(run), roles(run), all_metrics(run) if run.stage != "evaluate" else None)
 
 
 def _cover(run: RunFiles) -> list[Section]:

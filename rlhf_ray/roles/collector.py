@@ -19,6 +19,7 @@ from rlhf_ray.data.collate import TokenisedPrompt, prompt_batch
 from rlhf_ray.data.records import Row
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding, Generator
+from rlhf_ray.roles.ledger import Done
 from rlhf_ray.roles.minibatches import chunks
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.session import Session
@@ -26,14 +27,15 @@ from rlhf_ray.session import Session
 
 @dataclass(frozen=True)
 class Collected:
-    """All rows of a step, on every rank.  seconds: of this rank, by phase.  busy: seconds of work by role, faults: counted, over
-    all ranks; both empty where a rank does everything itself."""
+    """All rows of a step, on every rank.  seconds: of this rank, by phase.  busy: seconds of work by role, faults: counted, done:
+    which actor did which chunk, over all ranks; all three empty where a rank does everything itself."""
 
     rollout: Rollout
     scores: Scores
     seconds: dict[str, float]
     busy: dict[str, float] = field(default_factory=dict)
     faults: dict[str, float] = field(default_factory=dict)
+    done: list[Done] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Share:
     seconds: dict[str, float] = field(default_factory=lambda: {"time/generate": 0.0, "time/score": 0.0})
     busy: dict[str, float] = field(default_factory=dict)
     faults: dict[str, float] = field(default_factory=dict)
+    done: list[Done] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,14 @@ class Collector:
         if self.lockstep and started.chunks < -(-started.rows // (self.chunk_size * self.session.world_size)):
             self.generator.join(started.adapter)  # the last round has no chunk for this rank
             self.scorer.join()
-        everyone = self.session.gather((share.rollouts, share.scores, share.busy, share.faults))
+        everyone = self.session.gather((share.rollouts, share.scores, share.busy, share.faults, share.done))
         return Collected(
             Rollout.concat([r for rank in everyone for r in rank[0]], self.pad_id),
             Scores.concat([s for rank in everyone for s in rank[1]]),
             share.seconds,
             _summed(rank[2] for rank in everyone),
             _summed(rank[3] for rank in everyone),
+            [done for rank in everyone for done in rank[4]],
         )
 
     def explain(self, error: InvariantError, adapter: Any) -> InvariantError:

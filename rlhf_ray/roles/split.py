@@ -21,6 +21,7 @@ from rlhf_ray.roles import invariants
 from rlhf_ray.roles.collector import Chunk, Collector, Share
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.learner import PublishedAdapter
+from rlhf_ray.roles.ledger import Done
 from rlhf_ray.roles.pool import ATTEMPTS, LOST, Call, Pool, Pools, Work, ask_board, cause_of, put_adapter
 from rlhf_ray.session import Session
 
@@ -204,6 +205,8 @@ class _Job:
             return None
         self.share.busy["generator"] += sampling.seconds
         self.share.busy["scorer"] += scoring.seconds
+        number = flight.chunk.number
+        self.share.done += [Done("generator", number, sampling), Done("scorer", number, scoring)]
         return rollout, scores
 
     def _get(self, call: Call) -> tuple[Any, Work]:

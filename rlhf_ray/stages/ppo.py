@@ -150,6 +150,7 @@ class PPOLoop:
         }
         if self.setup.crew is not None:
             metrics |= self.setup.crew.idle(collected.busy, metrics["time/step"], arrived - clock)
+            self._log_roles(collected, f"step {step}")
         self._warn_if_flat(metrics["reward/std"], step)
         self._log_samples(sampled)
         return metrics
@@ -165,6 +166,7 @@ class PPOLoop:
             self.setup.held_out, budgets, self.active(), self.setup.eval_decoding, "eval", 0
         )
         metrics = HeldOut.of(collected).metrics()
+        self._log_roles(collected, f"evaluation at step {step}")
         self.progress.best.offer(step, metrics["eval/reward"])
         return {**metrics, "time/evaluate": time.perf_counter() - started}
 
@@ -233,6 +235,12 @@ class PPOLoop:
             self.session.console.warn(
                 f"reward std 0 at step {step}: all replies earned the same; is the reward at work?"
             )
+
+    def _log_roles(self, collected: Collected, what: str) -> None:
+        log, rollout = self.setup.writers.roles, collected.rollout
+        if log is not None:
+            again = int(collected.faults.get("faults/retries", 0.0))
+            log.step(what, rollout.adapter_version, rollout.adapter_sha256, collected.done, again)
 
     def _log_samples(self, sampled: Sampled) -> None:
         if self.session.is_main and self.config.num_samples_logged:

@@ -28,6 +28,7 @@ from rlhf_ray.roles.collector import Collector
 from rlhf_ray.roles.generator import Decoding, Generator
 from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.learner import Learner
+from rlhf_ray.roles.ledger import RolesLog
 from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.roles.split import Crew, SplitCollector
@@ -42,10 +43,14 @@ EVALUATIONS = 10
 
 
 class Writers:
-    """metrics.jsonl and samples.jsonl of rank 0; nothing on other ranks."""
+    """metrics.jsonl and samples.jsonl of rank 0, under `placement: split` roles.log; nothing on other ranks."""
 
     def __init__(self, config: PPOConfig, folder: RunFolder, is_main: bool) -> None:
         self._open = ExitStack()
+        self.roles: RolesLog | None = None
+        if is_main and config.placement == "split":
+            self.roles = RolesLog(folder.path / "roles.log")
+            self._open.callback(self.roles.close)
         if is_main:
             self.metrics = MetricsWriter(folder.path, config.report_to, config.run_name)
             self.samples = SamplesWriter(folder.path)
@@ -155,8 +160,12 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     if session.is_main:
         _write_manifest(setup, assembly, roles, prompts.manifest, session)
         lines = header_lines(config, setup, roles, session, prompts.lines, whereabouts)
-        if crew is not None:
-            lines += check_and_describe(crew.introduce(loading), backbone.identity)
+        if crew is not None and setup.writers.roles is not None:
+            found = crew.introduce(loading)
+            actors = check_and_describe(found, backbone.identity)
+            learners = [header_line("learner", line) for line in whereabouts]
+            setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
+            lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
         session.console.header(f"ppo  {config.output_dir}", lines)
         for line in [*prompts.warnings, *roles.warnings]:
             session.console.warn(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,12 @@ Job = Callable[..., PPOConfig]
 
 def adapter_sha256(run: Run, name: str = "adapter") -> str:
     return sha256_file(Path(run.run_dir) / name / "adapter_model.safetensors")
+
+
+def published_sha256(run: Run) -> str:
+    """The hash under which the last checkpoint's adapter was published."""
+    state = max(Path(run.run_dir).glob("checkpoints/step_*")) / "state.json"
+    return str(json.loads(state.read_text())["adapter_sha256"])
 
 
 def deterministic(run: Run) -> list[dict[str, Any]]:
@@ -48,6 +55,13 @@ def test_split_gives_the_adapter_of_colocate(two_gpus: Any, split_job: Job, cons
     assert ">Idle<" in (Path(run.run_dir) / "report.html").read_text()
     tensors = load_file(Path(run.run_dir) / "adapter" / "adapter_model.safetensors").values()
     assert last["sync/bytes"] == sum(t.numel() * 4 for t in tensors), "the adapter moves, and nothing else"
+    log = (Path(run.run_dir) / "roles.log").read_text()
+    assert re.findall(r"(step \d|evaluation at step \d): adapter (\d) \((\w{8})\)", log)[-1] == (
+        *("evaluation at step 2", "2"),
+        published_sha256(run)[:8],
+    )
+    assert len(re.findall(r"step \d: adapter \d \(\w+\)  generator 0: 3 chunks.* generator 1: 3 chunks", log)) == 2
+    assert "roles.log" in console.text and "step 2: adapter 1" in (Path(run.run_dir) / "report.html").read_text()
 
 
 def test_roles_land_on_their_gpus(two_gpus: Any, split_job: Job, console: Any) -> None:
@@ -95,6 +109,7 @@ def test_a_generator_killed_in_a_rollout(two_gpus: Any, split_job: Job, tmp_path
     assert "generator 1: lost while sampling chunk" in console.text
     assert (run.steps, adapter_sha256(run)) == (colocated.steps, adapter_sha256(colocated))
     assert deterministic(run) == deterministic(colocated)
+    assert re.search(r"step \d: adapter .* chunks? done again", (Path(run.run_dir) / "roles.log").read_text())
 
 
 @pytest.mark.long

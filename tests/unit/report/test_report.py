@@ -329,3 +329,13 @@ def test_no_content_of_the_files_stops_the_report(
             row[data.draw(st.sampled_from(sorted(row)) | st.text(max_size=5))] = data.draw(JSON)
         (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Page(page(read_folder(path)))
+
+
+def test_a_split_run_shows_its_roles_log(fake: SimpleNamespace, tmp_path: Path) -> None:
+    """Who is who stays, however long the run; of the steps the last ones."""
+    run = fake.ppo(tmp_path / "ppo")
+    steps = [f"10:00  step {i}: adapter {i - 1} (ab)  generator 0: 4 chunks, 1 s" for i in range(1, 61)]
+    (run / "roles.log").write_text("\n".join(["10:00  generator 0  pid <1> on n", *steps]) + "\n")
+    html = write_report(run).read_text()
+    assert "generator 0  pid &lt;1&gt; on n\n… 20 lines left out\n10:00  step 21: adapter" in html
+    assert "step 60: adapter 59" in html and "step 20: adapter" not in html

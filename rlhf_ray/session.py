@@ -108,6 +108,7 @@ def worker_session(console: Console, num_threads: int | None = None, pools: Any 
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # Ray writes cuda:0 here also where GPUs are only declared
     threads = num_threads or max(usable_cores() // context.get_local_world_size(), 1)
     gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU") or ()
     on = f"GPU {', '.join(gpus)}" if gpus else "no GPU"

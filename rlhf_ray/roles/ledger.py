@@ -52,6 +52,7 @@ class RolesLog:
         self.lines(self._moved(of))
         parts = [f"{who}: {_chunks(len(d))}, {sum(x.work.seconds for x in d):.2g} s" for who, d in of.items()]
         parts += [f"{_chunks(again)} done again"] if again else []
+        parts = parts or ["from the checkpoint"]  # which keeps a rollout that waits for its step, not who sampled it
         self.lines([f"{what}: adapter {version} ({sha256[:HASH_CHARACTERS]})  " + "  ".join(parts)])
 
     def _moved(self, of: dict[str, list[Done]]) -> list[str]:

@@ -27,6 +27,7 @@ from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.maths.stats import RunningMoments
 from rlhf_ray.models.artifact import is_run
 from rlhf_ray.roles import invariants
+from rlhf_ray.roles.collector import Collected
 from rlhf_ray.roles.experience import Evaluation, make_experience
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.heldout import HeldOut, sample_rows

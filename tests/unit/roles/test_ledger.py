@@ -24,6 +24,7 @@ def test_a_line_a_step_tells_who_did_what_with_which_adapter(tmp_path: Path) -> 
     log.close()
     again = RolesLog(path)  # an interrupted run goes on
     again.step("evaluation at step 8", 7, "f" * 64, [done("generator", 0, 0, 4, 0.5)], 0)
+    again.step("step 9", 7, "f" * 64, [], 0)
     again.close()
     stamps, lines = zip(*(line.split("  ", 1) for line in path.read_text().splitlines()))
     assert all(len(stamp) == len("2026-03-04 10:11:40") for stamp in stamps)
@@ -33,4 +34,5 @@ def test_a_line_a_step_tells_who_did_what_with_which_adapter(tmp_path: Path) -> 
         "generator 0  restarted: pid 4 on 10.0.0.7 (node 3fa9c1), GPU 1",
         "step 8: adapter 7 (ffffffff)  generator 0: 1 chunk, 0.5 s  scorer 0: 1 chunk, 0.12 s  1 chunk done again",
         "evaluation at step 8: adapter 7 (ffffffff)  generator 0: 1 chunk, 0.5 s",
+        "step 9: adapter 7 (ffffffff)  from the checkpoint",
     ]

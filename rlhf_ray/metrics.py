@@ -156,6 +156,8 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("time/*", "s", "wall-clock time"),
     ("memory/process_peak", "bytes", "largest resident memory of rank 0 so far"),
     ("memory/device_peak", "bytes", "largest memory that tensors took on rank 0's GPU so far"),
+    ("memory/generator_process_peak", "bytes", "largest resident memory of any generator so far (placement: split)"),
+    ("memory/scorer_process_peak", "bytes", "largest resident memory of any scorer so far (placement: split)"),
     ("memory/*", "bytes", "memory of a process or device"),
     ("faults/retries", "", "chunks done again in the step, because the actor that had them was lost"),
     ("faults/*", "", "faults met and survived"),

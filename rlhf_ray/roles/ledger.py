@@ -28,6 +28,16 @@ class Done:
         return f"{self.role} {self.work.index}"
 
 
+def peaks(done: Iterable[Done]) -> dict[str, float]:
+    """`memory/generator_process_peak` and its like: the largest of a role's actors, bytes."""
+    found: dict[str, float] = {}
+    for item in done:
+        for name, value in item.work.memory.items():
+            own = name.replace("/", f"/{item.role}_")
+            found[own] = max(found.get(own, 0.0), value)
+    return found
+
+
 class RolesLog:
     """Appends to `path`, whatever it holds: it tells what happened, steps that an interrupted run took twice included."""
 

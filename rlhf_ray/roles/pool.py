@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -27,6 +27,7 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.errors import Interrupted, RlhfRayError
+from rlhf_ray.session import peak_memory
 
 ATTEMPTS = 4
 """Tries of one piece of work, over all actors."""
@@ -42,7 +43,7 @@ LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError, Ge
 @dataclass(frozen=True)
 class Work:
     """One call, as the actor saw it. node, gpus: where it is, as Ray says.  seconds: of work, building aside.  built: seconds of
-    building the role, 0 if it was there."""
+    building the role, 0 if it was there.  memory: the largest so far, bytes, as `session.peak_memory` names it."""
 
     index: int
     pid: int
@@ -50,6 +51,7 @@ class Work:
     gpus: tuple[str, ...]
     seconds: float
     built: float
+    memory: dict[str, float] = field(default_factory=dict)
 
 
 class RoleActor:
@@ -76,7 +78,8 @@ class RoleActor:
         return result, self._account(time.perf_counter() - started, built)
 
     def _account(self, seconds: float, built: float) -> Work:
-        return Work(self.index, os.getpid(), self.node, self.gpus, seconds, built)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return Work(self.index, os.getpid(), self.node, self.gpus, seconds, built, peak_memory(device))
 
     def ping(self) -> int:
         return os.getpid()

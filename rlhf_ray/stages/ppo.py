@@ -31,6 +31,7 @@ from rlhf_ray.roles.collector import Collected
 from rlhf_ray.roles.experience import Evaluation, make_experience
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.heldout import HeldOut, sample_rows
+from rlhf_ray.roles.ledger import peaks
 from rlhf_ray.roles.rollouts import Rollouts, Sampled, probed_rows
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, peak_memory, seed_everything
@@ -150,7 +151,9 @@ class PPOLoop:
             "time/step": time.perf_counter() - clock,
         }
         if self.setup.crew is not None:
-            metrics |= self.setup.crew.idle(collected.busy, metrics["time/step"], arrived - clock)
+            metrics |= self.setup.crew.idle(collected.busy, metrics["time/step"], arrived - clock) | peaks(
+                collected.done
+            )
             self._log_roles(collected, f"step {step}")
         self._warn_if_flat(metrics["reward/std"], step)
         self._log_samples(sampled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.roles.ledger import Done, RolesLog
+from rlhf_ray.roles.ledger import Done, RolesLog, peaks
 from rlhf_ray.roles.pool import Work
 
 
@@ -36,3 +36,9 @@ def test_a_line_a_step_tells_who_did_what_with_which_adapter(tmp_path: Path) -> 
         "evaluation at step 8: adapter 7 (ffffffff)  generator 0: 1 chunk, 0.5 s",
         "step 9: adapter 7 (ffffffff)  from the checkpoint",
     ]
+
+
+def test_the_largest_memory_of_each_role() -> None:
+    works = [Work(i, 1, "n", (), 1.0, 0.0, {"memory/process_peak": float(size)}) for i, size in ((0, 5), (1, 7))]
+    done = [Done("generator", 0, works[0]), Done("generator", 1, works[1]), Done("scorer", 0, works[0])]
+    assert peaks(done) == {"memory/generator_process_peak": 7.0, "memory/scorer_process_peak": 5.0}

@@ -11,13 +11,14 @@ import os
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rlhf_ray.console import Console
+from rlhf_ray.interrupts import Stop
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Session:
     """rank, world_size: place in the learner group.  device: where this rank computes.  num_threads: torch's CPU threads.
 
     pools: handles of the generator and scorer actors (roles/pool.py), None where every rank plays all roles.
-    where: process, node and GPU of a Ray worker, for people."""
+    where: process, node and GPU of a Ray worker, for people.  stop: who asked this run to end.  attempt: starts of the learner
+    group before this one, because a process or node was lost."""
 
     rank: int
     world_size: int
@@ -34,6 +36,8 @@ class Session:
     console: Console
     pools: Any = None
     where: str = ""
+    stop: Stop = field(default_factory=Stop)
+    attempt: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -63,6 +67,13 @@ class Session:
         dist.all_reduce(total, group=cpu_group())
         return [float(v) for v in total]
 
+    def must_stop(self) -> str:
+        """What asked the run to end, the same answer on every rank; empty if nothing did. Every rank calls it."""
+        reason = self.stop.asked()
+        if self.highest(int(bool(reason))) == 0:
+            return ""
+        return next(filter(None, self.gather(reason)))
+
     def highest(self, value: int) -> int:
         """The largest of all ranks' numbers."""
         if self.world_size == 1:
@@ -88,17 +99,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def process_session(console: Console, num_threads: int | None = None) -> Session:
+def process_session(console: Console, num_threads: int | None = None, stop: Stop | None = None) -> Session:
     """A session of world size 1 in this very process."""
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return _prepared(Session(0, 1, device, num_threads or usable_cores(), console))
+    return _prepared(Session(0, 1, device, num_threads or usable_cores(), console, stop=stop or Stop()))
 
 
-def worker_session(console: Console, num_threads: int | None = None, pools: Any = None) -> Session:
+def worker_session(console: Console, num_threads: int | None, pools: Any, stop: Stop, attempt: int) -> Session:
     """The session of the Ray Train worker that calls this. Ray may declare GPUs that torch does not see, so torch is asked."""
     import ray.train
 
@@ -115,7 +126,7 @@ def worker_session(console: Console, num_threads: int | None = None, pools: Any 
     node = f"{ray.util.get_node_ip_address()} (node {ray.get_runtime_context().get_node_id()[:6]})"
     where = f"pid {os.getpid()} on {node}, {on}"
     rank, world = context.get_world_rank(), context.get_world_size()
-    return _prepared(Session(rank, world, device, threads, console, pools, where))
+    return _prepared(Session(rank, world, device, threads, console, pools, where, stop, attempt))
 
 
 def _prepared(session: Session) -> Session:

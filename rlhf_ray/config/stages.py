@@ -70,6 +70,15 @@ class JobFields(Section):
         10.0, "seconds to wait for what other jobs hold, or for nodes that an autoscaling cluster can add (then exit 3)"
     )
 
+    stop_grace_s: Positive = field(
+        60.0, "seconds after SIGTERM or Ctrl-C to finish the step and save; then the run ends where it is"
+    )
+    watchdog_s: NotNegative = field(
+        120.0,
+        "work hangs if it takes ten times its median and at least so many seconds: stacks of all ranks are written, and the"
+        " learner group starts again from the newest checkpoint; 0: off",
+    )
+
     @model_validator(mode="after")
     def _common_rules(self) -> JobFields:
         if self.run_name is not None and not RUN_NAME.fullmatch(self.run_name):
@@ -254,6 +263,21 @@ class PPOConfig(JobFields, OptimFields):
     kl_horizon: Positive = field(10000.0, "horizon: samples over which the coefficient adapts")
     target_kl: Positive | None = field(
         None, "end a step's epochs once approx_kl of new against old exceeds 1.5 times this"
+    )
+
+    max_kl: Positive | None = field(
+        None, "stop (exit 75) once k1 against the reference, nats per reply, exceeds this; null: off"
+    )
+    max_clip_fraction: Annotated[Float, Field(gt=0, le=1)] | None = field(
+        None, "stop (exit 75) once a larger share of tokens than this is clipped in a step; null: off"
+    )
+    min_finished: Annotated[Float, Field(gt=0, le=1)] | None = field(
+        None, "stop (exit 75) once a smaller share of replies than this ends by itself; null: off"
+    )
+    over_optimisation_patience: Count | None = field(
+        None,
+        "stop (exit 75) after so many evaluations in a row whose reward is two standard errors below the best one, at a"
+        " larger KL; null: off",
     )
 
     gamma: Share = field(1.0, "discount")

@@ -5,13 +5,9 @@ config.yaml   manifest.json   summary.json   metrics.jsonl   samples.jsonl   che
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
-import os
-import socket
 import subprocess
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -47,6 +43,7 @@ from rlhf_ray.models.files import (
     sha256_tensors,
     sha256_text,
 )
+from rlhf_ray.models.ownership import locked
 
 __all__ = [
     "Checkpoint",
@@ -168,31 +165,10 @@ class RunFolder:
         verify_files(self.path, self.manifest())
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for writing. ConfigError naming the holder if another process has it.
-
-        The kernel frees the lock when its process ends, however it ends."""
-        path = self.path / ".lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        with os.fdopen(fd, "r+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError.at(
-                    str(self.path), "another process is writing to this run", "", _holder(file.read()), "wait for it"
-                ) from None
-            file.truncate(0)
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}, file)
-            file.flush()
+    def lock(self, wait_s: float = 0.0, tell: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Hold the run for writing; see `ownership.locked`. ConfigError naming the holder if another process has it."""
+        with locked(self.path, wait_s, tell):
             yield
-
-
-def _holder(text: str) -> str:
-    try:
-        info = json.loads(text)
-        return f"host {info['host']}, pid {info['pid']}, for {time.time() - info['since']:.0f} s"
-    except (ValueError, KeyError, TypeError):
-        return "a holder that left no name"
 
 
 def is_run(path: Path | str) -> bool:

@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 
 from rlhf_ray.errors import ArtifactError, Interrupted, InvariantError, Problem
+from rlhf_ray.faults import reach
 from rlhf_ray.models.files import (
     atomic_write_json,
     atomic_write_text,
@@ -31,6 +32,7 @@ from rlhf_ray.models.files import (
     read_json,
     sha256_file,
 )
+from rlhf_ray.models.ownership import check_owner
 
 SCHEMA = 1
 FOLDER = "checkpoints"
@@ -38,7 +40,7 @@ MANIFEST = "manifest.json"
 LATEST = "LATEST"
 _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"\.(tmp|old|trash)-[0-9a-f]+")
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def resume_command(run_path: Path | str) -> str:
@@ -164,11 +166,14 @@ def write_checkpoint_at(
         remove_leftovers(folder)
         temporary.mkdir(mode=0o700)
         writer(temporary)
+        reach("learner", "save_written", step)
         _seal(temporary, step, run_id)
+        reach("learner", "save_sealed", step)
         _take_name(temporary, target)
+        reach("learner", "save_renamed", step)
         atomic_write_text(folder / LATEST, target.name + "\n")
     except OSError as e:
-        if e.errno not in _DISK_FULL:
+        if e.errno not in DISK_FULL:
             raise
         raise _disk_full(run_path, temporary) from e
     finally:
@@ -204,6 +209,7 @@ def check_finite(path: Path) -> None:
 def _take_name(temporary: Path, target: Path) -> None:
     """Rename into place. A name in use (a damaged checkpoint that a resumed run reaches again) steps aside first."""
     old = target.with_name(f"{target.name}.old-{uuid.uuid4().hex[:12]}")
+    check_owner(target)
     if target.exists():
         os.rename(target, old)
     os.rename(temporary, target)
@@ -235,6 +241,7 @@ def _is_valid(checkpoint: Checkpoint, run_id: str) -> bool:
 def delete_checkpoint(checkpoint: Checkpoint) -> None:
     """Rename, then delete: a half-deleted folder never looks like a checkpoint."""
     trash = checkpoint.path.with_name(f"{checkpoint.path.name}.trash-{uuid.uuid4().hex[:12]}")
+    check_owner(checkpoint.path)
     os.rename(checkpoint.path, trash)
     shutil.rmtree(trash, ignore_errors=True)
 

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError
+from rlhf_ray.models.ownership import check_owner
 
 CHUNK = 1 << 20
 
@@ -46,6 +47,7 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        check_owner(path)
         os.replace(temporary, path)
         fsync_path(path.parent)
     finally:
@@ -78,6 +80,7 @@ def atomic_replace_folder(temporary: Path, target: Path) -> None:
         fsync_path(file)
     fsync_path(temporary)
     old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:12]}")
+    check_owner(target)
     if target.exists():
         os.rename(target, old)
     os.rename(temporary, target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from rlhf_ray.batches import PromptBatch, Rollout, Scores
 from rlhf_ray.data.collate import TokenisedPrompt, prompt_batch
 from rlhf_ray.data.records import Row
 from rlhf_ray.errors import InvariantError
+from rlhf_ray.faults import poisoned, reach
+from rlhf_ray.interrupts import Abandoned
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding, Generator
 from rlhf_ray.roles.ledger import Done
 from rlhf_ray.roles.minibatches import chunks
@@ -57,6 +59,7 @@ class Share:
     busy: dict[str, float] = field(default_factory=dict)
     faults: dict[str, float] = field(default_factory=dict)
     done: list[Done] = field(default_factory=list)
+    abandoned: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,11 @@ class Started:
 
 
 class Collector:
-    """generator, scorer: this rank's.  lockstep: their every forward pass is a collective (ZeRO-3)."""
+    """generator, scorer: this rank's.  lockstep: their every forward pass is a collective (ZeRO-3).
+
+    abandons: whether a rollout may be left half done; not where one is begun before the step it is for."""
+
+    abandons = True
 
     def __init__(
         self,
@@ -93,7 +100,9 @@ class Collector:
         role: str,
         step: int,
     ) -> Collected:
-        """Sample one reply to each prompt (repeat a prompt for several) and score it. budgets: longest reply of each row."""
+        """Sample one reply to each prompt (repeat a prompt for several) and score it. budgets: longest reply of each row.
+
+        Raises Abandoned, on every rank, if somebody asked to stop meanwhile; evaluations are finished."""
         return self.finish(self.start(prompts, budgets, adapter, decoding, role, step))
 
     def start(
@@ -119,7 +128,10 @@ class Collector:
         if self.lockstep and started.chunks < -(-started.rows // (self.chunk_size * self.session.world_size)):
             self.generator.join(started.adapter)  # the last round has no chunk for this rank
             self.scorer.join()
-        everyone = self.session.gather((share.rollouts, share.scores, share.busy, share.faults, share.done))
+        mine = (share.rollouts, share.scores, share.busy, share.faults, share.done, share.abandoned)
+        everyone = self.session.gather(mine)
+        if (reason := next(filter(None, (rank[5] for rank in everyone)), "")) != "":
+            raise Abandoned(reason)
         return Collected(
             Rollout.concat([r for rank in everyone for r in rank[0]], self.pad_id),
             Scores.concat([s for rank in everyone for s in rank[1]]),
@@ -144,14 +156,24 @@ class Collector:
         """This rank's chunks, sampled and scored here, one after the other."""
         share = Share()
         for chunk in mine:
+            if (why := self.wish(role)) != "":
+                share.abandoned = why
+                break
             started = time.perf_counter()
+            reach("generator", "sample", step, self.session.rank)
             rollout = self.generator.generate(chunk.prompts, adapter, decoding, role, step)
             sampled = time.perf_counter()
-            share.scores.append(self.scorer.score(rollout, chunk.rows))
+            reach("scorer", "score", step, self.session.rank)
+            scores = self.scorer.score(rollout, chunk.rows)
+            share.scores.append(replace(scores, reward=poisoned("scorer", "score", scores.reward, step)))
             share.rollouts.append(rollout)
             share.seconds["time/generate"] += sampled - started
             share.seconds["time/score"] += time.perf_counter() - sampled
         return share
+
+    def wish(self, role: str) -> str:
+        """Who asked to stop, if what is under way can be left: not where all ranks decode together, and not an evaluation."""
+        return "" if self.lockstep or not self.abandons or role != "rollout" else self.session.stop.asked()
 
     def _batch(self, prompts: Sequence[TokenisedPrompt], budgets: Sequence[int], rows: range) -> PromptBatch:
         return prompt_batch(

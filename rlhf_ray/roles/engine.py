@@ -67,11 +67,30 @@ class TrainingEngine:
 
     def step(self, learning_rates: Mapping[str, float]) -> dict[str, float]:
         """Clip each group, step, and forget the gradients. Returns each group's gradient norm before clipping."""
-        norms = {group.name: self._clip(group) for group in self.groups}
+        norms = self.clip()
+        self.apply(learning_rates)
+        return norms
+
+    def clip(self) -> dict[str, float]:
+        """Clip each group. Returns each group's gradient norm before that; not finite if one gradient is not."""
+        return {group.name: self._clip(group) for group in self.groups}
+
+    def apply(self, learning_rates: Mapping[str, float]) -> None:
+        """Step, and forget the gradients."""
         for ours, theirs in zip(self.groups, self.engine.optimizer.param_groups):
             theirs["lr"] = learning_rates[ours.name]
         self.engine.step()
-        return norms
+
+    def skip(self) -> None:
+        """Forget the gradients without a step: weights, moments and step counts stay as they are.
+
+        DeepSpeed does its bookkeeping, and finds the optimizer under it asleep."""
+        inner = self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
+        inner.step = lambda *args, **kwargs: None
+        try:
+            self.engine.step()
+        finally:
+            del inner.step
 
     def _clip(self, group: ParameterGroup) -> float:
         from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad

@@ -5,6 +5,7 @@ A plain class; every rank has one. All ranks hold all rows of a step, work on th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from rlhf_ray.batches import Experience, Rollout, Sequences
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import InvariantError
+from rlhf_ray.faults import poisoned, reach
 from rlhf_ray.maths import losses
 from rlhf_ray.models.adapters import adapter_parameters, adapter_tensors, load_adapter_tensors
 from rlhf_ray.models.artifact import sha256_tensors
@@ -21,6 +23,7 @@ from rlhf_ray.models.forward import to_device
 from rlhf_ray.models.stack import RoleModels
 from rlhf_ray.roles.engine import ParameterGroup, TrainingEngine
 from rlhf_ray.roles.experience import Evaluation
+from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.minibatches import Microbatch, microbatches, minibatches
 from rlhf_ray.session import Session
 
@@ -42,12 +45,17 @@ class PublishedAdapter:
 
 @dataclass
 class UpdateStats:
-    """Sums over real tokens of all minibatches of a step, over all ranks."""
+    """Sums over real tokens of the minibatches of a step that were learned from, over all ranks.
+
+    updates, skipped: minibatches learned from, and left out.  left_out: gradient norms of the last one if it was left out."""
 
     sums: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     norms: list[dict[str, float]] = field(default_factory=list)
     epochs: int = 0
+    updates: int = 0
+    skipped: int = 0
+    left_out: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         tokens = max(self.sums.get("tokens", 0.0), 1.0)
@@ -60,6 +68,7 @@ class UpdateStats:
             "ratio/max": self.maxima["ratio"],
             "ratio/first_minibatch_max_deviation": self.maxima["first_deviation"],
             "policy/epochs": float(self.epochs),
+            "policy/skipped_updates": float(self.skipped),
         }
         if "value_tokens" in self.sums:
             found["loss/value"] = self.sums["value_loss"] / value_tokens
@@ -124,25 +133,35 @@ class Learner:
         return logprobs
 
     def update(
-        self, experience: Experience, step: int, learning_rates: dict[str, float], kl_coef: float
+        self, experience: Experience, step: int, learning_rates: dict[str, float], kl_coef: float, guards: Guards
     ) -> UpdateStats:
-        """num_ppo_epochs passes of num_mini_batches optimizer steps; ends early on target_kl. Raises InvariantError."""
+        """num_ppo_epochs passes of num_mini_batches optimizer steps; ends early on target_kl.
+
+        A minibatch whose gradient is not finite is left out and counted. Raises InvariantError, and Tripped after three such."""
         stats = UpdateStats(maxima={"first_deviation": 0.0, "ratio": 0.0})
         self.models.train(self.models.recompute)  # dropout is 0 everywhere: the mode switches recomputation on, no more
         try:
-            self._epochs(experience, step, learning_rates, kl_coef, stats)
+            self._epochs(experience, step, learning_rates, kl_coef, stats, guards)
         finally:
             self.models.eval()
         stats.maxima["ratio"] = max(self.session.gather(stats.maxima["ratio"]))
         return stats
 
     def _epochs(
-        self, experience: Experience, step: int, learning_rates: dict[str, float], kl_coef: float, stats: UpdateStats
+        self,
+        experience: Experience,
+        step: int,
+        learning_rates: dict[str, float],
+        kl_coef: float,
+        stats: UpdateStats,
+        guards: Guards,
     ) -> None:
         for epoch in range(self.config.num_ppo_epochs):
             for number, minibatch in enumerate(self._minibatches(step, epoch, len(experience))):
                 first = epoch == 0 and number == 0
-                approx_kl = self._optimizer_step(experience, minibatch, stats, learning_rates, kl_coef, first)
+                reach("learner", "minibatch", step, self.session.rank)
+                approx_kl = self._optimizer_step(experience, minibatch, stats, learning_rates, kl_coef, step, first)
+                guards.note_update(not stats.left_out, stats.left_out, step)
                 if first:
                     self._check_first_ratio(stats, step)
                 if self.config.target_kl is not None and approx_kl > 1.5 * self.config.target_kl:
@@ -165,30 +184,40 @@ class Learner:
         stats: UpdateStats,
         learning_rates: dict[str, float],
         kl_coef: float,
+        step: int,
         first: bool,
     ) -> float:
         tokens = int(experience.response_mask[minibatch].sum())
         train_policy = learning_rates["policy"] > 0
         micros = self._microbatches(minibatch)
         sums: dict[str, float] = {"tokens": float(tokens) if self.session.is_main else 0.0}
-        deviation = 0.0
+        deviation, ratio = 0.0, 0.0
         for number, micro in enumerate(micros):
             seq = self._sequences(experience.tokens, experience.prompt_mask, experience.response_mask, micro)
             rows = experience.rows(micro.index)
             mask = seq.response_mask & micro.counts.to(seq.tokens.device)[:, None]
             for loss, found in self._losses(seq, rows, mask, kl_coef, train_policy):
+                loss = poisoned("learner", "gradient", loss.reshape(1), step, self.session.rank)[0]
                 self.engine.accumulate(loss / tokens, last=number == len(micros) - 1)
                 deviation = max(deviation, found.pop("ratio_max_deviation", 0.0))
-                stats.maxima["ratio"] = max(stats.maxima["ratio"], found.pop("ratio_max", 0.0))
+                ratio = max(ratio, found.pop("ratio_max", 0.0))
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value
-        stats.norms.append(self.engine.step(learning_rates))
+        if first:
+            stats.maxima["first_deviation"] = max(self.session.gather(deviation))
+        norms = self.engine.clip()
+        if self.session.highest(int(not all(map(math.isfinite, norms.values())))):
+            self.engine.skip()
+            stats.skipped, stats.left_out = stats.skipped + 1, norms
+            return 0.0
+        self.engine.apply(learning_rates)
+        stats.norms.append(norms)
+        stats.maxima["ratio"] = max(stats.maxima["ratio"], ratio)
+        stats.updates, stats.left_out = stats.updates + 1, {}
         names = sorted(sums)
         totals = dict(zip(names, self.session.sum([sums[n] for n in names])))
         for name, value in totals.items():
             stats.sums[name] = stats.sums.get(name, 0.0) + value
-        if first:
-            stats.maxima["first_deviation"] = max(self.session.gather(deviation))
         return totals["approx_kl"] / tokens
 
     def _losses(

@@ -27,6 +27,7 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.errors import Interrupted, RlhfRayError
+from rlhf_ray.faults import reach
 from rlhf_ray.session import peak_memory
 
 ATTEMPTS = 4
@@ -73,6 +74,7 @@ class RoleActor:
             started = time.perf_counter()
             self.role = self.build()
             built = time.perf_counter() - started
+        reach("actor", method, rank=self.index)
         started = time.perf_counter()
         result = getattr(self.role, method)(*args)
         return result, self._account(time.perf_counter() - started, built)

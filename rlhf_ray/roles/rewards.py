@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.batches import Sequences
-from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
 from rlhf_ray.models.artifact import sha256_file
+
+PAUSES_S = (0.5, 2.0)
+"""Before a reward function that raised is asked again: a service behind it may be back."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,27 @@ class FunctionReward:
         self.function, self.sha256 = load_function(spec)
 
     def score(self, texts: Texts) -> Tensor:
-        """f32[rows]: what the function returns, one finite number per row. Raises InvariantError naming the row."""
+        """f32[rows]: what the function returns, NaN where it has no number for one. If it raises it is asked again, twice.
+
+        Raises Interrupted if it raises to the end, InvariantError if it returns anything but one number per row."""
         shared = set.intersection(*(set(c) for c in texts.columns)) if texts.columns else set()
         columns = {name: [c[name] for c in texts.columns] for name in sorted(shared) if name.isidentifier()}
         offered = {"completion_ids": list(texts.completion_ids), **columns}
         for taken in ("prompts", "completions"):
             offered.pop(taken, None)
         where = f"reward {self.name} ({self.spec})"
-        try:
-            got = self.function(**_spoken(texts), **self._accepted(offered))
-        except Exception as error:
-            what = f"raised {type(error).__name__}: {error}"
-            raise InvariantError.at(where, what, fix="mend the function, then resume the run") from error
+        got = self._asked({**_spoken(texts), **self._accepted(offered)}, where)
         return checked_rewards(got, len(texts.prompts), where)
+
+    def _asked(self, arguments: dict[str, Any], where: str) -> Any:
+        for pause in (*PAUSES_S, None):
+            try:
+                return self.function(**arguments)
+            except Exception as error:
+                if pause is None:
+                    what = f"raised {type(error).__name__} {len(PAUSES_S) + 1} times: {error}"
+                    raise Interrupted.at(where, what, fix="mend the function, then resume the run") from error
+                time.sleep(pause)
 
     def _accepted(self, offered: dict[str, Any]) -> dict[str, Any]:
         """TRL hands over every column; a function without **kwargs gets those it names."""
@@ -83,19 +95,23 @@ def _spoken(texts: Texts) -> dict[str, Any]:
 
 
 def checked_rewards(got: Any, rows: int, where: str) -> Tensor:
-    """f32[rows], all finite. Raises InvariantError: a made-up number in place of a missing one would train on noise."""
+    """f32[rows], NaN where there is no number: a made-up one would train on noise. Raises InvariantError if the count is wrong."""
     try:
         values = [math.nan if v is None else float(v) for v in got]
     except TypeError as error:
         raise InvariantError.at(where, "did not return a list of numbers", "list[float]", type(got).__name__) from error
     if len(values) != rows:
         raise InvariantError.at(where, "returned the wrong number of rewards", str(rows), str(len(values)))
-    bad = [i for i, v in enumerate(values) if not math.isfinite(v)]
-    if bad:
-        raise InvariantError.at(
-            where, f"reward of row {bad[0]} is not finite ({len(bad)} of {rows})", got=str(values[bad[0]])
-        )
     return torch.tensor(values, dtype=torch.float32)
+
+
+def all_finite(values: Tensor, where: str) -> Tensor:
+    """`values`, f32[rows], where none may be missing. Raises InvariantError naming the first row that is not finite."""
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if bad:
+        what = f"reward of row {bad[0]} is not finite ({len(bad)} of {len(values)})"
+        raise InvariantError.at(where, what, got=str(float(values[bad[0]])))
+    return values
 
 
 def load_function(spec: str) -> tuple[Callable[..., Any], str]:

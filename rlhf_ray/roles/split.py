@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -24,6 +25,9 @@ from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.ledger import Done
 from rlhf_ray.roles.pool import ATTEMPTS, LOST, Call, Pool, Pools, Work, ask_board, cause_of, put_adapter
 from rlhf_ray.session import Session
+
+LOOK_S = 0.5
+"""Seconds between two looks at whether somebody asked to stop."""
 
 
 class Crew:
@@ -107,7 +111,7 @@ class SplitCollector(Collector):
     def _begin(
         self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
     ) -> Callable[[], Share]:
-        job = _Job(self.crew, adapter, decoding, role, step)
+        job = _Job(self.crew, adapter, decoding, role, step, partial(self.wish, role))
         job.send(mine)
         return job.wait
 
@@ -115,7 +119,10 @@ class SplitCollector(Collector):
 class _Job:
     """The chunks of one rank in one step, sampled by the adapter that was handed over last when they were sent."""
 
-    def __init__(self, crew: Crew, adapter: ActiveAdapter, decoding: Decoding, role: str, step: int) -> None:
+    def __init__(
+        self, crew: Crew, adapter: ActiveAdapter, decoding: Decoding, role: str, step: int, wish: Callable[[], str]
+    ) -> None:
+        """wish: who asks for the chunks to be left, if anybody."""
         if adapter.version != crew.version:
             raise InvariantError.at(
                 f"step {step}",
@@ -125,7 +132,7 @@ class _Job:
             )
         self.crew, self.adapter, self.decoding = crew, adapter, decoding
         self.reference = crew.reference  # a newer adapter may be handed over while these chunks are under way
-        self.role, self.step = role, step
+        self.role, self.step, self.wish = role, step, wish
         self.share = Share(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
         self.flying: dict[int, _Flight] = {}
         self.sampled: dict[int, float] = {}
@@ -149,9 +156,12 @@ class _Job:
 
     def _land_all(self) -> dict[int, tuple[float, Rollout, Scores]]:
         """Chunk number -> (when its rollout was seen, rollout, scores)."""
-        done = {}
+        done: dict[int, tuple[float, Rollout, Scores]] = {}
         while self.flying:
             self._watch()
+            if (why := self.wish()) != "":
+                self.share.abandoned = why
+                return {}
             for number, flight in list(self.flying.items()):
                 if (scored := self._land(flight)) is not None:
                     done[number] = (self.sampled.get(number, time.perf_counter()), *scored)
@@ -171,12 +181,15 @@ class _Job:
         open_ = [f.sampling.work for n, f in self.flying.items() if n not in self.sampled]
         open_ += [f.scoring.work for f in self.flying.values()]
         limit = min(self.crew.generators.timeout_s, self.crew.scorers.timeout_s)
-        ready, _ = ray.wait(open_, num_returns=1, timeout=limit)
+        ready: list[Any] = []
+        deadline = time.monotonic() + limit
+        while not ready and time.monotonic() < deadline and not self.wish():
+            ready, _ = ray.wait(open_, num_returns=1, timeout=min(limit, LOOK_S))
         now = time.perf_counter()
         for number, flight in self.flying.items():
             if number not in self.sampled and flight.sampling.work in ready:
                 self.sampled[number] = now
-        if not ready:
+        if not ready and not self.wish():
             number, flight = next(iter(self.flying.items()))
             if number in self.sampled:
                 self.crew.scorers.end(flight.scoring.index, self._doing(flight, "scoring"))

@@ -7,6 +7,7 @@ DIR/jobs as job files to edit and run again.
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,15 @@ def demo_config(folder: Path) -> PipelineConfig:
 def run_demo(config: PipelineConfig, session: Session) -> Run:
     """The body: make the world and the base, then the pipeline's stages."""
     configs = stage_configs(config)
-    folder = open_pipeline(config, session, "demo")
-    if session.is_main:
-        make_inputs(folder.path, session)
-        write_jobs(folder.path, config)
-    session.barrier()
-    runs = run_stages(configs, session)
-    found = {n: v for n, v in runs["evaluate"].metrics.items() if n.startswith(("true_reward/", "true_reward_se/"))}
-    return finish_pipeline(config, session, folder, runs, **found)
+    with ExitStack() as held:
+        folder = open_pipeline(config, session, "demo", held)
+        if session.is_main:
+            make_inputs(folder.path, session)
+            write_jobs(folder.path, config)
+        session.barrier()
+        runs = run_stages(configs, session)
+        found = {n: v for n, v in runs["evaluate"].metrics.items() if n.startswith(("true_reward/", "true_reward_se/"))}
+        return finish_pipeline(config, session, folder, runs, **found)
 
 
 def make_inputs(folder: Path, session: Session) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_ray.errors import Interrupted
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.metrics import MetricsWriter
-from rlhf_ray.models.artifact import write_checkpoint
+from rlhf_ray.models.artifact import resume_command, write_checkpoint
 from rlhf_ray.stages.task import Job
 
 EVALUATIONS = 10
@@ -57,8 +58,12 @@ class Keeper(TrainerCallback):
         started = time.perf_counter()
         if final or self.step % self.eval_every == 0:
             self._evaluate()
-        if final or self.step % self.save_every == 0:
+        stop = "" if final else self.session.must_stop()
+        if final or stop or self.step % self.save_every == 0:
             self._save()
+        if stop:
+            resume = resume_command(self.config.output_dir)
+            raise Interrupted.at(self.config.output_dir, f"{stop}; step {self.step} is saved", fix=resume)
         self._elsewhere += time.perf_counter() - started
         if self.session.is_main:
             known = {name: self.last[name] for name in SHOWN if name in self.last}

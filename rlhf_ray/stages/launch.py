@@ -3,6 +3,9 @@
 A body is a function `body(config, session) -> Run` that every rank runs. Ray places, starts and ends the group; what must be known
 before anything waits (does any node have what a worker asks for?) is checked here first, because Ray Train would retry an
 impossible request for ever.
+
+Ray Train starts the group again where a process or node was lost, and the run goes on from its newest checkpoint. An error that the
+same work would meet again is left in the desk instead (stages/desk.py), and raised here as it is.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,33 +23,66 @@ from typing import Any
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
 from rlhf_ray.errors import Interrupted, RlhfRayError
+from rlhf_ray.interrupts import Signals, Stop
+from rlhf_ray.models.artifact import resume_command
+from rlhf_ray.models.checkpoints import DISK_FULL
 from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
 from rlhf_ray.plan.preflight import check, check_this_machine, is_given_a_cluster
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, process_session, worker_session
+from rlhf_ray.stages.desk import Desk, open_desk
 from rlhf_ray.stages.placement import default_threads, nodes_to_be, placed
 
 Body = Callable[[Any, Session], Run]
 
+MAX_FAILURES = 3
+"""Times that a learner group is started again because a process died."""
+MAX_PREEMPTIONS = 10
+"""The same where a node was taken away, which is nobody's fault."""
+START_FAILURES = 2
+PREEMPTION_GRACE_S = 30.0
+GROUP_TIMEOUT_S = 1800
+"""Of torch's process group: the longest that a rank waits for another one, loading included. The watchdog is quicker."""
+
 
 def launch(body: Body, config: JobFields, console: Console) -> Run:
     """Run `body` on every rank and return what rank 0 returns. A worker's error of ours is raised here as it is."""
+    resume = resume_command(config.output_dir)
     if config.learner.num_workers == 0:
-        return body(config, process_session(console, config.learner.num_threads))
+        stop = Stop()
+        with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _disk_full_is_no_bug(config):
+            return body(config, process_session(console, config.learner.num_threads, stop))
     check_this_machine(config)
-    with interruptible(), cluster() as own_ray:
-        import ray
+    with open_desk(Path(config.output_dir).absolute().parent) as desk:
+        signals = Signals(desk.stop(), console, config.output_dir, resume, config.stop_grace_s)
+        with signals, cluster() as own_ray:
+            import ray
 
-        asks = role_asks(config, ray.cluster_resources(), own_ray)
-        check(asks, nodes_to_be())
-        with placed(config, asks, console) as pools:
-            return _fit(body, config, console, asks[-1], pools)
+            signals.install()  # ray.init takes SIGTERM
+            asks = role_asks(config, ray.cluster_resources(), own_ray)
+            check(asks, nodes_to_be())
+            with placed(config, asks, console) as pools:
+                return _fit(body, config, console, asks[-1], pools, desk)
+
+
+@contextlib.contextmanager
+def _disk_full_is_no_bug(config: JobFields) -> Iterator[None]:
+    """What cannot be written is written when there is room: Interrupted, whoever meets it first."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        free = shutil.disk_usage(Path(config.output_dir).absolute().parent).free
+        fix = f"free some space, then: {resume_command(config.output_dir)}"
+        where = str(error.filename or config.output_dir)
+        raise Interrupted.at(where, f"cannot be written: {error.strerror}", "", f"{free:,} bytes free", fix) from error
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Ray Train answers Ctrl-C with a handler of its own that aborts the group and then ends this process without a word. Here it
-    becomes the KeyboardInterrupt that it is, and the handler that was there before comes back."""
+    """Ray Tune answers Ctrl-C with a handler of its own that ends this process without a word. Here it becomes the
+    KeyboardInterrupt that it is, and the handler that was there before comes back."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -91,7 +127,7 @@ def _protect_token() -> None:
             token.chmod(0o600)
 
 
-def _fit(body: Body, config: JobFields, console: Console, ask: Ask, pools: Any) -> Run:
+def _fit(body: Body, config: JobFields, console: Console, ask: Ask, pools: Any, desk: Desk) -> Run:
     import ray
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import (
@@ -100,38 +136,62 @@ def _fit(body: Body, config: JobFields, console: Console, ask: Ask, pools: Any) 
         ScalingConfig,
     )  # what ray.train exports by default
 
-    job = {"body": body, "config": config, "cwd": os.getcwd(), "pools": pools}
+    job = {"body": body, "config": config, "cwd": os.getcwd(), "pools": pools, "desk": str(desk.path)}
     if pools is not None:
         job["threads"] = default_threads(config)
     resources = {kind: amount for kind, amount in ask.each.items() if not kind.startswith(ACCELERATOR)}
-    beside = Path(config.output_dir).absolute().parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".rlhf-ray-", dir=beside) as scratch:
-        events = Path(scratch) / "events.jsonl"
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={**job, "events": str(events)},
-            scaling_config=ScalingConfig(
-                num_workers=config.learner.num_workers,
-                use_gpu=bool(resources.get("GPU")),
-                resources_per_worker=resources,
-                accelerator_type=config.learner.accelerator_type,
-                label_selector=ask.labels or None,
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=config.learner.num_workers,
+            use_gpu=bool(resources.get("GPU")),
+            resources_per_worker=resources,
+            accelerator_type=config.learner.accelerator_type,
+            label_selector=ask.labels or None,
+        ),
+        torch_config=TorchConfig(backend=_backend(ray.nodes()), timeout_s=GROUP_TIMEOUT_S),
+        run_config=RunConfig(  # type: ignore[arg-type]
+            name="group",
+            storage_path=str(desk.path),
+            failure_config=FailureConfig(
+                max_failures=MAX_FAILURES,
+                controller_failure_limit=START_FAILURES,
+                max_preemption_failures=MAX_PREEMPTIONS,
+                preemption_grace_s=PREEMPTION_GRACE_S,
             ),
-            torch_config=TorchConfig(backend=_backend(ray.nodes()), timeout_s=1800),
-            run_config=RunConfig(  # type: ignore[arg-type]
-                name="group",
-                storage_path=scratch,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
-                worker_runtime_env={"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}},
-            ),
-        )
-        with Follower(events, console):
-            try:
-                result = trainer.fit()
-            except Exception as error:
-                raise _translated(error, config) from error
-    return Run.from_json(result.return_value)  # type: ignore[attr-defined]
+            worker_runtime_env={"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}},
+        ),
+    )
+    with Follower(desk.events, console):
+        try:
+            result = _beside_signals(trainer.fit)
+        except Exception as error:
+            raise desk.failure() or _translated(error, config) from error
+    if (failure := desk.failure()) is not None:
+        raise failure
+    return Run.from_json(result.return_value)
+
+
+def _beside_signals(work: Callable[[], Any]) -> Any:
+    """`work` in a thread, so that this one handles signals as they come: Ray Train would take Ctrl-C for itself, and end this
+    process without a word. An exception of either thread is raised here."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((work(), None))
+        except BaseException as error:
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=run, name="learner-group", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
 
 
 def _backend(nodes: list[dict[str, Any]]) -> str | None:
@@ -141,28 +201,70 @@ def _backend(nodes: list[dict[str, Any]]) -> str | None:
 
 
 def _worker(job: dict[Any, Any]) -> Any:
-    """The train function: what every rank of the worker group runs."""
+    """The train function: what every rank of the worker group runs, at its first start and after a restart."""
+    import ray.train
+
     os.chdir(job["cwd"])
     config: JobFields = job["config"]
+    desk, context = Desk(Path(job["desk"])), ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    attempt = desk.begin(rank)
+    if desk.failure() is not None:  # not a fault that another start could mend: the driver tells it
+        return None
+    console = FileConsole(desk.events)
+    if attempt:
+        config = config.model_copy(update={"resume": "auto"})
+        if rank == 0:
+            console.warn(f"the learner group was lost; start {attempt + 1}, from the newest checkpoint")
     threads = config.learner.num_threads or job.get("threads")
-    session = worker_session(FileConsole(Path(job["events"])), threads, job["pools"])
-    return job["body"](config, session).to_json()
+    session = worker_session(console, threads, job["pools"], desk.stop(), attempt)
+    try:
+        with _disk_full_is_no_bug(config):
+            return job["body"](config, session).to_json()
+    except Exception as error:
+        if world_size > 1 and _is_of_a_lost_peer(error):
+            raise  # Ray Train starts the group again
+        desk.fail(rank, error)
+        if world_size > 1 and not desk.wait_for_others(world_size):
+            raise  # the others wait for this rank: the group has to end
+        return None
+
+
+def _is_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether `error` is what a rank sees of another one that is gone."""
+    import ray.exceptions
+    import torch.distributed as dist
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RlhfRayError):
+            return False
+        if isinstance(seen, (dist.DistError, ray.exceptions.RayError)):
+            return True
+        text = str(seen).lower()
+        if isinstance(seen, RuntimeError) and any(word in text for word in ("gloo", "connection", "nccl", "peer")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _translated(error: BaseException, config: JobFields) -> BaseException:
-    """The error of ours that made a worker fail, or one line of what Ray says."""
+    """One line of what Ray says of a group that could not go on."""
+    from ray.exceptions import RayActorError
+
+    resume = resume_command(config.output_dir)
     failures = getattr(error, "worker_failures", None) or {}
-    for cause in [*failures.values(), error.__cause__, error]:
-        while cause is not None:
-            if isinstance(cause, RlhfRayError):
-                return cause
-            inner = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None)
-            cause = inner if isinstance(inner, BaseException) else cause.__cause__
-    if not failures:
-        return error
-    rank, first = next(iter(failures.items()))
-    if "ActorDied" in type(first).__name__ or "ActorDied" in str(first):
-        return Interrupted.at(
-            f"learner rank {rank}", "the worker process died", fix=f"rlhf-ray resume {config.output_dir}"
-        )
-    return first
+    if failures:
+        rank, first = next(iter(failures.items()))
+        what = f"the learner group was lost {MAX_FAILURES + 1} times; the last time: {_first_line(first)}"
+        return Interrupted.at(f"learner rank {rank}", what, fix=resume)
+    if isinstance(error, RayActorError):
+        return Interrupted.at("Ray Train", f"its controller died: {_first_line(error)}", fix=resume)
+    if "Preemption" in type(error).__name__:
+        return Interrupted.at("learner group", f"its node was taken away {MAX_PREEMPTIONS + 1} times", fix=resume)
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -29,7 +29,7 @@ from rlhf_ray.roles.collector import Collector
 from rlhf_ray.roles.generator import ActiveAdapter
 from rlhf_ray.roles.heldout import HeldOut
 from rlhf_ray.roles.invariants import tolerance
-from rlhf_ray.roles.rewards import Texts
+from rlhf_ray.roles.rewards import Texts, all_finite
 from rlhf_ray.roles.scorer import Reward, Scorer
 from rlhf_ray.session import Session
 from rlhf_ray.stages.ppo_roles import decoding, text_maker
@@ -119,6 +119,8 @@ class Panel:
         how = decoding(config.sampling, stack.backbone.eos_ids)
         budgets = [config.response_length] * len(prompts)
         collected = collector.collect(prompts, budgets, policy.active, how, RANDOMNESS, 0)
+        for reward, values in collected.scores.parts.items():
+            all_finite(values, f"policy {name}, reward {reward}")
         return Answers(HeldOut.of(collected), to_texts(collected.rollout, [p.row for p in prompts]))
 
     def _scorer(self, to_texts: Callable[[Rollout, Sequence[Row]], Texts], rows: int) -> Scorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from rlhf_ray.config import STAGES, JobFields, PipelineConfig
@@ -10,6 +11,7 @@ from rlhf_ray.config.load import load_dict
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.artifact import RunFolder, create_run, is_run, open_run
+from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.report import write_report
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
@@ -32,10 +34,11 @@ def run_pipeline(config: PipelineConfig, session: Session) -> Run:
     """The body: every rank runs every stage's body."""
     configs = stage_configs(config)
     is_new = session.is_main and not is_run(config.output_dir)
-    folder = open_pipeline(config, session, "pipeline")
-    with discarded_on_error(folder, is_new, lambda: any(is_run(c.output_dir) for c in configs.values())):
-        runs = run_stages(configs, session)
-    return finish_pipeline(config, session, folder, runs)
+    with ExitStack() as held:
+        folder = open_pipeline(config, session, "pipeline", held)
+        with discarded_on_error(folder, is_new, lambda: any(is_run(c.output_dir) for c in configs.values())):
+            runs = run_stages(configs, session)
+        return finish_pipeline(config, session, folder, runs)
 
 
 def stage_configs(config: PipelineConfig) -> dict[str, JobFields]:
@@ -44,10 +47,11 @@ def stage_configs(config: PipelineConfig) -> dict[str, JobFields]:
     return {stage: config.stage_config(stage) for stage in config.stages}
 
 
-def open_pipeline(config: PipelineConfig, session: Session, stage: str) -> RunFolder:
-    """Make (rank 0) and open the folder that holds the stages' folders."""
+def open_pipeline(config: PipelineConfig, session: Session, stage: str, held: ExitStack) -> RunFolder:
+    """Make (rank 0) and open the folder that holds the stages' folders, locked for as long as `held` lasts."""
     if session.is_main:
-        create_run(config.output_dir, stage, config.model_dump(mode="json"), config.resume)
+        folder = create_run(config.output_dir, stage, config.model_dump(mode="json"), config.resume)
+        held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
     session.barrier()
     return open_run(config.output_dir, verify=False)
 

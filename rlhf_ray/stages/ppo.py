@@ -15,13 +15,14 @@ With max_staleness 1 the next step's 1 and 2 go on meanwhile, by the adapter fro
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import InvariantError
+from rlhf_ray.interrupts import Abandoned
 from rlhf_ray.maths.controllers import make_controller
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.maths.stats import RunningMoments
@@ -30,6 +31,7 @@ from rlhf_ray.roles import invariants
 from rlhf_ray.roles.collector import Collected
 from rlhf_ray.roles.experience import Evaluation, make_experience
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
+from rlhf_ray.roles.guards import Tripped
 from rlhf_ray.roles.heldout import HeldOut, sample_rows
 from rlhf_ray.roles.ledger import peaks
 from rlhf_ray.roles.rollouts import Rollouts, Sampled, probed_rows
@@ -37,8 +39,9 @@ from rlhf_ray.run import Run
 from rlhf_ray.session import Session, peak_memory, seed_everything
 from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.launch import launch
+from rlhf_ray.stages.oversight import Oversight
 from rlhf_ray.stages.ppo_setup import PPOSetup, set_up
-from rlhf_ray.stages.ppo_store import Best, finish, restore, save, start_run
+from rlhf_ray.stages.ppo_store import Best, enter_run, finish, restore, save
 
 
 def ppo(config: PPOConfig, console: Console | None = None) -> Run:
@@ -51,16 +54,16 @@ def ppo(config: PPOConfig, console: Console | None = None) -> Run:
 def train_ppo(config: PPOConfig, session: Session) -> Run:
     """The body of the stage; every rank of the learner group runs it."""
     is_new = session.is_main and not is_run(config.output_dir)
-    folder = start_run(config, session)
-    if session.from_main(folder.manifest()["status"]) == "done":
-        session.console.log(f"ppo: {config.output_dir} is finished; nothing to do")
-        return Run.load(folder.path)
-    with folder.lock() if session.is_main else nullcontext():
+    with ExitStack() as held:
+        folder = enter_run(config, session, held)
+        if session.from_main(folder.manifest()["status"]) == "done":
+            session.console.log(f"ppo: {config.output_dir} is finished; nothing to do")
+            return Run.load(folder.path)
         seed_everything(config.seed)
         with discarded_on_error(folder, is_new):
             setup = set_up(config, session, folder)
         loop = PPOLoop(config, session, setup)
-        with setup.writers:
+        with setup.writers, session.stop.deferred(), loop.oversight.watchdog.watching():
             restore(loop)
             loop.run()
         return finish(loop)
@@ -89,6 +92,7 @@ class PPOLoop:
         )
         self.moments = RunningMoments()
         self.progress = Progress()
+        self.oversight = Oversight(config, session, setup.folder)
         self.total_steps = setup.total_steps
         self._told_flat = False
         self.rollouts = Rollouts(
@@ -99,14 +103,29 @@ class PPOLoop:
             ahead=config.max_staleness > 0,
             last_step=self.total_steps,
         )
+        self.collector.abandons = config.max_staleness == 0
+        self._saved_step = 0
 
     def run(self) -> None:
-        """All steps that are left, with evaluations and checkpoints where they are due."""
+        """All steps that are left. Raises Interrupted, after saving what can be saved, if somebody or a guard ends the run."""
+        try:
+            self._steps()
+        except Abandoned as why:
+            raise self.oversight.stopped(str(why), self.progress.step, self._save_if_new) from None
+        except Tripped as found:
+            raise self.oversight.tripped(found, self._save_if_new) from None
+        finally:
+            self.oversight.watchdog.enter("", 0)
+
+    def _steps(self) -> None:
+        """With evaluations and checkpoints where they are due."""
         self.hand_over()
         if self.progress.step == 0 and self.config.eval_on_start:
             self._report(0, self.evaluate(0))
         checkpoint_time: dict[str, float] = {}  # told with the step after the one it was spent on
         for step in range(self.progress.step + 1, self.total_steps + 1):
+            if (reason := self.session.must_stop()) != "":
+                raise Abandoned(reason)
             started = time.perf_counter()
             metrics = self.step(step)
             if step == self.total_steps or step % self.setup.eval_every == 0:
@@ -117,26 +136,43 @@ class PPOLoop:
             checkpoint_time = {}
             if self.setup.save_due(step, self.total_steps):
                 started = time.perf_counter()
-                save(self, step)
+                self._save_if_new()
                 checkpoint_time = {"time/checkpoint": time.perf_counter() - started}
+            self.oversight.guards.check(self.config, metrics, step)
+            self.oversight.enter("step_end", step)
+
+    def _save_if_new(self) -> None:
+        """A checkpoint of the step that was done last. Every rank calls it."""
+        step = self.progress.step
+        if step != self._saved_step:
+            self.oversight.enter("save", step)
+            save(self, step)
+            self._saved_step = step
 
     def step(self, step: int) -> dict[str, float]:
         """One PPO step. Returns its metrics; raises InvariantError when something that must hold does not."""
         clock = time.perf_counter()
+        self.oversight.enter("rollout", step)
         sampled = self.rollouts.take(step, self.learner.published)
+        sound = self.oversight.guards.sound(sampled.collected, self.config.num_generations, step)
+        sampled = replace(sampled, collected=sound)
         collected, arrived = sampled.collected, time.perf_counter()
+        self.oversight.enter("evaluate", step)
         evaluation = self.learner.evaluate(collected.rollout, step)
         probed = self._check_rollout(sampled, evaluation, step)
+        self.oversight.enter("experience", step)
         kl_coef = self.controller.value
         experience, metrics = make_experience(
             collected.rollout, collected.scores, evaluation, self.config, kl_coef, self.moments
         )
         rates = self.learning_rates(step)
-        stats = self.learner.update(experience, step, rates, kl_coef)
+        self.oversight.enter("update", step)
+        stats = self.learner.update(experience, step, rates, kl_coef, self.oversight.guards)
         updated = time.perf_counter()
+        self.oversight.enter("publish", step)
         before = self.learner.published
         after = self.learner.publish()
-        if rates["policy"] > 0:
+        if rates["policy"] > 0 and stats.updates:
             invariants.check_adapter_changed(before.sha256, after.sha256, after.tensors, step)
         moved = self.hand_over()
         self.controller.update(metrics["kl/k1_per_response"], len(experience))
@@ -166,9 +202,11 @@ class PPOLoop:
         started = time.perf_counter()
         self.rollouts.settle()  # generators answer in turn: a rollout under way comes first
         budgets = [self.config.response_length] * len(self.setup.held_out)
+        self.oversight.enter("heldout", step)
         collected = self.setup.eval_collector.collect(
             self.setup.held_out, budgets, self.active(), self.setup.eval_decoding, "eval", 0
         )
+        collected = self.oversight.guards.sound(collected, 1, step, counts=False)
         metrics = HeldOut.of(collected).metrics()
         self._log_roles(collected, f"evaluation at step {step}")
         self.progress.best.offer(step, metrics["eval/reward"])
@@ -249,7 +287,8 @@ class PPOLoop:
     def _log_samples(self, sampled: Sampled) -> None:
         if self.session.is_main and self.config.num_samples_logged:
             collected, prompts = sampled.collected, self.setup.schedule.step(sampled.step)
-            rows = [prompt.row for prompt in prompts[: self.config.num_samples_logged]]
+            shown = collected.rollout.row_id[: self.config.num_samples_logged].tolist()
+            rows = [prompts[i].row for i in shown]
             texts = self.setup.to_texts(collected.rollout.rows(slice(0, len(rows))), rows)
             samples = sample_rows(collected, list(texts.prompts), list(texts.completions), len(rows))
             self.setup.writers.samples.write(sampled.step, samples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from rlhf_ray.models.artifact import (
     open_run,
     write_checkpoint,
 )
+from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.models.sharded import gathered
 from rlhf_ray.report import write_report
 from rlhf_ray.roles.optimizer_state import export_state, restore_state
@@ -53,6 +55,12 @@ MAY_CHANGE = (
         "generator.",
         "scorer.",
         "probe_steps",
+        "stop_grace_s",
+        "watchdog_s",
+        "max_kl",
+        "max_clip_fraction",
+        "min_finished",
+        "over_optimisation_patience",
         "wait_for_resources",
     ),
     *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit"),
@@ -72,11 +80,14 @@ class Best:
             self.step, self.reward = step, reward
 
 
-def start_run(config: PPOConfig, session: Session) -> RunFolder:
-    """Rank 0 makes the run folder; all ranks open it. ConfigError if it holds a run that was started with other settings."""
+def enter_run(config: PPOConfig, session: Session, held: ExitStack) -> RunFolder:
+    """Rank 0 makes the run folder and locks it for as long as `held` lasts; all ranks open it.
+
+    ConfigError if it holds a run that was started with other settings, or if another process is writing to it."""
     if session.is_main:
         values = config.model_dump(mode="json")
         folder = create_run(config.output_dir, "ppo", values, config.resume)
+        held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.checkpoints() or folder.manifest()["status"] == "done":
             _require_same(folder, values)
         else:  # nothing was kept of what ran under other settings
@@ -163,6 +174,7 @@ def restore(loop: PPOLoop) -> None:
     restore_state(loop.learner.engine, load_file(checkpoint.path / "optimizer.safetensors"))
     loop.controller.load_state_dict(state["kl_controller"])
     loop.moments.load_state_dict(state["reward_moments"])
+    loop.oversight.guards.load_state_dict(state.get("guards", {}))
     progress = loop.progress
     progress.step, progress.tokens, progress.seconds = state["step"], state["tokens"], state["seconds"]
     progress.best = Best(state["best"]["step"], float.fromhex(state["best"]["reward"]))
@@ -227,6 +239,7 @@ def _state(loop: PPOLoop) -> dict[str, Any]:
         "last": progress.last,
         "kl_controller": loop.controller.state_dict(),
         "reward_moments": loop.moments.state_dict(),
+        "guards": loop.oversight.guards.state_dict(),
         "adapter_version": loop.learner.published.version,
         "adapter_sha256": loop.learner.published.sha256,
         "rollout_waits": loop.rollouts.waiting is not None,

@@ -9,6 +9,7 @@ from rlhf_ray.config import STAGES
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.models.artifact import RunFolder, is_run, open_run
+from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.run import Run
 from rlhf_ray.stages.pipeline import config_class
 
@@ -21,7 +22,8 @@ def resume(run: str | Path, console: Console | None = None, reset_data: bool = F
     folder = open_run(run, verify=False)
     console = console or LocalConsole()
     if reset_data:
-        _forget_data(folder)
+        with folder.lock(WAIT_S, console.log):
+            _forget_data(folder)
     if folder.stage == "demo":
         from rlhf_ray.stages.demo import demo
 

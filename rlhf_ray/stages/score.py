@@ -20,7 +20,7 @@ from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.maths.stats import preference_metrics, standard_error, wilson_interval
 from rlhf_ray.metrics import figure
-from rlhf_ray.roles.rewards import FunctionReward, Texts
+from rlhf_ray.roles.rewards import FunctionReward, Texts, all_finite
 from rlhf_ray.session import process_session
 from rlhf_ray.stages.quiet import quiet_libraries
 from rlhf_ray.stages.rows_file import write_rows
@@ -166,7 +166,7 @@ def function_grader(source: RewardSource, template: str | None) -> Grade:
     def grade(rows: Sequence[Row], replies: Sequence[str]) -> list[float | None]:
         prompts = [frame.render(row.prompt) for row in rows]
         texts = Texts(prompts, list(replies), [[] for _ in rows], [row.columns for row in rows])
-        return list(reward.score(texts).tolist())
+        return list(all_finite(reward.score(texts), f"reward {source.name} ({source.function})").tolist())
 
     return grade
 

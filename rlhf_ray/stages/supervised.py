@@ -26,6 +26,7 @@ from rlhf_ray.models.artifact import RunFolder, atomic_write_text, config_change
 from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone
 from rlhf_ray.models.checkpoints import delete_checkpoint
+from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.report import write_report
 from rlhf_ray.run import Run, load_run
 from rlhf_ray.session import Session, seed_everything
@@ -36,7 +37,10 @@ from rlhf_ray.stages.row_order import RowOrder
 from rlhf_ray.stages.task import Examples, Job, Recipe, SupervisedConfig, Task
 from rlhf_ray.stages.trainer import SupervisedTrainer, total_steps, training_arguments, undisturbed
 
-MAY_CHANGE = ("output_dir", "resume", "run_name", "report_to", "learner.", "logging_steps", "wait_for_resources")
+MAY_CHANGE = (
+    *("output_dir", "resume", "run_name", "report_to", "learner.", "logging_steps", "wait_for_resources"),
+    *("stop_grace_s", "watchdog_s"),
+)
 """Fields that may differ between a finished run and the job that finds it."""
 RELOAD_TOLERANCE = 1e-5
 FIXTURE_ROWS = 4
@@ -68,7 +72,7 @@ def enter(config: SupervisedConfig, session: Session, stage: str, stack: ExitSta
         values = to_dict(config)
         existed = is_run(config.output_dir)
         folder = create_run(config.output_dir, stage, values, config.resume)
-        stack.enter_context(folder.lock())
+        stack.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.manifest()["status"] == "done":
             _require_same(folder, values)
             session.console.log(f"{stage}: {config.output_dir} is finished; nothing to do")
@@ -191,8 +195,9 @@ def train(job: Job, stack: ExitStack) -> Keeper:
     with undisturbed(session.world_size):
         arguments = training_arguments(config, str(job.folder.path), session.device, session.world_size)
         trainer = SupervisedTrainer(job.task, rows, order, config, arguments, session.sum, keeper.log, [keeper])
-    keeper.start()
-    trainer.train()
+    with session.stop.deferred():
+        keeper.start()
+        trainer.train()
     trainer.accelerator.free_memory()
     keeper.keep_best()
     return keeper

@@ -21,7 +21,7 @@ CALLS = 0
 def score(prompts, completions, **columns):
     global CALLS
     CALLS += 1
-    if os.environ.get("FAIL_AT_CALL") == str(CALLS):
+    if CALLS >= int(os.environ.get("FAIL_AT_CALL", 10**9)):
         raise RuntimeError("the reward service is gone")
     return [sum(c.isascii() for c in text) / max(len(text), 1) for text in completions]
 '''

@@ -7,6 +7,7 @@ every test below would pass without testing anything.
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from rlhf_ray.roles.experience import make_experience
 from rlhf_ray.session import process_session
 from rlhf_ray.stages.ppo import PPOLoop, ppo
 from rlhf_ray.stages.ppo_setup import set_up
-from rlhf_ray.stages.ppo_store import start_run
+from rlhf_ray.stages.ppo_store import enter_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 Job = Callable[..., PPOConfig]
@@ -59,7 +60,8 @@ def experience(zero_job: Job, tmp_path: Path) -> str:
         zero_job("stored", 0, learner=HERE, lora={"r": 3, "lora_alpha": 6}),
         process_session(NullConsole(), 1),
     )
-    loop = PPOLoop(job, session, set_up(job, session, start_run(job, session)))
+    with ExitStack() as held:
+        loop = PPOLoop(job, session, set_up(job, session, enter_run(job, session, held)))
     prompts, budgets = loop.setup.schedule.step(1), loop.setup.budgets(1)
     collected = loop.collector.collect(prompts, budgets, loop.active(), loop.decoding, "rollout", 1)
     evaluation = loop.learner.evaluate(collected.rollout, 1)

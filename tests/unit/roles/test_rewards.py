@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
+from rlhf_ray.roles import rewards
 from rlhf_ray.roles.rewards import FunctionReward, Texts
 
 Make = Callable[[str], FunctionReward]
@@ -63,16 +64,38 @@ def test_conversations_stay_conversations(make: Make) -> None:
     ("body", "says"),
     [
         ("return [1.0]", "returned the wrong number of rewards; expected 2; got 1"),
-        ("return [1.0, None]", r"reward of row 1 is not finite \(1 of 2\); got nan"),
-        ("return [float('inf'), 0.0]", "reward of row 0 is not finite"),
         ("return 3.0", "did not return a list of numbers; expected list\\[float\\]; got float"),
-        ("raise KeyError('label')", "raised KeyError: 'label'; fix: mend the function, then resume the run"),
+        ("raise KeyError('label')", "raised KeyError 3 times: 'label'; fix: mend the function, then resume the run"),
     ],
 )
-def test_a_bad_answer_is_named_with_the_function(make: Make, body: str, says: str) -> None:
+def test_a_bad_answer_is_named_with_the_function(
+    make: Make, body: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The bug is in the user's file, not in the package: no `a bug in rlhf_ray`."""
-    with pytest.raises(InvariantError, match=rf"reward mine \(.*mine.py:score\): {says}"):
+    monkeypatch.setattr(rewards, "PAUSES_S", (0.0, 0.0))
+    with pytest.raises((InvariantError, Interrupted), match=rf"reward mine \(.*mine.py:score\): {says}"):
         make(f"def score(prompts, completions):\n    {body}\n").score(texts())
+
+
+def test_a_missing_number_stays_missing(make: Make) -> None:
+    """None and NaN are left for the loop to count and leave out; where none may be missing, the row is named."""
+    found = make("def score(prompts, completions):\n    return [1.0, None]\n").score(texts())
+    assert found[0] == 1.0 and bool(torch.isnan(found[1]))
+    with pytest.raises(InvariantError, match=r"here: reward of row 1 is not finite \(1 of 2\); got nan"):
+        rewards.all_finite(found, "here")
+
+
+def test_a_service_that_comes_back_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 5: a server error, twice; then the same question is answered, and nobody has made up a reward."""
+    monkeypatch.setattr(rewards, "PAUSES_S", (0.0, 0.0))
+    reward = make(
+        "ASKED = []\n"
+        "def score(prompts, completions):\n"
+        "    ASKED.append(list(completions))\n"
+        "    if len(ASKED) < 3:\n        raise ConnectionError('503')\n"
+        "    assert ASKED[0] == ASKED[2]\n    return [1, 2]\n"
+    )
+    assert reward.score(texts()).tolist() == [1.0, 2.0]
 
 
 def test_what_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""What watches over the PPO loop: where it stands, whether it hangs, whether somebody wants it to stop, whether a guard does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import Interrupted, Problem
+from rlhf_ray.faults import reach
+from rlhf_ray.models.artifact import RunFolder, resume_command
+from rlhf_ray.roles.guards import Guards, Tripped
+from rlhf_ray.session import Session
+from rlhf_ray.watchdog import Watchdog
+
+
+class Oversight:
+    """One rank's. guards: what the limits must remember; a checkpoint stores it."""
+
+    def __init__(self, config: PPOConfig, session: Session, folder: RunFolder) -> None:
+        self.session, self.folder = session, folder
+        self.guards = Guards()
+        self.resume = resume_command(config.output_dir)
+        self.watchdog = Watchdog(
+            folder.path, session.rank, session.world_size, config.watchdog_s, session.console, self.resume
+        )
+
+    def enter(self, phase: str, step: int) -> None:
+        """The loop comes to `phase`: it is timed, and it is a point for faults."""
+        self.watchdog.enter(phase, step)
+        reach("learner", phase, step, self.session.rank)
+
+    def stopped(self, reason: str, step: int, save: Callable[[], None]) -> Interrupted:
+        """The error for a run that somebody stopped after `step` whole steps. save: writes that step's checkpoint."""
+        if step == 0:
+            return Interrupted.at(str(self.folder.path), f"{reason} before the first step was done", fix=self.resume)
+        save()
+        return Interrupted.at(str(self.folder.path), f"{reason}; step {step} is saved", fix=self.resume)
+
+    def tripped(self, found: Tripped, save: Callable[[], None]) -> Interrupted:
+        """The error for a guard: what it found, which checkpoint is good, how to go on."""
+        if found.saves:
+            save()
+        good = [c.path.name for c in self.folder.checkpoints()]
+        last = f"the last checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        fix = "; ".join(filter(None, (found.problem.fix, last, self.resume)))
+        problem: Problem = replace(found.problem, fix=fix)
+        return Interrupted(problem)

@@ -1,0 +1,159 @@
+"""Faults that need no Ray: damaged files, a full disk, numbers that are not finite, guards, two writers."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.metrics import read_metrics
+from rlhf_ray.models.artifact import open_run
+
+pytestmark = pytest.mark.integration
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+FILES = (
+    "adapter/adapter_model.safetensors",
+    "value/adapter_model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+DAMAGES: tuple[Callable[[Path], None], ...] = (cut, flip, Path.unlink)
+
+
+@pytest.fixture(scope="module")
+def stopped(world: Any) -> Path:
+    """A run that was killed in its fourth step, with three checkpoints."""
+    child = world.start("ppo", world.job("stopped"), fault="learner:update:step=4:kill")
+    assert child.wait() == -signal.SIGKILL, child.text
+    return Path(world.run("stopped"))
+
+
+@pytest.mark.parametrize("number", range(len(FILES)))
+def test_a_damaged_checkpoint_is_passed_over(
+    world: Any, untouched: Path, stopped: Path, number: int, note: Any, same: Any
+) -> None:
+    """Fault 19. The newest loses a file in one way, the one before it in another; the warning names both files."""
+    name = f"damaged-{number}"
+    run = world.copy("stopped", name)
+    newest, before = (run / "checkpoints" / f"step_00000{n}" for n in (3, 2))
+    first, second = FILES[number], FILES[(number + 1) % len(FILES)]
+    for place, file, damage in ((newest, first, DAMAGES[number % 3]), (before, second, DAMAGES[(number + 1) % 3])):
+        # A bit flipped in a manifest reads as the damage of a file that it names, or as none.
+        (cut if file == "manifest.json" else damage)(place / file)
+    said = world.finish(name)
+    for place, file in ((newest, first), (before, second)):
+        assert any("not usable" in line and str(place / file) in line for line in said.splitlines()), said
+    assert "going on from step 1 " in said
+    note(19, same(untouched, run), "older checkpoint used, both files named, same weights and metrics")
+
+
+def test_no_checkpoint_left_is_never_a_fresh_start(world: Any, stopped: Path, note: Any) -> None:
+    run = world.copy("stopped", "none-left")
+    for checkpoint in open_run(run, verify=False).checkpoints():
+        flip(checkpoint.path / "optimizer.safetensors")
+    child = world.start("resume", "runs/none-left")
+    code = child.wait()
+    assert len(child.text.splitlines()[-4:]) == 4 and "no valid checkpoint is left" in child.text, child.text
+    note(19, code == 5, "none left: exit 5")
+
+
+@pytest.mark.parametrize("point", ["save", "save_written", "save_sealed"])
+def test_disk_full(world: Any, untouched: Path, point: str, note: Any, same: Any) -> None:
+    """Fault 17. One line with the path and the room there is; the checkpoint before is intact."""
+    name = f"full-{point}"
+    child = world.start("ppo", world.job(name), fault=f"learner:{point}:step=5:full")
+    code, last = child.wait(), child.text.splitlines()[-1]
+    assert "bytes free" in last and "rlhf-ray resume " in last and last.endswith(f"runs/{name}"), child.text
+    kept = open_run(world.run(name), verify=False).checkpoints()
+    kept[-1].verify()
+    assert (code, kept[-1].step) == (75, 4)
+    assert not list((world.run(name) / "checkpoints").glob("*.tmp-*"))
+    world.finish(name)
+    note(17, same(untouched, world.run(name)), "exit 75, previous checkpoint intact, same weights and metrics")
+
+
+class TestNotFinite:
+    """Faults 6 and 20."""
+
+    def test_one_gradient_is_left_out_and_counted(self, world: Any, note: Any) -> None:
+        name = "one-nan"
+        fault = "learner:gradient:step=3:nan"
+        child = world.start("ppo", world.job(name, max_steps=4), fault=fault, marks=world.folder / "marks-nan")
+        assert child.wait() == 0, child.text
+        rows = [r for r in read_metrics(world.run(name) / "metrics.jsonl") if "policy/skipped_updates" in r]
+        note(20, [r["policy/skipped_updates"] for r in rows] == [0.0, 0.0, 1.0, 0.0], "skipped and counted")
+
+    @pytest.mark.parametrize("stage", [0, 2])
+    def test_three_in_a_row_stop_the_run(self, world: Any, stage: int, note: Any) -> None:
+        name = f"nan-{stage}"
+        learner = {"num_workers": 0, "num_threads": 1, "zero_stage": stage}
+        job = world.job(name, num_ppo_epochs=2, learner=learner)
+        child = world.start("ppo", job, fault="learner:gradient:step=3:nan")
+        code, last = child.wait(), child.text.splitlines()[-1]
+        assert last.startswith("error: step 3: 3 updates in a row had a gradient that is not finite"), child.text
+        assert "the last checkpoint is step_000002" in last and last.endswith(f"rlhf-ray resume runs/{name}")
+        note(20, code == 75, "three in a row: exit 75, last good named")
+
+    def test_a_reward_that_is_not_finite_stops_the_step_before_anything_is_learned(
+        self, world: Any, untouched: Path, note: Any, same: Any
+    ) -> None:
+        child = world.start("ppo", world.job("bad"), fault="scorer:score:step=4:nan")
+        code, last = child.wait(), child.text.splitlines()[-1]
+        assert "is not finite for 2 of 16 replies (first row 0)" in last and "step_000003" in last, child.text
+        world.finish("bad")
+        note(6, code == 75 and same(untouched, world.run("bad")), "over 5 %: exit 75, then same weights and metrics")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_kl": 1e-6, "learning_rate": 0.05}, "kl/k1_per_response is beyond max_kl"),
+        ({"max_clip_fraction": 1e-6, "learning_rate": 0.05}, "policy/clip_fraction is beyond max_clip_fraction"),
+        ({"min_finished": 1.0}, "response/finished is beyond min_finished"),
+    ],
+    ids=["max_kl", "max_clip_fraction", "min_finished"],
+)
+def test_a_policy_that_runs_away_is_stopped(world: Any, changes: dict[str, Any], says: str, note: Any) -> None:
+    """Fault 22. The checkpoint of that step is kept, and so is the reason."""
+    (name,) = [n for n in changes if n.startswith("m")]
+    child = world.start("ppo", world.job(name, **changes))
+    code, last = child.wait(), child.text.splitlines()[-1]
+    assert says in last, child.text
+    kept = open_run(world.run(name), verify=False).checkpoints()[-1]
+    assert f"the last checkpoint is {kept.path.name}" in last and last.startswith(f"error: step {kept.step}: ")
+    note(22, code == 75, "exit 75 with figure and limit, checkpoint kept")
+
+
+def test_two_runs_on_one_folder(world: Any, untouched: Path, note: Any, same: Any, until: Any) -> None:
+    """Fault 28. The second says who holds the run; a dead holder holds nothing."""
+    child = world.start("ppo", world.job("shared"), fault="learner:update:step=4:stop")
+    log = world.run("shared") / "metrics.jsonl"
+    until(lambda: log.exists() and len(read_metrics(log)) >= 4)
+    started = time.monotonic()
+    second = world.start("ppo", world.job("shared"))
+    code = second.wait()
+    assert "already holds a run" in second.text and code == 2, second.text
+    third = world.start("resume", "runs/shared")
+    code = third.wait()
+    last, waited = third.text.splitlines()[-1], time.monotonic() - started
+    assert f"pid {child.pid}" in last and "host " in last and 30 <= waited < 90, third.text
+    child.process.kill()
+    child.wait()
+    world.finish("shared")
+    note(28, code == 2 and same(untouched, world.run("shared")), "exit 2 naming host and pid after 30 s")

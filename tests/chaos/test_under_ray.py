@@ -1,0 +1,189 @@
+"""Processes of a Ray job that die, hang or are told to stop. One worker computes the bits of one process, so the run that nobody
+touched is that of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.metrics import read_metrics
+from rlhf_ray.models.artifact import open_run
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+ONE = {"learner": {"num_workers": 1, "num_threads": 1}}
+SPLIT = {
+    **ONE,
+    "placement": "split",
+    "generator": {"num_actors": 2, "num_gpus": 0.0, "num_threads": 1, "timeout_s": 15.0},
+    "scorer": {"num_gpus": 0.0, "num_threads": 1},
+}
+LOST = "warning: the learner group was lost; start 2, from the newest checkpoint"
+
+
+def family(pid: int) -> dict[int, str]:
+    """pid -> command of every living process that descends from `pid`, itself included."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            status = (entry / "stat").read_text().rpartition(")")[2].split()
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue
+        if status[0] != "Z":
+            parents[int(entry.name)], names[int(entry.name)] = int(status[1]), command
+    found = {pid}
+    while more := {p for p, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {p: names[p] for p in found if p in names}
+
+
+def of_ray(pid: int, word: str) -> int:
+    """The process of this job's Ray whose command starts with ray::WORD."""
+    (found,) = [p for p, name in family(pid).items() if name.startswith(f"ray::{word}")]
+    return found
+
+
+def alive(pids: set[int]) -> list[int]:
+    return [p for p in pids if Path(f"/proc/{p}").exists() and " Z " not in Path(f"/proc/{p}/stat").read_text()]
+
+
+def steps(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return max((int(r["step"]) for r in read_metrics(log)), default=-1) if log.exists() else -1
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "marks"
+
+
+def test_a_learner_that_is_killed_is_started_again(
+    world: Any, untouched: Path, marks: Path, note: Any, same: Any
+) -> None:
+    """Fault 7: Ray Train starts the group again, and at most one step is done twice."""
+    child = world.start("ppo", world.job("learner", **ONE), fault="learner:update:step=4:kill", marks=marks)
+    assert child.wait() == 0, child.text
+    assert LOST in child.text and "going on from step 3 " in child.text
+    note(7, same(untouched, world.run("learner")), "started again by itself, same weights and metrics")
+
+
+def test_a_driver_that_is_killed(world: Any, untouched: Path, note: Any, same: Any, until: Any) -> None:
+    """Fault 10: `resume` in the same second waits for the old worker's lock; nothing of the old Ray is left half a minute later."""
+    child = world.start("ppo", world.job("driver", **ONE))
+    run = world.run("driver")
+    until(lambda: steps(run) >= 3, what=child.text)
+    others = set(family(child.pid)) - {child.pid}
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    again = world.start("resume", "runs/driver")
+    gone = time.monotonic()
+    until(lambda: not alive(others), 60, "processes of the old Ray")
+    took = time.monotonic() - gone
+    assert again.wait() == 0, again.text
+    assert took < 30
+    note(10, same(untouched, run), "resume 0 s later; no process left after 30 s")
+
+
+def test_sigterm(world: Any, untouched: Path, note: Any, same: Any, until: Any) -> None:
+    """Fault 11, the driver of a Ray job: as `ray job stop` and a batch system do it."""
+    child = world.start("ppo", world.job("sigterm", **ONE))
+    run = world.run("sigterm")
+    until(lambda: steps(run) >= 3, what=child.text)
+    others = set(family(child.pid)) - {child.pid}
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 75, child.text
+    last = child.text.splitlines()[-1]
+    assert "SIGTERM; step " in last and last.endswith("rlhf-ray resume runs/sigterm"), last
+    until(lambda: not alive(others), 30, "processes of the old Ray")
+    assert not list(run.parent.glob(".rlhf-ray-*"))
+    world.finish("sigterm")
+    note(11, same(untouched, run), "exit 75, no step lost, same weights and metrics")
+
+
+@pytest.mark.long
+class TestAtLength:
+    """A minute or more each."""
+
+    def test_the_controller_is_killed(self, world: Any, untouched: Path, note: Any, same: Any, until: Any) -> None:
+        """Fault 9: nobody starts it again, so the run ends with 75."""
+        child = world.start("ppo", world.job("controller", **ONE))
+        run = world.run("controller")
+        until(lambda: steps(run) >= 2, what=child.text)
+        os.kill(of_ray(child.pid, "TrainController"), signal.SIGKILL)
+        code, last = child.wait(), child.text.splitlines()[-1]
+        assert "its controller died" in last and last.endswith("rlhf-ray resume runs/controller"), child.text
+        world.finish("controller")
+        note(9, code == 75 and same(untouched, run), "exit 75, then same weights and metrics")
+
+    def test_a_learner_that_hangs(self, world: Any, untouched: Path, marks: Path, note: Any, same: Any) -> None:
+        """Fault 8: its stack is written, and the group starts again."""
+        job = world.job("hang", watchdog_s=10.0, **ONE)
+        child = world.start("ppo", job, fault="learner:update:step=5:sleep=3600", marks=marks)
+        assert child.wait(400) == 0, child.text
+        assert LOST in child.text and "step 5, rank 0: update has taken 1" in child.text
+        assert "in reach" in (world.run("hang") / "stacks" / "rank_0.txt").read_text()
+        note(8, same(untouched, world.run("hang")), "noticed, stacks written, same weights and metrics")
+
+    def test_one_of_two_ranks_is_killed(self, world: Any, tmp_path: Path, note: Any, same: Any) -> None:
+        """Fault 7. The other rank sees its peer go; both start again."""
+        two = {"learner": {"num_workers": 2, "num_threads": 1}}
+        plain = world.start("ppo", world.job("two", **two))
+        assert plain.wait() == 0, plain.text
+        fault = "learner:minibatch:step=4:rank=1:kill"
+        child = world.start("ppo", world.job("two-killed", **two), fault=fault, marks=tmp_path / "marks")
+        assert child.wait() == 0, child.text
+        assert LOST in child.text
+        note(7, same(world.run("two"), world.run("two-killed")), "started again by itself, same weights and metrics")
+
+    def test_a_group_that_dies_again_and_again(self, world: Any, note: Any) -> None:
+        child = world.start("ppo", world.job("doomed", **ONE), fault="learner:update:step=3:kill")
+        code, last = child.wait(400), child.text.splitlines()[-1]
+        assert "the learner group was lost 4 times" in last and last.endswith("rlhf-ray resume runs/doomed"), child.text
+        kept = open_run(world.run("doomed"), verify=False).checkpoints()
+        note(7, (code, kept[-1].step) == (75, 2), "after three restarts: exit 75")
+
+    def test_an_error_that_would_come_again_is_not_tried_again(self, world: Any, note: Any) -> None:
+        """A worker's own error ends the run at once, as it is, whatever the number of ranks."""
+        two = {"learner": {"num_workers": 2, "num_threads": 1}}
+        child = world.start("ppo", world.job("wrong", **two), fault="learner:update:step=2:rank=1:raise")
+        code, text = child.wait(400), child.text
+        assert "fault asked for by RLHF_RAY_FAULT" in text.splitlines()[-1] and LOST not in text, text
+        assert code == 1
+
+    @pytest.mark.parametrize(
+        ("number", "fault", "says"),
+        [
+            (1, "actor:generate_with:call=3:kill", "generator 0: lost while sampling chunk"),
+            (2, "actor:generate_with:call=3:stop", "no answer within 15 s while sampling chunk"),
+            (5, "actor:score_at:call=3:kill", "scorer 0: lost while scoring chunk"),
+        ],
+        ids=["generator killed", "generator stopped", "scorer killed"],
+    )
+    def test_generators_and_scorers(
+        self, world: Any, untouched: Path, marks: Path, number: int, fault: str, says: str, note: Any, same: Any
+    ) -> None:
+        """Faults 1, 2, 4, 5: only that actor starts again, its chunk is done again by the adapter that was asked for."""
+        name = f"actor-{number}"
+        child = world.start("ppo", world.job(name, **SPLIT), fault=fault, marks=marks)
+        assert child.wait(400) == 0, child.text
+        assert says in child.text and LOST not in child.text, child.text
+        retries = sum(r.get("faults/retries", 0) for r in read_metrics(world.run(name) / "metrics.jsonl"))
+        note(number, retries >= 1 and same(untouched, world.run(name)), "0 steps lost, same weights and metrics")
+
+    def test_no_generator_is_left(self, world: Any, note: Any) -> None:
+        """Fault 3: it dies at every call until its restarts are used up."""
+        one = {**SPLIT, "generator": {"num_actors": 1, "num_gpus": 0.0, "num_threads": 1}}
+        child = world.start("ppo", world.job("none", **one), fault="actor:generate_with:kill")
+        started = time.monotonic()
+        code, last = child.wait(400), child.text.splitlines()[-1]
+        assert "generator 0" in last and last.endswith("rlhf-ray resume runs/none"), child.text
+        note(3, code == 75, f"exit 75 naming actor and last error, {time.monotonic() - started:.0f} s from the start")

@@ -55,14 +55,14 @@ def _fields_table(stage: str) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    from rlhf_ray.config import STAGES, PipelineConfig, SweepConfig
+    from rlhf_ray.config import STAGES, PipelineConfig, Section, SweepConfig
     from rlhf_ray.config.load import describe
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("Field of the job file", no_wrap=True)
     for name in ("Type", "Default", "Meaning"):
         table.add_column(name, overflow="fold")
-    classes = {**STAGES, "pipeline": PipelineConfig, "sweep": SweepConfig}
+    classes: dict[str, type[Section]] = {**STAGES, "pipeline": PipelineConfig, "sweep": SweepConfig}
     for row in describe(classes[stage]):
         table.add_row(*(Text(cell) for cell in (row.name, row.type, row.default, row.meaning)))
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140

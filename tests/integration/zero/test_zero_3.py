@@ -7,8 +7,8 @@ every test below would pass without testing anything.
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 

@@ -156,7 +156,7 @@ def test_what_cannot_be_is_told_before_the_first_trial(
     for message, changes in (
         (r"space.kl_coeff=0.1: unknown key.*did you mean kl_coef", {"space": {"kl_coeff": [0.1]}}),
         (r"space.kl_coef=-1", {"space": {"kl_coef": [-1.0]}}),
-        (r"num_mini_batches: 3 does not divide", {"space": {"num_mini_batches": [1, 3]}}),
+        (r"space.num_mini_batches=3: 3 does not divide", {"space": {"num_mini_batches": [1, 3]}}),
         (r"metric: no reward of the job has this name.*eval/reward/ascii", {"metric": "eval/reward/judge"}),
         (r"space.kl_coef: a grid has no ranges", {"space": {"kl_coef": {"uniform": [0.1, 1.0]}}}),
     ):

@@ -12,7 +12,7 @@ import pytest
 from rlhf_ray.config import PPOConfig
 
 REWARD = '''
-"""The share of ASCII characters. The process whose id is in file `victim` is killed in the rollout of step 1."""
+"""The share of ASCII characters. File `victim`: a process id, and a signal (SIGKILL), which is sent in the rollout of step 1."""
 import os
 import signal
 from pathlib import Path
@@ -25,9 +25,9 @@ def score(prompts, completions, **columns):
     global CALLS
     CALLS += 1
     if CALLS >= 8 and VICTIM.is_file():
-        pid = int(VICTIM.read_text())
+        pid, *how = map(int, VICTIM.read_text().split())
         VICTIM.unlink()
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, how[0] if how else signal.SIGKILL)
     return [sum(c.isascii() for c in text) / max(len(text), 1) for text in completions]
 '''
 

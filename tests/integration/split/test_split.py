@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,16 @@ def test_two_learner_ranks_hand_out_their_own_chunks(two_gpus: Any, split_job: J
 
 
 class Assassin(Console):
-    """Tells the reward function, which then kills it, the process id of a generator."""
+    """Tells the reward function, which then kills (or stops) it, the process id of an actor."""
 
-    def __init__(self, victim: Path, who: str) -> None:
-        self.victim, self.who, self.text = victim, who, ""
+    def __init__(self, victim: Path, who: str, how: int = signal.SIGKILL) -> None:
+        self.victim, self.who, self.how, self.text = victim, who, how, ""
 
     def emit(self, event: dict[str, Any]) -> None:
         self.text += "\n".join([*event.get("lines", []), event.get("text", "")]) + "\n"
         found = re.search(self.who + r" +pid (\d+)", self.text)
         if found and event["kind"] == "header":
-            self.victim.write_text(found[1])
+            self.victim.write_text(f"{found[1]} {int(self.how)}")
 
 
 def test_a_generator_killed_in_a_rollout(two_gpus: Any, split_job: Job, tmp_path: Path, colocated: Run) -> None:
@@ -121,3 +122,27 @@ def test_the_only_generator_killed(two_gpus: Any, split_job: Job, tmp_path: Path
     assert not (tmp_path / "victim").exists(), "nobody was killed"
     assert "generator 0: is back, pid" in console.text
     assert adapter_sha256(run) == adapter_sha256(colocated)
+
+
+def test_the_only_scorer_killed_in_a_step(two_gpus: Any, split_job: Job, tmp_path: Path, colocated: Run) -> None:
+    """Fault 5: chunks wait for its restart and are scored again; none is made up."""
+    console = Assassin(tmp_path / "victim", "scorer 0")
+    run = ppo(split_job("scorer"), console)
+    assert not (tmp_path / "victim").exists(), "nobody was killed"
+    assert "scorer 0: lost while scoring chunk" in console.text and "scorer 0: is back, pid" in console.text
+    assert re.search(r"scorer 0  restarted: pid \d+ on", (Path(run.run_dir) / "roles.log").read_text())
+    assert (run.steps, adapter_sha256(run)) == (colocated.steps, adapter_sha256(colocated))
+    assert deterministic(run) == deterministic(colocated)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("who", ["generator 1", "scorer 0"])
+def test_an_actor_that_hangs(two_gpus: Any, split_job: Job, tmp_path: Path, colocated: Run, who: str) -> None:
+    """Fault 2: SIGSTOP. After `timeout_s` without a chunk it is ended, restarted, and its chunks done again."""
+    console, role = Assassin(tmp_path / "victim", who, signal.SIGSTOP), who.split()[0]
+    given = split_job("x").model_dump(exclude_unset=True)[role]
+    run = ppo(split_job("hangs", **{role: {**given, "timeout_s": 45.0}}), console)
+    assert not (tmp_path / "victim").exists(), "nobody was stopped"
+    assert f"{who}: no answer within 45 s while" in console.text
+    assert (run.steps, adapter_sha256(run)) == (colocated.steps, adapter_sha256(colocated))
+    assert deterministic(run) == deterministic(colocated)

@@ -1,12 +1,14 @@
 """The driver's part of placing a job: what it needs is there, or nothing is kept.
 
 Generators and scorers get a placement group of their own, before the learner group, which Ray Train places by itself. So that two
-jobs cannot each hold half of what they need, the learner's share is taken as well, for the moment in which it is found out whether
-both fit; Train then takes it over. What cannot be had in time is given back, and the job ends with exit code 3.
+jobs cannot each hold half of what they need, a job waits for all of it in one piece, and holds nothing while it waits. Then it
+takes its parts one by one; a job that gets only half, because another one came in between, gives it back and waits again. What
+cannot be had in time is given back, and the job ends with exit code 3.
 """
 
 from __future__ import annotations
 
+import random
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,8 @@ from rlhf_ray.plan.asks import Ask, Node, described, processes, split_job
 from rlhf_ray.plan.preflight import nodes_of
 from rlhf_ray.session import usable_cores
 
+PART_S = 2.0
+"""How long a job tries for a part of what it has just seen free as a whole."""
 TELL_S = 10.0
 """Seconds between two lines about what is missing."""
 MOST_NODES = 64
@@ -39,16 +43,9 @@ def placed(config: JobFields, asks: Sequence[Ask], console: Console) -> Iterator
     Raises ResourceError if they cannot be had within `wait_for_resources` seconds. All is given back at the end."""
     from ray.util.placement_group import remove_placement_group
 
-    split, deadline = split_job(config), time.monotonic() + config.wait_for_resources
-    group, pools = None, None
-
-    def reserve(wanted: list[Ask]) -> Any:
-        return _reserve(wanted, config.wait_for_resources, deadline, console)
-
+    split, group, pools = split_job(config), None, None
     try:
-        if split is not None:
-            group = reserve([a for a in asks if a.role != "learner"])
-        remove_placement_group(reserve([a for a in asks if a.role == "learner"]))
+        group = _take(asks, config.wait_for_resources, console)
         if split is not None:
             pools = _start(split, asks, group, f"rlhf-ray resume {shlex.quote(config.output_dir)}")
         yield pools
@@ -61,18 +58,35 @@ def placed(config: JobFields, asks: Sequence[Ask], console: Console) -> Iterator
             remove_placement_group(group)
 
 
-def _reserve(asks: Sequence[Ask], wait_s: float, deadline: float, console: Console) -> Any:
-    """A placement group with a bundle for every process of `asks`. ResourceError, and nothing kept, if it is not there in time."""
-    from ray.util.placement_group import placement_group, remove_placement_group
+def _take(asks: Sequence[Ask], wait_s: float, console: Console) -> Any:
+    """A placement group of generators and scorers (None if there are none), when the learner group fits beside it.
 
-    pieces = [ask for ask in asks for _ in range(ask.count)]
-    labels = [dict(ask.labels) for ask in pieces]
-    group = placement_group(
-        [dict(ask.each) for ask in pieces],
-        strategy="PACK",
-        bundle_label_selector=labels if any(labels) else None,  # type: ignore[arg-type]
-    )
-    there = False
+    ResourceError, and nothing kept, if that is not so within `wait_s` seconds."""
+    from ray.util.placement_group import remove_placement_group
+
+    deadline = time.monotonic() + wait_s
+    actors, learner = [a for a in asks if a.role != "learner"], [a for a in asks if a.role == "learner"]
+    while True:
+        remove_placement_group(_wait(asks, wait_s, deadline, console))
+        if not actors:
+            return None
+        group = _within(actors, PART_S)
+        if group is not None:
+            share = _within(learner, PART_S * (1.0 + random.random()))  # two jobs must not give up together
+            if share is not None:
+                remove_placement_group(share)
+                return group
+            remove_placement_group(group)
+        if time.monotonic() > deadline:
+            raise _missing(asks, wait_s)
+        time.sleep(PART_S * random.random())
+
+
+def _wait(asks: Sequence[Ask], wait_s: float, deadline: float, console: Console) -> Any:
+    """A placement group of everything, told of while it is missing. ResourceError if it is not there in time."""
+    from ray.util.placement_group import remove_placement_group
+
+    group, there = _asked(asks), False
     try:
         while not there:
             left = deadline - time.monotonic()
@@ -85,16 +99,46 @@ def _reserve(asks: Sequence[Ask], wait_s: float, deadline: float, console: Conso
         if not there:
             remove_placement_group(group)
     if not there:
-        kinds = dict.fromkeys(kind for ask in asks for kind in ask.each)
-        raise ResourceError.at(
-            " and ".join(ask.role for ask in asks),
-            f"cannot be placed within {wait_s:g} s: other jobs hold what they need, or nodes are missing"
-            f" ({', '.join(map(str, asks))})",
-            described({kind: sum(ask.total(kind) for ask in asks) for kind in kinds}),
-            f"{_free(asks)} free",
-            "wait for the other job to end, or start again with --wait-for-resources 600",
-        )
+        raise _missing(asks, wait_s)
     return group
+
+
+def _within(asks: Sequence[Ask], seconds: float) -> Any:
+    """A placement group, or None, and nothing kept."""
+    from ray.util.placement_group import remove_placement_group
+
+    group, there = _asked(asks), False
+    try:
+        there = group.wait(seconds)
+    finally:
+        if not there:
+            remove_placement_group(group)
+    return group if there else None
+
+
+def _asked(asks: Sequence[Ask]) -> Any:
+    """A placement group with a bundle for every process of `asks`, perhaps not there yet."""
+    from ray.util.placement_group import placement_group
+
+    pieces = [ask for ask in asks for _ in range(ask.count)]
+    labels = [dict(ask.labels) for ask in pieces]
+    return placement_group(
+        [dict(ask.each) for ask in pieces],
+        strategy="PACK",
+        bundle_label_selector=labels if any(labels) else None,  # type: ignore[arg-type]
+    )
+
+
+def _missing(asks: Sequence[Ask], wait_s: float) -> ResourceError:
+    kinds = dict.fromkeys(kind for ask in asks for kind in ask.each)
+    return ResourceError.at(
+        " and ".join(ask.role for ask in asks),
+        f"cannot be placed within {wait_s:g} s: other jobs hold what they need, or nodes are missing"
+        f" ({', '.join(map(str, asks))})",
+        described({kind: sum(ask.total(kind) for ask in asks) for kind in kinds}),
+        f"{_free(asks)} free",
+        "wait for the other job to end, or start again with --wait-for-resources 600",
+    )
 
 
 def _free(asks: Sequence[Ask]) -> str:

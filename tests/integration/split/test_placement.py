@@ -38,16 +38,17 @@ def test_an_impossible_request_is_refused_at_once(two_gpus: Any, split_job: Job,
     assert free(two_gpus) == {"CPU": 3.0, "GPU": 2.0}
 
 
-def test_half_of_what_a_job_needs_is_given_back(two_gpus: Any, split_job: Job, console: Any) -> None:
+def test_half_of_what_a_job_needs_is_not_kept(two_gpus: Any, split_job: Job, console: Any) -> None:
     """Its actors can be placed, its learner cannot: another job holds the second GPU."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     other = placement_group([{"GPU": 1.0}])
     assert other.wait(10)
     try:
-        with pytest.raises(
-            ResourceError, match=r"learner: cannot be placed within 2 s: other jobs hold.*got .* 0 GPU free"
-        ):
+        wanted = (
+            r"generator and scorer and learner: cannot be placed within 2 s: .*expected .* 2 GPU; got .* 1 GPU free"
+        )
+        with pytest.raises(ResourceError, match=wanted):
             ppo(split_job("second", wait_for_resources=2.0), console)
         deadline = time.monotonic() + 5
         while free(two_gpus)["GPU"] < 1.0 and time.monotonic() < deadline:
@@ -86,3 +87,34 @@ def test_two_runs_where_one_fits(two_gpus: Any, split_job: Job, console: Any, mo
     finally:
         thread.join(240)
     assert [(type(run), run.steps) for run in done] == [(Run, 6)]
+
+
+def test_two_jobs_at_the_same_moment(two_gpus: Any, split_job: Job, console: Any) -> None:
+    """Both start to wait while a third job holds the cluster, and each could get half of what it needs when that ends: one gets all
+    of it, the other ends with exit code 3 and holds nothing."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from rlhf_ray.plan.asks import role_asks
+    from rlhf_ray.stages.placement import placed
+
+    third, over, ends = placement_group([{"GPU": 1.0}] * 2), threading.Event(), []
+    assert third.wait(10)
+
+    def place(name: str) -> None:
+        job = split_job(name, wait_for_resources=20.0)
+        try:
+            with placed(job, role_asks(job, two_gpus.cluster_resources(), False), console) as pools:
+                ends.append(len(pools.actors["generator"]))
+                assert over.wait(60)
+        except ResourceError as error:
+            ends.append(error.exit_code)
+            over.set()
+
+    threads = [threading.Thread(target=place, args=(name,)) for name in ("one", "other")]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    remove_placement_group(third)
+    for thread in threads:
+        thread.join(90)
+    assert sorted(ends) == [2, 3], "generators of the one, exit code of the other"

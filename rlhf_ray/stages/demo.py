@@ -164,7 +164,6 @@ def sweep_values(folder: Path, config: PipelineConfig) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "again" / "sweep"),
         **shared,
-        "report_to": [],
         "seeds": [0, 1],
         "metric": "eval/reward/true_reward",
         "kl_cap": 5.0,

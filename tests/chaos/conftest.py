@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -265,6 +266,14 @@ def untouched(world: World) -> Path:
     child = world.start("ppo", world.job("untouched"))
     assert child.wait() == 0, child.text
     return world.run("untouched")
+
+
+@pytest.fixture(scope="module")
+def stopped(world: Any) -> Path:
+    """A run that was killed in its fourth step, with three checkpoints."""
+    child = world.start("ppo", world.job("stopped"), fault="learner:update:step=4:kill")
+    assert child.wait() == -signal.SIGKILL, child.text
+    return Path(world.run("stopped"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,14 +33,6 @@ FILES = (
     "manifest.json",
 )
 DAMAGES: tuple[Callable[[Path], None], ...] = (cut, flip, Path.unlink)
-
-
-@pytest.fixture(scope="module")
-def stopped(world: Any) -> Path:
-    """A run that was killed in its fourth step, with three checkpoints."""
-    child = world.start("ppo", world.job("stopped"), fault="learner:update:step=4:kill")
-    assert child.wait() == -signal.SIGKILL, child.text
-    return Path(world.run("stopped"))
 
 
 @pytest.mark.parametrize("number", range(len(FILES)))

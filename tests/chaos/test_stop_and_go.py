@@ -25,7 +25,12 @@ def newest(run: Path) -> int:
     return kept[-1].step if kept else 0
 
 
-@pytest.mark.parametrize(("step", "phase"), enumerate(PHASES, start=1))
+def some(values: Any, short: tuple[Any, ...]) -> list[Any]:
+    """All of `values`; but for those in `short`, they are left to the long run."""
+    return [pytest.param(*v, marks=() if v[0] in short else pytest.mark.long) for v in values]
+
+
+@pytest.mark.parametrize(("step", "phase"), some(enumerate(PHASES, start=1), (3, 6, 10)))
 def test_sigterm_in_every_step_and_every_phase(
     world: Any, untouched: Path, step: int, phase: str, note: Any, same: Any
 ) -> None:
@@ -43,7 +48,7 @@ def test_sigterm_in_every_step_and_every_phase(
     note(11, same(untouched, world.run(name)), "exit 75, no step lost, same weights and metrics")
 
 
-@pytest.mark.parametrize("point", SAVES)
+@pytest.mark.parametrize("point", some([(s,) for s in SAVES], (SAVES[1], SAVES[2])))
 def test_killed_in_a_save(world: Any, untouched: Path, point: str, note: Any, same: Any) -> None:
     """Fault 18. kill -9 between two writes of a checkpoint."""
     name = point.split(":")[1]
@@ -53,7 +58,7 @@ def test_killed_in_a_save(world: Any, untouched: Path, point: str, note: Any, sa
     note(18, same(untouched, world.run(name)), "same weights and metrics")
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", some([(n,) for n in range(10)], (0, 1)))
 def test_killed_at_random(world: Any, untouched: Path, seed: int, note: Any, same: Any, until: Any) -> None:
     """Fault 10, with driver, generator and learner in one process: kill -9 at any moment, `resume` in the next."""
     name = f"kill-{seed}"

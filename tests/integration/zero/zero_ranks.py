@@ -22,6 +22,7 @@ from rlhf_ray.models import forward
 from rlhf_ray.models.adapters import adapter_tensors
 from rlhf_ray.models.sharded import gathered
 from rlhf_ray.models.stack import RoleModels
+from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.optimizer_state import export_state
 from rlhf_ray.session import Session
@@ -89,7 +90,7 @@ def learn(session: Session, job: PPOConfig, experience: str, out: str) -> dict[s
     if job.learner.zero_stage == 3:
         assert_sharded(learner.models)
     rates = {"policy": job.learning_rate, "value": job.learning_rate}
-    stats = learner.update(Experience(**load_file(experience)), 1, rates, 0.05)
+    stats = learner.update(Experience(**load_file(experience)), 1, rates, 0.05, Guards())
     found = {f"policy.{k}": v for k, v in learner.publish().tensors.items()}
     found |= {f"value.{k}": v for k, v in adapter_tensors(learner.models.stack_of("value").peft, "value").items()}
     head = learner.models.head_of("value").weight

@@ -1,0 +1,105 @@
+"""A checkpoint holds nothing in vain: without any one item, the run that goes on is not the run that nobody touched."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf_ray.maths.controllers import make_controller
+from rlhf_ray.maths.stats import RunningMoments
+from rlhf_ray.models.artifact import describe_files
+
+pytestmark = pytest.mark.integration
+Drop = Callable[[Path], None]
+
+
+def state(**fresh: Any) -> Drop:
+    """Items of state.json as they are in a run that has not begun."""
+
+    def drop(checkpoint: Path) -> None:
+        path = checkpoint / "state.json"
+        values = json.loads(path.read_text())
+        assert all(values[name] != value for name, value in fresh.items()), "nothing would be lost"
+        path.write_text(json.dumps({**values, **fresh}))
+
+    return drop
+
+
+def tensors(file: str, wanted: str) -> Drop:
+    """Zeros for all tensors of `file` whose name holds `wanted`."""
+
+    def drop(checkpoint: Path) -> None:
+        found = load_file(checkpoint / file)
+        names = [name for name in found if wanted in name]
+        assert names and any(bool(found[name].any()) for name in names), "nothing would be lost"
+        save_file(found | {name: torch.zeros_like(found[name]) for name in names}, checkpoint / file, {"format": "pt"})
+
+    return drop
+
+
+def nothing(checkpoint: Path) -> None:
+    pass
+
+
+CONTROLLER = make_controller("adaptive", 0.05, 6.0, 10000.0, 0.1).state_dict()
+ITEMS: dict[str, Drop] = {
+    "policy adapter": tensors("adapter/adapter_model.safetensors", "lora_B"),
+    "value adapter": tensors("value/adapter_model.safetensors", "lora_B"),
+    "value head": tensors("value/adapter_model.safetensors", "score"),
+    "mean of gradients, policy": tensors("optimizer.safetensors", "policy."),
+    "mean of gradients": tensors("optimizer.safetensors", "::exp_avg"),
+    "mean of squared gradients": tensors("optimizer.safetensors", "::exp_avg_sq"),
+    "optimizer step": tensors("optimizer.safetensors", "::step"),
+    "KL controller": state(kl_controller=CONTROLLER),
+    "reward statistics": state(reward_moments=RunningMoments().state_dict()),
+    "step": state(step=2),
+    "tokens": state(tokens=0),
+    "best evaluation": state(best={"step": 0, "reward": (-float("inf")).hex()}),
+    "first values": state(first={}),
+    "length of metrics.jsonl": state(metrics_bytes=0),
+    "length of samples.jsonl": state(samples_bytes=0),
+    "hash of the adapter": state(adapter_sha256=""),
+}
+SHORT = ("nothing", "KL controller", "optimizer step", "value head")
+
+
+def without(run: Path, drop: Drop) -> None:
+    """Drop an item of the newest checkpoint, under a manifest that says all is well."""
+    checkpoint = max((run / "checkpoints").glob("step_*"))
+    drop(checkpoint)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    files = describe_files(checkpoint, skip=("manifest.json",))
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+
+
+@pytest.mark.parametrize(
+    "item", [pytest.param(i, marks=() if i in SHORT else pytest.mark.long) for i in ("nothing", *ITEMS)]
+)
+def test_it_is_missed(world: Any, untouched: Path, stopped: Path, item: str, same: Any) -> None:
+    name = "without-" + item.replace(" ", "-").replace(",", "")
+    run = world.copy("stopped", name)
+    without(run, ITEMS.get(item, nothing))
+    child = world.start("resume", f"runs/{name}")
+    code = child.wait()
+    assert code in (0, 5), child.text
+    went_on_alike = code == 0 and same(untouched, run)
+    assert went_on_alike == (item == "nothing"), child.text
+
+
+def test_the_last_values_are_what_a_run_ends_with_that_has_no_step_left(world: Any, untouched: Path, same: Any) -> None:
+    """Killed between its last checkpoint and its summary."""
+    child = world.start("ppo", world.job("ended"), fault="learner:step_end:step=10:kill")
+    assert child.wait() == -signal.SIGKILL, child.text
+    world.copy("ended", "ended-too")
+    world.finish("ended")
+    assert same(untouched, world.run("ended"))
+    without(world.run("ended-too"), state(last={}))
+    world.finish("ended-too")
+    assert not same(untouched, world.run("ended-too"))

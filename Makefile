@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 TRL    := $(VENV)-trl
 OUT    ?= runs/demo
 
-.PHONY: install demo test test-long test-unit check bench clean
+.PHONY: install demo test test-long test-unit chaos check bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,13 +21,18 @@ demo: install
 	$(BIN)/rlhf-ray demo --output-dir $(OUT) $(if $(FRESH),--fresh,)
 
 test: install
-	$(BIN)/python -m pytest -q --durations=10 -m "not long" tests/unit tests/integration
+	$(BIN)/python -m pytest -q --durations=10 -m "not long" tests/unit tests/integration tests/chaos
 
 test-long: install
 	$(BIN)/python -m pytest -q -m long tests/integration
 
 test-unit: install
 	$(BIN)/python -m pytest -q tests/unit
+
+# Every fault of the table, at length; prints the table and leaves it in runs/.
+chaos: install
+	@mkdir -p runs
+	$(BIN)/python -m pytest -q tests/chaos --fault-table runs/faults.md
 
 check: install
 	$(BIN)/ruff format --check .

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,24 @@ import torch.distributed as dist
 
 from rlhf_ray.console import Console
 from rlhf_ray.interrupts import Stop
+
+PREEMPTION_POLL_S = 5.0
+
+
+class Preemption:
+    """Whether the cluster is about to take a node of this group away. ask: tells, or None; all ranks must call it equally often."""
+
+    def __init__(self, ask: Callable[[], Any] | None = None) -> None:
+        self.ask, self.told, self._asked_at = ask, False, time.monotonic()
+
+    def is_due(self) -> bool:
+        return self.ask is not None and not self.told and time.monotonic() - self._asked_at > PREEMPTION_POLL_S
+
+    def is_near(self) -> bool:
+        """True once: the first time that the cluster says so."""
+        self._asked_at = time.monotonic()
+        self.told = self.ask is not None and self.ask() is not None
+        return self.told
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,7 @@ class Session:
     where: str = ""
     stop: Stop = field(default_factory=Stop)
     attempt: int = 0
+    preemption: Preemption = field(default_factory=Preemption)
 
     @property
     def is_main(self) -> bool:
@@ -73,6 +93,12 @@ class Session:
         if self.highest(int(bool(reason))) == 0:
             return ""
         return next(filter(None, self.gather(reason)))
+
+    def is_preempted(self) -> bool:
+        """True once, on all ranks: a node of the group goes soon, so what there is should be saved now. Every rank calls it."""
+        if self.preemption.ask is None:
+            return False
+        return bool(self.highest(int(self.is_main and self.preemption.is_due()))) and self.preemption.is_near()
 
     def highest(self, value: int) -> int:
         """The largest of all ranks' numbers."""
@@ -125,8 +151,9 @@ def worker_session(console: Console, num_threads: int | None, pools: Any, stop: 
     on = f"GPU {', '.join(gpus)}" if gpus else "no GPU"
     node = f"{ray.util.get_node_ip_address()} (node {ray.get_runtime_context().get_node_id()[:6]})"
     where = f"pid {os.getpid()} on {node}, {on}"
+    preemption = Preemption(ray.train.get_preemption_info)
     rank, world = context.get_world_rank(), context.get_world_size()
-    return _prepared(Session(rank, world, device, threads, console, pools, where, stop, attempt))
+    return _prepared(Session(rank, world, device, threads, console, pools, where, stop, attempt, preemption))
 
 
 def _prepared(session: Session) -> Session:

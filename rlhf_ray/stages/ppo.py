@@ -104,7 +104,7 @@ class PPOLoop:
             last_step=self.total_steps,
         )
         self.collector.abandons = config.max_staleness == 0
-        self._saved_step = 0
+        self.saved_step = 0
 
     def run(self) -> None:
         """All steps that are left. Raises Interrupted, after saving what can be saved, if somebody or a guard ends the run."""
@@ -126,6 +126,8 @@ class PPOLoop:
         for step in range(self.progress.step + 1, self.total_steps + 1):
             if (reason := self.session.must_stop()) != "":
                 raise Abandoned(reason)
+            if step > 1 and self.session.is_preempted():
+                self._save_if_new()
             started = time.perf_counter()
             metrics = self.step(step)
             if step == self.total_steps or step % self.setup.eval_every == 0:
@@ -144,10 +146,10 @@ class PPOLoop:
     def _save_if_new(self) -> None:
         """A checkpoint of the step that was done last. Every rank calls it."""
         step = self.progress.step
-        if step != self._saved_step:
+        if step != self.saved_step:
             self.oversight.enter("save", step)
             save(self, step)
-            self._saved_step = step
+            self.saved_step = step
 
     def step(self, step: int) -> dict[str, float]:
         """One PPO step. Returns its metrics; raises InvariantError when something that must hold does not."""

@@ -177,6 +177,7 @@ def restore(loop: PPOLoop) -> None:
     loop.oversight.guards.load_state_dict(state.get("guards", {}))
     progress = loop.progress
     progress.step, progress.tokens, progress.seconds = state["step"], state["tokens"], state["seconds"]
+    loop.saved_step = progress.step
     progress.best = Best(state["best"]["step"], float.fromhex(state["best"]["reward"]))
     progress.first, progress.last = state["first"], state["last"]
     loop.learner.version = state["adapter_version"]

@@ -27,11 +27,11 @@ from rlhf_ray.interrupts import Signals, Stop
 from rlhf_ray.models.artifact import resume_command
 from rlhf_ray.models.checkpoints import DISK_FULL
 from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
-from rlhf_ray.plan.preflight import check, check_this_machine, is_given_a_cluster
+from rlhf_ray.plan.preflight import check_this_machine, is_given_a_cluster
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, process_session, worker_session
 from rlhf_ray.stages.desk import Desk, open_desk
-from rlhf_ray.stages.placement import default_threads, nodes_to_be, placed
+from rlhf_ray.stages.placement import check_cluster, default_threads, placed
 
 Body = Callable[[Any, Session], Run]
 
@@ -60,7 +60,7 @@ def launch(body: Body, config: JobFields, console: Console) -> Run:
 
             signals.install()  # ray.init takes SIGTERM
             asks = role_asks(config, ray.cluster_resources(), own_ray)
-            check(asks, nodes_to_be())
+            check_cluster(asks)
             with placed(config, asks, console) as pools:
                 return _fit(body, config, console, asks[-1], pools, desk)
 

@@ -20,15 +20,18 @@ from rlhf_ray.config import JobFields, PPOConfig
 from rlhf_ray.console import Console
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.plan.asks import Ask, Node, described, processes, split_job
-from rlhf_ray.plan.preflight import nodes_of
+from rlhf_ray.plan.preflight import check, nodes_of
 from rlhf_ray.session import usable_cores
+from rlhf_ray.stages import autoscaling
 
+WAIT_LONGER = "wait for the other job to end, or start again with --wait-for-resources 600"
+ASK_LESS = "ask for less, or raise the maxima of the cluster's node types"
+LOOK_S = 2.0
+"""Seconds between two looks at what the autoscaler says of a request."""
 PART_S = 2.0
 """How long a job tries for a part of what it has just seen free as a whole."""
 TELL_S = 10.0
 """Seconds between two lines about what is missing."""
-MOST_NODES = 64
-"""Nodes of one type that the check looks at."""
 
 
 def default_threads(config: JobFields) -> int:
@@ -78,7 +81,7 @@ def _take(asks: Sequence[Ask], wait_s: float, console: Console) -> Any:
                 return group
             remove_placement_group(group)
         if time.monotonic() > deadline:
-            raise _missing(asks, wait_s)
+            raise _missing(asks, _too_late(wait_s))
         time.sleep(PART_S * random.random())
 
 
@@ -86,20 +89,23 @@ def _wait(asks: Sequence[Ask], wait_s: float, deadline: float, console: Console)
     """A placement group of everything, told of while it is missing. ResourceError if it is not there in time."""
     from ray.util.placement_group import remove_placement_group
 
-    group, there = _asked(asks), False
+    group, there, told = _asked(asks), False, time.monotonic() + LOOK_S - TELL_S
     try:
         while not there:
             left = deadline - time.monotonic()
-            there = group.wait(min(max(left, 0.5), TELL_S))
-            if left <= 0:
+            there = group.wait(min(max(left, 0.5), LOOK_S))
+            if there or left <= 0:
                 break
-            if not there and left > TELL_S:
+            if autoscaling.given_up(group):
+                raise _missing(asks, "there is no room for them even if the cluster grows as far as it may", ASK_LESS)
+            if left > LOOK_S and time.monotonic() > told + TELL_S:
+                told = time.monotonic()
                 console.log(f"waiting for {', '.join(map(str, asks))}; free now: {_free(asks)}")
     finally:
         if not there:
             remove_placement_group(group)
     if not there:
-        raise _missing(asks, wait_s)
+        raise _missing(asks, _too_late(wait_s))
     return group
 
 
@@ -129,15 +135,18 @@ def _asked(asks: Sequence[Ask]) -> Any:
     )
 
 
-def _missing(asks: Sequence[Ask], wait_s: float) -> ResourceError:
+def _too_late(wait_s: float) -> str:
+    return f"cannot be placed within {wait_s:g} s: other jobs hold what they need, or nodes are missing"
+
+
+def _missing(asks: Sequence[Ask], why: str, fix: str = WAIT_LONGER) -> ResourceError:
     kinds = dict.fromkeys(kind for ask in asks for kind in ask.each)
     return ResourceError.at(
         " and ".join(ask.role for ask in asks),
-        f"cannot be placed within {wait_s:g} s: other jobs hold what they need, or nodes are missing"
-        f" ({', '.join(map(str, asks))})",
+        f"{why} ({', '.join(map(str, asks))})",
         described({kind: sum(ask.total(kind) for ask in asks) for kind in kinds}),
         f"{_free(asks)} free",
-        "wait for the other job to end, or start again with --wait-for-resources 600",
+        fix,
     )
 
 
@@ -148,23 +157,20 @@ def _free(asks: Sequence[Ask]) -> str:
     return described({kind: free.get(kind, 0.0) for kind in dict.fromkeys(k for ask in asks for k in ask.each)})
 
 
-def nodes_to_be() -> list[Node]:
-    """The cluster's living nodes, and on an autoscaling one those that it can add, of each type up to its maximum.
+def check_cluster(asks: Sequence[Ask]) -> None:
+    """ResourceError if the roles do not fit on the cluster, grown as far as it may. Where its autoscaler does not say how far that
+    is, waiting for the resources tells."""
+    if (nodes := cluster_nodes()) is not None:
+        check(asks, nodes)
 
-    Ray 2.60 has no public way to read the node types; without them the cluster counts as fixed."""
+
+def cluster_nodes() -> list[Node] | None:
+    """The nodes of this cluster, with those that its autoscaler may add; None where it does not say how many that is."""
     import ray
 
-    nodes = nodes_of(ray.nodes())
-    try:
-        from ray._private.state import state
-
-        config = state.get_cluster_config()
-    except (ImportError, AttributeError):
-        return nodes
-    for kind in getattr(config, "node_group_configs", ()) if config is not None else ():
-        resources = {name: float(amount) for name, amount in kind.resources.items()}
-        nodes += [Node(f"a node of type {kind.name}", resources) for _ in range(min(kind.max_count, MOST_NODES))]
-    return nodes
+    living = nodes_of(ray.nodes())
+    more = autoscaling.addable(living)
+    return None if more is None else living + more
 
 
 def _start(config: PPOConfig, asks: Sequence[Ask], group: Any, resume: str) -> Any:

@@ -18,10 +18,11 @@ from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.metrics import figure
 from rlhf_ray.models.artifact import RunFolder, create_run, is_run, open_run
+from rlhf_ray.plan.preflight import nodes_of
 from rlhf_ray.run import Run
 from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.launch import cluster, interruptible
-from rlhf_ray.stages.placement import nodes_to_be
+from rlhf_ray.stages.placement import cluster_nodes
 from rlhf_ray.sweep.capacity import Capacity, capacity
 from rlhf_ray.sweep.record import Record
 from rlhf_ray.sweep.report import write_sweep_report
@@ -59,7 +60,8 @@ def _run(config: SweepConfig, record: Record, console: Console) -> None:
             trial_of(config, settings, config.seeds[0]) for settings in corners(read_space(config.space))
         ]
         jobs = [job_of(config, trial) for trial in sample]
-        fits = capacity(jobs, ray.cluster_resources(), nodes_to_be(), own_ray)
+        nodes = cluster_nodes() or nodes_of(ray.nodes())
+        fits = capacity(jobs, ray.cluster_resources(), nodes, own_ray)
         _tell_plan(config, record, fits, console)
         record.write()
         from rlhf_ray.sweep.tuning import run_trials

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.models.artifact import sha256_file
+from rlhf_ray.stages.pipeline import pipeline
 from rlhf_ray.stages.ppo import ppo
 from rlhf_ray.stages.reward import reward
 from rlhf_ray.stages.sft import sft
@@ -57,3 +58,36 @@ def test_it_gives_the_adapter_of_colocate(
         file = f"{name}/adapter_model.safetensors"
         assert sha256_file(Path(apart.run_dir) / file) == sha256_file(Path(here.run_dir) / file)
     assert apart.metrics["reward/helpful"] == here.metrics["reward/helpful"]
+
+
+def test_in_a_pipeline(two_gpus: Any, split_job: Callable[..., PPOConfig], tmp_path: Path, console: Any) -> None:
+    """The actors are placed before SFT and reward model, which they load, exist; the chain ends where one process ends."""
+    asked = [f"Say something about number {i}." for i in range(40)]
+    rows, pairs = tmp_path / "sft.jsonl", tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": a, "input": "", "output": "yes"}) + "\n" for a in asked))
+    pairs.write_text(
+        "".join(json.dumps({"user_input": a, "completion_a": "yes", "completion_b": "no"}) + "\n" for a in asked)
+    )
+    fields = split_job("x").model_dump(exclude_unset=True)
+    shared = ("model_name_or_path", "template", "report_to", "learner")
+    ppo_fields = {k: v for k, v in fields.items() if k not in (*shared, "output_dir", "rewards", "lora")}
+    small = {"train_batch_size": 8, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": 96}
+    lora = {"lora": {"r": 4, "lora_alpha": 8}}
+
+    def chain(name: str, **changes: Any) -> Path:
+        job = {
+            "output_dir": str(tmp_path / name),
+            "stages": ["sft", "reward", "ppo"],
+            **{k: fields[k] for k in shared},
+            "sft": {"data": {"train": str(rows)}, "learning_rate": 1e-2, **lora, **small},
+            "reward": {"data": {"train": str(pairs)}, "learning_rate": 1e-2, **small},
+            "ppo": ppo_fields,
+        }
+        return Path(pipeline(PipelineConfig(**{**job, **changes}), console).run_dir)
+
+    alone = {"num_workers": 0, "num_threads": 1}
+    here = chain("here", learner=alone, ppo={**ppo_fields, "placement": "colocate"})
+    apart = chain("apart")
+    for file in ("ppo/adapter/adapter_model.safetensors", "ppo/value/adapter_model.safetensors"):
+        assert sha256_file(apart / file) == sha256_file(here / file)
+    assert "generator 1: 3 chunks" in (apart / "ppo" / "roles.log").read_text()

@@ -121,7 +121,7 @@ def run_demo(config: PipelineConfig, session: Session) -> Run:
             make_inputs(folder.path, session)
             write_jobs(folder.path, config)
         session.barrier()
-        runs = run_stages(configs, session)
+        runs = run_stages(configs, session, config.output_dir)
         found = {n: v for n, v in runs["evaluate"].metrics.items() if n.startswith(("true_reward/", "true_reward_se/"))}
         return finish_pipeline(config, session, folder, runs, **found)
 

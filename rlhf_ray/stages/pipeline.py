@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from rlhf_ray.config import STAGES, JobFields, PipelineConfig
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.console import Console, LocalConsole
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.artifact import RunFolder, create_run, is_run, open_run
+from rlhf_ray.errors import ConfigError, Interrupted
+from rlhf_ray.models.artifact import RunFolder, create_run, is_run, open_run, resume_command
 from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.report import write_report
 from rlhf_ray.run import Run
@@ -37,7 +38,7 @@ def run_pipeline(config: PipelineConfig, session: Session) -> Run:
     with ExitStack() as held:
         folder = open_pipeline(config, session, "pipeline", held)
         with discarded_on_error(folder, is_new, lambda: any(is_run(c.output_dir) for c in configs.values())):
-            runs = run_stages(configs, session)
+            runs = run_stages(configs, session, config.output_dir)
         return finish_pipeline(config, session, folder, runs)
 
 
@@ -56,13 +57,18 @@ def open_pipeline(config: PipelineConfig, session: Session, stage: str, held: Ex
     return open_run(config.output_dir, verify=False)
 
 
-def run_stages(configs: dict[str, JobFields], session: Session) -> dict[str, Run]:
-    """The stages' bodies in turn; each finds a finished run of itself and returns it."""
+def run_stages(configs: dict[str, JobFields], session: Session, whole: str) -> dict[str, Run]:
+    """The stages' bodies in turn; each finds a finished run of itself and returns it. whole: folder of the run that they make up,
+    which an interruption names as what is to be gone on with."""
     runs: dict[str, Run] = {}
     for number, (stage, config) in enumerate(configs.items(), start=1):
         session.console.log(f"stage {number} of {len(configs)}: {stage} -> {config.output_dir}")
         started = time.perf_counter()
-        runs[stage] = BODIES[stage](config, session)
+        try:
+            runs[stage] = BODIES[stage](config, session)
+        except Interrupted as error:
+            own, outer = resume_command(config.output_dir), resume_command(whole)
+            raise Interrupted([replace(p, fix=p.fix.replace(own, outer)) for p in error.problems]) from error
         session.barrier()
         session.console.log(f"{stage} done in {time.perf_counter() - started:.0f} s")
     return runs

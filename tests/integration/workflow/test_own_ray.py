@@ -6,8 +6,7 @@ import os
 
 import pytest
 
-from rlhf_ray.config import SFTConfig
-from rlhf_ray.stages.launch import _cluster
+from rlhf_ray.stages.launch import cluster
 
 pytestmark = pytest.mark.integration
 
@@ -18,7 +17,7 @@ def test_its_workers_have_the_priority_of_the_command(monkeypatch: pytest.Monkey
 
     for name in ("RAY_ADDRESS", "RAY_worker_niceness"):
         monkeypatch.delenv(name, raising=False)
-    with _cluster(SFTConfig(output_dir="x", model_name_or_path="m", data={"train": "d.jsonl"})) as own:
+    with cluster() as own:
         assert own
         niceness = ray.remote(num_cpus=0.1)(lambda: os.nice(0)).remote()
         assert ray.get(niceness, timeout=60) == os.nice(0)

@@ -22,7 +22,7 @@ from typing import Any
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
-from rlhf_ray.errors import Interrupted, RlhfRayError
+from rlhf_ray.errors import Interrupted, ResourceError, RlhfRayError
 from rlhf_ray.interrupts import Signals, Stop
 from rlhf_ray.models.artifact import resume_command
 from rlhf_ray.models.checkpoints import DISK_FULL
@@ -111,7 +111,13 @@ def cluster() -> Iterator[bool]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     given = is_given_a_cluster()  # ray.init finds it by itself
     options: dict[str, Any] = {} if given else {"include_dashboard": False}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        fix = "wait for other work on this machine to end, or give the address of a running Ray (RAY_ADDRESS)"
+        raise ResourceError.at("ray", "did not start in time: this machine is too busy", fix=fix) from error
     _protect_token()
     try:
         yield not given

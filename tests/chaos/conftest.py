@@ -188,7 +188,7 @@ class World:
     def finish(self, name: str) -> str:
         """`rlhf-ray resume`, which must end well. What it said."""
         child = self.start("resume", f"runs/{name}")
-        code = child.wait()
+        code = child.wait(600)
         assert code == 0, child.text
         return child.text
 

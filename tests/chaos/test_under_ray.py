@@ -75,7 +75,7 @@ def test_a_learner_that_is_killed_is_started_again(
 ) -> None:
     """Fault 7: Ray Train starts the group again, and at most one step is done twice."""
     child = world.start("ppo", world.job("learner", **ONE), fault="learner:update:step=4:kill", marks=marks)
-    assert child.wait() == 0, child.text
+    assert child.wait(600) == 0, child.text
     assert LOST in child.text and "going on from step 3 " in child.text
     note(7, same(untouched, world.run("learner")), "started again by itself, same weights and metrics")
 
@@ -84,13 +84,13 @@ def test_a_driver_that_is_killed(world: Any, untouched: Path, note: Any, same: A
     """Fault 10: `resume` in the same second waits for the old worker's lock; nothing of the old Ray is left half a minute later."""
     child = world.start("ppo", world.job("driver", **ONE))
     run = world.run("driver")
-    until(lambda: steps(run) >= 3, what=child.text)
+    until(lambda: steps(run) >= 3, 400)
     others = {p for p, name in family(child.pid).items() if p != child.pid and not name.startswith(AGENTS)}
     os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    child.wait(600)
     again = world.start("resume", "runs/driver")
     until(lambda: not alive(others), 45, "processes of the old Ray")
-    assert again.wait() == 0, again.text
+    assert again.wait(600) == 0, again.text
     note(10, same(untouched, run), "resume 0 s later; no role, worker or raylet left")
 
 
@@ -98,10 +98,10 @@ def test_sigterm(world: Any, untouched: Path, note: Any, same: Any, until: Any) 
     """Fault 11, the driver of a Ray job: as `ray job stop` and a batch system do it."""
     child = world.start("ppo", world.job("sigterm", **ONE))
     run = world.run("sigterm")
-    until(lambda: steps(run) >= 3, what=child.text)
+    until(lambda: steps(run) >= 3, 400)
     others = {p for p, name in family(child.pid).items() if p != child.pid and not name.startswith(AGENTS)}
     os.kill(child.pid, signal.SIGTERM)
-    assert child.wait() == 75, child.text
+    assert child.wait(600) == 75, child.text
     last = child.text.splitlines()[-1]
     assert "SIGTERM; step " in last and last.endswith("rlhf-ray resume runs/sigterm"), last
     until(lambda: not alive(others), 30, "processes of the old Ray")
@@ -118,9 +118,9 @@ class TestAtLength:
         """Fault 9: nobody starts it again, so the run ends with 75."""
         child = world.start("ppo", world.job("controller", **ONE))
         run = world.run("controller")
-        until(lambda: steps(run) >= 2, what=child.text)
+        until(lambda: steps(run) >= 2, 400)
         os.kill(of_ray(child.pid, "TrainController"), signal.SIGKILL)
-        code, last = child.wait(), child.text.splitlines()[-1]
+        code, last = child.wait(600), child.text.splitlines()[-1]
         assert "its controller died" in last and last.endswith("rlhf-ray resume runs/controller"), child.text
         world.finish("controller")
         note(9, code == 75 and same(untouched, run), "exit 75, then same weights and metrics")
@@ -129,7 +129,7 @@ class TestAtLength:
         """Fault 8: its stack is written, and the group starts again."""
         job = world.job("hang", watchdog_s=10.0, **ONE)
         child = world.start("ppo", job, fault="learner:update:step=5:sleep=3600", marks=marks)
-        assert child.wait(400) == 0, child.text
+        assert child.wait(600) == 0, child.text
         assert LOST in child.text and "step 5, rank 0: update has taken 1" in child.text
         assert "in reach" in (world.run("hang") / "stacks" / "rank_0.txt").read_text()
         note(8, same(untouched, world.run("hang")), "noticed, stacks written, same weights and metrics")
@@ -138,16 +138,16 @@ class TestAtLength:
         """Fault 7. The other rank sees its peer go; both start again."""
         two = {"learner": {"num_workers": 2, "num_threads": 1}}
         plain = world.start("ppo", world.job("two", **two))
-        assert plain.wait() == 0, plain.text
+        assert plain.wait(600) == 0, plain.text
         fault = "learner:minibatch:step=4:rank=1:kill"
         child = world.start("ppo", world.job("two-killed", **two), fault=fault, marks=tmp_path / "marks")
-        assert child.wait() == 0, child.text
+        assert child.wait(600) == 0, child.text
         assert LOST in child.text
         note(7, same(world.run("two"), world.run("two-killed")), "started again by itself, same weights and metrics")
 
     def test_a_group_that_dies_again_and_again(self, world: Any, note: Any) -> None:
         child = world.start("ppo", world.job("doomed", **ONE), fault="learner:update:step=3:kill")
-        code, last = child.wait(400), child.text.splitlines()[-1]
+        code, last = child.wait(600), child.text.splitlines()[-1]
         assert "the learner group was lost 4 times" in last and last.endswith("rlhf-ray resume runs/doomed"), child.text
         kept = open_run(world.run("doomed"), verify=False).checkpoints()
         note(7, (code, kept[-1].step) == (75, 2), "after three restarts: exit 75")
@@ -156,7 +156,7 @@ class TestAtLength:
         """A worker's own error ends the run at once, as it is, whatever the number of ranks."""
         two = {"learner": {"num_workers": 2, "num_threads": 1}}
         child = world.start("ppo", world.job("wrong", **two), fault="learner:update:step=2:rank=1:raise")
-        code, text = child.wait(400), child.text
+        code, text = child.wait(600), child.text
         assert "fault asked for by RLHF_RAY_FAULT" in text.splitlines()[-1] and LOST not in text, text
         assert code == 1
 
@@ -175,7 +175,7 @@ class TestAtLength:
         """Faults 1, 2, 4, 5: only that actor starts again, its chunk is done again by the adapter that was asked for."""
         name = f"actor-{number}"
         child = world.start("ppo", world.job(name, **SPLIT), fault=fault, marks=marks)
-        assert child.wait(400) == 0, child.text
+        assert child.wait(600) == 0, child.text
         assert says in child.text and LOST not in child.text, child.text
         retries = sum(r.get("faults/retries", 0) for r in read_metrics(world.run(name) / "metrics.jsonl"))
         note(number, retries >= 1 and same(untouched, world.run(name)), "0 steps lost, same weights and metrics")
@@ -185,6 +185,6 @@ class TestAtLength:
         one = {**SPLIT, "generator": {"num_actors": 1, "num_gpus": 0.0, "num_threads": 1}}
         child = world.start("ppo", world.job("none", **one), fault="actor:generate_with:kill")
         started = time.monotonic()
-        code, last = child.wait(400), child.text.splitlines()[-1]
+        code, last = child.wait(600), child.text.splitlines()[-1]
         assert "generator 0" in last and last.endswith("rlhf-ray resume runs/none"), child.text
         note(3, code == 75, f"exit 75 naming actor and last error, {time.monotonic() - started:.0f} s from the start")

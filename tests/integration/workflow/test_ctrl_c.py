@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,4 +33,6 @@ def test_it_ends_with_75_and_the_command_that_goes_on(jobs: dict[str, str], tmp_
         code = process.wait(timeout=120)
     text = log.read_text()
     assert code == 75, text
-    assert "error: runs/sft: interrupted; fix: rlhf-ray resume runs/sft" in text.splitlines()[-1]
+    assert re.search(
+        r"error: runs/sft: SIGINT; step \d+ is saved; fix: rlhf-ray resume runs/sft$", text.splitlines()[-1]
+    ), text

@@ -16,13 +16,14 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.data.prompts import Prompt
-from rlhf_ray.errors import ConfigError, Problem
+from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +60,10 @@ class Template(ABC):
         """Hex digest over the JSON of `content`, keys sorted; travels with every artefact (F34)."""
         text = json.dumps(self.content(), sort_keys=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+    def manifest(self) -> dict[str, Any]:
+        """Its entry in a manifest; `template_from_manifest` makes the template again from it."""
+        return {"name": self.name, "sha256": self.sha256, "content": self.content()}
 
     def render(self, prompt: Prompt) -> str:
         """The text before the reply. An empty prompt, which stands before a bare text, renders as "".
@@ -181,6 +186,33 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError.at("template", f"cannot read {name_or_path}: {error}") from error
     return _from_json(path.stem, name_or_path, text)
+
+
+def template_from_manifest(
+    record: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Template:
+    """The template whose `manifest` entry is `record`, though its file be gone.
+
+    A chat template is the tokenizer's own, and has to be the recorded one: code of a template (Jinja) is never taken from a
+    manifest.   where: the manifest.   Raises ArtifactError if the entry is incomplete or its hash is not that of its text."""
+    content = record.get("content")
+    kind = content.get("kind") if isinstance(content, Mapping) else None
+    template: Template
+    if kind == "instruction" and isinstance(content, Mapping):
+        with_input, without = str(content.get("prompt_input")), str(content.get("prompt_no_input"))
+        template = InstructionTemplate(str(record.get("name")), with_input, without, None)
+    elif kind == "none":
+        template = PlainTemplate()
+    elif kind == "chat" and tokenizer is not None and tokenizer.chat_template is not None:
+        template = ChatTemplate(tokenizer)
+    else:
+        expected = "a tokenizer with a chat template" if kind == "chat" else "instruction, none or chat"
+        raise ArtifactError.at(where, "the prompt template cannot be made again", expected, f"kind {kind!r}")
+    if template.sha256 != record.get("sha256"):
+        raise ArtifactError.at(
+            where, "is another prompt template than was recorded", f"sha256 {record.get('sha256')}", template.sha256
+        )
+    return template
 
 
 def _from_json(name: str, where: str, text: str) -> InstructionTemplate:

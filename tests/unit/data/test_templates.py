@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from rlhf_ray.data.prompts import Message, Prompt
-from rlhf_ray.data.templates import SHIPPED, InstructionTemplate, PromptMismatch, load_template
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.data.templates import SHIPPED, InstructionTemplate, PromptMismatch, load_template, template_from_manifest
+from rlhf_ray.errors import ArtifactError, ConfigError
 
 # name -> (bytes, first 16 hex digits of the SHA-256) of prompt_input and of prompt_no_input, as the ancestors have them
 DIGESTS = {
@@ -172,3 +172,39 @@ def test_a_chat_template_that_refuses_a_conversation(load_byte_tokenizer: Callab
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(PromptMismatch, match="the chat template refuses this conversation: roles must alternate"):
         load_template("chat", tokenizer).render(Prompt("x"))
+
+
+# ---------------------------------------------------------------- from a manifest
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "none"])
+def test_a_template_is_made_again_from_its_manifest(name: str) -> None:
+    template = load_template(name)
+    again = template_from_manifest(json.loads(json.dumps(template.manifest())), "manifest.json")
+    for prompt in (Prompt("Name a bird."), Prompt("Translate.", "wren")):
+        assert again.render(prompt) == template.render(prompt)
+    assert (again.name, again.sha256) == (template.name, template.sha256)
+
+
+def test_a_chat_template_is_the_tokenizers_and_has_to_be_the_recorded_one(chat_tokenizer: Any, tokenizer: Any) -> None:
+    record = load_template("chat", chat_tokenizer).manifest()
+    assert template_from_manifest(record, "manifest.json", chat_tokenizer).render(Prompt("Hi")).startswith("<|user|>Hi")
+    with pytest.raises(ArtifactError, match="expected a tokenizer with a chat template; got kind 'chat'"):
+        template_from_manifest(record, "manifest.json", tokenizer)
+    forged = {**record, "content": {"kind": "chat", "chat_template": "{{ 7 }}"}, "sha256": "0" * 64}
+    with pytest.raises(ArtifactError, match="is another prompt template than was recorded"):
+        template_from_manifest(forged, "manifest.json", chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"content": None},
+        {"content": {"kind": "jinja"}},
+        {"sha256": "0" * 64},
+        {"content": {"kind": "instruction", "prompt_input": "{instruction} {input}", "prompt_no_input": "{instruction}"}},
+    ],
+)
+def test_a_record_that_does_not_hold(change: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match=r"manifest\.json: "):
+        template_from_manifest({**load_template("alpaca").manifest(), **change}, "manifest.json")

@@ -23,6 +23,8 @@ from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 
 MERGED = "rlhf_ray.json"
 """Manifest of a merged checkpoint, beside its config.json."""
+PROMOTED = "manifest.json"
+"""Manifest of an adapter in the registry, beside its adapter_config.json."""
 
 
 class Digest(Protocol):
@@ -55,7 +57,7 @@ class Parent:
 
 
 def parent_of(source: Source, role: str) -> Parent:
-    """What `source` says of itself: a run's manifest, a merged checkpoint's, or a plain adapter's adapter_config.json."""
+    """What `source` says of itself: the manifest of a run, merged checkpoint or promoted adapter, else its adapter_config.json."""
     if source.kind == "adapter":
         return _adapter_parent(source, role)
     found = resolve_source(source.path)
@@ -74,15 +76,20 @@ def parent_of(source: Source, role: str) -> Parent:
 def _adapter_parent(source: Source, role: str) -> Parent:
     files = read_adapter(source.path)
     path = str(Path(source.path).absolute())
-    if source.run is None:
+    promoted = promoted_manifest(source.path) if source.run is None else None
+    if source.run is None and promoted is None:
         name, revision = files.config["base_model_name_or_path"], files.config["revision"]
         return Parent(role, path, files.sha256, base={"path": name, "revision": revision} if name else None)
-    manifest = source.run.manifest()
+    manifest = source.run.manifest() if source.run is not None else promoted or {}
+    if promoted is not None and files.sha256 != promoted["adapter"]["sha256"]:
+        raise ArtifactError.at(
+            path, "is not the adapter that was promoted", promoted["adapter"]["sha256"], files.sha256
+        )
     return Parent(
         role,
         path,
         files.sha256,
-        manifest["stage"],
+        promoted["source"]["stage"] if promoted is not None else manifest["stage"],
         manifest.get("base"),
         manifest.get("tokenizer_sha256"),
         manifest.get("template"),
@@ -93,6 +100,14 @@ def merged_manifest(folder: Path | str) -> dict[str, Any] | None:
     """What a merged checkpoint records of itself, None for any other folder."""
     path = Path(folder) / MERGED
     return read_json(path) if path.is_file() else None
+
+
+def promoted_manifest(folder: Path | str) -> dict[str, Any] | None:
+    """What a promoted adapter records of itself, None for any other folder."""
+    path = Path(folder) / PROMOTED
+    found = read_json(path) if path.is_file() else {}
+    whole = all(isinstance(found.get(part), dict) for part in ("adapter", "source", "base", "template"))
+    return found if whole and isinstance(found.get("kind"), str) else None
 
 
 def check_lineage(

@@ -1,4 +1,4 @@
-"""Who may write into a run folder: one process at a time.
+"""Who may write into a run folder, or into the adapter registry: one process at a time.
 
 A lock that the kernel frees at the holder's death keeps a second writer out. Where locks do not reach (some network file systems),
 a token does: each start writes a new one, and who held the run before finds at its next rename that it is no longer its own.
@@ -27,13 +27,15 @@ _owned: dict[Path, str] = {}
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait_s: float = 0.0, tell: Callable[[str], None] | None = None) -> Iterator[None]:
+def locked(
+    folder: Path, wait_s: float = 0.0, tell: Callable[[str], None] | None = None, kind: str = "run"
+) -> Iterator[None]:
     """Hold the run for writing, under a token of one's own. ConfigError naming the holder if another process has it for `wait_s`
     seconds more.
 
-    tell: called once with a line if there is something to wait for."""
+    tell: called once with a line if there is something to wait for.   kind: what the folder is, for the error."""
     folder = folder.absolute()
-    with held(folder / LOCK, wait_s, tell):
+    with held(folder / LOCK, wait_s, tell, kind):
         token = uuid.uuid4().hex
         _write_token(folder, token)
         before = _owned.get(folder)
@@ -48,7 +50,9 @@ def locked(folder: Path, wait_s: float = 0.0, tell: Callable[[str], None] | None
 
 
 @contextlib.contextmanager
-def held(path: Path, wait_s: float = 0.0, tell: Callable[[str], None] | None = None) -> Iterator[None]:
+def held(
+    path: Path, wait_s: float = 0.0, tell: Callable[[str], None] | None = None, kind: str = "run"
+) -> Iterator[None]:
     """Hold the lock file `path`, which says who does."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     with os.fdopen(fd, "r+", encoding="utf-8") as file:
@@ -63,7 +67,7 @@ def held(path: Path, wait_s: float = 0.0, tell: Callable[[str], None] | None = N
             if time.monotonic() >= deadline:
                 waited = f" (waited {wait_s:g} s)" if wait_s else ""
                 raise ConfigError.at(
-                    str(path.parent), f"another process is writing to this run{waited}", "", holder, "wait for it"
+                    str(path.parent), f"another process is writing to this {kind}{waited}", "", holder, "wait for it"
                 ) from None
             if tell is not None and not told:
                 tell(f"waiting up to {wait_s:g} s for {path.parent}: {holder} is writing to it")

@@ -29,10 +29,12 @@ FLOORS = {
     "roles": 3,
     "stages": 4,
     "sweep": 5,
+    "registry": 5,
     "serve": 5,
     "submit": 5,
     "doctor": 5,
     "cli": 6,
+    "cli_registry": 6,
     "__init__": 6,  # names every floor, lazily; nothing but the cli may import from it
 }
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from rlhf_ray.cli_registry import add_registry_commands, policy_path
 from rlhf_ray.errors import Interrupted, RlhfRayError
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def merge(
 
 @app.command()
 def generate(
-    policy: Annotated[list[str], typer.Option(help="base, RUN, RUN@STEP or a folder; may be repeated")],
+    policy: Annotated[list[str], typer.Option(help="base, RUN, RUN@STEP, registry:NAME or a folder; may be repeated")],
     instruction: Annotated[str | None, typer.Option(help="one instruction to answer")] = None,
     input: Annotated[str, typer.Option(help="its input")] = "",
     file: Annotated[str | None, typer.Option(help="answer every row of this file instead")] = None,
@@ -203,7 +204,7 @@ def generate(
 
     with _stdout_kept():
         rows = run_generate(
-            policies=policy,
+            policies=[policy_path(each) for each in policy],
             instruction=instruction,
             input=input,
             file=file,
@@ -307,6 +308,9 @@ def report(run: RunDir, debug: Debug = False) -> None:
         print(write_sweep_report(run))
         return
     print(write_report(run))
+
+
+add_registry_commands(app)
 
 
 def _version(wanted: bool) -> None:

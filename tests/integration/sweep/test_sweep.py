@@ -19,6 +19,7 @@ from rlhf_ray.config import SweepConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import ConfigError, InvariantError, ResourceError
 from rlhf_ray.models.artifact import sha256_file
+from rlhf_ray.registry import Registry
 from rlhf_ray.run import Run, load_run
 from rlhf_ray.stages.ppo import ppo
 from rlhf_ray.sweep.run import resume_sweep, sweep
@@ -60,6 +61,12 @@ def test_a_sweep_leaves_its_tables_and_ordinary_runs(two_cpus: Any, sweep_job: J
     single = ppo(alone(by_itself, 1), console)
     name = Path("adapter") / "adapter_model.safetensors"
     assert sha256_file(Path(single.run_dir) / name) == sha256_file(trial.folder / name)
+    # the winner can be promoted; too few steps to pass the gate of the reward
+    promoted = Registry(Path(run.run_dir).parent / "registry").promote(
+        run.run_dir, "winner", min_reward=-1.0, force=True, reason="a test"
+    )
+    assert promoted.entry.manifest["source"]["run_dir"] == str(best)
+    assert promoted.gates[1].limit == "at most 5 (kl_cap of the sweep)"
     again = sweep(config.model_copy(update={"resume": "auto"}), console)
     assert again.metrics == run.metrics and "nothing to do" in console.text
 

@@ -1,7 +1,7 @@
 """F21: an ancestor shipped entry points that crashed at once. Here every command runs, by its console script, on a tiny model.
 
-sft, reward, ppo and merge one by one: test_five_steps.py; generate and score: ../evaluation. Here: pipeline with all four stages,
-evaluate, resume, report, and the demo with fewer steps.
+sft, reward, ppo and merge one by one: test_five_steps.py; generate and score: ../evaluation; sweep: ../sweep; promote, rollback and
+adapters: test_promotion.py. Here: pipeline with all four stages, evaluate, resume, report, and the demo with fewer steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from rlhf_ray.stages import demo as demo_stage
 pytestmark = pytest.mark.integration
 
 PLUMBING = {"output_dir", "sft", "rewards", "model_name_or_path", "template", "learner", "report_to"}
-TRIED = {"sft", "reward", "ppo", "merge", "generate", "score", "pipeline", "evaluate", "resume", "report", "demo"}
+TRIED = {
+    *("sft", "reward", "ppo", "merge", "generate", "score", "pipeline", "evaluate", "resume", "report", "demo"),
+    *("sweep", "promote", "rollback", "adapters"),
+}
 
 
 def test_no_command_is_left_out() -> None:

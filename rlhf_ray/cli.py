@@ -297,6 +297,38 @@ def import_peft(
 
 
 @app.command()
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="what the job is for, where the file does not say")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu; auto: cuda, unless the job runs without a GPU")] = "auto",
+    gpu: Annotated[float | None, typer.Option(min=1, help="GiB of the GPUs to fit; default: of those here")] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest prompt; default: what max_length leaves, else 512")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="exit 3 if the job does not fit or cannot be placed")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the plan as one JSON object")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what a job will take. Memory of every process and GPU, what fits which card, and whether it can be placed here.
+
+    Models need no weights: a folder with a config.json is enough. Nothing is loaded."""
+    if device not in ("auto", "cuda", "cpu"):
+        raise typer.BadParameter(f"--device: expected auto, cuda or cpu; got {device}")
+    from rlhf_ray.config.load import load_any
+
+    _, config = load_any(job, overrides or (), stage)
+    with _stdout_kept():
+        from rlhf_ray.stages.plan import plan as make_plan
+        from rlhf_ray.stages.plan import text
+
+        found = make_plan(config, device, gpu, prompt_tokens)  # type: ignore[arg-type]
+    print(json.dumps(found.to_json()) if as_json else text(found))
+    if check and not (found.fits and found.placed):
+        raise typer.Exit(3)
+
+
+@app.command()
 def report(run: RunDir, debug: Debug = False) -> None:
     """Write a run's report.html anew."""
     from rlhf_ray.models.artifact import is_run, open_run

@@ -58,7 +58,7 @@ class Assembly:
         if source.kind == "base":
             self.seats[role] = Seat(BASE, None)
         elif source.kind == "adapter":
-            self._load(BASE, role, read_adapter(source.path), trainable=False)
+            self._load(BASE, role, self._read(source.path), trainable=False)
             self.seats[role] = Seat(BASE, role)
         else:
             self.seats[role] = Seat(self._full(source, "causal_lm"), None)
@@ -77,7 +77,7 @@ class Assembly:
                 header_line("reference", "the base, adapters off"),
             ]
         elif source.kind == "adapter":
-            files = read_adapter(source.path)
+            files = self._read(source.path)
             self._load(BASE, "policy", files, trainable=True)
             if with_reference:
                 self._load(BASE, "reference", files, trainable=False)
@@ -99,7 +99,7 @@ class Assembly:
     def add_reward(self, role: str, source: Source) -> None:
         """A reward model: an adapter with a scalar head on the base, or a classifier of its own."""
         if source.kind == "adapter":
-            files = read_adapter(source.path)
+            files = self._read(source.path)
             if files.head is None:
                 raise ArtifactError.at(
                     source.path, "has no reward head", "the adapter of a reward run", "a policy adapter"
@@ -130,7 +130,7 @@ class Assembly:
                 "value.lora", f"the critic copies the r, alpha and targets of {init_from}", fix="drop value.lora"
             )
         if seat.adapter is not None and lora is None:
-            copy_adapter(self.stacks[seat.stack].peft, seat.adapter, "value")
+            self._copy(seat.stack, seat.adapter, "value")
             self._mark_trained(seat.stack, "value")
             how = f"copy of the adapter of {init_from}"
         else:
@@ -193,6 +193,12 @@ class Assembly:
         heads = self.stacks[stack].heads
         self.stacks[stack] = AdapterStack(self.stacks[stack].backbone, model)
         self.stacks[stack].heads = heads
+
+    def _read(self, path: str) -> AdapterFiles:
+        return read_adapter(path)
+
+    def _copy(self, stack: str, source: str, target: str) -> None:
+        copy_adapter(self.stacks[stack].peft, source, target)
 
     def _mark_trained(self, stack: str, name: str) -> None:
         self.trained.setdefault(stack, []).append(name)

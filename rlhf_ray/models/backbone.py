@@ -255,17 +255,19 @@ def _finish(
         device=plan.device,
         dtype=plan.dtype,
         identity=identity,
-        context_length=_context_length(model.config.get_text_config(), tokenizer),
+        context_length=context_length(model.config.get_text_config(), tokenizer),
         attn_implementation=plan.attn,
     )
 
 
-def _context_length(config: Any, tokenizer: Any) -> int:
+def context_length(config: Any, tokenizer: Any = None) -> int:
+    """Tokens that a model was made for, by its config, else by its tokenizer; NO_LIMIT if neither says."""
     stated = [getattr(config, name, None) for name in _CONTEXT_NAMES]
     lengths = [n for n in stated if isinstance(n, int) and n > 0]
     if lengths:
         return lengths[0]
-    return tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else NO_LIMIT
+    longest = getattr(tokenizer, "model_max_length", NO_LIMIT)
+    return longest if longest < NO_LIMIT else NO_LIMIT
 
 
 def _some(names: list[str]) -> str:

@@ -26,12 +26,12 @@ from rlhf_ray.errors import Interrupted, ResourceError, RlhfRayError
 from rlhf_ray.interrupts import Signals, Stop
 from rlhf_ray.models.artifact import resume_command
 from rlhf_ray.models.checkpoints import DISK_FULL
-from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
-from rlhf_ray.plan.preflight import check_this_machine, is_given_a_cluster
+from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks, this_machine
+from rlhf_ray.plan.preflight import check, check_this_machine, is_given_a_cluster, nodes_of
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, process_session, worker_session
 from rlhf_ray.stages.desk import Desk, open_desk
-from rlhf_ray.stages.placement import check_cluster, default_threads, placed
+from rlhf_ray.stages.placement import check_cluster, cluster_nodes, default_threads, placed
 
 Body = Callable[[Any, Session], Run]
 
@@ -77,6 +77,21 @@ def _disk_full_is_no_bug(config: JobFields) -> Iterator[None]:
         fix = f"free some space, then: {resume_command(config.output_dir)}"
         where = str(error.filename or config.output_dir)
         raise Interrupted.at(where, f"cannot be written: {error.strerror}", "", f"{free:,} bytes free", fix) from error
+
+
+def placement_of(config: JobFields) -> dict[str, list[str]]:
+    """Role -> node of each process, as `launch` would have it; empty for a job without Ray. Starts no Ray of its own.
+
+    Raises ResourceError, as `launch` does, if the job can never be placed."""
+    if config.learner.num_workers == 0:
+        return {}
+    import ray
+
+    if not ray.is_initialized() and not is_given_a_cluster():
+        machine = this_machine()
+        return check(role_asks(config, machine.resources, own_ray=True), [machine])
+    with cluster() as own_ray:
+        return check(role_asks(config, ray.cluster_resources(), own_ray), cluster_nodes() or nodes_of(ray.nodes()))
 
 
 @contextlib.contextmanager

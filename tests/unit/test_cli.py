@@ -72,7 +72,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         out, err = capsys.readouterr()
         commands = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
         assert commands == ["sft", "reward", "ppo", "evaluate", "pipeline", "sweep", "demo", "resume", "merge", "generate", "score",
-                            "report", "promote", "rollback", "adapters", "import"]  # fmt: skip
+                            "plan", "report", "promote", "rollback", "adapters", "import"]  # fmt: skip
         assert err == "" and "..." not in out.split("Commands:\n")[1]
 
 

@@ -202,7 +202,13 @@ def test_a_chat_template_is_the_tokenizers_and_has_to_be_the_recorded_one(chat_t
         {"content": None},
         {"content": {"kind": "jinja"}},
         {"sha256": "0" * 64},
-        {"content": {"kind": "instruction", "prompt_input": "{instruction} {input}", "prompt_no_input": "{instruction}"}},
+        {
+            "content": {
+                "kind": "instruction",
+                "prompt_input": "{instruction} {input}",
+                "prompt_no_input": "{instruction}",
+            }
+        },
     ],
 )
 def test_a_record_that_does_not_hold(change: dict[str, Any]) -> None:

@@ -249,7 +249,9 @@ def test_every_change_of_a_promoted_adapter_is_noticed(registry: Registry, make_
         assert registry.resolve("helper").id == entry.id
     manifest = entry.path / "manifest.json"
     kept = manifest.read_bytes()
-    manifest.write_text(json.dumps({**json.loads(kept), "stop_token_ids": [7]}))  # still a manifest, of the same id and files
+    manifest.write_text(
+        json.dumps({**json.loads(kept), "stop_token_ids": [7]})
+    )  # still a manifest, of the same id and files
     refused("manifest.json: file has changed; expected sha256")
     manifest.write_bytes(kept)
     (entry.path / "adapter_model.bin").write_bytes(b"")

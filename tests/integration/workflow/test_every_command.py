@@ -1,8 +1,8 @@
 """F21: an ancestor shipped entry points that crashed at once. Here every command runs, by its console script, on a tiny model.
 
 sft, reward, ppo and merge one by one: test_five_steps.py; generate and score: ../evaluation; sweep: ../sweep; promote, rollback and
-adapters: test_promotion.py; plan: ../../unit/stages/test_plan.py. Here: pipeline with all four stages, evaluate, resume, report, and
-the demo with fewer steps.
+adapters: test_promotion.py; plan: ../../unit/stages/test_plan.py. Here: pipeline with all four stages, evaluate, resume,
+report, and the demo with fewer steps.
 """
 
 from __future__ import annotations

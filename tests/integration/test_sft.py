@@ -256,16 +256,25 @@ class TestResume:
         assert steps == sorted(set(steps))
 
 
-def test_the_best_step_is_kept_and_its_checkpoint_survives(make_config: Callable[..., SFTConfig], console: Any) -> None:
-    """A learning rate that soon does harm: the last step is not the best one."""
-    config = make_config(
-        max_steps=12, eval_steps=1, save_steps=1, learning_rate=0.2, save_total_limit=2, load_best_model_at_end=True,
-        lr_scheduler_type="constant",
-    )  # fmt: skip
-    run = sft(config, console)
-    rows = {r["step"]: r["eval/loss"] for r in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "eval/loss" in r}
-    best = min((s for s in rows if s), key=lambda s: rows[s])
-    assert run.metrics["best/step"] == best < 12
+def test_the_best_step_is_kept_and_its_checkpoint_survives(
+    make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path
+) -> None:
+    """A learning rate that soon does harm: the last step is not the best one. Which rate that is depends on the processor's
+    rounding: losses leap about."""
+    for rate in (0.2, 0.5, 0.35, 1.0):
+        config = make_config(
+            output_dir=str(tmp_path / f"at_{rate}"), max_steps=12, eval_steps=1, save_steps=1, learning_rate=rate,
+            save_total_limit=2, load_best_model_at_end=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        run = sft(config, console)
+        rows = {
+            r["step"]: r["eval/loss"] for r in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "eval/loss" in r
+        }
+        best = min((s for s in rows if s), key=lambda s: rows[s])
+        assert run.metrics["best/step"] == best
+        if best < 11:
+            break
+    assert best < 11
     assert run.metrics["eval/loss"] == pytest.approx(rows[best], rel=1e-5)
     saved = load_file(Path(run.run_dir) / f"checkpoints/step_{best:06d}/adapter/adapter_model.safetensors")
     assert all(torch.equal(saved[n], t) for n, t in adapter_of(run).items())

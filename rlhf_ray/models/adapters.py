@@ -55,6 +55,7 @@ __all__ = [
     "gradient_checkpointing",
     "load_adapter_tensors",
     "read_adapter",
+    "remove_adapter",
     "resolve_targets",
     "save_adapter",
     "set_trainable",
@@ -107,6 +108,17 @@ def add_from_files(model: nn.Module, adapter_name: str, files: AdapterFiles, tra
     An adapter trained on a classifier fits the causal language model of the same trunk, and the other way round.
     ArtifactError naming missing and unmatched keys and wrong shapes; the model is then as it was."""
     _add(model, adapter_name, files, None, trainable)
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Forget an adapter and free its weights. The active adapter, which must be another one, stays the active one."""
+    peft_model: Any = as_peft(model)
+    if adapter_name not in peft_model.peft_config or adapter_name in _active(model):
+        raise InvariantError.at(f"adapter {adapter_name}", "is not there, or is active", ", ".join(peft_model.peft_config))
+    active = _active(model)
+    peft_model.delete_adapter(adapter_name)
+    if _active(model) != active:
+        peft_model.base_model.active_adapter = active
 
 
 def copy_adapter(model: nn.Module, source: str, target: str, trainable: bool = True) -> None:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from peft import PeftModel
@@ -27,6 +27,10 @@ class Loadable(Protocol):
 
     @property
     def files(self) -> AdapterFiles: ...
+
+    def light(self) -> Self:
+        """All but the tensors, which the model then has."""
+        ...
 
 
 L = TypeVar("L", bound=Loadable)
@@ -108,7 +112,7 @@ class AdapterSlots(Generic[L]):
             name = f"ad_{next(self._numbers):04d}"
             await asyncio.wrap_future(self.engine.call(lambda model: _add(model, name, loaded.files)))
             head = loaded.files.head
-            slot = Slot(key, name, loaded, None if head is None else head.to(self.engine.backbone.device))
+            slot = Slot(key, name, loaded.light(), None if head is None else head.to(self.engine.backbone.device))
             self._slots[key] = slot
             self.loads += 1
             return slot

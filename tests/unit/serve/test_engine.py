@@ -51,6 +51,9 @@ class Sink:
 class Read:
     files: AdapterFiles
 
+    def light(self) -> Read:
+        return self
+
 
 @pytest.fixture
 def sink() -> Sink:

@@ -1,0 +1,134 @@
+"""The service: one base, the adapters on it, how requests are limited, who may ask."""
+
+from __future__ import annotations
+
+import copy
+import ipaddress
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_ray.config.sections import Count, Float, NotNegative, Path, Positive, Section, Strings, field
+from rlhf_ray.config.stages import JobFields
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def _as_in_jobs(name: str) -> Any:
+    """A field with the default and the description that every stage has for it."""
+    return copy.copy(JobFields.model_fields[name])
+
+
+class ReplicasConfig(Section):
+    """How many copies of the base serve, and what each of them asks Ray for."""
+
+    min_replicas: Count = field(1, "copies of the base that are always there")
+    max_replicas: Count | None = field(None, "copies under load; default: min_replicas, no autoscaling")
+    target_ongoing_requests: Positive = field(16.0, "requests in flight per copy that autoscaling aims at")
+    num_gpus: Annotated[Float, Field(ge=0)] | None = field(
+        None, "GPUs, or a fraction of one, of each copy; default: 1 where the cluster has any, else 0"
+    )
+    num_cpus: NotNegative | None = field(
+        None, "CPUs each copy asks Ray for; default: 1 on a cluster, on a Ray of our own a share that always fits"
+    )
+    num_threads: Count | None = field(None, "CPU threads of each copy; default: usable cores shared among min_replicas")
+
+    @model_validator(mode="after")
+    def _grows(self) -> ReplicasConfig:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas: expected at least min_replicas ({self.min_replicas}); got {self.max_replicas}")
+        return self
+
+
+class LimitsConfig(Section):
+    """What one request, and all of them together, may take."""
+
+    max_batch_rows: Annotated[int, Field(ge=1, le=1024)] = field(32, "replies that a copy writes at the same time")
+    max_waiting_rows: Annotated[int, Field(ge=0, le=100_000)] = field(
+        32, "replies that may wait for a place in each copy; beyond that a request is answered 429"
+    )
+    max_loaded_adapters: Annotated[int, Field(ge=1, le=1024)] = field(
+        32, "adapters in the memory of each copy; the least recently used one that is idle makes room"
+    )
+    max_tokens: Count = field(1024, "longest reply that may be asked for")
+    default_max_tokens: Count = field(256, "longest reply where a request does not say")
+    max_n: Annotated[int, Field(ge=1, le=128)] = field(8, "replies per prompt, and models per comparison")
+    max_body_bytes: Annotated[int, Field(ge=1024)] = field(1_000_000, "longest request body (413)")
+    max_messages: Count = field(100, "messages in a conversation, prompts in a request")
+    body_timeout_s: Positive = field(10.0, "a request's body must be there within this time (408)")
+    request_timeout_s: Positive = field(120.0, "a reply must be finished within this time, waiting included (504)")
+    retry_after_s: Count = field(1, "what a 429 answer tells the client to wait, seconds")
+
+    @model_validator(mode="after")
+    def _fits(self) -> LimitsConfig:
+        if self.default_max_tokens > self.max_tokens:
+            raise ValueError(f"default_max_tokens: expected at most max_tokens ({self.max_tokens})")
+        return self
+
+
+class ServeConfig(Section):
+    """The endpoint: OpenAI's API over a base and its adapters."""
+
+    output_dir: Path = field(..., "folder for preferences, the access log and what each replica says it serves")
+    model_name_or_path: Path = field(..., JobFields.model_fields["model_name_or_path"].description or "")
+    revision: str | None = _as_in_jobs("revision")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _as_in_jobs("dtype")
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = _as_in_jobs("attn_implementation")
+    load_in_8bit: bool = _as_in_jobs("load_in_8bit")
+    load_in_4bit: bool = _as_in_jobs("load_in_4bit")
+    cpu_offload: bool = _as_in_jobs("cpu_offload")
+    registry: Path | None = field(
+        None, "folder that `rlhf-ray promote` writes to; its names are served, and changes to them followed; null: none"
+    )
+    adapters: dict[str, str] = field(
+        {}, "further adapters, by name: a run, RUN@STEP or an adapter folder; loaded as they are now, not followed"
+    )
+    template: str | None = field(
+        None,
+        "prompt template of the base without an adapter; default: chat where its tokenizer has one, else none"
+        " (an adapter always has the template it was trained with)",
+    )
+    reward: str | None = field(
+        None, "adapter that scores replies where a request says `reward: true`; default: the only reward adapter there is"
+    )
+    host: str = field("127.0.0.1", "address to listen on; any but a loopback address needs api_keys")
+    port: Annotated[int, Field(ge=1, le=65535)] = field(8000, "port to listen on")
+    api_keys: Path | None = field(None, "file of hashed API keys that `rlhf-ray api-key` writes; null: no key is asked for")
+    allowed_hosts: Strings = field(
+        (), "further names by which browsers may reach the service (Host header); loopback names and `host` are allowed"
+    )
+    replicas: ReplicasConfig = field(ReplicasConfig(), "copies of the base")
+    limits: LimitsConfig = field(LimitsConfig(), "limits of requests")
+    poll_interval_s: Positive = field(1.0, "the registry is looked at for changes so often")
+    log_prompts: bool = field(False, "write prompts and replies into the access log too")
+
+    @model_validator(mode="after")
+    def _rules(self) -> ServeConfig:
+        problems = []
+        if self.load_in_8bit and self.load_in_4bit:
+            problems.append("load_in_8bit and load_in_4bit exclude each other")
+        if not is_loopback(self.host) and self.api_keys is None:
+            problems.append(
+                f"host: {self.host} can be reached from other machines: api_keys is needed (rlhf-ray api-key FILE --name NAME)"
+            )
+        for name in self.adapters:
+            if not ADAPTER_NAME.fullmatch(name) or name.casefold() == "base":
+                problems.append(f"adapters: {name!r} is no name: 1 to 64 letters, digits, _ . or -, and not base")
+        if problems:
+            raise ValueError(" | ".join(problems))
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a service on `host`.
+
+    >>> [is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.1", "example.org")]
+    [True, True, True, False, False, False]
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

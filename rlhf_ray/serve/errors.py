@@ -1,0 +1,44 @@
+"""What a client is told when a request fails: OpenAI's error object and its status code. Never the text of an exception."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+@dataclass
+class ApiError(Exception):
+    """status: HTTP code.  code: OpenAI's machine-readable name.  param: the field that is at fault.  retry_after: seconds."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    retry_after: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def as_dict(self) -> dict[str, Any]:
+        """To cross processes as plain data: an exception would arrive wrapped in Ray's, with its traceback."""
+        return {k: getattr(self, k) for k in ("status", "message", "code", "param", "retry_after")}
+
+
+def model_not_found(name: str) -> ApiError:
+    """One answer for a name that does not exist, and for one that this key may not use."""
+    return ApiError(404, f"The model {name[:100]!r} does not exist, or you may not use it.", "model_not_found", "model")
+
+
+def overloaded(retry_after: int) -> ApiError:
+    return ApiError(429, "The service is at capacity. Try again later.", "rate_limit_exceeded", None, retry_after)
+
+
+def out_of_time(seconds: float) -> ApiError:
+    return ApiError(504, f"The reply was not finished within {seconds:g} s.", "timeout")
+
+
+def internal() -> ApiError:
+    return ApiError(500, "The service failed on this request.", "internal_error")

@@ -1,0 +1,125 @@
+"""A replica's names follow the registry: what is promoted or rolled back is served within a moment, without a restart.
+
+A new version is read, checked and loaded beside the old one, and only then takes over the name. A version that is refused never
+does: the old one goes on. Requests keep the version that they began with. What each replica serves it writes down, as its
+acknowledgement: output_dir/replicas/<replica>.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.files import atomic_write_json
+from rlhf_ray.registry import Registry
+from rlhf_ray.registry.alias import now
+from rlhf_ray.serve.catalogue import Catalogue, Readout, Version, registry_versions
+from rlhf_ray.serve.metrics import Metrics
+from rlhf_ray.serve.slots import AdapterSlots, SlotsBusy
+
+log = logging.getLogger(__name__)
+
+
+class Following:
+    """registry: None where there is none.   notes: the replica's own file of what it serves."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        slots: AdapterSlots[Readout],
+        backbone: Backbone,
+        registry: Registry | None,
+        notes: Path,
+        metrics: Metrics,
+    ) -> None:
+        self.catalogue, self.slots, self.backbone = catalogue, slots, backbone
+        self.registry, self.notes, self.metrics = registry, notes, metrics
+        self._token: str | None = None
+
+    async def forever(self, every_s: float) -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self.look()
+            except Exception:  # a registry that cannot be read now may be readable again
+                log.exception("the registry could not be followed; what is served stays as it is")
+
+    async def look(self) -> None:
+        """Take over what has changed in the registry since the last look."""
+        if self.registry is None:
+            return
+        token = await asyncio.to_thread(self.registry.poll)
+        if token == self._token:
+            return
+        try:
+            found = await asyncio.to_thread(registry_versions, self.registry, self.backbone)
+        except RlhfRayError as error:
+            log.error("registry %s: %s", self.registry.path, error)
+            return
+        if await self.take(found):
+            self._token = token
+
+    async def take(self, found: dict[str, tuple[list[Version], str]]) -> bool:
+        """Serve these names. False if a version has to wait for room, and should be tried again."""
+        settled = True
+        for name in self.catalogue.offer(found):
+            version = self.catalogue.versions[self.catalogue.wanted[name]]
+            if version.id not in self.catalogue.refused:
+                settled &= await self._switch(version)
+        await asyncio.to_thread(self._note)
+        return settled
+
+    async def read(self, version: Version) -> Readout:
+        """For a request that names it: known already, else from disk."""
+        readout = self.catalogue.known.get(version.id)
+        if readout is None:
+            readout = self.catalogue.known[version.id] = (await asyncio.to_thread(version.read)).light()
+        return readout
+
+    async def _switch(self, version: Version) -> bool:
+        try:
+            slot = await self.slots.load(version.id, version.read)
+            readout = slot.loaded
+        except SlotsBusy:
+            try:
+                readout = (await asyncio.to_thread(version.read)).light()  # fit to be served; it is loaded when it is asked for
+            except RlhfRayError as error:
+                return self._refuse(version, error)
+        except RlhfRayError as error:
+            return self._refuse(version, error)
+        self.catalogue.known[version.id] = readout
+        self.catalogue.live[version.name] = version.id
+        self.metrics.set("live_version", version.number, adapter=version.name)
+        log.info("serving %s as %s, sha256 %s", version.id, version.name, readout.sha256)
+        return True
+
+    def _refuse(self, version: Version, error: RlhfRayError) -> bool:
+        stays = self.catalogue.live.get(version.name)
+        self.catalogue.refused[version.id] = "; ".join(map(str, error.problems))
+        self.metrics.count("adapters_refused", adapter=version.name)
+        log.error("refused %s, %s: %s", version.id, f"{stays} stays" if stays else "nothing is served as this name", error)
+        return True
+
+    def _note(self) -> None:
+        atomic_write_json(self.notes, self.status())
+
+    def status(self) -> dict[str, Any]:
+        """{replica, host, pid, when, live: {name: {id, version, sha256}}, refused: {id: why}}."""
+        versions = self.catalogue.versions
+        return {
+            "replica": self.notes.stem,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "when": now(),
+            "live": {
+                name: {"id": id, "version": versions[id].number, "sha256": versions[id].sha256}
+                for name, id in sorted(self.catalogue.live.items())
+            },
+            "refused": dict(self.catalogue.refused),
+        }

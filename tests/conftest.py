@@ -155,3 +155,55 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return _write_model(folder, GPT2Config(**{**values, **config}), seed, dtype, 0.2)
 
     return _cached(tmp_path_factory, "tiny_gpt2", build)
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> Callable[..., Path]:
+    """tiny_run(folder, base, stage="sft", seed=0, ...) -> a finished run as training leaves it, with a random adapter on `base`,
+    which says something else for every seed; stage "reward" has a random head. Options: template, r, scale of B."""
+
+    def make(
+        folder: Path,
+        base: Path,
+        stage: str = "sft",
+        seed: int = 0,
+        template: str = "alpaca_short",
+        r: int = 4,
+        scale: float = 0.3,
+    ) -> Path:
+        import torch
+
+        from rlhf_ray.config import LoraConfig
+        from rlhf_ray.data.templates import load_template
+        from rlhf_ray.models.adapters import adapter_config, adapter_tensors, save_adapter, wrap
+        from rlhf_ray.models.artifact import create_run
+        from rlhf_ray.models.backbone import load_backbone
+        from rlhf_ray.run import Run
+
+        how: dict[str, Any] = {"dtype": "float32", "attn_implementation": "auto", "load_in_8bit": False}
+        how |= {"load_in_4bit": False, "cpu_offload": False, "device": "cpu"}
+        backbone = load_backbone(path=str(base), revision=None, **how)
+        model = wrap(backbone.model, LoraConfig(r=r, lora_alpha=2.0 * r), "ad", seed=seed)
+        draw = torch.Generator().manual_seed(seed)
+        tensors = {
+            key: torch.randn(t.shape, generator=draw) * scale if "lora_B" in key else t
+            for key, t in adapter_tensors(model, "ad").items()
+        }
+        is_reward = stage == "reward"
+        head = torch.randn(1, backbone.hidden_size, generator=draw) if is_reward else None
+        run = create_run(folder, stage, {"seed": seed, "template": template}, "never")
+        kind: Any = "SEQ_CLS" if is_reward else "CAUSAL_LM"
+        save_adapter(run.adapter_dir, tensors, adapter_config(model, "ad"), kind, head, str(base))
+        run.update_manifest(
+            base=backbone.identity.manifest(),
+            tokenizer_sha256=backbone.identity.tokenizer_sha256,
+            template=load_template(template, backbone.tokenizer).manifest(),
+            stop_token_ids=list(backbone.eos_ids),
+            parents=[],
+            **({"reward": {"add_eos_token": True}} if is_reward else {}),
+        )
+        Run(stage, "done", str(run.path), 10, 1.0, seed, {}).save()
+        run.seal()
+        return run.path
+
+    return make

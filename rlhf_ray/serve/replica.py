@@ -345,7 +345,8 @@ class Replica:
                     elif choice.end is None:
                         self._say(ask, choice, found, events)
                         if choice.end is not None:
-                            self.engine.cancel(tickets[choice])
+                            if found.end is None:  # a stop string, of which the decoder knows nothing
+                                self.engine.cancel(tickets[choice])
                             task = asyncio.create_task(self._judge(ask, choice, judge, queue))
                             judging.add(task)
                 if events or last:

@@ -29,7 +29,7 @@ def load_tiny(folder: Path) -> Backbone:
 
 @pytest.fixture(scope="session")
 def base_dir(tiny_llama: Callable[..., Path]) -> Path:
-    return tiny_llama(context=128)
+    return tiny_llama()
 
 
 @pytest.fixture(scope="session")

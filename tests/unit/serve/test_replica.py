@@ -1,0 +1,274 @@
+"""A replica without Ray: what it says, scores, refuses, and how it follows the registry. Real model, real registry, real threads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.data.encode import encode_prompts
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.templates import load_template
+from rlhf_ray.maths.rng import derived_seed
+from rlhf_ray.models.adapter_files import read_adapter
+from rlhf_ray.models.adapters import wrap
+from rlhf_ray.models.decode_types import DecodeRequest, DecodeResult
+from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.sampler import Sampler
+from rlhf_ray.models.stack import AdapterStack, RoleModels, Seat
+from rlhf_ray.registry import Registry
+from rlhf_ray.roles.retokenised import Reader
+from rlhf_ray.roles.rewards import ModelReward
+from rlhf_ray.serve.asks import Ask
+from rlhf_ray.serve.replica import Replica
+
+from .conftest import load_tiny
+
+WORDS = {"text": "Name a bird."}
+
+
+@pytest.fixture
+def job(tmp_path: Path, base_dir: Path) -> Callable[..., ServeConfig]:
+    def make(**fields: Any) -> ServeConfig:
+        values: dict[str, Any] = {"output_dir": str(tmp_path / "serve"), "model_name_or_path": str(base_dir)}
+        limits = {"default_max_tokens": 16, "max_tokens": 100, **fields.pop("limits", {})}
+        return ServeConfig(**{**values, "template": "none", "poll_interval_s": 0.05, "limits": limits, **fields})
+
+    return make
+
+
+@asynccontextmanager
+async def serving(config: ServeConfig) -> AsyncIterator[Replica]:
+    replica = Replica(config)
+    try:
+        await replica.start()
+        yield replica
+    finally:
+        await replica.close()
+
+
+def run(config: ServeConfig, body: Callable[[Replica], Awaitable[Any]]) -> Any:
+    async def whole() -> Any:
+        async with serving(config) as replica:
+            return await body(replica)
+
+    return asyncio.run(whole())
+
+
+async def ask(replica: Replica, *models: str, prompt: Any = WORDS, **fields: Any) -> dict[str, Any]:
+    """{start, choices: [{text, end, ...}], error}."""
+    found: dict[str, Any] = {"choices": {}, "error": None}
+    async for events in replica.events(Ask(models=models, prompts=(prompt,), **fields)):
+        for event in events:
+            if "i" in event:
+                choice = found["choices"].setdefault(event["i"], {"text": "", "tokens": []})
+                choice["text"] += event.pop("text", "")
+                choice["tokens"] += event.pop("tokens", [])
+                choice.update(event)
+            else:
+                found.update(event)
+    return found
+
+
+def alone(base: Path, run_dir: Path | None, template: str, seed: int, **fields: Any) -> tuple[str, DecodeResult, list[int]]:
+    """The reply of an adapter by itself, by the sampler that training uses; its text; the prompt's ids."""
+    backbone = load_tiny(base)
+    model = backbone.model if run_dir is None else wrap(backbone.model, read_adapter(run_dir / "adapter"), "x")
+    ids = encode_prompts(backbone.tokenizer, load_template(template), [Prompt("Name a bird.")])[0]
+    asked = DecodeRequest(tuple(ids), seed, 16, backbone.eos_ids, adapter=None if run_dir is None else "x", **fields)
+    result = Sampler(model, backbone.pad_id).run([asked])[0]
+    return str(backbone.tokenizer.decode(result.token_ids, skip_special_tokens=True)), result, ids
+
+
+def test_adapters_in_one_batch_say_what_each_says_alone_under_its_own_template(
+    job: Callable[..., ServeConfig], tiny_run: Callable[..., Path], base_dir: Path, tmp_path: Path
+) -> None:
+    one = tiny_run(tmp_path / "one", base_dir, seed=1)
+    two = tiny_run(tmp_path / "two", base_dir, seed=2, template="vigogne")
+
+    async def body(replica: Replica) -> Any:
+        together = await ask(replica, "base", "one", "two", seed=7)
+        apart = await asyncio.gather(*(ask(replica, name, seed=7, n=2) for name in ("base", "one", "two")))
+        return together, apart
+
+    together, apart = run(job(adapters={"one": str(one), "two": str(two)}), body)
+    expected = [
+        alone(base_dir, folder, template, derived_seed(7, "serve", 0, 0))[0]
+        for folder, template in ((None, "none"), (one, "alpaca_short"), (two, "vigogne"))
+    ]
+    assert [together["choices"][i]["text"] for i in range(3)] == expected
+    assert [found["choices"][0]["text"] for found in apart] == expected
+    assert all(found["choices"][1]["text"] != found["choices"][0]["text"] for found in apart)  # the second sample is another
+    assert together["start"]["choices"] == ["base", "one", "two"]
+    assert together["start"]["adapters"]["one"]["sha256"] == read_adapter(one / "adapter").sha256
+
+
+def test_reward_and_kl_are_those_of_training(
+    job: Callable[..., ServeConfig], tiny_run: Callable[..., Path], base_dir: Path, tmp_path: Path
+) -> None:
+    policy = tiny_run(tmp_path / "policy", base_dir, stage="ppo", seed=1)
+    reward = tiny_run(tmp_path / "reward", base_dir, stage="reward", seed=5)
+    config = job(adapters={"policy": str(policy), "judge": str(reward)})
+    found = run(config, lambda replica: ask(replica, "policy", "base", seed=3, reward=True, kl=True))
+
+    backbone = load_tiny(base_dir)
+    files = read_adapter(reward / "adapter")
+    stack = AdapterStack(backbone, wrap(backbone.model, files, "reward"))
+    stack.heads["reward"] = ScalarHead(backbone.hidden_size, files.head)
+    models = RoleModels({"s": stack}, {"reward": Seat("s", "reward", "reward"), "base": Seat("s", None)})
+    _, said, ids = alone(base_dir, policy, "alpaca_short", derived_seed(3, "serve", 0, 0))
+    seq = Reader(backbone, None, False).sequences([ids], [list(said.token_ids)])  # type: ignore[arg-type]
+    with torch.no_grad():
+        score = ModelReward("reward", 1.0, models, "reward").score(seq).item()
+        base = models("logprobs", "base", seq, 1.0)[0].sum().item()
+    assert found["choices"][0]["reward"] == pytest.approx(score, abs=1e-4)
+    assert found["choices"][0]["kl"] == pytest.approx(sum(said.logprobs) - base, abs=1e-3)
+    assert abs(found["choices"][0]["kl"]) > 0.1
+    assert found["choices"][1]["kl"] == 0.0
+    told = run(config, lambda replica: ask(replica, "judge"))
+    assert told["error"]["status"] == 400 and told["error"]["code"] == "not_a_policy"
+    told = run(job(), lambda replica: ask(replica, "base", reward=True))
+    assert told["error"]["code"] == "no_reward"
+
+
+def test_stop_strings_log_probabilities_and_greedy(job: Callable[..., ServeConfig], base_dir: Path) -> None:
+    async def body(replica: Replica) -> None:
+        whole = await ask(replica, "base", seed=1, logprobs=True, max_tokens=30)
+        reply = whole["choices"][0]
+        assert len(reply["tokens"]) == reply["completion_tokens"] == 30 and reply["end"] == "length"
+        assert all(value <= 0 for _, value in reply["tokens"])
+        stop = reply["text"][9:12]
+        cut = await ask(replica, "base", seed=1, stops=(stop,), max_tokens=30)
+        before = reply["text"][: reply["text"].index(stop)]
+        assert (cut["choices"][0]["text"], cut["choices"][0]["end"]) == (before, "stop")
+        assert cut["choices"][0]["completion_tokens"] < 30
+        greedy = [(await ask(replica, "base", temperature=0.0))["choices"][0]["text"] for _ in range(2)]
+        assert greedy[0] == greedy[1] == alone(base_dir, None, "none", 0, greedy=True)[0]
+        assert replica.engine.running == 0 and replica._reserved == 0 and not replica._routes
+
+    run(job(), body)
+
+
+def test_what_cannot_be_answered_is_told_with_a_status(
+    job: Callable[..., ServeConfig], tiny_run: Callable[..., Path], base_dir: Path, tmp_path: Path
+) -> None:
+    one = tiny_run(tmp_path / "one", base_dir, seed=1)
+    talk = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]}
+
+    async def body(replica: Replica) -> None:
+        for models, fields, status, code in (
+            (("nobody",), {}, 404, "model_not_found"),
+            (("../one",), {}, 404, "model_not_found"),
+            (("one@v9",), {}, 404, "model_not_found"),
+            (("base",), {"prompt": {"text": "  "}}, 400, "empty_prompt"),
+            (("base",), {"prompt": {"ids": [5000]}}, 400, "invalid_token"),
+            (("base",), {"max_tokens": 250}, 400, "context_length_exceeded"),
+            (("one",), {"prompt": talk}, 400, "template"),
+            (("base",), {"n": 65}, 400, "too_many_replies"),
+        ):
+            error = (await ask(replica, *models, **fields))["error"]
+            assert (error["status"], error["code"]) == (status, code)
+        assert (await ask(replica, "one@v0"))["error"] is None
+        assert replica._reserved == 0 and replica.slots._slots["one@v0-" + read_adapter(one / "adapter").sha256[:8]].users == 0
+
+    run(job(adapters={"one": str(one)}), body)
+
+
+def test_full_is_told_at_once_and_a_deadline_holds(job: Callable[..., ServeConfig]) -> None:
+    async def body(replica: Replica) -> None:
+        first = replica.events(Ask(("base",), (WORDS,), n=4, max_tokens=100))
+        await anext(first)
+        await anext(first)
+        full = (await ask(replica, "base"))["error"]
+        assert (full["status"], full["retry_after"]) == (429, 1)
+        await first.aclose()  # the client has left
+        assert (await ask(replica, "base"))["error"] is None
+        assert replica.engine.running == 0 and replica.engine.steps < 100
+
+    run(job(limits={"max_batch_rows": 2, "max_waiting_rows": 2}), body)
+    told = run(job(limits={"request_timeout_s": 0.001}), lambda replica: ask(replica, "base", max_tokens=100))
+    assert told["error"]["status"] == 504
+
+
+def test_health_is_a_reply_that_is_really_made(job: Callable[..., ServeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(replica: Replica) -> None:
+        await replica.check_health()
+        steps = replica.engine.steps
+        assert steps > 0
+        await replica.check_health()
+        assert replica.engine.steps > steps
+
+        def broken() -> list[object]:
+            replica.engine.sampler._clear(256)
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(replica.engine.sampler, "step", broken)
+        with pytest.raises(RuntimeError, match="decoder has failed"):
+            await replica.check_health()
+
+    run(job(), body)
+
+
+def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_takes_over(
+    job: Callable[..., ServeConfig], tiny_run: Callable[..., Path], base_dir: Path, tmp_path: Path
+) -> None:
+    registry = Registry(tmp_path / "registry")
+    promote = partial(registry.promote, force=True, reason="nothing was measured")
+    runs = [tiny_run(tmp_path / f"run{i}", base_dir, seed=i) for i in range(4)]
+    ids = [promote(str(runs[0]), "helper").entry.id]
+    expected = [alone(base_dir, r, "alpaca_short", derived_seed(0, "serve", 0, 0))[0] for r in runs]
+
+    async def said(replica: Replica, model: str = "helper") -> str:
+        found = await ask(replica, model, seed=0)
+        return str(found["choices"][0]["text"]) if found["error"] is None else str(found["error"]["status"])
+
+    async def until(replica: Replica, what: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        for _ in range(600):
+            status = json.loads(replica.following.notes.read_text())
+            if what(status):
+                return status  # type: ignore[no-any-return]
+            await asyncio.sleep(0.05)
+        raise AssertionError(status)
+
+    async def body(replica: Replica) -> None:
+        assert await said(replica) == expected[0]
+        running = replica.events(Ask(("helper",), (WORDS,), seed=0, max_tokens=60))
+        assert (await anext(running))[0]["start"]["adapters"]["helper"]["id"] == ids[0]
+        ids.append(promote(str(runs[1]), "helper").entry.id)
+        status = await until(replica, lambda s: s["live"]["helper"]["version"] == 2)
+        assert status["live"]["helper"] == {"id": ids[1], "version": 2, "sha256": read_adapter(runs[1] / "adapter").sha256}
+        assert await said(replica) == expected[1]
+        assert await said(replica, "helper@v1") == expected[0]
+        text = "".join([e.get("text", "") for events in [x async for x in running] for e in events])
+        assert text.startswith(expected[0])  # it began with version 1, and finished with it
+        third = promote(str(runs[2]), "helper").entry
+        weights = third.path / "adapter_model.safetensors"
+        os.chmod(weights, stat.S_IRUSR | stat.S_IWUSR)
+        data = bytearray(weights.read_bytes())
+        data[-5] ^= 1
+        weights.write_bytes(bytes(data))
+        status = await until(replica, lambda s: third.id in s["refused"])
+        assert status["live"]["helper"]["version"] == 2 and "sha256" in status["refused"][third.id]
+        assert await said(replica) == expected[1]
+        assert await said(replica, "helper@v3") == "404"
+        registry.rollback("helper", "v1")
+        await until(replica, lambda s: s["live"]["helper"]["version"] == 1)
+        assert await said(replica) == expected[0]
+        promote(str(runs[3]), "other")
+        await until(replica, lambda s: "other" in s["live"])
+        assert await said(replica, "other") == expected[3]
+        listed = {entry["id"]: entry for entry in await replica.models()}
+        assert listed["helper"]["root"] == ids[0] and listed["helper"]["parent"] == "base" and listed["base"]["parent"] is None
+        assert third.id not in listed and {*ids} <= listed.keys()
+
+    run(job(registry=str(tmp_path / "registry")), body)

@@ -63,7 +63,7 @@ def _fields_table(stage: str) -> str:
     table.add_column("Field of the job file", no_wrap=True)
     for name in ("Type", "Default", "Meaning"):
         table.add_column(name, overflow="fold")
-    classes: dict[str, type[Section]] = {**STAGES, "pipeline": PipelineConfig, "sweep": SweepConfig}
+    classes: dict[str, type[Section]] = {**STAGES, "pipeline": PipelineConfig, "sweep": SweepConfig, "serve": ServeConfig}
     for row in describe(classes[stage]):
         table.add_row(*(Text(cell) for cell in (row.name, row.type, row.default, row.meaning)))
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
@@ -116,6 +116,37 @@ def sweep(job: Job, overrides: Overrides = None, as_json: Json = False, debug: D
     with _stdout_kept(), _resumable(config.output_dir):
         run = run_sweep(config)
     _tell(run, as_json)
+
+
+@app.command(cls=_StageCommand)
+def serve(job: Job, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Serve adapters behind OpenAI's API. Every adapter on one base, a page to compare them; Ctrl-C drains and stops."""
+    from rlhf_ray.config import ServeConfig
+    from rlhf_ray.config.load import load
+
+    config = load(ServeConfig, job, overrides or ())
+    from rlhf_ray.serve.run import run_service
+
+    with _stdout_kept():
+        run_service(config)
+
+
+@app.command("api-key")
+def api_key(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="file of hashed keys; made if it is not there")],
+    name: Annotated[str, typer.Option(help="whose key it is; stands in the access log")],
+    model: Annotated[list[str] | None, typer.Option(help="the key may use this model only; may be repeated")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="requests of this key at a time")] = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="take the key back instead")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a key for the service. It is printed once; the file holds its hash."""
+    from rlhf_ray.serve.keys import add_key, revoke_key
+
+    if revoke:
+        revoke_key(file, name)
+    else:
+        print(add_key(file, name, tuple(model or ()), max_concurrent))
 
 
 @app.command()

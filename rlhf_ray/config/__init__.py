@@ -18,6 +18,7 @@ from rlhf_ray.config.sections import (
     ValueConfig,
     check_accumulation,
 )
+from rlhf_ray.config.serve import LimitsConfig, ReplicasConfig, ServeConfig
 from rlhf_ray.config.stages import EvaluateConfig, JobFields, OptimFields, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.config.sweep import SweepConfig
 
@@ -29,16 +30,19 @@ __all__ = [
     "EvaluateConfig",
     "JobFields",
     "LearnerConfig",
+    "LimitsConfig",
     "LoraConfig",
     "OptimFields",
     "PPOConfig",
     "PipelineConfig",
     "PolicySpec",
+    "ReplicasConfig",
     "RewardConfig",
     "RewardSource",
     "SFTConfig",
     "SamplingConfig",
     "Section",
+    "ServeConfig",
     "SweepConfig",
     "ValueConfig",
     "check_accumulation",

@@ -75,6 +75,8 @@ def _named_folders(config: Section) -> Iterator[tuple[Loc, str, bool]]:
         path = getattr(config, name, None)
         if path is not None:
             yield (name,), path, hub
+    for name, spec in getattr(config, "adapters", {}).items():
+        yield ("adapters", name), spec, False
     for i, reward in enumerate(getattr(config, "rewards", ())):
         if reward.run is not None:
             yield ("rewards", i, "run"), reward.run, False
@@ -86,7 +88,7 @@ def _named_folders(config: Section) -> Iterator[tuple[Loc, str, bool]]:
 
 
 def _named_files(config: Section) -> Iterator[tuple[Loc, Path]]:
-    template = getattr(config, "template", "")
+    template = getattr(config, "template", None) or ""
     if template.endswith(".json") or "/" in template:
         yield ("template",), Path(template).expanduser()
     learner = getattr(config, "learner", None)

@@ -15,7 +15,7 @@ from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.models.lineage import check_lineage, parent_of
+from rlhf_ray.models.lineage import check_lineage
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.registry import Registry
 from rlhf_ray.registry.entry import Entry
@@ -176,7 +176,7 @@ def read_run(name: str, spec: str, backbone: Backbone) -> Readout:
         template,
         _stop_ids((source.run.manifest() if source.run is not None else {}).get("stop_token_ids"), backbone, name),
         bool(recorded_reward(source).get("add_eos_token", True)),
-        about | {"base": parent_of(source, name).base},
+        about,
     )
 
 

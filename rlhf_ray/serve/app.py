@@ -1,0 +1,188 @@
+"""The Ray Serve application: an API process in front of replicas of the base. `rlhf_ray.serve.app:build` also serves config files.
+
+    proxy ──> Api (HTTP, keys, limits; no model) ──> Engine x N (base, adapters, decode thread)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.resolved import to_dict
+from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.serve.asks import Ask
+from rlhf_ray.serve.errors import ApiError, overloaded
+
+log = logging.getLogger(__name__)
+
+NAME = "rlhf_ray"
+ATTEMPTS = 3
+"""A reply whose replica dies is begun again on another one, with the same seed."""
+API_REQUESTS = 10_000
+MODELS_KEPT_S = 0.5
+
+
+@serve.deployment(name="Engine")
+class Engine:
+    """A replica (replica.py) as a Serve deployment."""
+
+    async def __init__(self, values: dict[str, Any]) -> None:
+        from rlhf_ray.serve.metrics import Metrics
+        from rlhf_ray.serve.replica import Replica
+
+        name = serve.get_replica_context().replica_id.unique_id
+        self.replica = Replica(load_dict(ServeConfig, values, "serve job"), name, Metrics())
+        await self.replica.start()
+
+    async def complete(self, ask: Ask) -> list[dict[str, Any]]:
+        return [event async for events in self.replica.events(ask) for event in events]
+
+    async def stream(self, ask: Ask) -> AsyncIterator[list[dict[str, Any]]]:
+        events = self.replica.events(ask)
+        try:
+            async for some in events:
+                yield some
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]  # at once, not when it is collected: its rows still decode
+
+    async def models(self) -> list[dict[str, Any]]:
+        return await self.replica.models()
+
+    async def status(self) -> dict[str, Any]:
+        return await self.replica.status()
+
+    async def check_health(self) -> None:
+        self.replica.gauges()
+        await self.replica.check_health()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "replica"):
+            await self.replica.close()
+
+
+class Replicas:
+    """The backend of the API: replicas behind a Serve handle. Serve chooses among them, and refuses when all are full."""
+
+    def __init__(self, engine: DeploymentHandle, config: ServeConfig) -> None:
+        self._engine, self._limits = engine, config.limits
+        self._streaming = engine.options(stream=True)
+        self._models: tuple[float, list[dict[str, Any]]] | None = None
+
+    async def complete(self, ask: Ask) -> list[dict[str, Any]]:
+        deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s + 5
+        for attempt in range(1, ATTEMPTS + 1):
+            response = self._engine.complete.remote(ask)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await response  # type: ignore[no-any-return]
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except TimeoutError:
+                response.cancel()
+                raise ApiError(504, "The reply was not finished in time.", "timeout") from None
+            except (RayError, BackPressureError, DeploymentUnavailableError, RequestCancelledError) as error:
+                self._settle(error, last=attempt == ATTEMPTS)
+                await asyncio.sleep(0.05 * attempt)
+        raise AssertionError
+
+    async def stream(self, ask: Ask) -> AsyncIterator[list[dict[str, Any]]]:
+        """A replica that dies before it said anything is replaced by another one."""
+        for attempt in range(1, ATTEMPTS + 1):
+            response = self._streaming.stream.remote(ask)
+            said = False
+            try:
+                async for events in response:
+                    said = True
+                    yield events
+                return
+            except (RayError, BackPressureError, DeploymentUnavailableError, RequestCancelledError) as error:
+                self._settle(error, last=said or attempt == ATTEMPTS)
+                await asyncio.sleep(0.05 * attempt)
+            finally:
+                response.cancel()
+
+    async def models(self) -> list[dict[str, Any]]:
+        now = asyncio.get_running_loop().time()
+        if self._models is None or now - self._models[0] > MODELS_KEPT_S:
+            try:
+                async with asyncio.timeout(10):
+                    self._models = now, await self._engine.models.remote()
+            except (RayError, BackPressureError, DeploymentUnavailableError, TimeoutError) as error:
+                if self._models is None:
+                    self._settle(error, last=True)
+        assert self._models is not None
+        return self._models[1]
+
+    def _settle(self, error: BaseException, last: bool) -> None:
+        """Return where another attempt makes sense; else raise what the client is told."""
+        if isinstance(error, BackPressureError):
+            raise overloaded(self._limits.retry_after_s) from None
+        gone = isinstance(error, (RayActorError, TaskCancelledError, DeploymentUnavailableError, RequestCancelledError))
+        log.warning("a replica failed: %s", type(error).__name__)
+        if last or not gone:
+            code = "replica_failed" if gone else "internal_error"
+            raise ApiError(503 if gone else 500, "The service failed on this request. Try again.", code) from None
+
+
+@serve.deployment(name="Api")
+@serve.ingress()
+class Api:
+    """The HTTP application (api.py) as a Serve deployment."""
+
+    def __init__(self, values: dict[str, Any], engine: DeploymentHandle) -> None:
+        self.config = load_dict(ServeConfig, values, "serve job")
+        self.engine = engine
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from rlhf_ray.serve.api import Api as Routes
+        from rlhf_ray.serve.metrics import Metrics
+
+        return Routes(self.config, Replicas(self.engine, self.config), Metrics()).app
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application for a Serve config file: `import_path: rlhf_ray.serve.app:build`, `args:` the fields of a serve job.
+
+    Raises ConfigError."""
+    return application(load_dict(ServeConfig, args, "args"))
+
+
+def application(config: ServeConfig, own_ray: bool = False) -> serve.Application:
+    """own_ray: on a Ray of our own everything fits, whatever the number of cores."""
+    values, limits, replicas = to_dict(config), config.limits, config.replicas
+    rows = limits.max_batch_rows + limits.max_waiting_rows
+    cpus = replicas.num_cpus if replicas.num_cpus is not None else 0.1 if own_ray else 1.0
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": cpus, "num_gpus": replicas.num_gpus or 0},
+        "max_ongoing_requests": rows,
+        "max_queued_requests": rows,
+        "graceful_shutdown_timeout_s": limits.request_timeout_s + 5,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 40,
+        "max_constructor_retry_count": 3,
+    }
+    if replicas.max_replicas is not None:
+        options["autoscaling_config"] = {
+            "min_replicas": replicas.min_replicas,
+            "max_replicas": replicas.max_replicas,
+            "target_ongoing_requests": replicas.target_ongoing_requests,
+        }
+    else:
+        options["num_replicas"] = replicas.min_replicas
+    api = Api.options(
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=API_REQUESTS,
+        graceful_shutdown_timeout_s=limits.request_timeout_s + 10,
+        graceful_shutdown_wait_loop_s=0.2,
+    )
+    return api.bind(values, Engine.options(**options).bind(values))

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,14 +27,11 @@ from rlhf_ray.serve.journal import ACCESS, PREFERENCES, Journal, preference_row
 from rlhf_ray.serve.keys import Key, Keys
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest, talk
+from rlhf_ray.serve.page import Page
 from rlhf_ray.serve.repeats import Repeats
 from rlhf_ray.serve.requests import parse, read_body
 
 log = logging.getLogger(__name__)
-
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'"
-)
 
 
 class Backend(Protocol):
@@ -81,7 +77,7 @@ class Api:
         folder = Path(config.output_dir)
         self.access = Journal(folder / ACCESS)
         self.preferences = Journal(folder / PREFERENCES, durable=True)
-        self.page = (files("rlhf_ray.serve") / "page" / "index.html").read_text(encoding="utf-8")
+        self.page = Page()
         self.repeats = Repeats()
         self.running: Counter[str] = Counter()  # requests in flight by key
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -102,7 +98,7 @@ class Api:
     # ---- routes --------------------------------------------------------------------------------------------------------
 
     async def show_page(self) -> Response:
-        return HTMLResponse(self.page, headers={"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"})
+        return HTMLResponse(self.page.html, headers={"content-security-policy": self.page.policy, "cache-control": "no-cache"})
 
     async def list_models(self, call: Call) -> Response:
         found = [m for m in await self.backend.models() if call.key is None or call.key.may_use(m["id"])]
@@ -156,6 +152,8 @@ class Api:
         prompt = talk(asked.prompt, asked.messages, self.limits)
         if not str(prompt.get("text", "-")).strip() or not asked.chosen.strip() or not asked.rejected.strip():
             raise ApiError(422, "Prompt and both replies must say something.", "invalid_value", "chosen")
+        if b"\\u0000" in body:
+            raise ApiError(422, "A NUL character is no text that can be learnt from.", "invalid_value", "chosen")
         if asked.chosen.strip() == asked.rejected.strip():
             raise ApiError(422, "The two replies are the same: nothing can be learnt from that.", "invalid_value", "rejected")
         row = preference_row(asked, prompt, call.key.name if call.key else None)
@@ -198,17 +196,19 @@ class Api:
         started = time.monotonic()
 
         async def lines() -> AsyncIterator[str]:
+            pieces = stream(answer, first, events)
             try:
-                async for piece in stream(answer, first, events):
+                async for piece in pieces:
                     yield piece
             finally:
                 self._note_answer(call, answer)
                 call.log["stream_seconds"] = round(time.monotonic() - started, 4)
                 self._finish(call, 200)
+                await _close(pieces)
                 await _close(events)
 
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+        return _Stream(lines(), media_type="text/event-stream", headers=headers)
 
     def _note_answer(self, call: Call, answer: Answer) -> None:
         call.log |= {"adapter": answer.adapters(), **{k: v for k, v in answer.counts().items() if k != "total_tokens"}}
@@ -267,6 +267,16 @@ class Api:
         who = call.key.name if call.key is not None else None
         with contextlib.suppress(OSError):  # a full disk must not take the service down
             self.access.add({**call.log, "key": who, "status": status, "seconds": seconds})
+
+
+class _Stream(StreamingResponse):
+    """Closes its iterator when it ends, however it ends: the rows of a client that has left must not wait to be collected."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await _close(self.body_iterator)
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -55,6 +55,7 @@ def run_service(config: ServeConfig, console: Console | None = None, ready: Call
                     ready(url)
                 _follow(Path(config.output_dir) / "replicas", console, stopping)
             console.log("serve: stopping; requests that are being answered are finished first")
+            _drain(config.limits.request_timeout_s + 15)
         finally:
             serve.shutdown()
     console.log("serve: stopped")
@@ -90,6 +91,18 @@ def _prepared(config: ServeConfig) -> ServeConfig:
     replicas = config.replicas.model_copy(update={"num_threads": threads})
     adapters = {name: os.path.abspath(spec) for name, spec in config.adapters.items()}
     return config.model_copy(update={**absolute, "replicas": replicas, "adapters": adapters})
+
+
+def _drain(seconds: float) -> None:
+    """Take the application away: replicas finish what they have begun, and take nothing new. `serve.shutdown` alone would cut
+    connections."""
+    from ray import serve
+
+    from rlhf_ray.serve.app import NAME
+
+    gone = threading.Thread(target=lambda: serve.delete(NAME), daemon=True)
+    gone.start()
+    gone.join(seconds)
 
 
 def _wait_until_up(config: ServeConfig, console: Console, stopping: threading.Event) -> bool:

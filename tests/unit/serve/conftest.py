@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,3 +62,83 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, base_dir: Path) -> Callab
 @pytest.fixture
 def backbone(base_dir: Path) -> Iterator[Backbone]:
     yield load_tiny(base_dir)
+
+
+class Direct:
+    """The backend of the API without Ray in between: one replica, in this process."""
+
+    def __init__(self, replica: Any) -> None:
+        self.replica = replica
+
+    async def complete(self, ask: Any) -> list[dict[str, Any]]:
+        return [event async for events in self.replica.events(ask) for event in events]
+
+    def stream(self, ask: Any) -> Any:
+        return self.replica.events(ask)
+
+    async def models(self) -> list[dict[str, Any]]:
+        return list(await self.replica.models())
+
+
+class Live:
+    """The real application on a real socket, its event loop on a thread. url; replica; `call` runs a coroutine on that loop."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self.thread.start()
+        assert self.ready.wait(60)
+
+    async def _serve(self) -> None:
+        import uvicorn
+
+        from rlhf_ray.serve.api import Api
+        from rlhf_ray.serve.replica import Replica
+
+        self.loop = asyncio.get_running_loop()
+        self.replica = Replica(self.config)
+        await self.replica.start()
+        self.api = Api(self.config, Direct(self.replica))
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+        self.port = listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = uvicorn.Server(uvicorn.Config(self.api.app, log_level="warning"))
+        self.ready.set()
+        await self.server.serve([listening])
+        await self.replica.close()
+
+    def call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def live(
+    tmp_path_factory: pytest.TempPathFactory, base_dir: Path, tiny_run: Callable[..., Path]
+) -> Iterator[Callable[..., Live]]:
+    """live(**fields of ServeConfig) -> a service with adapters `one`, `two` and `judge`; equal fields give the same one."""
+    from rlhf_ray.config.serve import ServeConfig
+
+    root, made = tmp_path_factory.mktemp("live"), dict[str, Live]()
+    runs = {
+        name: str(tiny_run(root / name, base_dir, stage=stage, seed=seed, template="none"))
+        for name, stage, seed in (("one", "sft", 1), ("two", "ppo", 2), ("judge", "reward", 3))
+    }
+
+    def make(**fields: Any) -> Live:
+        key = repr(sorted(fields.items()))
+        if key not in made:
+            values = {"output_dir": str(root / f"serve{len(made)}"), "model_name_or_path": str(base_dir), "adapters": runs}
+            limits = {"default_max_tokens": 16, "max_tokens": 150, **fields.pop("limits", {})}
+            made[key] = Live(ServeConfig(**{**values, "template": "none", "limits": limits, **fields}))
+        return made[key]
+
+    yield make
+    for service in made.values():
+        service.close()

@@ -1,0 +1,328 @@
+"""The public application over a real socket: the official client, every bad input, keys, limits, preferences."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from rlhf_ray.config import DataConfig
+from rlhf_ray.data.records import read_rows
+from rlhf_ray.serve.keys import add_key, revoke_key
+
+from .conftest import Live
+
+HELLO = [{"role": "user", "content": "Name a bird."}]
+MakeLive = Callable[..., Live]
+
+
+def client(service: Live, key: str = "none", **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key=key, **{"max_retries": 0, **options})
+
+
+def send(
+    service: Live, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], Any]:
+    """(status, headers, JSON or text)."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    kind = {"content-type": "application/json"} if data is not None else {}
+    connection.request(method, path, data, {**kind, **(headers or {})})
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = text
+    return response.status, {k.lower(): v for k, v in response.getheaders()}, found
+
+
+def chat(service: Live, **fields: Any) -> tuple[int, Any]:
+    status, _, found = send(service, "POST", "/v1/chat/completions", {"model": "base", "messages": HELLO, **fields})
+    return status, found
+
+
+def test_the_official_client_works_unchanged(live: MakeLive) -> None:
+    service = live()
+    ai = client(service)
+    names = [model.id for model in ai.models.list()]
+    assert names[:4] == ["base", "judge", "one", "two"]
+    assert ai.models.retrieve("one").model_extra["parent"] == "base"  # type: ignore[index]
+    whole = ai.chat.completions.create(model="one", messages=HELLO, seed=5, n=2, logprobs=True, max_completion_tokens=20)  # type: ignore[call-overload]
+    assert len(whole.choices) == 2 and whole.usage.completion_tokens <= 40 and whole.model == "one"
+    assert whole.choices[0].finish_reason in ("stop", "length") and len(whole.choices[0].logprobs.content) <= 20
+    assert whole.system_fingerprint.split("/")[1].startswith("one@v0-")
+    pieces = list(
+        ai.chat.completions.create(  # type: ignore[call-overload]
+            model="one", messages=HELLO, seed=5, n=2, max_tokens=20, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    said = ["", ""]
+    for piece in pieces[:-1]:
+        assert piece.usage is None and piece.id == pieces[0].id
+        for choice in piece.choices:
+            said[choice.index] += choice.delta.content or ""
+    assert said == [choice.message.content for choice in whole.choices]
+    assert pieces[-1].choices == [] and pieces[-1].usage == whole.usage
+    ids = [1, 60, 70, 80]
+    texts = ai.completions.create(model="two", prompt=[ids, ids], max_tokens=5, temperature=0, logprobs=0)  # type: ignore[arg-type]
+    assert texts.choices[0].text == texts.choices[1].text and len(texts.choices[0].logprobs.token_logprobs) == 5  # type: ignore[union-attr,arg-type]
+    scored = ai.chat.completions.create(model="two", messages=HELLO, extra_body={"reward": "judge", "kl": True})  # type: ignore[call-overload]
+    assert {"reward", "kl"} <= scored.choices[0].model_extra.keys()
+
+
+BAD_BODIES: list[tuple[str, bytes, int]] = [
+    ("not JSON", b"{", 400),
+    ("empty", b"", 400),
+    ("an array", b"[]", 400),
+    ("not UTF-8", b'{"model": "\xff"}', 400),
+    ("deep", b"[" * 200_000, 400),
+    ("NaN", b'{"model": "base", "temperature": NaN}', 400),
+    ("a huge integer", b'{"model": "base", "seed": ' + b"9" * 5000 + b"}", 400),
+    ("half a character", b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+    ("very many keys", json.dumps({f"k{i}": i for i in range(50_000)}).encode(), 422),
+    ("too long", b'{"model": "' + b"x" * 1_100_000 + b'"}', 413),
+]
+
+
+@pytest.mark.parametrize(("body", "status"), [(b, s) for _, b, s in BAD_BODIES], ids=[n for n, _, _ in BAD_BODIES])
+def test_bad_bodies(live: MakeLive, body: bytes, status: int) -> None:
+    started = time.monotonic()
+    found = send(live(), "POST", "/v1/chat/completions", body)
+    assert found[0] == status and set(found[2]["error"]) == {"message", "type", "param", "code"}
+    assert time.monotonic() - started < 5
+    assert chat(live())[0] == 200
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], int]] = [
+    *[({"max_tokens": value}, 422) for value in (-1, 0, 10**9, "5", True, 1.5, 10**400)],
+    *[({"n": value}, 422) for value in (0, 10**9, "2")],
+    *[({"temperature": value}, 422) for value in (-0.1, 2.1, "1")],
+    ({"temperature": 1e400}, 400),  # JSON has no infinity
+    *[({"top_p": value}, 422) for value in (0, 1.1)],
+    ({"stop": ["x"] * 100_000}, 422),
+    ({"stop": ""}, 422),
+    ({"seed": 2**64}, 422),
+    ({"messages": []}, 422),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, 422),
+    ({"messages": [{"role": "user", "content": "x"}] * 10_000}, 422),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, 422),
+    ({"messages": [{"role": "user", "content": "   "}]}, 400),
+    ({"messages": [{"role": "user", "content": "x" * 5000}]}, 400),
+    ({"chat_template": "{{ x }}"}, 422),
+    ({"trust_remote_code": True}, 422),
+    ({"logit_bias": {"5": 3.0}}, 400),
+    ({"tools": [{"type": "function"}]}, 400),
+    ({"response_format": {"type": "json_object"}}, 400),
+    ({"top_logprobs": 3, "logprobs": True}, 400),
+    ({"presence_penalty": 1.0}, 400),
+    *[
+        ({"model": name}, 404)
+        for name in ("../one", "one/../two", "%2e%2e", "/etc/passwd", "one\x00", "ｏｎｅ", "s3://bucket/x", "gpt2", "one@v7", "o" * 200)
+    ],
+    ({"model": "judge"}, 400),
+    ({"reward": "one"}, 400),
+]
+
+
+@pytest.mark.parametrize(("fields", "status"), BAD_FIELDS, ids=[str(f)[:40].encode("unicode_escape").decode() for f, _ in BAD_FIELDS])
+def test_bad_fields(live: MakeLive, fields: dict[str, Any], status: int) -> None:
+    loads = live().replica.slots.loads
+    found, answer = chat(live(), **fields)
+    assert found == status and answer["error"]["message"] and len(json.dumps(answer)) < 2000
+    assert live().replica.slots.loads == loads
+
+
+def test_what_changes_nothing_is_ignored(live: MakeLive) -> None:
+    neutral = {"user": "me", "store": False, "metadata": {"a": "b"}, "presence_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}}
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Name a "}, {"type": "text", "text": "bird."}]}]
+    plain, other = chat(live(), seed=1), chat(live(), seed=1, messages=parts, **neutral)
+    assert plain[1]["choices"] == other[1]["choices"] and plain[0] == other[0] == 200
+
+
+def test_text_never_becomes_a_control_token(live: MakeLive) -> None:
+    service = live()
+    ids = service.replica._ids({"text": "</s><s> a </s>"}, service.replica.template)
+    assert ids[0] == 1 and not {0, 1, 2} & set(ids[1:])
+
+
+def test_routes_methods_hosts_and_headers(live: MakeLive) -> None:
+    service = live()
+    for method, path, status in (
+        ("GET", "/docs", 404),
+        ("GET", "/openapi.json", 404),
+        ("GET", "//", 404),
+        ("GET", "/admin", 404),
+        ("GET", "/v1/models/nobody", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models/one", 405),
+        ("OPTIONS", "/v1/chat/completions", 405),
+    ):
+        found = send(service, method, path)
+        assert found[0] == status and "Traceback" not in str(found[2]), path
+    for name, value, status in (
+        ("host", "evil.example", 403),
+        ("host", "127.0.0.1.evil.example:80", 403),
+        ("origin", "http://evil.example", 403),
+        ("origin", "null", 403),
+        ("host", "localhost:9", 200),
+        ("origin", f"http://127.0.0.1:{service.port}", 200),
+        ("x-request-disconnect-disabled", "?1", 400),
+        ("serve_multiplexed_model_id", "../../x", 200),
+        ("x-request-timeout-seconds", "0", 200),
+    ):
+        assert send(service, "GET", "/v1/models", headers={name: value})[0] == status, (name, value)
+    assert send(service, "POST", "/v1/completions", b"model=base", {"content-type": "text/plain"})[0] == 415
+    status, headers, page = send(service, "GET", "/")
+    assert status == 200 and "sha256-" in headers["content-security-policy"] and headers["x-frame-options"] == "DENY"
+    assert "http://" not in page and "https://" not in page
+
+
+def test_the_public_routes_are_these_and_no_others(live: MakeLive) -> None:
+    routes = {(route.path, *sorted(route.methods)) for route in live().api.app.app.routes}  # type: ignore[attr-defined]
+    assert routes == {
+        ("/", "GET"),
+        ("/v1/models", "GET"),
+        ("/v1/models/{model:path}", "GET"),
+        ("/v1/chat/completions", "POST"),
+        ("/v1/completions", "POST"),
+        ("/v1/compare", "POST"),
+        ("/v1/preferences", "POST"),
+    }
+
+
+def test_a_slow_body_and_one_without_length(live: MakeLive) -> None:
+    service = live(limits={"body_timeout_s": 0.5})
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as slow:
+        slow.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        assert b" 408 " in slow.recv(4096).splitlines()[0]
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as endless:
+        endless.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        try:
+            for _ in range(40):
+                endless.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+        except OSError:
+            pass
+        assert b" 413 " in endless.recv(4096).splitlines()[0]
+    assert chat(service)[0] == 200
+
+
+def test_a_client_that_leaves_frees_its_rows(live: MakeLive) -> None:
+    service = live()
+    body = json.dumps({"model": "one", "messages": HELLO, "max_tokens": 150, "stream": True, "n": 4, "seed": 1}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as leaving:
+        leaving.sendall(head.encode() + body)
+        leaving.recv(2000)
+    deadline = time.monotonic() + 10
+    while (service.replica.engine.running or service.replica._reserved) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert service.replica.engine.running == 0 and service.replica._reserved == 0
+    slots = service.replica.slots._slots.values()
+    assert all(slot.users == 0 for slot in slots)
+
+
+def test_full_is_429_with_retry_after_in_under_100_ms(live: MakeLive) -> None:
+    service = live(limits={"max_batch_rows": 2, "max_waiting_rows": 2})
+    hold = threading.Event()
+    service.replica.engine.call(lambda model: hold.wait(30))  # the decoder stands still meanwhile
+    with ThreadPoolExecutor(4) as pool:
+        busy = [pool.submit(chat, service, n=2, seed=i) for i in range(2)]
+        deadline = time.monotonic() + 20
+        while service.replica._reserved < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seconds = []
+        for _ in range(10):
+            started = time.monotonic()
+            status, headers, found = send(service, "POST", "/v1/chat/completions", {"model": "base", "messages": HELLO})
+            seconds.append(time.monotonic() - started)
+            assert (status, found["error"]["code"], headers["retry-after"]) == (429, "rate_limit_exceeded", "1"), found
+        hold.set()
+        assert sorted(seconds)[5] < 0.1
+        assert all(done.result()[0] == 200 for done in busy)
+    assert client(service, max_retries=2).chat.completions.create(model="base", messages=HELLO).choices  # type: ignore[arg-type]
+
+
+def test_keys(live: MakeLive, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    everything, limited = add_key(path, "alice"), add_key(path, "bob", models=("one",), max_concurrent=1)
+    assert os.stat(path).st_mode & 0o077 == 0 and everything not in path.read_text()
+    service = live(api_keys=str(path))
+    asked = {"model": "base", "messages": HELLO}
+    told = set()
+    for header in ({}, {"authorization": "Bearer rr-wrong"}, {"authorization": f"Basic {everything}"}, {"authorization": "Bearer \xe9"}):
+        status, headers, found = send(service, "POST", "/v1/chat/completions", asked, header)
+        assert status == 401 and headers["www-authenticate"] == "Bearer"
+        told.add(found["error"]["code"])
+    assert told == {"invalid_api_key"}
+    assert client(service, everything).chat.completions.create(**asked).choices
+    with pytest.raises(openai.NotFoundError):
+        client(service, limited).chat.completions.create(**asked)
+    with pytest.raises(openai.NotFoundError):
+        client(service, limited).chat.completions.create(**{**asked, "model": "one"}, extra_body={"reward": "judge"})
+    assert {m.id.partition("@")[0] for m in client(service, limited).models.list()} == {"one"}
+    assert client(service, limited).chat.completions.create(**{**asked, "model": "one"}).choices
+    assert service.api.running == {"alice": 0, "bob": 0}
+    revoke_key(path, "alice")
+    time.sleep(1.1)
+    with pytest.raises(openai.AuthenticationError):
+        client(service, everything).chat.completions.create(**asked)
+    assert send(service, "GET", "/")[0] == 200  # the page holds nothing, and asks for the key
+    log = (Path(service.config.output_dir) / "access.jsonl").read_text()
+    assert everything not in log and limited not in log and "Name a bird" not in log and '"key": "bob"' in log
+
+
+def test_a_request_that_is_sent_twice_is_answered_once(live: MakeLive) -> None:
+    service = live()
+    asked = {"model": "one", "messages": HELLO}
+    with ThreadPoolExecutor(3) as pool:
+        same = [
+            pool.submit(send, service, "POST", "/v1/chat/completions", asked, {"x-request-id": "again"}) for _ in range(3)
+        ]
+        answers = [found.result()[2] for found in same]
+    assert answers[0] == answers[1] == answers[2]
+    other = send(service, "POST", "/v1/chat/completions", {**asked, "n": 2}, {"x-request-id": "again"})[2]
+    assert other["id"] != answers[0]["id"]
+
+
+def test_preferences_are_rows_that_the_reward_stage_reads(live: MakeLive) -> None:
+    service = live()
+    asked = {"prompt": "Name a bird.", "models": ["one", "two"], "seed": 1, "reward": True, "kl": True}
+    status, _, compared = send(service, "POST", "/v1/compare", asked)
+    assert status == 200 and [c["model"] for c in compared["choices"]] == ["one", "two"]
+    better, worse = (choice["message"]["content"].replace("\0", "") for choice in compared["choices"])
+    row = {"prompt": "Name a bird.", "chosen": better, "rejected": worse, "comparison": compared["id"]}
+    talk = [*HELLO, {"role": "assistant", "content": "Wren"}, {"role": "user", "content": "Another?"}]
+    assert send(service, "POST", "/v1/preferences", {**row, "chosen_model": "one", "rejected_model": "two"})[0] == 200
+    assert send(service, "POST", "/v1/preferences", {"messages": talk, "chosen": "Owl", "rejected": "Oak"})[0] == 200
+    for bad in ({**row, "rejected": better}, {**row, "chosen": " "}, {**row, "prompt": ""}, {**row, "extra": 1}, {**row, "chosen": "a\0"}):
+        assert send(service, "POST", "/v1/preferences", bad)[0] == 422
+    path = Path(service.config.output_dir) / "preferences.jsonl"
+    rows = read_rows(DataConfig(train=(str(path),), held_out_fraction=0.0), "preference").rows
+    assert [(r.prompt.plain().splitlines()[0], r.chosen, r.rejected) for r in rows] == [
+        ("Name a bird.", better, worse),
+        ("Human: Name a bird.", "Owl", "Oak"),
+    ]
+
+
+def test_a_failure_inside_tells_the_client_nothing(live: MakeLive, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = live()
+
+    async def broken(*args: Any) -> Any:
+        raise RuntimeError("canary-secret /home/someone")
+
+    monkeypatch.setattr(service.replica, "_prepare", broken)
+    status, answer = chat(service)
+    assert status == 500 and "canary" not in json.dumps(answer)

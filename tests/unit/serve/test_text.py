@@ -1,0 +1,57 @@
+"""Replies as text while they are written: the parts make up the whole, characters are whole, stop strings stay inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_ray.models.tokenizer import load_tokenizer
+from rlhf_ray.serve.text import ReplyText
+
+WORDS = ["naïve", " 東京", "🙂", "\nHuman:", " a", "b", "é", "Hum", "an:", "\n"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Callable[..., Path]) -> Any:
+    return load_tokenizer(str(tiny_llama()))
+
+
+def parts(tokenizer: Any, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
+    reply = ReplyText(tokenizer, stops)
+    said = [reply.push(i) for i in ids] + [reply.finish()]
+    assert reply.text == "".join(said)
+    return said
+
+
+@given(st.lists(st.integers(0, 259), max_size=60))
+def test_any_ids_say_what_decoding_them_at_once_says(tokenizer: Any, ids: list[int]) -> None:
+    assert "".join(parts(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=12), st.lists(st.sampled_from(WORDS), min_size=1, max_size=3))
+def test_stop_strings_cut_where_a_search_in_the_whole_would(tokenizer: Any, words: list[str], stops: list[str]) -> None:
+    text = "".join(words)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    # Which stop string is complete first decides, and of several that are, the one that begins first.
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    expected = text
+    if ends:
+        first = min(end for end, _ in ends)
+        expected = text[: min(start for end, start in ends if end == first)]
+    assert "".join(parts(tokenizer, ids, tuple(stops))) == expected
+
+
+def test_a_character_comes_when_its_last_byte_has(tokenizer: Any) -> None:
+    ids = tokenizer("é🙂", add_special_tokens=False).input_ids
+    assert parts(tokenizer, ids) == ["", "é", "", "", "", "🙂", ""]
+    assert parts(tokenizer, ids[:1]) == ["", "\ufffd"]  # it never came
+
+
+def test_what_may_begin_a_stop_string_is_held_back_and_given_when_it_does_not(tokenizer: Any) -> None:
+    ids = tokenizer("ab\nHux", add_special_tokens=False).input_ids
+    assert parts(tokenizer, ids, ("\nHuman:",)) == ["a", "b", "", "", "", "\nHux", ""]

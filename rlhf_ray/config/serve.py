@@ -52,19 +52,13 @@ class LimitsConfig(Section):
         32, "adapters in the memory of each copy; the least recently used one that is idle makes room"
     )
     max_tokens: Count = field(1024, "longest reply that may be asked for")
-    default_max_tokens: Count = field(256, "longest reply where a request does not say")
+    default_max_tokens: Count = field(256, "longest reply where a request does not say; max_tokens if that is less")
     max_n: Annotated[int, Field(ge=1, le=128)] = field(8, "replies per prompt, and models per comparison")
     max_body_bytes: Annotated[int, Field(ge=1024)] = field(1_000_000, "longest request body (413)")
     max_messages: Count = field(100, "messages in a conversation, prompts in a request")
     body_timeout_s: Positive = field(10.0, "a request's body must be there within this time (408)")
     request_timeout_s: Positive = field(120.0, "a reply must be finished within this time, waiting included (504)")
     retry_after_s: Count = field(1, "what a 429 answer tells the client to wait, seconds")
-
-    @model_validator(mode="after")
-    def _fits(self) -> LimitsConfig:
-        if self.default_max_tokens > self.max_tokens:
-            raise ValueError(f"default_max_tokens: expected at most max_tokens ({self.max_tokens})")
-        return self
 
 
 class ServeConfig(Section):

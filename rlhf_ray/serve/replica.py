@@ -259,7 +259,8 @@ class Replica:
 
     def _room(self, prompt: int, asked: int | None) -> int:
         context = self.backbone.context_length
-        wanted = asked if asked is not None else min(self.limits.default_max_tokens, max(context - prompt, 1))
+        default = min(self.limits.default_max_tokens, self.limits.max_tokens, max(context - prompt, 1))
+        wanted = asked if asked is not None else default
         if prompt + wanted > context:
             raise ApiError(
                 400,

@@ -139,9 +139,18 @@ def _lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
         f"OpenAI     {url}/v1   (base_url of any OpenAI client)",
         f"models     base{''.join(f', {name}' for name in names)}",
         f"access     {who}",
+        f"metrics    {_metrics_address()}",
         f"replicas   {config.replicas.min_replicas}, {config.replicas.num_threads} threads each; up after {seconds:.0f} s",
         "stop       Ctrl-C",
     ]
+
+
+def _metrics_address() -> str:
+    """Where Prometheus finds this node's figures; Ray tells nobody by itself."""
+    import ray
+
+    ports = [node["MetricsExportPort"] for node in ray.nodes() if node.get("Alive") and node.get("MetricsExportPort")]
+    return f"http://127.0.0.1:{ports[0]}/metrics" if ports else "none"
 
 
 def _shown(host: str) -> str:

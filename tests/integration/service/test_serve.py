@@ -1,0 +1,159 @@
+"""The whole service on real Ray: answers, hot changes under load, a killed replica, overload, metrics, a drain on Ctrl-C.
+
+One service for all tests, in this order; the last one stops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from rlhf_ray.models.adapter_files import read_adapter
+from rlhf_ray.registry import Registry
+
+from .conftest import HELLO, Service
+
+pytestmark = pytest.mark.integration
+
+
+class Load:
+    """Some clients that ask without end. `failed`: what they were told; `said`: adapter id -> replies."""
+
+    def __init__(self, service: Service, clients: int, model: str = "helper", **fields: Any) -> None:
+        self.service, self.clients, self.model, self.fields = service, clients, model, {"max_tokens": 16, **fields}
+        self.stopping = threading.Event()
+        self.failed: list[str] = []
+        self.said: Counter[str] = Counter()
+
+    def _ask(self, number: int) -> None:
+        ai = self.service.client()
+        while not self.stopping.is_set():
+            try:
+                reply = ai.chat.completions.create(model=self.model, messages=HELLO, **self.fields)
+                self.said[reply.model_extra["adapter"]["id"]] += 1
+            except Exception as error:
+                self.failed.append(f"{type(error).__name__} {error}")
+
+    def __enter__(self) -> Load:
+        self.pool = ThreadPoolExecutor(self.clients)
+        self.running = [self.pool.submit(self._ask, i) for i in range(self.clients)]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stopping.set()
+        for one in self.running:
+            one.result()
+        self.pool.shutdown()
+
+    def until(self, count: int, seconds: float = 60) -> None:
+        deadline, goal = time.monotonic() + seconds, self.said.total() + count
+        while self.said.total() < goal:
+            assert time.monotonic() < deadline and not self.failed, self.failed[:3]
+            time.sleep(0.05)
+
+
+def test_it_answers_streams_scores_and_lists(service: Service) -> None:
+    ai = service.client()
+    assert [m.id for m in ai.models.list() if "@" not in m.id] == ["base", "helper", "judge"]
+    asked: dict[str, Any] = {"model": "helper", "messages": HELLO, "seed": 1, "max_tokens": 30}
+    whole = ai.chat.completions.create(**asked, extra_body={"reward": True, "kl": True})
+    assert isinstance(whole.choices[0].model_extra["reward"], float) and whole.choices[0].model_extra["kl"] != 0
+    chunks = list(ai.chat.completions.create(**asked, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert len(service.replicas()) == 2
+    with urllib.request.urlopen(f"{service.url}/", timeout=10) as page:
+        assert b"playground" in page.read()
+
+
+def test_promotion_and_rollback_under_load_fail_no_request(service: Service) -> None:
+    registry = Registry(service.registry)
+    first = registry.resolve("helper")
+    with Load(service, 4) as load:
+        load.until(10)
+        second = registry.promote(str(service.runs[1]), "helper", force=True, reason="nothing was measured").entry
+
+        def all_serve(wanted: Any) -> bool:
+            live = [notes["live"]["helper"] for notes in service.replicas().values()]
+            return len(live) == 2 and all((v["id"], v["sha256"]) == (wanted.id, wanted.sha256) for v in live)
+
+        service.wait(lambda: all_serve(second))
+        before = load.said[second.id]
+        load.until(10)
+        assert load.said[second.id] > before
+        registry.rollback("helper")
+        service.wait(lambda: all_serve(first))
+        load.until(10)
+    assert load.failed == []
+    assert second.sha256 == read_adapter(service.runs[1] / "adapter").sha256
+    service.wait(lambda: f"helper is now {first.id}" in service.log.read_text())
+
+
+def test_overload_is_refused_fast_and_what_is_accepted_is_answered(service: Service) -> None:
+    """More clients than places, without retries: 429 or an answer, never anything else."""
+    told: Counter[int] = Counter()
+    refusals: list[float] = []
+    stopping = threading.Event()
+
+    def ask() -> None:
+        import openai
+
+        ai = service.client(max_retries=0)
+        while not stopping.is_set():
+            started = time.monotonic()
+            try:
+                ai.chat.completions.create(model="helper", messages=HELLO, max_tokens=200, n=4)
+                told[200] += 1
+            except openai.APIStatusError as error:
+                told[error.status_code] += 1
+                refusals.append(time.monotonic() - started)
+                assert error.response.headers["retry-after"] == "1"
+
+    with ThreadPoolExecutor(24) as pool:
+        running = [pool.submit(ask) for _ in range(24)]
+        time.sleep(10)
+        stopping.set()
+        for one in running:
+            one.result()
+    assert set(told) == {200, 429} and min(told.values()) > 0, told
+    assert service.client(max_retries=0).chat.completions.create(model="base", messages=HELLO, max_tokens=5).choices
+
+
+def test_prometheus_finds_the_figures(service: Service) -> None:
+    def exported() -> bool:
+        with urllib.request.urlopen(service.metrics_url, timeout=10) as page:
+            text = page.read().decode()
+        return all(
+            f"ray_rlhf_ray_{name}" in text
+            for name in ("completion_tokens", "replies", "time_to_first_token_seconds", "rows_running", "live_version", "refused")
+        )
+
+    service.wait(exported, 90)
+
+
+def test_a_killed_replica_fails_no_request(service: Service) -> None:
+    with Load(service, 4, max_tokens=60) as load:
+        load.until(8)
+        victim = next(iter(service.replicas().values()))
+        os.kill(victim["pid"], signal.SIGKILL)
+        load.until(40, seconds=120)
+    assert load.failed == []
+    service.wait(lambda: sum(os.path.exists(f"/proc/{r['pid']}") for r in service.replicas().values()) == 2, 120)
+
+
+def test_ctrl_c_lets_requests_that_run_finish(service: Service) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        ai = service.client(max_retries=0)
+        running = pool.submit(ai.chat.completions.create, model="base", messages=HELLO, max_tokens=200, n=8, temperature=0)
+        time.sleep(0.4)
+        service.process.send_signal(signal.SIGINT)
+        assert len(running.result().choices) == 8
+    assert service.process.wait(90) == 0
+    log = service.log.read_text()
+    assert "serve: stopped" in log and "Traceback" not in log

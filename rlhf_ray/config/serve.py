@@ -37,7 +37,9 @@ class ReplicasConfig(Section):
     @model_validator(mode="after")
     def _grows(self) -> ReplicasConfig:
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise ValueError(f"max_replicas: expected at least min_replicas ({self.min_replicas}); got {self.max_replicas}")
+            raise ValueError(
+                f"max_replicas: expected at least min_replicas ({self.min_replicas}); got {self.max_replicas}"
+            )
         return self
 
 
@@ -84,11 +86,14 @@ class ServeConfig(Section):
         " (an adapter always has the template it was trained with)",
     )
     reward: str | None = field(
-        None, "adapter that scores replies where a request says `reward: true`; default: the only reward adapter there is"
+        None,
+        "adapter that scores replies where a request says `reward: true`; default: the only reward adapter there is",
     )
     host: str = field("127.0.0.1", "address to listen on; any but a loopback address needs api_keys")
     port: Annotated[int, Field(ge=1, le=65535)] = field(8000, "port to listen on")
-    api_keys: Path | None = field(None, "file of hashed API keys that `rlhf-ray api-key` writes; null: no key is asked for")
+    api_keys: Path | None = field(
+        None, "file of hashed API keys that `rlhf-ray api-key` writes; null: no key is asked for"
+    )
     allowed_hosts: Strings = field(
         (), "further names by which browsers may reach the service (Host header); loopback names and `host` are allowed"
     )

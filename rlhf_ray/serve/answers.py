@@ -60,7 +60,11 @@ class Answer:
     # ---- whole ----------------------------------------------------------------------------------------------------------
 
     def whole(self) -> dict[str, Any]:
-        return {**self._head(OBJECTS[self.kind]), "choices": [self._choice(i) for i in sorted(self.replies)], "usage": self.counts()}
+        return {
+            **self._head(OBJECTS[self.kind]),
+            "choices": [self._choice(i) for i in sorted(self.replies)],
+            "usage": self.counts(),
+        }
 
     def counts(self) -> dict[str, int]:
         prompt = int(self.start.get("prompt_tokens", 0))
@@ -148,7 +152,9 @@ def error_chunk(error: ApiError) -> str:
     return _sse(error.to_json())
 
 
-async def stream(answer: Answer, first: list[dict[str, Any]], rest: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[str]:
+async def stream(
+    answer: Answer, first: list[dict[str, Any]], rest: AsyncIterator[list[dict[str, Any]]]
+) -> AsyncIterator[str]:
     """The answer as server-sent events. first: the events that are there already, and have been taken in."""
     try:
         yield answer.chunks(first)
@@ -166,7 +172,8 @@ def _sse(value: Mapping[str, Any]) -> str:
 
 def _chat(tokens: list[list[Any]]) -> dict[str, Any]:
     content = [
-        {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace")), "top_logprobs": []} for text, value in tokens
+        {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace")), "top_logprobs": []}
+        for text, value in tokens
     ]
     return {"content": content, "refusal": None}
 

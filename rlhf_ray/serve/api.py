@@ -98,7 +98,9 @@ class Api:
     # ---- routes --------------------------------------------------------------------------------------------------------
 
     async def show_page(self) -> Response:
-        return HTMLResponse(self.page.html, headers={"content-security-policy": self.page.policy, "cache-control": "no-cache"})
+        return HTMLResponse(
+            self.page.html, headers={"content-security-policy": self.page.policy, "cache-control": "no-cache"}
+        )
 
     async def list_models(self, call: Call) -> Response:
         found = [m for m in await self.backend.models() if call.key is None or call.key.may_use(m["id"])]
@@ -127,16 +129,28 @@ class Api:
         call.may_use(asked.model, *_reward_name(asked.reward))
         prompts = asked.prompts()
         if len(prompts) > self.limits.max_messages:
-            raise ApiError(422, f"prompt: expected at most {self.limits.max_messages} prompts; got {len(prompts)}.", "invalid_value", "prompt")
+            raise ApiError(
+                422,
+                f"prompt: expected at most {self.limits.max_messages} prompts; got {len(prompts)}.",
+                "invalid_value",
+                "prompt",
+            )
         wants = asked.logprobs is not None
         ask = replace(asked.ask(self.limits, (asked.model,), prompts), logprobs=wants)
-        return await self._answer(call, body, ask, Answer("completion", asked.model, wants, asked.wants_usage), asked.wants_stream)
+        return await self._answer(
+            call, body, ask, Answer("completion", asked.model, wants, asked.wants_usage), asked.wants_stream
+        )
 
     async def compare(self, call: Call) -> Response:
         body = await read_body(call.request, self.limits)
         asked = parse(body, CompareRequest)
         if len(asked.models) > self.limits.max_n:
-            raise ApiError(422, f"models: expected at most {self.limits.max_n}; got {len(asked.models)}.", "invalid_value", "models")
+            raise ApiError(
+                422,
+                f"models: expected at most {self.limits.max_n}; got {len(asked.models)}.",
+                "invalid_value",
+                "models",
+            )
         if len(set(asked.models)) != len(asked.models):
             raise ApiError(422, "models: a name stands there twice.", "invalid_value", "models")
         call.may_use(*asked.models, *_reward_name(asked.reward))
@@ -155,7 +169,9 @@ class Api:
         if b"\\u0000" in body:
             raise ApiError(422, "A NUL character is no text that can be learnt from.", "invalid_value", "chosen")
         if asked.chosen.strip() == asked.rejected.strip():
-            raise ApiError(422, "The two replies are the same: nothing can be learnt from that.", "invalid_value", "rejected")
+            raise ApiError(
+                422, "The two replies are the same: nothing can be learnt from that.", "invalid_value", "rejected"
+            )
         row = preference_row(asked, prompt, call.key.name if call.key else None)
 
         async def store() -> dict[str, Any]:
@@ -289,8 +305,12 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 async def _http_error(request: Request, error: Any) -> Response:
-    what = {404: "There is nothing here.", 405: "This route does not take this method."}.get(error.status_code, "Bad request.")
-    response = error_response(ApiError(error.status_code, what, {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)))
+    what = {404: "There is nothing here.", 405: "This route does not take this method."}.get(
+        error.status_code, "Bad request."
+    )
+    response = error_response(
+        ApiError(error.status_code, what, {404: "not_found", 405: "method_not_allowed"}.get(error.status_code))
+    )
     response.headers.update(error.headers or {})
     return response
 

@@ -1,6 +1,6 @@
 """The Ray Serve application: an API process in front of replicas of the base. `rlhf_ray.serve.app:build` also serves config files.
 
-    proxy ──> Api (HTTP, keys, limits; no model) ──> Engine x N (base, adapters, decode thread)
+proxy ──> Api (HTTP, keys, limits; no model) ──> Engine x N (base, adapters, decode thread)
 """
 
 from __future__ import annotations

@@ -88,7 +88,9 @@ class Following:
             readout = slot.loaded
         except SlotsBusy:
             try:
-                readout = (await asyncio.to_thread(version.read)).light()  # fit to be served; it is loaded when it is asked for
+                readout = (
+                    await asyncio.to_thread(version.read)
+                ).light()  # fit to be served; it is loaded when it is asked for
             except RlhfRayError as error:
                 return self._refuse(version, error)
         except RlhfRayError as error:
@@ -103,7 +105,9 @@ class Following:
         stays = self.catalogue.live.get(version.name)
         self.catalogue.refused[version.id] = "; ".join(map(str, error.problems))
         self.metrics.count("adapters_refused", adapter=version.name)
-        log.error("refused %s, %s: %s", version.id, f"{stays} stays" if stays else "nothing is served as this name", error)
+        log.error(
+            "refused %s, %s: %s", version.id, f"{stays} stays" if stays else "nothing is served as this name", error
+        )
         return True
 
     def _note(self) -> None:

@@ -47,20 +47,28 @@ class Judge:
         self._engine = engine
         self._waiting: list[tuple[Case, asyncio.Future[float]]] = []
 
-    async def reward(self, prompt_ids: Sequence[int], reply_ids: Sequence[int], adapter: str, head: torch.Tensor) -> float | None:
+    async def reward(
+        self, prompt_ids: Sequence[int], reply_ids: Sequence[int], adapter: str, head: torch.Tensor
+    ) -> float | None:
         """The reward model's score after the reply's last token; None if it cannot read so much."""
         if not self._fits(prompt_ids, reply_ids):
             return None
         return await self._ask(Case(prompt_ids, reply_ids, adapter, head))
 
-    async def base_logprob(self, prompt_ids: Sequence[int], reply_ids: Sequence[int], temperature: float) -> float | None:
+    async def base_logprob(
+        self, prompt_ids: Sequence[int], reply_ids: Sequence[int], temperature: float
+    ) -> float | None:
         """Nats: the sum over the reply's tokens of their log-probabilities under the base; None if it cannot read so much."""
         if not self._fits(prompt_ids, reply_ids):
             return None
         return await self._ask(Case(prompt_ids, reply_ids, temperature=temperature))
 
     def _fits(self, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> bool:
-        return bool(prompt_ids) and bool(reply_ids) and len(prompt_ids) + len(reply_ids) <= self._engine.backbone.context_length
+        return (
+            bool(prompt_ids)
+            and bool(reply_ids)
+            and len(prompt_ids) + len(reply_ids) <= self._engine.backbone.context_length
+        )
 
     async def _ask(self, case: Case) -> float:
         loop = asyncio.get_running_loop()

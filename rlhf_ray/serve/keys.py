@@ -66,7 +66,9 @@ class Keys:
         try:
             status = self.path.stat()
         except OSError:
-            raise ConfigError.at("api_keys", f"no such file: {self.path}", fix="rlhf-ray api-key FILE --name NAME") from None
+            raise ConfigError.at(
+                "api_keys", f"no such file: {self.path}", fix="rlhf-ray api-key FILE --name NAME"
+            ) from None
         if self._seen != (status.st_mtime_ns, status.st_ino):
             self._keys = read_keys(self.path)
             self._seen = status.st_mtime_ns, status.st_ino
@@ -85,7 +87,8 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']}")
         return tuple(
-            Key(str(k["name"]), _digest(k["sha256"]), tuple(map(str, k["models"])), k["max_concurrent"]) for k in found["keys"]
+            Key(str(k["name"]), _digest(k["sha256"]), tuple(map(str, k["models"])), k["max_concurrent"])
+            for k in found["keys"]
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError.at(str(path), f"is no file of API keys: {type(error).__name__} {error}") from None
@@ -115,7 +118,9 @@ def revoke_key(path: Path | str, name: str) -> None:
     path = Path(path)
     keys = read_keys(path) if path.exists() else ()
     if not any(key.name == name for key in keys):
-        raise ConfigError.at("--name", f"{path} has no key of this name", ", ".join(k.name for k in keys) or "none", name)
+        raise ConfigError.at(
+            "--name", f"{path} has no key of this name", ", ".join(k.name for k in keys) or "none", name
+        )
     _write(path, tuple(key for key in keys if key.name != name))
 
 

@@ -129,7 +129,9 @@ class ChatRequest(Sampling):
 
     def unsupported(self) -> Iterator[str]:
         yield from super().unsupported()
-        yield from (n for n in ("tools", "functions", "top_logprobs", "reasoning_effort", "verbosity") if getattr(self, n))
+        yield from (
+            n for n in ("tools", "functions", "top_logprobs", "reasoning_effort", "verbosity") if getattr(self, n)
+        )
         if self.response_format not in (None, {"type": "text"}):
             yield "response_format"
         if self.modalities not in (None, ["text"]):
@@ -199,10 +201,14 @@ def talk(prompt: str | None, messages: list[ChatMessage] | None, limits: LimitsC
     _within("messages", len(messages), limits.max_messages)
     plain = [message.plain() for message in messages]
     if not plain or plain[-1]["role"] == "assistant":
-        raise ApiError(422, "The last message must be one to be answered, not the assistant's.", "invalid_value", "messages")
+        raise ApiError(
+            422, "The last message must be one to be answered, not the assistant's.", "invalid_value", "messages"
+        )
     return {"text": plain[0]["content"]} if len(plain) == 1 and plain[0]["role"] == "user" else {"messages": plain}
 
 
 def _within(name: str, value: int | None, most: int) -> None:
     if value is not None and not 1 <= value <= most:
-        raise ApiError(422, f"{name}: expected 1 to {most}; got {value if abs(value) < 10**12 else 'more'}.", "invalid_value", name)
+        raise ApiError(
+            422, f"{name}: expected 1 to {most}; got {value if abs(value) < 10**12 else 'more'}.", "invalid_value", name
+        )

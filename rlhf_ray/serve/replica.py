@@ -1,6 +1,6 @@
 """A replica: one base, the adapters on it, and the replies that are being written. Knows nothing of HTTP or of Ray.
 
-    Ask ──> names -> versions ──> prompt ids ──> slots ──> rows of the decode thread ──> text ──> reward, KL ──> events
+Ask ──> names -> versions ──> prompt ids ──> slots ──> rows of the decode thread ──> text ──> reward, KL ──> events
 """
 
 from __future__ import annotations
@@ -190,7 +190,9 @@ class Replica:
     def _admit(self, ask: Ask, held: AsyncExitStack) -> None:
         room = self.limits.max_batch_rows + self.limits.max_waiting_rows
         if ask.rows > room:
-            raise ApiError(400, f"{ask.rows} replies are asked for at once; at most {room} can be.", "too_many_replies", "n")
+            raise ApiError(
+                400, f"{ask.rows} replies are asked for at once; at most {room} can be.", "too_many_replies", "n"
+            )
         if self._reserved + ask.rows > room:
             raise overloaded(self.limits.retry_after_s)
         self._reserved += ask.rows
@@ -199,9 +201,7 @@ class Replica:
     def _release(self, rows: int) -> None:
         self._reserved -= rows
 
-    async def _prepare(
-        self, ask: Ask, held: AsyncExitStack
-    ) -> tuple[list[Choice], list[Speaker], Speaker | None]:
+    async def _prepare(self, ask: Ask, held: AsyncExitStack) -> tuple[list[Choice], list[Speaker], Speaker | None]:
         """Choices ready to be submitted; who speaks; and who judges, if anybody."""
         speakers = [await self._speaker(model, held) for model in ask.models]
         judge = await self._reward(ask.reward, held) if ask.reward else None
@@ -221,7 +221,9 @@ class Replica:
         version = self._version(model)
         speaker = await self._seated(model, version, held)
         if speaker.slot is not None and speaker.slot.loaded.kind == "reward":
-            raise ApiError(400, f"{model!r} is a reward model: it scores replies, and writes none.", "not_a_policy", "model")
+            raise ApiError(
+                400, f"{model!r} is a reward model: it scores replies, and writes none.", "not_a_policy", "model"
+            )
         return speaker
 
     def _base(self, model: str) -> Speaker:
@@ -229,7 +231,9 @@ class Replica:
 
     def _version(self, model: str) -> Version:
         if self.catalogue.is_refused(model):
-            raise ApiError(503, f"The adapter {model!r} cannot be served: it has failed its checks.", "adapter_refused", "model")
+            raise ApiError(
+                503, f"The adapter {model!r} cannot be served: it has failed its checks.", "adapter_refused", "model"
+            )
         version = self.catalogue.resolve(model)
         if version is None or version.id in self.catalogue.refused:
             raise model_not_found(model)
@@ -242,7 +246,9 @@ class Replica:
             raise overloaded(self.limits.retry_after_s) from None
         except RlhfRayError as error:
             self.catalogue.refused[version.id] = "; ".join(map(str, error.problems))
-            raise ApiError(503, f"The adapter {model!r} cannot be served: it has failed its checks.", "adapter_refused") from None
+            raise ApiError(
+                503, f"The adapter {model!r} cannot be served: it has failed its checks.", "adapter_refused"
+            ) from None
         self.catalogue.known.setdefault(version.id, slot.loaded)
         return Speaker(model, version.id, slot.loaded.sha256, slot.loaded.template, slot.loaded.stop_ids, slot)
 
@@ -250,7 +256,11 @@ class Replica:
         there = self.catalogue.rewards()
         name = asked if isinstance(asked, str) else self.config.reward or (there[0] if len(there) == 1 else None)
         if name is None:
-            what = "no reward adapter is served" if not there else f"several are served; name one of {', '.join(sorted(there))}"
+            what = (
+                "no reward adapter is served"
+                if not there
+                else f"several are served; name one of {', '.join(sorted(there))}"
+            )
             raise ApiError(400, f"reward: {what}.", "no_reward", "reward")
         judge = await self._seated(name, self._version(name), held)
         if judge.slot is None or judge.slot.head is None:
@@ -297,16 +307,16 @@ class Replica:
         try:
             return tuple(encode_prompts(tokenizer, template, [asked])[0])
         except DataError as error:
-            raise ApiError(400, f"This adapter cannot take the conversation: {error.problems[0].what}.", "template", "messages") from None
+            raise ApiError(
+                400, f"This adapter cannot take the conversation: {error.problems[0].what}.", "template", "messages"
+            ) from None
 
     def _start(self, choices: Sequence[Choice], speakers: Sequence[Speaker]) -> Event:
         base = self.backbone.identity.weights_sha256[:8]
         return {
             "prompt_tokens": sum({id(c.prompt): len(c.prompt_ids) for c in choices}.values()),
             "choices": [choice.speaker.model for choice in choices],
-            "adapters": {
-                s.model: {"id": s.id, "sha256": s.sha256, "fingerprint": f"{base}/{s.id}"} for s in speakers
-            },
+            "adapters": {s.model: {"id": s.id, "sha256": s.sha256, "fingerprint": f"{base}/{s.id}"} for s in speakers},
         }
 
     # ---- writing -------------------------------------------------------------------------------------------------------
@@ -339,7 +349,9 @@ class Replica:
                 for found, choice in got:
                     if isinstance(found, dict):
                         left -= 1
-                        last.append({"i": choice.index, "end": choice.end, "completion_tokens": len(choice.reply_ids), **found})
+                        last.append(
+                            {"i": choice.index, "end": choice.end, "completion_tokens": len(choice.reply_ids), **found}
+                        )
                         self._count(choice, time.monotonic() - arrived)
                     elif isinstance(found, Exception):
                         raise found
@@ -398,9 +410,7 @@ class Replica:
     def _name(self, token_id: int) -> str:
         return str(self.backbone.tokenizer.decode([token_id]))
 
-    async def _judge(
-        self, ask: Ask, choice: Choice, judge: Speaker | None, queue: asyncio.Queue[Any]
-    ) -> None:
+    async def _judge(self, ask: Ask, choice: Choice, judge: Speaker | None, queue: asyncio.Queue[Any]) -> None:
         """Put {reward, kl} of a finished reply, or the error, into the queue."""
         try:
             found: dict[str, Any] = {}
@@ -414,7 +424,9 @@ class Replica:
 
     async def _score(self, choice: Choice, judge: Speaker) -> float | None:
         assert judge.slot is not None and judge.slot.head is not None
-        same = "ids" in choice.prompt or "raw" in choice.prompt or judge.template.sha256 == choice.speaker.template.sha256
+        same = (
+            "ids" in choice.prompt or "raw" in choice.prompt or judge.template.sha256 == choice.speaker.template.sha256
+        )
         prompt = choice.prompt_ids if same else await self._encode(choice.prompt, judge.template)
         return await self.judge.reward(prompt, choice.reply_ids, judge.slot.name, judge.slot.head)
 
@@ -445,10 +457,24 @@ class Replica:
     def _about(self, version: Version) -> dict[str, Any]:
         known = self.catalogue.known.get(version.id)
         told = {"version": version.number, "sha256": version.sha256}
-        return told if known is None else {**told, "kind": known.kind, "template": known.template.name, "lineage": known.about}
+        return (
+            told
+            if known is None
+            else {**told, "kind": known.kind, "template": known.template.name, "lineage": known.about}
+        )
 
-    def _entry(self, id: str, root: str | None, created: int, parent: str | None, about: dict[str, Any]) -> dict[str, Any]:
-        return {"id": id, "object": "model", "created": created, "owned_by": "rlhf_ray", "root": root or id, "parent": parent, **about}
+    def _entry(
+        self, id: str, root: str | None, created: int, parent: str | None, about: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "id": id,
+            "object": "model",
+            "created": created,
+            "owned_by": "rlhf_ray",
+            "root": root or id,
+            "parent": parent,
+            **about,
+        }
 
     def _keep(self, work: Any) -> None:
         task = asyncio.create_task(work)

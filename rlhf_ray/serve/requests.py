@@ -44,7 +44,9 @@ def parse(body: bytes, model: type[M]) -> M:
     try:
         values = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
         if b"\\u" in body:
-            json.dumps(values, ensure_ascii=False).encode("utf-8")  # escapes may hide half a character, which is no text
+            json.dumps(values, ensure_ascii=False).encode(
+                "utf-8"
+            )  # escapes may hide half a character, which is no text
     except (ValueError, RecursionError):
         raise ApiError(400, "The body is not valid JSON in UTF-8.", "invalid_json") from None
     if not isinstance(values, dict):

@@ -23,7 +23,9 @@ from rlhf_ray.stages.launch import cluster
 POLL_S = 0.5
 
 
-def run_service(config: ServeConfig, console: Console | None = None, ready: Callable[[str], None] | None = None) -> None:
+def run_service(
+    config: ServeConfig, console: Console | None = None, ready: Callable[[str], None] | None = None
+) -> None:
     """Serve until SIGINT or SIGTERM.   ready: called with the URL once requests are answered.
 
     Raises ConfigError, ResourceError (the port is taken), ArtifactError for a base or adapter that does not fit."""
@@ -42,7 +44,11 @@ def run_service(config: ServeConfig, console: Console | None = None, ready: Call
         started = time.monotonic()
         serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": config.host, "port": config.port, "request_timeout_s": config.limits.request_timeout_s + 15},
+            http_options={
+                "host": config.host,
+                "port": config.port,
+                "request_timeout_s": config.limits.request_timeout_s + 15,
+            },
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         try:
@@ -77,13 +83,17 @@ def _prepared(config: ServeConfig) -> ServeConfig:
             probe.bind((config.host, config.port))
         except OSError as error:
             where = f"{config.host}:{config.port}"
-            raise ResourceError.at("port", f"cannot listen on {where}: {error.strerror}", "a free port", fix="port=8001") from None
+            raise ResourceError.at(
+                "port", f"cannot listen on {where}: {error.strerror}", "a free port", fix="port=8001"
+            ) from None
     folder = Path(config.output_dir)
     (folder / "replicas").mkdir(parents=True, exist_ok=True)
     for old in (folder / "replicas").glob("*.json"):
         old.unlink()
     absolute = {
-        name: os.path.abspath(value) for name in ("output_dir", "registry", "api_keys") if (value := getattr(config, name)) is not None
+        name: os.path.abspath(value)
+        for name in ("output_dir", "registry", "api_keys")
+        if (value := getattr(config, name)) is not None
     }
     if os.path.isdir(config.model_name_or_path):
         absolute["model_name_or_path"] = os.path.abspath(config.model_name_or_path)

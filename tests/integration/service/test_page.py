@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
 pytestmark = pytest.mark.integration
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -20,7 +22,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         try:
             made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -43,7 +44,9 @@ def served(
 
     folder, base = tmp_path_factory.mktemp("page"), tiny_llama()
     kinds = (("sft", "sft", 1), ("ppo", "ppo", 2), ("judge", "reward", 3))
-    runs = {name: str(tiny_run(folder / name, base, stage=stage, seed=seed, template="none")) for name, stage, seed in kinds}
+    runs = {
+        name: str(tiny_run(folder / name, base, stage=stage, seed=seed, template="none")) for name, stage, seed in kinds
+    }
     config = ServeConfig(output_dir=str(folder / "serve"), model_name_or_path=str(base), adapters=runs, template="none")
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -85,7 +88,9 @@ def page(browser: Any, served: tuple[str, Path]) -> Iterator[Any]:
     made.problems = []
     made.on("console", lambda message: made.problems.append(message.text) if message.type == "error" else None)
     made.on("pageerror", lambda error: made.problems.append(str(error)))
-    made.on("request", lambda request: made.problems.append(request.url) if not request.url.startswith(served[0]) else None)
+    made.on(
+        "request", lambda request: made.problems.append(request.url) if not request.url.startswith(served[0]) else None
+    )
     made.goto(served[0])
     made.wait_for_selector("input[name=model]")
     yield made
@@ -99,13 +104,13 @@ def test_compare_and_choose(page: Any, served: tuple[str, Path], tmp_path: Path)
     page.fill("#tokens", "24")
     page.fill("#seed", "1")
     page.click("#go")
-    page.wait_for_function("document.querySelectorAll('.card dl div').length === 9")
+    expect(page.locator(".card dl div")).to_have_count(9, timeout=30_000)
     shown = page.locator(".card dt").all_text_contents()
     assert shown == ["ended", "reward", "KL"] * 3
     assert page.locator(".card dd").nth(2).text_content() == "0.000 nats"
     texts = page.locator(".card .text").all_text_contents()
     page.click("text=This one is better >> nth=1")
-    page.wait_for_function("document.getElementById('status').textContent.startsWith('Stored')")
+    expect(page.locator("#status")).to_contain_text("Stored", timeout=30_000)
     page.screenshot(path=str(tmp_path / "light.png"))
     page.emulate_media(color_scheme="dark")
     page.screenshot(path=str(tmp_path / "dark.png"))
@@ -125,11 +130,11 @@ def test_by_keyboard_alone_and_blind(page: Any, served: tuple[str, Path]) -> Non
     page.locator("#prompt").focus()
     page.keyboard.type("Name a bird.")
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("document.getElementById('status').textContent.startsWith('Which')")
+    expect(page.locator("#status")).to_contain_text("Which", timeout=30_000)
     assert page.locator(".card h2").all_text_contents() == ["Reply 1", "Reply 2"]
     page.locator("#go").focus()
     page.keyboard.press("2")
-    page.wait_for_function("document.getElementById('status').textContent.startsWith('Stored')")
+    expect(page.locator("#status")).to_contain_text("Stored", timeout=30_000)
     assert set(page.locator(".card h2").all_text_contents()) == {"ppo", "sft"}
     assert len((served[1] / "preferences.jsonl").read_text()) > len(stored)
 
@@ -137,6 +142,6 @@ def test_by_keyboard_alone_and_blind(page: Any, served: tuple[str, Path]) -> Non
 def test_what_is_wrong_is_told(page: Any) -> None:
     page.fill("#prompt", "x" * 3000)
     page.click("#go")
-    page.wait_for_function("document.getElementById('status').className === 'bad'")
+    expect(page.locator("#status")).to_have_class("bad", timeout=30_000)
     assert "3001 tokens" in page.text_content("#status")
     page.problems.clear()  # the browser reports the 400

@@ -131,7 +131,14 @@ def test_prometheus_finds_the_figures(service: Service) -> None:
             text = page.read().decode()
         return all(
             f"ray_rlhf_ray_{name}" in text
-            for name in ("completion_tokens", "replies", "time_to_first_token_seconds", "rows_running", "live_version", "refused")
+            for name in (
+                "completion_tokens",
+                "replies",
+                "time_to_first_token_seconds",
+                "rows_running",
+                "live_version",
+                "refused",
+            )
         )
 
     service.wait(exported, 90)
@@ -150,7 +157,9 @@ def test_a_killed_replica_fails_no_request(service: Service) -> None:
 def test_ctrl_c_lets_requests_that_run_finish(service: Service) -> None:
     with ThreadPoolExecutor(1) as pool:
         ai = service.client(max_retries=0)
-        running = pool.submit(ai.chat.completions.create, model="base", messages=HELLO, max_tokens=200, n=8, temperature=0)
+        running = pool.submit(
+            ai.chat.completions.create, model="base", messages=HELLO, max_tokens=200, n=8, temperature=0
+        )
         time.sleep(0.4)
         service.process.send_signal(signal.SIGINT)
         assert len(running.result().choices) == 8

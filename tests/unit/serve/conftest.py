@@ -134,7 +134,11 @@ def live(
     def make(**fields: Any) -> Live:
         key = repr(sorted(fields.items()))
         if key not in made:
-            values = {"output_dir": str(root / f"serve{len(made)}"), "model_name_or_path": str(base_dir), "adapters": runs}
+            values = {
+                "output_dir": str(root / f"serve{len(made)}"),
+                "model_name_or_path": str(base_dir),
+                "adapters": runs,
+            }
             limits = {"default_max_tokens": 16, "max_tokens": 150, **fields.pop("limits", {})}
             made[key] = Live(ServeConfig(**{**values, "template": "none", "limits": limits, **fields}))
         return made[key]

@@ -193,7 +193,11 @@ def test_an_adapter_of_another_shape_is_refused_and_leaves_no_trace(
 ) -> None:
     files = read_adapter(adapters(0))
     wrong = AdapterFiles(
-        files.config, {k: torch.cat([t, t], dim=0) if "lora_B" in k else t for k, t in files.tensors.items()}, None, "0", "x"
+        files.config,
+        {k: torch.cat([t, t], dim=0) if "lora_B" in k else t for k, t in files.tensors.items()},
+        None,
+        "0",
+        "x",
     )
 
     async def run() -> None:

@@ -59,7 +59,9 @@ def test_the_official_client_works_unchanged(live: MakeLive) -> None:
     names = [model.id for model in ai.models.list()]
     assert names[:4] == ["base", "judge", "one", "two"]
     assert ai.models.retrieve("one").model_extra["parent"] == "base"  # type: ignore[index]
-    whole = ai.chat.completions.create(model="one", messages=HELLO, seed=5, n=2, logprobs=True, max_completion_tokens=20)  # type: ignore[call-overload]
+    whole = ai.chat.completions.create(
+        model="one", messages=HELLO, seed=5, n=2, logprobs=True, max_completion_tokens=20
+    )  # type: ignore[call-overload]
     assert len(whole.choices) == 2 and whole.usage.completion_tokens <= 40 and whole.model == "one"
     assert whole.choices[0].finish_reason in ("stop", "length") and len(whole.choices[0].logprobs.content) <= 20
     assert whole.system_fingerprint.split("/")[1].startswith("one@v0-")
@@ -129,14 +131,27 @@ BAD_FIELDS: list[tuple[dict[str, Any], int]] = [
     ({"presence_penalty": 1.0}, 400),
     *[
         ({"model": name}, 404)
-        for name in ("../one", "one/../two", "%2e%2e", "/etc/passwd", "one\x00", "ｏｎｅ", "s3://bucket/x", "gpt2", "one@v7", "o" * 200)
+        for name in (
+            "../one",
+            "one/../two",
+            "%2e%2e",
+            "/etc/passwd",
+            "one\x00",
+            "ｏｎｅ",
+            "s3://bucket/x",
+            "gpt2",
+            "one@v7",
+            "o" * 200,
+        )
     ],
     ({"model": "judge"}, 400),
     ({"reward": "one"}, 400),
 ]
 
 
-@pytest.mark.parametrize(("fields", "status"), BAD_FIELDS, ids=[str(f)[:40].encode("unicode_escape").decode() for f, _ in BAD_FIELDS])
+@pytest.mark.parametrize(
+    ("fields", "status"), BAD_FIELDS, ids=[str(f)[:40].encode("unicode_escape").decode() for f, _ in BAD_FIELDS]
+)
 def test_bad_fields(live: MakeLive, fields: dict[str, Any], status: int) -> None:
     loads = live().replica.slots.loads
     found, answer = chat(live(), **fields)
@@ -145,7 +160,14 @@ def test_bad_fields(live: MakeLive, fields: dict[str, Any], status: int) -> None
 
 
 def test_what_changes_nothing_is_ignored(live: MakeLive) -> None:
-    neutral = {"user": "me", "store": False, "metadata": {"a": "b"}, "presence_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}}
+    neutral = {
+        "user": "me",
+        "store": False,
+        "metadata": {"a": "b"},
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+    }
     parts = [{"role": "user", "content": [{"type": "text", "text": "Name a "}, {"type": "text", "text": "bird."}]}]
     plain, other = chat(live(), seed=1), chat(live(), seed=1, messages=parts, **neutral)
     assert plain[1]["choices"] == other[1]["choices"] and plain[0] == other[0] == 200
@@ -221,7 +243,9 @@ def test_a_slow_body_and_one_without_length(live: MakeLive) -> None:
 
 def test_a_client_that_leaves_frees_its_rows(live: MakeLive) -> None:
     service = live()
-    body = json.dumps({"model": "one", "messages": HELLO, "max_tokens": 150, "stream": True, "n": 4, "seed": 1}).encode()
+    body = json.dumps(
+        {"model": "one", "messages": HELLO, "max_tokens": 150, "stream": True, "n": 4, "seed": 1}
+    ).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as leaving:
         leaving.sendall(head.encode() + body)
@@ -262,7 +286,12 @@ def test_keys(live: MakeLive, tmp_path_factory: pytest.TempPathFactory) -> None:
     service = live(api_keys=str(path))
     asked = {"model": "base", "messages": HELLO}
     told = set()
-    for header in ({}, {"authorization": "Bearer rr-wrong"}, {"authorization": f"Basic {everything}"}, {"authorization": "Bearer \xe9"}):
+    for header in (
+        {},
+        {"authorization": "Bearer rr-wrong"},
+        {"authorization": f"Basic {everything}"},
+        {"authorization": "Bearer \xe9"},
+    ):
         status, headers, found = send(service, "POST", "/v1/chat/completions", asked, header)
         assert status == 401 and headers["www-authenticate"] == "Bearer"
         told.add(found["error"]["code"])
@@ -289,7 +318,8 @@ def test_a_request_that_is_sent_twice_is_answered_once(live: MakeLive) -> None:
     asked = {"model": "one", "messages": HELLO}
     with ThreadPoolExecutor(3) as pool:
         same = [
-            pool.submit(send, service, "POST", "/v1/chat/completions", asked, {"x-request-id": "again"}) for _ in range(3)
+            pool.submit(send, service, "POST", "/v1/chat/completions", asked, {"x-request-id": "again"})
+            for _ in range(3)
         ]
         answers = [found.result()[2] for found in same]
     assert answers[0] == answers[1] == answers[2]
@@ -307,7 +337,13 @@ def test_preferences_are_rows_that_the_reward_stage_reads(live: MakeLive) -> Non
     talk = [*HELLO, {"role": "assistant", "content": "Wren"}, {"role": "user", "content": "Another?"}]
     assert send(service, "POST", "/v1/preferences", {**row, "chosen_model": "one", "rejected_model": "two"})[0] == 200
     assert send(service, "POST", "/v1/preferences", {"messages": talk, "chosen": "Owl", "rejected": "Oak"})[0] == 200
-    for bad in ({**row, "rejected": better}, {**row, "chosen": " "}, {**row, "prompt": ""}, {**row, "extra": 1}, {**row, "chosen": "a\0"}):
+    for bad in (
+        {**row, "rejected": better},
+        {**row, "chosen": " "},
+        {**row, "prompt": ""},
+        {**row, "extra": 1},
+        {**row, "chosen": "a\0"},
+    ):
         assert send(service, "POST", "/v1/preferences", bad)[0] == 422
     path = Path(service.config.output_dir) / "preferences.jsonl"
     rows = read_rows(DataConfig(train=(str(path),), held_out_fraction=0.0), "preference").rows

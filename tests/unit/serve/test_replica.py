@@ -80,7 +80,9 @@ async def ask(replica: Replica, *models: str, prompt: Any = WORDS, **fields: Any
     return found
 
 
-def alone(base: Path, run_dir: Path | None, template: str, seed: int, **fields: Any) -> tuple[str, DecodeResult, list[int]]:
+def alone(
+    base: Path, run_dir: Path | None, template: str, seed: int, **fields: Any
+) -> tuple[str, DecodeResult, list[int]]:
     """The reply of an adapter by itself, by the sampler that training uses; its text; the prompt's ids."""
     backbone = load_tiny(base)
     model = backbone.model if run_dir is None else wrap(backbone.model, read_adapter(run_dir / "adapter"), "x")
@@ -108,7 +110,9 @@ def test_adapters_in_one_batch_say_what_each_says_alone_under_its_own_template(
     ]
     assert [together["choices"][i]["text"] for i in range(3)] == expected
     assert [found["choices"][0]["text"] for found in apart] == expected
-    assert all(found["choices"][1]["text"] != found["choices"][0]["text"] for found in apart)  # the second sample is another
+    assert all(
+        found["choices"][1]["text"] != found["choices"][0]["text"] for found in apart
+    )  # the second sample is another
     assert together["start"]["choices"] == ["base", "one", "two"]
     assert together["start"]["adapters"]["one"]["sha256"] == read_adapter(one / "adapter").sha256
 
@@ -179,7 +183,10 @@ def test_what_cannot_be_answered_is_told_with_a_status(
             error = (await ask(replica, *models, **fields))["error"]
             assert (error["status"], error["code"]) == (status, code)
         assert (await ask(replica, "one@v0"))["error"] is None
-        assert replica._reserved == 0 and replica.slots._slots["one@v0-" + read_adapter(one / "adapter").sha256[:8]].users == 0
+        assert (
+            replica._reserved == 0
+            and replica.slots._slots["one@v0-" + read_adapter(one / "adapter").sha256[:8]].users == 0
+        )
 
     run(job(adapters={"one": str(one)}), body)
 
@@ -200,7 +207,9 @@ def test_full_is_told_at_once_and_a_deadline_holds(job: Callable[..., ServeConfi
     assert told["error"]["status"] == 504
 
 
-def test_health_is_a_reply_that_is_really_made(job: Callable[..., ServeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_is_a_reply_that_is_really_made(
+    job: Callable[..., ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body(replica: Replica) -> None:
         await replica.check_health()
         steps = replica.engine.steps
@@ -246,7 +255,11 @@ def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_ta
         assert (await anext(running))[0]["start"]["adapters"]["helper"]["id"] == ids[0]
         ids.append(promote(str(runs[1]), "helper").entry.id)
         status = await until(replica, lambda s: s["live"]["helper"]["version"] == 2)
-        assert status["live"]["helper"] == {"id": ids[1], "version": 2, "sha256": read_adapter(runs[1] / "adapter").sha256}
+        assert status["live"]["helper"] == {
+            "id": ids[1],
+            "version": 2,
+            "sha256": read_adapter(runs[1] / "adapter").sha256,
+        }
         assert await said(replica) == expected[1]
         assert await said(replica, "helper@v1") == expected[0]
         text = "".join([e.get("text", "") for events in [x async for x in running] for e in events])
@@ -268,7 +281,11 @@ def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_ta
         await until(replica, lambda s: "other" in s["live"])
         assert await said(replica, "other") == expected[3]
         listed = {entry["id"]: entry for entry in await replica.models()}
-        assert listed["helper"]["root"] == ids[0] and listed["helper"]["parent"] == "base" and listed["base"]["parent"] is None
+        assert (
+            listed["helper"]["root"] == ids[0]
+            and listed["helper"]["parent"] == "base"
+            and listed["base"]["parent"] is None
+        )
         assert third.id not in listed and {*ids} <= listed.keys()
 
     run(job(registry=str(tmp_path / "registry")), body)

@@ -63,7 +63,12 @@ def _fields_table(stage: str) -> str:
     table.add_column("Field of the job file", no_wrap=True)
     for name in ("Type", "Default", "Meaning"):
         table.add_column(name, overflow="fold")
-    classes: dict[str, type[Section]] = {**STAGES, "pipeline": PipelineConfig, "sweep": SweepConfig, "serve": ServeConfig}
+    classes: dict[str, type[Section]] = {
+        **STAGES,
+        "pipeline": PipelineConfig,
+        "sweep": SweepConfig,
+        "serve": ServeConfig,
+    }
     for row in describe(classes[stage]):
         table.add_row(*(Text(cell) for cell in (row.name, row.type, row.default, row.meaning)))
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140

@@ -34,7 +34,7 @@ MODELS_KEPT_S = 0.5
 class Engine:
     """A replica (replica.py) as a Serve deployment."""
 
-    async def __init__(self, values: dict[str, Any]) -> None:
+    async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it on the replica's event loop
         from rlhf_ray.serve.metrics import Metrics
         from rlhf_ray.serve.replica import Replica
 
@@ -97,7 +97,7 @@ class Replicas:
     async def stream(self, ask: Ask) -> AsyncIterator[list[dict[str, Any]]]:
         """A replica that dies before it said anything is replaced by another one."""
         for attempt in range(1, ATTEMPTS + 1):
-            response = self._streaming.stream.remote(ask)
+            response: Any = self._streaming.stream.remote(ask)
             said = False
             try:
                 async for events in response:
@@ -179,10 +179,10 @@ def application(config: ServeConfig, own_ray: bool = False) -> serve.Application
         }
     else:
         options["num_replicas"] = replicas.min_replicas
-    api = Api.options(
+    api = Api.options(  # type: ignore[attr-defined]  # what the decorators make of it
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=API_REQUESTS,
         graceful_shutdown_timeout_s=limits.request_timeout_s + 10,
         graceful_shutdown_wait_loop_s=0.2,
     )
-    return api.bind(values, Engine.options(**options).bind(values))
+    return api.bind(values, Engine.options(**options).bind(values))  # type: ignore[attr-defined,no-any-return]

@@ -103,12 +103,16 @@ def registry_versions(registry: Registry, backbone: Backbone) -> dict[str, tuple
                 number,
                 recorded["adapter_sha256"],
                 _seconds(recorded.get("created", "")),
-                lambda id=recorded["id"]: read_entry(registry.resolve(id), backbone),
+                partial(_read_version, registry, recorded["id"], backbone),
             )
             for number, recorded in alias.versions.items()
         ]
         found[name] = versions, alias.versions[alias.live]["id"]  # type: ignore[index]  # names() have a live version
     return found
+
+
+def _read_version(registry: Registry, id: str, backbone: Backbone) -> Readout:
+    return read_entry(registry.resolve(id), backbone)
 
 
 def read_entry(entry: Entry, backbone: Backbone) -> Readout:
@@ -166,7 +170,7 @@ def read_run(name: str, spec: str, backbone: Backbone) -> Readout:
     files = read_adapter(source.path)
     stage = source.run.stage if source.run is not None else None
     is_reward = files.head is not None
-    about = {"stage": stage, "parents": [], "metrics": {}}
+    about: dict[str, Any] = {"stage": stage, "parents": [], "metrics": {}}
     if source.run is not None:
         about["parents"] = _parents(source.run.manifest().get("parents") or ())
     return Readout(

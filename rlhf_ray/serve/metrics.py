@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -34,7 +35,7 @@ class Metrics:
     def __init__(self) -> None:
         from ray.util import metrics
 
-        def made(kind: Any, table: dict[str, tuple[str, tuple[str, ...]]], **options: Any) -> dict[str, Any]:
+        def made(kind: Any, table: Mapping[str, tuple[str, tuple[str, ...]]], **options: Any) -> dict[str, Any]:
             return {n: kind(f"rlhf_ray_{n}", text, tag_keys=tags, **options) for n, (text, tags) in table.items()}
 
         self._counters = made(metrics.Counter, COUNTERS)

@@ -205,7 +205,7 @@ class Replica:
         """Choices ready to be submitted; who speaks; and who judges, if anybody."""
         speakers = [await self._speaker(model, held) for model in ask.models]
         judge = await self._reward(ask.reward, held) if ask.reward else None
-        choices = []
+        choices: list[Choice] = []
         for prompt in ask.prompts:
             for speaker in speakers:
                 ids = await self._encode(prompt, speaker.template)

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from peft import PeftModel
 
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapter_files import AdapterFiles
-from rlhf_ray.models.adapters import add_from_files, adapter_parameters, adapter_sha256, remove_adapter
+from rlhf_ray.models.adapters import adapter_parameters, adapter_sha256, add_from_files, remove_adapter
 from rlhf_ray.serve.engine import DecodeThread
 
 
@@ -124,7 +125,7 @@ class AdapterSlots(Generic[L]):
                 raise SlotsBusy
             del self._slots[idle.key]
             self.evictions += 1
-            await asyncio.wrap_future(self.engine.call(lambda model, name=idle.name: remove_adapter(model, name)))
+            await asyncio.wrap_future(self.engine.call(partial(remove_adapter, adapter_name=idle.name)))
 
 
 def _add(model: PeftModel, name: str, files: AdapterFiles) -> None:

@@ -246,7 +246,8 @@ def test_a_client_that_leaves_frees_its_rows(live: MakeLive) -> None:
     body = json.dumps(
         {"model": "one", "messages": HELLO, "max_tokens": 150, "stream": True, "n": 4, "seed": 1}
     ).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as leaving:
         leaving.sendall(head.encode() + body)
         leaving.recv(2000)

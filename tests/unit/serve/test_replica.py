@@ -1,4 +1,4 @@
-"""A replica without Ray: what it says, scores, refuses, and how it follows the registry. Real model, real registry, real threads."""
+"""A replica without Ray: what it says, scores, refuses, and how it follows the registry. Real model, registry, threads."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from rlhf_ray.cli_registry import add_registry_commands, policy_path
+from rlhf_ray.cli_serve import add_serve_commands
 from rlhf_ray.errors import Interrupted, RlhfRayError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _fields_table(stage: str) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    from rlhf_ray.config import STAGES, PipelineConfig, Section, SweepConfig
+    from rlhf_ray.config import STAGES, PipelineConfig, Section, ServeConfig, SweepConfig
     from rlhf_ray.config.load import describe
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -134,24 +135,6 @@ def serve(job: Job, overrides: Overrides = None, debug: Debug = False) -> None:
 
     with _stdout_kept():
         run_service(config)
-
-
-@app.command("api-key")
-def api_key(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="file of hashed keys; made if it is not there")],
-    name: Annotated[str, typer.Option(help="whose key it is; stands in the access log")],
-    model: Annotated[list[str] | None, typer.Option(help="the key may use this model only; may be repeated")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(min=1, help="requests of this key at a time")] = None,
-    revoke: Annotated[bool, typer.Option("--revoke", help="take the key back instead")] = False,
-    debug: Debug = False,
-) -> None:
-    """Make a key for the service. It is printed once; the file holds its hash."""
-    from rlhf_ray.serve.keys import add_key, revoke_key
-
-    if revoke:
-        revoke_key(file, name)
-    else:
-        print(add_key(file, name, tuple(model or ()), max_concurrent))
 
 
 @app.command()
@@ -379,6 +362,7 @@ def report(run: RunDir, debug: Debug = False) -> None:
 
 
 add_registry_commands(app)
+add_serve_commands(app)
 
 
 def _version(wanted: bool) -> None:

@@ -114,7 +114,9 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Forget an adapter and free its weights. The active adapter, which must be another one, stays the active one."""
     peft_model: Any = as_peft(model)
     if adapter_name not in peft_model.peft_config or adapter_name in _active(model):
-        raise InvariantError.at(f"adapter {adapter_name}", "is not there, or is active", ", ".join(peft_model.peft_config))
+        raise InvariantError.at(
+            f"adapter {adapter_name}", "is not there, or is active", ", ".join(peft_model.peft_config)
+        )
     active = _active(model)
     peft_model.delete_adapter(adapter_name)
     if _active(model) != active:

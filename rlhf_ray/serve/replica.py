@@ -9,19 +9,17 @@ import asyncio
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts
-from rlhf_ray.data.prompts import Message, Prompt
-from rlhf_ray.data.templates import Template, load_template
-from rlhf_ray.errors import DataError, RlhfRayError
+from rlhf_ray.data.encode import bos_ids
+from rlhf_ray.data.templates import load_template
+from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone
@@ -29,48 +27,22 @@ from rlhf_ray.models.decode_types import DecodeRequest
 from rlhf_ray.registry import Registry
 from rlhf_ray.serve.asks import Ask
 from rlhf_ray.serve.catalogue import BASE, Catalogue, Readout, Version, run_versions
+from rlhf_ray.serve.choices import Choice, Speaker
 from rlhf_ray.serve.engine import DecodeThread, Token
 from rlhf_ray.serve.errors import ApiError, internal, model_not_found, out_of_time, overloaded
 from rlhf_ray.serve.following import Following
 from rlhf_ray.serve.judge import Judge
+from rlhf_ray.serve.listing import entries
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
-from rlhf_ray.serve.slots import AdapterSlots, Slot, SlotsBusy
+from rlhf_ray.serve.prompting import Prompting
+from rlhf_ray.serve.slots import AdapterSlots, SlotsBusy
 from rlhf_ray.serve.text import ReplyText
 
 SWITCH_S = 0.001
 """The decode thread gives up Python's lock this often for the event loop; the default of 5 ms would delay every answer."""
-LONG_TEXT = 20_000
-"""Characters from which a prompt is encoded on a thread of its own."""
 HEALTH_S = 30.0
 
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """Who writes a reply. model: as it was asked for.  slot: None for the base, adapters off."""
-
-    model: str
-    id: str
-    sha256: str
-    template: Template
-    stop_ids: tuple[int, ...]
-    slot: Slot[Readout] | None = None
-
-
-@dataclass(eq=False)
-class Choice:
-    """One reply on its way. room: most tokens it may take."""
-
-    index: int
-    speaker: Speaker
-    prompt: Mapping[str, Any]
-    prompt_ids: tuple[int, ...]
-    room: int
-    text: ReplyText
-    reply_ids: list[int] = field(default_factory=list)
-    logprob: float = 0.0
-    end: Literal["stop", "length"] | None = None
 
 
 class Replica:
@@ -95,6 +67,7 @@ class Replica:
         self.engine = DecodeThread(self.backbone, self.limits.max_batch_rows, self._deliver, threads)
         self.slots = AdapterSlots[Readout](self.engine, self.limits.max_loaded_adapters)
         self.judge = Judge(self.engine)
+        self.prompting = Prompting(self.backbone, self.limits)
         self.catalogue = Catalogue()
         registry = None if config.registry is None else Registry(config.registry)
         notes = Path(config.output_dir) / "replicas" / f"{name}.json"
@@ -142,15 +115,8 @@ class Replica:
             yield [{"error": out_of_time(self.limits.request_timeout_s).as_dict()}]
 
     async def models(self) -> list[dict[str, Any]]:
-        """Entries of /v1/models: the base, then every name, then every version."""
-        found = [self._entry(BASE, None, self.started, None, {})]
-        versions = self.catalogue.versions
-        for name, id in sorted(self.catalogue.live.items()):
-            found.append(self._entry(name, id, versions[id].created, BASE, self._about(versions[id])))
-        for id, version in sorted(versions.items()):
-            if id not in self.catalogue.refused:
-                found.append(self._entry(id, id, version.created, BASE, self._about(version)))
-        return found
+        """See listing.py."""
+        return entries(self.catalogue, self.started)
 
     async def status(self) -> dict[str, Any]:
         """What it serves (see `Following.status`), and how busy it is."""
@@ -208,8 +174,8 @@ class Replica:
         choices: list[Choice] = []
         for prompt in ask.prompts:
             for speaker in speakers:
-                ids = await self._encode(prompt, speaker.template)
-                room = self._room(len(ids), ask.max_tokens)
+                ids = await self.prompting.ids(prompt, speaker.template)
+                room = self.prompting.room(len(ids), ask.max_tokens)
                 for _ in range(ask.n):
                     text = ReplyText(self.backbone.tokenizer, ask.stops)
                     choices.append(Choice(len(choices), speaker, prompt, ids, room, text))
@@ -266,50 +232,6 @@ class Replica:
         if judge.slot is None or judge.slot.head is None:
             raise ApiError(400, f"reward: {name!r} is no reward adapter.", "not_a_reward", "reward")
         return judge
-
-    def _room(self, prompt: int, asked: int | None) -> int:
-        context = self.backbone.context_length
-        default = min(self.limits.default_max_tokens, self.limits.max_tokens, max(context - prompt, 1))
-        wanted = asked if asked is not None else default
-        if prompt + wanted > context:
-            raise ApiError(
-                400,
-                f"The prompt has {prompt} tokens and up to {wanted} are asked for; this model has room for {context} together.",
-                "context_length_exceeded",
-                "messages",
-            )
-        return wanted
-
-    async def _encode(self, prompt: Mapping[str, Any], template: Template) -> tuple[int, ...]:
-        """Ids of a prompt under `template`. ApiError for what is empty, or what the template cannot say."""
-        if "ids" in prompt:
-            ids, rows = tuple(prompt["ids"]), int(self.backbone.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-            if not all(0 <= i < rows for i in ids):
-                raise ApiError(400, f"A token id is not in the vocabulary of {rows}.", "invalid_token", "prompt")
-        elif len(str(prompt)) > LONG_TEXT:
-            ids = await asyncio.to_thread(self._ids, prompt, template)
-        else:
-            ids = self._ids(prompt, template)
-        if not ids:
-            raise ApiError(400, "The prompt is empty.", "empty_prompt", "prompt")
-        return ids
-
-    def _ids(self, prompt: Mapping[str, Any], template: Template) -> tuple[int, ...]:
-        tokenizer = self.backbone.tokenizer
-        if "raw" in prompt:
-            if not prompt["raw"]:
-                return ()
-            return (*bos_ids(tokenizer), *encode_texts(tokenizer, [prompt["raw"]])[0])
-        messages = tuple(Message(m["role"], m["content"]) for m in prompt.get("messages", ()))
-        asked = Prompt(prompt.get("text", ""), prompt.get("input", ""), messages)
-        if asked.is_blank:
-            return ()
-        try:
-            return tuple(encode_prompts(tokenizer, template, [asked])[0])
-        except DataError as error:
-            raise ApiError(
-                400, f"This adapter cannot take the conversation: {error.problems[0].what}.", "template", "messages"
-            ) from None
 
     def _start(self, choices: Sequence[Choice], speakers: Sequence[Speaker]) -> Event:
         base = self.backbone.identity.weights_sha256[:8]
@@ -427,7 +349,7 @@ class Replica:
         same = (
             "ids" in choice.prompt or "raw" in choice.prompt or judge.template.sha256 == choice.speaker.template.sha256
         )
-        prompt = choice.prompt_ids if same else await self._encode(choice.prompt, judge.template)
+        prompt = choice.prompt_ids if same else await self.prompting.ids(choice.prompt, judge.template)
         return await self.judge.reward(prompt, choice.reply_ids, judge.slot.name, judge.slot.head)
 
     async def _kl(self, ask: Ask, choice: Choice) -> float | None:
@@ -453,28 +375,6 @@ class Replica:
         self.metrics.count("prompt_tokens", len(choice.prompt_ids), adapter=name)
         self.metrics.count("completion_tokens", len(choice.reply_ids), adapter=name)
         self.metrics.observe("reply_seconds", seconds, adapter=name)
-
-    def _about(self, version: Version) -> dict[str, Any]:
-        known = self.catalogue.known.get(version.id)
-        told = {"version": version.number, "sha256": version.sha256}
-        return (
-            told
-            if known is None
-            else {**told, "kind": known.kind, "template": known.template.name, "lineage": known.about}
-        )
-
-    def _entry(
-        self, id: str, root: str | None, created: int, parent: str | None, about: dict[str, Any]
-    ) -> dict[str, Any]:
-        return {
-            "id": id,
-            "object": "model",
-            "created": created,
-            "owned_by": "rlhf_ray",
-            "root": root or id,
-            "parent": parent,
-            **about,
-        }
 
     def _keep(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -148,6 +148,7 @@ def write_jobs(folder: Path, config: PipelineConfig) -> None:
     values = config.model_dump(mode="json", exclude_unset=True)
     _write_job(jobs / "pipeline.yaml", {**values, "output_dir": str(folder / "again" / "pipeline")}, "pipeline")
     _write_job(jobs / "sweep.yaml", sweep_values(folder, config), "sweep")
+    _write_job(jobs / "serve.yaml", serve_values(folder, config), "serve")
 
 
 def sweep_values(folder: Path, config: PipelineConfig) -> dict[str, Any]:
@@ -175,6 +176,17 @@ def sweep_values(folder: Path, config: PipelineConfig) -> dict[str, Any]:
     }
 
 
+def serve_values(folder: Path, config: PipelineConfig) -> dict[str, Any]:
+    """The endpoint over the demo's base, its SFT and PPO adapters side by side, and its reward model as the judge."""
+    return {
+        "output_dir": str(folder / "again" / "serve"),
+        "model_name_or_path": config.model_name_or_path,
+        "template": config.template,
+        "adapters": {stage: str(folder / stage) for stage in ("sft", "ppo", "reward")},
+        "limits": {"max_tokens": 64, "default_max_tokens": 32},
+    }
+
+
 def _write_job(path: Path, values: dict[str, Any], stage: str) -> None:
     note = f"# Written by the demo. Edit it, then: rlhf-ray {stage} {path}\n"
     atomic_write_text(path, note + dump_yaml(values))
@@ -189,6 +201,7 @@ def tell_next(folder: Path, console: Console) -> None:
             f"look      {folder / 'report.html'}",
             f"ask       rlhf-ray generate --policy base --policy {folder / 'sft'} --policy {folder / 'ppo'}"
             f' --instruction "{question}"',
+            f"try       rlhf-ray serve {folder / 'jobs' / 'serve.yaml'}   (a page to compare them, and OpenAI's API)",
             f"change    rlhf-ray ppo {folder / 'jobs' / 'ppo.yaml'} kl_penalty=jensen_shannon output_dir=runs/ppo-js",
             f"your own  edit {folder / 'jobs' / 'pipeline.yaml'}, then rlhf-ray pipeline {folder / 'jobs' / 'pipeline.yaml'}",
         ],

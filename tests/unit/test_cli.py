@@ -71,8 +71,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(args) == 0
         out, err = capsys.readouterr()
         commands = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
-        assert commands == ["sft", "reward", "ppo", "evaluate", "pipeline", "sweep", "demo", "resume", "merge", "generate", "score",
-                            "plan", "report", "promote", "rollback", "adapters", "import"]  # fmt: skip
+        assert commands == ["sft", "reward", "ppo", "evaluate", "pipeline", "sweep", "serve", "demo", "resume", "merge", "generate",
+                            "score", "plan", "report", "promote", "rollback", "adapters", "api-key", "import"]  # fmt: skip
         assert err == "" and "..." not in out.split("Commands:\n")[1]
 
 

@@ -1,7 +1,8 @@
 """F21: an ancestor shipped entry points that crashed at once. Here every command runs, by its console script, on a tiny model.
 
 sft, reward, ppo and merge one by one: test_five_steps.py; generate and score: ../evaluation; sweep: ../sweep; promote, rollback and
-adapters: test_promotion.py; plan: ../../unit/stages/test_plan.py. Here: pipeline with all four stages, evaluate, resume,
+adapters: test_promotion.py; plan: ../../unit/stages/test_plan.py; serve: ../service; api-key: ../../unit/serve. Here: pipeline
+with all four stages, evaluate, resume,
 report, and the demo with fewer steps.
 """
 
@@ -17,6 +18,8 @@ import pytest
 import yaml
 
 from rlhf_ray.cli import STAGE_HELP, app, main
+from rlhf_ray.config import ServeConfig
+from rlhf_ray.config.load import load
 from rlhf_ray.data.tinyworld import Sizes, build_base, write_world
 from rlhf_ray.run import load_run
 from rlhf_ray.stages import demo as demo_stage
@@ -26,7 +29,7 @@ pytestmark = pytest.mark.integration
 PLUMBING = {"output_dir", "sft", "rewards", "model_name_or_path", "template", "learner", "report_to"}
 TRIED = {
     *("sft", "reward", "ppo", "merge", "generate", "score", "pipeline", "evaluate", "resume", "report", "demo"),
-    *("sweep", "promote", "rollback", "adapters", "plan"),
+    *("sweep", "promote", "rollback", "adapters", "plan", "serve", "api-key"),
 }
 
 
@@ -118,7 +121,8 @@ def test_the_demo_in_few_steps(
         f"{name}/{who}" for name in ("true_reward", "true_reward_se") for who in ("base", "sft", "ppo")
     } <= metrics.keys()
     jobs = {p.stem for p in Path("demo/jobs").iterdir()}
-    assert jobs == {"sft", "reward", "ppo", "evaluate", "pipeline"}
+    assert jobs == {"sft", "reward", "ppo", "evaluate", "pipeline", "sweep", "serve"}
+    assert load(ServeConfig, "demo/jobs/serve.yaml").adapters.keys() == {"sft", "ppo", "reward"}
     run_command("ppo", "demo/jobs/ppo.yaml", "max_steps=1")
     assert load_run("demo/again/ppo").status == "done"
     run_command("resume", "demo")

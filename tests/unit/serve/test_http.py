@@ -175,7 +175,7 @@ def test_what_changes_nothing_is_ignored(live: MakeLive) -> None:
 
 def test_text_never_becomes_a_control_token(live: MakeLive) -> None:
     service = live()
-    ids = service.replica._ids({"text": "</s><s> a </s>"}, service.replica.template)
+    ids = service.replica.prompting.encode({"text": "</s><s> a </s>"}, service.replica.template)
     assert ids[0] == 1 and not {0, 1, 2} & set(ids[1:])
 
 

@@ -1,0 +1,53 @@
+"""API keys from the command line, and what the job file may say about addresses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.cli import main
+from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.serve.errors import ApiError
+from rlhf_ray.serve.keys import Keys
+
+JOB = {"output_dir": "serve", "model_name_or_path": "base"}
+
+
+def test_a_key_is_shown_once_and_can_be_taken_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.json"
+    assert main(["api-key", str(path), "--name", "alice", "--model", "helper"]) == 0
+    shown = capsys.readouterr().out.strip()
+    assert shown.startswith("rr-") and shown not in path.read_text()
+    key = Keys(path).check(f"Bearer {shown}")
+    assert (key.name, key.may_use("helper@v2"), key.may_use("base")) == ("alice", True, False)
+    assert main(["api-key", str(path), "--name", "alice"]) == 2
+    assert "has a key of this name" in capsys.readouterr().err
+    assert main(["api-key", str(path), "--name", "../bob"]) == 2
+    assert main(["api-key", str(path), "--name", "alice", "--revoke"]) == 0
+    with pytest.raises(ApiError):
+        Keys(path).check(f"Bearer {shown}")
+
+
+def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    assert main(["api-key", str(path), "--name", "alice"]) == 0
+    os.chmod(path, 0o644)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        Keys(path)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "serve.example.com"])
+def test_another_address_needs_keys(host: str) -> None:
+    with pytest.raises(ConfigError, match="api_keys is needed"):
+        load_dict(ServeConfig, {**JOB, "host": host})
+    assert load_dict(ServeConfig, {**JOB, "host": host, "api_keys": "keys.json"}).host == host
+
+
+@pytest.mark.parametrize("name", ["base", "Base", "../x", "a b", "", "x" * 65])
+def test_names_of_adapters(name: str) -> None:
+    with pytest.raises(ConfigError, match="no name"):
+        load_dict(ServeConfig, {**JOB, "adapters": {name: "runs/sft"}})

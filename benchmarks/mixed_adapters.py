@@ -1,4 +1,4 @@
-"""Adapters in one batch: tokens a second of a mixed batch over 1 to 128 adapters, against one adapter and against switching."""
+"""Adapters in one batch: tokens a second of a mixed batch over 1 to 128 adapters, against one adapter and against switching.
 
     python benchmarks/mixed_adapters.py --model 5.8m --output
 

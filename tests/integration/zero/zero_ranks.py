@@ -52,7 +52,9 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
 
 
 def assert_sharded(models: RoleModels) -> None:
-    """Outside a forward pass nothing of the base or of the adapters is here; otherwise a test of ZeRO-3 tests nothing."""
+    """Outside a forward pass nothing of the base or of the adapters is here; otherwise a test of ZeRO-3 tests nothing.
+
+    What DeepSpeed keeps whole, small tensors by default, is there from the first pass on: look before and after."""
     for name, parameter in models.named_parameters():
         assert parameter.numel() == 0 and parameter.ds_numel > 0, f"{name} is here: {tuple(parameter.shape)}"  # type: ignore[attr-defined]
 
@@ -77,6 +79,8 @@ def train(session: Session, jobs: Sequence[PPOConfig], head_calls: int | None = 
     for job in jobs:
         os.environ["REPLIES"] = f"{job.output_dir}.replies_{session.rank}.jsonl"
         ppo_stage.train_ppo(job, session)
+        if job.learner.zero_stage == 3:
+            assert_sharded(learners[-1].models)
         published.append(learners[-1].published.sha256)
     return published
 

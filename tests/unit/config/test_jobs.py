@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.config import STAGES, PipelineConfig, PPOConfig, SweepConfig
+from rlhf_ray.config import STAGES, PipelineConfig, PPOConfig, ServeConfig, SweepConfig
 from rlhf_ray.config.load import load
 from rlhf_ray.plan.asks import Node, role_asks
 from rlhf_ray.plan.preflight import check
@@ -18,7 +18,8 @@ JOBS = sorted((Path(__file__).parents[3] / "jobs").glob("*.yaml"))
 
 def stage_of(job: Path) -> str:
     """The command of the launch line in the header."""
-    line = next(line for line in job.read_text().splitlines() if line.startswith("#   rlhf-ray "))
+    launch = (line for line in job.read_text().splitlines() if line.startswith("#   rlhf-ray "))
+    line = next(line for line in launch if job.name in line)
     return line.split()[2]
 
 
@@ -29,7 +30,7 @@ def test_there_are_some() -> None:
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
 def test_it_loads_and_its_header_tells_hardware_launch_line_and_what_is_measured(job: Path) -> None:
     stage = stage_of(job)
-    classes = {**STAGES, "pipeline": PipelineConfig, "sweep": SweepConfig}
+    classes = {**STAGES, "pipeline": PipelineConfig, "sweep": SweepConfig, "serve": ServeConfig}
     load(classes[stage], job, (), check_files=False)
     header = job.read_text().split("\noutput_dir")[0]
     assert f"rlhf-ray {stage} jobs/{job.name}" in header

@@ -21,7 +21,7 @@ def main() -> int:
         "--trl-python", help="interpreter of an environment with trl==1.12.0; without it TRL is left out"
     )
     trl = options.parse_args().trl_python
-    commands = [["sampler_vs_generate.py"], ["stories_sentiment.py"], ["stories_chain.py"]]
+    commands = [["sampler_vs_generate.py"], ["stories_sentiment.py"], ["stories_chain.py"], ["plan_memory.py"]]
     commands += [["staleness.py"], ["placements.py"], ["sweep_overhead.py"], ["kl_study.py"]]
     if trl:
         commands.insert(0, ["ppo_step_vs_trl.py", "--trl-python", trl])

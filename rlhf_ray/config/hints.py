@@ -12,6 +12,8 @@ from typing import Any
 from rlhf_ray.config.pipeline import STAGES, PipelineConfig
 from rlhf_ray.config.schema import section_of
 from rlhf_ray.config.sections import Section
+from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.config.sweep import SweepConfig
 
 # Names of other trainers and of the systems this one replaces -> ours; the first that the job has is named.
 RENAMED: dict[str, tuple[str, ...]] = {
@@ -128,7 +130,7 @@ def unknown_key(job: type[Section], section: type[Section], prefix: str, key: st
 
 def command(job: type[Section]) -> str:
     """The command that takes job files of this class."""
-    return next((stage for stage, cls in STAGES.items() if cls is job), "pipeline")
+    return next((stage for stage, cls in {**STAGES, "sweep": SweepConfig, "serve": ServeConfig}.items() if cls is job), "pipeline")
 
 
 def stage_of(values: Mapping[str, Any], stem: str) -> str:

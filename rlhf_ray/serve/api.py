@@ -260,6 +260,8 @@ class Api:
                 return response
             except ApiError as error:
                 status = error.status
+                if status == 429:
+                    self.metrics.count("refused")
                 return error_response(error)
             except Exception:
                 log.exception("a request failed")

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
@@ -161,8 +162,11 @@ def application(config: ServeConfig, own_ray: bool = False) -> serve.Application
     values, limits, replicas = to_dict(config), config.limits, config.replicas
     rows = limits.max_batch_rows + limits.max_waiting_rows
     cpus = replicas.num_cpus if replicas.num_cpus is not None else 0.1 if own_ray else 1.0
+    gpus = replicas.num_gpus
+    if gpus is None:
+        gpus = min(ray.cluster_resources().get("GPU", 0.0), 1.0) if ray.is_initialized() else 0.0
     options: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": cpus, "num_gpus": replicas.num_gpus or 0},
+        "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus},
         "max_ongoing_requests": rows,
         "max_queued_requests": rows,
         "graceful_shutdown_timeout_s": limits.request_timeout_s + 5,

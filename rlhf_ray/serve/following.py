@@ -8,6 +8,7 @@ acknowledgement: output_dir/replicas/<replica>.json.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -16,7 +17,7 @@ from typing import Any
 
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.models.files import atomic_write_json
+from rlhf_ray.models.files import atomic_write_json, read_json
 from rlhf_ray.registry import Registry
 from rlhf_ray.registry.alias import now
 from rlhf_ray.serve.catalogue import Catalogue, Readout, Version, registry_versions
@@ -127,3 +128,12 @@ class Following:
             },
             "refused": dict(self.catalogue.refused),
         }
+
+
+def forget_the_dead(folder: Path) -> None:
+    """Remove what replicas on this machine left behind that were killed: they acknowledge nothing any more."""
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(RlhfRayError, OSError, KeyError, TypeError):
+            found = read_json(path)
+            if found["host"] == socket.gethostname() and not Path("/proc", str(int(found["pid"]))).exists():
+                path.unlink(missing_ok=True)

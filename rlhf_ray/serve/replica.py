@@ -30,7 +30,7 @@ from rlhf_ray.serve.catalogue import BASE, Catalogue, Readout, Version, run_vers
 from rlhf_ray.serve.choices import Choice, Speaker
 from rlhf_ray.serve.engine import DecodeThread, Token
 from rlhf_ray.serve.errors import ApiError, internal, model_not_found, out_of_time, overloaded
-from rlhf_ray.serve.following import Following
+from rlhf_ray.serve.following import Following, forget_the_dead
 from rlhf_ray.serve.judge import Judge
 from rlhf_ray.serve.listing import entries
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
@@ -72,6 +72,7 @@ class Replica:
         registry = None if config.registry is None else Registry(config.registry)
         notes = Path(config.output_dir) / "replicas" / f"{name}.json"
         notes.parent.mkdir(parents=True, exist_ok=True)
+        forget_the_dead(notes.parent)
         self.following = Following(self.catalogue, self.slots, self.backbone, registry, notes, self.metrics)
         self.started = int(time.time())
         self._routes: dict[int, tuple[asyncio.Queue[Any], Choice]] = {}
@@ -108,8 +109,6 @@ class Replica:
                 async for events in self._write(ask, choices, judge, deadline, arrived):
                     yield events
         except ApiError as error:
-            if error.status == 429:
-                self.metrics.count("refused")
             yield [{"error": error.as_dict()}]
         except TimeoutError:
             yield [{"error": out_of_time(self.limits.request_timeout_s).as_dict()}]

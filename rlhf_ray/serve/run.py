@@ -32,14 +32,9 @@ def run_service(
     console = console or LocalConsole()
     config = _prepared(config)
     with _signals() as stopping, cluster() as own_ray:
-        import ray
+        from ray import serve
 
         from rlhf_ray.serve.app import NAME, application
-
-        if own_ray and config.replicas.num_gpus is None:
-            gpus = float(min(ray.cluster_resources().get("GPU", 0), 1))
-            config = config.model_copy(update={"replicas": config.replicas.model_copy(update={"num_gpus": gpus})})
-        from ray import serve
 
         started = time.monotonic()
         serve.start(

@@ -127,6 +127,8 @@ def test_by_keyboard_alone_and_blind(page: Any, served: tuple[str, Path]) -> Non
     page.keyboard.press("Space")  # without the base
     page.locator("#blind").focus()
     page.keyboard.press("Space")
+    page.fill("#seed", "3")
+    page.fill("#tokens", "8")
     page.locator("#prompt").focus()
     page.keyboard.type("Name a bird.")
     page.keyboard.press("Control+Enter")

@@ -167,7 +167,8 @@ def application(config: ServeConfig, own_ray: bool = False) -> serve.Application
         gpus = min(ray.cluster_resources().get("GPU", 0.0), 1.0) if ray.is_initialized() else 0.0
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus},
-        "max_ongoing_requests": rows,
+        "max_ongoing_requests": 2
+        * rows,  # a replica that is full says so itself, at once; requests must reach it for that
         "max_queued_requests": rows,
         "graceful_shutdown_timeout_s": limits.request_timeout_s + 5,
         "graceful_shutdown_wait_loop_s": 0.2,

@@ -32,6 +32,12 @@ def model_not_found(name: str) -> ApiError:
     return ApiError(404, f"The model {name[:100]!r} does not exist, or you may not use it.", "model_not_found", "model")
 
 
+def adapter_refused(name: str) -> ApiError:
+    return ApiError(
+        503, f"The adapter {name[:100]!r} cannot be served: it has failed its checks.", "adapter_refused", "model"
+    )
+
+
 def overloaded(retry_after: int) -> ApiError:
     return ApiError(429, "The service is at capacity. Try again later.", "rate_limit_exceeded", None, retry_after)
 

@@ -63,18 +63,14 @@ class Following:
         except RlhfRayError as error:
             log.error("registry %s: %s", self.registry.path, error)
             return
-        if await self.take(found):
-            self._token = token
+        await self.take(found)
+        self._token = token
 
-    async def take(self, found: dict[str, tuple[list[Version], str]]) -> bool:
-        """Serve these names. False if a version has to wait for room, and should be tried again."""
-        settled = True
+    async def take(self, found: dict[str, tuple[list[Version], str]]) -> None:
+        """Serve these names. A version that was refused is tried again: something has changed, perhaps its files."""
         for name in self.catalogue.offer(found):
-            version = self.catalogue.versions[self.catalogue.wanted[name]]
-            if version.id not in self.catalogue.refused:
-                settled &= await self._switch(version)
+            await self._switch(self.catalogue.versions[self.catalogue.wanted[name]])
         await asyncio.to_thread(self._note)
-        return settled
 
     async def read(self, version: Version) -> Readout:
         """For a request that names it: known already, else from disk."""
@@ -83,33 +79,32 @@ class Following:
             readout = self.catalogue.known[version.id] = (await asyncio.to_thread(version.read)).light()
         return readout
 
-    async def _switch(self, version: Version) -> bool:
+    async def _switch(self, version: Version) -> None:
         try:
-            slot = await self.slots.load(version.id, version.read)
-            readout = slot.loaded
-        except SlotsBusy:
-            try:
-                readout = (
-                    await asyncio.to_thread(version.read)
-                ).light()  # fit to be served; it is loaded when it is asked for
-            except RlhfRayError as error:
-                return self._refuse(version, error)
+            readout = await self._fit(version)
         except RlhfRayError as error:
-            return self._refuse(version, error)
+            self._refuse(version, error)
+            return
         self.catalogue.known[version.id] = readout
+        self.catalogue.refused.pop(version.id, None)
         self.catalogue.live[version.name] = version.id
         self.metrics.set("live_version", version.number, adapter=version.name)
         log.info("serving %s as %s, sha256 %s", version.id, version.name, readout.sha256)
-        return True
 
-    def _refuse(self, version: Version, error: RlhfRayError) -> bool:
+    async def _fit(self, version: Version) -> Readout:
+        """Checked and loaded; where every slot is in use, only checked: it is loaded when it is asked for."""
+        try:
+            return (await self.slots.load(version.id, version.read)).loaded
+        except SlotsBusy:
+            return (await asyncio.to_thread(version.read)).light()
+
+    def _refuse(self, version: Version, error: RlhfRayError) -> None:
         stays = self.catalogue.live.get(version.name)
         self.catalogue.refused[version.id] = "; ".join(map(str, error.problems))
         self.metrics.count("adapters_refused", adapter=version.name)
         log.error(
             "refused %s, %s: %s", version.id, f"{stays} stays" if stays else "nothing is served as this name", error
         )
-        return True
 
     def _note(self) -> None:
         atomic_write_json(self.notes, self.status())

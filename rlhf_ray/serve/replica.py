@@ -29,7 +29,7 @@ from rlhf_ray.serve.asks import Ask
 from rlhf_ray.serve.catalogue import BASE, Catalogue, Readout, Version, run_versions
 from rlhf_ray.serve.choices import Choice, Speaker
 from rlhf_ray.serve.engine import DecodeThread, Token
-from rlhf_ray.serve.errors import ApiError, internal, model_not_found, out_of_time, overloaded
+from rlhf_ray.serve.errors import ApiError, adapter_refused, internal, model_not_found, out_of_time, overloaded
 from rlhf_ray.serve.following import Following, forget_the_dead
 from rlhf_ray.serve.judge import Judge
 from rlhf_ray.serve.listing import entries
@@ -195,12 +195,10 @@ class Replica:
         return Speaker(model, BASE, self.backbone.identity.weights_sha256, self.template, self.backbone.eos_ids)
 
     def _version(self, model: str) -> Version:
-        if self.catalogue.is_refused(model):
-            raise ApiError(
-                503, f"The adapter {model!r} cannot be served: it has failed its checks.", "adapter_refused", "model"
-            )
         version = self.catalogue.resolve(model)
-        if version is None or version.id in self.catalogue.refused:
+        if self.catalogue.is_refused(model) or (version is not None and version.id in self.catalogue.refused):
+            raise adapter_refused(model)
+        if version is None:
             raise model_not_found(model)
         return version
 
@@ -211,9 +209,7 @@ class Replica:
             raise overloaded(self.limits.retry_after_s) from None
         except RlhfRayError as error:
             self.catalogue.refused[version.id] = "; ".join(map(str, error.problems))
-            raise ApiError(
-                503, f"The adapter {model!r} cannot be served: it has failed its checks.", "adapter_refused"
-            ) from None
+            raise adapter_refused(model) from None
         self.catalogue.known.setdefault(version.id, slot.loaded)
         return Speaker(model, version.id, slot.loaded.sha256, slot.loaded.template, slot.loaded.stop_ids, slot)
 

@@ -43,6 +43,7 @@ def build(name: str) -> Any:
 def with_adapters(model: Any, count: int) -> Any:
     """Adapters of rank 8 on all linear layers, which do say different things."""
     lora = LoraConfig(r=8, lora_alpha=16)
+    model.generation_config.eos_token_id = None  # every reply has all its tokens, here as there
     peft = wrap(model, lora, "ad_0000", seed=0)
     for i in range(1, count):
         add_fresh(peft, f"ad_{i:04d}", lora, seed=i, trainable=False)
@@ -81,7 +82,7 @@ def switching(peft: Any, asked: list[DecodeRequest]) -> tuple[float, list[tuple[
         for start in range(0, len(mine), ROWS):
             part = mine[start : start + ROWS]
             ids = torch.tensor([asked[i].prompt_ids for i in part])
-            how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+            how = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
             out = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
             said.update({i: tuple(row[PROMPT:].tolist()) for i, row in zip(part, out)})
     return REQUESTS * NEW / (time.perf_counter() - started), [said[i] for i in range(len(asked))]

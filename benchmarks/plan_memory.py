@@ -5,9 +5,9 @@
 Every run is a process of its own. Measured is its peak resident set minus its resident set after the imports, for the whole run and
 for each phase of PPO (the kernel's record of the peak is reset between phases). `plan` sees the job and the model's config.json.
 So that freed tensors leave the resident set, glibc gets one arena (MALLOC_ARENA_MAX=1) and maps allocations of a MiB and more
-(MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_). Smaller freed blocks stay resident after an update, up to 80 MiB here, which `plan`
-does not count: case B_shared_critic with both at 64 KiB is 3.3% off at most in place of 11.7%. The one constant of the method was
-found on model A; B and C had no part in it.
+(MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_). Smaller freed blocks stay resident after an update, up to 80 MiB here, which
+`plan` does not count: case B_shared_critic with both at 64 KiB is 3.3% off at most in place of 11.7%. The one constant of the
+method was found on model A; B and C had no part in it.
 """
 
 from __future__ import annotations

@@ -130,7 +130,10 @@ def unknown_key(job: type[Section], section: type[Section], prefix: str, key: st
 
 def command(job: type[Section]) -> str:
     """The command that takes job files of this class."""
-    return next((stage for stage, cls in {**STAGES, "sweep": SweepConfig, "serve": ServeConfig}.items() if cls is job), "pipeline")
+    return next(
+        (stage for stage, cls in {**STAGES, "sweep": SweepConfig, "serve": ServeConfig}.items() if cls is job),
+        "pipeline",
+    )
 
 
 def stage_of(values: Mapping[str, Any], stem: str) -> str:

@@ -12,6 +12,7 @@ method was found on model A; B and C had no part in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -153,7 +154,8 @@ def main() -> None:
     args = options.parse_args()
     measured: dict[str, Any] = {}
     shown: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    # DeepSpeed tells on stdout what it found
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         for case in args.cases:
             model, stage, fields = CASES[case]
             folder = Path(scratch) / model

@@ -61,15 +61,16 @@ class Record:
         """Trials to be run: those that failed are tried again."""
         return [o.trial for o in self.outcomes() if o.status not in ("done", "stopped")]
 
-    def choice(self) -> tuple[list[Setting], Choice]:
-        """The settings that finished, and which of them wins."""
-        settings = settings_of(self.outcomes(), self.config.metric)
+    def choice(self, outcomes: Sequence[Outcome]) -> tuple[list[Setting], Choice]:
+        """The settings that finished, and which of them wins. outcomes: of `outcomes`, which reads every trial's folder."""
+        settings = settings_of(outcomes, self.config.metric)
         return settings, choose(settings, self.config.kl_cap, self.config.length_ratio)
 
     def write(self) -> None:
         """sweep.json, trials.csv and settings.csv, anew."""
         with self._lock:
-            outcomes, (settings, choice) = self.outcomes(), self.choice()
+            outcomes = self.outcomes()
+            settings, choice = self.choice(outcomes)
             rows = [{**row_of(o, self.config.metric), **self._where(o)} for o in outcomes]
             write_csv(self.folder / "trials.csv", [{k: v for k, v in row.items() if k != "settings"} for row in rows])
             write_csv(self.folder / "settings.csv", [setting_row(s, choice, settings) for s in settings])

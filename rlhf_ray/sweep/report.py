@@ -38,7 +38,8 @@ def write_sweep_report(folder: str | Path) -> Path:
     values = {**run.config(), "output_dir": str(run.path)}
     config = load_dict(SweepConfig, values, str(run.path / "config.yaml"))
     record = Record(config, run.path, planned(config))
-    outcomes, (settings, choice) = record.outcomes(), record.choice()
+    outcomes = record.outcomes()
+    settings, choice = record.choice(outcomes)
     head = tag(
         "header",
         tag("p", "Sweep", class_="kind"),

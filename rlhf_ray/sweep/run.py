@@ -91,7 +91,8 @@ def _tell_plan(config: SweepConfig, record: Record, fits: Capacity, console: Con
 def _finish(config: SweepConfig, record: Record, seconds: float, console: Console) -> Run:
     """Tables, report, summary. InvariantError if no trial finished."""
     record.write()
-    outcomes, (_, choice) = record.outcomes(), record.choice()
+    outcomes = record.outcomes()
+    _, choice = record.choice(outcomes)
     write_sweep_report(record.folder)
     counts = {s: sum(o.status == s for o in outcomes) for s in ("done", "stopped", "failed")}
     if not counts["done"]:

@@ -108,21 +108,21 @@ class Watcher(_NotKept, tune.Callback):
         self.reporter = Reporter(self)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.record.add(self._ours(trial))
+        self.record.add(self.ours(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self.latest[self._ours(trial).id] = result
+        self.latest[self.ours(trial).id] = result
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        ours = self._ours(trial)
+        ours = self.ours(trial)
         if self.record.outcome(ours).status == "waiting":  # it did not come to its end
             self.record.stop(ours, self._why(self.latest.get(ours.id, {})))
         self.record.write()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        ours = self._ours(trial)
+        ours = self.ours(trial)
         if not failure_file(ours).is_file():
             write_failure(ours, RuntimeError("its process died"))
         self.console.warn(f"trial {ours.id} failed: {self.record.outcome(ours).reason}")
@@ -146,7 +146,7 @@ class Watcher(_NotKept, tune.Callback):
         at = f" at step {result['step']}, score {result['score']:.4g}" if "score" in result else ""
         return f"{self.config.scheduler}: others do better{at}"
 
-    def _ours(self, trial: Any) -> Trial:
+    def ours(self, trial: Any) -> Trial:
         params = trial.config["trial"]
         return trial_of(self.config, params["settings"], params["seed"])
 
@@ -182,7 +182,7 @@ class Reporter(_NotKept, tune.ProgressReporter):
         return float((trial.last_result or {}).get("score") or float("-inf"))
 
     def _row(self, trial: Any, names: Sequence[str]) -> list[Any]:
-        ours, result = self.watcher._ours(trial), trial.last_result or {}
+        ours, result = self.watcher.ours(trial), trial.last_result or {}
         figures = [result.get(name, "") for name in ("step", "score", "KL")]
         left = result.get("left", "") if trial.status == "RUNNING" else ""
         return [*(str(ours.settings.get(n, "")) for n in names), ours.seed, trial.status.lower(), *figures, left]

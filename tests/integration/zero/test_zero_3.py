@@ -63,11 +63,12 @@ def experience(zero_job: Job, tmp_path: Path) -> str:
     with ExitStack() as held:
         loop = PPOLoop(job, session, set_up(job, session, enter_run(job, session, held)))
     prompts, budgets = loop.setup.schedule.step(1), loop.setup.budgets(1)
-    collected = loop.collector.collect(prompts, budgets, loop.active(), loop.decoding, "rollout", 1)
+    collected = loop.collector.collect(prompts, budgets, loop.active(), loop.rollouts.decoding, "rollout", 1)
     evaluation = loop.learner.evaluate(collected.rollout, 1)
     made, _ = make_experience(collected.rollout, collected.scores, evaluation, job, 0.05, RunningMoments())
     path = str(tmp_path / "experience.safetensors")
-    save_file({name: getattr(made, name).contiguous() for name in made.__dataclass_fields__}, path)
+    fields = {name: getattr(made, name) for name in made.__dataclass_fields__}
+    save_file({name: tensor.contiguous() for name, tensor in fields.items() if tensor is not None}, path)
     return path
 
 

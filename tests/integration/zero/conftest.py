@@ -17,7 +17,7 @@ sys.path.insert(
 )  # the ranks are processes of their own, and import zero_ranks by its name
 
 REWARD = '''
-"""The share of ASCII characters; every reply that was scored is written down, and some call can fail."""
+"""The share of ASCII characters; every reply that was scored is written down, and from some call on all can fail."""
 import json
 import os
 
@@ -27,7 +27,7 @@ CALLS = 0
 def score(prompts, completions, completion_ids, **columns):
     global CALLS
     CALLS += 1
-    if os.environ.get("FAIL_AT_CALL") == str(CALLS):
+    if CALLS >= int(os.environ.get("FAIL_AT_CALL", 10**9)):  # one failure would be tried again
         raise RuntimeError("the reward service is gone")
     if "REPLIES" in os.environ:
         with open(os.environ["REPLIES"], "a") as file:

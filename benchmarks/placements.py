@@ -4,7 +4,7 @@
 
 On CPUs a role's own GPU is a thread of its own: colocate computes on two threads; under split a generator, a scorer and a learner
 have one thread each, on the same two cores. For stories260K and for a random Llama of 6 M parameters: seconds per step, idle share
-per role, bytes handed over, and the peak memory of each process. Runs are interleaved; the first two steps of each do not count.
+per role, bytes handed over, and the peak memory of each process. Runs are interleaved; the first step of each does not count.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     },
 }
 PLACEMENTS["split, max_staleness 1"] = {**PLACEMENTS["split"], "max_staleness": 1}
-SKIPPED = 2
+SKIPPED = 1
+ROWS = {"stories260K": 128, "random 6M": 64}
+"""Replies a step."""
 NAMES = (
     "time/step",
     "time/generate",
@@ -66,10 +68,11 @@ def larger_model(data: Path, folder: Path) -> Path:
     return folder
 
 
-def measure(data: Path, model: Path, placement: str, steps: int) -> dict[str, float]:
+def measure(data: Path, model: Path, placement: str, steps: int, replies: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         fields = job(Path(scratch) / "run", data, 0, steps + SKIPPED, 1).model_dump()
         own = {"model_name_or_path": str(model), "eval_on_start": False, "eval_steps": steps + SKIPPED}
+        own |= {"rollout_batch_size": replies, "num_mini_batches": replies // 32}
         run = ppo(PPOConfig(**{**fields, **own, **PLACEMENTS[placement]}), LocalConsole(quiet=True))
         rows = [row for row in read_metrics(Path(run.run_dir) / "metrics.jsonl") if row["step"] > SKIPPED]
     found = {name: statistics.median(row[name] for row in rows) for name in NAMES if name in rows[0]}
@@ -96,7 +99,7 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for model, path in models.items():
                 for placement in PLACEMENTS:
-                    runs[model][placement].append(measure(data, path, placement, arguments.steps))
+                    runs[model][placement].append(measure(data, path, placement, arguments.steps, ROWS[model]))
     measured = {
         model: {
             placement: {name: spread([run[name] for run in found]) for name in found[0]}
@@ -108,7 +111,7 @@ def main() -> None:
         "parameters": sizes,
         "dtype": "float32, CPU",
         "threads": "colocate 2; split 1 each for learner, generator and scorer, on 2 cores",
-        "replies per step": 128,
+        "replies per step": ROWS,
         "response_length": 48,
         "steps": arguments.steps,
         "reward": "VADER (a Python function)",

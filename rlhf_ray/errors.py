@@ -99,3 +99,7 @@ class Interrupted(RlhfRayError, RuntimeError):
     """Stopped by a signal or a fault after which the run can go on; the fix is the command that resumes it (exit 75)."""
 
     exit_code = 75
+
+
+class LimitReached(Interrupted):
+    """A limit that the job sets (max_kl and its like) was passed: the last whole step is saved, and the run may be gone on with."""

@@ -44,7 +44,7 @@ class Engine:
         await self.replica.start()
 
     async def complete(self, ask: Ask) -> list[dict[str, Any]]:
-        return [event async for events in self.replica.events(ask) for event in events]
+        return [event async for events in self.replica.events(ask, whole=True) for event in events]
 
     async def stream(self, ask: Ask) -> AsyncIterator[list[dict[str, Any]]]:
         events = self.replica.events(ask)

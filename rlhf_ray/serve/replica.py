@@ -33,6 +33,7 @@ from rlhf_ray.serve.errors import ApiError, adapter_refused, internal, model_not
 from rlhf_ray.serve.following import Following, forget_the_dead
 from rlhf_ray.serve.judge import Judge
 from rlhf_ray.serve.listing import entries
+from rlhf_ray.serve.mailbox import Mailbox
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.prompting import Prompting
 from rlhf_ray.serve.slots import AdapterSlots, SlotsBusy
@@ -75,7 +76,8 @@ class Replica:
         forget_the_dead(notes.parent)
         self.following = Following(self.catalogue, self.slots, self.backbone, registry, notes, self.metrics)
         self.started = int(time.time())
-        self._routes: dict[int, tuple[asyncio.Queue[Any], Choice]] = {}
+        self._routes: dict[int, tuple[Mailbox, Choice]] = {}
+        self._asks = 0
         self._reserved = 0
         self._checked_steps = -1
         self._tasks: set[asyncio.Task[None]] = set()
@@ -94,10 +96,10 @@ class Replica:
 
     # ---- what it can be asked ------------------------------------------------------------------------------------------
 
-    async def events(self, ask: Ask, arrived: float | None = None) -> AsyncIterator[list[Event]]:
+    async def events(self, ask: Ask, arrived: float | None = None, whole: bool = False) -> AsyncIterator[list[Event]]:
         """Lists of events as in asks.py; closing the iterator frees every row. Errors are events as well.
 
-        arrived: `time.monotonic()` that the deadline counts from; default now."""
+        arrived: `time.monotonic()` that the deadline counts from; default now.  whole: nobody reads along (see mailbox.py)."""
         arrived = time.monotonic() if arrived is None else arrived
         deadline = self.loop.time() + self.limits.request_timeout_s
         try:
@@ -106,7 +108,8 @@ class Replica:
                     self._admit(ask, held)
                     choices, speakers, judge = await self._prepare(ask, held)
                 yield [{"start": self._start(choices, speakers)}]
-                async for events in self._write(ask, choices, judge, deadline, arrived):
+                mailbox = Mailbox(whole and not ask.stops)  # a stop string has to be noticed on the way
+                async for events in self._write(ask, choices, judge, deadline, arrived, mailbox):
                     yield events
         except ApiError as error:
             yield [{"error": error.as_dict()}]
@@ -130,12 +133,12 @@ class Replica:
         if moved and self.engine.running:
             return
         ids = (*self.backbone.eos_ids[:1], *bos_ids(self.backbone.tokenizer))[-1:] or (0,)
-        queue: asyncio.Queue[Any] = asyncio.Queue()
+        mailbox = Mailbox()
         ticket = self.engine.submit(DecodeRequest(tuple(ids), 0, 1, (), greedy=True))
-        self._routes[ticket] = queue, Choice(0, self._base(BASE), {}, (), 1, ReplyText(self.backbone.tokenizer))
+        self._routes[ticket] = mailbox, Choice(0, self._base(BASE), {}, (), 1, ReplyText(self.backbone.tokenizer))
         try:
             async with asyncio.timeout(HEALTH_S):
-                token, _ = await queue.get()
+                [(token, _), *_] = await mailbox.take()
         finally:
             self._routes.pop(ticket, None)
             if self.engine.alive:
@@ -239,24 +242,28 @@ class Replica:
     # ---- writing -------------------------------------------------------------------------------------------------------
 
     async def _write(
-        self, ask: Ask, choices: list[Choice], judge: Speaker | None, deadline: float, arrived: float
+        self,
+        ask: Ask,
+        choices: list[Choice],
+        judge: Speaker | None,
+        deadline: float,
+        arrived: float,
+        mailbox: Mailbox,
     ) -> AsyncIterator[list[Event]]:
-        queue: asyncio.Queue[Any] = asyncio.Queue()
         seed = ask.seed if ask.seed is not None else secrets.randbits(62)
         tickets = {}
         judging: set[asyncio.Task[None]] = set()
         left = len(choices)
         first = True
+        self._asks += 1
         try:
             for choice in choices:
                 ticket = self.engine.submit(self._request(ask, choice, seed))
                 tickets[choice] = ticket
-                self._routes[ticket] = queue, choice
+                self._routes[ticket] = mailbox, choice
             while left:
                 async with asyncio.timeout_at(deadline):
-                    got = [await queue.get()]
-                while not queue.empty():
-                    got.append(queue.get_nowait())
+                    got = await mailbox.take()
                 if first:
                     for name in {c.speaker.model for c in choices}:
                         self.metrics.observe("time_to_first_token_seconds", time.monotonic() - arrived, adapter=name)
@@ -277,11 +284,12 @@ class Replica:
                         if choice.end is not None:
                             if found.end is None:  # a stop string, of which the decoder knows nothing
                                 self.engine.cancel(tickets[choice])
-                            task = asyncio.create_task(self._judge(ask, choice, judge, queue))
+                            task = asyncio.create_task(self._judge(ask, choice, judge, mailbox))
                             judging.add(task)
                 if events or last:
                     yield [*events.values(), *last]
         finally:
+            self._asks -= 1
             for choice, ticket in tickets.items():
                 self._routes.pop(ticket, None)
                 if choice.end is None and self.engine.alive:
@@ -327,17 +335,17 @@ class Replica:
     def _name(self, token_id: int) -> str:
         return str(self.backbone.tokenizer.decode([token_id]))
 
-    async def _judge(self, ask: Ask, choice: Choice, judge: Speaker | None, queue: asyncio.Queue[Any]) -> None:
-        """Put {reward, kl} of a finished reply, or the error, into the queue."""
+    async def _judge(self, ask: Ask, choice: Choice, judge: Speaker | None, mailbox: Mailbox) -> None:
+        """Put {reward, kl} of a finished reply, or the error, into the mailbox."""
         try:
             found: dict[str, Any] = {}
             if judge is not None:
                 found["reward"] = await self._score(choice, judge)
             if ask.kl:
                 found["kl"] = await self._kl(ask, choice)
-            queue.put_nowait((found, choice))
+            mailbox.put((found, choice), urgent=True)
         except Exception as error:
-            queue.put_nowait((error if isinstance(error, ApiError) else internal(), choice))
+            mailbox.put((error if isinstance(error, ApiError) else internal(), choice), urgent=True)
 
     async def _score(self, choice: Choice, judge: Speaker) -> float | None:
         assert judge.slot is not None and judge.slot.head is not None
@@ -362,7 +370,8 @@ class Replica:
         for token in tokens:
             route = self._routes.get(token.ticket)
             if route is not None:
-                route[0].put_nowait((token, route[1]))
+                mailbox, choice = route
+                mailbox.put((token, choice), token.end is not None, self._asks)
 
     def _count(self, choice: Choice, seconds: float) -> None:
         name = choice.speaker.model

@@ -95,22 +95,6 @@ def placement_of(config: JobFields) -> dict[str, list[str]]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Ray Tune answers Ctrl-C with a handler of its own that ends this process without a word. Here it becomes the
-    KeyboardInterrupt that it is, and the handler that was there before comes back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
 def cluster() -> Iterator[bool]:
     """A Ray to run on: the one this process or its environment is connected to, else one of our own for the length of the job.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.errors import Interrupted, Problem
+from rlhf_ray.errors import Interrupted, LimitReached, Problem
 from rlhf_ray.faults import reach
 from rlhf_ray.models.artifact import RunFolder, resume_command
 from rlhf_ray.roles.guards import Guards, Tripped
@@ -45,4 +45,4 @@ class Oversight:
         last = f"the last checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         fix = "; ".join(filter(None, (found.problem.fix, last, self.resume)))
         problem: Problem = replace(found.problem, fix=fix)
-        return Interrupted(problem)
+        return LimitReached(problem) if found.saves else Interrupted(problem)

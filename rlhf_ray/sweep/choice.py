@@ -1,9 +1,10 @@
 """Which setting wins a sweep, by a stated rule, and how sure that is.
 
-Admitted are settings whose mean KL is within the cap and whose replies kept their length within the ratio. The winner is the
-admitted setting with the highest mean score over its seeds. Another setting is called worse only if the difference is more than
-two standard errors, from the spread between seeds pooled over all settings (one-way analysis of variance); with one seed each,
-from the held-out prompts alone, which says nothing about what another seed would give.
+Admitted are settings all of whose trials came to their end (a mean over survivors flatters), whose mean KL is within the cap and
+whose replies kept their length within the ratio. The winner is the admitted setting with the highest mean score over its seeds.
+Another setting is called worse only if the difference is more than two standard errors, from the spread between seeds pooled over
+all settings (one-way analysis of variance); with one seed each, from the held-out prompts alone, which says nothing about what
+another seed would give.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def choose(settings: Sequence[Setting], kl_cap: float | None, length_ratio: floa
 
 
 def _objection(setting: Setting, kl_cap: float | None, length_ratio: float | None) -> str:
+    if setting.missing:
+        return f"not all of its trials came to their end: {setting.missing}"
     kl, ratio = setting.mean(K1), setting.length_ratio
     if kl_cap is not None and not kl <= kl_cap:
         return f"KL {kl:.3g} nats is over the cap of {kl_cap:g}"
@@ -75,9 +78,9 @@ def difference_error(one: Setting, other: Setting, spread: float | None) -> floa
 
 
 def frontier(settings: Sequence[Setting]) -> list[Setting]:
-    """The settings that no other beats: more score at no more KL. In order of KL."""
+    """The settings, of those all of whose trials ended, that no other beats: more score at no more KL. In order of KL."""
     kept: list[Setting] = []
-    for setting in sorted(settings, key=lambda s: (s.mean(K1), -s.score)):
+    for setting in sorted((s for s in settings if not s.missing), key=lambda s: (s.mean(K1), -s.score)):
         if not kept or setting.score > kept[-1].score:
             kept.append(setting)
     return kept

@@ -52,7 +52,8 @@ def outcome_of(trial: Trial, stopped: str = "") -> Outcome:
     status: Status = "done" if done else "stopped" if stopped else "waiting"
     reason = "" if done else stopped
     if not done and failure_file(trial).is_file():
-        status, reason = "failed", str(json.loads(failure_file(trial).read_text())["error"])
+        found = json.loads(failure_file(trial).read_text())
+        status, reason = "stopped" if found.get("limit") else "failed", str(found["error"])
     return Outcome(
         trial,
         status,
@@ -72,12 +73,13 @@ def standard_error_name(metric: str) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """The trials of one setting that ended, whatever their seed; means over them."""
+    """The trials of one setting that ended, whatever their seed; means over them. missing: seeds that did not, and why."""
 
     name: str
     settings: dict[str, Any]
     outcomes: tuple[Outcome, ...]
     metric: str
+    missing: str = ""
 
     @property
     def scores(self) -> list[float]:
@@ -106,9 +108,14 @@ def settings_of(outcomes: Iterable[Outcome], metric: str) -> list[Setting]:
     """Settings with at least one finished trial, in the order of the trials; a trial that was stopped or failed is left out."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        if outcome.status == "done" and metric in outcome.last:
-            groups.setdefault(outcome.trial.setting, []).append(outcome)
-    return [Setting(name, g[0].trial.settings, tuple(g), metric) for name, g in groups.items()]
+        groups.setdefault(outcome.trial.setting, []).append(outcome)
+    settings = []
+    for name, group in groups.items():
+        ended = tuple(o for o in group if o.status == "done" and metric in o.last)
+        seeds = [f"seed {o.trial.seed} {o.status}" for o in group if o not in ended]
+        if ended:
+            settings.append(Setting(name, ended[0].trial.settings, ended, metric, ", ".join(seeds)))
+    return settings
 
 
 def row_of(outcome: Outcome, metric: str) -> dict[str, Any]:

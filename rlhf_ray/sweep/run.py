@@ -16,12 +16,13 @@ from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import InvariantError
+from rlhf_ray.interrupts import Signals, Stop
 from rlhf_ray.metrics import figure
-from rlhf_ray.models.artifact import RunFolder, create_run, is_run, open_run
+from rlhf_ray.models.artifact import RunFolder, create_run, is_run, open_run, resume_command
 from rlhf_ray.plan.preflight import nodes_of
 from rlhf_ray.run import Run
 from rlhf_ray.stages.discard import discarded_on_error
-from rlhf_ray.stages.launch import cluster, interruptible
+from rlhf_ray.stages.launch import cluster
 from rlhf_ray.stages.placement import cluster_nodes
 from rlhf_ray.sweep.capacity import Capacity, capacity
 from rlhf_ray.sweep.record import Record
@@ -47,15 +48,17 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     with folder.lock(), discarded_on_error(folder, is_new, lambda: (folder.path / "sweep.json").exists()):
         record = Record(config, folder.path, trials)
         if record.left() or config.search == "optuna":
-            with interruptible():
-                _run(config, record, console)
+            resume = resume_command(config.output_dir)
+            with Signals(Stop(), console, config.output_dir, resume, config.stop_grace_s) as signals:
+                _run(config, record, signals, console)
         return _finish(config, record, time.monotonic() - started, console)
 
 
-def _run(config: SweepConfig, record: Record, console: Console) -> None:
+def _run(config: SweepConfig, record: Record, signals: Signals, console: Console) -> None:
     with cluster() as own_ray:
         import ray
 
+        signals.install()  # ray.init takes SIGTERM
         sample = list(record.trials.values()) or [
             trial_of(config, settings, config.seeds[0]) for settings in corners(read_space(config.space))
         ]

@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console, duration
-from rlhf_ray.errors import InvariantError, RlhfRayError
+from rlhf_ray.errors import InvariantError, LimitReached, RlhfRayError
 from rlhf_ray.models.files import atomic_write_json
 from rlhf_ray.stages.ppo import ppo
 from rlhf_ray.sweep.results import K1, LENGTH, failure_file
@@ -66,6 +66,8 @@ def run_trial(config: SweepConfig, params: dict[str, Any], in_process: bool, thr
         run = ppo(job, console)
         if not console.seen:  # it was finished already
             console.tell(run.steps, run.metrics)
+    except LimitReached as error:  # a verdict on the setting: neither a failure, nor worth another try
+        write_failure(trial, error)
     except Exception as error:
         write_failure(trial, error)
         raise
@@ -79,7 +81,9 @@ def alone(job: PPOConfig, threads: int) -> PPOConfig:
 
 
 def write_failure(trial: Trial, error: BaseException) -> None:
+    """Leave beside the run why it did not come to its end."""
     told = str(error.problems[0]) if isinstance(error, RlhfRayError) else f"{type(error).__name__}: {error}"
     code = error.exit_code if isinstance(error, RlhfRayError) else 1
     failure_file(trial).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(failure_file(trial), {"error": " ".join(told.split()), "exit_code": code})
+    record = {"error": " ".join(told.split()), "exit_code": code, "limit": isinstance(error, LimitReached)}
+    atomic_write_json(failure_file(trial), record)

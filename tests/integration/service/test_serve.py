@@ -4,13 +4,19 @@ One service for all tests, in this order; the last one stops it."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import statistics
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +27,7 @@ from rlhf_ray.registry import Registry
 from .conftest import HELLO, Service
 
 pytestmark = pytest.mark.integration
+LOAD = Path(__file__).parents[3] / "benchmarks" / "_load.py"
 
 
 class Load:
@@ -123,6 +130,48 @@ def test_overload_is_refused_fast_and_what_is_accepted_is_answered(service: Serv
             one.result()
     assert set(told) == {200, 429} and min(told.values()) > 0, told
     assert service.client(max_retries=0).chat.completions.create(model="base", messages=HELLO, max_tokens=5).choices
+
+
+def resident_mib(service: Service) -> float:
+    """Memory of the service and of everything it has started."""
+    import psutil
+
+    processes = [psutil.Process(service.process.pid)]
+    total = 0
+    for process in [*processes, *processes[0].children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total / 2**20
+
+
+@pytest.mark.long
+def test_a_minute_of_ten_times_too_much(service: Service) -> None:
+    """Fault 27. What is too much is refused fast, memory stays flat, and the next request is answered as if nothing had been."""
+
+    def load(*options: str) -> dict[str, Any]:
+        command = [sys.executable, str(LOAD), service.url, "helper", "--tokens", "100", *options]
+        return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+    capacity = load("--clients", "16", "--requests", "200")
+    assert set(capacity["answers"]) == {"200"}, capacity
+    memory, stopping = [], threading.Event()
+
+    def watch() -> None:
+        while not stopping.wait(1.0):
+            memory.append(resident_mib(service))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    found = load("--rate", str(10 * capacity["requests_per_second"]), "--seconds", "60")
+    stopping.set()
+    watcher.join()
+    started = time.monotonic()
+    assert service.client(max_retries=0).chat.completions.create(model="helper", messages=HELLO, max_tokens=5).choices
+    assert time.monotonic() - started < 15
+    assert set(found["answers"]) == {"200", "429"}, found
+    assert found["answers"]["429"] > found["answers"]["200"] and found["refused_p50_s"] < 0.1, found
+    early, late = statistics.median(memory[10:20]), statistics.median(memory[-10:])
+    assert late < 1.05 * early, f"{early:.0f} MiB, then {late:.0f}"
 
 
 def test_prometheus_finds_the_figures(service: Service) -> None:

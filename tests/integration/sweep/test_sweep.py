@@ -174,28 +174,50 @@ def test_what_cannot_be_is_told_before_the_first_trial(
     assert not (tmp_path / "refused").exists() and not (tmp_path / "too-big").exists()
 
 
-def test_a_killed_driver_loses_nothing(two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path) -> None:
-    """kill -9 in the middle: finished trials are kept, and the table in the end is that of a sweep nobody touched."""
-    undisturbed = sweep(sweep_job("whole"), console)
-    config = sweep_job("killed")
-    job = tmp_path / "sweep.yaml"
-    job.write_text(dump_yaml(config.model_dump(mode="json", exclude_unset=True)))
-    command = [sys.executable, "-m", "rlhf_ray.cli", "sweep", str(job)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-    try:
-        deadline = time.monotonic() + 240
-        finished = 0
-        while finished < 1 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-            trials = Path(config.output_dir) / "trials"
-            finished = len(list(trials.glob("*/summary.json"))) if trials.is_dir() else 0
+def until_one_more_is_done(process: subprocess.Popen[bytes], trials: Path) -> None:
+    """Wait until `trials` holds one more finished trial than now, but not yet all four."""
+    before, deadline = len(list(trials.glob("*/summary.json"))), time.monotonic() + 240
+    while (finished := len(list(trials.glob("*/summary.json")))) <= before:
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-        kept = {p: p.stat().st_mtime for p in trials.glob("*/summary.json")}
-        assert 1 <= len(kept) < 4
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert time.monotonic() < deadline, "no trial finished"
+        time.sleep(0.05)
+    assert finished < 4
+
+
+def test_a_stopped_and_a_killed_driver_lose_nothing(
+    two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path
+) -> None:
+    """SIGTERM, then kill -9, each in the middle: finished trials are kept, and the table is that of a sweep nobody touched."""
+    changes: dict[str, Any] = {"ppo": {"max_steps": 6}, "max_concurrent_trials": 1}
+    undisturbed = sweep(sweep_job("whole", **changes), console)
+    config = sweep_job("killed", **changes)
+    job, trials = tmp_path / "sweep.yaml", Path(config.output_dir) / "trials"
+    job.write_text(dump_yaml(config.model_dump(mode="json", exclude_unset=True)))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    for arguments, number in ((["sweep", str(job)], signal.SIGTERM), (["resume", config.output_dir], signal.SIGKILL)):
+        command = [sys.executable, "-m", "rlhf_ray.cli", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+        try:
+            until_one_more_is_done(process, trials)
+            process.send_signal(number)
+            told = process.communicate(timeout=60)[1].decode()
+        finally:
+            process.kill()
+            process.wait()
+        if number == signal.SIGTERM:
+            assert process.returncode == 75 and told.splitlines()[-1].endswith(f"rlhf-ray resume {config.output_dir}")
+    kept = {p: p.stat().st_mtime_ns for p in trials.glob("*/summary.json")}
     resumed = resume_sweep(config.output_dir, console)
+    assert len(kept) >= 2 and {p: p.stat().st_mtime_ns for p in kept} == kept, "finished trials ran again"
     assert without_seconds(table(resumed)) == without_seconds(table(undisturbed))
-    assert all(p.stat().st_mtime == when for p, when in kept.items()), "what was done was not done again"
+
+
+def test_a_limit_that_is_passed_stops_the_trial_and_is_not_tried_again(
+    two_cpus: Any, sweep_job: Job, console: Any
+) -> None:
+    config = sweep_job("limits", space={"max_kl": [1e-12, 1e9]}, seeds=(0,))
+    run = sweep(config, console)
+    stopped, done = sorted(table(run), key=lambda row: float(row["max_kl"]))
+    assert (stopped["status"], done["status"]) == ("stopped", "done")
+    assert "beyond max_kl" in stopped["reason"] and run.metrics["trials/stopped"] == 1.0
+    assert "failed" not in console.text and sweep(config.model_copy(update={"resume": "auto"}), console)

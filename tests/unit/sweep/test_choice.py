@@ -103,3 +103,15 @@ def test_settings_are_made_of_finished_trials_alone() -> None:
 )
 def test_names_of_standard_errors(metric: str, error: str) -> None:
     assert standard_error_name(metric) == error
+
+
+def test_a_setting_that_lost_a_trial_cannot_win() -> None:
+    """The mean over the trials that survived flatters; so it is neither chosen nor on the frontier, and the table says why."""
+    lucky = setting("lucky", [9.0, 9.1])
+    lost = Outcome(Trial("lucky", {"which": "lucky"}, 2, Path("x")), "stopped", "beyond max_kl")
+    outcomes = [*lucky.outcomes, lost, *setting("steady", [1.0, 1.1]).outcomes]
+    settings = settings_of(outcomes, METRIC)
+    choice = choose(settings, None, None)
+    assert choice.winner is not None and choice.winner.name == "steady"
+    assert [why for _, why in choice.excluded] == ["not all of its trials came to their end: seed 2 stopped"]
+    assert [s.name for s in frontier(settings)] == ["steady"]

@@ -3,10 +3,9 @@
     python benchmarks/serve_load.py --output                                 ours, transformers serve, FastAPI + generate
     python benchmarks/serve_load.py --vllm-python .venv-vllm/bin/python      and vLLM's server, from an environment of its own
 
-A random Llama of 6 M parameters that never ends a reply. `clients` ask again and again, 64 tokens a reply, greedy, streaming. Beside
-the base: 32 adapters, asked in turn (ours; vLLM's where it runs). Then overload of our service: requests at ten times the rate of
-what it answered, for a minute; what was refused and how fast, what accepted ones waited, memory, and how soon a request on the
-quiet service is answered again.
+A random Llama of 6 M parameters that never ends a reply. `clients` ask again and again, 64 tokens a reply, greedy, streaming.
+Beside the base: 32 adapters, asked in turn (ours, and vLLM's). Then overload of our service: requests at ten times the rate of what
+it answered, for a minute; what was refused and how fast, what accepted ones waited, memory, and how long the next request takes.
 """
 
 from __future__ import annotations
@@ -224,6 +223,11 @@ def gather(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: spread([one[name] for one in found]) for name in names}
 
 
+def times(ours: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens a second of one over the other, repeat by repeat."""
+    return spread([a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, others)])
+
+
 def main() -> None:
     options = parser(__doc__, repeats=3, threads=2)
     options.add_argument("--clients", type=int, default=32)
@@ -267,11 +271,10 @@ def main() -> None:
                         over.append(overload(server, found["rlhf_ray, base"][-1], arguments.overload_s))
                         print(f"overload {repeat + 1}: {over[-1]}", file=sys.stderr, flush=True)
     measured: dict[str, Any] = {name: gather(several) for name, several in found.items()}
-    ratio = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(found["rlhf_ray, 32 adapters"], found["rlhf_ray, one adapter"])]  # fmt: skip
-    measured["share of one adapter at 32"] = spread(ratio)
-    for name in ("transformers serve", "FastAPI + generate"):
-        pairs = zip(found["rlhf_ray, base"], found[f"{name}, base"])
-        measured[f"times {name}"] = spread([a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs])
+    measured["share of one adapter at 32"] = times(found["rlhf_ray, 32 adapters"], found["rlhf_ray, one adapter"])
+    for name in ("transformers serve", "FastAPI + generate", "vLLM"):
+        if f"{name}, base" in found:
+            measured[f"times {name}"] = times(found["rlhf_ray, base"], found[f"{name}, base"])
     if over:
         measured["overload"] = gather(over)
     settings = {

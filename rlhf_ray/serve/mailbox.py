@@ -1,7 +1,7 @@
 """What was decoded for one ask, on its way to whoever writes it out.
 
-A token of 32 streams every few milliseconds, each on its own through the processes of a service, would cost more than decoding them.
-So the first is handed over at once, and so is the end of a reply; what comes between waits for others to go with it.
+A token of 32 streams every few milliseconds, each on its own through the processes of a service, would cost more than to decode
+them. So the first is handed over at once, and so is the end of a reply; what comes between waits for others to go with it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ are plain LoRA, else through PEFT's `adapter_names`; both equal separate passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapters import lora_layers, use_adapter
-from rlhf_ray.models.stacked_lora import StackedRows, can_stack
+from rlhf_ray.models.stacked_lora import Stacks, can_stack
 
 BASE = "__base__"
 """PEFT's name, in `adapter_names`, for rows without an adapter."""
@@ -31,6 +31,7 @@ class AdapterRouter:
         self._peft: Any = model if isinstance(model, PeftModel) else None
         self.is_open = False
         self._can_stack: dict[str, bool] = {}  # of this session
+        self._stacks: Stacks | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,17 +50,19 @@ class AdapterRouter:
         training = [module for module in self._model.modules() if module.training]
         self.is_open = True
         self._can_stack.clear()
+        self._stacks = None
         try:
             for module in training:
                 module.training = False
             yield
         finally:
-            self.is_open = False
+            self.is_open, self._stacks = False, None
             for module in training:
                 module.training = True
 
-    def forward(self, adapters: Sequence[str | None]) -> Callable[..., Any]:
-        """The model as a function for batches whose row i uses adapters[i]; valid while the adapters' weights stay the same.
+    def forward(self, adapters: Sequence[str | None], seat: str = "") -> Callable[..., Any]:
+        """The model as a function for batches whose row i uses adapters[i]; valid while the adapters' weights stay the same, and
+        until the next call for the same `seat`.
 
         Raises ConfigError if rows of a DoRA adapter are among rows of others."""
         if self._peft is None:
@@ -67,10 +70,15 @@ class AdapterRouter:
         first = adapters[0]
         if all(name == first for name in adapters):
             return partial(_under_one, self._peft, self._door, first)
-        if all(self._stackable(name) for name in adapters if name is not None):
-            return StackedRows(self._peft, adapters)
+        if self.mixes(adapters):
+            self._stacks = self._stacks or Stacks(self._peft)
+            return self._stacks.forward(adapters, seat)
         self._refuse_dora(adapters)
         return partial(self._door, adapter_names=[BASE if name is None else name for name in adapters])
+
+    def mixes(self, adapters: Iterable[str | None]) -> bool:
+        """Whether rows under these adapters can share a forward at no more cost than rows of one: all are plain LoRA."""
+        return self._peft is not None and all(self._stackable(name) for name in set(adapters) if name is not None)
 
     def _stackable(self, name: str) -> bool:
         if name not in self._can_stack:

@@ -108,13 +108,13 @@ def live(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.end is None]
 
 
-def prompt_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows whose prompts are read in one forward: one adapter, similar lengths, not too many tokens."""
-    by_adapter: defaultdict[str | None, list[Row]] = defaultdict(list)
+def prompt_groups(rows: Sequence[Row], mixed: bool) -> Iterator[list[Row]]:
+    """Rows whose prompts are read in one forward: similar lengths, not too many tokens; one adapter, unless `mixed`."""
+    groups: defaultdict[str | None, list[Row]] = defaultdict(list)
     for row in rows:
         if row.held > 0:
-            by_adapter[row.request.adapter].append(row)
-    for group in by_adapter.values():
+            groups[None if mixed else row.request.adapter].append(row)
+    for group in groups.values():
         group.sort(key=lambda row: -row.held)
         yield from _split(group)
 

@@ -183,7 +183,7 @@ class Sampler:
     def _stage(self, count: int) -> None:
         rows = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
         self._staged.extend(rows)
-        self._to_read.extend(prompt_groups(rows))
+        self._to_read.extend(prompt_groups(rows, self._router.mixes(row.request.adapter for row in rows)))
 
     def _fill_slots(self) -> None:
         """Give free slots to staged rows, then close the gaps that are left with the last rows."""
@@ -219,23 +219,24 @@ class Sampler:
     # ---- the forwards -----------------------------------------------------------------------------------------------------
 
     def _read_prompts(self, rows: list[Row]) -> None:
-        """Run all but the last token of some prompts, LEFT padded, equal prompts once. All rows have the same adapter."""
-        prefixes = list(dict.fromkeys(row.request.prompt_ids[:-1] for row in rows))
-        width = max(map(len, prefixes))
-        ids = torch.tensor([(self._pad_id,) * (width - len(p)) + p for p in prefixes]).to(self._device)
-        lengths = torch.tensor([len(p) for p in prefixes]).to(self._device)
+        """Run all but the last token of some prompts, LEFT padded, equal ones under one adapter once."""
+        of_row = [(row.request.adapter, row.request.prompt_ids[:-1]) for row in rows]
+        distinct = list(dict.fromkeys(of_row))
+        width = max(len(prefix) for _, prefix in distinct)
+        ids = torch.tensor([(self._pad_id,) * (width - len(p)) + p for _, p in distinct]).to(self._device)
+        lengths = torch.tensor([len(p) for _, p in distinct]).to(self._device)
         positions = torch.arange(width, device=self._device) - (width - lengths[:, None])
         cache = DynamicCache()
-        forward = self._router.forward([rows[0].request.adapter])
+        forward = self._router.forward([adapter for adapter, _ in distinct], "prompts")
         self._logits(forward, ids, positions >= 0, positions.clamp(min=0), cache)
-        number = {prefix: i for i, prefix in enumerate(prefixes)}
-        for row in rows:
-            row.prefix = cache, number[row.request.prompt_ids[:-1]]
+        number = {key: i for i, key in enumerate(distinct)}
+        for row, key in zip(rows, of_row):
+            row.prefix = cache, number[key]
 
     def _decode(self) -> list[DecodeEvent]:
         """One token of every row."""
         if self._batch is None:
-            forward = self._router.forward([row.request.adapter for row in self._rows])
+            forward = self._router.forward([row.request.adapter for row in self._rows], "rows")
             self._batch = Batch.of(self._rows, forward, self._device)
         batch = self._batch
         self._cache.begin_step(len(self._rows), batch.longest)

@@ -5,11 +5,13 @@ scaled B side by side, this is  B_all (M_i * (A_all x_i)),  where M_i keeps the 
 terms. PEFT's own `adapter_names` loops over the adapters in every layer instead. (Stacking: S-LoRA, arXiv:2311.03285, and Punica,
 arXiv:2310.18547, which gather the factors by row in a kernel.) Where the ranks of all adapters together are no longer small against
 the layers, as in small models with many adapters, each row gets its own factors side by side: batched products of the same terms.
+
+Either form is kept while the weights stay the same, since rows come and go at every token: only what a new row brings is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,55 +26,75 @@ BY_ROW_SHARE = 8
 """All adapters' ranks together above an eighth of a layer's width cost more than each row's own factors."""
 BY_ROW_BYTES = 1 << 30
 """Copies of factors, one for each row, may take so much memory."""
+KEPT = 2
+"""Stacks hold at most so many times the adapters of the batch: those of rows that left cost products with 0."""
+
+Hook = tuple[Any, Callable[..., Any]]
 
 
-class StackedRows:
-    """Forwards of `peft_model` in which row i uses adapters[i], from the weights that the adapters have now."""
+class Stacks:
+    """Forwards of `peft_model` in which each row uses an adapter of its own. Build it anew when weights of an adapter change."""
 
-    def __init__(self, peft_model: PeftModel, adapters: Sequence[str | None]) -> None:
+    def __init__(self, peft_model: PeftModel) -> None:
         self._model = peft_model
-        self._hooks: list[tuple[Any, _Delta | _RowDelta]] = []
-        names = list(dict.fromkeys(name for name in adapters if name is not None))
-        device = next(peft_model.parameters()).device
-        chosen = torch.tensor([-1 if name is None else names.index(name) for name in adapters]).to(device)
-        if _prefers_rows([layer for _, layer in lora_layers(peft_model)], names, len(adapters)):
-            self._by_row(names, chosen)
-            return
-        masks: dict[tuple[int, ...], Tensor] = {}
-        for _, layer in lora_layers(peft_model):
-            here = [(i, name) for i, name in enumerate(names) if name in layer.lora_A]
-            if not here:
-                continue
-            owner = tuple(i for i, name in here for _ in range(layer.r[name]))
-            if owner not in masks:
-                masks[owner] = (torch.tensor(owner).to(device) != chosen[:, None])[:, None]
-            down = torch.cat([layer.lora_A[name].weight for _, name in here])
-            up = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for _, name in here], dim=1)
-            self._hooks.append((layer, _Delta(down.detach(), up.detach(), masks[owner])))
+        self._layers = [layer for _, layer in lora_layers(peft_model)]
+        self._shared = _SharedFactors(self._layers)
+        self._by_row: dict[str, _RowFactors] = {}
 
-    def _by_row(self, names: Sequence[str], chosen: Tensor) -> None:
-        """Each row's own factors, side by side: as many operations as with one adapter, whatever their number."""
-        for _, layer in lora_layers(self._model):
-            here = {i: name for i, name in enumerate(names) if name in layer.lora_A}
-            if not here:
-                continue
-            first = layer.lora_A[next(iter(here.values()))].weight
-            r, n_out = max(layer.r[name] for name in here.values()), layer.out_features
-            down = first.new_zeros(len(names) + 1, first.shape[1], r)  # the last one is of rows without an adapter here
-            up = first.new_zeros(len(names) + 1, r, n_out)
-            for i, name in here.items():
-                down[i, :, : layer.r[name]] = layer.lora_A[name].weight.detach().t()
-                up[i, : layer.r[name]] = layer.lora_B[name].weight.detach().t() * layer.scaling[name]
-            self._hooks.append((layer, _RowDelta(down[chosen], up[chosen])))
+    def forward(self, adapters: Sequence[str | None], seat: str = "") -> Callable[..., Any]:
+        """The model as a function for batches whose row i uses adapters[i]; valid until the next call for the same `seat`."""
+        names = list(dict.fromkeys(name for name in adapters if name is not None))
+        if _prefers_rows(self._layers, names, len(adapters)):
+            factors = self._by_row.setdefault(seat, _RowFactors(self._layers))
+            return _Hooked(self._model, factors.of(adapters))
+        return _Hooked(self._model, self._shared.of(adapters, names))
+
+
+class _Hooked:
+    """The base, with what the adapters add put on top by hooks."""
+
+    def __init__(self, model: PeftModel, hooks: Sequence[Hook]) -> None:
+        self._model, self.hooks = model, hooks
 
     def __call__(self, **inputs: Any) -> Any:
-        handles = [layer.register_forward_hook(delta) for layer, delta in self._hooks]
+        handles = [layer.register_forward_hook(delta) for layer, delta in self.hooks]
         try:
             with use_adapter(self._model, None):
                 return self._model(**inputs)
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _SharedFactors:
+    """One stack per layer, of all adapters of the batch and some that were in it before."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = layers
+        self._names: list[str] = []
+        self._stacks: list[tuple[Any, Tensor, Tensor, tuple[int, ...]]] = []  # layer, down, up, owner of each entry
+
+    def of(self, adapters: Sequence[str | None], names: Sequence[str]) -> list[Hook]:
+        if not set(names) <= set(self._names) or len(self._names) > KEPT * len(names):
+            kept = [name for name in self._names if name not in names]
+            self._build([*names, *kept[: (KEPT - 1) * len(names)]])
+        number = {name: i for i, name in enumerate(self._names)}
+        chosen = torch.tensor([-1 if name is None else number[name] for name in adapters])
+        masks: dict[tuple[int, ...], Tensor] = {}
+        for _, down, _, owner in self._stacks:
+            if owner not in masks:
+                masks[owner] = (torch.tensor(owner) != chosen[:, None])[:, None].to(down.device)
+        return [(layer, _Delta(down, up, masks[owner])) for layer, down, up, owner in self._stacks]
+
+    def _build(self, names: Sequence[str]) -> None:
+        self._names, self._stacks = list(names), []
+        for layer in self._layers:
+            here = [(i, name) for i, name in enumerate(names) if name in layer.lora_A]
+            if here:
+                down = torch.cat([layer.lora_A[name].weight for _, name in here])
+                up = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for _, name in here], dim=1)
+                owner = tuple(i for i, name in here for _ in range(layer.r[name]))
+                self._stacks.append((layer, down.detach(), up.detach(), owner))
 
 
 class _Delta:
@@ -97,11 +119,50 @@ def _prefers_rows(layers: Sequence[Any], names: Sequence[str], rows: int) -> boo
     return copies <= BY_ROW_BYTES and 2 * BY_ROW_SHARE * sum(map(sum, ranks)) > sum(widths)
 
 
+class _RowFactors:
+    """Each row's own factors, side by side in every layer; a row that keeps its adapter keeps its copy."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = layers
+        self._rank = 0
+        self._names: list[str | None] = []  # by row, whose factors are there
+        self._factors: list[tuple[Any, Tensor, Tensor]] = []  # layer, down [rows, r, in], up [rows, r, out]
+
+    def of(self, adapters: Sequence[str | None]) -> list[Hook]:
+        rank = max(layer.r[n] for layer in self._layers for n in set(adapters) if n in layer.lora_A)
+        if rank > self._rank or len(adapters) > len(self._names):
+            self._allocate(max(len(adapters), min(2 * len(self._names), 2 * len(adapters))), max(rank, self._rank))
+        for row, name in enumerate(adapters):
+            if self._names[row] != name:
+                self._put(row, name)
+        count = len(adapters)
+        return [(layer, _RowDelta(down[:count], up[:count])) for layer, down, up in self._factors]
+
+    def _allocate(self, rows: int, rank: int) -> None:
+        """Zeros: rows without an adapter."""
+        self._rank, self._names, self._factors = rank, [None] * rows, []
+        for layer in self._layers:
+            some = next(iter(layer.lora_A.values())).weight
+            down = some.new_zeros(rows, rank, layer.in_features)
+            self._factors.append((layer, down, some.new_zeros(rows, rank, layer.out_features)))
+
+    def _put(self, row: int, name: str | None) -> None:
+        """Where B is 0, whatever finite A there still is adds nothing."""
+        for layer, down, up in self._factors:
+            r = layer.r[name] if name is not None and name in layer.lora_A else 0
+            if r:
+                down[row, :r] = layer.lora_A[name].weight.detach()
+                torch.mul(layer.lora_B[name].weight.detach().t(), layer.scaling[name], out=up[row, :r])
+            if r < self._rank:
+                up[row, r:] = 0
+        self._names[row] = name
+
+
 class _RowDelta:
-    """A forward hook: what row i's adapter adds. down: [N, in, r]. up: [N, r, out]; zeros where a row has no adapter."""
+    """A forward hook: what row i's adapter adds. down: [N, r, in]. up: [N, r, out]; zeros where a row has no adapter."""
 
     def __init__(self, down: Tensor, up: Tensor) -> None:
-        self._down, self._up = down, up
+        self._down, self._up = down.transpose(1, 2), up
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         inner = torch.bmm(args[0].to(self._down.dtype), self._down)

@@ -28,11 +28,11 @@ from rlhf_ray.sweep.run import sweep
 
 COEFFICIENTS = {
     "tiny": {
-        "kl": [0.05, 0.2, 0.8],
-        "clamped_kl": [0.05, 0.2, 0.8],
-        "bregman": [0.05, 0.2, 0.8],
-        "jensen_shannon": [0.2, 0.8, 3.2],
-        "squared_error": [0.1, 0.4, 1.6],
+        "kl": [0.05, 0.15, 0.5],
+        "clamped_kl": [0.05, 0.15, 0.5],
+        "bregman": [0.1, 0.7, 4.0],
+        "jensen_shannon": [0.5, 2.0, 6.0],
+        "squared_error": [0.1, 0.4, 1.5],
         "none": [0.0],
     },
     "stories": {

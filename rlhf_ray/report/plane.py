@@ -43,7 +43,7 @@ def draw_plane(plane: Plane) -> Html:
     ys = [y for s in plane.series for y in [*(p[1] for p in s.points), *s.low, *s.high]]
     if plane.limit is not None:
         xs.append(plane.limit[0])
-    (x0, x1), (y0, y1) = _room(xs), _room(ys)
+    (x0, x1), (y0, y1) = _room([*xs, 0.0] if min(xs) > 0 else xs), _room(ys)  # nats start at 0
 
     def at(x: float, y: float) -> str:
         return f"{BOX * (x - x0) / (x1 - x0):.4g} {BOX * (1 - (y - y0) / (y1 - y0)):.4g}"

@@ -89,8 +89,8 @@ def sentence(config: SweepConfig, choice: Choice) -> str:
     winner = choice.winner
     text = f"{label(winner)} wins: {config.metric} {with_error(winner.score, choice.error)}, KL {shown(winner.mean(K1))} nats."
     if choice.ties:
-        others = ", ".join(label(s) for s in choice.ties[:4]) + (
-            f" and {len(choice.ties) - 4} more" if len(choice.ties) > 4 else ""
+        others = "; ".join(label(s) for s in choice.ties[:4]) + (
+            f"; and {len(choice.ties) - 4} more" if len(choice.ties) > 4 else ""
         )
         text += f" No significant difference to {others}."
     else:
@@ -99,7 +99,12 @@ def sentence(config: SweepConfig, choice: Choice) -> str:
 
 
 def label(setting: Setting) -> str:
-    return ", ".join(f"{name} {_text(value)}" for name, value in setting.settings.items())
+    return ", ".join(f"{name}={_setting(value)}" for name, value in setting.settings.items())
+
+
+def _setting(value: Any) -> str:
+    """As in a job file: 0.1, not 0.100."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _text(value: Any) -> str:
@@ -138,7 +143,8 @@ def _planes(
         marked = (choice.winner.mean(name), choice.winner.score) if choice.winner is not None else None
         limit = (config.kl_cap, f"KL cap {config.kl_cap:g}") if config.kl_cap is not None and name == K1 else None
         note = "Means over seeds, one standard error up and down; the ring is the winner"
-        note += ", the line joins settings that no other beats." if best else "."
+        note += ", the line joins settings that no other beats" if best else ""
+        note += f", dots mark the KL cap of {config.kl_cap:g}." if limit is not None else "."
         drawn.append(
             draw_plane(
                 Plane(f"Reward against measured KL ({what})", "nats per reply", series, best, marked, limit, note)
@@ -161,7 +167,7 @@ def settings_table(settings: Sequence[Setting], choice: Choice) -> Html | None:
     head += [tag("th", n, scope="col") for n in ("frontier", "verdict")]
     body = []
     for setting, row in zip(ordered, rows):
-        cells = [tag("td", _text(row[n])) for n in names]
+        cells = [tag("td", _setting(row[n])) for n in names]
         cells.append(tag("td", str(row["seeds"]), class_="number"))
         cells.append(tag("td", with_error(setting.score, score_error(setting, spread)), class_="number"))
         cells += [tag("td", shown(row[name]), class_="number") for name, _ in figures]
@@ -190,7 +196,7 @@ def _line(setting: Setting, name: str, group: str) -> Line:
             if name in row:
                 values.setdefault(float(row["step"]), []).append(row[name])
     whole = {step: v for step, v in sorted(values.items()) if len(v) == len(setting.outcomes)}
-    rest = ", ".join(f"{n} {_text(v)}" for n, v in setting.settings.items() if str(v) != group) or "all"
+    rest = ", ".join(f"{n} {_setting(v)}" for n, v in setting.settings.items() if str(v) != group) or "all"
     return Line(
         rest,
         [(step, sum(v) / len(v)) for step, v in whole.items()],
@@ -200,11 +206,11 @@ def _line(setting: Setting, name: str, group: str) -> Line:
 
 
 def _samples(config: SweepConfig, settings: Sequence[Setting], choice: Choice) -> Html | None:
-    """The last replies of the best seed of each setting on the frontier, side by side."""
+    """The last replies of each setting on the frontier, side by side: of one seed, since other seeds have other prompts."""
     found = []
     for setting in frontier(settings):
-        best = max(setting.outcomes, key=lambda o: o.last[config.metric])
-        path = best.trial.folder / "samples.jsonl"
+        first = min(setting.outcomes, key=lambda o: config.seeds.index(o.trial.seed))
+        path = first.trial.folder / "samples.jsonl"
         rows = read_metrics(path) if path.is_file() else []
         last = max((row["step"] for row in rows), default=0)
         found += [{**row, "policy": label(setting)} for row in rows if row["step"] == last]

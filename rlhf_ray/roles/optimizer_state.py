@@ -8,6 +8,7 @@ alone are not enough, Adam's step count must follow.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def export_state(engine: TrainingEngine) -> dict[str, Tensor]:
     """{parameter name}::{key} -> tensor on the CPU. A collective under ZeRO: every rank must call it."""
+    if engine.zero_stage == 0:
+        return export_torch_state(engine.engine.optimizer, _parameters(engine))
     found: dict[str, Tensor] = {}
     for name, parameter in _parameters(engine).items():
-        for key, value in _state_of(engine, parameter).items():
+        for key, value in _zero_state(engine, parameter).items():
             found[f"{name}::{key}"] = value.detach().cpu().clone()
     return found
 
@@ -32,27 +35,55 @@ def export_state(engine: TrainingEngine) -> dict[str, Tensor]:
 def restore_state(engine: TrainingEngine, stored: Mapping[str, Tensor]) -> None:
     """Put an exported state back. Raises ArtifactError if it names other parameters than the engine has."""
     parameters = _parameters(engine)
+    if engine.zero_stage == 0:
+        restore_torch_state(engine.engine.optimizer, parameters, stored)
+    else:
+        _check_names(parameters, stored)
+        _restore_zero(engine, parameters, stored)
+
+
+def export_torch_state(optimizer: Any, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """The state of any optimizer of torch's kind, in the form of `export_state`; numbers become tensors of no dimension."""
+    return {
+        f"{name}::{key}": torch.as_tensor(value).detach().cpu().clone()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
+
+
+def restore_torch_state(
+    optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]
+) -> None:
+    """Put back what `export_torch_state` gave. Raises ArtifactError if it names other parameters."""
+    _check_names(parameters, stored)
+    for name, parameter in parameters.items():
+        prefix = f"{name}::"
+        state = {k.removeprefix(prefix): v.clone() for k, v in stored.items() if k.startswith(prefix)}
+        optimizer.state[parameter] = {k: _as_it_was(k, v, parameter.device) for k, v in state.items()}
+
+
+def _as_it_was(key: str, value: Tensor, device: torch.device) -> Tensor | int:
+    """Adam counts steps in a float tensor on the CPU, others in an int."""
+    if key != "step":
+        return value.to(device)
+    return value if value.is_floating_point() else int(value)
+
+
+def _check_names(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]) -> None:
     names = {key.rpartition("::")[0] for key in stored}
     if names != set(parameters):
         different = sorted(names ^ set(parameters))
         raise ArtifactError.at(
             "optimizer.safetensors", f"parameters differ: {', '.join(different[:3])} ({len(different)})"
         )
-    if engine.zero_stage == 0:
-        _restore_torch(engine, parameters, stored)
-    else:
-        _restore_zero(engine, parameters, stored)
 
 
 def _parameters(engine: TrainingEngine) -> dict[str, torch.nn.Parameter]:
     return {name: p for group in engine.groups for name, p in group.parameters.items()}
 
 
-def _state_of(engine: TrainingEngine, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
-    if engine.zero_stage == 0:
-        return {
-            k: torch.as_tensor(v) for k, v in engine.engine.optimizer.state.get(parameter, {}).items() if v is not None
-        }
+def _zero_state(engine: TrainingEngine, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     if is_sharded(parameter) and not engine.engine.optimizer.optimizer.state:
@@ -61,16 +92,6 @@ def _state_of(engine: TrainingEngine, parameter: torch.nn.Parameter) -> dict[str
     if any(v is None for v in state.values()):
         return {}
     return {**state, "step": _zero_step(engine)}
-
-
-def _restore_torch(
-    engine: TrainingEngine, parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]
-) -> None:
-    optimizer = engine.engine.optimizer
-    for name, parameter in parameters.items():
-        prefix = f"{name}::"
-        state = {k.removeprefix(prefix): v.clone() for k, v in stored.items() if k.startswith(prefix)}
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
 
 
 def _restore_zero(

@@ -29,12 +29,12 @@ from rlhf_ray.roles.judging import Comparison, Judged, compare, distinct_2
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
 from rlhf_ray.stages.discard import discarded_on_error
+from rlhf_ray.stages.entering import enter_afresh
 from rlhf_ray.stages.evaluate_files import Outcome, artifacts, show, write_results
 from rlhf_ray.stages.header import config_line
 from rlhf_ray.stages.launch import launch
 from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
 from rlhf_ray.stages.quiet import quiet_libraries
-from rlhf_ray.stages.supervised import enter
 
 TRUE = "true_reward"
 """A reward source of this name is the task's own rule; its mean is published as true_reward/<policy>."""
@@ -51,7 +51,7 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
     is_new = session.is_main and not is_run(config.output_dir)
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
-        folder, finished = enter(config, session, "evaluate", stack)  # type: ignore[arg-type]
+        folder, finished = enter_afresh(config, session, stack, "evaluate")
         if finished is not None:
             return finished
         baseline = config.baseline or config.policies[0].name

@@ -1,11 +1,11 @@
-"""What watches over the PPO loop: where it stands, whether it hangs, whether somebody wants it to stop, whether a guard does."""
+"""What watches over a training loop: where it stands, whether it hangs, whether somebody wants it to stop, whether a guard does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import JobFields
 from rlhf_ray.errors import Interrupted, LimitReached, Problem
 from rlhf_ray.faults import reach
 from rlhf_ray.models.artifact import RunFolder, resume_command
@@ -17,7 +17,7 @@ from rlhf_ray.watchdog import Watchdog
 class Oversight:
     """One rank's. guards: what the limits must remember; a checkpoint stores it."""
 
-    def __init__(self, config: PPOConfig, session: Session, folder: RunFolder) -> None:
+    def __init__(self, config: JobFields, session: Session, folder: RunFolder) -> None:
         self.session, self.folder = session, folder
         self.guards = Guards()
         self.resume = resume_command(config.output_dir)

@@ -33,6 +33,7 @@ from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.roles.split import Crew, SplitCollector
 from rlhf_ray.session import Session
+from rlhf_ray.stages.entering import check_same_models
 from rlhf_ray.stages.header import config_line
 from rlhf_ray.stages.ppo_prompts import load_prompts
 from rlhf_ray.stages.ppo_roles import assemble, decoding, policy_sampler, text_maker
@@ -116,6 +117,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     prompts = load_prompts(config, backbone, template)
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in prompts.manifest])
+        check_same_models(folder, backbone.identity, template, _started_from(assembly, roles))
     models = assembly.finish()
     learner = Learner(models, config, session)
     to_texts = text_maker(backbone, template)
@@ -252,17 +254,25 @@ def zero_3_lines(config: PPOConfig, session: Session) -> list[str]:
     return [header_line("", f"ZeRO 3: {cost}; generators of their own (placement: split) decode faster")]
 
 
-def _write_manifest(
-    setup: PPOSetup, assembly: Assembly, roles: RewardRoles, data: tuple[dict[str, Any], ...], session: Session
-) -> None:
-    """Parents: what the policy starts from, then every reward."""
+def _started_from(assembly: Assembly, roles: RewardRoles) -> list[dict[str, Any]]:
+    """The adapters that the policy starts from, as a manifest records them."""
     known = {parent["role"] for parent in roles.parents}
-    started = [
+    return [
         {"role": role, "path": files.path, "sha256": files.sha256}
         for role, files in assembly.files.items()
         if role not in known
     ]
-    parents, identity, template = [*started, *roles.parents], setup.backbone.identity, roles.template
+
+
+def _write_manifest(
+    setup: PPOSetup, assembly: Assembly, roles: RewardRoles, data: tuple[dict[str, Any], ...], session: Session
+) -> None:
+    """Parents: what the policy starts from, then every reward."""
+    parents, identity, template = (
+        [*_started_from(assembly, roles), *roles.parents],
+        setup.backbone.identity,
+        roles.template,
+    )
     setup.folder.update_manifest(
         parents=parents,
         base=identity.manifest(),

@@ -19,53 +19,32 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.config.resolved import dump_yaml
-from rlhf_ray.errors import ArtifactError, ConfigError, Problem
+from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapters import adapter_tensors, load_adapter_tensors, save_adapter
 from rlhf_ray.models.artifact import (
     Checkpoint,
     RunFolder,
     atomic_save_tensors,
     atomic_write_json,
-    atomic_write_text,
-    config_changes,
-    create_run,
-    open_run,
     write_checkpoint,
 )
-from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.models.sharded import gathered
 from rlhf_ray.report import write_report
 from rlhf_ray.roles.optimizer_state import export_state, restore_state
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
+from rlhf_ray.stages import entering
 from rlhf_ray.stages.waiting import load_waiting, save_waiting
 
 if TYPE_CHECKING:
     from rlhf_ray.stages.ppo import PPOLoop
 
 MAY_CHANGE = (
-    *(
-        "output_dir",
-        "resume",
-        "run_name",
-        "report_to",
-        "learner.",
-        "placement",
-        "generator.",
-        "scorer.",
-        "probe_steps",
-        "stop_grace_s",
-        "watchdog_s",
-        "max_kl",
-        "max_clip_fraction",
-        "min_finished",
-        "over_optimisation_patience",
-        "wait_for_resources",
-    ),
-    *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit"),
+    *entering.MAY_CHANGE,
+    *("placement", "generator.", "scorer.", "probe_steps"),
+    *("max_kl", "max_clip_fraction", "min_finished", "over_optimisation_patience"),
 )
-"""Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""
+"""Fields that may differ between the job that started a run and the one that goes on with it."""
 
 
 @dataclass
@@ -81,36 +60,8 @@ class Best:
 
 
 def enter_run(config: PPOConfig, session: Session, held: ExitStack) -> RunFolder:
-    """Rank 0 makes the run folder and locks it for as long as `held` lasts; all ranks open it.
-
-    ConfigError if it holds a run that was started with other settings, or if another process is writing to it."""
-    if session.is_main:
-        values = config.model_dump(mode="json")
-        folder = create_run(config.output_dir, "ppo", values, config.resume)
-        held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
-        if folder.checkpoints() or folder.manifest()["status"] == "done":
-            _require_same(folder, values)
-        else:  # nothing was kept of what ran under other settings
-            atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
-            folder.update_manifest(seed=config.seed)
-    session.barrier()
-    return open_run(config.output_dir)
-
-
-def _require_same(folder: RunFolder, values: dict[str, Any]) -> None:
-    """Going on under other settings would be a third run, which no configuration describes."""
-    changes = config_changes(folder.config(), values)
-    ConfigError.raise_all(
-        Problem(
-            name,
-            f"{folder.path} holds a run with another value",
-            json.dumps(old),
-            json.dumps(new),
-            "put it back, or choose another output_dir",
-        )
-        for name, (old, new) in changes.items()
-        if not name.startswith(MAY_CHANGE)
-    )
+    """Make or find the run folder, locked for as long as `held` lasts; see `entering.enter_run`."""
+    return entering.enter_run(config, session, held, "ppo", MAY_CHANGE)
 
 
 def save(loop: PPOLoop, step: int) -> None:

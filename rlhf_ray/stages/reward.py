@@ -129,6 +129,12 @@ class RewardTask(Task):
         self.spread = scored.spread()
         return score_metrics(scored, self.config.seed)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"spread": self.spread}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.spread = state["spread"]
+
     def score_pairs(self, rows: Sequence[TokenisedPair], session: Session) -> PairScores:
         """Scores and reply lengths of all pairs, in row order, on every rank."""
         mine: list[tuple[int, list[float]]] = []

@@ -6,7 +6,7 @@ Loss: mean of -log p over the reply's tokens and its eos (and the prompt's token
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,12 @@ class SFTTask(Task):
     def log(self, sums: dict[str, float], items: float) -> dict[str, float]:
         self._trained_tokens += items
         return {"tokens/train": self._trained_tokens}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trained_tokens": self._trained_tokens}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._trained_tokens = state["trained_tokens"]
 
     def evaluate(self, rows: Sequence[TokenisedRow], session: Session) -> dict[str, float]:
         """Mean over the held-out rows' tokens, and its exponential."""

@@ -5,8 +5,6 @@ enter the run folder -> read rows -> load the base, check lineage -> tokenise ->
 
 from __future__ import annotations
 
-import shutil
-import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,21 +13,20 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.config.resolved import to_dict, to_yaml
 from rlhf_ray.data.collate import require_batch
 from rlhf_ray.data.load import StageRows, load_rows
+from rlhf_ray.data.records import DataFile, check_same_data
 from rlhf_ray.data.templates import Template, load_template
-from rlhf_ray.errors import ConfigError, InvariantError, Problem
+from rlhf_ray.errors import InvariantError
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, read_adapter, use_adapter
-from rlhf_ray.models.artifact import RunFolder, atomic_write_text, config_changes, create_run, is_run
+from rlhf_ray.models.artifact import RunFolder, is_run
 from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone
-from rlhf_ray.models.checkpoints import delete_checkpoint
-from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.report import write_report
 from rlhf_ray.run import Run, load_run
 from rlhf_ray.session import Session, seed_everything
+from rlhf_ray.stages import entering
 from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.header import header_lines, warnings_about
 from rlhf_ray.stages.keeper import Keeper
@@ -37,11 +34,8 @@ from rlhf_ray.stages.row_order import RowOrder
 from rlhf_ray.stages.task import Examples, Job, Recipe, SupervisedConfig, Task
 from rlhf_ray.stages.trainer import SupervisedTrainer, total_steps, training_arguments, undisturbed
 
-MAY_CHANGE = (
-    *("output_dir", "resume", "run_name", "report_to", "learner.", "logging_steps", "wait_for_resources"),
-    *("stop_grace_s", "watchdog_s"),
-)
-"""Fields that may differ between a finished run and the job that finds it."""
+MAY_CHANGE = (*entering.MAY_CHANGE, "logging_steps", "per_device_eval_batch_size")
+"""Fields that may differ between the job that started a run and the one that goes on with it."""
 RELOAD_TOLERANCE = 1e-5
 FIXTURE_ROWS = 4
 READ_BACK = "read_back"
@@ -49,63 +43,17 @@ READ_BACK = "read_back"
 
 def train_supervised(config: SupervisedConfig, session: Session, recipe: Recipe) -> Run:
     """The body of an SFT or reward stage; every rank runs it. Returns the finished run."""
-    started = time.monotonic()
     is_new = session.is_main and not is_run(config.output_dir)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
-        folder, finished = enter(config, session, recipe.stage, stack)
-        if finished is not None:
-            return finished
+        folder = entering.enter_run(config, session, stack, recipe.stage, MAY_CHANGE)
+        if session.from_main(folder.manifest()["status"]) == "done":
+            session.console.log(f"{recipe.stage}: {config.output_dir} is finished; nothing to do")
+            return load_run(folder.path)
         with discarded_on_error(folder, is_new):
             job = prepare(config, session, recipe, folder)
-        keeper = train(job, stack)
-        return finish(job, keeper, started)
-
-
-def enter(config: SupervisedConfig, session: Session, stage: str, stack: ExitStack) -> tuple[RunFolder, Run | None]:
-    """The run folder, locked by rank 0 until `stack` closes; or, if it holds this very run finished, that run.
-
-    An unfinished run that is there starts over, and says so."""
-    finished: dict[str, Any] | None = None
-    if session.is_main:
-        values = to_dict(config)
-        existed = is_run(config.output_dir)
-        folder = create_run(config.output_dir, stage, values, config.resume)
-        stack.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
-        if folder.manifest()["status"] == "done":
-            _require_same(folder, values)
-            session.console.log(f"{stage}: {config.output_dir} is finished; nothing to do")
-            finished = load_run(folder.path).to_json()
-        elif existed:
-            session.console.log(
-                f"{stage}: {config.output_dir} was interrupted before it was finished; it starts again from the beginning"
-            )
-            _start_over(folder, config)
-    finished = session.from_main(finished)
-    return RunFolder(Path(config.output_dir).absolute()), None if finished is None else Run.from_json(finished)
-
-
-def _require_same(folder: RunFolder, values: dict[str, Any]) -> None:
-    """ConfigError if a finished run was made with other settings: its result is not what is asked for."""
-    changes = config_changes(folder.config(), values)
-    ConfigError.raise_all(
-        Problem(
-            name, f"{folder.path} holds a finished run with another value", str(old), str(new), "another output_dir"
-        )
-        for name, (old, new) in changes.items()
-        if not name.startswith(MAY_CHANGE)
-    )
-
-
-def _start_over(folder: RunFolder, config: SupervisedConfig) -> None:
-    for checkpoint in folder.checkpoints():
-        delete_checkpoint(checkpoint)
-    for name in ("checkpoints", "adapter", "tensorboard"):
-        shutil.rmtree(folder.path / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "summary.json", "report.html"):
-        (folder.path / name).unlink(missing_ok=True)
-    atomic_write_text(folder.path / "config.yaml", to_yaml(config))
+        return finish(job, train(job, stack))
 
 
 def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: RunFolder) -> Job:
@@ -113,6 +61,8 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     seed_everything(config.seed)
     rows = load_rows(config.data, recipe.kind, recipe.half)
     require_rows(config, len(rows.train))
+    if folder.checkpoints():
+        check_same_data(folder.manifest()["data"], [DataFile(**item) for item in rows.manifest])
     backbone = load_base(config, session.device)
     template = load_template(config.template, backbone.tokenizer)
     examples = tokenise(config, recipe, rows, template, backbone)
@@ -120,6 +70,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     task = recipe.build(backbone, template)
     if session.device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing:
         gradient_checkpointing(task.model.peft_model)
+    entering.check_same_models(folder, backbone.identity, template, [p.manifest() for p in task.parents])
     job = Job(config, session, recipe, folder, task, examples, total_steps(config, len(examples.train)))
     if session.is_main:
         write_lineage(job, template, rows)
@@ -196,15 +147,14 @@ def train(job: Job, stack: ExitStack) -> Keeper:
     with undisturbed(session.world_size):
         arguments = training_arguments(config, str(job.folder.path), session.device, session.world_size)
         trainer = SupervisedTrainer(job.task, rows, order, config, arguments, session.sum, keeper.log, [keeper])
-    with session.stop.deferred():
-        keeper.start()
-        trainer.train()
+    with session.stop.deferred(), keeper.oversight.watchdog.watching():
+        keeper.run(trainer)
     trainer.accelerator.free_memory()
     keeper.keep_best()
     return keeper
 
 
-def finish(job: Job, keeper: Keeper, started: float) -> Run:
+def finish(job: Job, keeper: Keeper) -> Run:
     """Save the adapter, read it back, compare, write manifest, summary and report."""
     folder, task, session = job.folder, job.task, job.session
     run = Run(
@@ -212,7 +162,7 @@ def finish(job: Job, keeper: Keeper, started: float) -> Run:
         status="done",
         run_dir=str(folder.path),
         steps=keeper.step,
-        seconds=time.monotonic() - started,
+        seconds=keeper.seconds,
         seed=job.config.seed,
         metrics=keeper.summary(),
         artifacts={"adapter": "adapter", "report": "report.html"},

@@ -89,6 +89,13 @@ class Task(Objective):
             batch = self.collate([(rows[i], True) for i in part])
             yield part, {name: tensor.to(session.device) for name, tensor in batch.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the task itself counts from step to step, as JSON."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+
     def verdict(self, metrics: Mapping[str, float]) -> str | None:
         """The result in a line, from the run's metrics; None where there is nothing to tell."""
         return None

@@ -12,9 +12,11 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
@@ -24,8 +26,10 @@ from transformers.utils import logging
 from rlhf_ray.config import RewardConfig, SFTConfig, check_accumulation
 from rlhf_ray.errors import ConfigError, InvariantError, Problem, ResourceError
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
+from rlhf_ray.roles.optimizer_state import export_torch_state, restore_torch_state
 from rlhf_ray.stages.row_order import EpochLoader, PickedRows, RowOrder
 
+OPTIMIZER_FILE = "optimizer.safetensors"
 Batch = dict[str, Tensor]
 Sums = dict[str, Tensor]
 
@@ -58,7 +62,10 @@ class Objective(ABC):
 
 
 class SupervisedTrainer(Trainer):
-    """on_log: called on every rank with (step, metrics) of each logging window."""
+    """on_log: called on every rank with (step, metrics) of each logging window.
+
+    A run goes on by `train(resume_from_checkpoint=folder)`: Trainer takes the step and the place in the epoch from its
+    trainer_state.json, the optimizer's state is in optimizer.safetensors. The weights are put into the model beforehand."""
 
     loss_is_scaled_for_ga = True
     objective: Objective
@@ -131,6 +138,48 @@ class SupervisedTrainer(Trainer):
         # A step without any loss item has loss 0, never 0 / 0.
         return total / torch.as_tensor(num_items_in_batch).clamp_min(1) * self.args.world_size
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by name."""
+        return {name: p for name, p in self.objective.model.named_parameters() if p.requires_grad}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return export_torch_state(self._own_optimizer(), self.trained())
+
+    def _own_optimizer(self) -> Any:
+        """Without accelerate's wrapping."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def window(self) -> dict[str, Any]:
+        """What was summed up since the last logged step on this rank, as JSON."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return {
+            "since": self._globalstep_last_logged,
+            "loss": float(self._tr_loss),
+            "items": self._items,
+            "sums": sums,
+        }
+
+    def load_window(self, window: Mapping[str, Any]) -> None:
+        """Put back what `window` gave; while training begins, which sets it to nothing."""
+        self._globalstep_last_logged, self._items = window["since"], window["items"]
+        self._tr_loss.fill_(window["loss"])
+        self._sums = {name: torch.tensor(value, device=self.args.device) for name, value in window["sums"].items()}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights are in the model already."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The schedule is a function of the step (`create_scheduler`)."""
+        if checkpoint is not None:
+            stored = load_file(Path(checkpoint) / OPTIMIZER_FILE)
+            restore_torch_state(self._own_optimizer(), self.trained(), stored)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """There is none to load: random numbers of a step are functions of (seed, rank, step)."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer then tells its callbacks, one of which saves."""
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         config = self.config
         warmup = resolve_warmup(config.warmup_steps, num_training_steps)
@@ -139,7 +188,11 @@ class SupervisedTrainer(Trainer):
             return lr_multiplier(config.lr_scheduler_type, step, num_training_steps, warmup, config.min_lr_ratio)
 
         scheduled: Any = optimizer or self.optimizer
-        self.lr_scheduler = LambdaLR(scheduled, factor)
+        done = self.state.global_step  # 0, but for a run that goes on
+        if done:
+            for group in scheduled.param_groups:
+                group["initial_lr"] = group["lr"]
+        self.lr_scheduler = LambdaLR(scheduled, factor, last_epoch=done - 1)
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -35,12 +35,18 @@ FAULTS = {
     10: "kill -9 the driver",
     11: "SIGTERM, Ctrl-C",
     12: "the node of a learner is drained",
+    13: "kill -9 Ray's control service (GCS)",
+    14: "a node with generators is lost",
+    15: "2 % of Ray's remote calls fail",
+    16: "a scorer runs out of memory",
     17: "disk full while saving",
     18: "kill -9 at any instant of a save",
     19: "checkpoint file cut, flipped, missing",
     20: "gradient not finite",
+    21: "weights that are not finite reach a generator",
     22: "KL, clipping or length run away",
     28: "two runs on one folder",
+    29: "checkpoints of another version",
     30: "500 steps without a leak",
 }
 
@@ -196,11 +202,19 @@ class World:
         return Path(shutil.copytree(self.run(name), self.run(to)))
 
 
+@pytest.fixture(scope="session")
+def make_world(forks: Any) -> Callable[[Path, dict[str, Any]], World]:
+    """make_world(folder, fields): jobs with these fields, in that folder."""
+    return lambda folder, fields: World(forks, folder, fields)
+
+
 def differences(a: Path, b: Path) -> list[str]:
     """Everything in which two finished runs differ, time, memory and faults aside."""
     found = []
     for name in ("adapter/adapter_model.safetensors", "value/adapter_model.safetensors", "samples.jsonl"):
-        if (a / name).read_bytes() != (b / name).read_bytes():
+        if (a / name).exists() != (b / name).exists():
+            found.append(f"{name} is in one only")
+        elif (a / name).exists() and (a / name).read_bytes() != (b / name).read_bytes():
             found.append(name)
     one, two = (lasting_rows(p) for p in (a, b))
     if [r["step"] for r in one] != [r["step"] for r in two]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.config import SFTConfig
-from rlhf_ray.errors import ConfigError, DataError, InvariantError
+from rlhf_ray.errors import ConfigError, DataError, Interrupted, InvariantError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import read_adapter
 from rlhf_ray.run import Run, load_run
@@ -240,20 +240,27 @@ class TestResume:
         with pytest.raises(ConfigError, match=r"learning_rate: .* expected 0.01; got 0.02"):
             sft(make_config(resume="auto", learning_rate=2e-2), console)
 
-    def test_an_unfinished_run_starts_over_and_equals_one_that_was_never_interrupted(
+    def test_a_stopped_run_goes_on_to_what_it_would_have_been(
         self, make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = sft(make_config(output_dir=str(tmp_path / "whole")), console)
+        """At length, for both stages and under kill -9: tests/chaos/test_sft_and_reward.py."""
+        often = {"logging_steps": 2, "save_steps": 100, "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}}
+        whole = sft(make_config(output_dir=str(tmp_path / "whole"), **often), console)
         with monkeypatch.context() as patch:
-            patch.setattr(supervised, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-            with pytest.raises(KeyboardInterrupt):
-                sft(make_config(learning_rate=3e-2), console)
-        run = sft(make_config(resume="auto"), console)
-        assert "starts again from the beginning" in console.text
+            patch.setenv("RLHF_RAY_FAULT", "learner:update:step=3:term")
+            with pytest.raises(Interrupted, match=r"SIGTERM; step 3 is saved; fix: rlhf-ray resume"):
+                sft(make_config(**often), console)
+        with pytest.raises(ConfigError, match=r"learning_rate: .* holds a run with another value; expected 0.01"):
+            sft(make_config(resume="auto", learning_rate=3e-2, **often), console)
+        run = sft(make_config(resume="auto", **often), console)
+        assert "sft: going on from step 3 " in console.text
         assert all(torch.equal(t, adapter_of(whole)[n]) for n, t in adapter_of(run).items())
-        assert run.folder.config()["learning_rate"] == 1e-2
-        steps = [r["step"] for r in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "loss" in r]
-        assert steps == sorted(set(steps))
+        one, two = (lasting(Path(r.run_dir) / "metrics.jsonl") for r in (whole, run))
+        assert one == two and [row["step"] for row in two if "loss" in row] == [1, 2, 4]
+
+
+def lasting(log: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in read_metrics(log)]
 
 
 def test_the_best_step_is_kept_and_its_checkpoint_survives(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.models.artifact import open_run
+
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
@@ -36,3 +38,5 @@ def test_it_ends_with_75_and_the_command_that_goes_on(jobs: dict[str, str], tmp_
     assert re.search(
         r"error: runs/sft: SIGINT; step \d+ is saved; fix: rlhf-ray resume runs/sft$", text.splitlines()[-1]
     ), text
+    saved, _ = open_run(tmp_path / "runs" / "sft", verify=False).newest_checkpoint()
+    assert saved is not None and f"; step {saved.step} is saved; " in text.splitlines()[-1]

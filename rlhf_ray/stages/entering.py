@@ -1,0 +1,121 @@
+"""How a stage comes into its run folder: made or found, locked, and the run that the job describes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config import JobFields
+from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml
+from rlhf_ray.data.templates import Template
+from rlhf_ray.errors import ArtifactError, ConfigError, Problem
+from rlhf_ray.models.artifact import RunFolder, atomic_write_text, config_changes, create_run, is_run, open_run
+from rlhf_ray.models.backbone import BaseIdentity
+from rlhf_ray.models.checkpoints import delete_checkpoint
+from rlhf_ray.models.ownership import WAIT_S
+from rlhf_ray.run import Run, load_run
+from rlhf_ray.session import Session
+
+MAY_CHANGE = (
+    *("output_dir", "resume", "run_name", "report_to", "learner.", "wait_for_resources", "stop_grace_s", "watchdog_s"),
+    *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit"),
+)
+"""Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""
+
+
+def enter_run(
+    config: JobFields, session: Session, held: ExitStack, stage: str, may_change: tuple[str, ...] = MAY_CHANGE
+) -> RunFolder:
+    """Rank 0 makes the run folder and locks it for as long as `held` lasts; all ranks open it.
+
+    ConfigError if it holds a run that was started with other settings, or if another process is writing to it."""
+    if session.is_main:
+        values = to_dict(config)
+        folder = create_run(config.output_dir, stage, values, config.resume)
+        held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
+        if folder.checkpoints() or folder.manifest()["status"] == "done":
+            require_same(folder, values, may_change)
+        else:  # nothing was kept of what ran under other settings
+            atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
+            folder.update_manifest(seed=config.seed)
+    session.barrier()
+    return open_run(config.output_dir)
+
+
+def enter_afresh(
+    config: JobFields, session: Session, held: ExitStack, stage: str, may_change: tuple[str, ...] = MAY_CHANGE
+) -> tuple[RunFolder, Run | None]:
+    """`enter_run` for a stage without checkpoints: an unfinished run that is there starts over, and says so.
+
+    Returns the folder, and the run in it if it is finished."""
+    finished: dict[str, Any] | None = None
+    if session.is_main:
+        values = to_dict(config)
+        existed = is_run(config.output_dir)
+        folder = create_run(config.output_dir, stage, values, config.resume)
+        held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
+        if folder.manifest()["status"] == "done":
+            require_same(folder, values, may_change)
+            session.console.log(f"{stage}: {config.output_dir} is finished; nothing to do")
+            finished = load_run(folder.path).to_json()
+        elif existed:
+            session.console.log(
+                f"{stage}: {config.output_dir} was interrupted before it was finished; it starts again from the beginning"
+            )
+            start_over(folder, config)
+    finished = session.from_main(finished)
+    return RunFolder(Path(config.output_dir).absolute()), None if finished is None else Run.from_json(finished)
+
+
+def require_same(folder: RunFolder, values: Mapping[str, Any], may_change: tuple[str, ...]) -> None:
+    """Going on under other settings would be a third run, which no configuration describes: ConfigError with every difference."""
+    kind = "a finished run" if folder.manifest()["status"] == "done" else "a run"
+    ConfigError.raise_all(
+        Problem(
+            name,
+            f"{folder.path} holds {kind} with another value",
+            json.dumps(old),
+            json.dumps(new),
+            "put it back, or choose another output_dir",
+        )
+        for name, (old, new) in config_changes(folder.config(), values).items()
+        if not name.startswith(may_change)
+    )
+
+
+def start_over(folder: RunFolder, config: JobFields) -> None:
+    """Forget everything that an unfinished run has written."""
+    for checkpoint in folder.checkpoints():
+        delete_checkpoint(checkpoint)
+    for name in ("checkpoints", "adapter", "tensorboard"):
+        shutil.rmtree(folder.path / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "summary.json", "report.html"):
+        (folder.path / name).unlink(missing_ok=True)
+    atomic_write_text(folder.path / "config.yaml", to_yaml(config))
+
+
+def check_same_models(
+    folder: RunFolder, identity: BaseIdentity, template: Template, parents: Iterable[Mapping[str, Any]]
+) -> None:
+    """ArtifactError if a run with checkpoints would go on beside another base, tokenizer, template or parent adapter.
+
+    parents: entries as in a manifest. Reward functions are not among them: one that failed is mended, then the run goes on."""
+    if not folder.checkpoints():
+        return
+    manifest = folder.manifest()
+    known = {p["role"]: p.get("sha256") for p in manifest["parents"]}
+    pairs = [
+        ("base", identity.path, (manifest["base"] or {}).get("weights_sha256"), identity.weights_sha256),
+        ("tokenizer", identity.path, manifest["tokenizer_sha256"], identity.tokenizer_sha256),
+        ("template", template.name, (manifest["template"] or {}).get("sha256"), template.manifest().get("sha256")),
+        *((f"{p['role']} adapter", str(p["path"]), known.get(p["role"]), p.get("sha256")) for p in parents),
+    ]
+    ArtifactError.raise_all(
+        Problem(where, f"the {what} is not the one that this run was started with", f"sha256 {before}", f"sha256 {now}")
+        for what, where, before, now in pairs
+        if before and now and before != now
+    )

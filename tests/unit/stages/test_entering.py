@@ -1,0 +1,111 @@
+"""A run goes on under the settings, and beside the models, that it was started with."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.console import NullConsole
+from rlhf_ray.data.templates import load_template
+from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models.artifact import RunFolder, atomic_write_text, write_checkpoint
+from rlhf_ray.models.backbone import BaseIdentity
+from rlhf_ray.session import process_session
+from rlhf_ray.stages.entering import check_same_models, enter_run
+from rlhf_ray.stages.ppo_store import MAY_CHANGE
+
+
+@dataclass
+class Entered:
+    """Comes into the run again with some fields changed."""
+
+    fields: dict[str, Any]
+
+    def __call__(self, **changes: Any) -> RunFolder:
+        config = PPOConfig(**{**self.fields, "resume": "auto", **changes})
+        with ExitStack() as held:
+            return enter_run(config, process_session(NullConsole(), num_threads=1), held, "ppo", MAY_CHANGE)
+
+
+@pytest.fixture
+def enter(tmp_path: Path) -> Entered:
+    fields = {
+        "output_dir": str(tmp_path / "run"),
+        "model_name_or_path": "base",
+        "data": {"train": "prompts.jsonl"},
+        "rewards": [{"function": "rule.py:score"}],
+        "learner": {"num_workers": 0},
+    }
+    return Entered(fields)
+
+
+def with_checkpoint(folder: RunFolder) -> None:
+    write_checkpoint(folder, 1, lambda path: atomic_write_text(path / "state.json", "{}"), keep=3)
+
+
+WHAT: dict[str, tuple[dict[str, Any], str]] = {
+    "rate": ({"learning_rate": 1.0}, "learning_rate: {run} holds a run with another value; expected 2e-05; got 1.0"),
+    "penalty": ({"kl_penalty": "jensen_shannon"}, "kl_penalty: {run} holds a run with another value; "),
+    "section": ({"lora": {"r": 4}}, "lora.r: {run} holds a run with another value; expected 16; got 4"),
+    "seed": ({"seed": 1}, "seed: {run} holds a run with another value; expected 0; got 1"),
+    "data": ({"data": {"train": "other.jsonl"}}, "data.train: {run} holds a run with another value; "),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WHAT.values(), ids=WHAT)
+def test_a_changed_setting_is_shown_and_refused(enter: Entered, changes: dict[str, Any], message: str) -> None:
+    """Fault 56: old and new value of each field; nothing of the run is touched."""
+    with_checkpoint(folder := enter())
+    before = (folder.path / "config.yaml").read_bytes(), (folder.path / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        enter(**changes)
+    (line,) = caught.value.lines()
+    assert line.startswith(f"error: {message.format(run=folder.path)}")
+    assert line.endswith("fix: put it back, or choose another output_dir")
+    assert before == ((folder.path / "config.yaml").read_bytes(), (folder.path / "manifest.json").read_bytes())
+
+
+def test_all_changed_settings_come_at_once(enter: Entered) -> None:
+    with_checkpoint(enter())
+    with pytest.raises(ConfigError) as caught:
+        enter(learning_rate=1.0, seed=1)
+    assert [line.split(": ")[1] for line in caught.value.lines()] == ["learning_rate", "seed"]
+
+
+def test_where_and_how_often_may_change(enter: Entered) -> None:
+    with_checkpoint(enter())
+    enter(save_steps=7, save_total_limit=None, per_device_train_batch_size=2, max_kl=9.0, stop_grace_s=5.0)
+
+
+def test_without_a_checkpoint_the_new_settings_are_taken(enter: Entered) -> None:
+    enter()
+    assert enter(seed=1, learning_rate=1.0).config()["learning_rate"] == 1.0
+
+
+def test_other_models_are_refused_once_there_is_a_checkpoint(enter: Entered) -> None:
+    """Both hashes are told; a parent of a role that was not there is none of its business."""
+    folder, template = enter(), load_template("none")
+    identity = BaseIdentity("base", None, "c" * 64, "w" * 64, "t" * 64)
+    parents = [{"role": "sft", "path": "runs/sft", "sha256": "s" * 64}]
+    other = replace(identity, weights_sha256="x" * 64, tokenizer_sha256="y" * 64)
+    check_same_models(folder, other, template, parents)
+    folder.update_manifest(
+        base=identity.manifest(), tokenizer_sha256="t" * 64, template=template.manifest(), parents=parents
+    )
+    with_checkpoint(folder)
+    check_same_models(folder, identity, template, [*parents, {"role": "judge", "path": "j", "sha256": "j" * 64}])
+    with pytest.raises(ArtifactError) as caught:
+        check_same_models(folder, other, load_template("alpaca"), [{**parents[0], "sha256": "z" * 64}])
+    told = [line.partition(" is not the one that this run was started with; ") for line in caught.value.lines()]
+    assert [who for who, _, _ in told] == [
+        "error: base: the base",
+        "error: base: the tokenizer",
+        "error: alpaca: the template",
+        "error: runs/sft: the sft adapter",
+    ]
+    assert told[0][2] == f"expected sha256 {'w' * 64}; got sha256 {'x' * 64}"

@@ -8,7 +8,7 @@ A fault is role:point, conditions (step=, rank=, call=: the n-th time that this 
 (SIGSTOP), term (SIGTERM), sleep=SECONDS, raise, full (the disk is), nan (where numbers pass by).
 
 Points: learner: rollout, evaluate, experience, update, minibatch, gradient, publish, save, save_written, save_sealed, save_renamed,
-step_end, heldout; generator: sample; scorer: score.
+step_end, heldout; generator: sample, adapter; scorer: score; actor: the method that is called, as in generate_with.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ has restarted it; attempts and restarts are bounded, and every wait has an end t
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ MAX_RESTARTS = 4
 RESTART_S = 120.0
 """Longest wait for Ray to restart an actor, before its models are loaded."""
 
+_ON_NODE = re.compile(r"was ([\d.]+)GB(?: used)? / ([\d.]+)GB")
+_LARGEST = re.compile(r"^\d+\s+([\d.]+)\s+(\S+)", re.MULTILINE)
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError, GetTimeoutError)
 """What Ray raises where a process or node is gone, as against an error of the code that it ran."""
 
@@ -215,6 +218,14 @@ class Pool:
     def failed(self, index: int, what: str, doing: str) -> Interrupted:
         return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=self.resume)
 
+    def exhausted(self, index: int, error: BaseException, doing: str) -> Interrupted:
+        """The error for work that was lost in every attempt."""
+        if not is_out_of_memory(error):
+            return self.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", doing)
+        fix = "lower rollout_chunk_size or per_device_train_batch_size, or have fewer processes on the node; then: "
+        what = f"out of memory in {ATTEMPTS} attempts ({_memory(error)})"
+        return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=fix + self.resume)
+
     def _choose(self, number: int) -> int:
         """The first actor from number mod count on that is up; if none is, the first one that comes back."""
         deadline = time.monotonic() + RESTART_S
@@ -273,6 +284,19 @@ def cause_of(error: RayTaskError) -> BaseException:
     """The exception that the role raised, as it was raised."""
     cause = error.cause
     return cause if isinstance(cause, RlhfRayError) else error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Ray killed the process because the memory of its node ran out."""
+    return isinstance(error, OutOfMemoryError) or "low on memory" in str(error)
+
+
+def _memory(error: BaseException) -> str:
+    """What Ray says of the memory, in MB."""
+    text = str(error)
+    found = [f"{float(a) * 1024:,.0f} of {float(b) * 1024:,.0f} MB on its node" for a, b in _ON_NODE.findall(text)[:1]]
+    found += [f"{float(size) * 1024:,.0f} MB of them in {who}" for size, who in _LARGEST.findall(text)[:1]]
+    return ", ".join(found) or _reason(error)
 
 
 def _reason(error: BaseException) -> str:

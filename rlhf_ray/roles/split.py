@@ -23,7 +23,18 @@ from rlhf_ray.roles.collector import Chunk, Collector, Share
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.ledger import Done
-from rlhf_ray.roles.pool import ATTEMPTS, LOST, Call, Pool, Pools, Work, ask_board, cause_of, put_adapter
+from rlhf_ray.roles.pool import (
+    ATTEMPTS,
+    LOST,
+    Call,
+    Pool,
+    Pools,
+    Work,
+    ask_board,
+    cause_of,
+    is_out_of_memory,
+    put_adapter,
+)
 from rlhf_ray.session import Session
 
 LOOK_S = 0.5
@@ -236,10 +247,11 @@ class _Job:
         pool.lost(index)
         what = self._doing(flight, doing)
         if flight.tries >= ATTEMPTS:
-            raise pool.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", what) from error
+            raise pool.exhausted(index, error, what) from error
         flight.tries += 1
         self.share.faults["faults/retries"] += 1.0
-        self.crew.tell(f"{pool.role} {index}: lost while {what} ({type(error).__name__}); the chunk is done again")
+        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
+        self.crew.tell(f"{pool.role} {index}: lost while {what} ({kind}); the chunk is done again")
 
     def _check_echo(self, rollout: Rollout, flight: _Flight) -> None:
         if (rollout.adapter_version, rollout.adapter_sha256) != (self.adapter.version, self.adapter.sha256):

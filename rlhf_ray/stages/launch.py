@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from typing import Any
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
-from rlhf_ray.errors import Interrupted, ResourceError, RlhfRayError
+from rlhf_ray.errors import ConfigError, Interrupted, ResourceError, RlhfRayError
 from rlhf_ray.interrupts import Signals, Stop
 from rlhf_ray.models.artifact import resume_command
 from rlhf_ray.models.checkpoints import DISK_FULL
@@ -40,6 +41,8 @@ MAX_PREEMPTIONS = 10
 """The same where a node was taken away, which is nobody's fault."""
 START_FAILURES = 2
 PREEMPTION_GRACE_S = 30.0
+GCS_GONE_S = 20
+"""After so many seconds without Ray's control service the processes of a Ray of our own end."""
 GROUP_TIMEOUT_S = 1800
 """Of torch's process group: the longest that a rank waits for another one, loading included. The watchdog is quicker."""
 
@@ -108,19 +111,36 @@ def cluster() -> Iterator[bool]:
     # that takes a minute does not end in ten. 0 leaves them the priority of the command that the user gave.
     os.environ.setdefault("RAY_worker_niceness", "0")
     given = is_given_a_cluster()  # ray.init finds it by itself
+    if not given:
+        # Nobody starts the control service of our own Ray again. Whoever waits for it, as Ray's agents do after a kill -9 of this
+        # process, waits in vain: for a minute, by default.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_GONE_S))
     options: dict[str, Any] = {} if given else {"include_dashboard": False}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:
-        if "timed out during startup" not in str(error):
+        if (known := cannot_join(error)) is None:
             raise
-        fix = "wait for other work on this machine to end, or give the address of a running Ray (RAY_ADDRESS)"
-        raise ResourceError.at("ray", "did not start in time: this machine is too busy", fix=fix) from error
+        raise known from error
     _protect_token()
     try:
         yield not given
     finally:
         ray.shutdown()
+
+
+def cannot_join(error: BaseException) -> RlhfRayError | None:
+    """One line of what kept this process from joining or starting a Ray; None if it is nothing that is known."""
+    text = str(error)
+    if "timed out during startup" in text:
+        fix = "wait for other work on this machine to end, or give the address of a running Ray (RAY_ADDRESS)"
+        return ResourceError.at("ray", "did not start in time: this machine is too busy", fix=fix)
+    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", text)
+    if "Version mismatch" in text and len(versions) == 2:
+        theirs, ours = (f"Ray {ray}, Python {python}" for ray, python in versions)
+        fix = "run this command in the cluster's environment, or start the cluster from this one"
+        return ConfigError.at("ray", "the cluster runs other versions than this process", theirs, ours, fix)
+    return None
 
 
 def _protect_token() -> None:

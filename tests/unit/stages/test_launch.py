@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -11,16 +12,22 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config import SFTConfig
-from rlhf_ray.errors import ResourceError
-from rlhf_ray.stages.launch import launch
+from rlhf_ray.errors import ConfigError, ResourceError
+from rlhf_ray.stages.launch import cannot_join, launch
 
 
 def job(**learner: object) -> SFTConfig:
     return SFTConfig(output_dir="x", model_name_or_path="m", data={"train": "d.jsonl"}, learner=learner)
 
 
-def test_refused_without_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """No cluster is given, whoever else runs one on this machine."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+
+
+def test_refused_without_a_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch, tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ResourceError, match=r"learner.num_gpus: no node has 2 GPU") as caught:
         launch(lambda config, session: None, job(num_gpus=2.0), None)  # type: ignore[arg-type,return-value]
@@ -30,7 +37,7 @@ def test_refused_without_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before torch, transformers or Ray are imported."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    alone(monkeypatch, tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     (tmp_path / "m").mkdir()
@@ -50,3 +57,19 @@ def test_the_command_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert "do not fit together" in done.stderr and "generator.num_gpus=0.5" in done.stderr, done.stderr
     assert done.returncode == 3
     assert done.stdout.strip() == "[]"
+
+
+def test_another_version_of_ray_or_python_is_refused_with_both_side_by_side() -> None:
+    """Fault 62, in the words with which Ray itself refuses."""
+    import ray
+    from ray._private.utils import check_version_info
+
+    with pytest.raises(RuntimeError) as caught:
+        check_version_info({"ray_version": "2.9.3", "python_version": "3.8.18"}, "node 10.0.0.7")
+    told = cannot_join(caught.value)
+    ours = f"Ray {ray.__version__}, Python {platform.python_version()}"
+    assert isinstance(told, ConfigError) and told.lines() == [
+        "error: ray: the cluster runs other versions than this process; expected Ray 2.9.3, Python 3.8.18; "
+        f"got {ours}; fix: run this command in the cluster's environment, or start the cluster from this one"
+    ]
+    assert cannot_join(RuntimeError("something else")) is None

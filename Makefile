@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 TRL    := $(VENV)-trl
 OUT    ?= runs/demo
 
-.PHONY: install demo test test-long test-unit chaos check bench clean
+.PHONY: install demo test test-long test-unit chaos bad-inputs check bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -33,6 +33,10 @@ test-unit: install
 chaos: install
 	@mkdir -p runs
 	$(BIN)/python -m pytest -q tests/chaos --fault-table runs/faults.md
+
+# Every bad input of the list: message, exit code, time; prints the table and leaves it in runs/.
+bad-inputs: install
+	$(BIN)/python -m pytest -q tests/unit tests/integration/ppo --bad-input-table runs/bad_inputs.md
 
 check: install
 	$(BIN)/ruff format --check .

@@ -8,7 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_worker_niceness", "0")  # as on a Ray that a job starts itself
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,52 @@ settings.register_profile("shared machine", deadline=None, derandomize=True)
 settings.load_profile("shared machine")
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+
+def _bad_inputs() -> Any:
+    """tests/bad_inputs.py, which pytest's import mode does not put on the path."""
+    spec = importlib.util.spec_from_file_location("bad_inputs", PROJECT / "tests" / "bad_inputs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--bad-input-table", help="run the tests of the bad inputs alone, and write their table into this file"
+    )
+
+
+class _BadInputs:
+    """Keeps the tests of bad inputs, counts them, prints and writes the table."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.module = Path(path), _bad_inputs()
+        self.table = self.module.BadInputTable()
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        wanted = [item for item in items if self.module.rows_of(item.nodeid)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and not report.skipped:
+            self.table.note(report.nodeid, report.passed)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        lines = self.table.lines()
+        terminalreporter.section("bad inputs tried and answered")
+        for line in lines:
+            terminalreporter.write_line(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("\n".join(lines) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--bad-input-table")) is not None:
+        config.pluginmanager.register(_BadInputs(path))
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,14 @@ pytest tests/chaos --fault-table table.md
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -165,6 +168,14 @@ def forks() -> Any:
     return context
 
 
+@functools.cache
+def ray_folder() -> str:
+    """Where the Rays of these tests keep their files: a cluster that somebody else started on this machine is not joined."""
+    folder = tempfile.mkdtemp(prefix="rr-", dir="/tmp")  # short: sockets lie in it
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 class World:
     """A folder with a job in it, and the run of it that nobody touched."""
 
@@ -183,7 +194,7 @@ class World:
 
     def start(self, *argv: str, fault: str = "", marks: Path | None = None, **env: str) -> Child:
         self._number += 1
-        found = {"OMP_NUM_THREADS": "1", "RLHF_RAY_FAULT": fault, **env}
+        found = {"OMP_NUM_THREADS": "1", "RLHF_RAY_FAULT": fault, "RAY_TMPDIR": ray_folder(), **env}
         if not fault:
             del found["RLHF_RAY_FAULT"]
         if marks is not None:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from rlhf_ray.cli_output import stdout_kept
 from rlhf_ray.cli_registry import add_registry_commands, policy_path
 from rlhf_ray.cli_serve import add_serve_commands
+from rlhf_ray.cli_submit import add_cluster_commands
 from rlhf_ray.errors import Interrupted, RlhfRayError
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ def _add_stage(stage: str) -> None:
         waiting = [] if wait is None else [f"wait_for_resources={wait}"]
         config = load(STAGES.get(stage, PipelineConfig), job, [*(overrides or ()), *waiting])
         check_this_machine(config)
-        with _stdout_kept(), _resumable(config.output_dir):
+        with stdout_kept(), _resumable(config.output_dir):
             run = getattr(import_module(f"rlhf_ray.stages.{stage}"), stage)(config)
         _tell(run, as_json)
 
@@ -119,7 +121,7 @@ def sweep(job: Job, overrides: Overrides = None, as_json: Json = False, debug: D
     from rlhf_ray.sweep.run import sweep as run_sweep
 
     config = load(SweepConfig, job, overrides or ())
-    with _stdout_kept(), _resumable(config.output_dir):
+    with stdout_kept(), _resumable(config.output_dir):
         run = run_sweep(config)
     _tell(run, as_json)
 
@@ -133,7 +135,7 @@ def serve(job: Job, overrides: Overrides = None, debug: Debug = False) -> None:
     config = load(ServeConfig, job, overrides or ())
     from rlhf_ray.serve.run import run_service
 
-    with _stdout_kept():
+    with stdout_kept():
         run_service(config)
 
 
@@ -147,7 +149,7 @@ def demo(
     """Run the whole chain on the bundled task. Base, SFT, reward model, PPO, comparison, report: no download, no GPU."""
     from rlhf_ray.stages.demo import demo as run_demo
 
-    with _stdout_kept(), _resumable(output_dir):
+    with stdout_kept(), _resumable(output_dir):
         run = run_demo(output_dir, fresh=fresh)
     _tell(run, as_json)
 
@@ -163,7 +165,7 @@ def resume(
     from rlhf_ray.models.artifact import open_run
     from rlhf_ray.stages.resume import resume as resume_run
 
-    with _stdout_kept(), _resumable(run):
+    with stdout_kept(), _resumable(run):
         if open_run(run, verify=False).stage == "sweep":
             from rlhf_ray.sweep.run import resume_sweep
 
@@ -183,7 +185,7 @@ def merge(
     """Fold a run's adapter into its base. A stand-alone checkpoint, verified against the unmerged outputs."""
     from rlhf_ray.models.merge import merge_run
 
-    with _stdout_kept():
+    with stdout_kept():
         merged = merge_run(run, output_dir, dtype, log=lambda line: print(line, file=sys.stderr))
     print(merged)
 
@@ -221,7 +223,7 @@ def generate(
     sampling = load_dict(SamplingConfig, {k: v for k, v in asked.items() if v is not None}, "generate")
     from rlhf_ray.stages.generate import generate as run_generate
 
-    with _stdout_kept():
+    with stdout_kept():
         rows = run_generate(
             policies=[policy_path(each) for each in policy],
             instruction=instruction,
@@ -263,7 +265,7 @@ def score(
     source = load_dict(RewardSource, {"run": run, "model": model, "function": function}, "score")
     from rlhf_ray.stages.score import score as run_score
 
-    with _stdout_kept():
+    with stdout_kept():
         rows = run_score(source=source, file=file, prompt=prompt, completion=completion, template=template, out=out)
     if out is None:
         _print_rows(rows, as_json)
@@ -298,7 +300,7 @@ def import_weight_diff(
     """A model that AlpacaFarm published as differences from LLaMA; checked by its published sum."""
     from rlhf_ray.models.importers import import_weight_diff as run_import
 
-    with _stdout_kept():
+    with stdout_kept():
         written = run_import(diff, raw, output_dir)
     print(written)
 
@@ -336,12 +338,15 @@ def plan(
         raise typer.BadParameter(f"--device: expected auto, cuda or cpu; got {device}")
     from rlhf_ray.config.load import load_any
 
-    _, config = load_any(job, overrides or (), stage)
-    with _stdout_kept():
-        from rlhf_ray.stages.plan import plan as make_plan
+    name, config = load_any(job, overrides or (), stage)
+    where = {"sweep": ("sweep.planning", "plan_sweep"), "serve": ("serve.planning", "plan_service")}
+    module, function = where.get(name, ("stages.plan", "plan"))
+    with stdout_kept():
+        from importlib import import_module
+
         from rlhf_ray.stages.plan import text
 
-        found = make_plan(config, device, gpu, prompt_tokens)  # type: ignore[arg-type]
+        found = getattr(import_module(f"rlhf_ray.{module}"), function)(config, device, gpu, prompt_tokens)
     print(json.dumps(found.to_json()) if as_json else text(found))
     if check and not (found.fits and found.placed):
         raise typer.Exit(3)
@@ -361,6 +366,7 @@ def report(run: RunDir, debug: Debug = False) -> None:
     print(write_report(run))
 
 
+add_cluster_commands(app)
 add_registry_commands(app)
 add_serve_commands(app)
 
@@ -402,20 +408,6 @@ def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool, hidden: Sequence[
             print(json.dumps(shown, ensure_ascii=False))
         else:
             print("\n".join(f"{name}: {value}" for name, value in shown.items()), end="\n\n")
-
-
-@contextlib.contextmanager
-def _stdout_kept() -> Iterator[None]:
-    """Whatever libraries and child processes print to stdout meanwhile goes to stderr."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhf_ray.errors import ArtifactError, InvariantError, ResourceError
+from rlhf_ray.ray_metrics import RunGauges, on_ray
 
 NON_DETERMINISTIC = ("time", "memory", "faults")
 
@@ -260,7 +261,7 @@ class _JsonLines:
 
 
 class MetricsWriter:
-    """Writes `RUN/metrics.jsonl` and copies to the trackers of `report_to` ("tensorboard", "wandb").
+    """Writes `RUN/metrics.jsonl` and copies to the trackers of `report_to` ("tensorboard", "wandb"), and on Ray to its metrics port.
 
     Raises ResourceError at once if W&B is asked for and not installed. Only one process of a run may hold a writer.
     """
@@ -289,6 +290,7 @@ class MetricsWriter:
         self._lines.append({"step": int(step), **row})
         if self._trackers is None:
             self._trackers = [_TRACKERS[name](self.run_dir, self.run_name, int(step)) for name in self._report_to]
+            self._trackers += [RunGauges(self.run_name)] if on_ray() else []
         for tracker in self._trackers:
             tracker.write(int(step), row)
         return row

@@ -121,6 +121,17 @@ def cpu_group() -> Any:
     return _groups["cpu"]
 
 
+def enter(folder: str) -> None:
+    """Go to the driver's working folder, so that relative paths of a job mean the same in every process. A submitted job has its
+    node's own copy of that folder, where Ray has put this process already; nodes may keep it under other paths."""
+    if not os.path.isdir(folder):
+        import ray
+
+        if ray.get_runtime_context().runtime_env.get("working_dir"):
+            return
+    os.chdir(folder)
+
+
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 

@@ -80,6 +80,10 @@ RENAMED: dict[str, tuple[str, ...]] = {
 }
 
 
+SERVICE = {"registry", "adapters", "replicas", "limits", "api_keys", "port"}
+"""Fields that only the job of a service has."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return found[0] if found else None
@@ -137,13 +141,17 @@ def command(job: type[Section]) -> str:
 
 
 def stage_of(values: Mapping[str, Any], stem: str) -> str:
-    """The stage that a job file is for: by its fields, else by its file name; empty if neither decides."""
+    """The command that a job file is for: by its fields, else by its file name; empty if neither decides."""
+    if "space" in values and isinstance(values.get("ppo"), Mapping):
+        return "sweep"
+    if values.keys() & SERVICE:
+        return "serve"
     if "stages" in values or any(isinstance(values.get(stage), Mapping) for stage in STAGES):
         return "pipeline"
     fitting = [stage for stage, cls in STAGES.items() if _fits(cls, values)]
     if len(fitting) == 1:
         return fitting[0]
-    named = [stage for stage in (*STAGES, "pipeline") if stage in re.split(r"[^a-z]+", stem.lower())]
+    named = [stage for stage in (*STAGES, "pipeline", "serve") if stage in re.split(r"[^a-z]+", stem.lower())]
     return named[0] if len(named) == 1 else ""
 
 

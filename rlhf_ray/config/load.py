@@ -20,7 +20,9 @@ from rlhf_ray.config.pipeline import STAGES, PipelineConfig
 from rlhf_ray.config.resolved import Change, diff, dump_yaml, to_dict, to_yaml
 from rlhf_ray.config.schema import FieldRow, describe, shorten
 from rlhf_ray.config.sections import Section
+from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.config.stages import JobFields
+from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.config.yaml_reader import (
     Document,
     Loc,
@@ -88,15 +90,18 @@ def load(cls: type[S], path: str | Path, overrides: Sequence[str] = (), *, check
     return _validated(cls, values, source, check_files)
 
 
-def load_any(path: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> tuple[str, JobFields]:
-    """The stage that a job file is for, and its configuration; `stage` settles it where the file could be for several."""
+def load_any(
+    path: str | Path, overrides: Sequence[str] = (), stage: str | None = None, *, check_files: bool = True
+) -> tuple[str, JobFields | ServeConfig]:
+    """The command that a job file is for, and its configuration; `stage` settles it where the file could be for several."""
     values, source = _read(path, overrides)
     name = stage or stage_of(values, Path(path).stem)
-    classes: dict[str, type[JobFields]] = {**STAGES, "pipeline": PipelineConfig}
+    classes: dict[str, type[JobFields] | type[ServeConfig]] = {**STAGES, "pipeline": PipelineConfig}
+    classes |= {"sweep": SweepConfig, "serve": ServeConfig}
     if name not in classes:
         choices = ", ".join(classes)
         raise ConfigError.at(str(path), "cannot tell which stage this job is for", fix=f"add --stage, one of {choices}")
-    return name, _validated(classes[name], values, source, check_files=True)
+    return name, _validated(classes[name], values, source, check_files)
 
 
 def load_dict(cls: type[S], mapping: Mapping[str, Any], where: str = "", overrides: Sequence[str | Override] = ()) -> S:

@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.errors import Interrupted, RlhfRayError
 from rlhf_ray.faults import reach
-from rlhf_ray.session import peak_memory
+from rlhf_ray.session import enter, peak_memory
 
 ATTEMPTS = 4
 """Tries of one piece of work, over all actors."""
@@ -62,7 +62,7 @@ class RoleActor:
     """The actor: any plain class, built when it is first needed. index: within its role."""
 
     def __init__(self, index: int, build: Callable[[], Any], num_threads: int, folder: str) -> None:
-        os.chdir(folder)  # relative paths of a job mean the same in every process
+        enter(folder)
         torch.set_num_threads(num_threads)  # Ray gives a process of one CPU one thread
         self.index, self.build = index, build
         self.role: Any = None

@@ -29,7 +29,7 @@ from rlhf_ray.models.checkpoints import DISK_FULL
 from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks, this_machine
 from rlhf_ray.plan.preflight import check, check_this_machine, is_given_a_cluster, nodes_of
 from rlhf_ray.run import Run
-from rlhf_ray.session import Session, process_session, worker_session
+from rlhf_ray.session import Session, enter, process_session, worker_session
 from rlhf_ray.stages.desk import Desk, open_desk
 from rlhf_ray.stages.placement import check_cluster, cluster_nodes, default_threads, placed
 
@@ -228,7 +228,7 @@ def _worker(job: dict[Any, Any]) -> Any:
     """The train function: what every rank of the worker group runs, at its first start and after a restart."""
     import ray.train
 
-    os.chdir(job["cwd"])
+    enter(job["cwd"])
     config: JobFields = job["config"]
     desk, context = Desk(Path(job["desk"])), ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()

@@ -113,7 +113,7 @@ def plan(
     estimator = Estimator(chosen, prompt=prompt_tokens)
     if isinstance(job, PipelineConfig):
         estimator = with_stages(job, estimator)
-    gib, here = _room(chosen) if gpu_gib is None else (gpu_gib, f"GPUs of {gpu_gib:g} GiB")
+    gib, here = room_here(chosen) if gpu_gib is None else (gpu_gib, f"GPUs of {gpu_gib:g} GiB")
     stages = [_stage(name, config, estimator, gib) for name, config in estimator.stages(job)]
     placed, where = _placement(job)
     return Plan(chosen, stages, where, placed, None if gib is None else int(gib * GIB), here)
@@ -145,7 +145,7 @@ def _device(job: JobFields) -> Device:
     return "cpu" if job.learner.num_workers == 0 and not torch.cuda.is_available() else "cuda"
 
 
-def _room(device: Device) -> tuple[float | None, str]:
+def room_here(device: Device) -> tuple[float | None, str]:
     """GiB of the smallest GPU here, or of free memory, and that in words."""
     import torch
 

@@ -33,7 +33,7 @@ class Option:
 
 
 def as_written(job: JobFields, estimator: Estimator) -> Option:
-    return _option("as written", "", estimator.processes(job))
+    return option("as written", "", estimator.processes(job))
 
 
 def options(job: PPOConfig, estimator: Estimator) -> Iterator[Option]:
@@ -52,10 +52,11 @@ def options(job: PPOConfig, estimator: Estimator) -> Iterator[Option]:
             except ValueError:  # a stage that this optimizer or this base cannot have
                 continue
             name = f"{placement}, ZeRO {stage}, {workers} learner{'s' if workers > 1 else ''}"
-            yield _option(name, _settings(fields), estimator.processes(other))
+            yield option(name, _settings(fields), estimator.processes(other))
 
 
-def _option(name: str, settings: str, processes: list[Process]) -> Option:
+def option(name: str, settings: str, processes: list[Process]) -> Option:
+    """What these processes take, as one way among others."""
     peaks = {p.role: p.total for p in processes}
     return Option(name, settings, peaks, most_on_one(processes), len(gpus(processes)))
 

@@ -7,7 +7,6 @@ keeps nothing of ours, and a trial that starts again goes on from its newest che
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console, duration
 from rlhf_ray.errors import InvariantError, LimitReached, RlhfRayError
 from rlhf_ray.models.files import atomic_write_json
+from rlhf_ray.session import enter
 from rlhf_ray.stages.ppo import ppo
 from rlhf_ray.sweep.results import K1, LENGTH, failure_file
 from rlhf_ray.sweep.trials import Trial, job_of, trial_of
@@ -55,7 +55,7 @@ class TrialConsole(Console):
 
 def run_trial(config: SweepConfig, params: dict[str, Any], in_process: bool, threads: int, folder: str) -> None:
     """The body of a trial. params: {"settings", "seed"}.  folder: the driver's working directory."""
-    os.chdir(folder)
+    enter(folder)
     trial = trial_of(config, params["settings"], params["seed"])
     failure_file(trial).unlink(missing_ok=True)
     job = job_of(config, trial)

@@ -16,6 +16,7 @@ FLOORS = {
     "maths": 1,
     "batches": 1,
     "metrics": 1,
+    "ray_metrics": 1,
     "console": 1,
     "data": 2,
     "models": 2,
@@ -35,7 +36,9 @@ FLOORS = {
     "doctor": 5,
     "cli": 6,
     "cli_registry": 6,
+    "cli_output": 6,
     "cli_serve": 6,
+    "cli_submit": 6,
     "__init__": 6,  # names every floor, lazily; nothing but the cli may import from it
 }
 

@@ -39,7 +39,8 @@ def test_the_ray_service_has_what_kuberay_asks_for() -> None:
     spec = yaml.safe_load((CLUSTER / "rayservice.yaml").read_text())["spec"]
     cluster = spec["rayClusterConfig"]
     assert cluster["rayVersion"] == "2.60.0" and cluster["authOptions"]["mode"] == "token"
-    assert cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+    # KubeRay's operator deploys through the head's dashboard; networkpolicy.yaml and the token keep others out.
+    assert cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "0.0.0.0"
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
         assert container["image"] and container["volumeMounts"][0]["mountPath"] == "/shared"

@@ -1,0 +1,55 @@
+"""What the doctor finds: one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rlhf_ray.plan.memory import GIB
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """about: this machine, the cluster, or the job.   name: what was looked at.   said: what was found.   fix: how to mend it."""
+
+    about: str
+    name: str
+    status: Status
+    said: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        fix = f"; fix: {self.fix}" if self.fix and self.status != "ok" else ""
+        return " ".join(f"{self.said}{fix}".split())
+
+
+def text(findings: Sequence[Finding]) -> str:
+    """All findings, under what they are about."""
+    lines: list[str] = []
+    width = max((len(f.name) for f in findings), default=0)
+    for about in dict.fromkeys(f.about for f in findings):
+        lines.append(about)
+        lines += [f"  {f.status:<4}  {f.name:<{width}}  {f}" for f in findings if f.about == about]
+    counts = {status: sum(f.status == status for f in findings) for status in ("ok", "warn", "fail")}
+    lines.append(", ".join(f"{count} {status}" for status, count in counts.items()))
+    return "\n".join(lines)
+
+
+def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """For --json."""
+    return {"healthy": not any(f.status == "fail" for f in findings), "findings": [asdict(f) for f in findings]}
+
+
+def gib(size: float | None) -> str:
+    return "unknown" if size is None else f"{size / GIB:.1f} GiB"
+
+
+def room(about: str, name: str, free: float | None, least: float, enough: float, fix: str) -> Finding:
+    """Free bytes: fail below `least`, warn below `enough`."""
+    if free is None:
+        return Finding(about, name, "warn", "cannot be told")
+    status: Status = "fail" if free < least else "warn" if free < enough else "ok"
+    return Finding(about, name, status, f"{gib(free)} free", fix)

@@ -1,0 +1,152 @@
+"""This machine: Python and packages, GPUs, memory and disk, the optional kernels, the token's file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_ray.doctor.findings import Finding, gib, room
+from rlhf_ray.plan.memory import GIB
+from rlhf_ray.submit import probe
+from rlhf_ray.submit.client import TOKEN_FILE
+
+HERE = "this machine"
+PYTHONS = ((3, 11), (3, 12))
+
+
+def machine() -> Iterator[Finding]:
+    yield from _python()
+    yield from _gpus()
+    yield from _room()
+    yield _flash_attention()
+    yield bitsandbytes()
+    yield from _token()
+
+
+def _python() -> Iterator[Finding]:
+    fits = sys.version_info[:2] in PYTHONS
+    yield Finding(HERE, "python", "ok" if fits else "fail", platform.python_version(), "use Python 3.11 or 3.12")
+    wrong, right = [], []
+    for name, wanted in _required():
+        have = _version(name)
+        if have is None or not wanted.contains(have, prereleases=True):
+            wrong.append(f"{name} {have or 'is missing'} (needs {wanted or 'any'})")
+        else:
+            right.append(f"{name} {have}")
+    if wrong:
+        yield Finding(HERE, "packages", "fail", ", ".join(wrong), "pip install -c constraints.txt -e .")
+    else:
+        yield Finding(HERE, "packages", "ok", ", ".join(right) or "cannot be told: rlhf_ray is not installed")
+
+
+def _required() -> list[tuple[str, object]]:
+    """Name and versions of what this package needs, extras aside."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = importlib.metadata.requires("rlhf_ray") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    parsed = [Requirement(line) for line in lines]
+    return [(r.name, r.specifier) for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
+    cards = probe.gpus()
+    build = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    if not torch.cuda.is_available():
+        if cards:
+            names = ", ".join(card["name"] for card in cards)
+            fix = "install torch from PyTorch's CUDA index, with a driver that is new enough"
+            yield Finding(HERE, "GPU", "fail", f"{names} is there, and {build} cannot use it", fix)
+        else:
+            yield Finding(HERE, "GPU", "ok", f"none; {build}")
+        return
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        told = f"{name}, {gib(free)} of {gib(total)} free; {build}"
+        fix = "another process holds its memory: nvidia-smi"
+        yield Finding(HERE, f"GPU {index}", "ok" if free > 0.8 * total else "warn", told, fix)
+
+
+def _room() -> Iterator[Finding]:
+    yield room(
+        HERE, "memory", probe.memory()[1], 1.5 * GIB, 4 * GIB, "end other programs; the libraries alone take 0.6 GiB"
+    )
+    disk = shutil.disk_usage(os.getcwd()).free
+    yield room(HERE, "disk", disk, 0.5 * GIB, 5 * GIB, "free some space, or work on another disk")
+    if os.path.isdir("/dev/shm"):
+        shared = shutil.disk_usage("/dev/shm").free
+        fix = "Ray keeps objects there; in a container: --shm-size=2g"
+        yield room(HERE, "shared memory", shared, 0.05 * GIB, 1 * GIB, fix)
+
+
+def _flash_attention() -> Finding:
+    name = "flash-attn"
+    if importlib.util.find_spec("flash_attn") is None:
+        return Finding(HERE, name, "ok", "not installed; sdpa is used instead")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding(HERE, name, "ok", "installed; there is no GPU to use it on")
+    try:
+        from flash_attn import flash_attn_func
+
+        q = torch.randn(1, 8, 2, 64, device="cuda", dtype=torch.bfloat16)
+        told = flash_attn_func(q, q, q, causal=True)
+        usable = bool(torch.isfinite(told).all())
+    except Exception as error:
+        told, usable = f"{type(error).__name__}: {error}", False
+    if usable:
+        return Finding(HERE, name, "ok", f"{_version('flash-attn')} works")
+    return Finding(
+        HERE, name, "warn", f"does not work: {told}", "reinstall it for this torch, or attn_implementation: sdpa"
+    )
+
+
+def bitsandbytes() -> Finding:
+    """Whether 4-bit weights can be made and read back."""
+    name = "bitsandbytes"
+    if importlib.util.find_spec(name) is None:
+        return Finding(HERE, name, "ok", "not installed; load_in_4bit and load_in_8bit need it")
+    try:
+        import torch
+        from bitsandbytes import functional
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        weights = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
+        packed, state = functional.quantize_4bit(weights, quant_type="nf4")
+        error = float((functional.dequantize_4bit(packed, state) - weights).abs().max())
+        if error > 0.2:
+            raise RuntimeError(f"4-bit weights come back {error:.2f} off")
+    except Exception as error:
+        told = f"does not work: {type(error).__name__}: {error}"
+        return Finding(HERE, name, "warn", told[:300], "reinstall it for this torch and GPU")
+    return Finding(HERE, name, "ok", f"{_version(name)} works on the {device}")
+
+
+def _token() -> Iterator[Finding]:
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser()
+    if not path.is_file():
+        return
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        yield Finding(HERE, "token file", "warn", f"{path} can be read by others (mode {mode:o})", f"chmod 600 {path}")
+    else:
+        yield Finding(HERE, "token file", "ok", f"{path}, for its owner alone")

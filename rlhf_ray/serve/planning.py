@@ -1,0 +1,110 @@
+"""`plan` of a service: what one copy of the base takes while it writes as many replies as it may, with all adapters loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rlhf_ray.config import EvaluateConfig, LoraConfig, PPOConfig
+from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.errors import ResourceError
+from rlhf_ray.plan.asks import Ask, this_machine
+from rlhf_ray.plan.ledger import Device
+from rlhf_ray.plan.memory import GIB, Phases, Process
+from rlhf_ray.plan.preflight import check, is_given_a_cluster, nodes_of
+from rlhf_ray.stages.launch import cluster
+from rlhf_ray.stages.placement import cluster_nodes
+from rlhf_ray.stages.plan import Plan, StagePlan, room_here
+from rlhf_ray.stages.plan_advice import option
+from rlhf_ray.stages.plan_estimate import Estimator
+
+ASSUMED = LoraConfig()
+"""What adapters are assumed to be: rank 16 on all linear layers."""
+
+
+def plan_service(
+    config: ServeConfig,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    gpu_gib: float | None = None,
+    prompt_tokens: int | None = None,
+) -> Plan:
+    """See `stages.plan.plan`."""
+    import torch
+
+    asked = config.replicas.num_gpus
+    on_gpu = torch.cuda.is_available() if asked is None else asked > 0
+    chosen: Device = ("cuda" if on_gpu else "cpu") if device == "auto" else device
+    estimator = Estimator(chosen, prompt=prompt_tokens)
+    rows, copies = config.limits.max_batch_rows, config.replicas.max_replicas or config.replicas.min_replicas
+    writing = EvaluateConfig(
+        **_base(config),
+        policies=[{"name": "base", "policy": "base"}],  # type: ignore[arg-type]
+        response_length=config.limits.max_tokens,
+        rollout_chunk_size=rows,
+        per_device_eval_batch_size=1,
+    )
+    (found,) = estimator.processes(writing)
+    adapter = _adapter_bytes(config, estimator)
+    adapters = adapter * config.limits.max_loaded_adapters
+    phases: Phases = {name: dict(found.phases[name]) for name in ("load", "sampling")}
+    for parts in phases.values():
+        parts["adapters"] = parts.get("adapters", 0) + adapters
+    share = 0.0 if chosen == "cpu" else 1.0 if asked is None else asked
+    process = Process("replica", copies, share, phases, found.bases)
+    gib, here = room_here(chosen) if gpu_gib is None else (gpu_gib, f"GPUs of {gpu_gib:g} GiB")
+    notes = [
+        f"{config.limits.max_loaded_adapters} adapters (limits.max_loaded_adapters) of rank {ASSUMED.r} on all linear layers are"
+        f" assumed, {adapter / 2**20:.0f} MiB each"
+    ]
+    written = option("as written", "", [process])
+    advice = f"{process.total / GIB:.1f} GiB for each copy"
+    if chosen == "cuda" and written.card is not None:
+        advice += f": GPUs of {written.card} GB"
+    about = estimator.about(writing)
+    stage = StagePlan("serve", about, [process], written, [], advice, notes)
+    placed, where = _placement(config, copies, share)
+    return Plan(chosen, [stage], where, placed, None if gib is None else int(gib * GIB), here)
+
+
+def _base(config: ServeConfig) -> dict[str, object]:
+    """The fields that a job of a stage has in common with a service."""
+    names = (
+        "model_name_or_path",
+        "revision",
+        "dtype",
+        "attn_implementation",
+        "load_in_8bit",
+        "load_in_4bit",
+        "cpu_offload",
+    )
+    return {"output_dir": config.output_dir, "data": {"train": "none"}} | {
+        name: getattr(config, name) for name in names
+    }
+
+
+def _adapter_bytes(config: ServeConfig, estimator: Estimator) -> int:
+    """Of one adapter as it is assumed: those of a fresh policy."""
+    fresh = PPOConfig(
+        **_base(config),
+        rewards=[{"function": "none.py:none"}],
+        lora=ASSUMED,
+        advantage_estimator="rloo",
+        num_generations=2,
+    )  # type: ignore[arg-type]
+    (process, *_) = estimator.processes(fresh)
+    return process.phases["load"].get("adapters", 0)
+
+
+def _placement(config: ServeConfig, copies: int, share: float) -> tuple[bool, str]:
+    import ray
+
+    each = {"CPU": config.replicas.num_cpus if config.replicas.num_cpus is not None else 0.1}
+    asks = [Ask("replica", copies, each | ({"GPU": share} if share else {}))]
+    try:
+        if not ray.is_initialized() and not is_given_a_cluster():
+            found = check(asks, [this_machine()])
+        else:
+            with cluster():
+                found = check(asks, cluster_nodes() or nodes_of(ray.nodes()))
+    except ResourceError as error:
+        return False, "; ".join(f"{p.where}: {p.what}" for p in error.problems)
+    return True, f"{copies} copies on {', '.join(dict.fromkeys(found['replica']))}"

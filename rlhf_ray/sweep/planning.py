@@ -1,0 +1,67 @@
+"""`plan` of a sweep: its most demanding trial, and how many trials run at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.errors import ResourceError
+from rlhf_ray.plan.asks import this_machine
+from rlhf_ray.plan.preflight import is_given_a_cluster, nodes_of
+from rlhf_ray.stages.launch import cluster
+from rlhf_ray.stages.placement import cluster_nodes
+from rlhf_ray.stages.plan import Plan, plan
+from rlhf_ray.sweep.capacity import Capacity, capacity
+from rlhf_ray.sweep.space import corners, read_space
+from rlhf_ray.sweep.trials import job_of, planned, trial_of
+
+_NO_MEMORY = {
+    *("output_dir", "run_name", "seed", "learning_rate", "weight_decay", "warmup_steps", "min_lr_ratio", "max_steps"),
+    *("kl_penalty", "kl_coef", "kl_controller", "kl_target", "kl_step_size", "kl_horizon", "target_kl", "cliprange"),
+    *("cliprange_value", "vf_coef", "gamma", "lam", "whiten_rewards", "temperature", "num_ppo_epochs", "max_grad_norm"),
+    *("missing_eos_penalty", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "num_train_epochs"),
+}
+"""Fields that take no memory: trials that differ in these alone are planned once."""
+
+
+def plan_sweep(
+    config: SweepConfig,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    gpu_gib: float | None = None,
+    prompt_tokens: int | None = None,
+) -> Plan:
+    """See `stages.plan.plan`. ConfigError for settings that make no PPO job."""
+    jobs = _jobs(config)
+    plans = [plan(job, device, gpu_gib, prompt_tokens) for job in jobs]
+    worst = max(plans, key=lambda found: max(found.needed(stage) for stage in found.stages))
+    stages = [replace(stage, stage="a trial (ppo)") for stage in worst.stages]
+    count = len(planned(config)) or config.num_samples * len(config.seeds)
+    try:
+        fits = _capacity(jobs)
+    except ResourceError as error:
+        told = "; ".join(f"{p.where}: {p.what}" for p in error.problems)
+        return replace(worst, stages=stages, placed=False, placement=told)
+    at_once = min(fits.at_once, config.max_concurrent_trials or fits.at_once)
+    each = ", ".join(f"{amount:g} {kind}" for kind, amount in fits.each.items())
+    where = f"each in a process of {each}" if fits.in_process else "each with workers of its own"
+    return replace(worst, stages=stages, placed=True, placement=f"{count} trials, {at_once} at once, {where}")
+
+
+def _jobs(config: SweepConfig) -> list[PPOConfig]:
+    """A PPO job for each kind of trial that differs in what it takes."""
+    trials = planned(config)
+    settings = [t.settings for t in trials] or corners(read_space(config.space))
+    jobs = [job_of(config, trial_of(config, s, config.seeds[0])) for s in settings]
+    return list({job.model_dump_json(exclude=_NO_MEMORY): job for job in jobs}.values())
+
+
+def _capacity(jobs: list[PPOConfig]) -> Capacity:
+    import ray
+
+    if not ray.is_initialized() and not is_given_a_cluster():
+        machine = this_machine()
+        return capacity(jobs, machine.resources, [machine], own_ray=True)
+    with cluster() as own_ray:
+        return capacity(jobs, ray.cluster_resources(), cluster_nodes() or nodes_of(ray.nodes()), own_ray)

@@ -1,0 +1,189 @@
+"""Addresses, tokens, and what a cluster says before anything is sent to it. Real clusters: tests/integration/cluster."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_ray.errors import ConfigError, Interrupted, ResourceError
+from rlhf_ray.submit import nodes
+from rlhf_ray.submit.client import Token, check_address, connect, find_token, look
+from rlhf_ray.submit.follow import _Lines, outcome
+from rlhf_ray.submit.pack import Need
+from rlhf_ray.submit.run import Submitted
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://ray.example.com", "http://[::1]:8265/"])
+def test_addresses_of_dashboards(address: str) -> None:
+    assert check_address(address) == address.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "127.0.0.1:8265",
+        "ray://head:10001",
+        "auto",
+        "http://",
+        "http://user:secret@head:8265",
+        "http://head:99999999",
+    ]
+    + ["http://head:8265?x=1", "file:///etc/passwd"],
+)
+def test_other_addresses_are_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="--address") as refused:
+        check_address(address)
+    assert "secret" not in str(refused.value)
+
+
+def test_the_token_comes_from_where_ray_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_token({}) is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("home\n")
+    (tmp_path / "other").write_text("other\n")
+    assert find_token({}) == Token("home", "~/.ray/auth_token")
+    assert find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}) == Token("other", str(tmp_path / "other"))
+    assert find_token({"RAY_AUTH_TOKEN_PATH": "/none", "RAY_AUTH_TOKEN": "own"}) == Token("own", "RAY_AUTH_TOKEN")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        find_token({"RAY_AUTH_TOKEN_PATH": "/none"})
+    with pytest.raises(ConfigError, match="holds no token"):
+        find_token({"RAY_AUTH_TOKEN": "two lines\nX-Evil: 1"})
+    assert "own" not in repr(Token("own", "RAY_AUTH_TOKEN"))
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[..., str]]:
+    """server(status, location="") -> the address of a server that answers so, and notes the headers it was sent."""
+    running: list[HTTPServer] = []
+
+    def start(status: int, location: str = "") -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                made.seen.append(self.headers.get("Authorization"))  # type: ignore[attr-defined]
+                self.send_response(status)
+                if location:
+                    self.send_header("Location", location)
+                self.end_headers()
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        made = HTTPServer(("127.0.0.1", 0), Handler)
+        made.seen = []  # type: ignore[attr-defined]
+        running.append(made)
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{made.server_port}"
+
+    start.running = running  # type: ignore[attr-defined]
+    yield start
+    for each in running:
+        each.shutdown()
+
+
+def test_a_token_does_not_follow_a_redirect(server: Any) -> None:
+    other = server(200)
+    first = server(302, f"{other}/api/jobs/")
+    assert look(first, Token("t", "here")).status == 302
+    assert server.running[0].seen == []
+
+
+def test_what_is_no_cluster_is_told_in_a_line(server: Any) -> None:
+    with pytest.raises(
+        ResourceError, match="does not answer as Ray does; expected a Ray dashboard; got HTTP status 404"
+    ):
+        connect(server(404), print)
+    with pytest.raises(ResourceError, match=r"cannot be reached: .*refused; fix: is the cluster up\? .* ssh -L"):
+        connect("http://127.0.0.1:9", print)
+
+
+# ---------------------------------------------------------------- the end of a job
+
+
+def details(status: str, code: int | None = None, message: str = "") -> Any:
+    return SimpleNamespace(
+        status=SimpleNamespace(value=status), driver_exit_code=code, submission_id="run-1", message=message
+    )
+
+
+def test_the_exit_code_is_the_jobs() -> None:
+    assert outcome(details("SUCCEEDED", 0), "x") == 0
+    assert [outcome(details("FAILED", code), "x") for code in (1, 2, 3, 4, 5, 75)] == [1, 2, 3, 4, 5, 75]
+    for found in (details("STOPPED"), details("FAILED", -9), details("FAILED", 137)):
+        with pytest.raises(Interrupted, match="to go on: rlhf-ray submit job.yaml"):
+            outcome(found, "rlhf-ray submit job.yaml")
+    with pytest.raises(ResourceError, match="could not be started; got no room"):
+        outcome(details("FAILED", None, "Traceback\nno room"), "x")
+
+
+def test_progress_and_warnings_of_the_log_stay_what_they_are(console: Any) -> None:
+    lines = _Lines(console)
+    for piece in (
+        "Running entrypoint for job x\nsta",
+        "ge 1 of 2: sft\nppo 3/40   reward/mean 0.51  kl/coef 1e-3   2.0 s left\n",
+    ):
+        lines.add(piece)
+    lines.add("warning: slow\nerror: x: bad")
+    lines.close()
+    kinds = [event["kind"] for event in console.events]
+    assert kinds == ["log", "progress", "warn", "log", "done"]
+    assert console.events[1]["shown"] == {"reward/mean": 0.51, "kl/coef": 1e-3} and console.events[1]["total"] == 40
+
+
+def test_rays_commands_are_quoted_and_name_no_token() -> None:
+    lines = Submitted("run-1", "http://h:8265", True, "/shared/run").lines()
+    assert lines[2] == "stop    RAY_AUTH_MODE=token ray job stop --address http://h:8265 run-1"
+
+
+# ---------------------------------------------------------------- what the nodes say
+
+
+def node(address: str = "10.0.0.1", **said: Any) -> dict[str, Any]:
+    versions = {name: "1" for name in nodes.PACKAGES}
+    plain = {"address": address, "hostname": "h", "python": "3.11.9", "versions": versions, "read": {}, "modules": {}}
+    return {**plain, "folder": "/shared", "writable": "", "shared": True, **said}
+
+
+def test_all_that_nodes_lack_is_told_at_once() -> None:
+    needs = [Need("sft", "folder", "/shared/sft"), Need("rewards[0].function", "module", "mine")]
+    answers = [
+        node(read={"/shared/sft": ""}, modules={"mine": True}),
+        node("10.0.0.2", read={"/shared/sft": "No such file or directory"}, modules={"mine": False}, shared=False),
+        node("10.0.0.3", error="it died"),
+        node("10.0.0.4", versions={**node()["versions"], "peft": None}),
+    ]
+    with pytest.raises(ResourceError) as refused:
+        nodes.judge(answers, needs, "/shared/run", print)
+    told = [str(problem) for problem in refused.value.problems]
+    assert len(told) == 5
+    for part in ("10.0.0.3 (h): does not answer", "10.0.0.4 (h): lacks peft", "sft: node 10.0.0.2 (h) cannot read /shared/sft",
+                 "has no module mine", "10.0.0.2 (h) cannot see it"):  # fmt: skip
+        assert any(part in line for line in told), part
+
+
+def test_a_folder_that_cannot_be_written_is_told_once() -> None:
+    answers = [node(writable="Permission denied", shared=False)]
+    with pytest.raises(ResourceError, match=r"cannot write in /shared: Permission denied") as refused:
+        nodes.judge(answers, [], "/shared/run", print)
+    assert len(refused.value.problems) == 1
+
+
+def test_other_versions_are_a_warning() -> None:
+    said: list[str] = []
+    nodes.judge([node()], [], "/shared/run", said.append)
+    assert any(line.startswith("torch is 1 on the cluster, ") for line in said)
+
+
+def test_the_package_is_left_out_where_every_node_has_this_very_one() -> None:
+    from rlhf_ray.submit.probe import package_sha256
+
+    mine = package_sha256()
+    assert nodes.has_package([node(package=mine)] * 2)
+    assert not nodes.has_package([node(package=mine), node(package=None)])

@@ -261,7 +261,7 @@ class _JsonLines:
 
 
 class MetricsWriter:
-    """Writes `RUN/metrics.jsonl` and copies to the trackers of `report_to` ("tensorboard", "wandb"), and on Ray to its metrics port.
+    """Writes `RUN/metrics.jsonl` and copies to the trackers of `report_to` ("tensorboard", "wandb"); on Ray to its port, too.
 
     Raises ResourceError at once if W&B is asked for and not installed. Only one process of a run may hold a writer.
     """

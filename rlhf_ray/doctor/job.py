@@ -61,7 +61,8 @@ def _template(name: str, tokenizer: Any, ends: Sequence[int]) -> Iterator[Findin
     except RlhfRayError as error:
         yield from _told("template", error)
         return
-    inside = [i for i in ids if i in ends]
+    first = ids[:1] == [tokenizer.bos_token_id]  # some models list their start token among the end tokens
+    inside = [i for i in ids[int(first) :] if i in ends]
     bos = [i for i in ids if tokenizer.bos_token_id is not None and i == tokenizer.bos_token_id]
     shown = repr(tokenizer.decode(ids[-12:]))
     if inside and name != "chat":

@@ -1,1 +1,1 @@
-"""`rlhf-ray submit`: the same job on a Ray cluster, by Ray's job API. What is sent, to whom, what the nodes say first, how it ends."""
+"""`rlhf-ray submit`: the same job on a Ray cluster, by Ray's job API: what is sent, to whom, what the nodes say, how it ends."""

@@ -1,7 +1,7 @@
 """What travels with a job: the job file, the code and small files that it names, the package where the nodes lack it. Nothing else.
 
-The list is made of what the job names, so run folders, models, other files of the working folder and what lies in the environment are
-never in it. A path that does not travel is made absolute, and must be readable on every node.
+The list is made of what the job names, so run folders, models, other files of the working folder and what lies in the environment
+are never in it. A path that does not travel is made absolute, and must be readable on every node.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the nodes of a cluster say of themselves. Runs there, as a job of its own, with nothing of this package: standard library and
-Ray alone. One JSON line on stdout.
+"""What the nodes of a cluster say of themselves. Runs there, as a job of its own, with nothing of this package: standard library
+and Ray alone. One JSON line on stdout.
 
 python rlhf_ray_probe.py QUESTIONS        a JSON object: read (paths), write (a folder), modules (names to import), packages (names)
 """

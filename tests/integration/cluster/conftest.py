@@ -1,4 +1,4 @@
-"""A Ray cluster as `ray start` makes it, with token authentication, on ports and a folder of its own; and `rlhf-ray submit` to it."""
+"""A Ray cluster as `ray start` makes it, with token authentication, on ports and in a folder of its own, and `submit` to it."""
 
 from __future__ import annotations
 

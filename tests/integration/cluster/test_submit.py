@@ -150,7 +150,7 @@ def test_detached_with_rays_own_commands(cluster: Any, chain: Path, submit: Subm
     code, said = submit("chain.yaml", "output_dir=runs/alone", "ppo.max_steps=100000", "--detach", "--json")
     assert code == 0
     told = json.loads(said.splitlines()[-1])
-    commands = {w: c for w, c in re.findall(r"^  (logs|status|stop) +(RAY_AUTH_MODE=token ray job .*)$", said, re.M)}
+    commands = dict(re.findall(r"^  (logs|status|stop) +(RAY_AUTH_MODE=token ray job .*)$", said, re.M))
     assert set(commands) == {"logs", "status", "stop"} and all(told["id"] in c for c in commands.values())
     code, again = submit("chain.yaml", "output_dir=runs/alone")
     assert code == 2 and f"is being written by job {told['id']}" in again, again

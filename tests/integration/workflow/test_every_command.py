@@ -1,9 +1,8 @@
 """F21: an ancestor shipped entry points that crashed at once. Here every command runs, by its console script, on a tiny model.
 
 sft, reward, ppo and merge one by one: test_five_steps.py; generate and score: ../evaluation; sweep: ../sweep; promote, rollback and
-adapters: test_promotion.py; plan: ../../unit/stages/test_plan.py; serve: ../service; api-key: ../../unit/serve. Here: pipeline
-with all four stages, evaluate, resume,
-report, and the demo with fewer steps.
+adapters: test_promotion.py; plan: ../../unit/stages/test_plan.py; serve: ../service; api-key: ../../unit/serve; submit and
+doctor: ../cluster. Here: pipeline with all four stages, evaluate, resume, report, and the demo with fewer steps.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.integration
 PLUMBING = {"output_dir", "sft", "rewards", "model_name_or_path", "template", "learner", "report_to"}
 TRIED = {
     *("sft", "reward", "ppo", "merge", "generate", "score", "pipeline", "evaluate", "resume", "report", "demo"),
-    *("sweep", "promote", "rollback", "adapters", "plan", "serve", "api-key"),
+    *("sweep", "promote", "rollback", "adapters", "plan", "serve", "api-key", "submit", "doctor"),
 }
 
 

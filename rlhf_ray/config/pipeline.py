@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from rlhf_ray.config.sections import _to_tuple, field
+from rlhf_ray.config.sections import _to_tuple, field, under
 from rlhf_ray.config.stages import EvaluateConfig, JobFields, PPOConfig, RewardConfig, SFTConfig
 
 STAGES: dict[str, type[JobFields]] = {
@@ -50,6 +50,8 @@ class PipelineConfig(JobFields):
         shared = {name: getattr(self, name) for name in self.model_fields_set & set(JobFields.model_fields)}
         wiring, own = self._wiring(stage), getattr(self, stage)
         wired = {**shared, **wiring, **own, "output_dir": f"{self.output_dir}/{stage}"}
+        if self.copy_to is not None and "copy_to" not in own:
+            wired["copy_to"] = under(self.copy_to, stage)
         if stage == "evaluate":  # what PPO maximised is always compared; the job may add judges of its own
             wired["rewards"] = [*wiring["rewards"], *own.get("rewards", ())]
         return STAGES[stage](**wired)

@@ -214,6 +214,16 @@ class PolicySpec(Section):
     policy: str = field(..., "base, a run folder, RUN@STEP, an adapter folder or a merged checkpoint")
 
 
+def under(uri: str, part: str) -> str:
+    """The URI of `part` under `uri`; options after a question mark stay at the end.
+
+    >>> under("s3://bucket/runs?region=eu", "ppo")
+    's3://bucket/runs/ppo?region=eu'
+    """
+    head, mark, options = uri.partition("?")
+    return f"{head.rstrip('/')}/{part}{mark}{options}"
+
+
 def check_accumulation(name: str, rows: int, per_device: int, num_workers: int) -> int:
     """Microbatches per worker and optimizer step: rows / (per_device x workers), which must be a whole number."""
     world = max(num_workers, 1)

@@ -65,6 +65,11 @@ class JobFields(Section):
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many)] = field(
         ("tensorboard",), "trackers beside metrics.jsonl"
     )
+    copy_to: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://")] | None = field(
+        None,
+        "URI of a folder on an object store, e.g. s3://bucket/runs/mine, that checkpoints and the finished run are copied to;"
+        " a run that is not here is restored from it (resume: auto)",
+    )
     learner: LearnerConfig = field(LearnerConfig(), "training workers")
     wait_for_resources: NotNegative = field(
         10.0, "seconds to wait for what other jobs hold, or for nodes that an autoscaling cluster can add (then exit 3)"
@@ -85,6 +90,8 @@ class JobFields(Section):
             raise ValueError(
                 f"run_name: use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit: {self.run_name!r}"
             )
+        if self.copy_to is not None and "@" in self.copy_to.partition("?")[0]:
+            raise ValueError("copy_to: holds credentials; they belong into the nodes' own role or environment")
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit and load_in_4bit exclude each other")
         if self.cpu_offload and not (self.load_in_8bit or self.load_in_4bit):

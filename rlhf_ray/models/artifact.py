@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import subprocess
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -20,6 +21,7 @@ import yaml
 
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models import object_store
 from rlhf_ray.models.checkpoints import (
     SCHEMA,
     Checkpoint,
@@ -130,6 +132,11 @@ class RunFolder:
             raise ArtifactError.at(str(where), "wrong content", "a mapping", type(value).__name__)
         return value
 
+    @property
+    def copy_to(self) -> str | None:
+        """Where on an object store this run is copied to, if it is."""
+        return self.config().get("copy_to")
+
     def checkpoints(self) -> list[Checkpoint]:
         """By step; call `verify` on the one you use."""
         return list_checkpoints(self.path)
@@ -159,6 +166,8 @@ class RunFolder:
             elif path.exists():
                 files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         self.update_manifest(status="done", files=files)
+        if uri := self.copy_to:
+            object_store.copy_finished(self.path, uri, _log)
 
     def verify(self) -> None:
         """ArtifactError naming every file that differs from the manifest."""
@@ -183,11 +192,15 @@ def is_run(path: Path | str) -> bool:
 def create_run(output_dir: Path | str, stage: str, config: Mapping[str, Any], resume: str) -> RunFolder:
     """Make the run folder, or return the one that is there if `resume` is "auto".
 
-    config: the resolved configuration, as plain JSON types.   resume: "never" or "auto".
+    config: the resolved configuration, as plain JSON types.   resume: "never" or "auto": a run that is not here, and has a copy
+    (`copy_to`), is restored from that.
     ConfigError if the folder holds a run (resume never: with the command that resumes it; auto: a run of another stage), holds
     anything else, is a file, or cannot be written."""
     path = Path(output_dir).absolute()
     where = str(output_dir)
+    uri = config.get("copy_to") if resume == "auto" and not is_run(path) else None
+    if uri and (taken := object_store.restore(uri, path)) is not None:
+        _log(f"{where} was restored from {uri}: {taken}")
     if path.exists() and not path.is_dir():
         raise ConfigError.at("output_dir", f"{where} is a file", "a folder to write the run into")
     if path.is_dir() and is_run(path):
@@ -265,11 +278,25 @@ def open_run(path: Path | str, verify: bool = True) -> RunFolder:
     return run
 
 
+def _log(line: str) -> None:
+    logging.getLogger("rlhf_ray").warning(line)
+
+
 def write_checkpoint(
-    run: RunFolder, step: int, writer: Callable[[Path], None], keep: int, protect: Set[int] = frozenset()
+    run: RunFolder,
+    step: int,
+    writer: Callable[[Path], None],
+    keep: int,
+    protect: Set[int] = frozenset(),
+    tell: Callable[[str], None] | None = None,
 ) -> Path:
-    """Save checkpoint `step` of `run`; see `checkpoints.write_checkpoint_at`. Call it from one process only."""
-    return write_checkpoint_at(run.path, run.run_id, step, writer, keep, protect)
+    """Save checkpoint `step` of `run`, and copy it where the run says so; see `checkpoints.write_checkpoint_at`.
+
+    tell: called with a line if the copy failed; the run goes on.   Call it from one process only."""
+    written = write_checkpoint_at(run.path, run.run_id, step, writer, keep, protect)
+    if uri := run.copy_to:
+        object_store.copy_checkpoint(run.path, written, uri, tell or _log)
+    return written
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -35,16 +35,6 @@ _STEP = re.compile(r"step_(\d{6,})")
 Tell = Callable[[str], None]
 
 
-def under(uri: str, part: str) -> str:
-    """The URI of `part` under `uri`; options after a question mark stay at the end.
-
-    >>> under("s3://bucket/runs?region=eu", "ppo")
-    's3://bucket/runs/ppo?region=eu'
-    """
-    head, mark, options = uri.partition("?")
-    return f"{head.rstrip('/')}/{part}{mark}{options}"
-
-
 class Store:
     """A folder on an object store, or on any file system that pyarrow knows. ConfigError if the URI names none."""
 

@@ -26,7 +26,17 @@ ASSUMED_PROMPT = 512
 """Prompt tokens where neither max_length nor --prompt-tokens says."""
 
 _SHAPE_FIELDS = {
-    *("output_dir", "run_name", "seed", "resume", "report_to", "data", "rollout_batch_size", "rollout_chunk_size"),
+    *(
+        "output_dir",
+        "run_name",
+        "seed",
+        "resume",
+        "copy_to",
+        "report_to",
+        "data",
+        "rollout_batch_size",
+        "rollout_chunk_size",
+    ),
     *("per_device_train_batch_size", "num_mini_batches", "max_length", "response_length", "learner", "generator"),
     *("scorer", "wait_for_resources", "per_device_eval_batch_size"),
 }

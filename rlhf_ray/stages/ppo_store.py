@@ -80,7 +80,7 @@ def save(loop: PPOLoop, step: int) -> None:
 
         keep = loop.config.save_total_limit
         protect = {loop.progress.best.step, *loop.setup.listed_saves}
-        write_checkpoint(loop.setup.folder, step, writer, keep or 10**9, protect)
+        write_checkpoint(loop.setup.folder, step, writer, keep or 10**9, protect, loop.session.console.warn)
     loop.session.barrier()
 
 

@@ -46,7 +46,8 @@ def save(keeper: Keeper) -> None:
             atomic_write_json(folder / STATE, _state(keeper, windows))
 
         keep = keeper.config.save_total_limit or KEEP_ALL
-        write_checkpoint(keeper.job.folder, progress.step, writer, keep, {progress.best_step})
+        warn = keeper.session.console.warn
+        write_checkpoint(keeper.job.folder, progress.step, writer, keep, {progress.best_step}, warn)
     keeper.session.barrier()
 
 

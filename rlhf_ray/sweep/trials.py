@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.paths import check_paths
+from rlhf_ray.config.sections import under
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.config.yaml_reader import Override
 from rlhf_ray.errors import ConfigError, Problem
@@ -66,6 +67,8 @@ def trial_of(config: SweepConfig, settings: Settings, seed: int) -> Trial:
 def job_of(config: SweepConfig, trial: Trial) -> PPOConfig:
     """The trial as a PPO job. ConfigError naming the settings that make it impossible."""
     values = {**config.trial_values(), "output_dir": str(trial.folder), "seed": trial.seed}
+    if config.copy_to is not None:
+        values["copy_to"] = under(config.copy_to, f"trials/{trial.id}")
     laid_over = [Override(f"{name}={value}", tuple(name.split(".")), value) for name, value in trial.settings.items()]
     return load_dict(PPOConfig, values, "ppo", laid_over)
 

@@ -55,7 +55,13 @@ class Machines:
         with (self.folder / log).open("wb") as out:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace(number), *words],
-                **{"stdout": out, "stderr": subprocess.STDOUT, "env": self.environment, "start_new_session": True, **options},
+                **{
+                    "stdout": out,
+                    "stderr": subprocess.STDOUT,
+                    "env": self.environment,
+                    "start_new_session": True,
+                    **options,
+                },
             )
         self.processes.append(process)
         return process
@@ -107,7 +113,9 @@ def machines() -> Iterator[Machines]:
 
 def steps(run: Path) -> int:
     try:
-        return max((int(json.loads(line)["step"]) for line in (run / "metrics.jsonl").read_text().splitlines()), default=0)
+        return max(
+            (int(json.loads(line)["step"]) for line in (run / "metrics.jsonl").read_text().splitlines()), default=0
+        )
     except (OSError, ValueError):
         return 0
 
@@ -117,13 +125,19 @@ def test_a_generator_node_is_cut_off_in_the_middle_of_a_run(machines: Machines, 
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     head = [*("--head", "--port=6379", f"--node-ip-address={machines.address(0)}", f"--temp-dir={machines.folder}/ray")]
     small = ("--object-store-memory=150000000",)
-    machines.start(0, *ray, *head, "--num-cpus=3", "--labels=place=learner", "--include-dashboard=false", *small, log="0.log")
+    machines.start(
+        0, *ray, *head, "--num-cpus=3", "--labels=place=learner", "--include-dashboard=false", *small, log="0.log"
+    )
     deadline = time.monotonic() + 120
     while "Ray runtime started" not in (machines.folder / "0.log").read_text():
         assert time.monotonic() < deadline, (machines.folder / "0.log").read_text()
         time.sleep(0.5)
     for number in (1, 2):
-        joined = [f"--address={machines.address(0)}:6379", f"--node-ip-address={machines.address(number)}", "--num-cpus=1"]
+        joined = [
+            f"--address={machines.address(0)}:6379",
+            f"--node-ip-address={machines.address(number)}",
+            "--num-cpus=1",
+        ]
         machines.start(number, *ray, *joined, "--labels=place=rollouts", *small, log=f"{number}.log")
     for number in (1, 2):
         while "Ray runtime started" not in (machines.folder / f"{number}.log").read_text():
@@ -133,7 +147,13 @@ def test_a_generator_node_is_cut_off_in_the_middle_of_a_run(machines: Machines, 
     job = yaml.safe_load(chain.read_text())
     apart = {"num_threads": 1, "num_cpus": 1, "num_gpus": 0.0, "label_selector": {"place": "rollouts"}}
     here = {"num_threads": 1, "num_gpus": 0.0, "label_selector": {"place": "learner"}}
-    ppo = {**job["ppo"], "placement": "split", "max_steps": 20, "wait_for_resources": 60, "lora": {"r": 4, "lora_alpha": 8}}
+    ppo = {
+        **job["ppo"],
+        "placement": "split",
+        "max_steps": 20,
+        "wait_for_resources": 60,
+        "lora": {"r": 4, "lora_alpha": 8},
+    }
     ppo |= {"generator": {**apart, "num_actors": 2, "timeout_s": 60}, "scorer": {**here, "num_cpus": 1}}
     shared = {k: job[k] for k in ("model_name_or_path", "template", "report_to")}
     run = tmp_path / "runs" / "split"

@@ -89,7 +89,7 @@ def node(address: str = "10.0.0.2", **said: Any) -> dict[str, Any]:
         "versions": mine,
         "user": 1000,
         "gpus": [{"name": "A100", "bytes": 80 * GIB, "driver": "570"}] * 2,
-        **{name: 50 * GIB for name in ("memory_free", "disk_free", "shm_free")},
+        **dict.fromkeys(("memory_free", "disk_free", "shm_free"), 50 * GIB),
         "listening": [],
         "folder": "/shared",
         "writable": "",

@@ -117,7 +117,7 @@ def test_the_exit_code_is_the_jobs() -> None:
     assert outcome(details("SUCCEEDED", 0), "x") == 0
     assert [outcome(details("FAILED", code), "x") for code in (1, 2, 3, 4, 5, 75)] == [1, 2, 3, 4, 5, 75]
     for found in (details("STOPPED"), details("FAILED", -9), details("FAILED", 137)):
-        with pytest.raises(Interrupted, match="to go on: rlhf-ray submit job.yaml"):
+        with pytest.raises(Interrupted, match=r"to go on: rlhf-ray submit job\.yaml"):
             outcome(found, "rlhf-ray submit job.yaml")
     with pytest.raises(ResourceError, match="could not be started; got no room"):
         outcome(details("FAILED", None, "Traceback\nno room"), "x")
@@ -146,7 +146,7 @@ def test_rays_commands_are_quoted_and_name_no_token() -> None:
 
 
 def node(address: str = "10.0.0.1", **said: Any) -> dict[str, Any]:
-    versions = {name: "1" for name in nodes.PACKAGES}
+    versions = dict.fromkeys(nodes.PACKAGES, "1")
     plain = {"address": address, "hostname": "h", "python": "3.11.9", "versions": versions, "read": {}, "modules": {}}
     return {**plain, "folder": "/shared", "writable": "", "shared": True, **said}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -23,17 +24,23 @@ CONFIG = Path(__file__).parents[3] / "cluster" / "serve.yaml"
 BIN = Path(sys.executable).parent
 
 
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_worker_niceness": "0",
+}
+
+
 @pytest.fixture
 def dashboard() -> Iterator[str]:
-    """A head node in a process group of its own, on ports of its own; the address of its dashboard."""
+    """A head node in a process group of its own, on ports of its own, with a token; the address of its dashboard."""
     ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_worker_niceness": "0"}
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as scratch:  # a socket's path has room for 107 bytes
         command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={scratch}"]
         command += ["--dashboard-host=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items())]
         log = Path(scratch) / "start.log"
         with log.open("wb") as out:
-            head = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment)
+            head = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=ENVIRONMENT)
         try:
             yield f"http://127.0.0.1:{ports['dashboard-port']}"
         finally:
@@ -45,7 +52,8 @@ def dashboard() -> Iterator[str]:
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(BIN / "serve"), *arguments], capture_output=True, text=True, timeout=120)
+    command = [str(BIN / "serve"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
 
 
 def test_deployed_with_keys_it_answers_and_grows_under_load(

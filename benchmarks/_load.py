@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
+import aiohttp
 
 WORDS = "the little bird was happy because a big red ball had a friend in the park and they played all day".split()
 
@@ -31,7 +31,7 @@ def prompt(number: int) -> str:
 class Load:
     """tokens: of every reply (greedy).  at: seconds since the start at which each answer came, by what it was."""
 
-    def __init__(self, client: httpx.AsyncClient, models: Sequence[str], tokens: int) -> None:
+    def __init__(self, client: aiohttp.ClientSession, models: Sequence[str], tokens: int) -> None:
         self.client, self.models, self.tokens = client, models, tokens
         self.first: list[float] = []
         self.whole: list[float] = []
@@ -48,24 +48,24 @@ class Load:
         }
         started, first = time.perf_counter(), None
         try:
-            async with self.client.stream("POST", "/v1/chat/completions", json=body) as reply:
-                if reply.status_code != 200:
-                    await reply.aread()
-                    self.said[str(reply.status_code)] += 1
-                    if reply.status_code == 429:
+            async with self.client.post("/v1/chat/completions", json=body) as reply:
+                if reply.status != 200:
+                    await reply.read()
+                    self.said[str(reply.status)] += 1
+                    if reply.status == 429:
                         self.refused.append(time.perf_counter() - started)
                     return
                 done = False
-                async for line in reply.aiter_lines():
-                    if not line.startswith("data:"):
+                async for line in reply.content:
+                    if not line.startswith(b"data:"):
                         continue
-                    if "[DONE]" in line:
+                    if b"[DONE]" in line:
                         done = True
                     elif first is None and (choices := json.loads(line[5:]).get("choices")):
                         first = time.perf_counter() if choices[0]["delta"].get("content") else None
-                    elif '"finish_reason":"' in line or '"finish_reason": "' in line:
+                    elif b'"finish_reason":"' in line or b'"finish_reason": "' in line:
                         done = True
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             self.said[type(error).__name__] += 1
             return
         if not done or first is None:
@@ -101,8 +101,8 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=512)
-    async with httpx.AsyncClient(base_url=arguments.url, timeout=300, limits=limits, trust_env=False) as client:
+    wait, connections = aiohttp.ClientTimeout(total=300), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(arguments.url, timeout=wait, connector=connections) as client:
         load = Load(client, arguments.models.split(","), arguments.tokens)
         started = time.perf_counter()
         if arguments.rate:

@@ -58,4 +58,4 @@ def steps(run: Path) -> int:
 
 def actor(run: Path, name: str) -> int:
     """The process that roles.log tells last of an actor, as in `generator 0`."""
-    return [int(pid) for pid in re.findall(rf"{name}  .*?pid (\d+)", (run / "roles.log").read_text())][-1]
+    return [int(pid) for pid in re.findall(rf"{name} .*?pid (\d+)", (run / "roles.log").read_text())][-1]

@@ -38,8 +38,9 @@ MAX_RESTARTS = 4
 RESTART_S = 120.0
 """Longest wait for Ray to restart an actor, before its models are loaded."""
 
+LESS_MEMORY = "lower rollout_chunk_size or per_device_train_batch_size, or have fewer processes on the node"
 _ON_NODE = re.compile(r"was ([\d.]+)GB(?: used)? / ([\d.]+)GB")
-_LARGEST = re.compile(r"^\d+\s+([\d.]+)\s+(\S+)", re.MULTILINE)
+_PROCESS = re.compile(r"task name=(\w+)[^()]*?pid=(\d+), actual memory used=([\d.]+)GB")
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError, GetTimeoutError)
 """What Ray raises where a process or node is gone, as against an error of the code that it ran."""
 
@@ -222,8 +223,8 @@ class Pool:
         """The error for work that was lost in every attempt."""
         if not is_out_of_memory(error):
             return self.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", doing)
-        fix = "lower rollout_chunk_size or per_device_train_batch_size, or have fewer processes on the node; then: "
-        what = f"out of memory in {ATTEMPTS} attempts ({_memory(error)})"
+        fix = f"{LESS_MEMORY}; then: "
+        what = f"out of memory in {ATTEMPTS} attempts ({memory_of(error)})"
         return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=fix + self.resume)
 
     def _choose(self, number: int) -> int:
@@ -291,12 +292,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, OutOfMemoryError) or "low on memory" in str(error)
 
 
-def _memory(error: BaseException) -> str:
-    """What Ray says of the memory, in MB."""
+def memory_of(error: BaseException) -> str:
+    """What Ray says of the memory of the node, and of the process that had most of it, in MB."""
     text = str(error)
-    found = [f"{float(a) * 1024:,.0f} of {float(b) * 1024:,.0f} MB on its node" for a, b in _ON_NODE.findall(text)[:1]]
-    found += [f"{float(size) * 1024:,.0f} MB of them in {who}" for size, who in _LARGEST.findall(text)[:1]]
-    return ", ".join(found) or _reason(error)
+    found = [f"{_mb(used)} of {_mb(all_)} MB on its node" for used, all_ in _ON_NODE.findall(text)[:1]]
+    largest = max(_PROCESS.findall(text), key=lambda process: float(process[2]), default=None)
+    if largest is not None:
+        found.append(f"{_mb(largest[2])} MB in {largest[0]}, pid {largest[1]}")
+    return "; ".join(found) or _reason(error)
+
+
+def _mb(gigabytes: str) -> str:
+    return f"{float(gigabytes) * 1024:,.0f}"
 
 
 def _reason(error: BaseException) -> str:

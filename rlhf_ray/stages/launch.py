@@ -276,7 +276,12 @@ def _translated(error: BaseException, config: JobFields) -> BaseException:
     """One line of what Ray says of a group that could not go on."""
     from ray.exceptions import RayActorError
 
+    from rlhf_ray.roles.pool import LESS_MEMORY, is_out_of_memory, memory_of
+
     resume = resume_command(config.output_dir)
+    if is_out_of_memory(error):
+        what = f"ran out, and Ray killed processes of this job: {memory_of(error)}"
+        return Interrupted.at("memory", what, fix=f"{LESS_MEMORY}; then: {resume}")
     failures = getattr(error, "worker_failures", None) or {}
     if failures:
         rank, first = next(iter(failures.items()))

@@ -44,7 +44,8 @@ def of_ray(pid: int, word: str) -> int:
 
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's own watchers of a node outlive their raylet by a minute or two; they hold no resources and serve nobody."""
+"""Ray's own watchers of a node outlive a raylet that was killed by a minute (they try to tell the control service, which is gone as
+well); they hold no resources and serve nobody."""
 
 
 def alive(pids: set[int]) -> list[int]:

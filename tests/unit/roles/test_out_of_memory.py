@@ -24,10 +24,10 @@ def test_the_largest_process_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("error", "what"),
     [
         (
-            SAID,
+            OutOfMemoryError(SAID),
             "out of memory in 4 attempts (10,260 of 24,105 MB on its node; 7,997 MB in RoleActor, pid 25300), while scoring",
         ),
         (WorkerCrashedError(), "lost in 4 attempts (WorkerCrashedError), while scoring"),

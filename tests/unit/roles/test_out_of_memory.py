@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ray.exceptions import WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.roles.pool import Pool, Pools, is_out_of_memory, memory_of

@@ -38,8 +38,9 @@ def adapter_refused(name: str) -> ApiError:
     )
 
 
-def overloaded(retry_after: int) -> ApiError:
-    return ApiError(429, "The service is at capacity. Try again later.", "rate_limit_exceeded", None, retry_after)
+def overloaded(retry_after: int, param: str | None = None) -> ApiError:
+    """param: "model" where other models may still find room."""
+    return ApiError(429, "The service is at capacity. Try again later.", "rate_limit_exceeded", param, retry_after)
 
 
 def out_of_time(seconds: float) -> ApiError:

@@ -209,7 +209,7 @@ class Replica:
         try:
             slot = await held.enter_async_context(self.slots.use(version.id, version.read))
         except SlotsBusy:
-            raise overloaded(self.limits.retry_after_s) from None
+            raise overloaded(self.limits.retry_after_s, "model") from None
         except RlhfRayError as error:
             self.catalogue.refused[version.id] = "; ".join(map(str, error.problems))
             raise adapter_refused(model) from None

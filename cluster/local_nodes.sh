@@ -55,6 +55,8 @@ start() {
     for number in $(seq 2 "$nodes"); do
         launch "node$number" ray start --block --disable-usage-stats --address "127.0.0.1:$port" \
             --node-ip-address 127.0.0.1 --num-cpus "$cpus" --num-gpus "$gpus" --labels "rlhf-ray/node=$number"
+        # One after the other: two that start at once choose the same names for their sockets.
+        for _ in $(seq 120); do grep -q "Ray runtime started" "$folder/node$number.log" && break; sleep 0.5; done
     done
     cat >&2 <<TOLD
 $nodes nodes of $cpus CPUs and $gpus declared GPUs

@@ -31,7 +31,7 @@ def run_service(
     Raises ConfigError, ResourceError (the port is taken), ArtifactError for a base or adapter that does not fit."""
     console = console or LocalConsole()
     config = _prepared(config)
-    with _signals() as stopping, cluster() as own_ray:
+    with cluster() as own_ray, _signals() as stopping:  # in this order: ray.init takes SIGTERM
         from ray import serve
 
         from rlhf_ray.serve.app import NAME, application
@@ -58,7 +58,8 @@ def run_service(
             console.log("serve: stopping; requests that are being answered are finished first")
             _drain(config.limits.request_timeout_s + 15)
         finally:
-            serve.shutdown()
+            if own_ray or not set(serve.status().applications) - {NAME}:  # a cluster may serve others as well
+                serve.shutdown()
     console.log("serve: stopped")
 
 

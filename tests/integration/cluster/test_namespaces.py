@@ -128,18 +128,17 @@ def test_a_generator_node_is_cut_off_in_the_middle_of_a_run(machines: Machines, 
     machines.start(
         0, *ray, *head, "--num-cpus=3", "--labels=place=learner", "--include-dashboard=false", *small, log="0.log"
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while "Ray runtime started" not in (machines.folder / "0.log").read_text():
         assert time.monotonic() < deadline, (machines.folder / "0.log").read_text()
         time.sleep(0.5)
-    for number in (1, 2):
+    for number in (1, 2):  # one after the other: two nodes that start at once choose the same names for their sockets
         joined = [
             f"--address={machines.address(0)}:6379",
             f"--node-ip-address={machines.address(number)}",
             "--num-cpus=1",
         ]
         machines.start(number, *ray, *joined, "--labels=place=rollouts", *small, log=f"{number}.log")
-    for number in (1, 2):
         while "Ray runtime started" not in (machines.folder / f"{number}.log").read_text():
             assert time.monotonic() < deadline, (machines.folder / f"{number}.log").read_text()
             time.sleep(0.5)

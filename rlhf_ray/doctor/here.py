@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray.doctor.findings import Finding, gib, room
 from rlhf_ray.plan.memory import GIB
@@ -45,7 +46,7 @@ def _python() -> Iterator[Finding]:
         yield Finding(HERE, "packages", "ok", ", ".join(right) or "cannot be told: rlhf_ray is not installed")
 
 
-def _required() -> list[tuple[str, object]]:
+def _required() -> list[tuple[str, Any]]:
     """Name and versions of what this package needs, extras aside."""
     from packaging.requirements import Requirement
 

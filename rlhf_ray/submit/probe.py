@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import shutil
@@ -18,19 +19,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 MARK = "rlhf-ray-probe:"
 TIMEOUT_S = 120.0
 
 
-def above(path):
+def above(path: str) -> str:
     """The innermost folder at or above `path` that is there."""
     while not os.path.isdir(path) and os.path.dirname(path) != path:
         path = os.path.dirname(path)
     return path
 
 
-def package_sha256():
+def package_sha256() -> str | None:
     """Of the rlhf_ray that is installed, None where there is none. Nothing of it runs."""
     with contextlib.suppress(Exception):
         spec = importlib.util.find_spec("rlhf_ray")
@@ -39,9 +42,9 @@ def package_sha256():
     return None
 
 
-def folder_sha256(folder):
+def folder_sha256(folder: str) -> str:
     digest = hashlib.sha256()
-    found = []
+    found: list[str] = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != "__pycache__"]
         found += [os.path.join(root, name) for name in names if name.endswith(".py")]
@@ -52,8 +55,8 @@ def folder_sha256(folder):
     return digest.hexdigest()
 
 
-def versions(names):
-    found = {}
+def versions(names: Iterable[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
@@ -62,7 +65,7 @@ def versions(names):
     return found
 
 
-def gpus():
+def gpus() -> list[dict[str, Any]]:
     """Name, memory in bytes and driver of each GPU, by nvidia-smi: importing torch would take seconds."""
     query = "--query-gpu=name,memory.total,driver_version"
     try:
@@ -79,7 +82,7 @@ def gpus():
     return [{"name": n.strip(), "bytes": int(float(m)) * 2**20, "driver": d.strip()} for n, m, d in rows]
 
 
-def memory():
+def memory() -> tuple[int | None, int | None]:
     """Bytes in all and free."""
     sizes = {}
     with contextlib.suppress(OSError), open("/proc/meminfo") as file:
@@ -89,7 +92,7 @@ def memory():
     return sizes.get("MemTotal"), sizes.get("MemAvailable")
 
 
-def listening():
+def listening() -> list[tuple[str, int]]:
     """[[address, port]] of the TCP sockets that listen on more than the loopback address. Linux only."""
     found = set()
     for name, width in (("/proc/net/tcp", 8), ("/proc/net/tcp6", 32)):
@@ -106,7 +109,7 @@ def listening():
     return sorted(found)
 
 
-def readable(path):
+def readable(path: str) -> str:
     """Empty if `path` can be read, else why not."""
     try:
         if os.path.isdir(path):
@@ -119,14 +122,14 @@ def readable(path):
     return ""
 
 
-def importable(name):
+def importable(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError, AttributeError):
         return False
 
 
-def look(questions, marker):
+def look(questions: dict[str, Any], marker: str | None) -> dict[str, Any]:
     """What one node says. marker: a file that another node has made in the folder that is to be written."""
     folder = above(questions["write"]) if questions.get("write") else None
     writable = None
@@ -167,11 +170,11 @@ def look(questions, marker):
     }
 
 
-def main(questions):
+def main(questions: dict[str, Any]) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ray.init(log_to_driver=False, logging_level="ERROR")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
     own = ray.get_runtime_context().get_node_id()
     marker = None
     if questions.get("write"):

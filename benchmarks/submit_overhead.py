@@ -3,8 +3,8 @@
     python benchmarks/submit_overhead.py --output
 
 The job: PPO on stories260K with a length reward, 12 steps. Three ways, in turn: on a Ray that the job starts itself; submitted; and
-submitted without asking the nodes first (--no-check). The cluster is one node that `cluster/local_nodes.sh` starts, with a token; it
-is up before the clock starts.
+submitted without asking the nodes first (--no-check). The cluster is one node that `cluster/local_nodes.sh` starts, with a token, before
+the clock starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from _common import data_folder, emit, parser, report, spread
 
 ROOT = Path(__file__).parents[1]
 REWARD = "def score(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
-PORT, DASHBOARD = "16379", "18265"
+PORT, DASHBOARD, AGENT = "26379", "28265", "28365"
 POLL_S = 0.05
 
 
@@ -73,7 +73,12 @@ def main() -> None:
         folder = Path(scratch)
         write_job(folder, data_folder())
         script = ["bash", str(ROOT / "cluster" / "local_nodes.sh")]
-        nodes = environment | {"RLHF_RAY_CLUSTER": str(folder / "c"), "PORT": PORT, "DASHBOARD_PORT": DASHBOARD}
+        nodes = environment | {
+            "RLHF_RAY_CLUSTER": str(folder / "c"),
+            "PORT": PORT,
+            "DASHBOARD_PORT": DASHBOARD,
+            "AGENT_PORT": AGENT,
+        }
         nodes |= {"PYTHONPATH": str(ROOT)}
         subprocess.run([*script, "start", "1", "0"], env=nodes, check=True)
         try:

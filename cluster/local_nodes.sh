@@ -6,12 +6,14 @@
 #
 # Tested: two-core CPU machine, Ray 2.60 (declared GPUs are numbers: nothing runs on them, but placement is real).
 # The environment of this shell, with `ray` in PATH, is that of the nodes. Settings: RLHF_RAY_CLUSTER (folder, its path short: Ray
-# puts sockets there), PORT (6379), DASHBOARD_PORT (8265), CPUS (per node; default 4: threads, not cores, are what is limited).
+# puts sockets there), PORT (6379), DASHBOARD_PORT (8265), AGENT_PORT (52365 and the next ones, a node each: jobs are started through
+# these), CPUS (per node; default 4: threads, not cores, are what is limited). No port may lie between 10002 and 19999.
 set -euo pipefail
 
 folder=${RLHF_RAY_CLUSTER:-/tmp/rlhf-ray-cluster-$(id -u)}
 port=${PORT:-6379}
 dashboard=${DASHBOARD_PORT:-8265}
+agent=${AGENT_PORT:-52365}
 cpus=${CPUS:-4}
 
 stop() {
@@ -45,16 +47,18 @@ start() {
     unset RAY_ADDRESS
     trap 'stop' ERR INT TERM
     launch head ray start --head --block --disable-usage-stats --temp-dir "$folder/ray" --port "$port" \
-        --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --num-cpus "$cpus" --num-gpus "$gpus"
+        --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --num-cpus "$cpus" --num-gpus "$gpus" \
+        --dashboard-agent-listen-port "$agent"
     for _ in $(seq 120); do
         answer=$(curl -s -o /dev/null -w '%{http_code}' "http://127.0.0.1:$dashboard/api/jobs/" || true)
         [ "$answer" = 401 ] && break
         sleep 0.5
     done
-    [ "$answer" = 401 ] || { echo "error: the head did not come up; see $folder/head.log" >&2; stop; exit 3; }
+    [ "$answer" = 401 ] || { echo "error: the head did not come up: $(tail -n 1 "$folder/head.log"); see $folder/head.log" >&2; stop; exit 3; }
     for number in $(seq 2 "$nodes"); do
         launch "node$number" ray start --block --disable-usage-stats --address "127.0.0.1:$port" \
-            --node-ip-address 127.0.0.1 --num-cpus "$cpus" --num-gpus "$gpus" --labels "rlhf-ray/node=$number"
+            --node-ip-address 127.0.0.1 --num-cpus "$cpus" --num-gpus "$gpus" --labels "rlhf-ray/node=$number" \
+            --dashboard-agent-listen-port $((agent + number - 1))
         # One after the other: two that start at once choose the same names for their sockets.
         for _ in $(seq 120); do grep -q "Ray runtime started" "$folder/node$number.log" && break; sleep 0.5; done
     done
@@ -77,5 +81,5 @@ launch() {
 case "${1:-}" in
     start) shift; start "$@" ;;
     stop) stop ;;
-    *) sed -n '2,9p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,10p' "$0" >&2; exit 2 ;;
 esac

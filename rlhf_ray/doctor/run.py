@@ -43,7 +43,8 @@ def examine(
     if config is not None:
         found += jobs.placement(config, machines)
         found += jobs.quantised(config, next(f for f in found if f.name == "bitsandbytes"))
-        for each in jobs.templates_of(config) or [None]:
+        templates: list[str | None] = [*jobs.templates_of(config)]
+        for each in templates or [None]:
             found += jobs.tokens(model or config.model_name_or_path, config.revision, template or each)
     elif model is not None:
         found += jobs.tokens(model, None, template)

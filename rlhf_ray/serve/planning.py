@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_ray.config import EvaluateConfig, LoraConfig, PPOConfig
 from rlhf_ray.config.serve import ServeConfig
@@ -65,7 +65,7 @@ def plan_service(
     return Plan(chosen, [stage], where, placed, None if gib is None else int(gib * GIB), here)
 
 
-def _base(config: ServeConfig) -> dict[str, object]:
+def _base(config: ServeConfig) -> dict[str, Any]:
     """The fields that a job of a stage has in common with a service."""
     names = (
         "model_name_or_path",
@@ -85,11 +85,11 @@ def _adapter_bytes(config: ServeConfig, estimator: Estimator) -> int:
     """Of one adapter as it is assumed: those of a fresh policy."""
     fresh = PPOConfig(
         **_base(config),
-        rewards=[{"function": "none.py:none"}],
+        rewards=[{"function": "none.py:none"}],  # type: ignore[arg-type]
         lora=ASSUMED,
         advantage_estimator="rloo",
         num_generations=2,
-    )  # type: ignore[arg-type]
+    )
     (process, *_) = estimator.processes(fresh)
     return process.phases["load"].get("adapters", 0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,6 +20,8 @@ from rlhf_ray.errors import ConfigError, ResourceError
 
 LOOK_S = 15.0
 """The longest that a cluster may take to answer."""
+START_S = 60.0
+"""A cluster that has just been started takes so long before it takes jobs."""
 TOKEN_FILE = "~/.ray/auth_token"
 MOST_TOKEN_BYTES = 10_000
 TUNNEL = "is the cluster up? its port 8265 is reached through a tunnel: ssh -L 8265:127.0.0.1:8265 HEAD"
@@ -160,11 +163,19 @@ class Cluster:
     def submit(
         self, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
     ) -> None:
-        self._asked(
-            lambda: self._client.submit_job(
-                entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env, metadata=metadata
-            )
-        )
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                self._asked(
+                    lambda: self._client.submit_job(
+                        entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env, metadata=metadata
+                    )
+                )
+                return
+            except ResourceError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
     def details(self, submission_id: str) -> Any:
         """Ray's JobDetails: status, message, driver_exit_code, ..."""

@@ -204,7 +204,8 @@ def main(questions: dict[str, Any]) -> None:
                 "ray": ray.__version__,
             }
             try:
-                said |= ray.get(asked[node["NodeID"]], timeout=0.1)
+                answer: Any = ray.get(asked[node["NodeID"]], timeout=0.1)
+                said |= answer
             except Exception as error:
                 said["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             found.append(said)

@@ -52,12 +52,13 @@ def test_the_script_of_local_nodes(chain: Path, tmp_path: Path) -> None:
     """Two nodes with a declared GPU each, from the script as it is; the doctor sees both; `stop` ends all of it."""
     import psutil
 
-    port, dashboard = free_ports(2)
+    port, dashboard, agent = free_ports(3)
     folder = Path(f"/tmp/rl{os.getpid()}")
     environment = clean_environment() | {
         "RLHF_RAY_CLUSTER": str(folder),
         "PORT": str(port),
         "DASHBOARD_PORT": str(dashboard),
+        "AGENT_PORT": str(agent),
     }
     script = str(ROOT / "cluster" / "local_nodes.sh")
     try:
@@ -65,19 +66,19 @@ def test_the_script_of_local_nodes(chain: Path, tmp_path: Path) -> None:
             ["bash", script, "start", "2", "1"], env=environment, capture_output=True, text=True, timeout=200
         )
         assert started.returncode == 0, started.stderr
-        pids = [int(path.read_text()) for path in (folder / "pids").iterdir()]
-        assert len(pids) == 2 and (folder / "token").stat().st_mode & 0o077 == 0
+        assert len(list((folder / "pids").iterdir())) == 2 and (folder / "token").stat().st_mode & 0o077 == 0
         ours = clean_environment() | CANARIES | {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}
         code, found = doctor("--address", f"http://127.0.0.1:{dashboard}", environment=ours)
         gpus = [f for (_, name), f in found.items() if name.endswith(" GPU")]
-        assert code == 0 and len(gpus) >= 1
+        assert code == 0 and len(gpus) >= 1, [f for f in found.values() if f["status"] == "fail"]
         assert (
             all("Ray is told of 1 GPUs, nvidia-smi sees 0" in f["said"] for f in gpus)
             or "1 GPU for Ray" in gpus[0]["said"]
         )
     finally:
         subprocess.run(["bash", script, "stop"], env=environment, capture_output=True, timeout=100)
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    left = [p for p in psutil.process_iter(["cmdline", "status"]) if str(folder) in " ".join(p.info["cmdline"] or ())]
+    assert not [p for p in left if p.info["status"] != psutil.STATUS_ZOMBIE], left
     subprocess.run(["rm", "-rf", str(folder)], check=False)
 
 

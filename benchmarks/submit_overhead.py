@@ -3,8 +3,8 @@
     python benchmarks/submit_overhead.py --output
 
 The job: PPO on stories260K with a length reward, 12 steps. Three ways, in turn: on a Ray that the job starts itself; submitted; and
-submitted without asking the nodes first (--no-check). The cluster is one node that `cluster/local_nodes.sh` starts, with a token, before
-the clock starts.
+submitted without asking the nodes first (--no-check). The cluster is one node that `cluster/local_nodes.sh` starts, with a token,
+before the clock starts.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ def test_a_cluster_and_a_job(cluster: Any, chain: Path, tmp_path: Path) -> None:
     assert job["placement"] == job["model"] == job["pad token"] == job["template"] == "ok"
 
 
+@pytest.mark.long
 def test_without_a_token_it_fails_closed(cluster: Any, chain: Path) -> None:
     environment = {k: v for k, v in cluster.environment.items() if k != "RAY_AUTH_TOKEN_PATH"}
     code, found = doctor("--address", cluster.url, environment=environment)

@@ -107,6 +107,7 @@ def test_a_run_that_lost_its_disk_goes_on_from_the_copy(job: str, bucket: Callab
     assert adapter(run) == adapter(tmp_path / "runs" / "whole")
 
 
+@pytest.mark.long
 def test_what_has_no_commit_is_not_read_and_damage_is_passed_over(
     job: str, bucket: Callable[[str], str], tmp_path: Path
 ) -> None:

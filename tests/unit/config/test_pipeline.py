@@ -101,6 +101,8 @@ def test_missing_runs_are_blamed_but_not_those_the_pipeline_makes(
         ("x.yaml", HEAD + "data: {train: x}\ninit_from: base\n", "reward"),
         ("my-reward.yaml", HEAD + "data: {train: x}\n", "reward"),
         ("sft.yaml", HEAD + "data: {train: x}\n", "sft"),
+        ("x.yaml", HEAD + "ppo: {}\nspace: {kl_coef: [0.1, 0.2]}\n", "sweep"),
+        ("x.yaml", HEAD + "registry: registry\n", "serve"),
     ],
 )
 def test_the_stage_is_seen_from_the_fields_or_the_name(name: str, text: str, stage: str, workdir: Path) -> None:
@@ -115,7 +117,7 @@ def test_an_ambiguous_job_asks_for_the_stage(workdir: Path) -> None:
         load_any("x.yaml")
     assert caught.value.lines() == [
         "error: x.yaml: cannot tell which stage this job is for; "
-        "fix: add --stage, one of sft, reward, ppo, evaluate, pipeline"
+        "fix: add --stage, one of sft, reward, ppo, evaluate, pipeline, sweep, serve"
     ]
     assert load_any("x.yaml", stage="reward")[0] == "reward"
     assert isinstance(load_any("x.yaml", ["rewards=[{run: runs/reward}]"])[1], PPOConfig)

@@ -28,8 +28,8 @@ RULE = "rlhf_ray.data.tinyworld:score"
 COEFFICIENTS = {
     "kl": (0.1, 0.5),
     "clamped_kl": (0.1, 0.5),
-    "bregman": (0.1, 0.5),
-    "jensen_shannon": (0.5, 2.0),
+    "bregman": (0.3, 2.0),
+    "jensen_shannon": (1.0, 4.0),
     "squared_error": (0.2, 1.0),
     "none": (0.0,),
 }

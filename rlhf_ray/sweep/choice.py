@@ -1,10 +1,10 @@
 """Which setting wins a sweep, by a stated rule, and how sure that is.
 
-Admitted are settings all of whose trials came to their end (a mean over survivors flatters), whose mean KL is within the cap and
-whose replies kept their length within the ratio. The winner is the admitted setting with the highest mean score over its seeds.
-Another setting is called worse only if the difference is more than two standard errors, from the spread between seeds pooled over
-all settings (one-way analysis of variance); with one seed each, from the held-out prompts alone, which says nothing about what
-another seed would give.
+Admitted are settings of which as many trials came to their end as of any other (a mean over survivors flatters), whose mean KL is
+within the cap and whose replies kept their length within the ratio. The winner is the admitted setting with the highest mean score
+over its seeds. Another setting is called worse only if the difference is more than two standard errors, from the spread between
+seeds pooled over all settings (one-way analysis of variance); with one seed each, from the held-out prompts alone, which says
+nothing about what another seed would give.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Choice:
 
 def choose(settings: Sequence[Setting], kl_cap: float | None, length_ratio: float | None) -> Choice:
     """Apply the rule above."""
-    excluded = [(s, why) for s in settings if (why := _objection(s, kl_cap, length_ratio))]
+    whole = set(map(id, _whole(settings)))
+    excluded = [(s, why) for s in settings if (why := _objection(s, id(s) in whole, kl_cap, length_ratio))]
     out = {s.name for s, _ in excluded}
     admitted = sorted((s for s in settings if s.name not in out), key=lambda s: -s.score)
     spread = pooled_deviation([s.scores for s in settings])
@@ -47,9 +48,15 @@ def choose(settings: Sequence[Setting], kl_cap: float | None, length_ratio: floa
     return Choice(winner, best, tuple(ties), tuple(excluded), score_error(winner, spread), by)
 
 
-def _objection(setting: Setting, kl_cap: float | None, length_ratio: float | None) -> str:
-    if setting.missing:
-        return f"not all of its trials came to their end: {setting.missing}"
+def _whole(settings: Sequence[Setting]) -> list[Setting]:
+    """Those of which the most trials came to their end."""
+    most = max((len(s.outcomes) for s in settings), default=0)
+    return [s for s in settings if len(s.outcomes) == most]
+
+
+def _objection(setting: Setting, whole: bool, kl_cap: float | None, length_ratio: float | None) -> str:
+    if not whole:
+        return f"fewer of its trials came to their end: {setting.missing}"
     kl, ratio = setting.mean(K1), setting.length_ratio
     if kl_cap is not None and not kl <= kl_cap:
         return f"KL {kl:.3g} nats is over the cap of {kl_cap:g}"
@@ -78,9 +85,9 @@ def difference_error(one: Setting, other: Setting, spread: float | None) -> floa
 
 
 def frontier(settings: Sequence[Setting]) -> list[Setting]:
-    """The settings, of those all of whose trials ended, that no other beats: more score at no more KL. In order of KL."""
+    """The settings, of those with the most finished trials, that no other beats: more score at no more KL. In order of KL."""
     kept: list[Setting] = []
-    for setting in sorted((s for s in settings if not s.missing), key=lambda s: (s.mean(K1), -s.score)):
+    for setting in sorted(_whole(settings), key=lambda s: (s.mean(K1), -s.score)):
         if not kept or setting.score > kept[-1].score:
             kept.append(setting)
     return kept

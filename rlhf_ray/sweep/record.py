@@ -121,7 +121,7 @@ def setting_row(setting: Setting, choice: Choice, settings: Sequence[Setting]) -
 
 def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
     """The winner, the rule it won by, and how sure that is, as plain JSON."""
-    rule = f"highest mean {config.metric} over the seeds, all of whose trials came to their end"
+    rule = f"highest mean {config.metric} over the seeds, of settings with the most finished trials"
     if config.kl_cap is not None:
         rule += f", mean KL (k1) at most {config.kl_cap:g} nats"
     if config.length_ratio is not None:

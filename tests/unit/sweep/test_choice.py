@@ -109,9 +109,12 @@ def test_a_setting_that_lost_a_trial_cannot_win() -> None:
     """The mean over the trials that survived flatters; so it is neither chosen nor on the frontier, and the table says why."""
     lucky = setting("lucky", [9.0, 9.1])
     lost = Outcome(Trial("lucky", {"which": "lucky"}, 2, Path("x")), "stopped", "beyond max_kl")
-    outcomes = [*lucky.outcomes, lost, *setting("steady", [1.0, 1.1]).outcomes]
+    outcomes = [*lucky.outcomes, lost, *setting("steady", [1.0, 1.1, 1.2]).outcomes]
     settings = settings_of(outcomes, METRIC)
     choice = choose(settings, None, None)
     assert choice.winner is not None and choice.winner.name == "steady"
-    assert [why for _, why in choice.excluded] == ["not all of its trials came to their end: seed 2 stopped"]
+    assert [why for _, why in choice.excluded] == ["fewer of its trials came to their end: seed 2 stopped"]
     assert [s.name for s in frontier(settings)] == ["steady"]
+    both_lost = settings_of([*lucky.outcomes, lost, *setting("steady", [1.0, 1.1]).outcomes], METRIC)
+    chosen = choose(both_lost, None, None).winner
+    assert chosen is not None and chosen.name == "lucky", "where no setting is whole, those with the most are compared"

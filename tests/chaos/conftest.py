@@ -15,7 +15,8 @@ import signal
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,20 @@ class World:
             marks.mkdir(exist_ok=True)
             found["RLHF_RAY_FAULT_MARKS"] = str(marks)
         return Child(self.context, self.folder, self.folder / f"child-{self._number}.log", list(argv), found)
+
+    def kill(self, argv: Sequence[str], name: str, moment: float) -> None:
+        """kill -9 of the job NAME `moment` seconds after its first metrics, or sooner on a machine that had ended it by then."""
+        log = self.run(name) / "metrics.jsonl"
+        while True:
+            child = self.start(*argv)
+            wait_for(lambda: log.exists() and log.stat().st_size, what=child.text)
+            time.sleep(moment)
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+            if child.wait() == -signal.SIGKILL:
+                return
+            shutil.rmtree(self.run(name))
+            moment /= 2
 
     def finish(self, name: str) -> str:
         """`rlhf-ray resume`, which must end well. What it said."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import signal
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +57,9 @@ def test_killed_in_a_save(world: Any, untouched: Path, point: str, note: Any, sa
 
 
 @pytest.mark.parametrize("seed", some([(n,) for n in range(10)], (0, 1)))
-def test_killed_at_random(world: Any, untouched: Path, seed: int, note: Any, same: Any, until: Any) -> None:
+def test_killed_at_random(world: Any, untouched: Path, seed: int, note: Any, same: Any) -> None:
     """Fault 10, with driver, generator and learner in one process: kill -9 at any moment, `resume` in the next."""
     name = f"kill-{seed}"
-    log, moment = world.run(name) / "metrics.jsonl", random.Random(seed).uniform(0.0, 3.0)
-    while True:
-        child = world.start("ppo", world.job(name))
-        until(lambda: log.exists() and log.stat().st_size, what=child.text)
-        time.sleep(moment)
-        with suppress(ProcessLookupError):
-            os.kill(child.pid, signal.SIGKILL)
-        if child.wait() == -signal.SIGKILL:
-            break
-        shutil.rmtree(world.run(name))  # a fast machine had ended the run before that moment
-        moment /= 2
+    world.kill(("ppo", world.job(name)), name, random.Random(seed).uniform(0.0, 3.0))
     world.finish(name)
     note(10, same(untouched, world.run(name)), "same weights and metrics")

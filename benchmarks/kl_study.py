@@ -1,4 +1,4 @@
-"""The study of KL penalties: five penalties and none, three coefficients each, three seeds, compared at equal measured KL.
+"""The study of KL penalties: five penalties and none, two or three coefficients each, three seeds, compared at equal measured KL.
 
     python benchmarks/kl_study.py --demo runs/demo --output        (the bundled task, on the SFT and reward runs of a finished demo)
     python benchmarks/kl_study.py --output                         (stories260K, rewarded by VADER)
@@ -36,15 +36,15 @@ COEFFICIENTS = {
         "none": [0.0],
     },
     "stories": {
-        "kl": [0.01, 0.04, 0.16],
-        "clamped_kl": [0.01, 0.04, 0.16],
-        "bregman": [0.01, 0.04, 0.16],
-        "jensen_shannon": [0.04, 0.16, 0.64],
-        "squared_error": [0.02, 0.08, 0.32],
+        "kl": [0.04, 0.2],
+        "clamped_kl": [0.04, 0.2],
+        "bregman": [0.1, 0.6],
+        "jensen_shannon": [0.3, 1.5],
+        "squared_error": [0.08, 0.4],
         "none": [0.0],
     },
 }
-STORIES = {"rollout_batch_size": 64, "num_mini_batches": 2, "max_steps": 16, "eval_steps": 4, "learning_rate": 2e-3}
+STORIES = {"rollout_batch_size": 64, "num_mini_batches": 2, "max_steps": 16, "eval_steps": 8, "learning_rate": 2e-3}
 
 
 def tiny(demo: Path, folder: Path) -> dict[str, Any]:

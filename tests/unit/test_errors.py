@@ -29,6 +29,7 @@ def test_the_tree_has_the_exit_codes_of_the_contract() -> None:
         "ArtifactError": 5,
         "InvariantError": 1,
         "Interrupted": 75,
+        "LimitReached": 75,
     }
 
 

@@ -7,8 +7,10 @@ tokens of a step go to one callback, all together.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -30,6 +32,9 @@ from rlhf_ray.models.sampler import Sampler
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+NICENESS = 5
+"""Of the decode thread, and so of torch's own threads that it starts: processes that take in, refuse and hand over requests come
+first, since each of them is needed for milliseconds only, and decoding would keep them waiting for a whole time slice."""
 PLACEHOLDER = "placeholder"
 """PEFT keeps one adapter active and must not lose it: a rank-1 one with B = 0 on a single layer, which no row ever names."""
 
@@ -121,6 +126,8 @@ class DecodeThread:
             self._wake.notify()
 
     def _run(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # a thread of its own priority is Linux's alone
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         with torch.no_grad():

@@ -145,7 +145,7 @@ def resident_mib(service: Service) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="requests wait in Serve's proxy before anything of ours can refuse them")
+@pytest.mark.xfail(reason="requests wait in Serve's proxy before anything of ours can refuse them")
 def test_a_minute_of_ten_times_too_much(service: Service) -> None:
     """Fault 27. What is too much is refused fast, memory stays flat, and the next request is answered as if nothing had been."""
 

@@ -129,7 +129,8 @@ class _RowFactors:
         self._factors: list[tuple[Any, Tensor, Tensor]] = []  # layer, down [rows, r, in], up [rows, r, out]
 
     def of(self, adapters: Sequence[str | None]) -> list[Hook]:
-        rank = max(layer.r[n] for layer in self._layers for n in set(adapters) if n in layer.lora_A)
+        names = set(adapters)
+        rank = max(layer.r[n] for layer in self._layers for n in names if n in layer.lora_A)
         if rank > self._rank or len(adapters) > len(self._names):
             self._allocate(max(len(adapters), min(2 * len(self._names), 2 * len(adapters))), max(rank, self._rank))
         for row, name in enumerate(adapters):

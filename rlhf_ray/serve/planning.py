@@ -7,12 +7,11 @@ from typing import Any, Literal
 from rlhf_ray.config import EvaluateConfig, LoraConfig, PPOConfig
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.plan.asks import Ask, this_machine
+from rlhf_ray.plan.asks import Ask
 from rlhf_ray.plan.ledger import Device
 from rlhf_ray.plan.memory import GIB, Phases, Process
-from rlhf_ray.plan.preflight import check, is_given_a_cluster, nodes_of
-from rlhf_ray.stages.launch import cluster
-from rlhf_ray.stages.placement import cluster_nodes
+from rlhf_ray.plan.preflight import check
+from rlhf_ray.stages.launch import at_hand
 from rlhf_ray.stages.plan import Plan, StagePlan, room_here
 from rlhf_ray.stages.plan_advice import option
 from rlhf_ray.stages.plan_estimate import Estimator
@@ -95,16 +94,11 @@ def _adapter_bytes(config: ServeConfig, estimator: Estimator) -> int:
 
 
 def _placement(config: ServeConfig, copies: int, share: float) -> tuple[bool, str]:
-    import ray
-
     each = {"CPU": config.replicas.num_cpus if config.replicas.num_cpus is not None else 0.1}
     asks = [Ask("replica", copies, each | ({"GPU": share} if share else {}))]
     try:
-        if not ray.is_initialized() and not is_given_a_cluster():
-            found = check(asks, [this_machine()])
-        else:
-            with cluster():
-                found = check(asks, cluster_nodes() or nodes_of(ray.nodes()))
+        with at_hand() as (_, nodes, _):
+            found = check(asks, nodes)
     except ResourceError as error:
         return False, "; ".join(f"{p.where}: {p.what}" for p in error.problems)
     return True, f"{copies} copies on {', '.join(dict.fromkeys(found['replica']))}"

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from rlhf_ray.errors import ConfigError, Interrupted, ResourceError, RlhfRayErro
 from rlhf_ray.interrupts import Signals, Stop
 from rlhf_ray.models.artifact import resume_command
 from rlhf_ray.models.checkpoints import DISK_FULL
-from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks, this_machine
+from rlhf_ray.plan.asks import ACCELERATOR, Ask, Node, role_asks, this_machine
 from rlhf_ray.plan.preflight import check, check_this_machine, is_given_a_cluster, nodes_of
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, enter, process_session, worker_session
@@ -87,13 +87,22 @@ def placement_of(config: JobFields) -> dict[str, list[str]]:
     Raises ResourceError, as `launch` does, if the job can never be placed."""
     if config.learner.num_workers == 0:
         return {}
+    with at_hand() as (resources, nodes, own_ray):
+        return check(role_asks(config, resources, own_ray), nodes)
+
+
+@contextlib.contextmanager
+def at_hand() -> Iterator[tuple[Mapping[str, float], list[Node], bool]]:
+    """What a job could be placed on: resources, nodes, and whether Ray would be our own. A Ray that is there is asked, none is
+    started for it."""
     import ray
 
     if not ray.is_initialized() and not is_given_a_cluster():
         machine = this_machine()
-        return check(role_asks(config, machine.resources, own_ray=True), [machine])
+        yield machine.resources, [machine], True
+        return
     with cluster() as own_ray:
-        return check(role_asks(config, ray.cluster_resources(), own_ray), cluster_nodes() or nodes_of(ray.nodes()))
+        yield ray.cluster_resources(), cluster_nodes() or nodes_of(ray.nodes()), own_ray
 
 
 @contextlib.contextmanager
@@ -112,8 +121,8 @@ def cluster() -> Iterator[bool]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     given = is_given_a_cluster()  # ray.init finds it by itself
     if not given:
-        # Nobody starts the control service of our own Ray again. Whoever waits for it, as Ray's agents do after a kill -9 of this
-        # process, waits in vain: for a minute, by default.
+        # Nobody starts the control service of our own Ray again: a job that has lost it ends after 20 s, not after a minute. (Ray's
+        # agents wait their own minute after a kill -9 of this process, whatever is set here.)
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_GONE_S))
     options: dict[str, Any] = {} if given else {"include_dashboard": False}
     try:

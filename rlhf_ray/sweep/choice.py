@@ -34,8 +34,8 @@ class Choice:
 
 def choose(settings: Sequence[Setting], kl_cap: float | None, length_ratio: float | None) -> Choice:
     """Apply the rule above."""
-    whole = set(map(id, _whole(settings)))
-    excluded = [(s, why) for s in settings if (why := _objection(s, id(s) in whole, kl_cap, length_ratio))]
+    whole = {s.name for s in _whole(settings)}
+    excluded = [(s, why) for s in settings if (why := _objection(s, s.name in whole, kl_cap, length_ratio))]
     out = {s.name for s, _ in excluded}
     admitted = sorted((s for s in settings if s.name not in out), key=lambda s: -s.score)
     spread = pooled_deviation([s.scores for s in settings])

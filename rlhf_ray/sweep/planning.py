@@ -8,12 +8,9 @@ from typing import Literal
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.plan.asks import this_machine
-from rlhf_ray.plan.preflight import is_given_a_cluster, nodes_of
-from rlhf_ray.stages.launch import cluster
-from rlhf_ray.stages.placement import cluster_nodes
+from rlhf_ray.stages.launch import at_hand
 from rlhf_ray.stages.plan import Plan, plan
-from rlhf_ray.sweep.capacity import Capacity, capacity
+from rlhf_ray.sweep.capacity import capacity
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trials import job_of, planned, trial_of
 
@@ -39,7 +36,8 @@ def plan_sweep(
     stages = [replace(stage, stage="a trial (ppo)") for stage in worst.stages]
     count = len(planned(config)) or config.num_samples * len(config.seeds)
     try:
-        fits = _capacity(jobs)
+        with at_hand() as (resources, nodes, own_ray):
+            fits = capacity(jobs, resources, nodes, own_ray)
     except ResourceError as error:
         told = "; ".join(f"{p.where}: {p.what}" for p in error.problems)
         return replace(worst, stages=stages, placed=False, placement=told)
@@ -55,13 +53,3 @@ def _jobs(config: SweepConfig) -> list[PPOConfig]:
     settings = [t.settings for t in trials] or corners(read_space(config.space))
     jobs = [job_of(config, trial_of(config, s, config.seeds[0])) for s in settings]
     return list({job.model_dump_json(exclude=_NO_MEMORY): job for job in jobs}.values())
-
-
-def _capacity(jobs: list[PPOConfig]) -> Capacity:
-    import ray
-
-    if not ray.is_initialized() and not is_given_a_cluster():
-        machine = this_machine()
-        return capacity(jobs, machine.resources, [machine], own_ray=True)
-    with cluster() as own_ray:
-        return capacity(jobs, ray.cluster_resources(), cluster_nodes() or nodes_of(ray.nodes()), own_ray)

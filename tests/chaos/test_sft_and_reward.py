@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.artifact import describe_files, open_run
 
+from .dropping import Drop, state, tensors
+
 pytestmark = pytest.mark.integration
-Drop = Callable[[Path], None]
 STAGES = ("sft", "reward")
 STEPS = 10
 FIELDS: dict[str, Any] = {
@@ -124,18 +123,6 @@ def stopped(world: Any) -> dict[str, Path]:
     return {stage: world.run(f"{stage}-stopped") for stage in STAGES}
 
 
-def state(**fresh: Any) -> Drop:
-    """Items of state.json as they are in a run that has not begun."""
-
-    def drop(checkpoint: Path) -> None:
-        path = checkpoint / "state.json"
-        values = json.loads(path.read_text())
-        assert all(values[name] != value for name, value in fresh.items()), "nothing would be lost"
-        path.write_text(json.dumps({**values, **fresh}))
-
-    return drop
-
-
 def window(checkpoint: Path) -> None:
     path = checkpoint / "state.json"
     values = json.loads(path.read_text())
@@ -148,18 +135,6 @@ def window(checkpoint: Path) -> None:
 def epoch(checkpoint: Path) -> None:
     path = checkpoint / "trainer_state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "global_step": 2}))
-
-
-def tensors(file: str, wanted: str) -> Drop:
-    """Zeros for all tensors of `file` whose name holds `wanted`."""
-
-    def drop(checkpoint: Path) -> None:
-        found = load_file(checkpoint / file)
-        names = [name for name in found if wanted in name]
-        assert names and any(bool(found[name].any()) for name in names), "nothing would be lost"
-        save_file(found | {name: torch.zeros_like(found[name]) for name in names}, checkpoint / file, {"format": "pt"})
-
-    return drop
 
 
 ITEMS: dict[str, Drop] = {

@@ -34,7 +34,7 @@ from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.models.adapters import adapter_parameters, add_fresh, wrap
 
 HERE = Path(__file__).parent
-TOKENS, ADAPTERS, LIMIT = 64, 32, 32
+TOKENS, ADAPTERS, LIMIT = 64, 32, 32  # rows at a time; half as many wait
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -147,7 +147,7 @@ def ours(scratch: Path, model: Path, adapters: dict[str, str], threads: int) -> 
         "model_name_or_path": str(model),
         "adapters": adapters,
         "port": port,
-        "limits": {"max_batch_rows": LIMIT, "max_waiting_rows": LIMIT, "max_loaded_adapters": ADAPTERS},
+        "limits": {"max_batch_rows": LIMIT, "max_waiting_rows": LIMIT // 2, "max_loaded_adapters": ADAPTERS},
         "replicas": {"num_threads": threads},
     }
     job.write_text(dump_yaml(values))

@@ -48,7 +48,7 @@ class LimitsConfig(Section):
 
     max_batch_rows: Annotated[int, Field(ge=1, le=1024)] = field(32, "replies that a copy writes at the same time")
     max_waiting_rows: Annotated[int, Field(ge=0, le=100_000)] = field(
-        32, "replies that may wait for a place in each copy; beyond that a request is answered 429"
+        16, "replies that may wait for a place in each copy; beyond that a request is answered 429"
     )
     max_loaded_adapters: Annotated[int, Field(ge=1, le=1024)] = field(
         32, "adapters in the memory of each copy; the least recently used one that is idle makes room"

@@ -29,9 +29,6 @@ ATTEMPTS = 3
 """A reply whose replica dies is begun again on another one, with the same seed."""
 API_REQUESTS = 10_000
 MODELS_KEPT_S = 0.5
-FULL_S = 0.03
-"""After a replica has said that it is full, requests are refused for so long without asking one: about the time in which a place
-becomes free. Under overload the processor is for those who are in."""
 
 
 @serve.deployment(name="Engine")
@@ -79,16 +76,14 @@ class Replicas:
         self._engine, self._limits = engine, config.limits
         self._streaming = engine.options(stream=True)
         self._models: tuple[float, list[dict[str, Any]]] | None = None
-        self._full_until = 0.0
 
     async def complete(self, ask: Ask) -> list[dict[str, Any]]:
-        self._refuse_while_full()
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s + 5
         for attempt in range(1, ATTEMPTS + 1):
             response = self._engine.complete.remote(ask)
             try:
                 async with asyncio.timeout_at(deadline):
-                    return self._noted(await response)
+                    return list(await response)
             except asyncio.CancelledError:
                 response.cancel()
                 raise
@@ -102,14 +97,13 @@ class Replicas:
 
     async def stream(self, ask: Ask) -> AsyncIterator[list[dict[str, Any]]]:
         """A replica that dies before it said anything is replaced by another one."""
-        self._refuse_while_full()
         for attempt in range(1, ATTEMPTS + 1):
             response: Any = self._streaming.stream.remote(ask)
             said = False
             try:
                 async for events in response:
                     said = True
-                    yield self._noted(events)
+                    yield events
                 return
             except (RayError, BackPressureError, DeploymentUnavailableError, RequestCancelledError) as error:
                 self._settle(error, last=said or attempt == ATTEMPTS)
@@ -129,21 +123,9 @@ class Replicas:
         assert self._models is not None
         return self._models[1]
 
-    def _refuse_while_full(self) -> None:
-        if asyncio.get_running_loop().time() < self._full_until:
-            raise overloaded(self._limits.retry_after_s)
-
-    def _noted(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`events`, after a look whether a replica says that it is full. (All slots of adapters busy is said of a model.)"""
-        error = events[0].get("error") if events else None
-        if error is not None and error["status"] == 429 and error["param"] is None:
-            self._full_until = asyncio.get_running_loop().time() + FULL_S
-        return events
-
     def _settle(self, error: BaseException, last: bool) -> None:
         """Return where another attempt makes sense; else raise what the client is told."""
         if isinstance(error, BackPressureError):
-            self._full_until = asyncio.get_running_loop().time() + FULL_S
             raise overloaded(self._limits.retry_after_s) from None
         gone = isinstance(error, (RayActorError, TaskCancelledError, DeploymentUnavailableError, RequestCancelledError))
         log.warning("a replica failed: %s", type(error).__name__)

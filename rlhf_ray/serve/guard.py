@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_ray.config.serve import ServeConfig, is_loopback
-from rlhf_ray.serve.errors import ApiError
+from rlhf_ray.serve.errors import SECURITY, ApiError, send_error
+from rlhf_ray.serve.gate import told
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 REFUSED_HEADERS = frozenset({b"x-request-disconnect-disabled"})
 """Ray Serve lets any client ask that its work goes on after it has left."""
-SECURITY = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-]
 
 
 class Guard:
@@ -28,6 +23,7 @@ class Guard:
         own = LOCAL if is_loopback(config.host) else frozenset({config.host})
         self.names = own | {name.lower() for name in config.allowed_hosts}
         self.any_host = config.api_keys is not None and not config.allowed_hosts
+        self.added = [*SECURITY, told(config)]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
@@ -39,15 +35,12 @@ class Guard:
             return
         error = self._refusal(scope)
         if error is not None:
-            body = json.dumps(error.to_json()).encode()
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await send({"type": "http.response.start", "status": error.status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            await send_error(error, send)
             return
 
         async def guarded(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *SECURITY]}
+                message = {**message, "headers": [*message.get("headers", ()), *self.added]}
             await send(message)
 
         await self.app(scope, receive, guarded)

@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError, ResourceError
+from rlhf_ray.serve import gate
 from rlhf_ray.session import usable_cores
 from rlhf_ray.stages.launch import cluster
 
@@ -31,6 +32,7 @@ def run_service(
     Raises ConfigError, ResourceError (the port is taken), ArtifactError for a base or adapter that does not fit."""
     console = console or LocalConsole()
     config = _prepared(config)
+    os.environ.setdefault(gate.SETTING, gate.CALLBACK)  # for the proxy, where the Ray is our own
     with cluster() as own_ray, _signals() as stopping:  # in this order: ray.init takes SIGTERM
         from ray import serve
 

@@ -1,0 +1,95 @@
+"""In Ray Serve's proxy, before anything is sent on: what is more than the service can take is refused there.
+
+A request that a replica refuses has crossed three processes by then. At ten times the load that a machine can take, this crossing
+eats the processor that the answers need, and requests queue in the proxy, which knows no bound. So the application tells the proxy
+with every answer how many requests it takes at a time (`told`), and the gate lets no more through.
+
+Serve calls `middlewares` in each proxy where the environment of its Ray node has SETTING=CALLBACK: `rlhf-ray serve` sets it for
+a Ray of its own, the files under cluster/ for theirs. Without it replicas refuse, later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.serve.errors import overloaded, send_error
+from rlhf_ray.serve.metrics import Metrics
+
+SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+CALLBACK = "rlhf_ray.serve.gate.middlewares"
+HEADER = b"x-rlhf-ray-places"
+WORK = ("/v1/chat/completions", "/v1/completions", "/v1/compare")
+
+
+def middlewares() -> list[Any]:
+    """What Serve's proxy asks for (Starlette's Middleware)."""
+    from starlette.middleware import Middleware
+
+    return [Middleware(Gate, metrics=Metrics())]
+
+
+def told(config: ServeConfig) -> tuple[bytes, bytes]:
+    """The header of every answer: requests that all copies take at a time, and the seconds a refused client is told to wait."""
+    limits, copies = config.limits, config.replicas.max_replicas or config.replicas.min_replicas
+    places = copies * (limits.max_batch_rows + limits.max_waiting_rows)
+    return HEADER, b"%d;%d" % (places, limits.retry_after_s)
+
+
+@dataclass
+class Door:
+    """Of one application, by its prefix.  places: None until it has told."""
+
+    places: int | None = None
+    retry_after_s: int = 1
+    inside: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.places is not None and self.inside >= self.places
+
+
+class Gate:
+    """ASGI middleware. A request takes a place when its body is there, so that one that dawdles keeps nobody out."""
+
+    def __init__(self, app: Any, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+        self.doors: dict[str, Door] = {}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        work = next((path for path in WORK if scope["type"] == "http" and scope["path"].endswith(path)), None)
+        if work is None or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        prefix = scope["path"].removesuffix(work)
+        door = self.doors.get(prefix) or Door()
+        if door.is_full:
+            self.metrics.count("refused")
+            await send_error(overloaded(door.retry_after_s), send)
+            return
+        is_inside = False
+
+        async def received() -> Any:
+            nonlocal is_inside
+            message = await receive()
+            if not is_inside and message["type"] == "http.request" and not message.get("more_body"):
+                is_inside = True
+                door.inside += 1
+            return message
+
+        async def noted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                for name, value in headers:
+                    if name == HEADER:
+                        places, _, retry = value.partition(b";")
+                        door.places, door.retry_after_s = int(places), int(retry)
+                        self.doors[prefix] = door
+                message = {**message, "headers": [(n, v) for n, v in headers if n != HEADER]}
+            await send(message)
+
+        try:
+            await self.app(scope, received, noted)
+        finally:
+            door.inside -= is_inside

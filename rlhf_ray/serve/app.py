@@ -6,6 +6,7 @@ proxy ──> Api (HTTP, keys, limits; no model) ──> Engine x N (base, adapt
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,6 +22,7 @@ from rlhf_ray.config.resolved import to_dict
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.serve.asks import Ask
 from rlhf_ray.serve.errors import ApiError, overloaded
+from rlhf_ray.serve.gate import places
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ ATTEMPTS = 3
 """A reply whose replica dies is begun again on another one, with the same seed."""
 API_REQUESTS = 10_000
 MODELS_KEPT_S = 0.5
+FAILED = (RayError, BackPressureError, DeploymentUnavailableError, RequestCancelledError)
 
 
 @serve.deployment(name="Engine")
@@ -85,12 +88,12 @@ class Replicas:
                 async with asyncio.timeout_at(deadline):
                     return list(await response)
             except asyncio.CancelledError:
-                response.cancel()
+                _cancel(response)
                 raise
             except TimeoutError:
-                response.cancel()
+                _cancel(response)
                 raise ApiError(504, "The reply was not finished in time.", "timeout") from None
-            except (RayError, BackPressureError, DeploymentUnavailableError, RequestCancelledError) as error:
+            except FAILED as error:
                 self._settle(error, last=attempt == ATTEMPTS)
                 await asyncio.sleep(0.05 * attempt)
         raise AssertionError
@@ -105,11 +108,11 @@ class Replicas:
                     said = True
                     yield events
                 return
-            except (RayError, BackPressureError, DeploymentUnavailableError, RequestCancelledError) as error:
+            except FAILED as error:
                 self._settle(error, last=said or attempt == ATTEMPTS)
                 await asyncio.sleep(0.05 * attempt)
             finally:
-                response.cancel()
+                _cancel(response)
 
     async def models(self) -> list[dict[str, Any]]:
         now = asyncio.get_running_loop().time()
@@ -132,6 +135,12 @@ class Replicas:
         if last or not gone:
             code = "replica_failed" if gone else "internal_error"
             raise ApiError(503 if gone else 500, "The service failed on this request. Try again.", code) from None
+
+
+def _cancel(response: Any) -> None:
+    """Serve raises here what a request met before it had a replica: a second time, and in the place of what is being told."""
+    with contextlib.suppress(*FAILED):
+        response.cancel()
 
 
 @serve.deployment(name="Api")
@@ -160,16 +169,15 @@ def build(args: dict[str, Any]) -> serve.Application:
 def application(config: ServeConfig, own_ray: bool = False) -> serve.Application:
     """own_ray: on a Ray of our own everything fits, whatever the number of cores."""
     values, limits, replicas = to_dict(config), config.limits, config.replicas
-    rows = limits.max_batch_rows + limits.max_waiting_rows
     cpus = replicas.num_cpus if replicas.num_cpus is not None else 0.1 if own_ray else 1.0
     gpus = replicas.num_gpus
     if gpus is None:
         gpus = min(ray.cluster_resources().get("GPU", 0.0), 1.0) if ray.is_initialized() else 0.0
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus},
-        "max_ongoing_requests": 2
-        * rows,  # a replica that is full says so itself, at once; requests must reach it for that
-        "max_queued_requests": rows,
+        # A replica that is full says so itself, at once; requests must reach it for that.
+        "max_ongoing_requests": 2 * (limits.max_batch_rows + limits.max_waiting_rows),
+        "max_queued_requests": places(config),
         "graceful_shutdown_timeout_s": limits.request_timeout_s + 5,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 5,

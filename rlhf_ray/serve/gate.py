@@ -30,11 +30,15 @@ def middlewares() -> list[Any]:
     return [Middleware(Gate, metrics=Metrics())]
 
 
-def told(config: ServeConfig) -> tuple[bytes, bytes]:
-    """The header of every answer: requests that all copies take at a time, and the seconds a refused client is told to wait."""
+def places(config: ServeConfig) -> int:
+    """Requests that all copies together take at a time, if each wants one reply."""
     limits, copies = config.limits, config.replicas.max_replicas or config.replicas.min_replicas
-    places = copies * (limits.max_batch_rows + limits.max_waiting_rows)
-    return HEADER, b"%d;%d" % (places, limits.retry_after_s)
+    return copies * (limits.max_batch_rows + limits.max_waiting_rows)
+
+
+def told(config: ServeConfig) -> tuple[bytes, bytes]:
+    """The header of every answer: places, and the seconds that a refused client is told to wait."""
+    return HEADER, b"%d;%d" % (places(config), config.limits.retry_after_s)
 
 
 @dataclass
@@ -83,8 +87,7 @@ class Gate:
                 headers = list(message.get("headers", ()))
                 for name, value in headers:
                     if name == HEADER:
-                        places, _, retry = value.partition(b";")
-                        door.places, door.retry_after_s = int(places), int(retry)
+                        door.places, door.retry_after_s = map(int, value.split(b";"))
                         self.doors[prefix] = door
                 message = {**message, "headers": [(n, v) for n, v in headers if n != HEADER]}
             await send(message)

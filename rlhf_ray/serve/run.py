@@ -22,6 +22,7 @@ from rlhf_ray.session import usable_cores
 from rlhf_ray.stages.launch import cluster
 
 POLL_S = 0.5
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def run_service(
@@ -46,10 +47,10 @@ def run_service(
                 "port": config.port,
                 "request_timeout_s": config.limits.request_timeout_s + 15,
             },
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config=LOGGING,
         )
         try:
-            target = serve.RunTarget(target=application(config, own_ray), name=NAME, route_prefix="/")
+            target = serve.RunTarget(application(config, own_ray), NAME, "/", logging_config=LOGGING)
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
             if _wait_until_up(config, console, stopping):
                 url = f"http://{_shown(config.host)}:{config.port}"

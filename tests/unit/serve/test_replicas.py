@@ -1,0 +1,61 @@
+"""What the API makes of Serve's own refusals."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.serve.exceptions import BackPressureError
+
+from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.serve.app import Replicas
+from rlhf_ray.serve.asks import Ask
+from rlhf_ray.serve.errors import ApiError
+
+ASK = Ask(models=("base",), prompts=({"text": "Hello"},))
+
+
+class Response:
+    """Of a request that never got a replica: Serve raises why when it is read, and again when it is cancelled."""
+
+    def __await__(self) -> Any:
+        raise BackPressureError(num_queued_requests=16, max_queued_requests=16)
+
+    def __aiter__(self) -> Response:
+        return self
+
+    async def __anext__(self) -> Any:
+        await self
+
+    def cancel(self) -> None:
+        self.__await__()
+
+
+class Engine:
+    """What Serve's handle looks like."""
+
+    def __init__(self) -> None:
+        self.complete = self.stream = self
+
+    def options(self, stream: bool) -> Engine:
+        return self
+
+    def remote(self, ask: Ask) -> Response:
+        return Response()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_full_queue_is_a_429(tmp_path: Path, streamed: bool) -> None:
+    replicas = Replicas(Engine(), ServeConfig(output_dir=str(tmp_path), model_name_or_path="base"))  # type: ignore[arg-type]
+
+    async def asked() -> None:
+        if streamed:
+            await anext(replicas.stream(ASK))
+        else:
+            await replicas.complete(ASK)
+
+    with pytest.raises(ApiError) as error:
+        asyncio.run(asked())
+    assert error.value.status == 429 and error.value.retry_after == 1

@@ -11,7 +11,7 @@ from rlhf_ray.plan.asks import Ask
 from rlhf_ray.plan.ledger import Device
 from rlhf_ray.plan.memory import GIB, Phases, Process
 from rlhf_ray.plan.preflight import check
-from rlhf_ray.stages.launch import at_hand
+from rlhf_ray.stages.cluster import at_hand
 from rlhf_ray.stages.plan import Plan, StagePlan, room_here
 from rlhf_ray.stages.plan_advice import option
 from rlhf_ray.stages.plan_estimate import Estimator

@@ -19,7 +19,7 @@ from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError, ResourceError
 from rlhf_ray.serve import gate
 from rlhf_ray.session import usable_cores
-from rlhf_ray.stages.launch import cluster
+from rlhf_ray.stages.cluster import cluster
 
 POLL_S = 0.5
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
@@ -34,7 +34,7 @@ def run_service(
     console = console or LocalConsole()
     config = _prepared(config)
     os.environ.setdefault(gate.SETTING, gate.CALLBACK)  # for the proxy, where the Ray is our own
-    with cluster() as own_ray, _signals() as stopping:  # in this order: ray.init takes SIGTERM
+    with cluster("start the service again") as own_ray, _signals() as stopping:  # in this order: ray.init takes SIGTERM
         from ray import serve
 
         from rlhf_ray.serve.app import NAME, application

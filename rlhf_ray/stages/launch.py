@@ -11,27 +11,26 @@ same work would meet again is left in the desk instead (stages/desk.py), and rai
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
-from rlhf_ray.errors import ConfigError, Interrupted, ResourceError, RlhfRayError
+from rlhf_ray.errors import Interrupted, RlhfRayError
 from rlhf_ray.interrupts import Signals, Stop
 from rlhf_ray.models.artifact import resume_command
 from rlhf_ray.models.checkpoints import DISK_FULL
-from rlhf_ray.plan.asks import ACCELERATOR, Ask, Node, role_asks, this_machine
-from rlhf_ray.plan.preflight import check, check_this_machine, is_given_a_cluster, nodes_of
+from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
+from rlhf_ray.plan.preflight import check, check_this_machine
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, enter, process_session, worker_session
+from rlhf_ray.stages.cluster import at_hand, cluster
 from rlhf_ray.stages.desk import Desk, open_desk
-from rlhf_ray.stages.placement import check_cluster, cluster_nodes, default_threads, placed
+from rlhf_ray.stages.placement import check_cluster, default_threads, placed
 
 Body = Callable[[Any, Session], Run]
 
@@ -41,8 +40,6 @@ MAX_PREEMPTIONS = 10
 """The same where a node was taken away, which is nobody's fault."""
 START_FAILURES = 2
 PREEMPTION_GRACE_S = 30.0
-GCS_GONE_S = 20
-"""After so many seconds without Ray's control service the processes of a Ray of our own end."""
 GROUP_TIMEOUT_S = 1800
 """Of torch's process group: the longest that a rank waits for another one, loading included. The watchdog is quicker."""
 
@@ -57,7 +54,7 @@ def launch(body: Body, config: JobFields, console: Console) -> Run:
     check_this_machine(config)
     with open_desk(Path(config.output_dir).absolute().parent) as desk:
         signals = Signals(desk.stop(), console, config.output_dir, resume, config.stop_grace_s)
-        with signals, cluster() as own_ray:
+        with signals, cluster(resume) as own_ray:
             import ray
 
             signals.install()  # ray.init takes SIGTERM
@@ -89,75 +86,6 @@ def placement_of(config: JobFields) -> dict[str, list[str]]:
         return {}
     with at_hand() as (resources, nodes, own_ray):
         return check(role_asks(config, resources, own_ray), nodes)
-
-
-@contextlib.contextmanager
-def at_hand() -> Iterator[tuple[Mapping[str, float], list[Node], bool]]:
-    """What a job could be placed on: resources, nodes, and whether Ray would be our own. A Ray that is there is asked, none is
-    started for it."""
-    import ray
-
-    if not ray.is_initialized() and not is_given_a_cluster():
-        machine = this_machine()
-        yield machine.resources, [machine], True
-        return
-    with cluster() as own_ray:
-        yield ray.cluster_resources(), cluster_nodes() or nodes_of(ray.nodes()), own_ray
-
-
-@contextlib.contextmanager
-def cluster() -> Iterator[bool]:
-    """A Ray to run on: the one this process or its environment is connected to, else one of our own for the length of the job.
-
-    Yields whether the Ray is our own."""
-    import ray
-
-    if ray.is_initialized():
-        yield False
-        return
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "1800")
-    # Ray lowers its workers' priority to 15: beside a busy process of this machine they would get a thirtieth of a core, and a job
-    # that takes a minute does not end in ten. 0 leaves them the priority of the command that the user gave.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    given = is_given_a_cluster()  # ray.init finds it by itself
-    if not given:
-        # Nobody starts the control service of our own Ray again: a job that has lost it ends after 20 s, not after a minute. (Ray's
-        # agents wait their own minute after a kill -9 of this process, whatever is set here.)
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_GONE_S))
-    options: dict[str, Any] = {} if given else {"include_dashboard": False}
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except Exception as error:
-        if (known := cannot_join(error)) is None:
-            raise
-        raise known from error
-    _protect_token()
-    try:
-        yield not given
-    finally:
-        ray.shutdown()
-
-
-def cannot_join(error: BaseException) -> RlhfRayError | None:
-    """One line of what kept this process from joining or starting a Ray; None if it is nothing that is known."""
-    text = str(error)
-    if "timed out during startup" in text:
-        fix = "wait for other work on this machine to end, or give the address of a running Ray (RAY_ADDRESS)"
-        return ResourceError.at("ray", "did not start in time: this machine is too busy", fix=fix)
-    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", text)
-    if "Version mismatch" in text and len(versions) == 2:
-        theirs, ours = (f"Ray {ray}, Python {python}" for ray, python in versions)
-        fix = "run this command in the cluster's environment, or start the cluster from this one"
-        return ConfigError.at("ray", "the cluster runs other versions than this process", theirs, ours, fix)
-    return None
-
-
-def _protect_token() -> None:
-    """Ray writes its token readable for everybody; one token is full code execution."""
-    token = Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):
-        if token.is_file() and token.stat().st_uid == os.getuid():
-            token.chmod(0o600)
 
 
 def _fit(body: Body, config: JobFields, console: Console, ask: Ask, pools: Any, desk: Desk) -> Run:

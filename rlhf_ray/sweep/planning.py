@@ -8,7 +8,7 @@ from typing import Literal
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.stages.launch import at_hand
+from rlhf_ray.stages.cluster import at_hand
 from rlhf_ray.stages.plan import Plan, plan
 from rlhf_ray.sweep.capacity import capacity
 from rlhf_ray.sweep.space import corners, read_space

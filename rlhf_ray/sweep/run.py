@@ -21,8 +21,8 @@ from rlhf_ray.metrics import figure
 from rlhf_ray.models.artifact import RunFolder, create_run, is_run, open_run, resume_command
 from rlhf_ray.plan.preflight import nodes_of
 from rlhf_ray.run import Run
+from rlhf_ray.stages.cluster import cluster
 from rlhf_ray.stages.discard import discarded_on_error
-from rlhf_ray.stages.launch import cluster
 from rlhf_ray.stages.placement import cluster_nodes
 from rlhf_ray.sweep.capacity import Capacity, capacity
 from rlhf_ray.sweep.record import Record
@@ -55,7 +55,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
 
 
 def _run(config: SweepConfig, record: Record, signals: Signals, console: Console) -> None:
-    with cluster() as own_ray:
+    with cluster(resume_command(config.output_dir)) as own_ray:
         import ray
 
         signals.install()  # ray.init takes SIGTERM

@@ -43,11 +43,6 @@ def of_ray(pid: int, word: str) -> int:
     return found
 
 
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's own watchers of a node outlive a raylet that was killed by a minute (they try to tell the control service, which is gone as
-well); they hold no resources and serve nobody."""
-
-
 def alive(pids: set[int]) -> list[int]:
     return [p for p in pids if Path(f"/proc/{p}").exists() and " Z " not in Path(f"/proc/{p}/stat").read_text()]
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from rlhf_ray.stages.launch import cluster
+from rlhf_ray.stages.cluster import cluster
 
 pytestmark = pytest.mark.integration
 
@@ -17,7 +17,7 @@ def test_its_workers_have_the_priority_of_the_command(monkeypatch: pytest.Monkey
 
     for name in ("RAY_ADDRESS", "RAY_worker_niceness"):
         monkeypatch.delenv(name, raising=False)
-    with cluster() as own:
+    with cluster("") as own:
         assert own
         niceness = ray.remote(num_cpus=0.1)(lambda: os.nice(0)).remote()
         assert ray.get(niceness, timeout=60) == os.nice(0)

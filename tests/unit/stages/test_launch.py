@@ -13,7 +13,8 @@ import pytest
 
 from rlhf_ray.config import SFTConfig
 from rlhf_ray.errors import ConfigError, ResourceError
-from rlhf_ray.stages.launch import cannot_join, launch
+from rlhf_ray.stages.cluster import cannot_join
+from rlhf_ray.stages.launch import launch
 
 
 def job(**learner: object) -> SFTConfig:

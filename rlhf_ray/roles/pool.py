@@ -31,7 +31,7 @@ from rlhf_ray.errors import Interrupted, RlhfRayError
 from rlhf_ray.faults import reach
 from rlhf_ray.session import enter, peak_memory
 
-ATTEMPTS = 4
+ATTEMPTS = 3
 """Tries of one piece of work, over all actors."""
 MAX_RESTARTS = 4
 """Restarts of one actor in a run."""

@@ -28,9 +28,9 @@ def test_the_largest_process_is_named() -> None:
     [
         (
             OutOfMemoryError(SAID),
-            "out of memory in 4 attempts (10,260 of 24,105 MB on its node; 7,997 MB in RoleActor, pid 25300), while scoring",
+            "out of memory in 3 attempts (10,260 of 24,105 MB on its node; 7,997 MB in RoleActor, pid 25300), while scoring",
         ),
-        (WorkerCrashedError(), "lost in 4 attempts (WorkerCrashedError), while scoring"),
+        (WorkerCrashedError(), "lost in 3 attempts (WorkerCrashedError), while scoring"),
     ],
 )
 def test_work_that_was_lost_in_every_attempt(error: Exception, what: str) -> None:

@@ -57,7 +57,8 @@ start() {
     done
     [ "$answer" = 401 ] || { echo "error: the head did not come up: $(tail -n 1 "$folder/head.log"); see $folder/head.log" >&2; stop; exit 3; }
     for number in $(seq 2 "$nodes"); do
-        launch "node$number" ray start --block --disable-usage-stats --address "127.0.0.1:$port" \
+        # A folder of its own: in a shared one each node unpacks a job anew, over the head of the node on which it runs.
+        launch "node$number" ray start --block --disable-usage-stats --address "127.0.0.1:$port" --temp-dir "$folder/ray$number" \
             --node-ip-address 127.0.0.1 --num-cpus "$cpus" --num-gpus "$gpus" --labels "rlhf-ray/node=$number" \
             --dashboard-agent-listen-port $((agent + number - 1))
         # One after the other: two that start at once choose the same names for their sockets.

@@ -58,6 +58,7 @@ def submit(
             limit_bytes=int(max_package * 1e6),
             check_nodes=not no_check,
             detach=detach,
+            debug=debug,
         )
     if as_json:
         told = {"id": done.id, "address": done.url, "output_dir": done.output_dir, "exit_code": done.exit_code}

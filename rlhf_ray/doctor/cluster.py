@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import urllib.parse
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rlhf_ray.config.serve import is_loopback
 from rlhf_ray.doctor.findings import Finding, Status, gib, room
@@ -27,8 +29,8 @@ def access(address: str | None) -> tuple[Cluster | None, list[Finding]]:
     bare = look(url)
     if bare.status == 401:
         found.append(Finding(ABOUT, "authentication", "ok", "on: GET /api/jobs/ without a token answers 401"))
-    elif bare.status:
-        told = f"off: GET /api/jobs/ without a token answers {bare.status}"
+    elif bare.status == 200:
+        told = "off: GET /api/jobs/ without a token answers 200"
         fix = "ray get-auth-token --generate, then RAY_AUTH_MODE=token on every node, driver and client"
         found.append(Finding(ABOUT, "authentication", "fail", told, fix))
     if urllib.parse.urlsplit(url).scheme == "http" and not is_loopback(urllib.parse.urlsplit(url).hostname or ""):
@@ -37,8 +39,7 @@ def access(address: str | None) -> tuple[Cluster | None, list[Finding]]:
     try:
         cluster = connect(url, lambda line: None)
     except RlhfRayError as error:
-        problem = error.problems[0]
-        found.append(Finding(ABOUT, "access", "fail", f"{problem.where}: {problem.what}", problem.fix))
+        found.append(_failed("access", error))
         return None, found
     if cluster.token is not None:
         found.append(Finding(ABOUT, "access", "ok", f"the token of {cluster.token.where} is accepted"))
@@ -50,9 +51,9 @@ def nodes(cluster: Cluster, storage: str | None, read: Sequence[str]) -> tuple[l
     try:
         answers = ask_nodes.ask(cluster, read, storage)
     except RlhfRayError as error:
-        problem = error.problems[0]
-        return [], [Finding(ABOUT, "nodes", "fail", str(problem), problem.fix)]
+        return [], [_failed("nodes", error)]
     answers.sort(key=lambda node: HEAD not in node["resources"])
+    _name(answers)
     silent = [node for node in answers if "error" in node]
     found = [Finding(ABOUT, called(node), "fail", f"does not answer: {node['error']}") for node in silent]
     talking = [node for node in answers if "error" not in node]
@@ -64,13 +65,27 @@ def nodes(cluster: Cluster, storage: str | None, read: Sequence[str]) -> tuple[l
     return talking, found
 
 
+def _failed(name: str, error: RlhfRayError) -> Finding:
+    problem = error.problems[0]
+    return Finding(ABOUT, name, "fail", str(replace(problem, fix="")), problem.fix)
+
+
 def machines(answers: Sequence[Node]) -> list[Machine]:
     """The nodes as a job's placement sees them."""
     return [Machine(node["address"], dict(node["resources"]), dict(node["labels"])) for node in answers]
 
 
 def called(node: Node) -> str:
-    return ("head " if HEAD in node["resources"] else "node ") + str(node["address"])
+    return str(node.get("called") or f"{'head' if HEAD in node['resources'] else 'node'} {node['address']}")
+
+
+def _name(answers: Sequence[Node]) -> None:
+    """Nodes of one machine have one address: they are numbered."""
+    seen: Counter[str] = Counter()
+    for node in answers:
+        name = called(node)
+        seen[name] += 1
+        node["called"] = name if seen[name] == 1 else f"{name} #{seen[name]}"
 
 
 def _versions(answers: Sequence[Node]) -> Iterator[Finding]:
@@ -123,6 +138,8 @@ def _ports(answers: Sequence[Node], cluster: Cluster) -> Iterator[Finding]:
     if own is not None:
         ports.setdefault(own, "dashboard")
     for node in answers:
+        if (gcs := str(node.get("gcs", "")).rpartition(":")[2]).isdigit():
+            ports.setdefault(int(gcs), "GCS")
         is_open = sorted({(port, ports[port]) for _, port in node["listening"] if port in ports})
         told = ", ".join(f"{what} {port}" for port, what in is_open)
         status: Status = "ok"

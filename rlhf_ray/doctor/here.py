@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -126,6 +127,7 @@ def bitsandbytes() -> Finding:
     name = "bitsandbytes"
     if importlib.util.find_spec(name) is None:
         return Finding(HERE, name, "ok", "not installed; load_in_4bit and load_in_8bit need it")
+    logging.getLogger(name).setLevel(logging.ERROR)  # optional kernels that it did not find
     try:
         import torch
         from bitsandbytes import functional

@@ -5,6 +5,7 @@ The token goes into the header of each request and nowhere else: not into argv, 
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import time
@@ -98,6 +99,8 @@ def look(address: str, token: Token | None = None, timeout_s: float = LOOK_S) ->
             return Answer(found.status, found.read(200).decode("utf-8", "replace"))
     except urllib.error.HTTPError as error:
         return Answer(error.code, error.read(200).decode("utf-8", "replace"))
+    except http.client.HTTPException:  # a port of Ray's own protocol, say
+        return Answer(0, "what listens there does not speak HTTP")
     except (urllib.error.URLError, OSError, ValueError) as error:
         return Answer(0, " ".join(str(getattr(error, "reason", error)).split()))
 
@@ -120,8 +123,16 @@ def connect(address: str | None, warn: Callable[[str], None]) -> Cluster:
     elif bare.status in (401, 403):
         token = _accepted(url)
     else:
-        raise ResourceError.at(url, "does not answer as Ray does", "a Ray dashboard", f"HTTP status {bare.status}")
+        raise _no_dashboard(url, bare)
     return Cluster(url, token)
+
+
+def _no_dashboard(url: str, answer: Answer) -> ResourceError:
+    parts = urllib.parse.urlsplit(url)
+    fix = "name the port of the head's dashboard, 8265 unless it was given another one"
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.netloc):
+        fix += f"; or a proxy answers in its place: NO_PROXY={parts.hostname}"
+    return ResourceError.at(url, "does not answer as Ray does", "a Ray dashboard", f"HTTP status {answer.status}", fix)
 
 
 def _accepted(url: str) -> Token:
@@ -133,8 +144,10 @@ def _accepted(url: str) -> Token:
     if answer.status in (401, 403):
         fix = "take the token of the cluster's head node"
         raise ConfigError.at(url, f"refuses the token of {token.where}", fix=fix)
+    if answer.status == 0:
+        raise ResourceError.at(url, f"cannot be reached: {answer.text}", fix=TUNNEL)
     if answer.status != 200:
-        raise ResourceError.at(url, "does not answer as Ray does", "a Ray dashboard", f"HTTP status {answer.status}")
+        raise _no_dashboard(url, answer)
     return token
 
 

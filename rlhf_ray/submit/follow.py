@@ -21,7 +21,7 @@ LOST_S = 120.0
 Answer = Literal["detach", "stop", "follow"]
 _PROGRESS = re.compile(r"(?P<stage>[\w-]+) (?P<step>\d+)/(?P<total>\d+)(?:   (?P<rest>.*))?")
 _FIGURE = re.compile(r"(\S+) (-?[\d.]+(?:e[-+]?\d+)?)(?:  |$)")
-_RAYS_OWN = ("Running entrypoint for job ",)
+_RAYS_OWN = re.compile(r"Running entrypoint for job .*|.* job_manager\.py:\d+ -- Runtime env is setting up\.")
 
 
 def follow(cluster: Cluster, submission_id: str, console: Console, again: str) -> int:
@@ -164,7 +164,7 @@ class _Lines:
         self._console.done()
 
     def _show(self, line: str) -> None:
-        if line.startswith(_RAYS_OWN):
+        if _RAYS_OWN.fullmatch(line):
             return
         found = _PROGRESS.fullmatch(line)
         if found:

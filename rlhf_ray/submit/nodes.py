@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shlex
@@ -9,6 +10,7 @@ import tempfile
 import time
 import uuid
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "datasets", "py
 OPTIONAL = ("flash-attn", "bitsandbytes")
 TIMEOUT_S = 180.0
 POLL_S = 0.3
+PROBE = "rlhf-ray-probe-"
+FORGET_S = 60.0
+"""Age at which a probe that has ended is deleted; clocks differ."""
+SHOWN = 3
+"""Nodes that a line names."""
 Node = dict[str, Any]
 
 
@@ -39,7 +46,8 @@ def ask(
         "modules": sorted(set(modules)),
         "packages": [*PACKAGES, *OPTIONAL],
     }
-    name = f"rlhf-ray-probe-{uuid.uuid4().hex[:12]}"
+    _forget_old(cluster)
+    name = f"{PROBE}{uuid.uuid4().hex[:12]}"
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-") as scratch:
         package = Path(scratch) / "probe.zip"
         with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -51,9 +59,18 @@ def ask(
     line = next((part for part in reversed(log.splitlines()) if part.startswith(probe.MARK)), None)
     if line is None:
         raise _silent(cluster, details, log)
-    cluster.delete(name)
     nodes: list[Node] = json.loads(line.removeprefix(probe.MARK))["nodes"]
     return nodes
+
+
+def _forget_old(cluster: Cluster) -> None:
+    """Delete the probes of some time ago. Ray looks after a job for a second or two beyond its end: one that is deleted at once
+    comes back, as a failed one without a command."""
+    with contextlib.suppress(ResourceError):
+        for job in cluster.jobs():
+            ended = job.end_time / 1000 if job.end_time else None
+            if str(job.submission_id).startswith(PROBE) and ended is not None and time.time() - ended > FORGET_S:
+                cluster.delete(job.submission_id)
 
 
 def _ended(cluster: Cluster, name: str) -> Any:
@@ -92,6 +109,14 @@ def place(node: Node) -> str:
     return f"node {node['address']}" + (f" ({node['hostname']})" if node.get("hostname") else "")
 
 
+def places(nodes: Sequence[Node]) -> str:
+    """Some of them, and how many more there are."""
+    counts = Counter(place(node) for node in nodes)
+    told = [name if count == 1 else f"{name} x {count}" for name, count in counts.items()]
+    more = len(told) - SHOWN
+    return ", ".join(told[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 def judge(nodes: Sequence[Node], needs: Sequence[Need], output_dir: str, warn: Callable[[str], None]) -> None:
     """ResourceError, all problems at once, if a node cannot run the job; versions that only differ are warned of."""
     problems = [p for node in nodes for p in _lacks(node)]
@@ -113,29 +138,36 @@ def _lacks(node: Node) -> Iterator[Problem]:
 
 
 def _unreadable(nodes: Sequence[Node], needs: Sequence[Need]) -> Iterator[Problem]:
+    """One problem for all nodes that lack the same for the same reason."""
     for need in needs:
+        lacking: dict[str, list[Node]] = {}
         for node in nodes:
             if need.kind == "module":
                 if not node.get("modules", {}).get(need.path, True):
-                    yield Problem(
-                        need.field, f"{place(node)} has no module {need.path}", fix="install it on every node"
-                    )
+                    lacking.setdefault("", []).append(node)
             elif why := node.get("read", {}).get(need.path, ""):
+                lacking.setdefault(why, []).append(node)
+        for why, those in lacking.items():
+            if need.kind == "module":
+                told, fix = f"has no module {need.path}", "install it on every node"
+            else:
+                told = f"cannot read {need.path}: {why}"
                 fix = "put it on storage that every node has under this path, or say where: --storage DIR"
-                yield Problem(need.field, f"{place(node)} cannot read {need.path}: {why}", fix=fix)
+            yield Problem(need.field, f"{places(those)} {told}", fix=fix)
 
 
 def _storage(nodes: Sequence[Node], output_dir: str) -> Iterator[Problem]:
-    refused = False
+    refused: dict[tuple[str, str], list[Node]] = {}
     for node in nodes:
         if why := node.get("writable"):
-            fix = "name a folder on shared storage: output_dir=... or --storage DIR"
-            refused = True
-            yield Problem("output_dir", f"{place(node)} cannot write in {node['folder']}: {why}", fix=fix)
+            refused.setdefault((node["folder"], why), []).append(node)
+    for (folder, why), those in refused.items():
+        fix = "name a folder on shared storage: output_dir=... or --storage DIR"
+        yield Problem("output_dir", f"{places(those)} cannot write in {folder}: {why}", fix=fix)
     folders = {node["folder"] for node in nodes if node.get("folder")}
     apart = [node for node in nodes if node.get("shared") is False]
     if not refused and (len(folders) > 1 or apart):
-        who = ", ".join(place(node) for node in apart) or "some nodes"
+        who = places(apart) if apart else "a node"
         fix = "name a folder on storage that all nodes share: output_dir=... or --storage DIR"
         yield Problem("output_dir", f"{output_dir} is not the same folder everywhere: {who} cannot see it", fix=fix)
 

@@ -175,7 +175,8 @@ def main(questions: dict[str, Any]) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    own = ray.get_runtime_context().get_node_id()
+    context = ray.get_runtime_context()
+    own = context.get_node_id()
     marker = None
     if questions.get("write"):
         marker = os.path.join(above(questions["write"]), f".rlhf-ray-marker-{os.getpid()}-{socket.gethostname()}")
@@ -202,6 +203,7 @@ def main(questions: dict[str, Any]) -> None:
                 "labels": node.get("Labels") or {},
                 "is_driver": node["NodeID"] == own,
                 "ray": ray.__version__,
+                "gcs": context.gcs_address,
             }
             try:
                 answer: Any = ray.get(asked[node["NodeID"]], timeout=0.1)

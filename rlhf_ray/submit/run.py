@@ -56,11 +56,13 @@ def submit(
     limit_bytes: int = LIMIT_BYTES,
     check_nodes: bool = True,
     detach: bool = False,
+    debug: bool = False,
 ) -> Submitted:
     """Send job file `job` to the cluster at `address`, and follow it to its end unless `detach`.
 
     storage: the folder that relative paths of the job mean on the cluster; default: the working folder.   name: the submission's;
-    default: from the job's.   check_nodes: ask every node first whether it has what the job needs.
+    default: from the job's.   check_nodes: ask every node first whether it has what the job needs.   debug: the job
+    tells tracebacks.
 
     Raises ConfigError (the job, a secret in it, the token), ResourceError (the cluster, a node), Interrupted if it was stopped."""
     command, config = load_any(job, overrides, stage, check_files=False)
@@ -78,7 +80,7 @@ def submit(
     submission_id = _name(name, parcel)
     options = [*(["--stage", stage] if stage else []), *(["--storage", storage] if storage else [])]
     again = shlex.join(["rlhf-ray", "submit", job, *overrides, *options, "--address", cluster.url])
-    size = _send(cluster, parcel, submission_id, with_package)
+    size = _send(cluster, parcel, submission_id, with_package, debug)
     done = Submitted(submission_id, cluster.url, cluster.token is not None, parcel.output_dir)
     console.header(
         f"submit  {submission_id}",
@@ -105,9 +107,9 @@ def _must_be_free(cluster: Cluster, parcel: Parcel) -> None:
             )
 
 
-def _send(cluster: Cluster, parcel: Parcel, submission_id: str, with_package: bool) -> int:
+def _send(cluster: Cluster, parcel: Parcel, submission_id: str, with_package: bool, debug: bool) -> int:
     """Upload and submit; the size of what was packed."""
-    entrypoint = shlex.join(["python", "-m", MODULE, parcel.command, JOB])
+    entrypoint = shlex.join(["python", "-m", MODULE, parcel.command, JOB, *(["--debug"] if debug else [])])
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(parcel.stop_s), "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800"}
     metadata = {"rlhf_ray": parcel.command, "output_dir": parcel.output_dir}
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-") as scratch:

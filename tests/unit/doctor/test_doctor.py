@@ -14,7 +14,7 @@ from rlhf_ray.doctor import cluster as there
 from rlhf_ray.doctor import here, job
 from rlhf_ray.doctor.findings import Finding, room, text, to_json
 from rlhf_ray.plan.memory import GIB
-from rlhf_ray.submit import nodes
+from rlhf_ray.submit import client, nodes
 
 
 def named(found: Any, name: str) -> Finding:
@@ -138,6 +138,26 @@ def test_declared_gpus_are_told_from_real_ones() -> None:
 def test_open_ports(listening: list[Any], token: str | None, status: str) -> None:
     (found,) = there._ports([node(listening=listening)], Cluster(token))  # type: ignore[arg-type]
     assert found.status == status
+
+
+def test_the_ports_of_this_very_cluster_are_known() -> None:
+    (found,) = there._ports([node(listening=[["all", 6400]], gcs="10.0.0.2:6400")], Cluster())  # type: ignore[arg-type]
+    assert found.said == "open beyond loopback: GCS 6400"
+
+
+def test_nodes_of_one_machine_are_numbered() -> None:
+    answers = [node(), node(), node("10.0.0.3")]
+    there._name(answers)
+    assert [there.called(n) for n in answers] == ["node 10.0.0.2", "node 10.0.0.2 #2", "node 10.0.0.3"]
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_what_is_no_ray_is_not_said_to_lack_authentication(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(there, "look", lambda url: client.Answer(status))
+    monkeypatch.setattr(client, "look", lambda url, *rest: client.Answer(status))
+    cluster, found = there.access("http://127.0.0.1:8265")
+    assert cluster is None and {f.name: f.status for f in found} == {"address": "ok", "access": "fail"}
+    assert f"got HTTP status {status}" in found[-1].said and str(found[-1]).count("fix:") == 1
 
 
 def test_storage_that_is_not_shared_fails() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -104,6 +106,25 @@ def test_what_is_no_cluster_is_told_in_a_line(server: Any) -> None:
         connect("http://127.0.0.1:9", print)
 
 
+def test_a_port_of_another_protocol_and_a_proxy_are_told(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port of Ray's control service, given in place of the dashboard's; a proxy of the environment that answers 404."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            one, _ = other.accept()
+            with one:
+                one.recv(1000)
+                one.sendall(b"\0\0\x18\x04\0\0\0\0\0\0\x04\0?\xff\xff\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ResourceError, match="what listens there does not speak HTTP"):
+            connect(f"http://127.0.0.1:{other.getsockname()[1]}", print)
+    monkeypatch.setenv("http_proxy", server(404))
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(ResourceError, match=r"got HTTP status 404; fix: name the port .*: NO_PROXY=head\.example"):
+        connect("http://head.example:8265", print)
+
+
 # ---------------------------------------------------------------- the end of a job
 
 
@@ -126,7 +147,7 @@ def test_the_exit_code_is_the_jobs() -> None:
 def test_progress_and_warnings_of_the_log_stay_what_they_are(console: Any) -> None:
     lines = _Lines(console)
     for piece in (
-        "Running entrypoint for job x\nsta",
+        "2026-11-21 20:42:14,704\tINFO job_manager.py:581 -- Runtime env is setting up.\nRunning entrypoint for job x\nsta",
         "ge 1 of 2: sft\nppo 3/40   reward/mean 0.51  kl/coef 1e-3   2.0 s left\n",
     ):
         lines.add(piece)
@@ -143,6 +164,21 @@ def test_rays_commands_are_quoted_and_name_no_token() -> None:
 
 
 # ---------------------------------------------------------------- what the nodes say
+
+
+def test_probes_of_some_time_ago_are_forgotten() -> None:
+    """Not the one of just now, which Ray would list again, and no job of anybody's."""
+    now = time.time() * 1000
+    gone: list[str] = []
+    listed = [
+        ("rlhf-ray-probe-1", now - 100_000),
+        ("rlhf-ray-probe-2", now - 1000),
+        ("mine", 1.0),
+        ("rlhf-ray-probe-3", None),
+    ]
+    jobs = [SimpleNamespace(submission_id=name, end_time=ended) for name, ended in listed]
+    nodes._forget_old(SimpleNamespace(jobs=lambda: jobs, delete=gone.append))  # type: ignore[arg-type]
+    assert gone == ["rlhf-ray-probe-1"]
 
 
 def node(address: str = "10.0.0.1", **said: Any) -> dict[str, Any]:
@@ -168,8 +204,19 @@ def test_all_that_nodes_lack_is_told_at_once() -> None:
         assert any(part in line for line in told), part
 
 
+def test_nodes_that_lack_the_same_share_a_line() -> None:
+    """Two nodes of one machine have one name; more than three are counted."""
+    why = {"/m": "No such file or directory"}
+    answers = [node(read=why), node(read=why), *(node(f"10.0.0.{n}", read=why) for n in range(2, 6)), node("10.0.0.9")]
+    with pytest.raises(ResourceError) as refused:
+        nodes.judge(answers, [Need("model_name_or_path", "folder", "/m")], "/shared/run", print)
+    (told,) = refused.value.problems
+    first = "model_name_or_path: node 10.0.0.1 (h) x 2, node 10.0.0.2 (h), node 10.0.0.3 (h) and 2 more cannot read /m: No such"
+    assert str(told).startswith(first)
+
+
 def test_a_folder_that_cannot_be_written_is_told_once() -> None:
-    answers = [node(writable="Permission denied", shared=False)]
+    answers = [node(a, writable="Permission denied", shared=False) for a in ("10.0.0.1", "10.0.0.2")]
     with pytest.raises(ResourceError, match=r"cannot write in /shared: Permission denied") as refused:
         nodes.judge(answers, [], "/shared/run", print)
     assert len(refused.value.problems) == 1

@@ -123,11 +123,13 @@ def copy_checkpoint(run: Path, checkpoint: Path, uri: str, tell: Tell) -> bool:
     return _tried(work, f"{checkpoint.name} was not copied to {uri}", tell)
 
 
-def copy_finished(run: Path, uri: str, tell: Tell) -> bool:
-    """Copy a run that is done: its manifest and every file that it seals."""
+def copy_finished(run: Path, uri: str, tell: Tell, again: bool = True) -> bool:
+    """Copy a run that is done: its manifest and every file that it seals.   again: also if a copy of a finished run is there."""
 
     def work() -> None:
         store = Store(uri)
+        if not again and store.text(f"final/{COMMIT}") is not None:
+            return
         store.delete("final")
         manifest = json.loads((run / "manifest.json").read_text())
         names = dict.fromkeys([*manifest["files"], *RUN_FILES, "summary.json", "report.html"])

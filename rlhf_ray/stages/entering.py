@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rlhf_ray.config import JobFields
 from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
+from rlhf_ray.models import object_store
 from rlhf_ray.models.artifact import RunFolder, atomic_write_text, config_changes, create_run, is_run, open_run
 from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.models.checkpoints import delete_checkpoint
@@ -22,7 +23,7 @@ from rlhf_ray.session import Session
 
 MAY_CHANGE = (
     *("output_dir", "resume", "run_name", "report_to", "learner.", "wait_for_resources", "stop_grace_s", "watchdog_s"),
-    *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit"),
+    *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit", "copy_to"),
 )
 """Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""
 
@@ -39,6 +40,7 @@ def enter_run(
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.checkpoints() or folder.manifest()["status"] == "done":
             require_same(folder, values, may_change)
+            copy_from_now_on(folder, config.copy_to, session.console.warn)
         else:  # nothing was kept of what ran under other settings
             atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
             folder.update_manifest(seed=config.seed)
@@ -60,6 +62,7 @@ def enter_afresh(
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.manifest()["status"] == "done":
             require_same(folder, values, may_change)
+            copy_from_now_on(folder, config.copy_to, session.console.warn)
             session.console.log(f"{stage}: {config.output_dir} is finished; nothing to do")
             finished = load_run(folder.path).to_json()
         elif existed:
@@ -85,6 +88,18 @@ def require_same(folder: RunFolder, values: Mapping[str, Any], may_change: tuple
         for name, (old, new) in config_changes(folder.config(), values).items()
         if not name.startswith(may_change)
     )
+
+
+def copy_from_now_on(folder: RunFolder, uri: str | None, warn: Callable[[str], None]) -> None:
+    """Another `copy_to` than before: the next checkpoints go there. A finished run, whose configuration is sealed, is copied there
+    now, unless that was done before. What lies at the old place stays."""
+    values = folder.config()
+    if values.get("copy_to") == uri:
+        return
+    if folder.manifest()["status"] != "done":
+        atomic_write_text(folder.path / "config.yaml", dump_yaml({**values, "copy_to": uri}))
+    elif uri is not None:
+        object_store.copy_finished(folder.path, uri, warn, again=False)
 
 
 def start_over(folder: RunFolder, config: JobFields) -> None:

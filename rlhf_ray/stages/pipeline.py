@@ -17,6 +17,7 @@ from rlhf_ray.report import write_report
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
 from rlhf_ray.stages.discard import discarded_on_error
+from rlhf_ray.stages.entering import copy_from_now_on
 from rlhf_ray.stages.evaluate import run_evaluate
 from rlhf_ray.stages.launch import Body, launch
 from rlhf_ray.stages.ppo import train_ppo
@@ -53,6 +54,7 @@ def open_pipeline(config: PipelineConfig, session: Session, stage: str, held: Ex
     if session.is_main:
         folder = create_run(config.output_dir, stage, config.model_dump(mode="json"), config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
+        copy_from_now_on(folder, config.copy_to, session.console.warn)
     session.barrier()
     return open_run(config.output_dir, verify=False)
 

@@ -35,13 +35,14 @@ class Submitted:
 
     def lines(self) -> list[str]:
         """Ray's own commands for it."""
-        mode = "RAY_AUTH_MODE=token " if self.with_token else ""
-        address, name = shlex.quote(self.url), shlex.quote(self.id)
-        return [
-            f"logs    {mode}ray job logs --follow --address {address} {name}",
-            f"status  {mode}ray job status --address {address} {name}",
-            f"stop    {mode}ray job stop --address {address} {name}",
-        ]
+        words = {"logs": "logs --follow", "status": "status", "stop": "stop"}
+        return [f"{name:<8}{_rays(self.url, self.with_token, word, self.id)}" for name, word in words.items()]
+
+
+def _rays(url: str, with_token: bool, words: str, submission_id: str) -> str:
+    """A command of Ray's for a job. Its clients send a token only if they are told so."""
+    mode = "RAY_AUTH_MODE=token " if with_token else ""
+    return f"{mode}ray job {words} --address {shlex.quote(url)} {shlex.quote(submission_id)}"
 
 
 def submit(
@@ -101,7 +102,8 @@ def _must_be_free(cluster: Cluster, parcel: Parcel) -> None:
     """Two jobs must not have one run folder; the run's own lock would say so later, and on the cluster."""
     for other in cluster.jobs():
         if (other.metadata or {}).get("output_dir") == parcel.output_dir and not other.status.is_terminal():
-            fix = f"wait for it, or: ray job stop --address {cluster.url} {other.submission_id}"
+            stop = _rays(cluster.url, cluster.token is not None, "stop", other.submission_id)
+            fix = f"wait for it, or: {stop}"
             raise ConfigError.at(
                 "output_dir", f"{parcel.output_dir} is being written by job {other.submission_id}", fix=fix
             )

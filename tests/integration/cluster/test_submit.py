@@ -162,7 +162,7 @@ def test_detached_with_rays_own_commands(cluster: Any, chain: Path, submit: Subm
     commands = dict(re.findall(r"^  (logs|status|stop) +(RAY_AUTH_MODE=token ray job .*)$", said, re.M))
     assert set(commands) == {"logs", "status", "stop"} and all(told["id"] in c for c in commands.values())
     code, again = submit("chain.yaml", "output_dir=runs/alone")
-    assert code == 2 and f"is being written by job {told['id']}" in again, again
+    assert code == 2 and f"is being written by job {told['id']}" in again and commands["stop"] in again, again
     for word, expected in (("status", "RUNNING|PENDING"), ("stop", "stopped|Attempting")):
         done = subprocess.run(
             ["bash", "-c", commands[word]], env=cluster.environment, capture_output=True, text=True, timeout=120

@@ -15,6 +15,7 @@ from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.artifact import RunFolder, atomic_write_text, write_checkpoint
 from rlhf_ray.models.backbone import BaseIdentity
+from rlhf_ray.models.object_store import Store, restore
 from rlhf_ray.session import process_session
 from rlhf_ray.stages.entering import check_same_models, enter_run
 from rlhf_ray.stages.ppo_store import MAY_CHANGE
@@ -80,6 +81,26 @@ def test_all_changed_settings_come_at_once(enter: Entered) -> None:
 def test_where_and_how_often_may_change(enter: Entered) -> None:
     with_checkpoint(enter())
     enter(save_steps=7, save_total_limit=None, per_device_train_batch_size=2, max_kl=9.0, stop_grace_s=5.0)
+
+
+def test_copies_may_go_elsewhere(enter: Entered, tmp_path: Path) -> None:
+    """The next checkpoint goes to the new place; what the old one holds stays. A finished run is copied there once, its sealed
+    configuration untouched."""
+    first, second, third = (f"file://{tmp_path}/{name}" for name in ("first", "second", "third"))
+    with_checkpoint(enter(copy_to=first))
+    folder = enter(copy_to=second)
+    write_checkpoint(folder, 2, lambda path: atomic_write_text(path / "state.json", "{}"), keep=3)
+    assert [Store(uri).folders("checkpoints") for uri in (first, second)] == [["step_000001"], ["step_000002"]]
+    assert enter(copy_to=None).copy_to is None and enter(copy_to=second).copy_to == second
+
+    folder.seal(("config.yaml",))
+    enter(copy_to=third)
+    folder.verify()
+    commit = tmp_path / "third" / "final" / "COMMIT"
+    assert commit.is_file() and restore(third, tmp_path / "back") == "final"
+    made = commit.stat().st_mtime_ns
+    enter(copy_to=third)
+    assert commit.stat().st_mtime_ns == made
 
 
 def test_without_a_checkpoint_the_new_settings_are_taken(enter: Entered) -> None:

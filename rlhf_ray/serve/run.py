@@ -39,6 +39,7 @@ def run_service(
 
         from rlhf_ray.serve.app import NAME, application
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts and deletes, the header tells
         started = time.monotonic()
         serve.start(
             proxy_location="HeadOnly",

@@ -24,13 +24,13 @@ _FIGURE = re.compile(r"(\S+) (-?[\d.]+(?:e[-+]?\d+)?)(?:  |$)")
 _RAYS_OWN = re.compile(r"Running entrypoint for job .*|.* job_manager\.py:\d+ -- Runtime env is setting up\.")
 
 
-def follow(cluster: Cluster, submission_id: str, console: Console, again: str) -> int:
-    """Show the job's log until it ends, and return its exit code; 0 also if the user leaves it running.
+def follow(cluster: Cluster, submission_id: str, console: Console, again: str, logs: str) -> int | None:
+    """Show the job's log until it ends, and return its exit code; None if the user leaves it running.
 
-    again: the command that goes on with it.   Interrupted (75) if it was stopped or killed; ResourceError if it could not start
-    or the cluster is lost."""
+    again: the command that goes on with it.   logs: the command that follows it.   Interrupted (75) if it was stopped or killed;
+    ResourceError if it could not start or the cluster is lost."""
     shown, asked_to_stop = _Lines(console), False
-    with _Tail(cluster, submission_id) as tail:
+    with _Tail(cluster, submission_id, logs) as tail:
         while True:
             try:
                 piece = tail.get(POLL_S)
@@ -41,8 +41,8 @@ def follow(cluster: Cluster, submission_id: str, console: Console, again: str) -
                 console.done()
                 answer: Answer = "detach" if asked_to_stop else _question()
                 if answer == "detach":
-                    console.log(f"{submission_id} goes on; submit it again to follow what is left of it")
-                    return 0
+                    console.log(f"{submission_id} goes on; to follow it: {logs}")
+                    return None
                 if answer == "stop":
                     asked_to_stop = True
                     console.log(f"{submission_id}: stopping; it saves first")
@@ -93,8 +93,8 @@ def _question() -> Answer:
 class _Tail:
     """The log from a thread of its own, so that Ctrl-C reaches the caller at once. Connects again where the connection is cut."""
 
-    def __init__(self, cluster: Cluster, submission_id: str) -> None:
-        self._cluster, self._id = cluster, submission_id
+    def __init__(self, cluster: Cluster, submission_id: str, logs: str) -> None:
+        self._cluster, self._id, self._logs = cluster, submission_id, logs
         self._pieces: queue.Queue[str | BaseException | None] = queue.Queue()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="job-log", daemon=True)
@@ -141,7 +141,7 @@ class _Tail:
             except Exception as error:
                 if time.monotonic() - since > LOST_S:
                     what = f"has not been reached for {LOST_S:g} s; the job may go on"
-                    fix = "submit it again to follow what is left of it"
+                    fix = f"to follow it again: {self._logs}"
                     raise ResourceError.at(self._cluster.url, what, got=str(error)[:200], fix=fix) from error
             await asyncio.sleep(RECONNECT_S)
 

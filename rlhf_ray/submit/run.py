@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.config import JobFields
 from rlhf_ray.config.load import load_any
 from rlhf_ray.config.sections import RUN_NAME
+from rlhf_ray.config.serve import ServeConfig, is_loopback
 from rlhf_ray.console import Console
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.submit import nodes as ask_nodes
@@ -21,11 +23,12 @@ from rlhf_ray.submit.pack import JOB, LIMIT_BYTES, Parcel, make
 
 MODULE = "rlhf_ray.cli"
 TIME = "%Y%m%d-%H%M%S"
+FOLLOW = "logs --follow"
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that the cluster has.   exit_code: how it ended; None where it was not followed."""
+    """A job that the cluster has.   exit_code: how it ended; None where it was not followed to its end."""
 
     id: str
     url: str
@@ -35,7 +38,7 @@ class Submitted:
 
     def lines(self) -> list[str]:
         """Ray's own commands for it."""
-        words = {"logs": "logs --follow", "status": "status", "stop": "stop"}
+        words = {"logs": FOLLOW, "status": "status", "stop": "stop"}
         return [f"{name:<8}{_rays(self.url, self.with_token, word, self.id)}" for name, word in words.items()]
 
 
@@ -80,13 +83,14 @@ def submit(
         found = f"{len(answers)}, {sum(len(a.get('gpus', ())) for a in answers)} GPUs; all can read what the job names"
     submission_id = _name(name, parcel)
     options = [*(["--stage", stage] if stage else []), *(["--storage", storage] if storage else [])]
+    options += ["--max-package", f"{limit_bytes / 1e6:g}"] if limit_bytes != LIMIT_BYTES else []
     again = shlex.join(["rlhf-ray", "submit", job, *overrides, *options, "--address", cluster.url])
     size = _send(cluster, parcel, submission_id, with_package, debug)
     done = Submitted(submission_id, cluster.url, cluster.token is not None, parcel.output_dir)
     console.header(
         f"submit  {submission_id}",
         [
-            f"job        {command}, run folder {parcel.output_dir} (goes on where it is there already)",
+            *_where(command, config, parcel),
             f"sent       {size:,} bytes: {', '.join(_contents(parcel, with_package))}",
             f"nodes      {found}",
             *done.lines(),
@@ -94,16 +98,29 @@ def submit(
     )
     if detach:
         return done
-    code = follow(cluster, submission_id, console, again)
+    code = follow(cluster, submission_id, console, again, _rays(done.url, done.with_token, FOLLOW, done.id))
     return Submitted(done.id, done.url, done.with_token, done.output_dir, code)
+
+
+def _where(command: str, config: JobFields | ServeConfig, parcel: Parcel) -> list[str]:
+    if not isinstance(config, ServeConfig):
+        return [f"job        {command}, run folder {parcel.output_dir} (goes on where it is there already)"]
+    told, port = [f"job        {command}, folder {parcel.output_dir}"], config.port
+    if is_loopback(config.host):
+        told.append(
+            f"service    port {port} of the head node, for itself alone; from here: ssh -L {port}:127.0.0.1:{port} HEAD"
+        )
+    return told
 
 
 def _must_be_free(cluster: Cluster, parcel: Parcel) -> None:
     """Two jobs must not have one run folder; the run's own lock would say so later, and on the cluster."""
     for other in cluster.jobs():
         if (other.metadata or {}).get("output_dir") == parcel.output_dir and not other.status.is_terminal():
-            stop = _rays(cluster.url, cluster.token is not None, "stop", other.submission_id)
-            fix = f"wait for it, or: {stop}"
+            to_follow, to_stop = (
+                _rays(cluster.url, cluster.token is not None, word, other.submission_id) for word in (FOLLOW, "stop")
+            )
+            fix = f"to follow it: {to_follow}; to stop it: {to_stop}"
             raise ConfigError.at(
                 "output_dir", f"{parcel.output_dir} is being written by job {other.submission_id}", fix=fix
             )

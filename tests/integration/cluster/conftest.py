@@ -28,6 +28,11 @@ CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary/aws+secret/0123456789",
 }
 """Secrets in the environment of everybody who submits."""
+NODE_CANARIES = {
+    "HF_TOKEN": "hf_" + "nodes1234567890nodes1234567890nodes",
+    "OPENAI_API_KEY": "sk-nodes-0987654321-abcdefghijkl",
+}
+"""Secrets that live on the nodes, where jobs find them."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -86,7 +91,11 @@ def start_cluster(num_cpus: int = 4, options: tuple[str, ...] = ()) -> RayCluste
         *(f"--dashboard-agent-grpc-port={grpc}", f"--metrics-export-port={metrics}", "--node-ip-address=127.0.0.1"),
         *(f"--num-cpus={num_cpus}", f"--temp-dir={folder}", "--object-store-memory=200000000", *options),
     ]
-    environment = clean_environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    gate = {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rlhf_ray.serve.gate.middlewares"
+    }  # as the files of cluster/ set it
+    environment = clean_environment() | NODE_CANARIES | gate
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     log = (folder / "start.log").open("wb")
     made.processes.append(
         subprocess.Popen(

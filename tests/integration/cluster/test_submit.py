@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
 from rlhf_ray.submit.nodes import PROBE
 
-from .conftest import CANARIES, free_ports
+from .conftest import CANARIES, NODE_CANARIES, free_ports
 
 pytestmark = pytest.mark.integration
 Submit = Callable[..., tuple[int, str]]
@@ -31,17 +33,34 @@ def adapter(run: Path) -> str:
     return next(entry["sha256"] for name, entry in found.items() if name.endswith("adapter_model.safetensors"))
 
 
-def no_canary_in(*folders: Path) -> int:
-    """Files looked at. Fails if one of them holds a secret of the submitter's environment."""
-    seen = 0
+def secret_values(cluster: Any) -> list[str]:
+    """Of the submitter's environment, of the nodes', and the cluster's token."""
+    return [*CANARIES.values(), *NODE_CANARIES.values(), cluster.token.read_text().strip()]
+
+
+def no_secret_in(cluster: Any, *folders: Path) -> int:
+    """Files looked at. Fails if one of them holds a secret, or if the job API tells one."""
+    seen, values = 0, secret_values(cluster)
     for folder in folders:
         for path in folder.rglob("*"):
-            if path.is_file():
+            if path.is_file() and path != cluster.token:
                 content = path.read_bytes()
                 seen += 1
-                for name, value in CANARIES.items():
-                    assert value.encode() not in content, (name, path)
+                for value in values:
+                    assert value.encode() not in content, (value, path)
+    told = json.dumps(cluster.api("/api/jobs/"))
+    assert not any(secret in told for secret in (*values, *CANARIES))
     return seen
+
+
+def no_secret_in_argv(cluster: Any) -> int:
+    """Processes of the cluster looked at."""
+    family = [p for root in cluster.processes for p in psutil.Process(root.pid).children(recursive=True)]
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            words = " ".join(process.cmdline())
+            assert not any(value in words for value in secret_values(cluster)), words
+    return len(family)
 
 
 def test_a_pipeline_stopped_by_ctrl_c_goes_on_when_it_is_submitted_again(
@@ -203,6 +222,8 @@ def test_a_service_is_submitted(cluster: Any, chain: Path, start_submit: Callabl
         )
         with urllib.request.urlopen(ask, timeout=60) as answer:
             assert json.loads(answer.read())["choices"]
+            assert "x-rlhf-ray-places" not in answer.headers, "the gate in Serve's proxy is there, and takes it out"
+        assert no_secret_in_argv(cluster) > 5
         (name,) = re.findall(r"^submit  (\S+)$", log.read_text(), re.M)
         subprocess.run(
             ["ray", "job", "stop", "--address", cluster.url, name],
@@ -212,10 +233,13 @@ def test_a_service_is_submitted(cluster: Any, chain: Path, start_submit: Callabl
     assert "serve: stopped" in log.read_text()
 
 
-def test_no_secret_of_the_submitter_is_anywhere(cluster: Any, tmp_path: Path) -> None:
+def test_no_secret_is_anywhere(cluster: Any, tmp_path: Path) -> None:
     """Last in this module: run folders, Ray's logs, and what the job API tells of all the jobs above."""
-    seen = no_canary_in(cluster.folder, tmp_path.parent)
-    told = json.dumps(cluster.api("/api/jobs/"))
-    for name, value in CANARIES.items():
-        assert value not in told and name not in told
-    assert seen > 50
+    assert no_secret_in(cluster, cluster.folder, tmp_path.parent) > 50
+
+
+@pytest.mark.long
+def test_no_secret_of_a_sweep_or_a_service_is_anywhere(cluster: Any, tmp_path: Path) -> None:
+    """The same after the long jobs."""
+    assert no_secret_in(cluster, cluster.folder, tmp_path.parent) > 50
+    assert list(tmp_path.parent.glob("test_a_service_is_submitted*/runs/serve")), "it was among them"

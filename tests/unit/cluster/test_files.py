@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[3]
 CLUSTER = ROOT / "cluster"
 README = (ROOT / "README.md").read_text()
 
-# The fields of KubeRay's CRDs (ray.io/v1) and of what they hold of Kubernetes' own, as documented for KubeRay 1.7.
+# The fields of KubeRay's CRDs (ray.io/v1), after its Go types of 1.7 (those with tlsOptions and networkPolicy) without deprecated
+# ones, and of what they hold of Kubernetes' own.
 POD = {
     *("terminationGracePeriodSeconds", "automountServiceAccountToken", "securityContext", "tolerations", "containers"),
     *("volumes", "nodeSelector", "serviceAccountName", "imagePullSecrets", "initContainers", "affinity"),
@@ -29,21 +30,32 @@ CONTAINER = {
     *("name", "image", "imagePullPolicy", "ports", "env", "envFrom", "resources", "volumeMounts", "securityContext"),
     *("lifecycle", "command", "args", "livenessProbe", "readinessProbe"),
 }
-HEAD = {"rayStartParams", "template", "serviceType", "headService", "enableIngress", "resources", "labels"}
+HEAD = {
+    *(
+        "rayStartParams",
+        "template",
+        "serviceType",
+        "headService",
+        "enableIngress",
+        "ingressOptions",
+        "resources",
+        "labels",
+    ),
+}
 WORKERS = {
     *("groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template"),
-    *("scaleStrategy", "suspend", "idleTimeoutSeconds", "resources", "labels"),
+    *("scaleStrategy", "suspend", "idleTimeoutSeconds", "priority", "resources", "labels"),
 }
 RAY_CLUSTER = {
     *("rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "authOptions", "tlsOptions", "networkPolicy"),
     *(
         "gcsFaultToleranceOptions",
+        "historyServerOptions",
         "headGroupSpec",
         "workerGroupSpecs",
         "headServiceAnnotations",
-        "suspend",
-        "managedBy",
     ),
+    *("upgradeStrategy", "suspend", "managedBy"),
 }
 RAY_JOB = {
     *("entrypoint", "runtimeEnvYAML", "submissionMode", "rayClusterSpec", "clusterSelector", "backoffLimit", "jobId"),
@@ -53,11 +65,12 @@ RAY_JOB = {
 }
 RAY_SERVICE = {
     *("serveConfigV2", "rayClusterConfig", "upgradeStrategy", "serveService", "excludeHeadPodFromServeSvc"),
+    *("rayClusterDeletionDelaySeconds", "suspend", "managedBy"),
 }
 AUTH = {"mode", "secretName", "enableK8sTokenAuth"}
 AUTOSCALER = {
     *("resources", "image", "imagePullPolicy", "env", "envFrom", "volumeMounts", "securityContext"),
-    *("idleTimeoutSeconds", "upscalingMode", "version"),
+    *("idleTimeoutSeconds", "upscalingMode", "version", "command", "args"),
 }
 KUBERAY = {"RayCluster": RAY_CLUSTER, "RayJob": RAY_JOB, "RayService": RAY_SERVICE}
 LAUNCHER = {

@@ -57,12 +57,16 @@ start() {
     done
     [ "$answer" = 401 ] || { echo "error: the head did not come up: $(tail -n 1 "$folder/head.log"); see $folder/head.log" >&2; stop; exit 3; }
     for number in $(seq 2 "$nodes"); do
-        # A folder of its own: in a shared one each node unpacks a job anew, over the head of the node on which it runs.
+        # A folder of its own: in a shared one two nodes choose the same names for their sockets, and each of them unpacks a job anew,
+        # which takes the working folder from under a driver that runs in it.
         launch "node$number" ray start --block --disable-usage-stats --address "127.0.0.1:$port" --temp-dir "$folder/ray$number" \
             --node-ip-address 127.0.0.1 --num-cpus "$cpus" --num-gpus "$gpus" --labels "rlhf-ray/node=$number" \
             --dashboard-agent-listen-port $((agent + number - 1))
-        # One after the other: two that start at once choose the same names for their sockets.
-        for _ in $(seq 120); do grep -q "Ray runtime started" "$folder/node$number.log" && break; sleep 0.5; done
+    done
+    for number in $(seq 2 "$nodes"); do
+        log="$folder/node$number.log"
+        for _ in $(seq 120); do grep -q "Ray runtime started" "$log" && break; sleep 0.5; done
+        grep -q "Ray runtime started" "$log" || { echo "error: node $number did not come up: $(tail -n 1 "$log"); see $log" >&2; stop; exit 3; }
     done
     cat >&2 <<TOLD
 $nodes nodes of $cpus CPUs and $gpus declared GPUs

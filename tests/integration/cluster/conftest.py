@@ -123,7 +123,7 @@ def end(cluster: RayCluster) -> None:
             family += [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for process in cluster.processes:
         process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=6)
     for left in alive:
         left.kill()
     shutil.rmtree(cluster.folder, ignore_errors=True)

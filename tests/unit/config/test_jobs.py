@@ -34,7 +34,9 @@ def test_it_loads_and_its_header_tells_hardware_launch_line_and_what_is_measured
     load(classes[stage], job, (), check_files=False)
     header = job.read_text().split("\noutput_dir")[0]
     assert f"rlhf-ray {stage} jobs/{job.name}" in header
-    assert "GB" in header and ("measured" in header or "estimated" in header)
+    assert ("GB" in header or "GiB" in header) and ("measured" in header or "estimated" in header)
+    if stage != "serve":
+        assert "Expected time" in header and "Expected curve" in header
 
 
 @pytest.mark.parametrize("name", ["ppo_2xa100_split", "ppo_2xa100_colocate"])

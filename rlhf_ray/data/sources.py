@@ -56,6 +56,10 @@ def find(name: str) -> Source:
     Raises DataError: no such file (with the nearest name there is), not a regular file, an unknown type, or content that
     contradicts the name.
     """
+    if "://" in name:
+        raise DataError.at(
+            name, "is a URI", "a path, or an id of the Hub", fix="mount that storage, or copy the file here"
+        )
     kind, compressed = _kind_of(name)
     path = Path(os.path.expanduser(name))
     try:

@@ -130,6 +130,10 @@ class _Packer:
 
     def visit(self, loc: Loc, kind: Kind, text: str) -> str:
         """First round: code and small texts are packed, data files noted, everything else made absolute."""
+        if "://" in text:
+            fix = "mount that storage on every node, or copy it there; runs are copied to it by copy_to"
+            self.problems.append(Problem(dotted(loc), "is a URI", "a path, or an id of the Hub", text, fix))
+            return text
         text = os.path.expanduser(text)
         if kind == "function":
             return self._function(loc, text)

@@ -94,16 +94,18 @@ def test_a_runs_figures_are_on_the_metrics_port(cluster: Any, chain: Path, start
     )
     services = json.loads((cluster.folder / "prom_metrics_service_discovery.json").read_text())
     targets = [target for service in services for target in service["targets"]]
-    deadline, seen = time.monotonic() + 300, ""
-    while 'run="watched"' not in seen or "phase_seconds" not in seen:
+    wanted = {"reward", "kl_per_response", "phase_seconds", "tokens_per_second"}  # of PPO: SFT, before it, has others
+    deadline, seen, names = time.monotonic() + 300, "", set[str]()
+    while not wanted <= names:
         assert time.monotonic() < deadline and process.poll() is None, seen[-2000:]
         time.sleep(2)
         seen = ""
         for target in targets:  # two of them are fixed ports, which another Ray of this machine may have
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-                seen += "\n".join(line for line in answer.read().decode().splitlines() if "ray_rlhf_ray_run_" in line)
-    names = set(re.findall(r"^ray_rlhf_ray_run_(\w+)\{", seen, re.M))
-    assert {"reward", "kl_per_response", "phase_seconds", "tokens_per_second"} <= names
+                seen += (
+                    "\n".join(line for line in answer.read().decode().splitlines() if 'run="watched"' in line) + "\n"
+                )
+        names = set(re.findall(r"^ray_rlhf_ray_run_(\w+)\{", seen, re.M))
     jobs = [j for j in cluster.api("/api/jobs/") if j["type"] == "SUBMISSION" and j["status"] == "RUNNING"]
     words = ["ray", "job", "stop", "--address", cluster.url, jobs[0]["submission_id"]]
     subprocess.run(words, env=cluster.environment | {"RAY_AUTH_MODE": "token"}, capture_output=True, timeout=120)

@@ -194,6 +194,15 @@ def test_a_file_of_secrets_is_not_data(folder: Path) -> None:
         parcel("ppo", "template=./id_rsa")
 
 
+@pytest.mark.parametrize("field", ["data.train", "model_name_or_path", "output_dir"])
+def test_a_uri_is_no_path(folder: Path, field: str) -> None:
+    """It was sent as a path below the working folder, which no node can read."""
+    with pytest.raises(
+        ConfigError, match=rf"^{field}(\[0\])?: is a URI; expected a path, or an id of the Hub; got s3://bucket/x.jsonl; fix"
+    ):
+        parcel("ppo", f"{field}=s3://bucket/x.jsonl")
+
+
 def test_missing_files_are_told_together(folder: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         parcel("ppo", "template=templates/none.json", "rewards=[{name: a, function: 'gone.py:f'}]")

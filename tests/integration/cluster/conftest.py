@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -125,7 +126,8 @@ def end(cluster: RayCluster) -> None:
         process.terminate()
     _, alive = psutil.wait_procs(family, timeout=6)
     for left in alive:
-        left.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
     shutil.rmtree(cluster.folder, ignore_errors=True)
 
 

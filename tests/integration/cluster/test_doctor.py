@@ -90,16 +90,16 @@ def test_a_runs_figures_are_on_the_metrics_port(cluster: Any, chain: Path, start
     import time
 
     process = start_submit(
-        "chain.yaml", "run_name=watched", "ppo.max_steps=400", "output_dir=runs/watched", "--no-check"
+        "chain.yaml", "run_name=watched", "ppo.max_steps=4000", "output_dir=runs/watched", "--no-check"
     )
-    services = json.loads((cluster.folder / "prom_metrics_service_discovery.json").read_text())
-    targets = [target for service in services for target in service["targets"]]
     wanted = {"reward", "kl_per_response", "phase_seconds", "tokens_per_second"}  # of PPO: SFT, before it, has others
     deadline, seen, names = time.monotonic() + 300, "", set[str]()
     while not wanted <= names:
         assert time.monotonic() < deadline and process.poll() is None, seen[-2000:]
         time.sleep(2)
         seen = ""
+        services = json.loads((cluster.folder / "prom_metrics_service_discovery.json").read_text())
+        targets = [target for service in services for target in service["targets"]]
         for target in targets:  # two of them are fixed ports, which another Ray of this machine may have
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
                 seen += (

@@ -198,7 +198,8 @@ def test_a_file_of_secrets_is_not_data(folder: Path) -> None:
 def test_a_uri_is_no_path(folder: Path, field: str) -> None:
     """It was sent as a path below the working folder, which no node can read."""
     with pytest.raises(
-        ConfigError, match=rf"^{field}(\[0\])?: is a URI; expected a path, or an id of the Hub; got s3://bucket/x.jsonl; fix"
+        ConfigError,
+        match=rf"^{field}(\[0\])?: is a URI; expected a path, or an id of the Hub; got s3://bucket/x.jsonl; fix",
     ):
         parcel("ppo", f"{field}=s3://bucket/x.jsonl")
 

@@ -135,7 +135,11 @@ def test_the_node_of_the_learner_is_drained(
     words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words], check=True, timeout=120, capture_output=True)
     drained = time.monotonic()
-    saved = until(lambda: list((run / "checkpoints").glob("step_*[0-9]")), 60, "a checkpoint before the deadline")
+    saved = until(
+        lambda: [c for c in (run / "checkpoints").glob("step_*") if "." not in c.name],
+        60,
+        "a checkpoint before the deadline",
+    )
     took = time.monotonic() - drained
     cluster.remove_node(on, allow_graceful=False)
     step = int(saved[0].name.removeprefix("step_"))
@@ -175,7 +179,7 @@ def test_a_scorer_that_runs_out_of_memory(world: Any, note: Any) -> None:
     (world.folder / "greedy.py").write_text(GREEDY)
     memory = psutil.virtual_memory()
     limit = (
-        memory.total - memory.available + (2500 << 20)
+        memory.total - memory.available + (5000 << 20)
     ) / memory.total  # room for the job, not for what the reward takes
     rewards = [{"name": "greedy", "function": "greedy.py:score"}]
     child = world.start(

@@ -54,6 +54,24 @@ class Door:
         return self.places is not None and self.inside >= self.places
 
 
+class Place:
+    """Of one request: taken once, left once."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._state = "outside"
+
+    def take(self) -> None:
+        if self._state == "outside":
+            self._state = "inside"
+            self._door.inside += 1
+
+    def leave(self) -> None:
+        if self._state == "inside":
+            self._door.inside -= 1
+        self._state = "left"
+
+
 class Gate:
     """ASGI middleware. A request takes a place when its body is there, so that one that dawdles keeps nobody out."""
 
@@ -72,14 +90,12 @@ class Gate:
             self.metrics.count("refused")
             await send_error(overloaded(door.retry_after_s), send)
             return
-        is_inside = False
+        place = Place(door)
 
         async def received() -> Any:
-            nonlocal is_inside
             message = await receive()
-            if not is_inside and message["type"] == "http.request" and not message.get("more_body"):
-                is_inside = True
-                door.inside += 1
+            if message["type"] == "http.request" and not message.get("more_body"):
+                place.take()
             return message
 
         async def noted(message: Any) -> None:
@@ -87,12 +103,14 @@ class Gate:
                 headers = list(message.get("headers", ()))
                 for name, value in headers:
                     if name == HEADER:
-                        door.places, door.retry_after_s = map(int, value.split(b";"))
-                        self.doors[prefix] = door
+                        known = self.doors.setdefault(prefix, door)
+                        known.places, known.retry_after_s = map(int, value.split(b";"))
                 message = {**message, "headers": [(n, v) for n, v in headers if n != HEADER]}
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                place.leave()  # before the client can know, and ask again
             await send(message)
 
         try:
             await self.app(scope, received, noted)
         finally:
-            door.inside -= is_inside
+            place.leave()

@@ -20,8 +20,8 @@ class ReplyText:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stops = tuple(stops)
-        self._ids: list[int] = []
-        self._decoded = 0  # characters that the stream has given out
+        self._ids: list[int] = []  # since the stream began
+        self._decoded = 0  # characters that it has given out
         self._held = ""  # might be the beginning of a stop string
         self.stopped = False
         self.parts: list[str] = []
@@ -35,8 +35,11 @@ class ReplyText:
         """What can be said after this token; "" while it is unclear."""
         if self.stopped:
             return ""
+        try:
+            new = self._stream.step(self._backend, token_id) or ""
+        except Exception:  # tokenizers raises nothing narrower
+            return self._out(self._begin_again(token_id))
         self._ids.append(token_id)
-        new = self._stream.step(self._backend, token_id) or ""
         self._decoded += len(new)
         return self._out(new)
 
@@ -44,13 +47,28 @@ class ReplyText:
         """What was held back: bytes that never became a character, the beginning of a stop string that did not come."""
         if self.stopped:
             return ""
-        whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        whole = self._decode(self._ids)
         said = self._out(whole[self._decoded :])
         if not self.stopped:
             said += self._held
             self.parts.append(self._held)
             self._held = ""
         return said
+
+    def _begin_again(self, token_id: int) -> str:
+        """What is new with a token that changes what was said before: bytes of a byte-fallback tokenizer that were a character by
+        themselves, and with those that followed are none. They stay as they were said, and the stream begins with this token."""
+        rest = self._decode(self._ids)[self._decoded :]
+        before = self._ids[-1:]
+        new = self._decode([*before, token_id])[
+            len(self._decode(before)) :
+        ]  # in its place: a first token has no space before it
+        self._stream = DecodeStream(ids=[token_id], skip_special_tokens=True)
+        self._ids, self._decoded = [token_id], len(self._decode([token_id]))
+        return rest + new
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _out(self, new: str) -> str:
         if not self._stops:

@@ -88,6 +88,31 @@ def test_what_is_too_much_is_refused_and_a_place_that_is_left_is_taken() -> None
     story(one)
 
 
+def test_a_client_that_has_its_answer_may_ask_at_once() -> None:
+    """Serve's proxy has work left after the last piece of an answer; who has got that piece asks again meanwhile."""
+
+    async def one() -> None:
+        gate, service, inside, _ = await full(1)
+        last = asyncio.Event()
+        answered = service.__call__
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            await answered(scope, receive, send)
+            last.set()
+            await asyncio.Event().wait()
+
+        service.may_answer.set()
+        await inside[0]
+        gate.app = slow
+        lingering = asyncio.create_task(ask(gate))
+        await last.wait()
+        gate.app = service
+        assert (await ask(gate))[0] == 200
+        lingering.cancel()
+
+    story(one)
+
+
 def test_a_client_that_leaves_and_a_service_that_fails_give_their_places_back() -> None:
     async def one() -> None:
         gate, service, inside, _ = await full(1)

@@ -46,6 +46,33 @@ def test_stop_strings_cut_where_a_search_in_the_whole_would(tokenizer: Any, word
     assert "".join(parts(tokenizer, ids, tuple(stops))) == expected
 
 
+@pytest.fixture(scope="module")
+def fallback() -> Any:
+    """As Llama's: words with their space, and a token for each byte of what it has no word for."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"<0x{byte:02X}>" for byte in range(256)] + ["\u2581a", "\u2581b", "c"]
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@given(st.lists(st.one_of(st.integers(0, 258), st.sampled_from([0x67, 0xFF, 0xE6, 256, 257])), max_size=40))
+def test_no_bytes_end_a_reply(fallback: Any, ids: list[int]) -> None:
+    """Such a tokenizer takes back what it has said: b"g" is a character, b"g\\xff" is two replacement characters."""
+    said = "".join(parts(fallback, ids))
+    whole = fallback.decode(ids, skip_special_tokens=True)
+    assert said == whole or "\ufffd" in whole
+    assert said.count(" a") + said.startswith("a") == whole.count(" a") + whole.startswith("a")
+
+
+def test_what_was_said_before_bytes_that_are_none_stays(fallback: Any) -> None:
+    assert parts(fallback, [256, 0x67, 0xFF, 256, 257, 258]) == ["a", "g", "", "\ufffd a", " b", "c", ""]
+
+
 def test_a_character_comes_when_its_last_byte_has(tokenizer: Any) -> None:
     ids = tokenizer("é🙂", add_special_tokens=False).input_ids
     assert parts(tokenizer, ids) == ["", "é", "", "", "", "🙂", ""]

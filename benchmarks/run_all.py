@@ -23,7 +23,12 @@ def main() -> int:
     trl = options.parse_args().trl_python
     commands = [["sampler_vs_generate.py"], ["stories_sentiment.py"], ["stories_chain.py"], ["plan_memory.py"]]
     commands += [["staleness.py"], ["placements.py"], ["sweep_overhead.py"], ["submit_overhead.py"], ["kl_study.py"]]
-    commands += [["mixed_adapters.py"], ["mixed_adapters.py", "--model", "stories260k"], ["serve_load.py"]]
+    commands += [
+        ["mixed_adapters.py"],
+        ["mixed_adapters.py", "--model", "stories260k"],
+        ["serve_load.py"],
+        ["serve_overload.py"],
+    ]
     if trl:
         commands.insert(0, ["ppo_step_vs_trl.py", "--trl-python", trl])
     failed = []

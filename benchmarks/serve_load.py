@@ -4,8 +4,7 @@
     python benchmarks/serve_load.py --vllm-python .venv-vllm/bin/python      and vLLM's server, from an environment of its own
 
 A random Llama of 6 M parameters that never ends a reply. `clients` ask again and again, 64 tokens a reply, greedy, streaming.
-Beside the base: 32 adapters, asked in turn (ours, and vLLM's). Then overload of our service: requests at ten times the rate of what
-it answered, for a minute; what was refused and how fast, what accepted ones waited, memory, and how long the next request takes.
+Beside the base: 32 adapters, asked in turn (ours, and vLLM's). Overload: serve_overload.py.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +32,9 @@ from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.models.adapters import adapter_parameters, add_fresh, wrap
 
 HERE = Path(__file__).parent
-TOKENS, ADAPTERS, LIMIT = 64, 32, 32  # rows at a time; half as many wait
+TOKENS, ADAPTERS = 64, 32
+LIMIT, WAITING = 32, 16
+"""Replies that are written at a time, and that may wait."""
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -147,7 +147,7 @@ def ours(scratch: Path, model: Path, adapters: dict[str, str], threads: int) -> 
         "model_name_or_path": str(model),
         "adapters": adapters,
         "port": port,
-        "limits": {"max_batch_rows": LIMIT, "max_waiting_rows": LIMIT // 2, "max_loaded_adapters": ADAPTERS},
+        "limits": {"max_batch_rows": LIMIT, "max_waiting_rows": WAITING, "max_loaded_adapters": ADAPTERS},
         "replicas": {"num_threads": threads},
     }
     job.write_text(dump_yaml(values))
@@ -186,38 +186,6 @@ def vllm(scratch: Path, model: Path, adapters: dict[str, str], threads: int, pyt
     )
 
 
-def overload(server: Server, capacity: dict[str, Any], seconds: float) -> dict[str, float]:
-    """Requests at ten times the rate of `capacity`; memory is read each second."""
-    memory, stopping = [server.memory_mib()], threading.Event()
-
-    def watch() -> None:
-        while not stopping.wait(1.0):
-            memory.append(server.memory_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    rate = 10 * capacity["requests_per_second"]
-    found = load(server, ["base"], "--rate", f"{rate:.2f}", "--seconds", str(seconds))
-    single = load(server, ["base"], "--clients", "1", "--requests", "1")
-    stopping.set()
-    watcher.join()
-    answers = found["answers"]
-    settled = memory[len(memory) // 6 :]
-    return {
-        "asked_per_second": rate,
-        "accepted": answers.get("200", 0),
-        "refused": answers.get("429", 0),
-        "neither": sum(answers.values()) - answers.get("200", 0) - answers.get("429", 0),
-        "refused_p50_s": found["refused_p50_s"],
-        "refused_p99_s": found["refused_p99_s"],
-        "accepted_p99_s": found["latency_p99_s"],
-        "times_p99_at_capacity": found["latency_p99_s"] / capacity["latency_p99_s"],
-        "memory_growth_mib": settled[-1] - settled[0],
-        "memory_mib": settled[-1],
-        "next_request_s": single["latency_p50_s"],
-    }
-
-
 def gather(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = [n for n, v in found[0].items() if isinstance(v, (int, float)) and n != "seconds"]
     return {name: spread([one[name] for one in found]) for name in names}
@@ -233,10 +201,8 @@ def main() -> None:
     options.add_argument("--clients", type=int, default=32)
     options.add_argument("--requests", type=int, default=256, help="per server and repeat; slow servers get a quarter")
     options.add_argument("--vllm-python", help="Python of an environment with vLLM's CPU build")
-    options.add_argument("--overload-s", type=float, default=60.0)
     arguments = options.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
-    over: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         model = make_model(scratch / "model")
@@ -258,7 +224,7 @@ def main() -> None:
                 lambda: vllm(scratch, model, adapters, arguments.threads, arguments.vllm_python),
                 [("base", ["base"], 1), ("32 adapters", names, 1), ("one adapter", names[:1], 1)],
             )
-        for repeat in range(arguments.repeats):
+        for _ in range(arguments.repeats):
             for name, (start, cases) in servers.items():
                 with running(start()) as server:
                     for what, models, part in cases:
@@ -267,16 +233,11 @@ def main() -> None:
                         told = load(server, models, *size)
                         found.setdefault(f"{name}, {what}", []).append(told)
                         print(f"{name}, {what}: {told['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
-                    if name == "rlhf_ray" and arguments.overload_s:
-                        over.append(overload(server, found["rlhf_ray, base"][-1], arguments.overload_s))
-                        print(f"overload {repeat + 1}: {over[-1]}", file=sys.stderr, flush=True)
     measured: dict[str, Any] = {name: gather(several) for name, several in found.items()}
     measured["share of one adapter at 32"] = times(found["rlhf_ray, 32 adapters"], found["rlhf_ray, one adapter"])
     for name in ("transformers serve", "FastAPI + generate", "vLLM"):
         if f"{name}, base" in found:
             measured[f"times {name}"] = times(found["rlhf_ray, base"], found[f"{name}, base"])
-    if over:
-        measured["overload"] = gather(over)
     settings = {
         "model": "random Llama of 6 M parameters, head dimension 32, float32, CPU",
         "clients": arguments.clients,
@@ -284,7 +245,6 @@ def main() -> None:
         "new_tokens": TOKENS,
         "rows": LIMIT,
         "replicas": 1,
-        "overload_s": arguments.overload_s,
     }
     emit(report("serve_load", settings, measured, arguments.repeats, arguments.threads), arguments.output)
 

@@ -101,7 +101,10 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    wait, connections = aiohttp.ClientTimeout(total=300), aiohttp.TCPConnector(limit=0)
+    wait = aiohttp.ClientTimeout(total=300)
+    connections = aiohttp.TCPConnector(
+        limit=0, keepalive_timeout=2
+    )  # servers close idle ones later: none is used as it is closed
     async with aiohttp.ClientSession(arguments.url, timeout=wait, connector=connections) as client:
         load = Load(client, arguments.models.split(","), arguments.tokens)
         started = time.perf_counter()

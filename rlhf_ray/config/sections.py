@@ -90,7 +90,10 @@ class DataConfig(Section):
     """Where rows come from and which of them are used. No hidden caps: a limit exists only where one is set here."""
 
     train: Strings = field(
-        ..., "files (.json .jsonl .csv .parquet, each also .gz) or Hugging Face data set ids", min_length=1
+        ...,
+        "files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
+        " data set ids",
+        min_length=1,
     )
     eval: Strings | None = field(None, "separate evaluation files; default: the held-out share of data.train")
     split: str = field("train", "split to read of a Hub data set")

@@ -1,4 +1,4 @@
-"""Where rows are: a data file or a Hub data set. A path is looked at before it is opened, so that nothing can hang."""
+"""Where rows are: a file, here or on an object store, or a Hub data set. A path is looked at before it is opened: none can hang."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
+from rlhf_ray.data.remote import fetch, is_uri, path_of
 from rlhf_ray.errors import DataError
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "hub"]
@@ -25,22 +26,28 @@ _MAGIC = ((b"\x1f\x8b", "gzip"), (b"PAR1", "Parquet"), (b"PK\x03\x04", "zip"), (
 
 @dataclass(frozen=True)
 class Source:
-    """A readable data file, or a Hub id. `name` is what the user wrote; errors and `Row.where` start with it."""
+    """A readable data file, or a Hub id. `name` is what the user wrote; errors and `Row.where` start with it. copy: where a file
+    of an object store lies here."""
 
     name: str
     kind: Kind
     compressed: bool = False
+    copy: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.copy or os.path.expanduser(self.name)
 
     def open(self) -> BinaryIO:
         """The file's bytes, decompressed. The caller closes it."""
         if not self.compressed:
             return self.open_raw()
-        return cast(BinaryIO, gzip.open(os.path.expanduser(self.name), "rb"))
+        return cast(BinaryIO, gzip.open(self.path, "rb"))
 
     def open_raw(self) -> BufferedReader:
         """The file's bytes as they lie on disk."""
         try:
-            return open(os.path.expanduser(self.name), "rb")
+            return open(self.path, "rb")
         except OSError as error:
             raise DataError.at(self.name, f"cannot be read: {error.strerror}") from error
 
@@ -51,15 +58,13 @@ class Source:
 
 
 def find(name: str) -> Source:
-    """The source that `name` means: an existing file, else a Hub id.
+    """The source that `name` means: a URI, an existing file, else a Hub id.
 
     Raises DataError: no such file (with the nearest name there is), not a regular file, an unknown type, or content that
     contradicts the name.
     """
-    if "://" in name:
-        raise DataError.at(
-            name, "is a URI", "a path, or an id of the Hub", fix="mount that storage, or copy the file here"
-        )
+    if is_uri(name):
+        return _on_a_store(name)
     kind, compressed = _kind_of(name)
     path = Path(os.path.expanduser(name))
     try:
@@ -78,10 +83,23 @@ def find(name: str) -> Source:
         what = "it is a directory" if stat.S_ISDIR(mode) else "it is not a regular file"
         raise DataError.at(name, f"{_not_a(kind)}: {what}")
     if kind is None:
-        raise DataError.at(name, "unknown file type", expected=f"{' '.join(SUFFIXES)}, each also with .gz")
+        raise _unknown_type(name)
     source = Source(name, kind, compressed)
     _check_content(source)
     return source
+
+
+def _on_a_store(uri: str) -> Source:
+    kind, compressed = _kind_of(path_of(uri))
+    if kind is None:
+        raise _unknown_type(uri)
+    source = Source(uri, kind, compressed, str(fetch(uri)))
+    _check_content(source)
+    return source
+
+
+def _unknown_type(name: str) -> DataError:
+    return DataError.at(name, "unknown file type", expected=f"{' '.join(SUFFIXES)}, each also with .gz")
 
 
 def _kind_of(name: str) -> tuple[Kind | None, bool]:

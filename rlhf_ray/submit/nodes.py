@@ -153,6 +153,8 @@ def _unreadable(nodes: Sequence[Node], needs: Sequence[Need]) -> Iterator[Proble
             else:
                 told = f"cannot read {need.path}: {why}"
                 fix = "put it on storage that every node has under this path, or say where: --storage DIR"
+                if need.kind == "uri":
+                    fix = "its name, or the credentials in the environment of the nodes"
             yield Problem(need.field, f"{places(those)} {told}", fix=fix)
 
 

@@ -20,6 +20,7 @@ from rlhf_ray.config import JobFields
 from rlhf_ray.config.load import dotted, dump_yaml
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.config.yaml_reader import Loc
+from rlhf_ray.data.remote import has_credentials, is_uri
 from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.submit import secrets
 from rlhf_ray.submit.places import Kind, replaced
@@ -39,7 +40,7 @@ SUFFIXES = {".py", ".json", ".html", ".css", ".js", ".typed"}
 
 @dataclass(frozen=True)
 class Need:
-    """What every node must be able to read.   field: of the job.   kind: file, folder, or module (a name to import)."""
+    """What every node must be able to read.   field: of the job.   kind: file, folder, uri, or module (a name to import)."""
 
     field: str
     kind: str
@@ -130,7 +131,9 @@ class _Packer:
 
     def visit(self, loc: Loc, kind: Kind, text: str) -> str:
         """First round: code and small texts are packed, data files noted, everything else made absolute."""
-        if "://" in text:
+        if kind == "data" and is_uri(text):
+            return self._uri(loc, text)
+        if is_uri(text):
             fix = "mount that storage on every node, or copy it there; runs are copied to it by copy_to"
             self.problems.append(Problem(dotted(loc), "is a URI", "a path, or an id of the Hub", text, fix))
             return text
@@ -195,6 +198,13 @@ class _Packer:
         path = self.there(text)
         self.needs.append(Need(dotted(loc), "file", path))
         return path
+
+    def _uri(self, loc: Loc, text: str) -> str:
+        if has_credentials(text):
+            fix = "put them into the environment of the nodes"
+            self.problems.append(Problem(dotted(loc), "a URI has credentials in it", fix=fix))
+        self.needs.append(Need(dotted(loc), "uri", text))
+        return text
 
     def _function(self, loc: Loc, text: str) -> str:
         place, _, name = text.rpartition(":")

@@ -110,7 +110,9 @@ def listening() -> list[tuple[str, int]]:
 
 
 def readable(path: str) -> str:
-    """Empty if `path` can be read, else why not."""
+    """Empty if `path`, or the file that it names on an object store, can be read, else why not."""
+    if "://" in path:
+        return _on_a_store(path)
     try:
         if os.path.isdir(path):
             os.listdir(path)
@@ -119,6 +121,18 @@ def readable(path: str) -> str:
                 file.read(1)
     except OSError as error:
         return error.strerror or type(error).__name__
+    return ""
+
+
+def _on_a_store(uri: str) -> str:
+    try:
+        from pyarrow import fs
+
+        store, path = fs.FileSystem.from_uri(uri)
+        with store.open_input_stream(path) as file:
+            file.read(1)
+    except Exception as error:  # of pyarrow, or of whatever store
+        return " ".join(str(error).split())[:200]
     return ""
 
 

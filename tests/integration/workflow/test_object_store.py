@@ -152,3 +152,18 @@ def test_an_upload_that_is_cut_off_leaves_no_commit(
     assert (
         restore(uri, tmp_path / "new") == "step_000002" and (tmp_path / "new" / "checkpoints/step_000002/b").is_file()
     )
+
+
+def test_data_on_an_object_store(bucket: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are read from there, and a node says whether it can."""
+    from rlhf_ray.config.sections import DataConfig
+    from rlhf_ray.data.records import read_rows
+    from rlhf_ray.submit.probe import readable
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "Name a bird.", "output": "A wren."}) + "\n")
+    Store(bucket("data")).put(tmp_path / "rows.jsonl", "rows.jsonl")
+    uri = bucket("data/rows.jsonl")
+    (row,) = read_rows(DataConfig(train=(uri,)), "sft").rows
+    assert row.where.startswith("s3://runs/data/rows.jsonl")
+    assert readable(uri) == "" and readable(bucket("data/gone.jsonl")) != ""

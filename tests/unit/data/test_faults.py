@@ -143,7 +143,7 @@ PATHS: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("26", _typo, "pairs.jsonl", "pairs.jsonl: no such file; fix: did you mean 'pair.jsonl'?"),
     ("26 link to nothing", _dangling, "pairs.jsonl", "pairs.jsonl: no such file"),
     ("26 no folder", lambda _: None, "nowhere/pairs.jsonl", "nowhere/pairs.jsonl: no such file; fix: there is no folder nowhere"),
-    ("26 uri", lambda _: None, "s3://b/x.jsonl", "s3://b/x.jsonl: is a URI; expected a path, or an id of the Hub; fix: mount that"),
+    ("26 uri", lambda _: None, "ftp://b/x.jsonl", "ftp://b/x.jsonl: cannot be read: "),
     ("26 no suffix", lambda f: (f / "in").mkdir(), "in/pairs", "in/pairs: no such file"),
     ("26 unknown type", lambda f: (f / "a.txt").write_text("x") and None, "a.txt", "a.txt: unknown file type; expected .jsonl"),
     ("26 NUL in the name", lambda _: None, "a\0.jsonl", "'a\\x00.jsonl': not a file name"),

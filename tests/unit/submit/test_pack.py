@@ -14,7 +14,7 @@ import yaml
 from rlhf_ray.config.load import load, load_any
 from rlhf_ray.config.pipeline import PipelineConfig
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.submit.pack import JOB, Parcel, make, package_files
+from rlhf_ray.submit.pack import JOB, Need, Parcel, make, package_files
 
 JOBS: dict[str, dict[str, Any]] = {
     "sft": {"data": {"train": "data/small.jsonl"}},
@@ -194,7 +194,7 @@ def test_a_file_of_secrets_is_not_data(folder: Path) -> None:
         parcel("ppo", "template=./id_rsa")
 
 
-@pytest.mark.parametrize("field", ["data.train", "model_name_or_path", "output_dir"])
+@pytest.mark.parametrize("field", ["model_name_or_path", "output_dir"])
 def test_a_uri_is_no_path(folder: Path, field: str) -> None:
     """It was sent as a path below the working folder, which no node can read."""
     with pytest.raises(
@@ -202,6 +202,15 @@ def test_a_uri_is_no_path(folder: Path, field: str) -> None:
         match=rf"^{field}(\[0\])?: is a URI; expected a path, or an id of the Hub; got s3://bucket/x.jsonl; fix",
     ):
         parcel("ppo", f"{field}=s3://bucket/x.jsonl")
+
+
+def test_data_on_an_object_store_stays_there(folder: Path) -> None:
+    found = parcel("ppo", "data.train=s3://bucket/x.jsonl")
+    assert found.values["data"]["train"] == ["s3://bucket/x.jsonl"]
+    assert Need("data.train[0]", "uri", "s3://bucket/x.jsonl") in found.needs
+    with pytest.raises(ConfigError, match="a URI has credentials in it") as refused:
+        parcel("ppo", "data.train=s3://key:hunter2@bucket/x.jsonl")
+    assert "hunter2" not in str(refused.value)
 
 
 def test_missing_files_are_told_together(folder: Path) -> None:

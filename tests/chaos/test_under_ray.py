@@ -51,6 +51,7 @@ def test_a_driver_that_is_killed(world: Any, untouched: Path, note: Any, same: A
     note(10, same(untouched, run), f"resume 0 s later; no process of the old Ray left after {gone:.0f} s")
 
 
+@pytest.mark.long
 def test_sigterm(world: Any, untouched: Path, note: Any, same: Any, until: Any) -> None:
     """Fault 11, the driver of a Ray job: as `ray job stop` and a batch system do it."""
     child = world.start("ppo", world.job("sigterm", **ONE))

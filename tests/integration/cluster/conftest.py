@@ -213,7 +213,7 @@ def chain(tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.M
             "data": {"train": "data/sft.jsonl"},
             "rewards": [{"name": "long", "function": "my_reward.py:score"}],
             **{"rollout_batch_size": 16, "rollout_chunk_size": 8, "num_mini_batches": 2, "num_ppo_epochs": 1},
-            **{"per_device_train_batch_size": 8, "response_length": 8, "max_steps": 16, "save_steps": 2},
+            **{"per_device_train_batch_size": 8, "response_length": 8, "max_steps": 48, "save_steps": 2},
             **{"eval_steps": 8, "learning_rate": 1e-2},
         },
     }

@@ -124,6 +124,7 @@ def test_the_only_generator_killed(two_gpus: Any, split_job: Job, tmp_path: Path
     assert adapter_sha256(run) == adapter_sha256(colocated)
 
 
+@pytest.mark.long
 def test_the_only_scorer_killed_in_a_step(two_gpus: Any, split_job: Job, tmp_path: Path, colocated: Run) -> None:
     """Fault 5: chunks wait for its restart and are scored again; none is made up."""
     console = Assassin(tmp_path / "victim", "scorer 0")

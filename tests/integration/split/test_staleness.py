@@ -75,6 +75,7 @@ class Killer:
         self.inner.emit(event)
 
 
+@pytest.mark.long
 def test_a_run_stopped_with_a_rollout_under_way_goes_on_to_the_same_bits(
     two_gpus: Any, split_job: Job, console: Any, tmp_path: Path
 ) -> None:

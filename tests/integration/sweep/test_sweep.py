@@ -130,6 +130,7 @@ def test_the_time_budget(two_cpus: Any, sweep_job: Job, console: Any) -> None:
     assert reasons == {"the time budget of 20 s was used up"}
 
 
+@pytest.mark.long
 def test_trials_with_workers_of_their_own(two_cpus: Any, sweep_job: Job, console: Any) -> None:
     """placement split: a generator, a scorer and a learner for each trial, one trial at a time on two CPUs."""
     role = {"num_actors": 1, "num_threads": 1, "num_cpus": 0.4}

@@ -18,6 +18,7 @@ import ray
 import torch
 from ray.exceptions import (
     ActorDiedError,
+    ActorUnavailableError,
     GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
@@ -222,7 +223,12 @@ class Pool:
     def exhausted(self, index: int, error: BaseException, doing: str) -> Interrupted:
         """The error for work that was lost in every attempt."""
         if not is_out_of_memory(error):
-            return self.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", doing)
+            failed = self.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", doing)
+            if not isinstance(error, ActorUnavailableError):
+                return failed
+            # Of an actor that it starts again Ray does not tell why it ended; the usual reason is this one.
+            where, what = failed.problems[0].where, failed.problems[0].what
+            return Interrupted.at(where, what, fix=f"if its node ran out of memory, {LESS_MEMORY}; then: {self.resume}")
         fix = f"{LESS_MEMORY}; then: "
         what = f"out of memory in {ATTEMPTS} attempts ({memory_of(error)})"
         return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=fix + self.resume)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, WorkerCrashedError
 
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.roles.pool import Pool, Pools, is_out_of_memory, memory_of
@@ -31,6 +31,10 @@ def test_the_largest_process_is_named() -> None:
             "out of memory in 3 attempts (10,260 of 24,105 MB on its node; 7,997 MB in RoleActor, pid 25300), while scoring",
         ),
         (WorkerCrashedError(), "lost in 3 attempts (WorkerCrashedError), while scoring"),
+        (
+            ActorUnavailableError("gone", None),
+            "lost in 3 attempts (ActorUnavailableError), while scoring; fix: if its node ran out of memory, lower",
+        ),
     ],
 )
 def test_work_that_was_lost_in_every_attempt(error: Exception, what: str) -> None:
@@ -38,5 +42,5 @@ def test_work_that_was_lost_in_every_attempt(error: Exception, what: str) -> Non
     found = pool.exhausted(0, error, "scoring")
     assert isinstance(found, Interrupted)
     (line,) = found.lines()
-    assert line.startswith(f"error: scorer 0: {what}; fix: ") and line.endswith("rlhf-ray resume runs/x")
+    assert line.startswith(f"error: scorer 0: {what}") and "; fix: " in line and line.endswith("rlhf-ray resume runs/x")
     assert ("lower rollout_chunk_size" in line) == ("memory" in what)

@@ -102,9 +102,8 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     wait = aiohttp.ClientTimeout(total=300)
-    connections = aiohttp.TCPConnector(
-        limit=0, keepalive_timeout=2
-    )  # servers close idle ones later: none is used as it is closed
+    # Servers close idle connections later than this: none is used at the moment in which it is closed.
+    connections = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     async with aiohttp.ClientSession(arguments.url, timeout=wait, connector=connections) as client:
         load = Load(client, arguments.models.split(","), arguments.tokens)
         started = time.perf_counter()

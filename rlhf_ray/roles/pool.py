@@ -217,21 +217,18 @@ class Pool:
         self.tell(f"warning: {self.role} {index}: no answer within {self.timeout_s:g} s while {doing}; it is restarted")
         ray.kill(self.handles[index], no_restart=False)
 
-    def failed(self, index: int, what: str, doing: str) -> Interrupted:
-        return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=self.resume)
+    def failed(self, index: int, what: str, doing: str, advice: str = "") -> Interrupted:
+        fix = f"{advice}; then: {self.resume}" if advice else self.resume
+        return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=fix)
 
     def exhausted(self, index: int, error: BaseException, doing: str) -> Interrupted:
         """The error for work that was lost in every attempt."""
-        if not is_out_of_memory(error):
-            failed = self.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", doing)
-            if not isinstance(error, ActorUnavailableError):
-                return failed
-            # Of an actor that it starts again Ray does not tell why it ended; the usual reason is this one.
-            where, what = failed.problems[0].where, failed.problems[0].what
-            return Interrupted.at(where, what, fix=f"if its node ran out of memory, {LESS_MEMORY}; then: {self.resume}")
-        fix = f"{LESS_MEMORY}; then: "
-        what = f"out of memory in {ATTEMPTS} attempts ({memory_of(error)})"
-        return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=fix + self.resume)
+        if is_out_of_memory(error):
+            return self.failed(index, f"out of memory in {ATTEMPTS} attempts ({memory_of(error)})", doing, LESS_MEMORY)
+        # Of an actor that it starts again Ray does not tell why it ended; the usual reason is its node's memory.
+        unknown = isinstance(error, ActorUnavailableError)
+        advice = f"if its node ran out of memory, {LESS_MEMORY}" if unknown else ""
+        return self.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", doing, advice)
 
     def _choose(self, number: int) -> int:
         """The first actor from number mod count on that is up; if none is, the first one that comes back."""

@@ -8,7 +8,6 @@ has restarted it; attempts and restarts are bounded, and every wait has an end t
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ import ray
 import torch
 from ray.exceptions import (
     ActorDiedError,
-    ActorUnavailableError,
     GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
@@ -30,6 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.errors import Interrupted, RlhfRayError
 from rlhf_ray.faults import reach
+from rlhf_ray.roles.out_of_memory import LESS_MEMORY, TABLE_S, LastWords, memory_of
 from rlhf_ray.session import enter, peak_memory
 
 ATTEMPTS = 3
@@ -39,9 +38,6 @@ MAX_RESTARTS = 4
 RESTART_S = 120.0
 """Longest wait for Ray to restart an actor, before its models are loaded."""
 
-LESS_MEMORY = "lower rollout_chunk_size or per_device_train_batch_size, or have fewer processes on the node"
-_ON_NODE = re.compile(r"was ([\d.]+)GB(?: used)? / ([\d.]+)GB")
-_PROCESS = re.compile(r"task name=(\w+)[^()]*?pid=(\d+), actual memory used=([\d.]+)GB")
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError, GetTimeoutError)
 """What Ray raises where a process or node is gone, as against an error of the code that it ran."""
 
@@ -176,6 +172,7 @@ class Pool:
         self.timeout_s, self.resume = pools.timeouts[role], pools.resume
         self._away: dict[int, Any] = {}  # actors that died, each with a ping that waits for its restart
         self._gone: dict[int, str] = {}  # actors that will not come back, with the reason
+        self._last_words = LastWords()
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -223,12 +220,17 @@ class Pool:
 
     def exhausted(self, index: int, error: BaseException, doing: str) -> Interrupted:
         """The error for work that was lost in every attempt."""
-        if is_out_of_memory(error):
-            return self.failed(index, f"out of memory in {ATTEMPTS} attempts ({memory_of(error)})", doing, LESS_MEMORY)
-        # Of an actor that it starts again Ray does not tell why it ended; the usual reason is its node's memory.
-        unknown = isinstance(error, ActorUnavailableError)
-        advice = f"if its node ran out of memory, {LESS_MEMORY}" if unknown else ""
-        return self.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", doing, advice)
+        if said := self._last_words.of(self._id(index), error, TABLE_S):
+            memory = memory_of(said) or _reason(error)
+            return self.failed(index, f"out of memory in {ATTEMPTS} attempts ({memory})", doing, LESS_MEMORY)
+        return self.failed(index, f"lost in {ATTEMPTS} attempts ({type(error).__name__})", doing)
+
+    def kind(self, index: int, error: BaseException) -> str:
+        """In a word, why actor `index` was lost."""
+        return "out of memory" if self._last_words.of(self._id(index), error) else type(error).__name__
+
+    def _id(self, index: int) -> str:
+        return str(self.handles[index]._actor_id.hex())
 
     def _choose(self, number: int) -> int:
         """The first actor from number mod count on that is up; if none is, the first one that comes back."""
@@ -288,25 +290,6 @@ def cause_of(error: RayTaskError) -> BaseException:
     """The exception that the role raised, as it was raised."""
     cause = error.cause
     return cause if isinstance(cause, RlhfRayError) else error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Ray killed the process because the memory of its node ran out."""
-    return isinstance(error, OutOfMemoryError) or "low on memory" in str(error)
-
-
-def memory_of(error: BaseException) -> str:
-    """What Ray says of the memory of the node, and of the process that had most of it, in MB."""
-    text = str(error)
-    found = [f"{_mb(used)} of {_mb(all_)} MB on its node" for used, all_ in _ON_NODE.findall(text)[:1]]
-    largest = max(_PROCESS.findall(text), key=lambda process: float(process[2]), default=None)
-    if largest is not None:
-        found.append(f"{_mb(largest[2])} MB in {largest[0]}, pid {largest[1]}")
-    return "; ".join(found) or _reason(error)
-
-
-def _mb(gigabytes: str) -> str:
-    return f"{float(gigabytes) * 1024:,.0f}"
 
 
 def _reason(error: BaseException) -> str:

@@ -32,7 +32,6 @@ from rlhf_ray.roles.pool import (
     Work,
     ask_board,
     cause_of,
-    is_out_of_memory,
     put_adapter,
 )
 from rlhf_ray.session import Session
@@ -250,8 +249,8 @@ class _Job:
             raise pool.exhausted(index, error, what) from error
         flight.tries += 1
         self.share.faults["faults/retries"] += 1.0
-        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
-        self.crew.tell(f"{pool.role} {index}: lost while {what} ({kind}); the chunk is done again")
+        why = pool.kind(index, error)
+        self.crew.tell(f"{pool.role} {index}: lost while {what} ({why}); the chunk is done again")
 
     def _check_echo(self, rollout: Rollout, flight: _Flight) -> None:
         if (rollout.adapter_version, rollout.adapter_sha256) != (self.adapter.version, self.adapter.sha256):

@@ -20,10 +20,9 @@ from typing import Any
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
-from rlhf_ray.errors import Interrupted, RlhfRayError
+from rlhf_ray.errors import DISK_FULL, Interrupted, RlhfRayError
 from rlhf_ray.interrupts import Signals, Stop
 from rlhf_ray.models.artifact import resume_command
-from rlhf_ray.models.checkpoints import DISK_FULL
 from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
 from rlhf_ray.plan.preflight import check, check_this_machine
 from rlhf_ray.run import Run
@@ -213,11 +212,11 @@ def _translated(error: BaseException, config: JobFields) -> BaseException:
     """One line of what Ray says of a group that could not go on."""
     from ray.exceptions import RayActorError
 
-    from rlhf_ray.roles.pool import LESS_MEMORY, is_out_of_memory, memory_of
+    from rlhf_ray.roles.out_of_memory import LESS_MEMORY, is_out_of_memory, memory_of
 
     resume = resume_command(config.output_dir)
     if is_out_of_memory(error):
-        what = f"ran out, and Ray killed processes of this job: {memory_of(error)}"
+        what = f"ran out, and Ray killed processes of this job: {memory_of(str(error)) or _first_line(error)}"
         return Interrupted.at("memory", what, fix=f"{LESS_MEMORY}; then: {resume}")
     failures = getattr(error, "worker_failures", None) or {}
     if failures:

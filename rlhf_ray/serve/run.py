@@ -22,6 +22,9 @@ from rlhf_ray.session import usable_cores
 from rlhf_ray.stages.cluster import cluster
 
 POLL_S = 0.5
+OF_OWN_RAY = {gate.SETTING: gate.CALLBACK, "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
+"""What Serve finds in the environment of a Ray of our own; the files under cluster/ say the same. After three checks without an
+answer it starts a proxy again, and until then a proxy that died is a shut door (Serve's own 10 s make that half a minute)."""
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -33,7 +36,8 @@ def run_service(
     Raises ConfigError, ResourceError (the port is taken), ArtifactError for a base or adapter that does not fit."""
     console = console or LocalConsole()
     config = _prepared(config)
-    os.environ.setdefault(gate.SETTING, gate.CALLBACK)  # for the proxy, where the Ray is our own
+    for name, value in OF_OWN_RAY.items():
+        os.environ.setdefault(name, value)
     with cluster("start the service again") as own_ray, _signals() as stopping:  # in this order: ray.init takes SIGTERM
         from ray import serve
 

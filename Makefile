@@ -32,7 +32,7 @@ test-unit: install
 # Every fault of the table, at length; prints the table and leaves it in runs/.
 chaos: install
 	@mkdir -p runs
-	$(BIN)/python -m pytest -q tests/chaos --fault-table runs/faults.md
+	$(BIN)/python -m pytest -q -m fault tests/chaos tests/integration --fault-table runs/faults.md
 
 # Every bad input of the list: message, exit code, time; prints the table and leaves it in runs/.
 bad-inputs: install

@@ -22,7 +22,7 @@ from rlhf_ray.cli_output import stdout_kept
 from rlhf_ray.cli_registry import add_registry_commands, policy_path
 from rlhf_ray.cli_serve import add_serve_commands
 from rlhf_ray.cli_submit import add_cluster_commands
-from rlhf_ray.errors import Interrupted, RlhfRayError
+from rlhf_ray.errors import DISK_FULL, Interrupted, RlhfRayError
 
 if TYPE_CHECKING:
     from rlhf_ray.run import Run
@@ -453,6 +453,9 @@ def _verdict(error: Exception) -> tuple[list[str], int]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         first = str(error).strip().partition("\n")[0] or "no memory left"
         return [f"error: out of memory: {first}; fix: lower per_device_train_batch_size or rollout_chunk_size"], 3
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return [f"error: {where}cannot be written: {error.strerror}; fix: free some space, and run it again"], 3
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return [f"error: a bug in rlhf_ray: {what}; run again with --debug for the traceback"], 1
 

@@ -6,11 +6,14 @@ mend it; it carries the exit code of the command that meets it, and it survives 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 SHOWN = 20
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Of an OSError: there is no room for what was written."""
 
 
 @dataclass(frozen=True)

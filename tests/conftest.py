@@ -30,9 +30,9 @@ settings.load_profile("shared machine")
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-def _bad_inputs() -> Any:
-    """tests/bad_inputs.py, which pytest's import mode does not put on the path."""
-    spec = importlib.util.spec_from_file_location("bad_inputs", PROJECT / "tests" / "bad_inputs.py")
+def _beside(name: str) -> Any:
+    """tests/NAME.py, which pytest's import mode does not put on the path."""
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "tests" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -40,17 +40,22 @@ def _bad_inputs() -> Any:
     return module
 
 
+fault_table = _beside("fault_table")
+TABLE = fault_table.FaultTable()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--bad-input-table", help="run the tests of the bad inputs alone, and write their table into this file"
     )
+    parser.addoption("--fault-table", help="write the table of the faults that were tried into this file")
 
 
 class _BadInputs:
     """Keeps the tests of bad inputs, counts them, prints and writes the table."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.module = Path(path), _bad_inputs()
+        self.path, self.module = Path(path), _beside("bad_inputs")
         self.table = self.module.BadInputTable()
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -74,6 +79,26 @@ class _BadInputs:
 def pytest_configure(config: pytest.Config) -> None:
     if (path := config.getoption("--bad-input-table")) is not None:
         config.pluginmanager.register(_BadInputs(path))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if TABLE.rows:
+        terminalreporter.section("faults tried and survived")
+        for line in TABLE.lines():
+            terminalreporter.write_line(line)
+        if (path := config.getoption("--fault-table")) is not None:
+            Path(path).write_text("\n".join(TABLE.lines()) + "\n")
+
+
+@pytest.fixture
+def note() -> Callable[..., None]:
+    """note(number, held, figure, seconds): one try of a fault. Fails the test if it did not hold."""
+
+    def note(number: int, held: bool, figure: str = "", seconds: float | None = None) -> None:
+        TABLE.note(number, held, figure, seconds)
+        assert held, f"fault {number} ({fault_table.FAULTS[number]}): {figure} {seconds or ''}"
+
+    return note
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ made and none is valid, that is an error: never a silent fresh start.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shlex
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from rlhf_ray.errors import ArtifactError, Interrupted, InvariantError, Problem
+from rlhf_ray.errors import DISK_FULL, ArtifactError, Interrupted, InvariantError, Problem
 from rlhf_ray.faults import reach
 from rlhf_ray.models.files import (
     atomic_write_json,
@@ -40,7 +39,6 @@ MANIFEST = "manifest.json"
 LATEST = "LATEST"
 _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"\.(tmp|old|trash)-[0-9a-f]+")
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def resume_command(run_path: Path | str) -> str:
@@ -175,7 +173,7 @@ def write_checkpoint_at(
     except OSError as e:
         if e.errno not in DISK_FULL:
             raise
-        raise _disk_full(run_path, temporary) from e
+        raise _disk_full(run_path, temporary, e) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     Checkpoint(step, target).verify(run_id)
@@ -261,12 +259,12 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _disk_full(run_path: Path, temporary: Path) -> Interrupted:
+def _disk_full(run_path: Path, temporary: Path, error: OSError) -> Interrupted:
     written = sum(p.stat().st_size for p in temporary.rglob("*") if p.is_file()) if temporary.exists() else 0
     free = shutil.disk_usage(run_path).free
     return Interrupted.at(  # type: ignore[return-value]
         str(temporary.parent),
-        "no room to save a checkpoint; the previous one is intact",
+        f"a checkpoint cannot be saved: {error.strerror}; the previous one is intact",
         f"room for more than {written:,} bytes",
         f"{free:,} bytes free",
         f"free some space, then: {resume_command(run_path)}",

@@ -5,16 +5,19 @@ Every write goes to a temporary file beside the target, is flushed to disk, and 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -69,6 +72,17 @@ def atomic_save_tensors(
     """Write `tensors` as safetensors, with "format": "pt" in its metadata, which transformers and peft ask for."""
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     atomic_write_bytes(path, save(plain, metadata={"format": "pt", **(metadata or {})}))
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What safetensors could not write to `path` as the OSError that it was, as against files that it cannot read."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(number := int(found[1]), os.strerror(number), str(path)) from error
 
 
 def atomic_replace_folder(temporary: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from rlhf_ray.models.adapters import lora_layers, use_adapter, wrap
 from rlhf_ray.models.artifact import atomic_replace_folder, atomic_write_json, describe_files, verify_files
 from rlhf_ray.models.backbone import Backbone, load_exact, trunk
 from rlhf_ray.models.checkpoints import SCHEMA
-from rlhf_ray.models.files import temporary_beside
+from rlhf_ray.models.files import disk_errors, temporary_beside
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import MERGED, check_lineage, merged_manifest
 from rlhf_ray.models.loading import quiet
@@ -282,7 +282,7 @@ def _write(folder: Path, backbone: Backbone, dropout: dict[str, float], base: Mo
         model.config.pad_token_id = backbone.pad_id
     else:
         model.generation_config = GenerationConfig()  # the base's own file is copied below as it is, valid or not
-    with quiet():
+    with quiet(), disk_errors(folder):
         model.save_pretrained(folder)
     for name in _COPIED:
         if (base.folder / name).exists():

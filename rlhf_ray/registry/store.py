@@ -10,7 +10,6 @@ entry in the alias file, the last write of a promotion: whatever came before it 
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.hints import did_you_mean
-from rlhf_ray.errors import ArtifactError, ConfigError, ResourceError
+from rlhf_ray.errors import DISK_FULL, ArtifactError, ConfigError, ResourceError
 from rlhf_ray.models.adapter_files import read_adapter
 from rlhf_ray.models.checkpoints import SCHEMA, check_schema
 from rlhf_ray.models.files import atomic_replace_folder, atomic_write_json, describe_files, read_json, sha256_file
@@ -39,7 +38,6 @@ ENVIRONMENT = "RLHF_RAY_REGISTRY"
 DEFAULT = "registry"
 WAIT_S = 120.0
 """How long a writer waits for another one; a promotion takes about as long as copying the adapter."""
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LEFTOVER = re.compile(r"\..+\.(tmp|old)-[0-9a-f]+")
 _WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
@@ -229,7 +227,7 @@ class Registry:
                 self._remove_leftovers()
                 yield
         except OSError as error:
-            if error.errno in _DISK_FULL:
+            if error.errno in DISK_FULL:
                 free = shutil.disk_usage(self.path).free
                 raise ResourceError.at(
                     str(self.path), "no room; what was live still is", "room for the adapter", f"{free:,} bytes free"

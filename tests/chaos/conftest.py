@@ -1,7 +1,4 @@
-"""Real processes, really killed. Each test notes by the rows of the fault table what it tried and what held; the end prints it.
-
-pytest tests/chaos --fault-table table.md
-"""
+"""Real processes, really killed. Each test notes what it tried and what held in the fault table (tests/fault_table.py)."""
 
 from __future__ import annotations
 
@@ -14,10 +11,8 @@ import shutil
 import signal
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +21,6 @@ import yaml
 
 from rlhf_ray.metrics import NON_DETERMINISTIC, read_metrics
 
-FAULTS = {
-    1: "kill -9 a generator in a rollout",
-    2: "a generator hangs",
-    3: "all generators gone, restarts used up",
-    4: "stale generator after a restart",
-    5: "scorer killed, or raises",
-    6: "reward not finite, wrong count, wrong order",
-    7: "kill -9 one learner rank",
-    8: "a learner rank hangs",
-    9: "kill -9 the Train controller",
-    10: "kill -9 the driver",
-    11: "SIGTERM, Ctrl-C",
-    12: "the node of a learner is drained",
-    13: "kill -9 Ray's control service (GCS)",
-    14: "a node with generators is lost",
-    15: "2 % of Ray's remote calls fail",
-    16: "a scorer runs out of memory",
-    17: "disk full while saving",
-    18: "kill -9 at any instant of a save",
-    19: "checkpoint file cut, flipped, missing",
-    20: "gradient not finite",
-    21: "weights that are not finite reach a generator",
-    22: "KL, clipping or length run away",
-    28: "two runs on one folder",
-    29: "checkpoints of another version",
-    30: "500 steps without a leak",
-}
-
 REWARD = '''
 """A reward with TRL's signature: the share of ASCII characters."""
 
@@ -61,61 +28,6 @@ REWARD = '''
 def score(prompts, completions, **columns):
     return [sum(c.isascii() for c in text) / max(len(text), 1) for text in completions]
 '''
-
-
-@dataclass
-class Row:
-    tried: int = 0
-    passed: int = 0
-    figures: list[str] = field(default_factory=list)
-
-
-class FaultTable:
-    """What was tried and what held, by row of the table."""
-
-    def __init__(self) -> None:
-        self.rows: defaultdict[int, Row] = defaultdict(Row)
-
-    def note(self, number: int, held: bool, figure: str = "") -> None:
-        row = self.rows[number]
-        row.tried += 1
-        row.passed += held
-        if figure and figure not in row.figures:
-            row.figures.append(figure)
-
-    def lines(self) -> list[str]:
-        head = ["| # | fault | tried | passed | figures |", "|---|---|---|---|---|"]
-        return head + [
-            f"| {n} | {FAULTS[n]} | {r.tried} | {r.passed} | {'; '.join(r.figures)} |"
-            for n, r in sorted(self.rows.items())
-        ]
-
-
-TABLE = FaultTable()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fault-table", help="write the fault table into this file")
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if TABLE.rows:
-        terminalreporter.section("faults tried and survived")
-        for line in TABLE.lines():
-            terminalreporter.write_line(line)
-        if (path := config.getoption("--fault-table")) is not None:
-            Path(path).write_text("\n".join(TABLE.lines()) + "\n")
-
-
-@pytest.fixture
-def note() -> Callable[..., None]:
-    """note(number, held, figure): one try of a fault. Fails the test if it did not hold."""
-
-    def note(number: int, held: bool, figure: str = "") -> None:
-        TABLE.note(number, held, figure)
-        assert held, f"fault {number} ({FAULTS[number]}): {figure}"
-
-    return note
 
 
 CHILD = """
@@ -175,6 +87,12 @@ def ray_folder() -> str:
     folder = tempfile.mkdtemp(prefix="rr-", dir="/tmp")  # short: sockets lie in it
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("fault")
 
 
 class World:

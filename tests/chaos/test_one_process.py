@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,23 @@ def test_disk_full(world: Any, untouched: Path, point: str, note: Any, same: Any
     assert not list((world.run(name) / "checkpoints").glob("*.tmp-*"))
     world.finish(name)
     note(17, same(untouched, world.run(name)), "exit 75, previous checkpoint intact, same weights and metrics")
+
+
+def test_a_file_that_may_not_grow(world: Any, untouched: Path, note: Any, same: Any, until: Any) -> None:
+    """Fault 17, as the kernel does it: from a moment on no file of the process may be as long as its optimizer's."""
+    name = "limit"
+    child = world.start("ppo", world.job(name))
+    run = world.run(name)
+    until(lambda: open_run(run, verify=False).checkpoints() if (run / "checkpoints").exists() else None)
+    newest = open_run(run, verify=False).checkpoints()[-1]
+    length = (newest.path / "optimizer.safetensors").stat().st_size
+    resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (length - 1, length - 1))
+    code, last = child.wait(), child.text.splitlines()[-1]
+    assert "a checkpoint cannot be saved: File too large;" in last and last.endswith(f"runs/{name}"), child.text
+    assert not list((run / "checkpoints").glob("*.tmp-*"))
+    open_run(run, verify=False).checkpoints()[-1].verify()
+    world.finish(name)
+    note(17, code == 75 and same(untouched, run), "exit 75, previous checkpoint intact, same weights and metrics")
 
 
 class TestNotFinite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,16 @@ def test_sigterm_in_every_step_and_every_phase(
 ) -> None:
     """Fault 11. The step is finished, or abandoned in its rollout; it is saved, and 75 comes with the command that goes on."""
     name = f"term-{step}"
-    child = world.start(
-        "ppo", world.job(name), fault=f"learner:{phase}:step={step}:term", marks=world.folder / f"marks-{step}"
-    )
-    code = child.wait()
+    marks = world.folder / f"marks-{step}"
+    child = world.start("ppo", world.job(name), fault=f"learner:{phase}:step={step}:term", marks=marks)
+    code, ended = child.wait(), time.time()
+    took = ended - next(marks.iterdir()).stat().st_mtime
     last = child.text.splitlines()[-1]
     assert code == 75, child.text
     assert last.startswith("error: ") and last.endswith(f"rlhf-ray resume runs/{name}"), last
     assert newest(world.run(name)) == (step - 1 if phase == "rollout" else step), "no whole step is lost"
     world.finish(name)
-    note(11, same(untouched, world.run(name)), "exit 75, no step lost, same weights and metrics")
+    note(11, same(untouched, world.run(name)), "exit 75 after {} s, no step lost, same weights and metrics", took)
 
 
 @pytest.mark.parametrize("point", some([(s,) for s in SAVES], (SAVES[1], SAVES[2])))

@@ -48,7 +48,7 @@ def test_a_driver_that_is_killed(world: Any, untouched: Path, note: Any, same: A
     until(lambda: not alive(others), 30, "processes of the old Ray")
     gone = time.monotonic() - killed
     assert again.wait(600) == 0, again.text
-    note(10, same(untouched, run), f"resume 0 s later; no process of the old Ray left after {gone:.0f} s")
+    note(10, same(untouched, run), "resume 0 s later; no process of the old Ray left after {} s", gone)
 
 
 @pytest.mark.long
@@ -59,13 +59,15 @@ def test_sigterm(world: Any, untouched: Path, note: Any, same: Any, until: Any) 
     until(lambda: steps(run) >= 3, 400)
     others = family(child.pid).keys() - {child.pid}
     os.kill(child.pid, signal.SIGTERM)
+    told = time.monotonic()
     assert child.wait(600) == 75, child.text
+    took = time.monotonic() - told
     last = child.text.splitlines()[-1]
     assert "SIGTERM; step " in last and last.endswith("rlhf-ray resume runs/sigterm"), last
     until(lambda: not alive(others), 30, "processes of the old Ray")
     assert not list(run.parent.glob(".rlhf-ray-*"))
     world.finish("sigterm")
-    note(11, same(untouched, run), "exit 75, no step lost, same weights and metrics")
+    note(11, same(untouched, run), "under Ray: exit 75 after {} s, no step lost, same weights and metrics", took)
 
 
 @pytest.mark.long
@@ -146,6 +148,5 @@ class TestAtLength:
         died = time.monotonic()
         code, last = child.wait(600), child.text.splitlines()[-1]
         assert "generator 0" in last and last.endswith("rlhf-ray resume runs/none"), child.text
-        note(
-            3, code == 75, f"exit 75 naming actor and last error, {time.monotonic() - died:.0f} s after the first death"
-        )
+        took = time.monotonic() - died
+        note(3, code == 75 and took < 60, "exit 75 naming actor and last error, {} s after the first death", took)

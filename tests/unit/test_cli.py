@@ -194,6 +194,11 @@ def test_each_error_of_ours_has_its_code_and_its_lines(
             3,
             "error: out of memory: no memory left; fix: lower per_device_train_batch_size or rollout_chunk_size\n",
         ),
+        (
+            "raise OSError(28, 'No space left on device', 'out/model.safetensors')",
+            3,
+            "error: out/model.safetensors: cannot be written: No space left on device; fix: free some space, and run it again\n",
+        ),
         ("raise KeyboardInterrupt", 75, "error: runs/ppo: interrupted; fix: start it again\n"),
         (
             "import os, signal, pathlib, time\npathlib.Path('runs/ppo').mkdir()\n"

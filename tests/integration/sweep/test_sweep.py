@@ -71,13 +71,16 @@ def test_a_sweep_leaves_its_tables_and_ordinary_runs(two_cpus: Any, sweep_job: J
     assert again.metrics == run.metrics and "nothing to do" in console.text
 
 
+@pytest.mark.fault
 def test_a_killed_trial_goes_on_and_a_failing_one_hurts_no_other(
-    two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path
+    two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path, note: Any
 ) -> None:
+    """Fault 23."""
     (tmp_path / "die").touch()
     died = sweep(sweep_job("died", space={"kl_coef": [0.01, 0.1]}), console)
     assert not (tmp_path / "die").exists(), "nobody died"
-    assert [row["status"] for row in table(died)] == ["done", "done"]
+    done = [row["status"] for row in table(died)]
+    note(23, done == ["done", "done"], "a killed trial goes on, others finish")
     # num_mini_batches 3 does not divide 8 rows, and is refused beforehand; a function that is not a number fails in the trial
     bad = f"{tmp_path / 'bad_reward.py'}:score"
     (tmp_path / "bad_reward.py").write_text(
@@ -86,7 +89,8 @@ def test_a_killed_trial_goes_on_and_a_failing_one_hurts_no_other(
     good = sweep_job("x").ppo["rewards"]
     mixed = sweep_job("mixed", space={"rewards": [good, [{"name": "bad", "function": bad}]]}, metric="eval/reward")
     run = sweep(mixed, console)
-    assert sorted(row["status"] for row in table(run)) == ["done", "failed"]
+    statuses = sorted(row["status"] for row in table(run))
+    note(23, statuses == ["done", "failed"], "a trial that fails hurts no other")
     failed = next(row for row in table(run) if row["status"] == "failed")
     assert "bad" in failed["reason"] and "not finite" in failed["reason"]
     assert run.metrics["trials/failed"] == 1.0
@@ -185,10 +189,11 @@ def until_one_more_is_done(process: subprocess.Popen[bytes], trials: Path) -> No
     assert finished < 4
 
 
+@pytest.mark.fault
 def test_a_stopped_and_a_killed_driver_lose_nothing(
-    two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path
+    two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path, note: Any
 ) -> None:
-    """SIGTERM, then kill -9, each in the middle: finished trials are kept, and the table is that of a sweep nobody touched."""
+    """Fault 23: SIGTERM, then kill -9, each in the middle: finished trials are kept, and the table is that of one untouched."""
     changes: dict[str, Any] = {"ppo": {"max_steps": 6}, "max_concurrent_trials": 1}
     undisturbed = sweep(sweep_job("whole", **changes), console)
     config = sweep_job("killed", **changes)
@@ -210,7 +215,8 @@ def test_a_stopped_and_a_killed_driver_lose_nothing(
     kept = {p: p.stat().st_mtime_ns for p in trials.glob("*/summary.json")}
     resumed = resume_sweep(config.output_dir, console)
     assert len(kept) >= 2 and {p: p.stat().st_mtime_ns for p in kept} == kept, "finished trials ran again"
-    assert without_seconds(table(resumed)) == without_seconds(table(undisturbed))
+    equal = without_seconds(table(resumed)) == without_seconds(table(undisturbed))
+    note(23, equal, "driver stopped, then killed: finished trials are kept, same table")
 
 
 def test_a_limit_that_is_passed_stops_the_trial_and_is_not_tried_again(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,20 @@ from .conftest import IDS, hidden, logits
 Load = Callable[..., Backbone]
 Make = Callable[..., Path]
 HEAD = torch.linspace(-1, 1, 64)[None]
+SMALL = 200_000
+"""Bytes: more than an adapter has here, less than a model."""
+
+
+@pytest.fixture
+def small_files(tiny_llama: Make) -> Iterator[None]:
+    """No file of this process may be longer than SMALL."""
+    assert (tiny_llama() / "model.safetensors").stat().st_size > SMALL
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 TEMPLATE = {"name": "alpaca", "sha256": "ab" * 32}
 
 
@@ -250,6 +266,16 @@ class TestRefusals:
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", lossy)
         with pytest.raises(ArtifactError, match="read back, answers otherwise"):
             merge_run(tmp_path / "a")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+    def test_a_disk_without_room(
+        self, tiny_llama: Make, save_trained: Callable[..., str], tmp_path: Path, small_files: None
+    ) -> None:
+        """safetensors has an error of its own for what the disk refuses; nothing is left of the attempt."""
+        save_trained(tiny_llama(), tmp_path / "a")
+        with pytest.raises(OSError, match="File too large") as e:
+            merge_run(tmp_path / "a")
+        assert e.value.errno == errno.EFBIG and "adapter-merged" in e.value.filename
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
     def test_another_base_than_the_run_s(

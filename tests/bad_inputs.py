@@ -42,6 +42,7 @@ TESTS: dict[str, tuple[int, ...]] = {
     UNIT + "data/test_encode.py::test_chat_markers_of_the_template*": (22,),
     UNIT + "config/test_faults.py::test_a_bad_field_in_the_file*": (),
     UNIT + "config/test_faults.py::test_a_bad_override*": (),
+    UNIT + "config/test_faults.py::test_a_run_folder_on_a_store*": (55,),
     UNIT + "config/test_faults.py::test_batch_arithmetic_of_sft": (40,),
     UNIT + "config/test_faults.py::test_a_regular_expression_cannot_hang_the_loader": (37,),
     UNIT + "config/test_yaml.py::test_what_yaml_1_1*": (30,),

@@ -23,6 +23,7 @@ from rlhf_ray.config.sections import Section
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.config.stages import JobFields
 from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.config.uris import hidden
 from rlhf_ray.config.yaml_reader import (
     Document,
     Loc,
@@ -66,7 +67,7 @@ class Source:
         for override in reversed(self.overrides):
             if loc and loc[: len(override.path)] == override.path:
                 deeper = f": {dotted(loc)}" if len(loc) > len(override.path) else ""
-                return f"override {shorten(override.text)}{deeper}"
+                return f"override {shorten(hidden(override.text))}{deeper}"
         line = self.document.line(loc) if self.document is not None else None
         place = f"{self.name}:{line}" if line is not None else self.name
         return ": ".join(part for part in (place, dotted(loc)) if part)

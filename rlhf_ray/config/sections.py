@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from rlhf_ray.config.uris import a_folder_here, without_credentials
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -35,6 +37,8 @@ Positive = Annotated[Float, Field(gt=0)]
 NotNegative = Annotated[Float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Path = Annotated[str, Field(min_length=1)]
+OutputDir = Annotated[Path, AfterValidator(a_folder_here)]
+Sources = Annotated[Strings, AfterValidator(without_credentials)]
 
 
 def field(default: Any, description: str, **rules: Any) -> Any:
@@ -89,13 +93,13 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """Where rows come from and which of them are used. No hidden caps: a limit exists only where one is set here."""
 
-    train: Strings = field(
+    train: Sources = field(
         ...,
         "files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
         " data set ids",
         min_length=1,
     )
-    eval: Strings | None = field(None, "separate evaluation files; default: the held-out share of data.train")
+    eval: Sources | None = field(None, "separate evaluation files; default: the held-out share of data.train")
     split: str = field("train", "split to read of a Hub data set")
     format: Literal[
         "auto",

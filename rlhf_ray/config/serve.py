@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.sections import Count, Float, NotNegative, Path, Positive, Section, Strings, field
+from rlhf_ray.config.sections import Count, Float, NotNegative, OutputDir, Path, Positive, Section, Strings, field
 from rlhf_ray.config.stages import JobFields
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -66,7 +66,7 @@ class LimitsConfig(Section):
 class ServeConfig(Section):
     """The endpoint: OpenAI's API over a base and its adapters."""
 
-    output_dir: Path = field(..., "folder for preferences, the access log and what each replica says it serves")
+    output_dir: OutputDir = field(..., "folder for preferences, the access log and what each replica says it serves")
     model_name_or_path: Path = field(..., JobFields.model_fields["model_name_or_path"].description or "")
     revision: str | None = _as_in_jobs("revision")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _as_in_jobs("dtype")

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from rlhf_ray.config.actors import ActorsConfig
 from rlhf_ray.config.sections import (
@@ -16,6 +23,7 @@ from rlhf_ray.config.sections import (
     LearnerConfig,
     LoraConfig,
     NotNegative,
+    OutputDir,
     Path,
     PolicySpec,
     Positive,
@@ -30,12 +38,13 @@ from rlhf_ray.config.sections import (
     check_accumulation,
     field,
 )
+from rlhf_ray.config.uris import without_credentials
 
 
 class JobFields(Section):
     """Fields that every stage has."""
 
-    output_dir: Path = field(..., "the run folder itself")
+    output_dir: OutputDir = field(..., "the run folder itself")
     run_name: str | None = field(None, "name in trackers; default: the folder's name")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = field(0, "root of all randomness")
     resume: Literal["never", "auto"] = field(
@@ -65,10 +74,12 @@ class JobFields(Section):
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many)] = field(
         ("tensorboard",), "trackers beside metrics.jsonl"
     )
-    copy_to: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://")] | None = field(
-        None,
-        "URI of a folder on an object store, e.g. s3://bucket/runs/mine, that checkpoints and the finished run are copied to;"
-        " a run that is not here is restored from it (resume: auto)",
+    copy_to: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://"), AfterValidator(without_credentials)] | None = (
+        field(
+            None,
+            "URI of a folder on an object store, e.g. s3://bucket/runs/mine, that checkpoints and the finished run are copied to;"
+            " a run that is not here is restored from it (resume: auto)",
+        )
     )
     learner: LearnerConfig = field(LearnerConfig(), "training workers")
     wait_for_resources: NotNegative = field(
@@ -90,8 +101,6 @@ class JobFields(Section):
             raise ValueError(
                 f"run_name: use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit: {self.run_name!r}"
             )
-        if self.copy_to is not None and "@" in self.copy_to.partition("?")[0]:
-            raise ValueError("copy_to: holds credentials; they belong into the nodes' own role or environment")
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit and load_in_4bit exclude each other")
         if self.cpu_offload and not (self.load_in_8bit or self.load_in_4bit):

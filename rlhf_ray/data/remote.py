@@ -13,28 +13,10 @@ import urllib.parse
 import uuid
 from pathlib import Path
 
+from rlhf_ray.config.uris import has_credentials
 from rlhf_ray.errors import DataError
 
 PIECE = 1 << 20
-
-
-def is_uri(name: str) -> bool:
-    """Whether `name` names a file on a store.
-
-    >>> [is_uri(name) for name in ("s3://bucket/a.jsonl", "data/a.jsonl", "tatsu-lab/alpaca")]
-    [True, False, False]
-    """
-    return "://" in name
-
-
-def has_credentials(uri: str) -> bool:
-    """`s3://KEY:SECRET@bucket/...`, which would put a secret into job files, logs and manifests.
-
-    >>> [has_credentials(uri) for uri in ("s3://key:secret@bucket/a.jsonl", "s3://bucket/a@b.jsonl?scheme=http")]
-    [True, False]
-    """
-    parts = urllib.parse.urlsplit(uri)
-    return "@" in parts.netloc or "secret_key" in parts.query.lower()
 
 
 def path_of(uri: str) -> str:

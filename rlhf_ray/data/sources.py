@@ -13,7 +13,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from rlhf_ray.data.remote import fetch, is_uri, path_of
+from rlhf_ray.config.uris import is_uri
+from rlhf_ray.data.remote import fetch, path_of
 from rlhf_ray.errors import DataError
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "hub"]

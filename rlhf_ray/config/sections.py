@@ -186,7 +186,9 @@ class RewardSource(Section):
     run: Path | None = field(None, "folder of a reward run, or of its merged checkpoint")
     model: Path | None = field(None, "a one-label sequence-classification checkpoint (path or Hub id)")
     function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")] | None = field(
-        None, "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns)"
+        None,
+        "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns); what it draws from"
+        " random, numpy.random or torch depends on the texts alone",
     )
     weight: Float = field(1.0, "factor in the sum of rewards")
     template: str | None = field(

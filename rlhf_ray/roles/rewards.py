@@ -19,7 +19,9 @@ from torch import Tensor
 
 from rlhf_ray.batches import Sequences
 from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
+from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.artifact import sha256_file
+from rlhf_ray.session import global_generators
 
 PAUSES_S = (0.5, 2.0)
 """Before a reward function that raised is asked again: a service behind it may be back."""
@@ -50,7 +52,8 @@ class FunctionReward:
     """A Python function with TRL's signature score(prompts, completions, **columns) -> list[float].
 
     As in TRL, columns holds every column of the data that all rows have, and completion_ids; where the data's own `prompt` is a
-    list of messages, prompts are those lists and completions are lists of one assistant message."""
+    list of messages, prompts are those lists and completions are lists of one assistant message. A function that draws random
+    numbers (random, numpy.random, torch) draws the same ones for the same texts, whoever asks it and however often."""
 
     def __init__(self, name: str, weight: float, spec: str) -> None:
         self.name, self.weight, self.spec = name, weight, spec
@@ -70,9 +73,11 @@ class FunctionReward:
         return checked_rewards(got, len(texts.prompts), where)
 
     def _asked(self, arguments: dict[str, Any], where: str) -> Any:
+        seed = derived_seed(0, "reward", self.name, repr((arguments["prompts"], arguments["completions"])))
         for pause in (*PAUSES_S, None):
             try:
-                return self.function(**arguments)
+                with global_generators(seed):
+                    return self.function(**arguments)
             except Exception as error:
                 if pause is None:
                     what = f"raised {type(error).__name__} {len(PAUSES_S) + 1} times: {error}"

@@ -22,11 +22,19 @@ import yaml
 from rlhf_ray.metrics import NON_DETERMINISTIC, read_metrics
 
 REWARD = '''
-"""A reward with TRL's signature: the share of ASCII characters."""
+"""A reward with TRL's signature: the share of ASCII characters, and noise from every generator that it could draw from."""
+import random
+
+import numpy
+import torch
+
+
+def noise():
+    return 0.01 * (random.random() + numpy.random.rand() + float(torch.rand(())))
 
 
 def score(prompts, completions, **columns):
-    return [sum(c.isascii() for c in text) / max(len(text), 1) for text in completions]
+    return [sum(c.isascii() for c in text) / max(len(text), 1) + noise() for text in completions]
 '''
 
 

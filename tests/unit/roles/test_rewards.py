@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,29 @@ def test_conversations_stay_conversations(make: Make) -> None:
     )
     rows = [{"prompt": [{"role": "user", "content": word}]} for word in ("hi", "there")]
     assert reward.score(texts(*rows)).tolist() == [1.0, 3.0]
+
+
+RANDOM = """
+import random
+import numpy
+import torch
+
+def score(prompts, completions):
+    return [random.random() + numpy.random.rand() + float(torch.rand(())) for _ in prompts]
+"""
+
+
+def test_random_numbers_are_those_of_the_texts(make: Make) -> None:
+    """A chunk that is scored again, elsewhere or after a restart, gets the rewards that it had."""
+    reward = make(RANDOM)
+    first = reward.score(texts())
+    torch.manual_seed(7)
+    random.seed(7)
+    before = random.getstate(), torch.get_rng_state()
+    assert torch.equal(reward.score(texts()), first) and first[0] != first[1]
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    other = Texts(["p0", "p1"], ["x", "zzz"], [[5], [6, 7]], ({}, {}))
+    assert not torch.equal(reward.score(other), first)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def check_starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tens
 
 
 def check_adapter_changed(before: str, after: str, tensors: Mapping[str, Tensor], step: int) -> None:
-    """An update moves the adapter, and leaves it finite and not empty."""
+    """An update that had an advantage to learn from moves the adapter, and leaves it finite and not empty."""
     if not tensors or not any(bool(t.any()) for t in tensors.values()):
         raise InvariantError.at(f"step {step}", "the policy adapter is empty", "tensors that are not all zero")
     broken = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]

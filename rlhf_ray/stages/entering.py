@@ -118,7 +118,7 @@ def check_same_models(
 ) -> None:
     """ArtifactError if a run with checkpoints would go on beside another base, tokenizer, template or parent adapter.
 
-    parents: entries as in a manifest. Reward functions are not among them: one that failed is mended, then the run goes on."""
+    parents: entries as in a manifest. Reward functions are not among them, see `mended_functions`."""
     if not folder.checkpoints():
         return
     manifest = folder.manifest()
@@ -134,3 +134,15 @@ def check_same_models(
         for what, where, before, now in pairs
         if before and now and before != now
     )
+
+
+def mended_functions(folder: RunFolder, parents: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A warning for each reward function that is no longer what it was: one that failed is mended, then the run goes on, but not as
+    the run that nobody touched.   parents: entries as in a manifest."""
+    known = {p["role"]: p.get("sha256") for p in folder.manifest()["parents"]}
+    return [
+        f"{p['role']}: {p['path']} has changed since this run's last start (sha256 {before[:12]}, now {p['sha256'][:12]}); the"
+        " steps to come are rewarded by what it is now"
+        for p in parents
+        if (before := known.get(p["role"])) and before != p["sha256"]
+    ]

@@ -174,7 +174,7 @@ class PPOLoop:
         self.oversight.enter("publish", step)
         before = self.learner.published
         after = self.learner.publish()
-        if rates["policy"] > 0 and stats.updates:
+        if rates["policy"] > 0 and stats.updates and bool(experience.advantages.any()):
             invariants.check_adapter_changed(before.sha256, after.sha256, after.tensors, step)
         moved = self.hand_over()
         self.controller.update(metrics["kl/k1_per_response"], len(experience))

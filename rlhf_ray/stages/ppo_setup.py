@@ -33,7 +33,7 @@ from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.roles.split import Crew, SplitCollector
 from rlhf_ray.session import Session
-from rlhf_ray.stages.entering import check_same_models
+from rlhf_ray.stages.entering import check_same_models, mended_functions
 from rlhf_ray.stages.header import config_line
 from rlhf_ray.stages.ppo_prompts import load_prompts
 from rlhf_ray.stages.ppo_roles import assemble, decoding, policy_sampler, text_maker
@@ -117,7 +117,9 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     prompts = load_prompts(config, backbone, template)
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in prompts.manifest])
-        check_same_models(folder, backbone.identity, template, _started_from(assembly, roles))
+        judges, functions = roles.kinds_of_parents()
+        check_same_models(folder, backbone.identity, template, [*_started_from(assembly, roles), *judges])
+        roles.warnings += mended_functions(folder, functions)
     models = assembly.finish()
     learner = Learner(models, config, session)
     to_texts = text_maker(backbone, template)

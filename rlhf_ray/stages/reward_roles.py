@@ -76,6 +76,12 @@ class RewardRoles:
                 fix="drop it",
             )
 
+    def kinds_of_parents(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """`parents`: of models, and of functions."""
+        specs = {function.spec for function in self.functions.values()}
+        models = [parent for parent in self.parents if parent["path"] not in specs]
+        return models, [parent for parent in self.parents if parent["path"] in specs]
+
     def build(self, models: Any, rows_per_forward: int, agree: Agree = int) -> list[Reward]:
         """What scores, in the job's order, over the finished models. agree: as the scorer's."""
         return [self._build(reward, role, models, rows_per_forward, agree) for reward, role in self.roles]

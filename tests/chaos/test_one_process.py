@@ -65,6 +65,17 @@ def test_no_checkpoint_left_is_never_a_fresh_start(world: Any, stopped: Path, no
     note(19, code == 5, "none left: exit 5")
 
 
+def test_another_reward_since_the_run_began(world: Any, stopped: Path) -> None:
+    """A function may be mended, which is told; a model may not change (its sha256 stands in the manifest)."""
+    run, function = world.copy("stopped", "mended"), world.folder / "mine.py"
+    before = function.read_text()
+    function.write_text(before.replace("0.01", "0.02"))
+    said = world.finish("mended")
+    function.write_text(before)
+    assert "warning: ascii: mine.py:score has changed since this run's last start" in said, said
+    assert open_run(run).manifest()["status"] == "done"
+
+
 @pytest.mark.parametrize("point", ["save", "save_written", "save_sealed"])
 def test_disk_full(world: Any, untouched: Path, point: str, note: Any, same: Any) -> None:
     """Fault 17. One line with the path and the room there is; the checkpoint before is intact."""

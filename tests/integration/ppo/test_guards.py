@@ -117,11 +117,23 @@ def test_the_update_must_see_the_policy_that_was_evaluated(ppo_job: Job, monkeyp
         run(ppo_job("run"))
 
 
-def test_equal_rewards_are_told_and_give_no_nan(ppo_job: Job, tmp_path: Path, console: Any) -> None:
-    """Fault 27: a constant reward; also the spread that F33's batch of one did not have."""
+@pytest.mark.parametrize(
+    ("reward", "changes"),
+    [
+        (1.0, {"normalize_rewards": True}),
+        (0.0, {"missing_eos_penalty": None}),
+        (1.0, {"advantage_estimator": "grpo", "num_generations": 2, "missing_eos_penalty": None}),
+    ],
+    ids=["one", "none", "grpo"],
+)
+def test_equal_rewards_are_told_and_give_no_nan(
+    ppo_job: Job, tmp_path: Path, console: Any, reward: float, changes: dict[str, Any]
+) -> None:
+    """Fault 27: a constant reward; also the spread that F33's batch of one did not have. Where nobody has an advantage, as at the
+    start of a task with a rare reward, the first update changes nothing and is none of the program's bugs."""
     path = tmp_path / "flat.py"
-    path.write_text("def score(prompts, completions, **k):\n    return [1.0] * len(prompts)\n")
-    flat = {"rewards": [{"name": "flat", "function": f"{path}:score"}], "normalize_rewards": True, "max_steps": 2}
+    path.write_text(f"def score(prompts, completions, **k):\n    return [{reward}] * len(prompts)\n")
+    flat = {"rewards": [{"name": "flat", "function": f"{path}:score"}], "max_steps": 2, **changes}
     done = run(ppo_job("flat", **flat), console)
     told = [w for w in console.warnings if w.startswith("reward std 0 at step 1")]
     assert done.status == "done" and len(told) == 1

@@ -17,7 +17,7 @@ from rlhf_ray.models.artifact import RunFolder, atomic_write_text, write_checkpo
 from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.models.object_store import Store, restore
 from rlhf_ray.session import process_session
-from rlhf_ray.stages.entering import check_same_models, enter_run
+from rlhf_ray.stages.entering import check_same_models, enter_run, mended_functions
 from rlhf_ray.stages.ppo_store import MAY_CHANGE
 
 
@@ -130,3 +130,13 @@ def test_other_models_are_refused_once_there_is_a_checkpoint(enter: Entered) -> 
         "error: runs/sft: the sft adapter",
     ]
     assert told[0][2] == f"expected sha256 {'w' * 64}; got sha256 {'x' * 64}"
+
+
+def test_a_reward_function_that_was_mended_is_told(enter: Entered) -> None:
+    folder = enter()
+    parents = [{"role": "short", "path": "mine.py:short", "sha256": "a" * 64}]
+    assert mended_functions(folder, parents) == []
+    folder.update_manifest(parents=parents)
+    assert mended_functions(folder, parents) == []
+    (told,) = mended_functions(folder, [{**parents[0], "sha256": "b" * 64}])
+    assert told.startswith("short: mine.py:short has changed") and "sha256 aaaaaaaaaaaa, now bbbbbbbbbbbb" in told

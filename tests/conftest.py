@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,6 +29,10 @@ from hypothesis import settings
 # Wall-clock limits fail on a busy machine, not on slow code; fixed examples make a failure repeatable.
 settings.register_profile("shared machine", deadline=None, derandomize=True)
 settings.load_profile("shared machine")
+
+# A Ray that somebody else started on this machine, another worker of pytest-xdist say, is not joined. Short: sockets lie in it.
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rr-", dir=os.environ.get("RAY_TMPDIR") or "/tmp")
+atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -77,8 +84,22 @@ class _BadInputs:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_AllFaults())
     if (path := config.getoption("--bad-input-table")) is not None:
         config.pluginmanager.register(_BadInputs(path))
+
+
+class _AllFaults:
+    """The workers of pytest-xdist hand their tries over when they end."""
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        TABLE.add(node.workeroutput.get("faults", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = TABLE.export()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

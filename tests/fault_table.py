@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 FAULTS = {
     1: "kill -9 a generator in a rollout",
     2: "a generator hangs",
     3: "all generators gone, restarts used up",
     4: "stale generator after a restart",
-    5: "scorer killed, or raises",
+    5: "scorer killed, slow, or raises",
     6: "reward not finite, wrong count, wrong order",
     7: "kill -9 one learner rank",
     8: "a learner rank hangs",
@@ -67,6 +68,19 @@ class FaultTable:
         row.passed += held
         if figure:
             row.figures.setdefault(figure, []).extend([] if seconds is None else [seconds])
+
+    def export(self) -> dict[int, Any]:
+        """As plain values, for `add`."""
+        return {number: asdict(row) for number, row in self.rows.items()}
+
+    def add(self, exported: dict[int, Any]) -> None:
+        """The tries of another table."""
+        for number, values in exported.items():
+            row = self.rows[number]
+            row.tried += values["tried"]
+            row.passed += values["passed"]
+            for figure, seconds in values["figures"].items():
+                row.figures.setdefault(figure, []).extend(seconds)
 
     def lines(self) -> list[str]:
         """A table in Markdown."""

@@ -25,5 +25,6 @@ class ActorsConfig(Section):
     label_selector: dict[str, str] = field({}, "Ray node labels that the node must have, e.g. {ray.io/zone: a}")
     accelerator_type: str | None = field(None, "GPU model the node must have, as Ray calls it, e.g. A100")
     timeout_s: Positive = field(
-        1800.0, "longest wait without any chunk being finished, models' loading included; then the actor is replaced"
+        1800.0,
+        "longest wait of this role without a chunk being finished, models' loading included; then the actor is replaced",
     )

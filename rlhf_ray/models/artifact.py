@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import subprocess
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -251,6 +252,7 @@ def _fresh_manifest(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "template": None,
         "data": [],
         "seed": config.get("seed"),
+        "cwd": os.getcwd(),
         "threads": None,
         "versions": dict(versions()),
         "git_commit": git_commit(),

@@ -37,6 +37,8 @@ MAX_RESTARTS = 4
 """Restarts of one actor in a run."""
 RESTART_S = 120.0
 """Longest wait for Ray to restart an actor, before its models are loaded."""
+PAUSE_S = 0.2
+"""Between two looks whether one is back."""
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError, GetTimeoutError)
 """What Ray raises where a process or node is gone, as against an error of the code that it ran."""
@@ -245,6 +247,7 @@ class Pool:
                 why = self._gone.get(index, f"not back within {RESTART_S:g} s")
                 raise self.failed(index, f"no {self.role} is left: {why}", "waiting for a restart")
             ray.wait(list(self._away.values()), timeout=1.0)
+            time.sleep(PAUSE_S)
 
     def _is_up(self, index: int) -> bool:
         if index in self._gone:
@@ -269,7 +272,8 @@ class Pool:
         return True
 
     def _ping(self, index: int) -> Any:
-        return self.handles[index].ping.options(max_task_retries=-1).remote()
+        # Without retries of Ray's, which it tells the user of in many words; until the actor is there again, pings fail at once.
+        return self.handles[index].ping.remote()
 
 
 def put_adapter(tensors: dict[str, torch.Tensor]) -> tuple[Any, int]:

@@ -146,6 +146,7 @@ class _Job:
         self.share = Share(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
         self.flying: dict[int, _Flight] = {}
         self.sampled: dict[int, float] = {}
+        self.silence: dict[str, tuple[list[Any], float]] = {}  # role -> work it has, and since when it is that
 
     def send(self, mine: Sequence[Chunk]) -> None:
         """Hand all chunks out, without waiting for anything but a restart."""
@@ -187,24 +188,29 @@ class _Job:
         return self.crew.scorers.submit(chunk.number + attempt, "score_at", *what)
 
     def _watch(self) -> None:
-        """Wait until something happens; an actor that lets nothing happen for too long is ended."""
+        """Wait until something happens; a role that is silent for its timeout loses the actor that has its oldest work."""
         open_ = [f.sampling.work for n, f in self.flying.items() if n not in self.sampled]
         open_ += [f.scoring.work for f in self.flying.values()]
-        limit = min(self.crew.generators.timeout_s, self.crew.scorers.timeout_s)
         ready: list[Any] = []
-        deadline = time.monotonic() + limit
-        while not ready and time.monotonic() < deadline and not self.wish():
-            ready, _ = ray.wait(open_, num_returns=1, timeout=min(limit, LOOK_S))
-        now = time.perf_counter()
-        for number, flight in self.flying.items():
-            if number not in self.sampled and flight.sampling.work in ready:
-                self.sampled[number] = now
-        if not ready and not self.wish():
-            number, flight = next(iter(self.flying.items()))
-            if number in self.sampled:
-                self.crew.scorers.end(flight.scoring.index, self._doing(flight, "scoring"))
-            else:
-                self.crew.generators.end(flight.sampling.index, self._doing(flight, "sampling"))
+        while not ready and not self.wish():
+            ready, _ = ray.wait(open_, num_returns=1, timeout=LOOK_S)
+            for number, flight in self.flying.items():
+                if number not in self.sampled and flight.sampling.work in ready:
+                    self.sampled[number] = time.perf_counter()
+            for pool, doing in ((self.crew.generators, "sampling"), (self.crew.scorers, "scoring")):
+                self._end_if_silent(pool, doing)
+
+    def _end_if_silent(self, pool: Pool, doing: str) -> None:
+        scoring, now = doing == "scoring", time.monotonic()
+        waiting = [f for n, f in self.flying.items() if (n in self.sampled) == scoring]
+        calls = [f.scoring if scoring else f.sampling for f in waiting]
+        works = [call.work for call in calls]
+        before, since = self.silence.get(pool.role, ([], now))
+        if works != before or not works:
+            self.silence[pool.role] = works, now
+        elif now - since > pool.timeout_s:
+            pool.end(calls[0].index, self._doing(waiting[0], doing))
+            self.silence[pool.role] = works, now
 
     def _land(self, flight: _Flight) -> tuple[Rollout, Scores] | None:
         """Rollout and scores if the chunk is done; None if it is still under way, or sent on its way again."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray.config import STAGES
 from rlhf_ray.config.load import load_dict
@@ -33,10 +38,35 @@ def resume(run: str | Path, console: Console | None = None, reset_data: bool = F
         Path(str(values.get("output_dir"))).resolve() != folder.path.resolve()
     ):  # it was moved, or named from another folder
         values["output_dir"] = str(folder.path)
-    config = load_dict(config_class(folder.stage), values, str(folder.path / "config.yaml"))
-    stage = import_module(f"rlhf_ray.stages.{folder.stage}")
-    done: Run = getattr(stage, folder.stage)(config, console)
+    with where_it_began(folder, console):
+        config = load_dict(config_class(folder.stage), values, str(folder.path / "config.yaml"))
+        stage = import_module(f"rlhf_ray.stages.{folder.stage}")
+        done: Run = getattr(stage, folder.stage)(config, console)
     return done
+
+
+@contextlib.contextmanager
+def where_it_began(folder: RunFolder, console: Console) -> Iterator[None]:
+    """Relative paths of the run's job mean what they meant when it was started: if one of them is missing here but not there, all is
+    done there."""
+    began = folder.manifest().get("cwd")
+    paths = _relative_paths({**folder.config(), "output_dir": None})
+    if began is None or not any(not os.path.exists(p) and os.path.exists(os.path.join(began, p)) for p in paths):
+        yield
+        return
+    console.log(f"{folder.stage}: relative paths of the job start from {began}, where it was started")
+    with contextlib.chdir(began):
+        yield
+
+
+def _relative_paths(value: Any) -> Iterator[str]:
+    """Every text in a configuration that may be one; `mine.py:score` is the file of a function."""
+    if isinstance(value, str):
+        path = re.sub(r"(?<=\.py):\w+$", "", value)
+        if path and not os.path.isabs(path):
+            yield path
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        yield from _relative_paths(inner)
 
 
 def _forget_data(folder: RunFolder) -> None:

@@ -24,6 +24,7 @@ from rlhf_ray.run import Run
 from rlhf_ray.stages.cluster import cluster
 from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.placement import cluster_nodes
+from rlhf_ray.stages.resume import where_it_began
 from rlhf_ray.sweep.capacity import Capacity, capacity
 from rlhf_ray.sweep.record import Record
 from rlhf_ray.sweep.report import write_sweep_report
@@ -131,6 +132,7 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
 
 def resume_sweep(run: str, console: Console | None = None) -> Run:
     """Go on with the sweep in folder `run`: trials that are done are kept, those that failed or were cut off go on."""
-    folder = open_run(run, verify=False)
+    folder, console = open_run(run, verify=False), console or LocalConsole()
     values = {**folder.config(), "resume": "auto", "output_dir": str(folder.path)}
-    return sweep(load_dict(SweepConfig, values, str(folder.path / "config.yaml")), console)
+    with where_it_began(folder, console):
+        return sweep(load_dict(SweepConfig, values, str(folder.path / "config.yaml")), console)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -89,14 +86,6 @@ def forks() -> Any:
     return context
 
 
-@functools.cache
-def ray_folder() -> str:
-    """Where the Rays of these tests keep their files: a cluster that somebody else started on this machine is not joined."""
-    folder = tempfile.mkdtemp(prefix="rr-", dir="/tmp")  # short: sockets lie in it
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
@@ -121,7 +110,7 @@ class World:
 
     def start(self, *argv: str, fault: str = "", marks: Path | None = None, **env: str) -> Child:
         self._number += 1
-        found = {"OMP_NUM_THREADS": "1", "RLHF_RAY_FAULT": fault, "RAY_TMPDIR": ray_folder(), **env}
+        found = {"OMP_NUM_THREADS": "1", "RLHF_RAY_FAULT": fault, **env}
         if not fault:
             del found["RLHF_RAY_FAULT"]
         if marks is not None:

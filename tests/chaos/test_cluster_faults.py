@@ -18,7 +18,6 @@ import pytest
 
 from rlhf_ray.metrics import read_metrics
 
-from .conftest import ray_folder
 from .processes import ONE, SPLIT, alive, family, steps
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.long]
@@ -77,11 +76,10 @@ def test_the_control_service_is_killed(world: Any, untouched: Path, note: Any, s
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+def nodes() -> Iterator[Callable[..., Any]]:
     """nodes(worker, worker, ...) -> a cluster of Ray nodes on this machine; each worker: arguments of `add_node`."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_TMPDIR", ray_folder())
     made: list[Any] = []
 
     def make(*workers: dict[str, Any], **head: Any) -> Any:

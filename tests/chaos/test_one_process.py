@@ -13,6 +13,8 @@ import pytest
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.artifact import open_run
 
+from .conftest import Child
+
 pytestmark = pytest.mark.integration
 
 
@@ -74,6 +76,15 @@ def test_another_reward_since_the_run_began(world: Any, stopped: Path) -> None:
     function.write_text(before)
     assert "warning: ascii: mine.py:score has changed since this run's last start" in said, said
     assert open_run(run).manifest()["status"] == "done"
+
+
+def test_resumed_from_another_folder(world: Any, untouched: Path, stopped: Path, tmp_path: Path, same: Any) -> None:
+    """The job names its data and its reward function from the folder that it was started in."""
+    run = world.copy("stopped", "elsewhere")
+    child = Child(world.context, tmp_path, tmp_path / "log", ["resume", str(run)], {"OMP_NUM_THREADS": "1"})
+    assert child.wait() == 0, child.text
+    assert f"relative paths of the job start from {world.folder}, where it was started" in child.text
+    assert same(untouched, run) and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("point", ["save", "save_written", "save_sealed"])

@@ -140,6 +140,17 @@ class TestAtLength:
         retries = sum(r.get("faults/retries", 0) for r in read_metrics(world.run(name) / "metrics.jsonl"))
         note(number, retries >= 1 and same(untouched, world.run(name)), "0 steps lost, same weights and metrics")
 
+    def test_a_slow_scorer_is_left_in_peace(
+        self, world: Any, untouched: Path, marks: Path, note: Any, same: Any
+    ) -> None:
+        """Fault 2 has a limit for each role: a scorer may take longer than what generators may."""
+        child = world.start("ppo", world.job("slow", **SPLIT), fault="actor:score_at:call=3:sleep=25", marks=marks)
+        assert child.wait(600) == 0, child.text
+        assert "no answer within" not in child.text, child.text
+        rows = read_metrics(world.run("slow") / "metrics.jsonl")
+        assert sum(r.get("faults/retries", 0) for r in rows) == 0 and max(r.get("time/step", 0) for r in rows) > 25
+        note(5, same(untouched, world.run("slow")), "slow: waited for, same weights and metrics")
+
     def test_no_generator_is_left(self, world: Any, note: Any, until: Any) -> None:
         """Fault 3: it dies at every call until its restarts are used up. Counted from its first death."""
         one = {**SPLIT, "generator": {"num_actors": 1, "num_gpus": 0.0, "num_threads": 1}}

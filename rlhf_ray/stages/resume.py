@@ -47,8 +47,8 @@ def resume(run: str | Path, console: Console | None = None, reset_data: bool = F
 
 @contextlib.contextmanager
 def where_it_began(folder: RunFolder, console: Console) -> Iterator[None]:
-    """Relative paths of the run's job mean what they meant when it was started: if one of them is missing here but not there, all is
-    done there."""
+    """Relative paths of the run's job mean what they meant when it was started: if one is missing here but not there, all is done
+    there."""
     began = folder.manifest().get("cwd")
     paths = _relative_paths({**folder.config(), "output_dir": None})
     if began is None or not any(not os.path.exists(p) and os.path.exists(os.path.join(began, p)) for p in paths):

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from rlhf_ray.errors import DISK_FULL, ArtifactError, Interrupted, InvariantError, Problem
+from rlhf_ray.errors import DISK_FULL, ArtifactError, Interrupted, InvariantError, Problem, ResourceError
 from rlhf_ray.faults import reach
 from rlhf_ray.models.files import (
     atomic_write_json,
@@ -32,11 +32,16 @@ from rlhf_ray.models.files import (
     sha256_file,
 )
 from rlhf_ray.models.ownership import check_owner
+from rlhf_ray.models.sharded import whole_numel
 
 SCHEMA = 1
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
+ROOM = 3
+"""Checkpoints that there must be room for when a run begins."""
+BYTES_EACH = 12
+"""Of a parameter in a checkpoint: itself and two moments, in float32."""
 _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"\.(tmp|old|trash)-[0-9a-f]+")
 
@@ -146,6 +151,20 @@ def newest_valid(run_path: Path, run_id: str | None = None) -> tuple[Checkpoint 
     if hint.exists():
         raise ArtifactError.at(str(hint), "the checkpoint it names is gone, and there is no other")
     return None, []
+
+
+def require_room(run_path: Path, parameters: Iterable[torch.Tensor]) -> None:
+    """ResourceError unless there is room for ROOM checkpoints of what is trained. Asked where a run begins: later it prunes."""
+    each = sum(map(whole_numel, parameters)) * BYTES_EACH
+    free = shutil.disk_usage(run_path).free
+    if free < ROOM * each:
+        raise ResourceError.at(
+            "output_dir",
+            f"too little room for checkpoints in {run_path.parent}",
+            f"{ROOM * each:,} bytes for {ROOM} checkpoints",
+            f"{free:,} bytes free",
+            "free some space, or choose an output_dir on another disk",
+        )
 
 
 def write_checkpoint_at(

@@ -21,6 +21,7 @@ from rlhf_ray.models.adapters import HEAD_KEY, adapter_config, load_adapter_tens
 from rlhf_ray.models.artifact import RunFolder
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.checkpoints import require_room
 from rlhf_ray.models.lineage import describe, header_line
 from rlhf_ray.models.sharded import gathered, whole_numel
 from rlhf_ray.models.stack import RoleModels
@@ -122,6 +123,8 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         roles.warnings += mended_functions(folder, functions)
     models = assembly.finish()
     learner = Learner(models, config, session)
+    if session.is_main and not folder.checkpoints():
+        require_room(folder.path, (p for group in learner.groups for p in group.parameters.values()))
     to_texts = text_maker(backbone, template)
     stop_ids = backbone.eos_ids
     eval_decoding = decoding(config.eval_sampling, stop_ids)

@@ -23,6 +23,7 @@ from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, rea
 from rlhf_ray.models.artifact import RunFolder, is_run
 from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.checkpoints import require_room
 from rlhf_ray.report import write_report
 from rlhf_ray.run import Run, load_run
 from rlhf_ray.session import Session, seed_everything
@@ -71,6 +72,8 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     if session.device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing:
         gradient_checkpointing(task.model.peft_model)
     entering.check_same_models(folder, backbone.identity, template, [p.manifest() for p in task.parents])
+    if session.is_main and not folder.checkpoints():
+        require_room(folder.path, (p for p in task.model.parameters() if p.requires_grad))
     job = Job(config, session, recipe, folder, task, examples, total_steps(config, len(examples.train)))
     if session.is_main:
         write_lineage(job, template, rows)

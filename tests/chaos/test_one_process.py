@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+PROGRAM = f"OMP_NUM_THREADS=1 {sys.executable} -m rlhf_ray.cli"
 FILES = (
     "adapter/adapter_model.safetensors",
     "value/adapter_model.safetensors",
@@ -117,6 +121,51 @@ def test_a_file_that_may_not_grow(world: Any, untouched: Path, note: Any, same: 
     open_run(run, verify=False).checkpoints()[-1].verify()
     world.finish(name)
     note(17, code == 75 and same(untouched, run), "exit 75, previous checkpoint intact, same weights and metrics")
+
+
+@pytest.fixture
+def small_disk(world: Any, tmp_path: Path) -> Callable[..., list[str]]:
+    """small_disk(size, command, ...) -> the lines of the commands, run beside a disk of that size (folder `small`) that nobody else
+    sees; what is on it afterwards is in tmp_path."""
+
+    def run(size: str, *commands: str) -> list[str]:
+        place = world.folder / "small"
+        place.mkdir(exist_ok=True)
+        words = ["unshare", "-m" if os.geteuid() == 0 else "-Urm", "bash", "-c"]
+        mount = f"mount -t tmpfs -o size={size} none {place}"
+        if subprocess.run([*words, mount], capture_output=True).returncode:
+            pytest.skip("nothing can be mounted here")
+        script = "\n".join([mount, *commands, f"cp -r {place}/. {tmp_path}"])
+        done = subprocess.run([*words, script], cwd=world.folder, capture_output=True, text=True, timeout=300)
+        return (done.stdout + done.stderr).splitlines()
+
+    return run
+
+
+@pytest.mark.long
+class TestSmallDisk:
+    """Fault 17 on a real one."""
+
+    def test_too_small_to_begin(self, world: Any, tmp_path: Path, small_disk: Any, note: Any) -> None:
+        job = world.job("tight", output_dir="small/tight")
+        (code, *rest) = small_disk("300k", f"{PROGRAM} ppo {job}; echo $?")
+        (told,) = [line for line in rest if line.startswith("error: ")]
+        assert told.startswith(f"error: output_dir: too little room for checkpoints in {world.folder}/small; expected ")
+        assert "bytes for 3 checkpoints; got " in told and not list(tmp_path.iterdir())
+        note(17, code == "3", "too small for three checkpoints: exit 3 before the first step")
+
+    def test_full_on_the_way(
+        self, world: Any, untouched: Path, tmp_path: Path, small_disk: Any, note: Any, same: Any
+    ) -> None:
+        job = world.job("filled", output_dir="small/filled", save_total_limit=None)
+        more = f"mount -o remount,size=64m {world.folder}/small"
+        (code, again, *rest) = small_disk(
+            "900k", f"{PROGRAM} ppo {job}; echo $?", more, f"{PROGRAM} resume small/filled; echo $?"
+        )
+        told = [line for line in rest if line.startswith("error: ")]
+        assert len(told) == 1 and "No space left on device" in told[0] and told[0].endswith("small/filled"), rest
+        held = (code, again) == ("75", "0") and same(untouched, tmp_path / "filled")
+        note(17, held, "exit 75, previous checkpoint intact, same weights and metrics")
 
 
 class TestNotFinite:

@@ -73,7 +73,7 @@ TESTS: dict[str, tuple[int, ...]] = {
     UNIT + "plan/test_preflight.py::test_more_gpus_than_any_node_has": (41,),
     UNIT + "plan/test_preflight.py::test_more_workers*": (41,),
     UNIT + "plan/test_preflight.py::test_roles_that_fit_alone*": (42,),
-    UNIT + "stages/test_launch.py::test_another_version*": (62,),
+    UNIT + "stages/test_joining.py::test_another_version*": (62,),
     UNIT + "stages/test_launch.py::test_*refused*": (41, 43),
     UNIT + "stages/test_entering.py::test_a_changed_setting*": (56,),
     UNIT + "sweep/test_space.py::test_badly_written_spaces*": (61,),

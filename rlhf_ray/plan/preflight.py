@@ -44,8 +44,21 @@ def check_this_machine(config: JobFields) -> None:
 
 def is_given_a_cluster() -> bool:
     """Whether Ray would join a cluster: RAY_ADDRESS, or the one that `ray start` has made this machine part of."""
+    return bool(os.environ.get("RAY_ADDRESS")) or _current_cluster().is_file()
+
+
+def given_address() -> tuple[str, str]:
+    """Who says so (RAY_ADDRESS or a file), and the address of the cluster that Ray would join."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto") and _current_cluster().is_file():
+        return str(_current_cluster()), _current_cluster().read_text().strip()
+    return "RAY_ADDRESS", address
+
+
+def _current_cluster() -> Path:
+    """Where `ray start` leaves the address of its cluster, until `ray stop`."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    return bool(os.environ.get("RAY_ADDRESS")) or Path(folder, "ray", "ray_current_cluster").is_file()
+    return Path(folder, "ray", "ray_current_cluster")
 
 
 def place(asks: Sequence[Ask], nodes: Sequence[Node]) -> dict[str, list[str]] | None:

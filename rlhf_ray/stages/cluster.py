@@ -17,9 +17,10 @@ from typing import Any
 
 import psutil
 
-from rlhf_ray.errors import ConfigError, Interrupted, ResourceError, RlhfRayError
+from rlhf_ray.errors import Interrupted
 from rlhf_ray.plan.asks import Node, this_machine
-from rlhf_ray.plan.preflight import is_given_a_cluster, nodes_of
+from rlhf_ray.plan.preflight import given_address, is_given_a_cluster, nodes_of
+from rlhf_ray.stages.joining import cannot_join, check_is_there
 from rlhf_ray.stages.placement import cluster_nodes
 
 GCS_GONE_S = 20
@@ -65,6 +66,8 @@ def cluster(again: str) -> Iterator[bool]:
     # that takes a minute does not end in ten. 0 leaves them the priority of the command that the user gave.
     os.environ.setdefault("RAY_worker_niceness", "0")
     given = is_given_a_cluster()  # ray.init finds it by itself
+    if given:
+        check_is_there(given_address())
     if not given:
         # Nobody starts the control service of our own Ray again: workers that have lost it end after 20 s, not after a minute.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_GONE_S))
@@ -134,20 +137,6 @@ def _agents() -> list[int]:
             if re.match(r"ray::\w+Agent", " ".join(child.cmdline())):
                 found.append(child.pid)
     return found
-
-
-def cannot_join(error: BaseException) -> RlhfRayError | None:
-    """One line of what kept this process from joining or starting a Ray; None if it is nothing that is known."""
-    text = str(error)
-    if "timed out during startup" in text:
-        fix = "wait for other work on this machine to end, or give the address of a running Ray (RAY_ADDRESS)"
-        return ResourceError.at("ray", "did not start in time: this machine is too busy", fix=fix)
-    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", text)
-    if "Version mismatch" in text and len(versions) == 2:
-        theirs, ours = (f"Ray {ray}, Python {python}" for ray, python in versions)
-        fix = "run this command in the cluster's environment, or start the cluster from this one"
-        return ConfigError.at("ray", "the cluster runs other versions than this process", theirs, ours, fix)
-    return None
 
 
 def _protect_token() -> None:

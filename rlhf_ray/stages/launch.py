@@ -30,6 +30,7 @@ from rlhf_ray.session import Session, enter, process_session, worker_session
 from rlhf_ray.stages.cluster import at_hand, cluster
 from rlhf_ray.stages.desk import Desk, open_desk
 from rlhf_ray.stages.placement import check_cluster, default_threads, placed
+from rlhf_ray.stages.shared_folder import check_all_see, unseen
 
 Body = Callable[[Any, Session], Run]
 
@@ -59,6 +60,7 @@ def launch(body: Body, config: JobFields, console: Console) -> Run:
             signals.install()  # ray.init takes SIGTERM
             asks = role_asks(config, ray.cluster_resources(), own_ray)
             check_cluster(asks)
+            check_all_see(desk.path, asks[-1])
             with placed(config, asks, console) as pools:
                 return _fit(body, config, console, asks[-1], pools, desk)
 
@@ -168,6 +170,8 @@ def _worker(job: dict[Any, Any]) -> Any:
     config: JobFields = job["config"]
     desk, context = Desk(Path(job["desk"])), ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    if not desk.path.is_dir():  # on a node that an autoscaler has added since the driver looked
+        raise unseen(desk.path, ray.util.get_node_ip_address())
     attempt = desk.begin(rank)
     if desk.failure() is not None:  # not a fault that another start could mend: the driver tells it
         return None

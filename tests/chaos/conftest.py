@@ -27,7 +27,7 @@ import torch
 
 
 def noise():
-    return 0.01 * (random.random() + numpy.random.rand() + float(torch.rand(())))
+    return 1e-4 * (random.random() + numpy.random.rand() + float(torch.rand(())))
 
 
 def score(prompts, completions, **columns):

@@ -75,7 +75,7 @@ def test_another_reward_since_the_run_began(world: Any, stopped: Path) -> None:
     """A function may be mended, which is told; a model may not change (its sha256 stands in the manifest)."""
     run, function = world.copy("stopped", "mended"), world.folder / "mine.py"
     before = function.read_text()
-    function.write_text(before.replace("0.01", "0.02"))
+    function.write_text(before.replace("1e-4", "2e-4"))
     said = world.finish("mended")
     function.write_text(before)
     assert "warning: ascii: mine.py:score has changed since this run's last start" in said, said

@@ -24,6 +24,7 @@ from .conftest import clean_environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 SUBNET = "10.207.83"
+RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 HEALTH = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -65,6 +66,31 @@ class Machines:
             )
         self.processes.append(process)
         return process
+
+    def head(self, *options: str) -> None:
+        """Start Ray's head on node 0."""
+        place = [f"--node-ip-address={self.address(0)}", f"--temp-dir={self.folder}/ray", "--include-dashboard=false"]
+        self._ray(0, [*RAY, "--head", "--port=6379", *place, *options])
+
+    def join(self, number: int, *options: str, disk: Path | None = None) -> None:
+        """Start Ray on another node, after those before: two that start at once choose the same names for their sockets.
+
+        disk: a folder where the node has a disk of its own."""
+        place = [f"--address={self.address(0)}:6379", f"--node-ip-address={self.address(number)}"]
+        mount = [] if disk is None else ["sh", "-c", f'mount -t tmpfs none {disk} && exec "$@"', "sh"]
+        self._ray(number, [*mount, *RAY, *place, *options])
+
+    def _ray(self, number: int, words: list[str]) -> None:
+        self.start(number, *words, "--object-store-memory=150000000", log=f"{number}.log")
+        log, deadline = self.folder / f"{number}.log", time.monotonic() + 240
+        while "Ray runtime started" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+
+    def drive(self, *words: str, cwd: Path) -> subprocess.Popen[bytes]:
+        """`rlhf-ray WORDS` on node 0. What it says is in driver.log."""
+        self.environment["RAY_ADDRESS"] = f"{self.address(0)}:6379"
+        return self.start(0, sys.executable, "-m", "rlhf_ray.cli", *words, log="driver.log", cwd=cwd)
 
     def cut(self, number: int) -> None:
         """Pull the node's cable."""
@@ -122,26 +148,9 @@ def steps(run: Path) -> int:
 
 def test_a_generator_node_is_cut_off_in_the_middle_of_a_run(machines: Machines, chain: Path, tmp_path: Path) -> None:
     """The learner's node and two nodes of generators; when one of them is cut off, the other does all chunks, and the run ends."""
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    head = [*("--head", "--port=6379", f"--node-ip-address={machines.address(0)}", f"--temp-dir={machines.folder}/ray")]
-    small = ("--object-store-memory=150000000",)
-    machines.start(
-        0, *ray, *head, "--num-cpus=3", "--labels=place=learner", "--include-dashboard=false", *small, log="0.log"
-    )
-    deadline = time.monotonic() + 240
-    while "Ray runtime started" not in (machines.folder / "0.log").read_text():
-        assert time.monotonic() < deadline, (machines.folder / "0.log").read_text()
-        time.sleep(0.5)
-    for number in (1, 2):  # one after the other: two nodes that start at once choose the same names for their sockets
-        joined = [
-            f"--address={machines.address(0)}:6379",
-            f"--node-ip-address={machines.address(number)}",
-            "--num-cpus=1",
-        ]
-        machines.start(number, *ray, *joined, "--labels=place=rollouts", *small, log=f"{number}.log")
-        while "Ray runtime started" not in (machines.folder / f"{number}.log").read_text():
-            assert time.monotonic() < deadline, (machines.folder / f"{number}.log").read_text()
-            time.sleep(0.5)
+    machines.head("--num-cpus=3", "--labels=place=learner")
+    for number in (1, 2):
+        machines.join(number, "--num-cpus=1", "--labels=place=rollouts")
 
     job = yaml.safe_load(chain.read_text())
     apart = {"num_threads": 1, "num_cpus": 1, "num_gpus": 0.0, "label_selector": {"place": "rollouts"}}
@@ -158,9 +167,7 @@ def test_a_generator_node_is_cut_off_in_the_middle_of_a_run(machines: Machines, 
     run = tmp_path / "runs" / "split"
     text = yaml.safe_dump({**shared, **ppo, "output_dir": str(run), "learner": {**here, "num_workers": 1}})
     (tmp_path / "ppo.yaml").write_text(text)
-    machines.environment["RAY_ADDRESS"] = f"{machines.address(0)}:6379"
-    words = [sys.executable, "-m", "rlhf_ray.cli", "ppo", "ppo.yaml"]
-    driver = machines.start(0, *words, log="driver.log", cwd=tmp_path)
+    driver = machines.drive("ppo", "ppo.yaml", cwd=tmp_path)
     log = machines.folder / "driver.log"
 
     deadline = time.monotonic() + 300
@@ -177,3 +184,25 @@ def test_a_generator_node_is_cut_off_in_the_middle_of_a_run(machines: Machines, 
     assert sum(row.get("faults/retries", 0) for row in rows) >= 1, "the chunk that was away was done again"
     late = (run / "roles.log").read_text().splitlines()[-1]
     assert "generator" in late, late
+
+
+def test_a_run_folder_that_another_node_does_not_see(machines: Machines, chain: Path, tmp_path: Path) -> None:
+    """Fault 55: a learner that may come to a node with a disk of its own is refused before it starts, with the node's name."""
+    own = tmp_path / "own"
+    own.mkdir()
+    machines.head("--num-cpus=2")
+    machines.join(1, "--num-cpus=1", "--labels=place=far", disk=own)
+    job = yaml.safe_load(chain.read_text())
+    shared = {k: job[k] for k in ("model_name_or_path", "template", "report_to")}
+    learner = {"num_workers": 1, "num_threads": 1, "label_selector": {"place": "far"}}
+    (tmp_path / "sft.yaml").write_text(
+        yaml.safe_dump({**shared, **job["sft"], "output_dir": "own/run", "learner": learner})
+    )
+    driver = machines.drive("sft", "sft.yaml", cwd=tmp_path)
+    code, said = driver.wait(timeout=240), (machines.folder / "driver.log").read_text()
+    assert code == 2, said
+    node = re.escape(machines.address(1))
+    assert re.search(
+        rf"^error: output_dir: {own} is not seen by node {node} \(node \w+\); expected .*; fix: ", said, re.M
+    )
+    assert not list(own.iterdir())

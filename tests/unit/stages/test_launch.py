@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -12,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config import SFTConfig
-from rlhf_ray.errors import ConfigError, ResourceError
-from rlhf_ray.stages.cluster import cannot_join
+from rlhf_ray.errors import ResourceError
 from rlhf_ray.stages.launch import launch
 
 
@@ -58,19 +56,3 @@ def test_the_command_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert "do not fit together" in done.stderr and "generator.num_gpus=0.5" in done.stderr, done.stderr
     assert done.returncode == 3
     assert done.stdout.strip() == "[]"
-
-
-def test_another_version_of_ray_or_python_is_refused_with_both_side_by_side() -> None:
-    """Fault 62, in the words with which Ray itself refuses."""
-    import ray
-    from ray._private.utils import check_version_info
-
-    with pytest.raises(RuntimeError) as caught:
-        check_version_info({"ray_version": "2.9.3", "python_version": "3.8.18"}, "node 10.0.0.7")
-    told = cannot_join(caught.value)
-    ours = f"Ray {ray.__version__}, Python {platform.python_version()}"
-    assert isinstance(told, ConfigError) and told.lines() == [
-        "error: ray: the cluster runs other versions than this process; expected Ray 2.9.3, Python 3.8.18; "
-        f"got {ours}; fix: run this command in the cluster's environment, or start the cluster from this one"
-    ]
-    assert cannot_join(RuntimeError("something else")) is None

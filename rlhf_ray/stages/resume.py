@@ -33,11 +33,8 @@ def resume(run: str | Path, console: Console | None = None, reset_data: bool = F
         from rlhf_ray.stages.demo import demo
 
         return demo(folder.path, console=console)
-    values = {**folder.config(), "resume": "auto"}
-    if (
-        Path(str(values.get("output_dir"))).resolve() != folder.path.resolve()
-    ):  # it was moved, or named from another folder
-        values["output_dir"] = str(folder.path)
+    # The folder as it was named here: its job may name another one that has taken its place.
+    values = {**folder.config(), "resume": "auto", "output_dir": named_here(folder)}
     with where_it_began(folder, console):
         config = load_dict(config_class(folder.stage), values, str(folder.path / "config.yaml"))
         stage = import_module(f"rlhf_ray.stages.{folder.stage}")
@@ -57,6 +54,14 @@ def where_it_began(folder: RunFolder, console: Console) -> Iterator[None]:
     console.log(f"{folder.stage}: relative paths of the job start from {began}, where it was started")
     with contextlib.chdir(began):
         yield
+
+
+def named_here(folder: RunFolder) -> str:
+    """The run folder as its job names it, if that is this folder from here and stays so; else its whole path."""
+    name = str(folder.config().get("output_dir"))
+    began = folder.manifest().get("cwd") or os.getcwd()
+    places = {os.path.realpath(os.path.join(start, name)) for start in (os.getcwd(), began)}
+    return name if places == {os.path.realpath(folder.path)} else str(folder.path)
 
 
 def _relative_paths(value: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -121,6 +122,17 @@ def test_a_file_that_may_not_grow(world: Any, untouched: Path, note: Any, same: 
     open_run(run, verify=False).checkpoints()[-1].verify()
     world.finish(name)
     note(17, code == 75 and same(untouched, run), "exit 75, previous checkpoint intact, same weights and metrics")
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(
+    world: Any, untouched: Path, stopped: Path, tmp_path: Path, same: Any
+) -> None:
+    """Its data stay where the job was started, and another run may have its old name."""
+    there = tmp_path / "runs" / "stopped"
+    shutil.copytree(stopped, there)
+    child = Child(world.context, tmp_path, tmp_path / "log", ["resume", "runs/stopped"], {"OMP_NUM_THREADS": "1"})
+    assert child.wait() == 0 and "going on from step 3 " in child.text, child.text
+    assert same(untouched, there) and not (stopped / "summary.json").exists()
 
 
 @pytest.fixture

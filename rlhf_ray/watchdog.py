@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rlhf_ray.console import Console
@@ -28,11 +28,29 @@ GATHER_S = 3.0
 FOLDER = "stacks"
 
 
-class Watchdog:
-    """One rank's. run: the run folder, which gets stacks/.  least_s: 0 switches it off.  resume: the command that goes on."""
+def forget_stacks(run: Path) -> None:
+    """Nobody asks for stacks any more. Called where a run is entered, before any rank watches."""
+    with contextlib.suppress(OSError):
+        (run / FOLDER / "asked").unlink(missing_ok=True)
 
-    def __init__(self, run: Path, rank: int, world_size: int, least_s: float, console: Console, resume: str) -> None:
+
+class Watchdog:
+    """One rank's. run: the run folder, which gets stacks/.  least_s: 0 switches it off.  resume: the command that goes on.
+
+    patience: seconds that a phase may take in any case, by its name."""
+
+    def __init__(
+        self,
+        run: Path,
+        rank: int,
+        world_size: int,
+        least_s: float,
+        console: Console,
+        resume: str,
+        patience: Mapping[str, float] | None = None,
+    ) -> None:
         self.run, self.rank, self.world_size, self.least_s = run, rank, world_size, least_s
+        self.patience = patience or {}
         self.console, self.resume = console, resume
         self.poll_s = min(max(least_s / 20, 0.05), 1.0)
         self._took: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
@@ -46,9 +64,6 @@ class Watchdog:
         if self.least_s <= 0:
             yield
             return
-        if self.rank == 0:
-            with contextlib.suppress(OSError):
-                (self.run / FOLDER / "asked").unlink(missing_ok=True)
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         thread.start()
         try:
@@ -67,10 +82,8 @@ class Watchdog:
 
     def limit(self, phase: str) -> float:
         """Seconds after which `phase` counts as hanging."""
-        took = self._took.get(phase)
-        if not took:
-            return max(FIRST_S, self.least_s)
-        return max(FACTOR * statistics.median(took), self.least_s)
+        took, least = self._took.get(phase), max(self.least_s, self.patience.get(phase, 0.0))
+        return max(FACTOR * statistics.median(took) if took else FIRST_S, least)
 
     def _watch(self) -> None:
         last = time.monotonic()

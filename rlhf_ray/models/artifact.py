@@ -56,6 +56,7 @@ __all__ = [
     "atomic_write_bytes",
     "atomic_write_json",
     "atomic_write_text",
+    "check_place",
     "config_changes",
     "create_run",
     "describe_files",
@@ -202,10 +203,28 @@ def create_run(output_dir: Path | str, stage: str, config: Mapping[str, Any], re
     uri = config.get("copy_to") if resume == "auto" and not is_run(path) else None
     if uri and (taken := object_store.restore(uri, path)) is not None:
         _log(f"{where} was restored from {uri}: {taken}")
+    check_place(output_dir, resume)
+    if is_run(path):
+        return _existing_run(path, where, stage)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path / "manifest.json", _fresh_manifest(stage, config))
+        atomic_write_text(path / "config.yaml", dump_yaml(json.loads(json.dumps(config))))
+    except OSError as e:
+        raise ConfigError.at("output_dir", f"cannot write to {where}: {e.strerror}") from e
+    return RunFolder(path)
+
+
+def check_place(output_dir: Path | str, resume: str) -> None:
+    """ConfigError unless a run can be made at `output_dir`, or gone on with there if `resume` is "auto". Writes nothing."""
+    path, where = Path(output_dir).absolute(), str(output_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError.at("output_dir", f"{where} is a file", "a folder to write the run into")
-    if path.is_dir() and is_run(path):
-        return _existing_run(path, where, stage, resume)
+    if is_run(path):
+        if resume != "auto":
+            fix = f"to go on with it: {resume_command(where)}"
+            raise ConfigError.at("output_dir", f"{where} already holds a run", "a new folder, or resume=auto", fix=fix)
+        return
     # Hidden entries are lock files and scratch folders of the job that is being started.
     inside = sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
     if inside:
@@ -216,23 +235,9 @@ def create_run(output_dir: Path | str, stage: str, config: Mapping[str, Any], re
             ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else ""),
             "choose another folder",
         )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(path / "manifest.json", _fresh_manifest(stage, config))
-        atomic_write_text(path / "config.yaml", dump_yaml(json.loads(json.dumps(config))))
-    except OSError as e:
-        raise ConfigError.at("output_dir", f"cannot write to {where}: {e.strerror}") from e
-    return RunFolder(path)
 
 
-def _existing_run(path: Path, where: str, stage: str, resume: str) -> RunFolder:
-    if resume != "auto":
-        raise ConfigError.at(
-            "output_dir",
-            f"{where} already holds a run",
-            "a new folder, or resume=auto",
-            fix=f"to go on with it: {resume_command(where)}",
-        )
+def _existing_run(path: Path, where: str, stage: str) -> RunFolder:
     run = open_run(path, verify=False)
     if run.stage != stage:
         raise ConfigError.at("output_dir", f"{where} holds a run of another stage", stage, run.stage)

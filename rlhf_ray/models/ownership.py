@@ -7,6 +7,7 @@ a token does: each start writes a new one, and who held the run before finds at 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,9 @@ from pathlib import Path
 
 from rlhf_ray.errors import ConfigError
 
-LOCK, DRIVER, TOKEN = ".lock", ".driver", ".owner"
+LOCK, TOKEN = ".lock", ".owner"
+HELD = (errno.EWOULDBLOCK, errno.EACCES)
+"""What flock says where another process has the lock, as against where there are no locks (ENOLCK, ENOSYS)."""
 WAIT_S = 30.0
 """How long a run that goes on waits for a process that is about to die."""
 
@@ -54,14 +57,23 @@ def held(
     path: Path, wait_s: float = 0.0, tell: Callable[[str], None] | None = None, kind: str = "run"
 ) -> Iterator[None]:
     """Hold the lock file `path`, which says who does."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if kind != "run":
+            raise
+        raise ConfigError.at(
+            str(path.parent), f"cannot be written to: {error.strerror}", "a run of one's own"
+        ) from error
     with os.fdopen(fd, "r+", encoding="utf-8") as file:
         deadline, told = time.monotonic() + wait_s, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except OSError as error:
+                if error.errno not in HELD:  # a file system without locks: the token has to do
+                    break
                 file.seek(0)
                 holder = _holder(file.read())
             if time.monotonic() >= deadline:

@@ -27,11 +27,11 @@ CLEAR = 2.0
 
 
 class Tripped(Exception):
-    """A guard stops the run. saves: what is in memory is a whole step, worth a checkpoint."""
+    """A guard stops the run. saves: what is in memory is a whole step, worth a checkpoint.  is_limit: of the job's own."""
 
-    def __init__(self, problem: Problem, saves: bool = False) -> None:
+    def __init__(self, problem: Problem, saves: bool = False, is_limit: bool = False) -> None:
         super().__init__(str(problem))
-        self.problem, self.saves = problem, saves
+        self.problem, self.saves, self.is_limit = problem, saves, is_limit
 
 
 @dataclass
@@ -87,7 +87,9 @@ class Guards:
         if not bad:
             return collected
         if bad > BAD_SHARE * len(rollout) or self.bad_rewards >= IN_A_ROW:
-            raise Tripped(self._bad_rewards(collected, fine, step))
+            problem = self._bad_rewards(collected, fine, step)
+            self.bad_rewards -= counts  # the step will be taken again
+            raise Tripped(problem, saves=counts)
         group = rollout.row_id // generations
         keep = ~torch.isin(group, group[~fine])
         return replace(
@@ -123,7 +125,7 @@ class Guards:
                 fix = f"raise {name}" if sign > 0 else f"lower {name}"
                 what = f"{metric} is beyond {name}: the policy runs away"
                 problem = Problem(f"step {step}", what, f"{bound} {limit:g}", f"{metrics[metric]:.4g}", fix)
-                raise Tripped(problem, saves=True)
+                raise Tripped(problem, saves=True, is_limit=True)
         if config.over_optimisation_patience is not None and "eval/reward" in metrics:
             self._check_evaluation(config.over_optimisation_patience, metrics, step)
 
@@ -144,6 +146,7 @@ class Guards:
                     "take the best checkpoint, or raise kl_coef",
                 ),
                 saves=True,
+                is_limit=True,
             )
 
 

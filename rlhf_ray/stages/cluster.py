@@ -25,6 +25,8 @@ from rlhf_ray.stages.placement import cluster_nodes
 
 GCS_GONE_S = 20
 """After so many seconds without Ray's control service the processes of a Ray of our own end."""
+GIVEN_GONE_S = 45.0
+"""The same of a cluster that the job was given, whose service may come back; Ray itself gives up after a minute."""
 POLL_S = 2.0
 AGENTS = 2
 """Of a node: that of the dashboard and that of runtime environments."""
@@ -80,7 +82,7 @@ def cluster(again: str) -> Iterator[bool]:
         raise known from error
     _protect_token()
     try:
-        with contextlib.nullcontext() if given else _one_end(again):
+        with _watched(again, GIVEN_GONE_S) if given else _one_end(again):
             yield not given
     finally:
         ray.shutdown()
@@ -89,39 +91,50 @@ def cluster(again: str) -> Iterator[bool]:
 @contextlib.contextmanager
 def _one_end(again: str) -> Iterator[None]:
     """The processes of a Ray of our own end with this one, however it ends; and this one tells where it has lost its Ray."""
-    import ray
-
-    address = str(ray.get_runtime_context().gcs_address)
-    ended = threading.Event()
     # A shell that reads from a pipe to this process learns of any end of it, kill -9 included.
     with subprocess.Popen(
         ["sh", "-c", REAPER], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True
     ) as reaper:
-        watching = threading.Thread(target=_watch, args=(address, again, ended, reaper.stdin), daemon=True)
-        watching.start()
         try:
-            yield
+            with _watched(again, GCS_GONE_S / 2, reaper.stdin):
+                yield
         finally:
-            ended.set()
-            watching.join()
             with contextlib.suppress(OSError):
                 print("end", file=reaper.stdin, flush=True)
 
 
-def _watch(address: str, again: str, ended: threading.Event, reaper: Any) -> None:
-    """Tell the reaper what to end. Then look after Ray's control service: where it is gone, Ray would abort this process after
-    GCS_GONE_S without a word. This is earlier."""
+@contextlib.contextmanager
+def _watched(again: str, gone_s: float, reaper: Any = None) -> Iterator[None]:
+    """This process tells where it has lost its Ray. gone_s: seconds without its control service until it does.
+
+    reaper: is told what to end with this process."""
+    import ray
+
+    address = str(ray.get_runtime_context().gcs_address)
+    ended = threading.Event()
+    watching = threading.Thread(target=_watch, args=(address, again, ended, gone_s, reaper), daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
+
+
+def _watch(address: str, again: str, ended: threading.Event, gone_s: float, reaper: Any) -> None:
+    """Tell the reaper what to end. Then look after Ray's control service: where it is gone, Ray would abort this process a while
+    later without a word."""
     host, _, port = address.rpartition(":")
     seen, agents = time.monotonic(), list[int]()
     while not ended.wait(POLL_S):
-        if len(agents) < AGENTS and (agents := _agents()):
+        if reaper is not None and len(agents) < AGENTS and (agents := _agents()):
             with contextlib.suppress(OSError):
                 print(*agents, file=reaper, flush=True)
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=POLL_S).close()
             seen = time.monotonic()
         except OSError:
-            if time.monotonic() - seen < GCS_GONE_S / 2:
+            if time.monotonic() - seen < gone_s:
                 continue
             error = Interrupted.at(
                 "Ray", "its control service (gcs_server) has ended, and all its work with it", fix=again

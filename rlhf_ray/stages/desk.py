@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray import errors
-from rlhf_ray.errors import Problem, RlhfRayError
+from rlhf_ray.errors import ConfigError, Problem, RlhfRayError
 from rlhf_ray.interrupts import Stop
 from rlhf_ray.models.files import atomic_write_json
 
@@ -89,17 +89,22 @@ def _revived(found: dict[str, Any]) -> Exception:
 
 @contextlib.contextmanager
 def open_desk(beside: Path) -> Iterator[Desk]:
-    """A desk of one's own in folder `beside`, gone at the end."""
-    beside.mkdir(parents=True, exist_ok=True)
-    _clear_up(beside)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=beside, ignore_cleanup_errors=True) as path:
-        fd = os.open(Path(path) / "making", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+    """A desk of one's own in folder `beside`, gone at the end. ConfigError if it cannot be made there."""
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        _clear_up(beside)
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=beside))
+        fd = os.open(path / "making", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError.at("output_dir", f"cannot write to {beside}: {error.strerror}") from error
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: nobody takes the desk for a dead one's
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rename(Path(path) / "making", Path(path) / "driver")  # found by others only when it is locked
-            yield Desk(Path(path))
-        finally:
-            os.close(fd)
+        os.rename(path / "making", path / "driver")  # found by others only when it is locked
+        yield Desk(path)
+    finally:
+        os.close(fd)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _clear_up(beside: Path) -> None:

@@ -20,6 +20,7 @@ from rlhf_ray.models.checkpoints import delete_checkpoint
 from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.run import Run, load_run
 from rlhf_ray.session import Session
+from rlhf_ray.watchdog import forget_stacks
 
 MAY_CHANGE = (
     *("output_dir", "resume", "run_name", "report_to", "learner.", "wait_for_resources", "stop_grace_s", "watchdog_s"),
@@ -44,6 +45,7 @@ def enter_run(
         else:  # nothing was kept of what ran under other settings
             atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
             folder.update_manifest(seed=config.seed)
+        forget_stacks(folder.path)
     session.barrier()
     return open_run(config.output_dir)
 

@@ -11,6 +11,7 @@ same work would meet again is left in the desk instead (stages/desk.py), and rai
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -22,7 +23,7 @@ from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
 from rlhf_ray.errors import DISK_FULL, Interrupted, RlhfRayError
 from rlhf_ray.interrupts import Signals, Stop
-from rlhf_ray.models.artifact import resume_command
+from rlhf_ray.models.artifact import check_place, resume_command
 from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
 from rlhf_ray.plan.preflight import check, check_this_machine
 from rlhf_ray.run import Run
@@ -34,6 +35,8 @@ from rlhf_ray.stages.shared_folder import check_all_see, unseen
 
 Body = Callable[[Any, Session], Run]
 
+DISK_FAILS = frozenset({errno.EIO, errno.ESTALE, errno.EROFS})
+"""Of an OSError: the disk, or the server behind it, has failed."""
 MAX_FAILURES = 3
 """Times that a learner group is started again because a process died."""
 MAX_PREEMPTIONS = 10
@@ -47,6 +50,7 @@ GROUP_TIMEOUT_S = 1800
 def launch(body: Body, config: JobFields, console: Console) -> Run:
     """Run `body` on every rank and return what rank 0 returns. A worker's error of ours is raised here as it is."""
     resume = resume_command(config.output_dir)
+    check_place(config.output_dir, config.resume)
     if config.learner.num_workers == 0:
         stop = Stop()
         with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _disk_full_is_no_bug(config):
@@ -71,10 +75,11 @@ def _disk_full_is_no_bug(config: JobFields) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in DISK_FULL | DISK_FAILS:
             raise
         free = shutil.disk_usage(Path(config.output_dir).absolute().parent).free
-        fix = f"free some space, then: {resume_command(config.output_dir)}"
+        mend = "free some space" if error.errno in DISK_FULL else "mend the disk"
+        fix = f"{mend}, then: {resume_command(config.output_dir)}"
         where = str(error.filename or config.output_dir)
         raise Interrupted.at(where, f"cannot be written: {error.strerror}", "", f"{free:,} bytes free", fix) from error
 

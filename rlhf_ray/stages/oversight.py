@@ -10,8 +10,19 @@ from rlhf_ray.errors import Interrupted, LimitReached, Problem
 from rlhf_ray.faults import reach
 from rlhf_ray.models.artifact import RunFolder, resume_command
 from rlhf_ray.roles.guards import Guards, Tripped
+from rlhf_ray.roles.pool import ATTEMPTS, RESTART_S
 from rlhf_ray.session import Session
 from rlhf_ray.watchdog import Watchdog
+
+WAITS = ("rollout", "settle", "heldout")
+"""Phases in which a learner may wait for generators and scorers, whose own timeouts end them first."""
+
+
+def patience(session: Session) -> dict[str, float]:
+    """Seconds that these phases may take whatever they took before: an actor that is silent is ended and its work done again."""
+    if session.pools is None:
+        return {}
+    return dict.fromkeys(WAITS, ATTEMPTS * max(session.pools.timeouts.values()) + RESTART_S)
 
 
 class Oversight:
@@ -22,7 +33,13 @@ class Oversight:
         self.guards = Guards()
         self.resume = resume_command(config.output_dir)
         self.watchdog = Watchdog(
-            folder.path, session.rank, session.world_size, config.watchdog_s, session.console, self.resume
+            folder.path,
+            session.rank,
+            session.world_size,
+            config.watchdog_s,
+            session.console,
+            self.resume,
+            patience(session),
         )
 
     def enter(self, phase: str, step: int) -> None:
@@ -45,4 +62,4 @@ class Oversight:
         last = f"the last checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         fix = "; ".join(filter(None, (found.problem.fix, last, self.resume)))
         problem: Problem = replace(found.problem, fix=fix)
-        return LimitReached(problem) if found.saves else Interrupted(problem)
+        return LimitReached(problem) if found.is_limit else Interrupted(problem)

@@ -18,10 +18,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.console import Console, LocalConsole
-from rlhf_ray.errors import InvariantError
+from rlhf_ray.errors import Interrupted, InvariantError
 from rlhf_ray.interrupts import Abandoned
 from rlhf_ray.maths.controllers import make_controller
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
@@ -105,6 +107,7 @@ class PPOLoop:
         )
         self.collector.abandons = config.max_staleness == 0
         self.saved_step = 0
+        self.best_policy: dict[str, Tensor] | None = None  # what load_best_model_at_end ends with
 
     def run(self) -> None:
         """All steps that are left. Raises Interrupted, after saving what can be saved, if somebody or a guard ends the run."""
@@ -113,6 +116,7 @@ class PPOLoop:
         except Abandoned as why:
             raise self.oversight.stopped(str(why), self.progress.step, self._save_if_new) from None
         except Tripped as found:
+            found.saves &= found.is_limit or self.config.max_staleness == 0  # a rollout that was begun early is used up
             raise self.oversight.tripped(found, self._save_if_new) from None
         finally:
             self.oversight.watchdog.enter("", 0)
@@ -147,6 +151,8 @@ class PPOLoop:
         """A checkpoint of the step that was done last. Every rank calls it."""
         step = self.progress.step
         if step != self.saved_step:
+            self.oversight.enter("settle", step)
+            self.rollouts.settle()
             self.oversight.enter("save", step)
             save(self, step)
             self.saved_step = step
@@ -155,7 +161,12 @@ class PPOLoop:
         """One PPO step. Returns its metrics; raises InvariantError when something that must hold does not."""
         clock = time.perf_counter()
         self.oversight.enter("rollout", step)
-        sampled = self.rollouts.take(step, self.learner.published)
+        try:
+            sampled = self.rollouts.take(step, self.learner.published)
+        except Interrupted:  # no generator is left, a reward cannot be had: the step before is whole
+            if self.session.world_size == 1 and self.config.max_staleness == 0:
+                self._save_if_new()
+            raise
         sound = self.oversight.guards.sound(sampled.collected, self.config.num_generations, step)
         sampled = replace(sampled, collected=sound)
         collected, arrived = sampled.collected, time.perf_counter()
@@ -202,6 +213,7 @@ class PPOLoop:
         if not self.setup.held_out:
             return {}
         started = time.perf_counter()
+        self.oversight.enter("settle", step)
         self.rollouts.settle()  # generators answer in turn: a rollout under way comes first
         budgets = [self.config.response_length] * len(self.setup.held_out)
         self.oversight.enter("heldout", step)
@@ -211,7 +223,8 @@ class PPOLoop:
         collected = self.oversight.guards.sound(collected, 1, step, counts=False)
         metrics = HeldOut.of(collected).metrics()
         self._log_roles(collected, f"evaluation at step {step}")
-        self.progress.best.offer(step, metrics["eval/reward"])
+        if self.progress.best.offer(step, metrics["eval/reward"]) and self.config.load_best_model_at_end:
+            self.best_policy = self.learner.published.tensors
         return {**metrics, "time/evaluate": time.perf_counter() - started}
 
     def active(self) -> ActiveAdapter:

@@ -39,6 +39,7 @@ from rlhf_ray.stages.waiting import load_waiting, save_waiting
 if TYPE_CHECKING:
     from rlhf_ray.stages.ppo import PPOLoop
 
+BEST = "best.safetensors"
 MAY_CHANGE = (
     *entering.MAY_CHANGE,
     *("placement", "generator.", "scorer.", "probe_steps"),
@@ -54,9 +55,12 @@ class Best:
     step: int = 0
     reward: float = -math.inf
 
-    def offer(self, step: int, reward: float) -> None:
+    def offer(self, step: int, reward: float) -> bool:
+        """Whether it is the best so far, which it then is from now on."""
         if reward > self.reward:
             self.step, self.reward = step, reward
+            return True
+        return False
 
 
 def enter_run(config: PPOConfig, session: Session, held: ExitStack) -> RunFolder:
@@ -77,6 +81,8 @@ def save(loop: PPOLoop, step: int) -> None:
             atomic_write_json(folder / "state.json", state)
             if waiting is not None:
                 save_waiting(waiting, folder)
+            if loop.best_policy is not None:
+                atomic_save_tensors(folder / BEST, loop.best_policy)
 
         keep = loop.config.save_total_limit
         protect = {loop.progress.best.step, *loop.setup.listed_saves}
@@ -130,6 +136,8 @@ def restore(loop: PPOLoop) -> None:
     progress.step, progress.tokens, progress.seconds = state["step"], state["tokens"], state["seconds"]
     loop.saved_step = progress.step
     progress.best = Best(state["best"]["step"], float.fromhex(state["best"]["reward"]))
+    if (checkpoint.path / BEST).is_file():
+        loop.best_policy = load_file(checkpoint.path / BEST)
     progress.first, progress.last = state["first"], state["last"]
     loop.learner.version = state["adapter_version"]
     if loop.learner.publish().sha256 != state["adapter_sha256"]:
@@ -162,22 +170,16 @@ def finish(loop: PPOLoop) -> Run:
     )
     roles = roles_now(loop)
     if loop.session.is_main:
-        if config.load_best_model_at_end and progress.best.step != progress.step:
-            source = setup.folder.checkpoint(progress.best.step)
-            _copy_adapter(source, setup.folder, loop)
-        else:
-            write_roles(loop, roles, setup.folder.path)
+        write_roles(loop, roles, setup.folder.path)
+        if loop.best_policy is not None:
+            folder, base = setup.folder.adapter_dir, setup.base_path
+            save_adapter(folder, loop.best_policy, setup.policy_config, "CAUSAL_LM", None, base)
         run.save()
         setup.folder.seal()
         write_report(setup.folder.path)
         loop.session.console.done()
     loop.session.barrier()
     return run
-
-
-def _copy_adapter(checkpoint: Checkpoint, folder: RunFolder, loop: PPOLoop) -> None:
-    tensors = load_file(checkpoint.adapter_dir / "adapter_model.safetensors")
-    save_adapter(folder.adapter_dir, tensors, loop.setup.policy_config, "CAUSAL_LM", None, loop.setup.base_path)
 
 
 def _state(loop: PPOLoop) -> dict[str, Any]:

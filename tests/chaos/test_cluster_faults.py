@@ -95,6 +95,34 @@ def nodes() -> Iterator[Callable[..., Any]]:
         cluster.shutdown()
 
 
+def test_the_control_service_of_a_given_cluster_is_killed(
+    world: Any, untouched: Path, nodes: Any, note: Any, same: Any, until: Any
+) -> None:
+    """Fault 13, where the head is somebody else's: Ray would abort the driver after a minute without a word."""
+    cluster = nodes(num_cpus=2)
+    child = world.start(
+        "ppo", world.job("given", **ONE), fault="learner:update:step=5:sleep=300", RAY_ADDRESS=cluster.address
+    )
+    run = world.run("given")
+    until(lambda: steps(run) >= 4 or child.process.exitcode is not None, 400)
+    gcs = cluster.head_node.all_processes["gcs_server"][0].process.pid
+    os.kill(gcs, signal.SIGKILL)
+    started = time.monotonic()
+    code, last = child.wait(300), child.text.splitlines()[-1]
+    took = time.monotonic() - started
+    assert "its control service (gcs_server) has ended" in last and last.endswith("rlhf-ray resume runs/given"), (
+        child.text
+    )
+    cluster.shutdown()
+    world.finish("given")
+    note(
+        13,
+        code == 75 and same(untouched, run),
+        "of a given cluster: exit 75 after {} s, same weights and metrics",
+        took,
+    )
+
+
 def test_a_node_with_generators_is_lost(
     world: Any, untouched: Path, nodes: Any, note: Any, same: Any, until: Any
 ) -> None:

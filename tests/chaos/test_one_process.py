@@ -17,7 +17,7 @@ import pytest
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.artifact import open_run
 
-from .conftest import Child
+from .conftest import REWARD, Child
 
 pytestmark = pytest.mark.integration
 
@@ -33,6 +33,19 @@ def flip(path: Path) -> None:
 
 
 PROGRAM = f"OMP_NUM_THREADS=1 {sys.executable} -m rlhf_ray.cli"
+# Fails in step 4: an evaluation of 2 replies, three steps of 16, another evaluation.
+REWARD_THAT_FAILS = REWARD.replace(
+    "def score(prompts, completions, **columns):",
+    """from pathlib import Path
+
+CALLS = []
+
+
+def score(prompts, completions, **columns):
+    CALLS.append(len(prompts))
+    if sum(CALLS) > 52 and not Path("up").exists():
+        raise RuntimeError("the reward service is down")""",
+)
 FILES = (
     "adapter/adapter_model.safetensors",
     "value/adapter_model.safetensors",
@@ -122,6 +135,40 @@ def test_a_file_that_may_not_grow(world: Any, untouched: Path, note: Any, same: 
     open_run(run, verify=False).checkpoints()[-1].verify()
     world.finish(name)
     note(17, code == 75 and same(untouched, run), "exit 75, previous checkpoint intact, same weights and metrics")
+
+
+def test_the_best_adapter_is_kept_whatever_was_saved(world: Any, same: Any) -> None:
+    """That of an evaluation, step 0 included; no checkpoint of that step need be left. Killed and resumed, it is the same."""
+    fields = {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.05}
+    every = world.start("ppo", world.job("best", **fields, save_steps=1, save_total_limit=None))
+    assert every.wait() == 0, every.text
+    few = world.start("ppo", world.job("best-few", **fields, save_steps=4), fault="learner:update:step=7:kill")
+    assert few.wait() != 0, few.text
+    world.finish("best-few")
+    assert same(world.run("best"), world.run("best-few"))
+    rows = {
+        r["step"]: r["eval/reward"] for r in read_metrics(world.run("best") / "metrics.jsonl") if "eval/reward" in r
+    }
+    best = max(rows, key=lambda step: (rows[step], -step))
+    kept = {c.step: c.adapter_dir for c in open_run(world.run("best"), verify=False).checkpoints()}
+    name = "adapter_model.safetensors"
+    result = (world.run("best") / "adapter" / name).read_bytes()
+    assert best < 10 and [step for step, path in kept.items() if (path / name).read_bytes() == result] == [best] * (
+        best > 0
+    )
+
+
+def test_a_reward_that_is_gone_costs_no_step(world: Any, untouched: Path, same: Any) -> None:
+    """The run ends with the step before saved, although no checkpoint was due."""
+    (world.folder / "down.py").write_text(REWARD_THAT_FAILS)
+    rewards = [{"name": "ascii", "function": "down.py:score"}]
+    child = world.start("ppo", world.job("down", save_steps=100, rewards=rewards))
+    code, run = child.wait(), world.run("down")
+    assert code == 75 and "the reward service is down" in child.text.splitlines()[-1], child.text
+    assert [c.step for c in open_run(run, verify=False).checkpoints()] == [3]
+    (world.folder / "up").touch()
+    world.finish("down")
+    assert same(untouched, run)
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(

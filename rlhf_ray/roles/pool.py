@@ -159,12 +159,11 @@ def stop(pools: Pools) -> None:
 
 @dataclass
 class Call:
-    """Work in flight on actor `index`. result, work: references.  method: of an `ask_all`."""
+    """Work in flight on actor `index`. result, work: references."""
 
     index: int
     result: Any
     work: Any
-    method: str = ""
 
 
 class Pool:
@@ -187,21 +186,17 @@ class Pool:
         return Call(index, result, work)
 
     def ask_all(self, method: str) -> list[Call]:
-        """Ask every actor at once. An actor that dies over it has a second try."""
-        return [self._ask(index, method) for index in range(len(self))]
-
-    def _ask(self, index: int, method: str) -> Call:
-        result, work = self.handles[index].call.options(num_returns=2, max_task_retries=1).remote(method)
-        return Call(index, result, work, method)
+        """Ask every actor at once. One that dies over it is asked again, as often as it is started again."""
+        refs = [h.call.options(num_returns=2, max_task_retries=-1).remote(method) for h in self.handles]
+        return [Call(index, *pair) for index, pair in enumerate(refs)]
 
     def answers(self, calls: Sequence[Call], doing: str) -> list[tuple[Any, Work]]:
         """What they answer to `ask_all`; see `result`. An actor that hangs, perhaps since before this rank was started, is ended
         and asked again."""
-        ray.wait([call.work for call in calls], num_returns=len(calls), timeout=self.timeout_s)
-        for at, call in enumerate(calls := list(calls)):
-            if not ray.wait([call.work], timeout=0)[0]:
+        _, silent = ray.wait([call.work for call in calls], num_returns=len(calls), timeout=self.timeout_s)
+        for call in calls:
+            if call.work in silent:
                 self.end(call.index, doing)
-                calls[at] = self._ask(call.index, call.method)
         return [self.result(call, doing) for call in calls]
 
     def result(self, call: Call, doing: str) -> tuple[Any, Work]:

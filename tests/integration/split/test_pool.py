@@ -100,3 +100,13 @@ def test_actors_that_die_hang_or_are_gone(pool: Any, lines: list[str], two_gpus:
             except LOST:
                 pool.lost(call.index)
     assert caught.value.exit_code == 75
+
+
+def test_an_actor_that_hung_before_it_was_asked(pool: Any, lines: list[str]) -> None:
+    """As a learner group meets it that was started again: it is ended, and its successor answers."""
+    pids = [pid for pid, _ in pool.answers(pool.ask_all("describe"), "starting")]
+    pool.timeout_s = 40.0
+    os.kill(pids[0], signal.SIGSTOP)
+    again = [pid for pid, _ in pool.answers(pool.ask_all("describe"), "starting")]
+    assert again[1] == pids[1] and again[0] not in pids
+    assert lines == ["warning: generator 0: no answer within 40 s while starting; it is restarted"]

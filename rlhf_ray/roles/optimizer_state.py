@@ -71,6 +71,9 @@ def _as_it_was(key: str, value: Tensor, device: torch.device) -> Tensor | int:
 
 
 def _check_names(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]) -> None:
+    """Nothing at all is the state before the first update, where all so far were left out."""
+    if not stored:
+        return
     names = {key.rpartition("::")[0] for key in stored}
     if names != set(parameters):
         different = sorted(names ^ set(parameters))
@@ -86,8 +89,8 @@ def _parameters(engine: TrainingEngine) -> dict[str, torch.nn.Parameter]:
 def _zero_state(engine: TrainingEngine, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    if is_sharded(parameter) and not engine.engine.optimizer.optimizer.state:
-        return {}  # before the first step, where stages 1 and 2 answer None
+    if not engine.engine.optimizer.optimizer.state:
+        return {}  # before the first step, where the accessors fail
     state = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
     if any(v is None for v in state.values()):
         return {}
@@ -106,9 +109,9 @@ def _restore_zero(
         engine.accumulate(zero, last=True)
     engine.step({group.name: 0.0 for group in engine.groups})
     for name, parameter in parameters.items():
-        for key in MOMENTS:
+        for key in MOMENTS if stored else ():  # the step above leaves moments of 0
             _set_moment(parameter, stored[f"{name}::{key}"].to(parameter.device), key)
-    count = next(v for k, v in stored.items() if k.endswith("::step"))
+    count = next((v for k, v in stored.items() if k.endswith("::step")), torch.tensor(0.0))
     _set_zero_step(engine, count)
     if not torch.equal(_zero_step(engine), count.float().cpu()):
         raise ArtifactError.at("optimizer.safetensors", "this DeepSpeed does not take Adam's step count back")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -237,6 +238,19 @@ class TestNotFinite:
         assert child.wait() == 0, child.text
         rows = [r for r in read_metrics(world.run(name) / "metrics.jsonl") if "policy/skipped_updates" in r]
         note(20, [r["policy/skipped_updates"] for r in rows] == [0.0, 0.0, 1.0, 0.0], "skipped and counted")
+
+    @pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.long)])
+    def test_a_first_step_that_is_left_out_whole(self, world: Any, stage: int, note: Any, same: Any) -> None:
+        """Its checkpoint knows of no optimizer state, and the run goes on from it."""
+        learner, nan = {"num_workers": 0, "num_threads": 1, "zero_stage": stage}, "learner:gradient:step=1:nan"
+        plain = world.start("ppo", world.job(f"first-{stage}", max_steps=3, learner=learner), fault=nan)
+        assert plain.wait() == 0, plain.text
+        name = f"first-{stage}-killed"
+        job = world.job(name, max_steps=3, learner=learner)
+        child = world.start("ppo", job, fault=f"{nan},learner:update:step=2:kill")
+        assert child.wait() == -signal.SIGKILL, child.text
+        assert "going on from step 1 " in world.finish(name)
+        note(20, same(world.run(f"first-{stage}"), world.run(name)), "a first step left out: same weights and metrics")
 
     @pytest.mark.parametrize("stage", [0, 2])
     def test_three_in_a_row_stop_the_run(self, world: Any, stage: int, note: Any) -> None:

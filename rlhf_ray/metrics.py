@@ -98,6 +98,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("learning_rate", "", "learning rate", "learning_rate"),
     ("epoch", "epochs", "passes over the training rows so far", "epoch"),
     ("grad_norm", "", "norm of the gradient before clipping", "grad_norm"),
+    ("skipped_updates", "", "steps skipped since the last logged one because loss or gradient was not finite"),
     # Evaluation on held-out prompts or pairs
     ("eval/loss", "nats", "held-out loss", "eval_loss"),
     ("eval/perplexity", "", "exp of the held-out loss"),

@@ -22,6 +22,7 @@ IN_A_ROW = 3
 """Bad updates, or steps with bad rewards, in a row after which a run stops."""
 BAD_SHARE = 0.05
 """Share of a step's rewards that may be missing."""
+SAMPLES = "look at the rewards and lengths of this step in samples.jsonl"
 CLEAR = 2.0
 """Standard errors between a held-out reward and the best one for it to count as worse."""
 
@@ -55,8 +56,8 @@ class Guards:
         for name, value in state.items():
             setattr(self, name, float.fromhex(value) if name.startswith("best") else int(value))
 
-    def note_update(self, finite: bool, norms: Mapping[str, float], step: int) -> None:
-        """Take note of an update that was made, or left out. Raises Tripped at the third in a row."""
+    def note_update(self, finite: bool, norms: Mapping[str, float], step: int, advice: str = SAMPLES) -> None:
+        """Take note of an update that was made, or left out. Raises Tripped at the third in a row.   advice: where to look."""
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped >= IN_A_ROW:
             figures = ", ".join(f"{name} {norm:g}" for name, norm in norms.items())
@@ -66,7 +67,7 @@ class Guards:
                     f"{IN_A_ROW} updates in a row had a gradient that is not finite and were left out",
                     "finite gradient norms",
                     figures,
-                    "lower learning_rate, or look at the rewards and lengths of this step in samples.jsonl",
+                    f"lower learning_rate, or {advice}",
                 )
             )
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_ray.errors import Interrupted
+from rlhf_ray.errors import Interrupted, Problem
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.artifact import resume_command
+from rlhf_ray.roles.guards import Tripped
 from rlhf_ray.stages import supervised_store
 from rlhf_ray.stages.oversight import Oversight
 from rlhf_ray.stages.task import Job
@@ -71,7 +72,8 @@ class Keeper(TrainerCallback):
         return self.progress.seconds + time.monotonic() - self._started
 
     def run(self, trainer: SupervisedTrainer) -> None:
-        """All steps that are left, from the newest checkpoint if there is one. Raises Interrupted if somebody ends the run."""
+        """All steps that are left, from the newest checkpoint if there is one. Raises Interrupted if somebody or a guard ends the
+        run."""
         self.trainer = trainer
         try:
             checkpoint = supervised_store.restore(self)
@@ -79,6 +81,8 @@ class Keeper(TrainerCallback):
                 self._evaluate()
             if self.step < self.steps:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except Tripped as found:
+            raise self.oversight.tripped(found, lambda: supervised_store.save(self)) from None
         finally:
             self.oversight.watchdog.enter("", 0)
 
@@ -157,6 +161,10 @@ class Keeper(TrainerCallback):
             return
         self.oversight.enter("heldout", self.step)
         metrics = self._measured()
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                fix = "lower learning_rate, or look at the base's dtype"
+                raise Tripped(Problem(f"step {self.step}", f"{name} is not finite", "a finite number", str(value), fix))
         self._record(self.step, metrics)
         if metrics["eval/loss"] < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = self.step, metrics["eval/loss"]

@@ -149,7 +149,9 @@ def train(job: Job, stack: ExitStack) -> Keeper:
     )
     with undisturbed(session.world_size):
         arguments = training_arguments(config, str(job.folder.path), session.device, session.world_size)
-        trainer = SupervisedTrainer(job.task, rows, order, config, arguments, session.sum, keeper.log, [keeper])
+        trainer = SupervisedTrainer(
+            job.task, rows, order, config, arguments, session.sum, keeper.log, keeper.oversight.guards, [keeper]
+        )
     with session.stop.deferred(), keeper.oversight.watchdog.watching():
         keeper.run(trainer)
     trainer.accelerator.free_memory()

@@ -2,8 +2,8 @@
 
 Adapter with head, optimizer state by parameter name, Trainer's own account of step and epoch, first and last values of metrics, the
 best evaluation (with its weights, where the job ends with them), what was summed up since the last logged step, the task's own
-counts, and the length of metrics.jsonl. Schedule, row order and dropout are functions of the step; the data's hashes are in the
-run's manifest.
+counts, updates left out, and the length of metrics.jsonl. Row order and dropout are functions of the step, the schedule of the
+updates made; the data's hashes are in the run's manifest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save(keeper: Keeper) -> None:
         progress = keeper.progress
 
         def writer(folder: Path) -> None:
-            keeper.task.save(folder / "adapter")
+            keeper.task.save(folder / "adapter", is_trained=progress.step > keeper.trainer.skipped)
             atomic_save_tensors(folder / OPTIMIZER_FILE, keeper.trainer.optimizer_state())
             keeper.trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             if progress.best is not None and progress.best_step != progress.step:
@@ -61,6 +61,8 @@ def _state(keeper: Keeper, windows: Sequence[Mapping[str, Any]]) -> dict[str, An
         "best": {"step": progress.best_step, "loss": progress.best_loss.hex()},
         "task": keeper.task.state_dict(),
         "windows": list(windows),
+        "guards": keeper.oversight.guards.state_dict(),
+        "skipped_updates": keeper.trainer.skipped,
         "metrics_bytes": keeper.writer.bytes if keeper.writer is not None else 0,
         "world_size": keeper.session.world_size,
         "num_threads": keeper.session.num_threads,
@@ -85,6 +87,8 @@ def restore(keeper: Keeper) -> Path | None:
     files = read_adapter(checkpoint.adapter_dir)
     keeper.task.restore(files.tensors, files.head)
     keeper.task.load_state_dict(state["task"])
+    keeper.oversight.guards.load_state_dict(state.get("guards", {}))
+    keeper.trainer.skipped = state.get("skipped_updates", 0)
     progress = keeper.progress
     progress.step, progress.seconds = state["step"], state["seconds"]
     progress.first, progress.last = state["first"], state["last"]

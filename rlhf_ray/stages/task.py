@@ -69,8 +69,9 @@ class Task(Objective):
         """Put back what `tensors` and `head` gave."""
         load_adapter_tensors(self.model.peft_model, self.adapter, tensors)
 
-    def save(self, folder: Path) -> str:
-        """Write a plain PEFT folder; InvariantError if training changed nothing. Returns the adapter's sha256."""
+    def save(self, folder: Path, is_trained: bool = True) -> str:
+        """Write a plain PEFT folder; InvariantError if training, where there was any, changed nothing. Returns the adapter's
+        sha256."""
         identity = self.model.backbone.identity
         return save_adapter(
             folder,
@@ -80,7 +81,7 @@ class Task(Objective):
             self.head(),
             identity.path,
             identity.revision,
-            must_differ_from=self.starts_from,
+            must_differ_from=self.starts_from if is_trained else None,
         )
 
     def eval_parts(self, rows: Sequence[Any], size: int, session: Session) -> Iterator[tuple[list[int], Batch]]:

@@ -25,7 +25,9 @@ from transformers.utils import logging
 
 from rlhf_ray.config import RewardConfig, SFTConfig, check_accumulation
 from rlhf_ray.errors import ConfigError, InvariantError, Problem, ResourceError
+from rlhf_ray.faults import poisoned
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
+from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.optimizer_state import export_torch_state, restore_torch_state
 from rlhf_ray.stages.row_order import EpochLoader, PickedRows, RowOrder
 
@@ -79,6 +81,7 @@ class SupervisedTrainer(Trainer):
         arguments: TrainingArguments,
         all_reduce: Callable[[Sequence[float]], list[float]],
         on_log: Callable[[int, dict[str, float]], None],
+        guards: Guards,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.rows = PickedRows(rows)
@@ -91,9 +94,14 @@ class SupervisedTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.objective, self.order, self.config = objective, order, config
-        self._all_reduce, self._on_log = all_reduce, on_log
+        self._all_reduce, self._on_log, self.guards = all_reduce, on_log, guards
+        self.skipped = 0
+        """Updates left out since the start of the run, because a loss or gradient was not finite."""
         self._sums: Sums = {}
         self._items = 0.0
+        self._updates, self._skipped_updates = 0, 0  # since the last logged step
+        self._before: tuple[Tensor, Sums, float] = (torch.zeros(()), {}, 0.0)
+        self._loss = torch.zeros(())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's microbatches. They are dealt out by `RowOrder`, so accelerate has nothing to shard."""
@@ -109,6 +117,8 @@ class SupervisedTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
         """The microbatches of one optimizer step, and the number of loss items in it over all ranks."""
+        self._before = self._tr_loss.clone(), dict(self._sums), self._items
+        self._loss = torch.zeros((), device=device)
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
         (count,) = self._all_reduce([float(sum(self.objective.count(b) for b in batches))])
         self._items += count
@@ -121,22 +131,40 @@ class SupervisedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """loss sum / items of the whole step x world size (DDP averages gradients). Raises InvariantError if not finite."""
+        """loss sum / items of the whole step x world size (DDP averages gradients)."""
         if return_outputs or num_items_in_batch is None:
             raise NotImplementedError("the loss is defined for a whole optimizer step")
         total, sums = self.objective.loss_sum(model, inputs)
-        if not bool(torch.isfinite(total)):
-            raise InvariantError.at(
-                f"step {self.state.global_step + 1}",
-                "the training loss is not finite",
-                "a finite loss",
-                f"{float(total.detach())}",
-                "lower learning_rate; check the rows of this step and the base's dtype",
-            )
+        step, rank = self.state.global_step + 1, self.args.process_index
+        total = poisoned("learner", "gradient", total.reshape(1), step, rank)[0]
+        self._loss = self._loss + total.detach()
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         # A step without any loss item has loss 0, never 0 / 0.
         return total / torch.as_tensor(num_items_in_batch).clamp_min(1) * self.args.world_size
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm before clipping; here it is known, before the update, whether that may be made.
+
+        Where loss or gradient is not finite on any rank, no rank learns from the step, and it leaves no trace in what is logged but
+        its number: weights, moments, step counts and schedule stay as they are. Raises Tripped at the third such in a row."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        figures = {"gradient norm": float(norm), "loss sum": float(self._loss)}
+        (bad,) = self._all_reduce([float(not all(map(math.isfinite, figures.values())))])
+        if bad:
+            self._leave_out(model)
+        else:
+            self._updates += 1
+        self.guards.note_update(
+            not bad, figures, self.state.global_step + 1, "look at the rows of this step and the base's dtype"
+        )
+        return norm
+
+    def _leave_out(self, model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
+        self.skipped, self._skipped_updates = self.skipped + 1, self._skipped_updates + 1
+        loss, self._sums, self._items = self._before
+        self._tr_loss.copy_(loss)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
@@ -157,6 +185,8 @@ class SupervisedTrainer(Trainer):
             "loss": float(self._tr_loss),
             "items": self._items,
             "sums": sums,
+            "updates": self._updates,
+            "skipped_updates": self._skipped_updates,
         }
 
     def load_window(self, window: Mapping[str, Any]) -> None:
@@ -164,12 +194,14 @@ class SupervisedTrainer(Trainer):
         self._globalstep_last_logged, self._items = window["since"], window["items"]
         self._tr_loss.fill_(window["loss"])
         self._sums = {name: torch.tensor(value, device=self.args.device) for name, value in window["sums"].items()}
+        self._updates = window.get("updates", self.state.global_step - window["since"])
+        self._skipped_updates = window.get("skipped_updates", 0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The weights are in the model already."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The schedule is a function of the step (`create_scheduler`)."""
+        """The schedule is a function of the updates made (`create_scheduler`)."""
         if checkpoint is not None:
             stored = load_file(Path(checkpoint) / OPTIMIZER_FILE)
             restore_torch_state(self._own_optimizer(), self.trained(), stored)
@@ -185,7 +217,8 @@ class SupervisedTrainer(Trainer):
         warmup = resolve_warmup(config.warmup_steps, num_training_steps)
 
         def factor(step: int) -> float:
-            return lr_multiplier(config.lr_scheduler_type, step, num_training_steps, warmup, config.min_lr_ratio)
+            made = step - self.skipped  # an update left out does not move the schedule
+            return lr_multiplier(config.lr_scheduler_type, made, num_training_steps, warmup, config.min_lr_ratio)
 
         scheduled: Any = optimizer or self.optimizer
         done = self.state.global_step  # 0, but for a run that goes on
@@ -201,16 +234,21 @@ class SupervisedTrainer(Trainer):
             return
         names = sorted(self._sums)
         totals = dict(zip(names, self._all_reduce([float(self._sums[n]) for n in names])))
-        found = self.objective.log(totals, self._items)
-        self._sums, self._items = {}, 0.0
+        updates, skipped = self._updates, self._skipped_updates
+        found = self.objective.log(totals, self._items) if updates else {}
+        self._sums, self._items, self._updates, self._skipped_updates = {}, 0.0, 0, 0
         figures: dict[str, float] = {
             name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs
         }
+        if skipped:  # Trainer's mean is over all steps, its norm of the last one
+            figures["loss"] *= (updates + skipped) / max(updates, 1)
+            figures = {n: v for n, v in figures.items() if (updates and math.isfinite(v)) or n == "learning_rate"}
         step = self.state.global_step
         for name, value in figures.items():
             if not math.isfinite(value):
                 raise InvariantError.at(f"step {step}", f"{name} is not finite", "a finite number", str(value))
-        self._on_log(step, {**figures, "epoch": float(self.state.epoch or 0.0), **found})
+        epoch = float(self.state.epoch or 0.0)
+        self._on_log(step, {**figures, "skipped_updates": float(skipped), "epoch": epoch, **found})
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: Trainer's estimate walks over all parameters at every microbatch."""

@@ -101,6 +101,50 @@ def test_killed_at_random(world: Any, untouched: dict[str, Path], stage: str, se
     note(10, same(untouched[stage], world.run(name)), "same weights and metrics")
 
 
+class TestNumbersThatAreNotFinite:
+    """Fault 20."""
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_one_gradient_is_left_out_and_counted(self, world: Any, stage: str, note: Any, same: Any) -> None:
+        """The very first update, before there is any optimizer state, and a later one; and the same in a run that is killed beside
+        them, and goes on from checkpoints between two logged steps."""
+        nan = "learner:gradient:step=1:nan,learner:gradient:step=5:nan"
+        plain = world.start(*job(world, stage, f"{stage}-nan", save_total_limit=None), fault=nan)
+        assert plain.wait() == 0, plain.text
+        run = world.run(f"{stage}-nan")
+        counts = {r["step"]: r["skipped_updates"] for r in read_metrics(run / "metrics.jsonl") if "epoch" in r}
+        assert counts == {1: 1, 3: 0, 6: 1, 9: 0, 10: 0}
+        for kill in (2, 6):
+            name = f"{stage}-nan-killed-{kill}"
+            child = world.start(*job(world, stage, name), fault=f"{nan},learner:update:step={kill}:kill")
+            assert child.wait() == -signal.SIGKILL, child.text
+            child = world.start("resume", f"runs/{name}", fault=nan)
+            assert child.wait() == 0, child.text
+            assert f"going on from step {kill - 1} " in child.text
+            note(20, same(run, world.run(name)), "skipped and counted; killed beside it: same weights and metrics")
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_three_in_a_row_stop_the_run(self, world: Any, stage: str, note: Any) -> None:
+        name = f"{stage}-nan-thrice"
+        fault = ",".join(f"learner:gradient:step={n}:nan" for n in (4, 5, 6))
+        child = world.start(*job(world, stage, name, save_steps=3), fault=fault)
+        code, last = child.wait(), child.text.splitlines()[-1]
+        assert last.startswith("error: step 6: 3 updates in a row had a gradient that is not finite"), child.text
+        assert "the last checkpoint is step_000003" in last and last.endswith(f"rlhf-ray resume runs/{name}")
+        note(20, code == 75, "three in a row: exit 75, last good named")
+        world.finish(name)
+
+    @pytest.mark.long
+    def test_one_rank_is_enough(self, world: Any, note: Any, same: Any) -> None:
+        """What one of two ranks meets, both leave out."""
+        two = {"learner": {"num_workers": 2, "num_threads": 1}}
+        child = world.start(*job(world, "sft", "sft-two-nan", **two), fault="learner:gradient:step=4:rank=1:nan")
+        assert child.wait(600) == 0, child.text
+        rows = read_metrics(world.run("sft-two-nan") / "metrics.jsonl")
+        counts = [r["skipped_updates"] for r in rows if "epoch" in r]
+        note(20, counts == [0, 0, 1, 0, 0], "one of two ranks: skipped and counted")
+
+
 @pytest.mark.parametrize("point", ["save_written", "save_sealed", "save_renamed"])
 @pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.long), "reward"])
 def test_killed_in_a_save(world: Any, untouched: dict[str, Path], stage: str, point: str, note: Any, same: Any) -> None:

@@ -197,9 +197,19 @@ def test_fewer_rows_than_a_batch_is_a_data_error_that_leaves_no_run(
     assert not Path(config.output_dir).exists()
 
 
-def test_a_loss_that_is_not_finite_names_the_step(make_config: Callable[..., SFTConfig], console: Any) -> None:
-    with pytest.raises(InvariantError, match=r"step \d+: the training loss is not finite"):
-        sft(make_config(learning_rate=1e30, warmup_steps=0), console)
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        (100, r"step \d+: 3 updates in a row had a gradient that is not finite"),
+        (1, r"step \d+: eval/loss is not finite"),
+    ],
+)
+def test_a_training_that_runs_away_ends_with_the_step_and_the_way_on(
+    steps: int, says: str, make_config: Callable[..., SFTConfig], console: Any
+) -> None:
+    """Fault 20. By its updates, or by an evaluation that comes first."""
+    with pytest.raises(Interrupted, match=rf"{says}.*; rlhf-ray resume \S+$"):
+        sft(make_config(learning_rate=1e30, warmup_steps=0, eval_steps=steps, max_steps=9), console)
 
 
 def test_an_adapter_that_reads_back_otherwise_is_refused(

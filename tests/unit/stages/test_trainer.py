@@ -16,9 +16,10 @@ from rlhf_ray.config import SFTConfig
 from rlhf_ray.console import NullConsole
 from rlhf_ray.data.collate import IGNORE_INDEX, TokenisedRow
 from rlhf_ray.data.templates import load_template
-from rlhf_ray.errors import ConfigError, InvariantError, ResourceError
+from rlhf_ray.errors import ConfigError, ResourceError
 from rlhf_ray.models.adapters import adapter_parameters
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.roles.guards import Guards, Tripped
 from rlhf_ray.session import Session, process_session
 from rlhf_ray.stages.row_order import RowOrder
 from rlhf_ray.stages.sft import SFTTask
@@ -79,7 +80,11 @@ class Gradients(TrainerCallback):
 
 
 def run(
-    config: SFTConfig, backbone: Backbone, session: Session, data: list[TokenisedRow]
+    config: SFTConfig,
+    backbone: Backbone,
+    session: Session,
+    data: list[TokenisedRow],
+    before: Callable[[SFTTask, SupervisedTrainer], None] = lambda task, trainer: None,
 ) -> tuple[SFTTask, Logs, dict[str, Tensor]]:
     task, logs, gradients = SFTTask(config, backbone, load_template("none")), Logs(), Gradients()
     generator = torch.Generator().manual_seed(9)
@@ -92,8 +97,17 @@ def run(
     with undisturbed(1):
         arguments = training_arguments(config, config.output_dir, session.device, 1)
         trainer = SupervisedTrainer(
-            task, data, order, config, arguments, session.sum, lambda step, m: logs.append((step, m)), [gradients]
+            task,
+            data,
+            order,
+            config,
+            arguments,
+            session.sum,
+            lambda step, m: logs.append((step, m)),
+            Guards(),
+            [gradients],
         )
+    before(task, trainer)
     trainer.train()
     return task, logs, gradients.found
 
@@ -180,11 +194,60 @@ def test_dropout_and_neftune_act_in_training(
     assert noisy[1][0][1]["loss"] != pytest.approx(plain, abs=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+def test_losses_that_are_not_finite_stop_the_run_at_the_third_in_a_row(
     tmp_path: Path, session: Session, make_backbone: Callable[..., Backbone]
 ) -> None:
-    with pytest.raises(InvariantError, match=r"step [23]: the training loss is not finite"):
-        run(config_of(tmp_path, learning_rate=1e30, max_steps=5, warmup_steps=0), make_backbone(), session, rows(8))
+    with pytest.raises(
+        Tripped, match=r"step [45]: 3 updates in a row had a gradient that is not finite .*gradient norm nan"
+    ):
+        run(config_of(tmp_path, learning_rate=1e30, max_steps=9, warmup_steps=0), make_backbone(), session, rows(8))
+
+
+def spoil(steps: set[int], seen: list[dict[str, Tensor]]) -> Callable[[SFTTask, SupervisedTrainer], None]:
+    """One gradient is infinite in each of `steps`, though the loss is finite. seen: the adapter before each step."""
+
+    def before(task: SFTTask, trainer: SupervisedTrainer) -> None:
+        parameter = next(p for n, p in adapter_parameters(task.model.peft_model, "sft").items() if "lora_B" in n)
+
+        def spoilt(gradient: Tensor) -> Tensor:
+            seen.append(task.tensors())
+            return gradient * torch.inf if trainer.state.global_step + 1 in steps else gradient
+
+        parameter.register_hook(spoilt)
+
+    return before
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted(
+    tmp_path: Path, session: Session, make_backbone: Callable[..., Backbone]
+) -> None:
+    """The step changes nothing but the counter: neither weights, nor moments, nor the schedule."""
+    seen: list[dict[str, Tensor]] = []
+    config = config_of(tmp_path, max_steps=6, warmup_steps=2)
+    task, logs, _ = run(config, make_backbone(), session, rows(8), spoil({3}, seen))
+    assert [m["skipped_updates"] for _, m in logs] == [0, 0, 1, 0, 0, 0]
+    assert logs[2][1].keys() == {"skipped_updates", "learning_rate", "epoch"}
+    assert all(torch.equal(seen[3][name], tensor) for name, tensor in seen[2].items())
+    rates = [m["learning_rate"] / config.learning_rate for _, m in logs]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 0.75, 0.5])
+    # All steps have the same eight rows: with one left out, six steps are the first five of the run nobody spoilt.
+    plain_seen: list[dict[str, Tensor]] = []
+    _, plain, _ = run(config, make_backbone(), session, rows(8), spoil(set(), plain_seen))
+    assert all(torch.equal(plain_seen[5][name], tensor) for name, tensor in task.tensors().items())
+    assert [m["loss"] for s, m in logs if s > 3] == pytest.approx([m["loss"] for s, m in plain if 2 < s < 6], rel=1e-6)
+
+
+def test_a_step_left_out_is_not_in_the_mean_loss(
+    tmp_path: Path, session: Session, make_backbone: Callable[..., Backbone]
+) -> None:
+    fields = {"max_steps": 4, "logging_steps": 4, "learning_rate": 1e-30}
+    _, plain, _ = run(config_of(tmp_path, **fields), make_backbone(), session, rows(8))
+    _, logs, _ = run(config_of(tmp_path, **fields), make_backbone(), session, rows(8), spoil({2, 3}, []))
+    first, last = logs[0][1], logs[-1][1]
+    assert (first["skipped_updates"], last["skipped_updates"], last["tokens/train"]) == (
+        0, 2, plain[-1][1]["tokens/train"] / 2
+    )  # fmt: skip
+    assert last["loss"] == pytest.approx(plain[-1][1]["loss"], rel=1e-6)
 
 
 def test_a_step_without_a_label_is_finite_and_moves_nothing(

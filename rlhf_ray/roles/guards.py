@@ -75,7 +75,7 @@ class Guards:
         """`collected` without the replies whose reward or reference is not finite, nor the other replies to the same prompt.
 
         generations: replies per prompt.  counts: whether the step counts for "in a row" (an evaluation does not). Raises Tripped if
-        too many are bad, InvariantError if rewards are not of the replies they are said to be of."""
+        too many are bad or no reply is left, InvariantError if rewards are not of the replies they are said to be of."""
         rollout, scores = collected.rollout, collected.scores
         if not torch.equal(rollout.row_id, scores.row_id):
             raise InvariantError.at(
@@ -93,6 +93,8 @@ class Guards:
             raise Tripped(problem, saves=counts)
         group = rollout.row_id // generations
         keep = ~torch.isin(group, group[~fine])
+        if not bool(keep.any()):
+            raise Tripped(self._bad_rewards(collected, fine, step, ", and all others are of the same prompts"))
         return replace(
             collected,
             rollout=rollout.rows(keep),
@@ -100,7 +102,7 @@ class Guards:
             faults={**collected.faults, "faults/rewards_left_out": float(len(rollout) - int(keep.sum()))},
         )
 
-    def _bad_rewards(self, collected: Collected, fine: Tensor, step: int) -> Problem:
+    def _bad_rewards(self, collected: Collected, fine: Tensor, step: int, besides: str = "") -> Problem:
         bad, rows = int((~fine).sum()), len(fine)
         names = [n for n, part in collected.scores.parts.items() if not bool(torch.isfinite(part).all())]
         first = int(collected.rollout.row_id[~fine][0])
@@ -108,7 +110,7 @@ class Guards:
         again = f", in {self.bad_rewards} steps in a row" if self.bad_rewards >= IN_A_ROW else ""
         return Problem(
             f"step {step}",
-            f"{who} is not finite for {bad} of {rows} replies (first row {first}){again}",
+            f"{who} is not finite for {bad} of {rows} replies (first row {first}){again}{besides}",
             f"at most {BAD_SHARE:.0%} of a step, and not in {IN_A_ROW} steps in a row",
             fix="mend the reward, then resume the run",
         )

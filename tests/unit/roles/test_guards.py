@@ -62,6 +62,13 @@ class TestRewards:
         ):
             Guards().sound(collected(bad=(1, 2, 3)), 1, 9)
 
+    def test_one_of_the_only_prompt_stops_the_run(self) -> None:
+        """All replies are compared with it: none would be left."""
+        with pytest.raises(
+            Tripped, match=r"step 1: reward mine is not finite for 1 of 40 .*, and all others are of the"
+        ):
+            Guards().sound(collected(bad=(5,)), 40, 1)
+
     def test_three_steps_in_a_row_stop_the_run_and_a_good_one_between_does_not(self) -> None:
         guards = Guards()
         for step, bad in enumerate([(1,), (2,), (), (3,), (4,)]):

@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.artifact import sha256_file
 from rlhf_ray.session import global_generators
 
+MEND = "mend the function"
 PAUSES_S = (0.5, 2.0)
 """Before a reward function that raised is asked again: a service behind it may be back."""
 
@@ -62,7 +63,8 @@ class FunctionReward:
     def score(self, texts: Texts) -> Tensor:
         """f32[rows]: what the function returns, NaN where it has no number for one. If it raises it is asked again, twice.
 
-        Raises Interrupted if it raises to the end, InvariantError if it returns anything but one number per row."""
+        Raises Interrupted if it raises to the end, or returns anything but one number per row: it is mended, and the run goes
+        on."""
         shared = set.intersection(*(set(c) for c in texts.columns)) if texts.columns else set()
         columns = {name: [c[name] for c in texts.columns] for name in sorted(shared) if name.isidentifier()}
         offered = {"completion_ids": list(texts.completion_ids), **columns}
@@ -81,7 +83,7 @@ class FunctionReward:
             except Exception as error:
                 if pause is None:
                     what = f"raised {type(error).__name__} {len(PAUSES_S) + 1} times: {error}"
-                    raise Interrupted.at(where, what, fix="mend the function, then resume the run") from error
+                    raise Interrupted.at(where, what, fix=MEND) from error
                 time.sleep(pause)
 
     def _accepted(self, offered: dict[str, Any]) -> dict[str, Any]:
@@ -100,14 +102,34 @@ def _spoken(texts: Texts) -> dict[str, Any]:
 
 
 def checked_rewards(got: Any, rows: int, where: str) -> Tensor:
-    """f32[rows], NaN where there is no number: a made-up one would train on noise. Raises InvariantError if the count is wrong."""
+    """f32[rows], NaN where there is no number: a made-up one would train on noise. Raises Interrupted for anything else.
+
+    Text and dicts are refused although numbers can be read out of them: nobody can know which are meant."""
+    if isinstance(got, (str, bytes, Mapping, Set)):
+        raise _no_numbers(where, type(got).__name__)
     try:
-        values = [math.nan if v is None else float(v) for v in got]
-    except TypeError as error:
-        raise InvariantError.at(where, "did not return a list of numbers", "list[float]", type(got).__name__) from error
+        answers = list(got)
+    except Exception as error:
+        raise _no_numbers(where, type(got).__name__) from error
+    values = [_reward(value, row, where) for row, value in enumerate(answers)]
     if len(values) != rows:
-        raise InvariantError.at(where, "returned the wrong number of rewards", str(rows), str(len(values)))
+        raise Interrupted.at(where, "returned the wrong number of rewards", str(rows), str(len(values)), MEND)
     return torch.tensor(values, dtype=torch.float32)
+
+
+def _reward(value: Any, row: int, where: str) -> float:
+    if isinstance(value, (str, bytes)):
+        raise _no_numbers(where, f"{value[:40]!r} for reply {row}")
+    try:
+        return math.nan if value is None else float(value)
+    except OverflowError as error:
+        raise _no_numbers(where, f"{type(value).__name__} over the largest float for reply {row}") from error
+    except Exception as error:
+        raise _no_numbers(where, f"{type(value).__name__} for reply {row}") from error
+
+
+def _no_numbers(where: str, got: str) -> Interrupted:
+    return Interrupted.at(where, "did not return a list of numbers", "list[float]", got, MEND)
 
 
 def all_finite(values: Tensor, where: str) -> Tensor:

@@ -16,14 +16,15 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
-from rlhf_ray.errors import DISK_FULL, Interrupted, RlhfRayError
+from rlhf_ray.errors import DISK_FULL, Interrupted, Problem, RlhfRayError
 from rlhf_ray.interrupts import Signals, Stop
-from rlhf_ray.models.artifact import check_place, resume_command
+from rlhf_ray.models.artifact import check_place, is_run, resume_command
 from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
 from rlhf_ray.plan.preflight import check, check_this_machine
 from rlhf_ray.run import Run
@@ -53,7 +54,7 @@ def launch(body: Body, config: JobFields, console: Console) -> Run:
     check_place(config.output_dir, config.resume)
     if config.learner.num_workers == 0:
         stop = Stop()
-        with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _disk_full_is_no_bug(config):
+        with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _with_the_way_on(config):
             return body(config, process_session(console, config.learner.num_threads, stop))
     check_this_machine(config)
     with open_desk(Path(config.output_dir).absolute().parent) as desk:
@@ -70,18 +71,30 @@ def launch(body: Body, config: JobFields, console: Console) -> Run:
 
 
 @contextlib.contextmanager
-def _disk_full_is_no_bug(config: JobFields) -> Iterator[None]:
-    """What cannot be written is written when there is room: Interrupted, whoever meets it first."""
+def _with_the_way_on(config: JobFields) -> Iterator[None]:
+    """An Interrupted ends with the command that goes on, if there is a run, also where it was raised by code that knows of none.
+    What cannot be written is written when there is room: Interrupted as well, whoever meets it first."""
+    resume = resume_command(config.output_dir)
     try:
         yield
+    except Interrupted as error:
+        if not is_run(config.output_dir) or all(problem.fix.endswith(resume) for problem in error.problems):
+            raise
+        raise type(error)([_ending_with(resume, problem) for problem in error.problems]) from error
     except OSError as error:
         if error.errno not in DISK_FULL | DISK_FAILS:
             raise
         free = shutil.disk_usage(Path(config.output_dir).absolute().parent).free
         mend = "free some space" if error.errno in DISK_FULL else "mend the disk"
-        fix = f"{mend}, then: {resume_command(config.output_dir)}"
+        fix = f"{mend}, then: {resume}"
         where = str(error.filename or config.output_dir)
         raise Interrupted.at(where, f"cannot be written: {error.strerror}", "", f"{free:,} bytes free", fix) from error
+
+
+def _ending_with(resume: str, problem: Problem) -> Problem:
+    if problem.fix.endswith(resume):
+        return problem
+    return replace(problem, fix=f"{problem.fix}; then: {resume}" if problem.fix else resume)
 
 
 def placement_of(config: JobFields) -> dict[str, list[str]]:
@@ -188,7 +201,7 @@ def _worker(job: dict[Any, Any]) -> Any:
     threads = config.learner.num_threads or job.get("threads")
     session = worker_session(console, threads, job["pools"], desk.stop(), attempt)
     try:
-        with _disk_full_is_no_bug(config):
+        with _with_the_way_on(config):
             return job["body"](config, session).to_json()
     except Exception as error:
         if world_size > 1 and _is_of_a_lost_peer(error):

@@ -274,6 +274,35 @@ class TestNotFinite:
 
 
 @pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (
+            "['good'] * len(completions)",
+            "did not return a list of numbers; expected list[float]; got 'good' for reply 0",
+        ),
+        ("[1.0]", "returned the wrong number of rewards; expected 2; got 1"),
+        ("completions[99]", "raised IndexError 3 times: list index out of range"),
+    ],
+    ids=["text", "one", "raises"],
+)
+def test_a_reward_function_that_is_broken_is_mended_and_the_run_goes_on(
+    world: Any, answer: str, says: str, note: Any, request: pytest.FixtureRequest
+) -> None:
+    """Fault 6. The line names the function; its last words are the command."""
+    name = f"broken-{request.node.callspec.id}"
+    source = "def score(prompts, completions):\n    return {}\n"
+    (world.folder / f"{name}.py").write_text(source.format(answer))
+    child = world.start("ppo", world.job(name, max_steps=2, rewards=[{"name": "my", "function": f"{name}.py:score"}]))
+    code, last = child.wait(), child.text.splitlines()[-1]
+    assert last == (
+        f"error: reward my ({name}.py:score): {says}; fix: mend the function; then: rlhf-ray resume runs/{name}"
+    ), child.text
+    (world.folder / f"{name}.py").write_text(source.format("[len(c) for c in completions]"))
+    world.finish(name)
+    note(6, code == 75, "a broken function: exit 75, named, mended, resumed")
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"max_kl": 1e-6, "learning_rate": 0.05}, "kl/k1_per_response is beyond max_kl"),

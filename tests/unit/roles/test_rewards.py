@@ -89,7 +89,15 @@ def test_random_numbers_are_those_of_the_texts(make: Make) -> None:
     [
         ("return [1.0]", "returned the wrong number of rewards; expected 2; got 1"),
         ("return 3.0", "did not return a list of numbers; expected list\\[float\\]; got float"),
-        ("raise KeyError('label')", "raised KeyError 3 times: 'label'; fix: mend the function, then resume the run"),
+        ("return ['good', 1]", "did not return a list of numbers; expected list\\[float\\]; got 'good' for reply 0"),
+        ("return ['1', '2']", "did not return a list of numbers; expected list\\[float\\]; got '1' for reply 0"),
+        ("return [1, {}]", "did not return a list of numbers; expected list\\[float\\]; got dict for reply 1"),
+        ("return {0: 1.0, 1: 2.0}", "did not return a list of numbers; expected list\\[float\\]; got dict"),
+        ("return '12'", "did not return a list of numbers; expected list\\[float\\]; got str"),
+        ("return [1, 10**9999]", "did not return .*; got int over the largest float for reply 1"),
+        ("return (int(c) for c in completions)", "did not return .*; got generator"),
+        ("import torch; return torch.zeros(2, 2)", "did not return .*; got Tensor for reply 0"),
+        ("raise KeyError('label')", "raised KeyError 3 times: 'label'"),
     ],
 )
 def test_a_bad_answer_is_named_with_the_function(
@@ -97,7 +105,7 @@ def test_a_bad_answer_is_named_with_the_function(
 ) -> None:
     """The bug is in the user's file, not in the package: no `a bug in rlhf_ray`."""
     monkeypatch.setattr(rewards, "PAUSES_S", (0.0, 0.0))
-    with pytest.raises((InvariantError, Interrupted), match=rf"reward mine \(.*mine.py:score\): {says}"):
+    with pytest.raises(Interrupted, match=rf"reward mine \(.*mine.py:score\): {says}.*; fix: mend the function$"):
         make(f"def score(prompts, completions):\n    {body}\n").score(texts())
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config import SFTConfig
-from rlhf_ray.errors import ResourceError
+from rlhf_ray.console import NullConsole
+from rlhf_ray.errors import LimitReached, ResourceError
+from rlhf_ray.models.artifact import create_run
+from rlhf_ray.run import Run
 from rlhf_ray.stages.launch import launch
 
 
@@ -56,3 +59,30 @@ def test_the_command_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert "do not fit together" in done.stderr and "generator.num_gpus=0.5" in done.stderr, done.stderr
     assert done.returncode == 3
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("fix", "said"),
+    [
+        ("", "fix: rlhf-ray resume RUN"),
+        ("mend the function", "fix: mend the function; then: rlhf-ray resume RUN"),
+        ("wait; rlhf-ray resume RUN", "fix: wait; rlhf-ray resume RUN"),
+    ],
+)
+def test_an_interruption_ends_with_the_command_that_goes_on(tmp_path: Path, fix: str, said: str) -> None:
+    """Whoever raised it, where there is a run to go on with."""
+    run = tmp_path / "run"
+
+    def body(config: SFTConfig, session: object) -> Run:
+        raise LimitReached.at("here", "it broke", fix=fix.replace("RUN", str(run)))
+
+    config = SFTConfig(
+        output_dir=str(run), model_name_or_path="m", data={"train": "d.jsonl"}, learner={"num_workers": 0}
+    )
+    with pytest.raises(LimitReached) as caught:
+        launch(body, config, NullConsole())
+    assert str(caught.value).endswith(fix.replace("RUN", str(run)))
+    create_run(run, "sft", {}, "never")
+    with pytest.raises(LimitReached) as caught:
+        launch(body, config.model_copy(update={"resume": "auto"}), NullConsole())
+    assert str(caught.value) == f"here: it broke; {said.replace('RUN', str(run))}"

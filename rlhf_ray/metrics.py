@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhf_ray.errors import ArtifactError, InvariantError, ResourceError
+from rlhf_ray.json_lines import JsonLines
 from rlhf_ray.ray_metrics import RunGauges, on_ray
 
 NON_DETERMINISTIC = ("time", "memory", "faults")
@@ -219,48 +219,6 @@ def figure(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-class _JsonLines:
-    """A file of JSON objects, one per line. A line is on disk when `append` returns; a torn last line is cut on opening."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._file.truncate(whole)
-
-    @property
-    def bytes(self) -> int:
-        """Length of the file: what a checkpoint stores and `resume_at` takes."""
-        return os.fstat(self._file.fileno()).st_size
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        # A lone surrogate cannot be UTF-8; inside a JSON string its escape \udXXX reads back as the same character.
-        self._file.write(text.encode("utf-8", errors="backslashreplace"))
-        os.fsync(self._file.fileno())
-
-    def resume_at(self, length: int) -> None:
-        """Forget everything after `length` bytes. Raises ArtifactError if the file is shorter or is not cut between lines."""
-        found = self.bytes
-        if length > found:
-            raise ArtifactError.at(
-                str(self.path), "shorter than its checkpoint says", f"{length} bytes", f"{found} bytes"
-            )
-        if length and self.path.read_bytes()[length - 1 : length] != b"\n":
-            raise ArtifactError.at(str(self.path), "does not match its checkpoint", f"a line end at byte {length}")
-        self._file.truncate(length)
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
 class MetricsWriter:
     """Writes `RUN/metrics.jsonl` and copies to the trackers of `report_to` ("tensorboard", "wandb"); on Ray to its port, too.
 
@@ -274,16 +232,18 @@ class MetricsWriter:
         self._report_to = tuple(report_to)
         if "wandb" in self._report_to and importlib.util.find_spec("wandb") is None:
             raise ResourceError.at("report_to", "wandb is not installed", fix="pip install 'rlhf_ray[wandb]'")
-        self._lines = _JsonLines(self.run_dir / "metrics.jsonl")
+        self._lines = JsonLines(self.run_dir / "metrics.jsonl")
 
     @property
     def bytes(self) -> int:
         """Length of metrics.jsonl, for the checkpoint."""
         return self._lines.bytes
 
-    def resume_at(self, length: int) -> None:
-        """Cut metrics.jsonl to the length a checkpoint stored, so that no step is there twice. Raises ArtifactError."""
-        self._lines.resume_at(length)
+    def resume_at(self, length: int, step: int) -> str:
+        """Cut metrics.jsonl to the length that the checkpoint of `step` stored, so that no step is there twice.
+
+        Returns what is to be warned of, "" for nothing."""
+        return self._lines.resume_at(length, step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Append the metrics of `step`, cleaned, and return them. Raises InvariantError and then writes nothing."""
@@ -308,7 +268,7 @@ class MetricsWriter:
         self.close()
 
 
-class SamplesWriter(_JsonLines):
+class SamplesWriter(JsonLines):
     """Writes `RUN/samples.jsonl`: one reply per line with `step`, `prompt`, `reply` and its figures (reward, kl, length, ...)."""
 
     def __init__(self, run_dir: str | Path) -> None:

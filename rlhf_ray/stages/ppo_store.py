@@ -124,7 +124,7 @@ def restore(loop: PPOLoop) -> None:
     for line in warnings:
         loop.session.console.warn(line)
     if checkpoint is None:
-        _cut_logs(loop, 0, 0)
+        _cut_logs(loop, 0, 0, 0)
         return
     state = json.loads((checkpoint.path / "state.json").read_text())
     _restore_roles(loop, checkpoint)
@@ -144,15 +144,17 @@ def restore(loop: PPOLoop) -> None:
         raise ArtifactError.at(str(checkpoint.path), "the adapter restored is not the one that was saved")
     if state.get("rollout_waits"):
         loop.rollouts.waiting = load_waiting(checkpoint.path)
-    _cut_logs(loop, state["metrics_bytes"], state["samples_bytes"])
+    _cut_logs(loop, progress.step, state["metrics_bytes"], state["samples_bytes"])
     loop.session.console.log(f"ppo: going on from step {progress.step} ({checkpoint.path})")
 
 
-def _cut_logs(loop: PPOLoop, metrics_bytes: int, samples_bytes: int) -> None:
-    """Forget what was logged of steps that will be taken again."""
+def _cut_logs(loop: PPOLoop, step: int, metrics_bytes: int, samples_bytes: int) -> None:
+    """Forget what was logged of steps after `step`, which will be taken again."""
     if loop.session.is_main:
-        loop.setup.writers.metrics.resume_at(metrics_bytes)
-        loop.setup.writers.samples.resume_at(samples_bytes)
+        writers = loop.setup.writers
+        for log, length in ((writers.metrics, metrics_bytes), (writers.samples, samples_bytes)):
+            if lost := log.resume_at(length, step):
+                loop.session.console.warn(lost)
 
 
 def finish(loop: PPOLoop) -> Run:

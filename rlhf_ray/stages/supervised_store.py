@@ -81,7 +81,7 @@ def restore(keeper: Keeper) -> Path | None:
         checkpoint = None
     if checkpoint is None:
         if keeper.writer is not None:
-            keeper.writer.resume_at(0)
+            keeper.writer.resume_at(0, 0)
         return None
     state = json.loads((checkpoint.path / STATE).read_text())
     files = read_adapter(checkpoint.adapter_dir)
@@ -96,8 +96,8 @@ def restore(keeper: Keeper) -> Path | None:
     if keeper.config.load_best_model_at_end and progress.best_loss < math.inf:
         progress.best = _best(keeper, checkpoint.path)
     keeper.window = _share(state["windows"], session.rank, session.world_size)
-    if keeper.writer is not None:
-        keeper.writer.resume_at(state["metrics_bytes"])
+    if keeper.writer is not None and (lost := keeper.writer.resume_at(state["metrics_bytes"], progress.step)):
+        session.console.warn(lost)
     session.console.log(f"{keeper.job.stage}: going on from step {progress.step} ({checkpoint.path})")
     return checkpoint.path
 

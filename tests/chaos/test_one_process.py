@@ -273,6 +273,19 @@ class TestNotFinite:
         note(6, code == 75 and same(untouched, world.run("bad")), "over 5 %: exit 75, then same weights and metrics")
 
 
+def test_logs_that_are_lost_do_not_stop_a_run(world: Any, untouched: Path, stopped: Path, note: Any, same: Any) -> None:
+    """Fault 19. metrics.jsonl is gone, samples.jsonl cut: both are named, and the run goes on to the same weights."""
+    run = world.copy("stopped", "no-logs")
+    (run / "metrics.jsonl").unlink()
+    cut(run / "samples.jsonl")
+    said = world.finish("no-logs")
+    for name in ("metrics", "samples"):
+        assert f"{name}.jsonl: does not match its checkpoint; expected " in said, said
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if "reward/mean" in r] == [*range(4, 11)]
+    weights = [(p / "adapter/adapter_model.safetensors").read_bytes() for p in (run, untouched)]
+    note(19, weights[0] == weights[1], "logs lost: warning, same weights")
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [

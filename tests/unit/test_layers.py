@@ -17,6 +17,7 @@ FLOORS = {
     "batches": 1,
     "metrics": 1,
     "ray_metrics": 1,
+    "json_lines": 1,
     "console": 1,
     "data": 2,
     "models": 2,

@@ -123,22 +123,33 @@ def test_resume_cuts_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
         length = writer.bytes
         writer.write(3, {"loss": 33.0})
     with MetricsWriter(tmp_path) as writer:
-        writer.resume_at(length)
+        assert writer.resume_at(length, 2) == ""
         assert writer.bytes == length
         for step in (3, 4):
             writer.write(step, {"loss": float(step)})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": s, "loss": float(s)} for s in (1, 2, 3, 4)]
 
 
-def test_resume_refuses_a_file_that_is_not_the_checkpoints(tmp_path: Path) -> None:
+def test_resume_goes_on_with_a_file_that_is_not_the_checkpoints_and_says_what_is_lost(tmp_path: Path) -> None:
+    """Too short, not cut between lines there, or gone: rows up to the checkpoint's step stay, and no step is there twice."""
+    path = tmp_path / "metrics.jsonl"
     with MetricsWriter(tmp_path) as writer:
-        writer.write(1, {"loss": 1.0})
-        with pytest.raises(ArtifactError, match="shorter than its checkpoint says"):
-            writer.resume_at(writer.bytes + 1)
-        with pytest.raises(ArtifactError, match="does not match its checkpoint"):
-            writer.resume_at(writer.bytes - 1)
-        writer.resume_at(0)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": float(step)})
+        assert "expected 9999 bytes at step 2; got 75; the 2 rows up to there that it has are kept" in (
+            writer.resume_at(9999, 2)
+        )
+        assert [row["step"] for row in read_metrics(path)] == [1, 2]
+        assert f"{path}: does not match its checkpoint" in writer.resume_at(writer.bytes - 1, 2)
+        assert [row["step"] for row in read_metrics(path)] == [1, 2]
+        writer.write(3, {"loss": 3.0})
+        assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    path.unlink()
+    with MetricsWriter(tmp_path) as writer:
+        assert "got 0; the 0 rows up to there" in writer.resume_at(75, 3)
+        writer.write(4, {"loss": 4.0})
+        assert writer.resume_at(0, 0) == ""
+    assert path.read_bytes() == b""
 
 
 def test_a_torn_last_line_is_left_out_and_then_overwritten(tmp_path: Path) -> None:
@@ -182,7 +193,7 @@ def test_samples_keep_any_text(tmp_path: Path) -> None:
         )
         length = writer.bytes
         writer.write(4, [{"prompt": "p", "reply": "later"}])
-        writer.resume_at(length)
+        assert writer.resume_at(length, 3) == ""
     rows = read_metrics(tmp_path / "samples.jsonl")
     assert [row["reply"] for row in rows] == texts
     assert rows[0] == {"step": 3, "prompt": "p", "reply": texts[0], "reward": 0.5, "finished": True, "parts": {"a": 1}}
@@ -208,7 +219,7 @@ def test_tensorboard_gets_a_copy_and_hides_steps_that_were_undone(tmp_path: Path
         length = writer.bytes
         writer.write(2, {"reward/mean": 99.0})
     with MetricsWriter(tmp_path, ("tensorboard",)) as writer:
-        writer.resume_at(length)
+        assert writer.resume_at(length, 1) == ""
         writer.write(2, {"reward/mean": 0.75})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

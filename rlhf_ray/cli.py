@@ -439,7 +439,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in args:
             traceback.print_exception(error)
         lines, code = _verdict(error)
-        print("\n".join(lines), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that was closed; the exit code still tells
+            print("\n".join(lines), file=sys.stderr)
         return code
 
 

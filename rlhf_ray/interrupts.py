@@ -1,4 +1,5 @@
-"""SIGTERM, Ctrl-C and preemption as a wish that the work in hand may answer: finish or abandon the step, save, end with 75.
+"""SIGTERM, Ctrl-C, a closed terminal and preemption as a wish that the work in hand may answer: finish or abandon the step, save,
+end with 75.
 
 A handler only takes note. Whoever can save looks at the note between two pieces of work, inside `Stop.deferred()`; outside of it
 there is nothing to save, and the first signal is a KeyboardInterrupt like any other. A second signal, or the end of the grace
@@ -71,7 +72,7 @@ class Stop:
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM of this process into `stop`; the handlers from before come back at the end.
+    """Turns SIGINT, SIGTERM and SIGHUP of this process into `stop`; the handlers from before come back at the end.
 
     resume: the command that goes on, told by the process that ends at once.  grace_s: seconds to answer in."""
 
@@ -88,7 +89,9 @@ class Signals:
         """Take the signals, again if a library has taken them meanwhile. Only a main thread can; elsewhere nothing happens."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             before = signal.signal(number, self._handle)
             self._before.setdefault(number, before)
 
@@ -101,6 +104,8 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.stop.asked():
+            if number == signal.SIGHUP:
+                return  # shell and kernel both send one where a terminal closes
             self._leave(f"ended at once by a second signal ({name})")
         self.stop.ask(name)
         if not self.stop.is_deferred:

@@ -15,7 +15,7 @@ import pytest
 from rlhf_ray.console import NullConsole
 from rlhf_ray.interrupts import Signals, Stop
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def signals(stop: Stop, grace_s: float = 60.0) -> Signals:
@@ -34,6 +34,21 @@ def test_it_is_noted_where_somebody_looks_and_interrupts_where_nobody_does(numbe
         with pytest.raises(KeyboardInterrupt, match=number.name):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+def test_a_terminal_that_closes_may_say_so_twice_and_nohup_stays() -> None:
+    stop = Stop()
+    with signals(stop), stop.deferred():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked() == "SIGHUP"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals(Stop()) as taken, taken.stop.deferred():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert taken.stop.asked() == ""
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_processes_see_the_wish_and_whether_it_is_looked_at(tmp_path: Path) -> None:

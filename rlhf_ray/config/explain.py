@@ -22,7 +22,7 @@ Where = Callable[[Loc], str]
 
 def problems(error: ValidationError, cls: type[Section], values: Mapping[str, Any], where: Where) -> list[Problem]:
     """One problem per field that pydantic found fault with; `values` is what was validated, `where` names places."""
-    details = [(_real_loc(e["loc"], cls, values), e) for e in error.errors(include_url=False)]
+    details = [(real_loc(e["loc"], cls, values), e) for e in error.errors(include_url=False)]
     details = [(loc, e) for loc, e in details if e["type"] != "too_short" or not _has_others(loc, e, details)]
     found: list[Problem] = []
     seen: set[Loc] = set()
@@ -51,7 +51,7 @@ def _has_others(loc: Loc, detail: ErrorDetails, details: Sequence[tuple[Loc, Err
     return any(d is not detail and (other == loc or _is_inside(other, loc)) for other, d in details)
 
 
-def _real_loc(loc: Sequence[str | int], cls: type[Section], values: Any) -> Loc:
+def real_loc(loc: Sequence[str | int], cls: type[Section], values: Any) -> Loc:
     """pydantic's location without the names of union members."""
     real: list[str | int] = []
     section: type[Section] | None = cls

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml
+from rlhf_ray.config.stored import load_stored
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 from rlhf_ray.models import object_store
@@ -40,7 +41,7 @@ def enter_run(
         folder = create_run(config.output_dir, stage, values, config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.checkpoints() or folder.manifest()["status"] == "done":
-            require_same(folder, values, may_change)
+            require_same(folder, config, may_change)
             copy_from_now_on(folder, config.copy_to, session.console.warn)
         else:  # nothing was kept of what ran under other settings
             atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
@@ -63,7 +64,7 @@ def enter_afresh(
         folder = create_run(config.output_dir, stage, values, config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.manifest()["status"] == "done":
-            require_same(folder, values, may_change)
+            require_same(folder, config, may_change)
             copy_from_now_on(folder, config.copy_to, session.console.warn)
             session.console.log(f"{stage}: {config.output_dir} is finished; nothing to do")
             finished = load_run(folder.path).to_json()
@@ -76,8 +77,12 @@ def enter_afresh(
     return RunFolder(Path(config.output_dir).absolute()), None if finished is None else Run.from_json(finished)
 
 
-def require_same(folder: RunFolder, values: Mapping[str, Any], may_change: tuple[str, ...]) -> None:
-    """Going on under other settings would be a third run, which no configuration describes: ConfigError with every difference."""
+def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """{field: (old, new)} of what differs from the configuration in `folder` and may.
+
+    Going on under other settings would be a third run, which no configuration describes: ConfigError with every difference."""
+    stored = load_stored(type(config), folder.config(), str(folder.path / "config.yaml"))
+    changes = config_changes(to_dict(stored), to_dict(config))
     kind = "a finished run" if folder.manifest()["status"] == "done" else "a run"
     ConfigError.raise_all(
         Problem(
@@ -87,9 +92,10 @@ def require_same(folder: RunFolder, values: Mapping[str, Any], may_change: tuple
             json.dumps(new),
             "put it back, or choose another output_dir",
         )
-        for name, (old, new) in config_changes(folder.config(), values).items()
+        for name, (old, new) in changes.items()
         if not name.startswith(may_change)
     )
+    return changes
 
 
 def copy_from_now_on(folder: RunFolder, uri: str | None, warn: Callable[[str], None]) -> None:

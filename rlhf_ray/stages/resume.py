@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import STAGES
-from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.stored import load_stored
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.models.artifact import RunFolder, is_run, open_run
 from rlhf_ray.models.ownership import WAIT_S
@@ -36,7 +36,7 @@ def resume(run: str | Path, console: Console | None = None, reset_data: bool = F
     # The folder as it was named here: its job may name another one that has taken its place.
     values = {**folder.config(), "resume": "auto", "output_dir": named_here(folder)}
     with where_it_began(folder, console):
-        config = load_dict(config_class(folder.stage), values, str(folder.path / "config.yaml"))
+        config = load_stored(config_class(folder.stage), values, str(folder.path / "config.yaml"))
         stage = import_module(f"rlhf_ray.stages.{folder.stage}")
         done: Run = getattr(stage, folder.stage)(config, console)
     return done

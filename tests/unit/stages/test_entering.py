@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.console import NullConsole
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
@@ -76,6 +77,46 @@ def test_all_changed_settings_come_at_once(enter: Entered) -> None:
     with pytest.raises(ConfigError) as caught:
         enter(learning_rate=1.0, seed=1)
     assert [line.split(": ")[1] for line in caught.value.lines()] == ["learning_rate", "seed"]
+
+
+class TestOfAnOlderVersion:
+    """Fault 29: a configuration that lacks fields which came later, or has one that was taken away."""
+
+    @staticmethod
+    def rewrite(folder: RunFolder, without: tuple[str, ...] = (), **more: Any) -> None:
+        values = {k: v for k, v in folder.config().items() if k not in without} | more
+        atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
+
+    def test_a_field_that_came_later_had_its_default(self, enter: Entered) -> None:
+        with_checkpoint(folder := enter())
+        sections = {"lora": {"r": 16}, "learner": {"num_workers": 0}, "value": {}}
+        self.rewrite(folder, ("importance_sampling_cap", "max_staleness", "min_response_length"), **sections)
+        enter()
+        with pytest.raises(ConfigError) as caught:
+            enter(importance_sampling_cap=3.0)
+        (line,) = caught.value.lines()
+        assert line.startswith("error: importance_sampling_cap: ") and "expected 2.0; got 3.0" in line
+        self.rewrite(folder, ("importance_sampling_cap",), learning_rate=1.0)
+        with pytest.raises(ConfigError, match="learning_rate: "):
+            enter()
+
+    @pytest.mark.parametrize("value", [None, False, [], 0.0])
+    def test_a_field_that_is_gone_and_was_off_is_passed_over(self, enter: Entered, value: Any) -> None:
+        with_checkpoint(folder := enter())
+        self.rewrite(folder, bygone=value, lora={**folder.config()["lora"], "old": value})
+        enter()
+
+    def test_a_field_that_is_gone_and_was_on_is_refused_by_name(self, enter: Entered) -> None:
+        with_checkpoint(folder := enter())
+        self.rewrite(folder, bygone=0.5, rewards=[{**folder.config()["rewards"][0], "old": "x"}])
+        with pytest.raises(ConfigError) as caught:
+            enter()
+        what = "the run was started with a field that this version no longer has"
+        places = (("bygone", "0.5"), ("rewards[0].old", '"x"'))
+        starts = {
+            f"error: {folder.path}/config.yaml: {name}: {what}; got {got}; fix: go on with" for name, got in places
+        }
+        assert {line[: line.index(" the version")] for line in caught.value.lines()} == starts
 
 
 def test_where_and_how_often_may_change(enter: Entered) -> None:

@@ -1,0 +1,56 @@
+"""The configuration that a run has on disk, which an older version may have written, as this version understands it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from rlhf_ray.config.explain import real_loc
+from rlhf_ray.config.load import dotted, load_dict
+from rlhf_ray.config.sections import Section
+from rlhf_ray.config.yaml_reader import Loc
+from rlhf_ray.errors import ConfigError, Problem
+
+S = TypeVar("S", bound=Section)
+
+
+def load_stored(cls: type[S], values: Mapping[str, Any], where: str) -> S:
+    """`values`, read from the file `where`, as a `cls`. A field that is not there came later: the run had its default.
+
+    A field that this version has no more is passed over if it was off (null, false, 0, empty). Otherwise ConfigError names it:
+    the run would be another one without it."""
+    known, gone = split_known(cls, values)
+    ConfigError.raise_all(
+        Problem(
+            f"{where}: {dotted(loc)}",
+            "the run was started with a field that this version no longer has",
+            got=json.dumps(value, default=str),
+            fix="go on with the version that its manifest.json names, or take the field out of the file to go on without it",
+        )
+        for loc, value in gone
+        if value
+    )
+    return load_dict(cls, known, where)
+
+
+def split_known(cls: type[Section], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[Loc, Any]]]:
+    """`values` without the fields that `cls` does not have, at any depth; and those, each with its place and value."""
+    known, gone = copy.deepcopy(dict(values)), []
+    try:
+        cls(**known)
+    except ValidationError as error:
+        for detail in error.errors():
+            if detail["type"] == "extra_forbidden":
+                loc = real_loc(detail["loc"], cls, known)
+                gone.append((loc, _take_out(known, loc)))
+    return known, gone
+
+
+def _take_out(values: Any, loc: Loc) -> Any:
+    for part in loc[:-1]:
+        values = values[part]
+    return values.pop(loc[-1])

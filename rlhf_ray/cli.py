@@ -22,7 +22,7 @@ from rlhf_ray.cli_output import stdout_kept
 from rlhf_ray.cli_registry import add_registry_commands, policy_path
 from rlhf_ray.cli_serve import add_serve_commands
 from rlhf_ray.cli_submit import add_cluster_commands
-from rlhf_ray.errors import DISK_FULL, Interrupted, RlhfRayError
+from rlhf_ray.errors import DISK_FULL, ConfigError, Interrupted, RlhfRayError
 
 if TYPE_CHECKING:
     from rlhf_ray.run import Run
@@ -157,11 +157,14 @@ def demo(
 @app.command()
 def resume(
     run: RunDir,
+    overrides: Overrides = None,
     reset_data: Annotated[bool, typer.Option("--reset-data", help="go on although data files have changed")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with an interrupted run. It starts from the newest valid checkpoint."""
+    """Go on with an interrupted run. It starts from the newest valid checkpoint.
+
+    FIELD=VALUE holds from now on. Once there is a checkpoint only guards, and where and how often, may change, e.g. max_kl=20."""
     from rlhf_ray.models.artifact import open_run
     from rlhf_ray.stages.resume import resume as resume_run
 
@@ -169,9 +172,13 @@ def resume(
         if open_run(run, verify=False).stage == "sweep":
             from rlhf_ray.sweep.run import resume_sweep
 
+            if overrides:
+                raise ConfigError.at(
+                    run, "a sweep goes on as it was started", "no FIELD=VALUE", overrides[0], "leave it out"
+                )
             result = resume_sweep(run)
         else:
-            result = resume_run(run, reset_data=reset_data)
+            result = resume_run(run, reset_data=reset_data, overrides=overrides or ())
     _tell(result, as_json)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -12,17 +12,17 @@ from pydantic import ValidationError
 from rlhf_ray.config.explain import real_loc
 from rlhf_ray.config.load import dotted, load_dict
 from rlhf_ray.config.sections import Section
-from rlhf_ray.config.yaml_reader import Loc
+from rlhf_ray.config.yaml_reader import Loc, Override
 from rlhf_ray.errors import ConfigError, Problem
 
 S = TypeVar("S", bound=Section)
 
 
-def load_stored(cls: type[S], values: Mapping[str, Any], where: str) -> S:
-    """`values`, read from the file `where`, as a `cls`. A field that is not there came later: the run had its default.
+def load_stored(cls: type[S], values: Mapping[str, Any], where: str, overrides: Sequence[str | Override] = ()) -> S:
+    """`values`, read from the file `where`, with `overrides` (`a.b=c`), as a `cls`.
 
-    A field that this version has no more is passed over if it was off (null, false, 0, empty). Otherwise ConfigError names it:
-    the run would be another one without it."""
+    A field that is not there came later: the run had its default. One that this version has no more is passed over if it was off
+    (null, false, 0, empty). Otherwise ConfigError names it: the run would be another one without it."""
     known, gone = split_known(cls, values)
     ConfigError.raise_all(
         Problem(
@@ -34,7 +34,7 @@ def load_stored(cls: type[S], values: Mapping[str, Any], where: str) -> S:
         for loc, value in gone
         if value
     )
-    return load_dict(cls, known, where)
+    return load_dict(cls, known, where, overrides)
 
 
 def split_known(cls: type[Section], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[Loc, Any]]]:

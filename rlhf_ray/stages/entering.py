@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_ray.config import JobFields
 from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml
 from rlhf_ray.config.stored import load_stored
+from rlhf_ray.console import Console
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 from rlhf_ray.models import object_store
@@ -29,6 +30,9 @@ MAY_CHANGE = (
 )
 """Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""
 
+KEPT = ("output_dir", "resume")
+"""Of these, what a start says holds for that start alone."""
+
 
 def enter_run(
     config: JobFields, session: Session, held: ExitStack, stage: str, may_change: tuple[str, ...] = MAY_CHANGE
@@ -41,8 +45,7 @@ def enter_run(
         folder = create_run(config.output_dir, stage, values, config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.checkpoints() or folder.manifest()["status"] == "done":
-            require_same(folder, config, may_change)
-            copy_from_now_on(folder, config.copy_to, session.console.warn)
+            go_on_under(folder, config, may_change, session.console)
         else:  # nothing was kept of what ran under other settings
             atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
             folder.update_manifest(seed=config.seed)
@@ -96,6 +99,26 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
         if not name.startswith(may_change)
     )
     return changes
+
+
+def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...], console: Console) -> None:
+    """Tell what has changed since the last start, and keep it: the next start finds the run as it is now."""
+    changes = require_same(folder, config, may_change)
+    if folder.manifest()["status"] == "done":
+        copy_from_now_on(folder, config.copy_to, console.warn)
+        return
+    for name, (old, new) in changes.items():
+        if name not in KEPT:
+            console.log(f"{folder.stage}: going on with {name} {json.dumps(new)} (was {json.dumps(old)})")
+    keep_config(folder, config)
+
+
+def keep_config(folder: RunFolder, config: JobFields) -> None:
+    """Write config.yaml anew where it says otherwise; the run keeps the name that it was given, and its `resume`."""
+    before = folder.config()
+    values = {**to_dict(config), **{name: before[name] for name in KEPT if name in before}}
+    if values != before:
+        atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
 
 
 def copy_from_now_on(folder: RunFolder, uri: str | None, warn: Callable[[str], None]) -> None:

@@ -16,8 +16,9 @@ from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.report import write_report
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
+from rlhf_ray.stages import entering, ppo_store, supervised
 from rlhf_ray.stages.discard import discarded_on_error
-from rlhf_ray.stages.entering import copy_from_now_on
+from rlhf_ray.stages.entering import copy_from_now_on, keep_config, require_same
 from rlhf_ray.stages.evaluate import run_evaluate
 from rlhf_ray.stages.launch import Body, launch
 from rlhf_ray.stages.ppo import train_ppo
@@ -25,6 +26,12 @@ from rlhf_ray.stages.reward import train_reward
 from rlhf_ray.stages.sft import train_sft
 
 BODIES: dict[str, Body] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": run_evaluate}
+MAY_CHANGE = {
+    "sft": supervised.MAY_CHANGE,
+    "reward": supervised.MAY_CHANGE,
+    "ppo": ppo_store.MAY_CHANGE,
+    "evaluate": entering.MAY_CHANGE,
+}
 
 
 def pipeline(config: PipelineConfig, console: Console | None = None) -> Run:
@@ -54,9 +61,22 @@ def open_pipeline(config: PipelineConfig, session: Session, stage: str, held: Ex
     if session.is_main:
         folder = create_run(config.output_dir, stage, config.model_dump(mode="json"), config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
-        copy_from_now_on(folder, config.copy_to, session.console.warn)
+        if folder.manifest()["status"] == "done":
+            copy_from_now_on(folder, config.copy_to, session.console.warn)
+        else:
+            require_same_stages(config)
+            keep_config(folder, config)
     session.barrier()
     return open_run(config.output_dir, verify=False)
+
+
+def require_same_stages(config: PipelineConfig) -> None:
+    """ConfigError if a stage would be refused when its turn comes: nothing runs, and nothing is written, before that is known."""
+    for stage, own in stage_configs(config).items():
+        if is_run(own.output_dir):
+            folder = open_run(own.output_dir, verify=False)
+            if folder.checkpoints() or folder.manifest()["status"] == "done":
+                require_same(folder, own, MAY_CHANGE[stage])
 
 
 def run_stages(configs: dict[str, JobFields], session: Session, whole: str) -> dict[str, Run]:

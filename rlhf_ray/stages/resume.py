@@ -5,27 +5,34 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import STAGES
 from rlhf_ray.config.stored import load_stored
+from rlhf_ray.config.yaml_reader import Override, parse_override
 from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.models.artifact import RunFolder, is_run, open_run
 from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.run import Run
+from rlhf_ray.stages.entering import KEPT
 from rlhf_ray.stages.pipeline import config_class
 
 
-def resume(run: str | Path, console: Console | None = None, reset_data: bool = False) -> Run:
+def resume(
+    run: str | Path, console: Console | None = None, reset_data: bool = False, overrides: Sequence[str] = ()
+) -> Run:
     """Finish the run in folder `run`; a finished one is returned as it is.
 
-    reset_data: go on although data files are others than at the checkpoint. Raises ConfigError, ArtifactError, and DataError for
+    reset_data: go on although data files are others than at the checkpoint.   overrides: `a.b=c`, from now on; once there is a
+    checkpoint only what may change (`MAY_CHANGE` of the stage). Raises ConfigError, ArtifactError, and DataError for
     changed data files."""
     folder = open_run(run, verify=False)
     console = console or LocalConsole()
+    changed = _parsed(overrides, folder)
     if reset_data:
         with folder.lock(WAIT_S, console.log):
             _forget_data(folder)
@@ -36,10 +43,23 @@ def resume(run: str | Path, console: Console | None = None, reset_data: bool = F
     # The folder as it was named here: its job may name another one that has taken its place.
     values = {**folder.config(), "resume": "auto", "output_dir": named_here(folder)}
     with where_it_began(folder, console):
-        config = load_stored(config_class(folder.stage), values, str(folder.path / "config.yaml"))
+        config = load_stored(config_class(folder.stage), values, str(folder.path / "config.yaml"), changed)
         stage = import_module(f"rlhf_ray.stages.{folder.stage}")
         done: Run = getattr(stage, folder.stage)(config, console)
     return done
+
+
+def _parsed(overrides: Sequence[str], folder: RunFolder) -> list[Override]:
+    """ConfigError for what nobody can change of this run."""
+    parsed = [parse_override(text) for text in overrides]
+    if parsed and folder.stage == "demo":
+        raise ConfigError.at(str(folder.path), "a demo has no settings to change", "no FIELD=VALUE", overrides[0])
+    ConfigError.raise_all(
+        Problem(f"override {o.text}", "resume goes on with the run in the folder that it is given", fix="leave it out")
+        for o in parsed
+        if o.path[0] in KEPT
+    )
+    return parsed
 
 
 @contextlib.contextmanager

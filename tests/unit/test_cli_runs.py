@@ -6,7 +6,7 @@ an ancestor a missing checkpoint silently started from scratch).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         create_run(name, "ppo", {"seed": 0}, "never")
     create_run("newer", "ppo", {}, "auto").update_manifest(schema=99)
     create_run("foreign", "ppo", {}, "auto").update_manifest(stage="distil")
+    create_run("tried", "sweep", {}, "never")
+    create_run("shown", "demo", {}, "never")
     Path("cut/manifest.json").write_text('{"schema": 1, "stage"')
     Path("muddled/config.yaml").write_text("seed: [0")
     return tmp_path
@@ -53,6 +55,15 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
      "{here}/newer/manifest.json: written by a newer version; expected schema up to 1; got 99; fix: update rlhf_ray"),
     ("29 another stage", ("resume", "foreign"), 2,
      "stage: unknown; expected one of sft, reward, ppo, evaluate, pipeline, demo; got distil"),
+    ("57 elsewhere", ("resume", "started", "output_dir=there", "resume=never"), 2,
+     "override output_dir=there: resume goes on with the run in the folder that it is given; fix: leave it out\n"
+     "error: override resume=never: resume goes on with the run in the folder that it is given; fix: leave it out"),
+    ("resume under no field", ("resume", "started", "max_kl"), 2,
+     "override max_kl: no value; expected field=value, e.g. kl_coef=0.1"),
+    ("resume a sweep under", ("resume", "tried", "ppo.max_kl=20"), 2,
+     "tried: a sweep goes on as it was started; expected no FIELD=VALUE; got ppo.max_kl=20; fix: leave it out"),
+    ("resume a demo under", ("resume", "shown", "seed=1"), 2,
+     "{here}/shown: a demo has no settings to change; expected no FIELD=VALUE; got seed=1"),
     ("merge nothing", ("merge", "nowhere"), 2, f"nowhere: no such folder; expected {POLICY}"),
     ("merge a file", ("merge", "job.yaml"), 5, f"job.yaml: {NO_ADAPTER}{POLICY}"),
     ("merge a Hub id", ("merge", "some/model"), 2, "some/model: holds no adapter to merge; expected a run or an adapter folder"),
@@ -90,7 +101,8 @@ def test_what_cannot_be_used_is_told_in_one_line(
     assert main(command) == code
     out, err = capfd.readouterr()
     told = [text for text in err.splitlines() if text.startswith("error: ")]
-    assert out == "" and len(told) == 1 and told[0].startswith("error: " + line.replace("{here}", str(here))), err
+    assert out == "" and len(told) == 1 + line.count("\n"), err
+    assert "\n".join(told).startswith("error: " + line.replace("{here}", str(here))), err
     assert sorted(p.relative_to(here) for p in here.rglob("*")) == before, "a refused command left something behind"
 
 
@@ -102,13 +114,14 @@ def test_resume_hands_on_whether_changed_data_are_accepted(
     from rlhf_ray.run import Run
     from rlhf_ray.stages import resume
 
-    seen: list[tuple[str, bool]] = []
+    seen: list[tuple[str, bool, tuple[str, ...]]] = []
 
-    def stand_in(run: str, reset_data: bool) -> Run:
-        seen.append((run, reset_data))
+    def stand_in(run: str, reset_data: bool, overrides: Sequence[str]) -> Run:
+        seen.append((run, reset_data, tuple(overrides)))
         return Run("ppo", "done", run, 1, 1.0, 0, {}, {})
 
     patched: Callable[..., Run] = stand_in
     monkeypatch.setattr(resume, "resume", patched)
     assert main(["resume", "started", *options]) == 0
-    assert seen == [("started", bool(options))]
+    assert main(["resume", "started", "max_kl=20", "save_steps=3", *options]) == 0
+    assert seen == [("started", bool(options), ()), ("started", bool(options), ("max_kl=20", "save_steps=3"))]

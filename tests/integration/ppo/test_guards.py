@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.console import Console, NullConsole
-from rlhf_ray.errors import ArtifactError, ConfigError, DataError, InvariantError
+from rlhf_ray.console import Console, LocalConsole, NullConsole
+from rlhf_ray.errors import ArtifactError, ConfigError, DataError, Interrupted, InvariantError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.artifact import open_run
 from rlhf_ray.roles.experience import Evaluation
@@ -190,6 +191,22 @@ class TestGoingOn:
         ]
         allowed = broken.model_copy(update={"save_total_limit": 9, "run_name": "again"})
         assert run(allowed).status == "done"
+
+    def test_resume_takes_what_may_change(self, broken: PPOConfig) -> None:
+        """A guard's advice can be followed; the start after it finds what was changed."""
+        folder = open_run(broken.output_dir, verify=False)
+        with pytest.raises(ConfigError, match=r"kl_coef: .* holds a run with another value; expected 0.05; got 0.3"):
+            resume(broken.output_dir, NullConsole(), overrides=["kl_coef=0.3"])
+        with pytest.raises(ConfigError, match="override max_k=1: unknown key"):
+            resume(broken.output_dir, NullConsole(), overrides=["max_k=1"])
+        said = io.StringIO()
+        with pytest.raises(Interrupted, match="raise max_kl"):
+            resume(broken.output_dir, LocalConsole(file=said), overrides=["max_kl=1e-9"])
+        assert "ppo: going on with max_kl 1e-09 (was null)\n" in said.getvalue()
+        assert folder.config()["max_kl"] == 1e-9
+        assert resume(broken.output_dir, LocalConsole(file=said), overrides=["max_kl=1000"]).status == "done"
+        assert "ppo: going on with max_kl 1000.0 (was 1e-09)\n" in said.getvalue()
+        assert folder.config()["max_kl"] == 1000.0
 
     def test_other_data_are_refused_unless_accepted(self, broken: PPOConfig, prompts_file: Path) -> None:
         """Fault 24: rows that moved would be replayed or skipped without a word."""

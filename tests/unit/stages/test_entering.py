@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import PipelineConfig, PPOConfig
 from rlhf_ray.config.resolved import dump_yaml
-from rlhf_ray.console import NullConsole
+from rlhf_ray.console import LocalConsole, NullConsole
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.artifact import RunFolder, atomic_write_text, write_checkpoint
@@ -19,6 +20,7 @@ from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.models.object_store import Store, restore
 from rlhf_ray.session import process_session
 from rlhf_ray.stages.entering import check_same_models, enter_run, mended_functions
+from rlhf_ray.stages.pipeline import open_pipeline
 from rlhf_ray.stages.ppo_store import MAY_CHANGE
 
 
@@ -28,10 +30,16 @@ class Entered:
 
     fields: dict[str, Any]
 
-    def __call__(self, **changes: Any) -> RunFolder:
+    def __call__(self, said: TextIO | None = None, **changes: Any) -> RunFolder:
         config = PPOConfig(**{**self.fields, "resume": "auto", **changes})
         with ExitStack() as held:
-            return enter_run(config, process_session(NullConsole(), num_threads=1), held, "ppo", MAY_CHANGE)
+            return enter_run(
+                config,
+                process_session(LocalConsole(file=said) if said else NullConsole(), num_threads=1),
+                held,
+                "ppo",
+                MAY_CHANGE,
+            )
 
 
 @pytest.fixture
@@ -122,6 +130,57 @@ class TestOfAnOlderVersion:
 def test_where_and_how_often_may_change(enter: Entered) -> None:
     with_checkpoint(enter())
     enter(save_steps=7, save_total_limit=None, per_device_train_batch_size=2, max_kl=9.0, stop_grace_s=5.0)
+
+
+def test_what_may_change_is_told_and_kept(enter: Entered) -> None:
+    """Fault 56: the start after the next one finds the run as it went on, not as it began."""
+    with_checkpoint(folder := enter(max_kl=10.0))
+    said = io.StringIO()
+    enter(said, max_kl=20.0, save_steps=[2, 3], learner={"num_workers": 0, "zero_stage": 2}, resume="auto")
+    assert said.getvalue().splitlines() == [
+        "ppo: going on with learner.zero_stage 2 (was 0)",
+        "ppo: going on with max_kl 20.0 (was 10.0)",
+        "ppo: going on with save_steps [2, 3] (was null)",
+    ]
+    kept = folder.config()
+    assert (kept["max_kl"], kept["save_steps"], kept["learner"]["zero_stage"]) == (20.0, [2, 3], 2)
+    with pytest.raises(ConfigError):
+        enter(learning_rate=1.0, max_kl=30.0)
+    assert folder.config() == kept
+    said = io.StringIO()
+    enter(said, max_kl=20.0, save_steps=[2, 3], learner={"num_workers": 0, "zero_stage": 2})
+    assert said.getvalue() == ""
+
+    folder.update_manifest(status="done")
+    enter(said, max_kl=5.0)
+    assert folder.config() == kept and said.getvalue() == ""
+
+
+def test_the_name_and_how_it_was_started_stay(enter: Entered, tmp_path: Path) -> None:
+    with_checkpoint(folder := enter(resume="never"))
+    (tmp_path / "moved").symlink_to(folder.path)
+    enter(output_dir=str(tmp_path / "moved"), max_kl=3.0)
+    kept = folder.config()
+    assert (kept["output_dir"], kept["resume"], kept["max_kl"]) == (str(folder.path), "never", 3.0)
+
+
+def test_a_pipeline_keeps_what_may_change_and_refuses_the_rest_first(enter: Entered, tmp_path: Path) -> None:
+    """What its stages would refuse when their turn comes is refused before anything is written."""
+    fields = {**enter.fields, "output_dir": str(tmp_path / "all"), "resume": "auto", "stages": ["ppo"]}
+    own = {name: fields.pop(name) for name in ("data", "rewards")}
+
+    def begin(**changes: Any) -> RunFolder:
+        config = PipelineConfig(**fields, ppo={**own, **changes})
+        with ExitStack() as held:
+            return open_pipeline(config, process_session(NullConsole(), num_threads=1), "pipeline", held)
+
+    folder = begin(max_kl=10.0)
+    enter.fields |= {"output_dir": str(tmp_path / "all" / "ppo")}
+    with_checkpoint(enter(max_kl=10.0))
+    assert begin(max_kl=20.0).config()["ppo"]["max_kl"] == 20.0
+    with pytest.raises(ConfigError, match="learning_rate: ") as caught:
+        begin(max_kl=30.0, learning_rate=1.0)
+    assert len(caught.value.lines()) == 1 and folder.config()["ppo"]["max_kl"] == 20.0
 
 
 def test_copies_may_go_elsewhere(enter: Entered, tmp_path: Path) -> None:

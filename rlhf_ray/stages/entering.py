@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import JobFields
+from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml
-from rlhf_ray.config.stored import load_stored
+from rlhf_ray.config.stored import load_stored, split_known
 from rlhf_ray.console import Console
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
@@ -99,6 +100,29 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
         if not name.startswith(may_change)
     )
     return changes
+
+
+def require_same_as_saved(
+    checkpoint: Path, saved: Mapping[str, Any] | None, config: JobFields, may_change: tuple[str, ...]
+) -> None:
+    """ConfigError with every field whose value is another one than when `checkpoint` was written: config.yaml was edited since.
+
+    saved: the configuration in the checkpoint; None in one of an older version, which is accepted."""
+    if saved is None:
+        return
+    known, _ = split_known(type(config), saved)  # of what is gone, config.yaml has been asked already
+    then = to_dict(load_dict(type(config), known, str(checkpoint)))
+    ConfigError.raise_all(
+        Problem(
+            name,
+            f"{checkpoint} was written under another value, and config.yaml has been edited since",
+            json.dumps(old),
+            json.dumps(new),
+            f"put it back in {checkpoint.parents[1] / 'config.yaml'}, or start another run",
+        )
+        for name, (old, new) in config_changes(then, to_dict(config)).items()
+        if not name.startswith(may_change)
+    )
 
 
 def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...], console: Console) -> None:

@@ -16,7 +16,7 @@ from rlhf_ray.models.ownership import WAIT_S
 from rlhf_ray.report import write_report
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
-from rlhf_ray.stages import entering, ppo_store, supervised
+from rlhf_ray.stages import entering, ppo_store, supervised_store
 from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.entering import copy_from_now_on, keep_config, require_same
 from rlhf_ray.stages.evaluate import run_evaluate
@@ -27,8 +27,8 @@ from rlhf_ray.stages.sft import train_sft
 
 BODIES: dict[str, Body] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": run_evaluate}
 MAY_CHANGE = {
-    "sft": supervised.MAY_CHANGE,
-    "reward": supervised.MAY_CHANGE,
+    "sft": supervised_store.MAY_CHANGE,
+    "reward": supervised_store.MAY_CHANGE,
     "ppo": ppo_store.MAY_CHANGE,
     "evaluate": entering.MAY_CHANGE,
 }

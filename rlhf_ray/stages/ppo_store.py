@@ -1,8 +1,8 @@
 """What a PPO run keeps on disk: its folder, its checkpoints, its result. The loop does not know files.
 
 A checkpoint is taken at one point only, the end of a step: adapters, head, optimizer state by parameter name, KL controller, reward
-statistics, counters, the rollout that waits for the next step if there is one, and the lengths of metrics.jsonl and samples.jsonl.
-Sampling and schedules have no state (maths/rng.py).
+statistics, counters, the rollout that waits for the next step if there is one, the lengths of metrics.jsonl and samples.jsonl, the
+configuration, and what bits depend on beside it. Sampling and schedules have no state (maths/rng.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.resolved import to_dict
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapters import adapter_tensors, load_adapter_tensors, save_adapter
 from rlhf_ray.models.artifact import (
@@ -34,6 +35,7 @@ from rlhf_ray.roles.optimizer_state import export_state, restore_state
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
 from rlhf_ray.stages import entering
+from rlhf_ray.stages.exactness import environment, tell_differences
 from rlhf_ray.stages.waiting import load_waiting, save_waiting
 
 if TYPE_CHECKING:
@@ -121,12 +123,13 @@ def write_roles(loop: PPOLoop, roles: Roles, folder: Path) -> None:
 def restore(loop: PPOLoop) -> None:
     """Go on from the newest valid checkpoint; without one, from the start, with empty logs."""
     checkpoint, warnings = loop.setup.folder.newest_checkpoint()
-    for line in warnings:
+    for line in warnings if loop.session.is_main else ():
         loop.session.console.warn(line)
     if checkpoint is None:
         _cut_logs(loop, 0, 0, 0)
         return
     state = json.loads((checkpoint.path / "state.json").read_text())
+    entering.require_same_as_saved(checkpoint.path, state.get("config"), loop.config, MAY_CHANGE)
     _restore_roles(loop, checkpoint)
     restore_state(loop.learner.engine, load_file(checkpoint.path / "optimizer.safetensors"))
     loop.controller.load_state_dict(state["kl_controller"])
@@ -145,7 +148,9 @@ def restore(loop: PPOLoop) -> None:
     if state.get("rollout_waits"):
         loop.rollouts.waiting = load_waiting(checkpoint.path)
     _cut_logs(loop, progress.step, state["metrics_bytes"], state["samples_bytes"])
-    loop.session.console.log(f"ppo: going on from step {progress.step} ({checkpoint.path})")
+    if loop.session.is_main:
+        loop.session.console.log(f"ppo: going on from step {progress.step} ({checkpoint.path})")
+    tell_differences(state, loop.session, loop.setup.backbone)
 
 
 def _cut_logs(loop: PPOLoop, step: int, metrics_bytes: int, samples_bytes: int) -> None:
@@ -201,8 +206,8 @@ def _state(loop: PPOLoop) -> dict[str, Any]:
         "rollout_waits": loop.rollouts.waiting is not None,
         "metrics_bytes": writers.metrics.bytes,
         "samples_bytes": writers.samples.bytes,
-        "world_size": loop.session.world_size,
-        "num_threads": loop.session.num_threads,
+        "config": to_dict(loop.config),
+        "environment": environment(loop.session, loop.setup.backbone),
     }
 
 

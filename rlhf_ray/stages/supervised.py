@@ -32,11 +32,10 @@ from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.header import header_lines, warnings_about
 from rlhf_ray.stages.keeper import Keeper
 from rlhf_ray.stages.row_order import RowOrder
+from rlhf_ray.stages.supervised_store import MAY_CHANGE
 from rlhf_ray.stages.task import Examples, Job, Recipe, SupervisedConfig, Task
 from rlhf_ray.stages.trainer import SupervisedTrainer, total_steps, training_arguments, undisturbed
 
-MAY_CHANGE = (*entering.MAY_CHANGE, "logging_steps", "per_device_eval_batch_size")
-"""Fields that may differ between the job that started a run and the one that goes on with it."""
 RELOAD_TOLERANCE = 1e-5
 FIXTURE_ROWS = 4
 READ_BACK = "read_back"

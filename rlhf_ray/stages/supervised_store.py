@@ -2,8 +2,8 @@
 
 Adapter with head, optimizer state by parameter name, Trainer's own account of step and epoch, first and last values of metrics, the
 best evaluation (with its weights, where the job ends with them), what was summed up since the last logged step, the task's own
-counts, updates left out, and the length of metrics.jsonl. Row order and dropout are functions of the step, the schedule of the
-updates made; the data's hashes are in the run's manifest.
+counts, updates left out, the length of metrics.jsonl, the configuration, and what bits depend on beside it. Row order and dropout
+are functions of the step, the schedule of the updates made; the data's hashes are in the run's manifest.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
 
+from rlhf_ray.config.resolved import to_dict
 from rlhf_ray.models.adapters import HEAD_KEY, read_adapter
 from rlhf_ray.models.artifact import atomic_save_tensors, atomic_write_json, write_checkpoint
 from rlhf_ray.models.checkpoints import delete_checkpoint
+from rlhf_ray.stages import entering
+from rlhf_ray.stages.exactness import environment, tell_differences
 from rlhf_ray.stages.trainer import OPTIMIZER_FILE
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 STATE, BEST = "state.json", "best.safetensors"
 KEEP_ALL = 10**9
+MAY_CHANGE = (*entering.MAY_CHANGE, "logging_steps", "per_device_eval_batch_size")
+"""Fields that may differ between the job that started a run and the one that goes on with it."""
 
 
 def save(keeper: Keeper) -> None:
@@ -64,8 +69,8 @@ def _state(keeper: Keeper, windows: Sequence[Mapping[str, Any]]) -> dict[str, An
         "guards": keeper.oversight.guards.state_dict(),
         "skipped_updates": keeper.trainer.skipped,
         "metrics_bytes": keeper.writer.bytes if keeper.writer is not None else 0,
-        "world_size": keeper.session.world_size,
-        "num_threads": keeper.session.num_threads,
+        "config": to_dict(keeper.config),
+        "environment": environment(keeper.session, keeper.task.model.backbone),
     }
 
 
@@ -84,6 +89,7 @@ def restore(keeper: Keeper) -> Path | None:
             keeper.writer.resume_at(0, 0)
         return None
     state = json.loads((checkpoint.path / STATE).read_text())
+    entering.require_same_as_saved(checkpoint.path, state.get("config"), keeper.config, MAY_CHANGE)
     files = read_adapter(checkpoint.adapter_dir)
     keeper.task.restore(files.tensors, files.head)
     keeper.task.load_state_dict(state["task"])
@@ -98,7 +104,9 @@ def restore(keeper: Keeper) -> Path | None:
     keeper.window = _share(state["windows"], session.rank, session.world_size)
     if keeper.writer is not None and (lost := keeper.writer.resume_at(state["metrics_bytes"], progress.step)):
         session.console.warn(lost)
-    session.console.log(f"{keeper.job.stage}: going on from step {progress.step} ({checkpoint.path})")
+    if session.is_main:
+        session.console.log(f"{keeper.job.stage}: going on from step {progress.step} ({checkpoint.path})")
+    tell_differences(state, session, keeper.task.model.backbone)
     return checkpoint.path
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from rlhf_ray.config import SFTConfig
+from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import ConfigError, DataError, Interrupted, InvariantError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import read_adapter
 from rlhf_ray.run import Run, load_run
 from rlhf_ray.stages import supervised
+from rlhf_ray.stages.resume import resume
 from rlhf_ray.stages.sft import sft
 
 pytestmark = pytest.mark.integration
@@ -262,8 +266,17 @@ class TestResume:
                 sft(make_config(**often), console)
         with pytest.raises(ConfigError, match=r"learning_rate: .* holds a run with another value; expected 0.01"):
             sft(make_config(resume="auto", learning_rate=3e-2, **often), console)
+        path = tmp_path / "sft" / "config.yaml"
+        written = path.read_text()
+        path.write_text(dump_yaml({**yaml.safe_load(written), "learning_rate": 3e-2}))
+        with pytest.raises(ConfigError, match=r"learning_rate: .*step_000003 was written under another value"):
+            sft(make_config(resume="auto", learning_rate=3e-2, **often), console)
+        path.write_text(written)
+        shutil.copytree(tmp_path / "sft", tmp_path / "two")
         run = sft(make_config(resume="auto", **often), console)
-        assert "sft: going on from step 3 " in console.text
+        assert "sft: going on from step 3 " in console.text and "exact" not in console.text
+        resume(tmp_path / "two", console, overrides=["learner.num_threads=2"])
+        assert console.text.count("resumes, not bit-exact: threads 1 -> 2") == 1
         assert all(torch.equal(t, adapter_of(whole)[n]) for n, t in adapter_of(run).items())
         one, two = (lasting(Path(r.run_dir) / "metrics.jsonl") for r in (whole, run))
         assert one == two and [row["step"] for row in two if "loss" in row] == [1, 2, 4]

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.console import Console, LocalConsole, NullConsole
 from rlhf_ray.errors import ArtifactError, ConfigError, DataError, Interrupted, InvariantError
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.models.artifact import open_run
+from rlhf_ray.models.artifact import describe_files, open_run
 from rlhf_ray.roles.experience import Evaluation
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.run import Run
@@ -167,6 +168,15 @@ def test_jobs_that_cannot_run_say_so_in_one_line(ppo_job: Job, changes: dict[str
     assert message in line
 
 
+def forget(checkpoint: Path, *names: str) -> None:
+    """Make `checkpoint` one of a version whose state.json had not these items."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k not in names}))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    files = describe_files(checkpoint, skip=("manifest.json",))
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+
+
 class TestGoingOn:
     """A run that was interrupted in its third step, resumed under conditions that changed meanwhile."""
 
@@ -207,6 +217,34 @@ class TestGoingOn:
         assert resume(broken.output_dir, LocalConsole(file=said), overrides=["max_kl=1000"]).status == "done"
         assert "ppo: going on with max_kl 1000.0 (was 1e-09)\n" in said.getvalue()
         assert folder.config()["max_kl"] == 1000.0
+
+    def test_a_configuration_that_was_edited_in_the_run_is_refused(self, broken: PPOConfig) -> None:
+        """Fault 56: resume would compare the file with itself. What may change may be edited; a checkpoint of an older version,
+        which says nothing, is believed."""
+        folder = open_run(broken.output_dir, verify=False)
+        was, path = folder.config(), folder.path / "config.yaml"
+        path.write_text(dump_yaml({**was, "learning_rate": 0.5, "max_kl": 1e-9}))
+        with pytest.raises(ConfigError) as caught:
+            resume(broken.output_dir, NullConsole())
+        assert caught.value.lines() == [
+            f"error: learning_rate: {folder.checkpoints()[-1].path} was written under another value, and config.yaml has been "
+            f"edited since; expected 0.001; got 0.5; fix: put it back in {path}, or start another run"
+        ]
+        forget(folder.checkpoints()[-1].path, "config", "environment")
+        path.write_text(dump_yaml({**was, "lam": 0.9}))
+        assert resume(broken.output_dir, NullConsole()).status == "done"
+
+    def test_what_keeps_bits_from_being_equal_is_told_once(self, broken: PPOConfig) -> None:
+        said = io.StringIO()
+        assert resume(broken.output_dir, LocalConsole(file=said), overrides=["learner.num_threads=2"]).status == "done"
+        assert [line for line in said.getvalue().splitlines() if "exact" in line] == [
+            "warning: resumes, not bit-exact: threads 1 -> 2"
+        ]
+
+    def test_where_nothing_has_changed_nothing_is_told(self, broken: PPOConfig) -> None:
+        said = io.StringIO()
+        assert resume(broken.output_dir, LocalConsole(file=said)).status == "done"
+        assert "going on from step 2 " in said.getvalue() and "exact" not in said.getvalue()
 
     def test_other_data_are_refused_unless_accepted(self, broken: PPOConfig, prompts_file: Path) -> None:
         """Fault 24: rows that moved would be replayed or skipped without a word."""

@@ -3,6 +3,7 @@ the work is cut up."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.console import NullConsole
+from rlhf_ray.console import LocalConsole, NullConsole
 from rlhf_ray.errors import ConfigError, DataError, Interrupted
 from rlhf_ray.metrics import METRICS, read_metrics
 from rlhf_ray.run import Run, load_run
 from rlhf_ray.stages.ppo import ppo
+from rlhf_ray.stages.resume import resume
 
 pytestmark = pytest.mark.integration
 Job = Callable[..., PPOConfig]
@@ -257,3 +259,31 @@ def test_under_ray_with_one_and_two_workers(ppo_job: Job) -> None:
         assert difference(weights(here.run_dir, "value"), weights(two.run_dir, "value")) < 1e-5
         manifest = json.loads((Path(two.run_dir) / "manifest.json").read_text())
         assert manifest["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_worker_goes_on_with_two(ppo_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the run of one worker up to rounding, and says why not to its bits."""
+    import ray
+
+    common: dict[str, Any] = {"save_steps": 1, "resume": "auto"}
+    here = run(ppo_job("here", **common))
+    with monkeypatch.context() as patch:
+        patch.setenv("RLHF_RAY_FAULT", "learner:update:step=2:term")
+        with pytest.raises(Interrupted):
+            run(ppo_job("moved", **common))
+    assert not (Path(ppo_job("moved").output_dir) / "adapter").exists()
+    said = io.StringIO()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        words = ["learner.num_workers=2"]
+        moved = resume(ppo_job("moved").output_dir, LocalConsole(file=said), overrides=words)
+    finally:
+        ray.shutdown()
+    told = [line for line in said.getvalue().splitlines() if "exact" in line or "going on" in line]
+    assert len(told) == 3 and told[0] == "ppo: going on with learner.num_workers 2 (was 0)"
+    assert told[1].startswith("ppo: going on from step ")
+    assert told[2] == "warning: resumes, not bit-exact: world size 1 -> 2"
+    assert [row["step"] for row in deterministic(moved.run_dir)] == [row["step"] for row in deterministic(here.run_dir)]
+    assert difference(weights(here.run_dir), weights(moved.run_dir)) < 1e-5
+    assert difference(weights(here.run_dir, "value"), weights(moved.run_dir, "value")) < 1e-5

@@ -132,12 +132,17 @@ def list_checkpoints(run_path: Path) -> list[Checkpoint]:
 
 
 def newest_valid(run_path: Path, run_id: str | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and a warning line per newer one that does not. (None, []) if none was ever made.
+    """The newest checkpoint that verifies, and a warning line per newer one that does not or is gone. (None, []) if none was ever
+    made.
 
     ArtifactError if there were checkpoints and not one is valid."""
     warnings: list[str] = []
     problems: list[Problem] = []
-    for checkpoint in reversed(list_checkpoints(run_path)):
+    there = list_checkpoints(run_path)
+    named = _named_by_hint(run_path)
+    if there and named is not None and named > there[-1].step:
+        warnings.append(f"checkpoint step_{named:06d} is not usable: it was the newest one, and is gone")
+    for checkpoint in reversed(there):
         try:
             checkpoint.verify(run_id)
         except ArtifactError as e:
@@ -151,6 +156,15 @@ def newest_valid(run_path: Path, run_id: str | None = None) -> tuple[Checkpoint 
     if hint.exists():
         raise ArtifactError.at(str(hint), "the checkpoint it names is gone, and there is no other")
     return None, []
+
+
+def _named_by_hint(run_path: Path) -> int | None:
+    """The step that LATEST names; None without it, or if it holds anything else."""
+    try:
+        found = _NAME.fullmatch((run_path / FOLDER / LATEST).read_text(encoding="utf-8").strip())
+    except (OSError, ValueError):
+        return None
+    return int(found.group(1)) if found else None
 
 
 def require_room(run_path: Path, parameters: Iterable[torch.Tensor]) -> None:

@@ -225,6 +225,21 @@ class TestCheckpoints:
         (line,) = run.newest_checkpoint()[1]
         assert str(state) in line and recorded in line and checkpoints.sha256_file(state) in line
 
+    def test_a_newest_checkpoint_that_is_gone_is_named(self, run: RunFolder) -> None:
+        """Fault 19. A hint that is older than what is there, or no hint at all, says nothing."""
+        save_steps(run, 1, 2, 3)
+        hint = run.path / "checkpoints" / "LATEST"
+        for text in ("step_000001\n", "", "../step_000009", "\udcff"):
+            hint.write_text(text, errors="surrogateescape")
+            assert run.newest_checkpoint()[1] == []
+        hint.write_text("step_000003\n")
+        shutil.rmtree(run.path / "checkpoints" / "step_000003")
+        (run.path / "checkpoints" / "step_000002" / "state.json").unlink()
+        found, warnings = run.newest_checkpoint()
+        assert found is not None and found.step == 1 and len(warnings) == 2
+        assert warnings[0] == "checkpoint step_000003 is not usable: it was the newest one, and is gone"
+        assert warnings[1].startswith("checkpoint step_000002 is not usable: ")
+
     def test_never_a_silent_fresh_start(self, run: RunFolder) -> None:
         """Faults 19, 57; F31: checkpoints that are all damaged, or all gone, end the job with exit code 5."""
         save_steps(run, 1, 2)

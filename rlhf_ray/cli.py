@@ -157,7 +157,7 @@ def demo(
 @app.command()
 def resume(
     run: RunDir,
-    overrides: Overrides = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="change fields")] = None,
     reset_data: Annotated[bool, typer.Option("--reset-data", help="go on although data files have changed")] = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -125,7 +125,7 @@ class Guards:
         for name, limit, metric, sign in limits:
             if limit is not None and metric in metrics and sign * (metrics[metric] - limit) > 0:
                 bound = "at most" if sign > 0 else "at least"
-                fix = f"raise {name}" if sign > 0 else f"lower {name}"
+                fix = f"{'raise' if sign > 0 else 'lower'} {name}, by {name}=VALUE at the end of the command"
                 what = f"{metric} is beyond {name}: the policy runs away"
                 problem = Problem(f"step {step}", what, f"{bound} {limit:g}", f"{metrics[metric]:.4g}", fix)
                 raise Tripped(problem, saves=True, is_limit=True)

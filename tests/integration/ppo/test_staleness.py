@@ -19,6 +19,7 @@ from rlhf_ray.metrics import read_metrics
 from rlhf_ray.roles.collector import Collected, Collector
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.run import Run
+from rlhf_ray.stages import entering
 from rlhf_ray.stages.ppo import ppo
 
 pytestmark = pytest.mark.integration
@@ -91,6 +92,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     ppo_job: Job, eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = {"max_steps": 4, "save_steps": 1, "eval_on_start": False}
+    for check in ("require_same", "require_same_as_saved"):  # would refuse a job that no file can describe
+        monkeypatch.setattr(entering, check, lambda *_: {})
     straight = run(stale(ppo_job("straight", **common)))
     broken = stale(ppo_job("broken", **common, resume="auto"))
     update, calls = Learner.update, []

@@ -15,6 +15,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # as on a Ray that a job star
 # In the background of a shell that has no job control, Ctrl-C is ignored, also by every command that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # so it is under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import importlib.util
 import json

@@ -87,14 +87,14 @@ class Guards:
             self.bad_rewards = self.bad_rewards + 1 if bad else 0
         if not bad:
             return collected
-        if bad > BAD_SHARE * len(rollout) or self.bad_rewards >= IN_A_ROW:
-            problem = self._bad_rewards(collected, fine, step)
-            self.bad_rewards -= counts  # the step will be taken again
-            raise Tripped(problem, saves=counts)
         group = rollout.row_id // generations
         keep = ~torch.isin(group, group[~fine])
-        if not bool(keep.any()):
-            raise Tripped(self._bad_rewards(collected, fine, step, ", and all others are of the same prompts"))
+        too_many = bad > BAD_SHARE * len(rollout) or self.bad_rewards >= IN_A_ROW
+        if too_many or not bool(keep.any()):
+            besides = "" if too_many else ", and all others are of the same prompts"
+            problem = self._bad_rewards(collected, fine, step, besides)
+            self.bad_rewards -= counts  # the step will be taken again
+            raise Tripped(problem, saves=counts)
         return replace(
             collected,
             rollout=rollout.rows(keep),

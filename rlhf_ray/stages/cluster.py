@@ -70,7 +70,7 @@ def cluster(again: str) -> Iterator[bool]:
     given = is_given_a_cluster()  # ray.init finds it by itself
     if given:
         check_is_there(given_address())
-    if not given:
+    else:
         # Nobody starts the control service of our own Ray again: workers that have lost it end after 20 s, not after a minute.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_GONE_S))
     options: dict[str, Any] = {} if given else {"include_dashboard": False}

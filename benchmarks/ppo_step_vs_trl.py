@@ -3,12 +3,13 @@
     python benchmarks/ppo_step_vs_trl.py --trl-python PATH --output
 
 PATH is the interpreter of a virtual environment of its own with `trl==1.12.0` (`make bench` makes one). Both sides train a
-random Llama of 5.8 million parameters: LoRA r 8 on q and v for policy and critic alike, a reward model and a critic on a trunk
-apart from the policy's, 64 prompts of 64 tokens, 64 new tokens, 4 PPO epochs of one minibatch in microbatches of 16, float32,
+random Llama of 5.8 million parameters: LoRA r 8 on q and v for policy and value model alike, a reward model and a value model on a
+trunk apart from the policy's, 64 prompts of 64 tokens, 64 new tokens, 4 PPO epochs of one minibatch in microbatches of 16, float32,
 the same threads. Each run is a process of its own; runs alternate. Reported: episodes per second of the steps after the first,
 and the peak memory of the process, in all and above what it held before its first step.
 
-`ours_shared_trunk` is our `value.adapter: shared`, a critic head on the policy's own adapter: less work; TRL has no switch for it.
+`ours_shared_trunk` is our `value.adapter: shared`, a value model head on the policy's own adapter: less work; TRL has no switch for
+it.
 
 A difference in the work of the other two: a reply of ours that samples the end token stops there (about 3 in 100 do); TRL's go on.
 """

@@ -264,6 +264,8 @@ class Sequences:
         """Drop columns that are padding in every row. Widths depend on these rows alone, never on the rest of the batch."""
         prompt_width = prompt_mask.shape[1]
         left = int((~prompt_mask.any(dim=0)).sum())
-        reply = int(response_mask.any(dim=0).sum())
-        mask = torch.cat([prompt_mask[:, left:], response_mask[:, :reply]], dim=1)
-        return cls(tokens[:, left : prompt_width + reply].contiguous(), mask, response_mask[:, :reply].contiguous())
+        response = int(response_mask.any(dim=0).sum())
+        mask = torch.cat([prompt_mask[:, left:], response_mask[:, :response]], dim=1)
+        return cls(
+            tokens[:, left : prompt_width + response].contiguous(), mask, response_mask[:, :response].contiguous()
+        )

@@ -66,10 +66,12 @@ class Console:
         ]
         self.emit({"kind": "table", "title": str(title), "columns": [str(c) for c in columns], "rows": cells})
 
-    def sample(self, step: int, prompt: str, reply: str, shown: Mapping[str, float] | None = None) -> None:
+    def sample(self, step: int, prompt: str, response: str, shown: Mapping[str, float] | None = None) -> None:
         """One reply with its figures; long texts are cut to their end (prompt) or start (reply)."""
         figures = {str(name): float(value) for name, value in (shown or {}).items()}
-        self.emit({"kind": "sample", "step": int(step), "prompt": str(prompt), "reply": str(reply), "shown": figures})
+        self.emit(
+            {"kind": "sample", "step": int(step), "prompt": str(prompt), "reply": str(response), "shown": figures}
+        )
 
     def close(self) -> None:
         """Idempotent."""
@@ -154,12 +156,12 @@ class LocalConsole(Console):
             self._line(f"  {visible(line)}")
 
     def _show_sample(self, event: dict[str, Any]) -> None:
-        prompt, reply = visible(event["prompt"]).strip(), visible(event["reply"]).strip()
+        prompt, response = visible(event["prompt"]).strip(), visible(event["reply"]).strip()
         cut_prompt = prompt if len(prompt) <= SAMPLE_CHARACTERS else "… " + prompt[-SAMPLE_CHARACTERS:]
-        cut_reply = reply if len(reply) <= SAMPLE_CHARACTERS else reply[:SAMPLE_CHARACTERS] + " …"
+        cut_response = response if len(response) <= SAMPLE_CHARACTERS else response[:SAMPLE_CHARACTERS] + " …"
         self._line(f"sample at step {event['step']}   {_figures(event['shown'])}".rstrip(), "bold")
         self._line(_indent(cut_prompt), "dim")
-        self._line(_indent(cut_reply))
+        self._line(_indent(cut_response))
 
     def _show_table(self, event: dict[str, Any]) -> None:
         from rich.table import Table

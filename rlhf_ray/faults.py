@@ -45,13 +45,13 @@ class Fault:
     text: str
 
 
-def reach(role: str, name: str, step: int = 0, rank: int = 0) -> None:
+def fault_point(role: str, name: str, step: int = 0, rank: int = 0) -> None:
     """Say that this process is at a point. Returns, unless a fault is asked for here."""
     if VARIABLE in os.environ:
         _fire(_due(role, name, step, rank, numbers=False))
 
 
-def poisoned(role: str, name: str, numbers: Tensor, step: int = 0, rank: int = 0) -> Tensor:
+def inject_nan(role: str, name: str, numbers: Tensor, step: int = 0, rank: int = 0) -> Tensor:
     """`numbers`, the first of them NaN if that is asked for here."""
     if VARIABLE not in os.environ or _due(role, name, step, rank, numbers=True) is None:
         return numbers

@@ -54,7 +54,7 @@ class Session:
     device: torch.device
     num_threads: int
     console: Console
-    pools: Any = None
+    actor_handles: Any = None
     where: str = ""
     stop: Stop = field(default_factory=Stop)
     attempt: int = 0
@@ -147,7 +147,7 @@ def process_session(console: Console, num_threads: int | None = None, stop: Stop
     return _prepared(Session(0, 1, device, num_threads or usable_cores(), console, stop=stop or Stop()))
 
 
-def worker_session(console: Console, num_threads: int | None, pools: Any, stop: Stop, attempt: int) -> Session:
+def worker_session(console: Console, num_threads: int | None, actor_handles: Any, stop: Stop, attempt: int) -> Session:
     """The session of the Ray Train worker that calls this. Ray may declare GPUs that torch does not see, so torch is asked."""
     import ray.train
 
@@ -165,7 +165,7 @@ def worker_session(console: Console, num_threads: int | None, pools: Any, stop: 
     where = f"pid {os.getpid()} on {node}, {on}"
     preemption = Preemption(ray.train.get_preemption_info)
     rank, world = context.get_world_rank(), context.get_world_size()
-    return _prepared(Session(rank, world, device, threads, console, pools, where, stop, attempt, preemption))
+    return _prepared(Session(rank, world, device, threads, console, actor_handles, where, stop, attempt, preemption))
 
 
 def _prepared(session: Session) -> Session:

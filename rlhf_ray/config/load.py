@@ -17,7 +17,7 @@ from rlhf_ray.config import explain
 from rlhf_ray.config.hints import job_of_another_stage, nearest_sibling, stage_of
 from rlhf_ray.config.paths import check_paths
 from rlhf_ray.config.pipeline import STAGES, PipelineConfig
-from rlhf_ray.config.resolved import Change, diff, dump_yaml, to_dict, to_yaml
+from rlhf_ray.config.resolved import FieldChange, diff, dump_yaml, to_dict, to_yaml
 from rlhf_ray.config.schema import FieldRow, describe, shorten
 from rlhf_ray.config.sections import Section
 from rlhf_ray.config.serve import ServeConfig
@@ -37,7 +37,7 @@ from rlhf_ray.config.yaml_reader import (
 from rlhf_ray.errors import ConfigError, Problem
 
 __all__ = [
-    "Change",
+    "FieldChange",
     "FieldRow",
     "check_paths",
     "describe",
@@ -54,7 +54,7 @@ __all__ = [
 S = TypeVar("S", bound=Section)
 
 
-class Source:
+class JobText:
     """Where values come from: a file with lines, and the overrides laid over it."""
 
     def __init__(self, name: str, document: Document | None, overrides: Sequence[Override]) -> None:
@@ -108,10 +108,10 @@ def load_any(
 def load_dict(cls: type[S], mapping: Mapping[str, Any], where: str = "", overrides: Sequence[str | Override] = ()) -> S:
     """The same checks for values that are at hand already; `where` names their origin in errors. Files are not checked."""
     parsed = _parse_overrides(overrides)
-    return _validated(cls, apply_overrides(dict(mapping), parsed), Source(where, None, parsed), check_files=False)
+    return _validated(cls, apply_overrides(dict(mapping), parsed), JobText(where, None, parsed), check_files=False)
 
 
-def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Source]:
+def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], JobText]:
     name = str(path)
     document = parse(read_text(path), name)
     if document.values is None:
@@ -120,7 +120,7 @@ def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], S
         got = "a list" if isinstance(document.values, list) else "a single value"
         raise ConfigError.at(name, "not a job file", "fields of a job (name: value)", got)
     parsed = _parse_overrides(overrides)
-    return apply_overrides(document.values, parsed), Source(name, document, parsed)
+    return apply_overrides(document.values, parsed), JobText(name, document, parsed)
 
 
 def _parse_overrides(texts: Sequence[str | Override]) -> list[Override]:
@@ -135,7 +135,7 @@ def _parse_overrides(texts: Sequence[str | Override]) -> list[Override]:
     return parsed
 
 
-def _validated(cls: type[S], values: dict[str, Any], source: Source, check_files: bool) -> S:
+def _validated(cls: type[S], values: dict[str, Any], source: JobText, check_files: bool) -> S:
     other = job_of_another_stage(cls, values)
     if other:
         raise ConfigError.at(source.name, other[0], fix=other[1])
@@ -150,7 +150,7 @@ def _validated(cls: type[S], values: dict[str, Any], source: Source, check_files
     return config
 
 
-def _stage_problems(config: PipelineConfig, values: dict[str, Any], source: Source) -> list[Problem]:
+def _stage_problems(config: PipelineConfig, values: dict[str, Any], source: JobText) -> list[Problem]:
     """Problems of the stage sections of a pipeline, each validated as the stage will see it."""
     problems: list[Problem] = []
     for stage in config.stages:
@@ -162,5 +162,5 @@ def _stage_problems(config: PipelineConfig, values: dict[str, Any], source: Sour
     return problems
 
 
-def _at_stage(source: Source, stage: str, loc: Loc) -> str:
+def _at_stage(source: JobText, stage: str, loc: Loc) -> str:
     return source.where((stage, *loc))

@@ -49,7 +49,7 @@ def to_yaml(config: Section) -> str:
 
 
 @dataclass(frozen=True)
-class Change:
+class FieldChange:
     """A field (dotted) that differs. A section that is only on one side shows as None on the other."""
 
     field: str
@@ -57,7 +57,7 @@ class Change:
     new: Any
 
 
-def diff(old: Section | Mapping[str, Any], new: Section | Mapping[str, Any]) -> list[Change]:
+def diff(old: Section | Mapping[str, Any], new: Section | Mapping[str, Any]) -> list[FieldChange]:
     """The fields that differ, in the order of `old`, then those that only `new` has."""
     return _diff(_plain(old), _plain(new), "")
 
@@ -66,12 +66,12 @@ def _plain(config: Section | Mapping[str, Any]) -> Mapping[str, Any]:
     return to_dict(config) if isinstance(config, Section) else config
 
 
-def _diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[Change]:
+def _diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[FieldChange]:
     changes = []
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name), new.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             changes += _diff(a, b, f"{prefix}{name}.")
         elif a != b:
-            changes.append(Change(prefix + name, a, b))
+            changes.append(FieldChange(prefix + name, a, b))
     return changes

@@ -205,7 +205,7 @@ class RewardSource(Section):
 
 
 class ValueConfig(Section):
-    """The critic of PPO with GAE."""
+    """The value model of PPO with GAE."""
 
     init_from: Annotated[str, Field(pattern=r"^(policy|reward:[A-Za-z0-9_-]+)$")] | None = field(
         None, "policy, or reward:<name>; default the first reward run, policy if there is none"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Entry:
+class CountEntry:
     """How many rows share a reason, and the first of them: its `file:line` and what is special about it."""
 
     count: int
@@ -29,12 +29,12 @@ class Tally:
     """
 
     verb: str
-    reasons: dict[str, Entry] = field(default_factory=dict)
+    reasons: dict[str, CountEntry] = field(default_factory=dict)
 
     def add(self, reason: str, where: str, detail: str = "") -> None:
         entry = self.reasons.get(reason)
         if entry is None:
-            self.reasons[reason] = Entry(1, where, detail)
+            self.reasons[reason] = CountEntry(1, where, detail)
         else:
             entry.count += 1
 
@@ -44,7 +44,7 @@ class Tally:
             if reason in self.reasons:
                 self.reasons[reason].count += entry.count
             else:
-                self.reasons[reason] = Entry(entry.count, entry.where, entry.detail)
+                self.reasons[reason] = CountEntry(entry.count, entry.where, entry.detail)
 
     @property
     def total(self) -> int:

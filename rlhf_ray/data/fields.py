@@ -83,7 +83,7 @@ def _message(item: Any, role_key: str, text_key: str, roles: Mapping[str, str]) 
     return Message(roles[item[role_key]], item[text_key])
 
 
-def last_reply(turns: tuple[Message, ...], name: str) -> str:
+def last_response(turns: tuple[Message, ...], name: str) -> str:
     """What the assistant says last. Raises BadRow if someone else has the last word."""
     if not turns or turns[-1].role != "assistant":
         raise BadRow(f"'{name}': expected the assistant's message last")

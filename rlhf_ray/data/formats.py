@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from rlhf_ray.data.fields import Fields, is_list, last_reply, messages, texts, type_name
+from rlhf_ray.data.fields import Fields, is_list, last_response, messages, texts, type_name
 from rlhf_ray.data.lines import BadRow
 from rlhf_ray.data.prompts import ASSISTANT_MARK, Prompt, parse_transcript
 
@@ -151,7 +151,7 @@ def _any_prompt(row: Fields) -> Prompt:
     return _instruction(row) if "instruction" in row else _user_input(row)
 
 
-def _before_reply(row: Fields) -> Prompt:
+def _before_last_response(row: Fields) -> Prompt:
     turns = messages(row, "messages")
     return Prompt(messages=turns[:-1] if turns and turns[-1].role == "assistant" else turns)
 
@@ -184,7 +184,7 @@ def _completion_field(row: Fields) -> str:
     turns = messages(row, "completion")
     if len(turns) != 1:
         raise BadRow("'completion': expected one message", f"'completion': expected one message, got {len(turns)}")
-    return last_reply(turns, "completion")
+    return last_response(turns, "completion")
 
 
 def _farm_pair(row: Fields) -> Pair:
@@ -214,14 +214,14 @@ def _preference_pair(row: Fields) -> Pair:
     chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise BadRow("'chosen' and 'rejected' differ before the last message")
-    return Pair(last_reply(chosen, "chosen"), last_reply(rejected, "rejected"))
+    return Pair(last_response(chosen, "chosen"), last_response(rejected, "rejected"))
 
 
 def _cut_transcript(name: str, text: str) -> tuple[str, str]:
-    head, mark, reply = text.rpartition(ASSISTANT_MARK)
+    head, mark, response = text.rpartition(ASSISTANT_MARK)
     if not mark:
         raise BadRow(f"'{name}': no '\\n\\nAssistant:' in the transcript")
-    return head, reply.strip()
+    return head, response.strip()
 
 
 def _hh_pair(row: Fields) -> Pair:
@@ -236,7 +236,7 @@ def _hh_pair(row: Fields) -> Pair:
 
 
 def _sharegpt_pair(row: Fields) -> Pair:
-    chosen, rejected = (last_reply(messages(row, name, sharegpt=True), name) for name in ("chosen", "rejected"))
+    chosen, rejected = (last_response(messages(row, name, sharegpt=True), name) for name in ("chosen", "rejected"))
     return Pair(chosen, rejected)
 
 
@@ -279,8 +279,8 @@ _ALL = (
         name="messages",
         fields=("messages",),
         asks=("messages",),
-        prompt=_before_reply,
-        completion=lambda row: last_reply(messages(row, "messages"), "messages"),
+        prompt=_before_last_response,
+        completion=lambda row: last_response(messages(row, "messages"), "messages"),
     ),
     Format(
         name="prompt_completion",

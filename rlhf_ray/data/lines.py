@@ -25,7 +25,7 @@ RawRow = tuple[str, dict[str, Any] | BadRow]
 
 
 @dataclass(frozen=True)
-class Line:
+class RawLine:
     """`body` has neither line ending nor byte order mark, and is None if the line is longer than allowed.
 
     `ended` is False for a last line without a newline.
@@ -37,7 +37,7 @@ class Line:
     ended: bool
 
 
-def lines(stream: BinaryIO, max_bytes: int) -> Iterator[Line]:
+def lines(stream: BinaryIO, max_bytes: int) -> Iterator[RawLine]:
     """Lines of a byte stream; of a line over `max_bytes` only the length is kept, so that memory stays flat."""
     number = 0
     while chunk := stream.readline(max_bytes + len(BOM) + 2):
@@ -53,10 +53,10 @@ def lines(stream: BinaryIO, max_bytes: int) -> Iterator[Line]:
                     break
         body = chunk.rstrip(b"\r\n")
         too_long = size > len(chunk) or len(body) > max_bytes
-        yield Line(number, None if too_long else body, size, ended)
+        yield RawLine(number, None if too_long else body, size, ended)
 
 
-def decode(line: Line) -> str:
+def decode(line: RawLine) -> str:
     """The line's text. Raises BadRow naming the first byte that is not UTF-8, and where it stands."""
     body = line.body or b""
     try:

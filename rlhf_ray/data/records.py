@@ -13,7 +13,7 @@ from rlhf_ray.data.formats import FORMATS, Dropped, Format, RowKind, detect
 from rlhf_ray.data.jsonrows import read_json, read_jsonl
 from rlhf_ray.data.lines import BadRow, RawRow
 from rlhf_ray.data.prompts import Prompt
-from rlhf_ray.data.sources import Source, find
+from rlhf_ray.data.sources import DataSource, find
 from rlhf_ray.data.tables import read_csv, read_hub, read_parquet, sha256_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem
 
@@ -110,7 +110,7 @@ def _check_format(name: str, kind: RowKind) -> None:
 
 @dataclass
 class _FileRows:
-    source: Source
+    source: DataSource
     format: Format
     rows: list[Row] = field(default_factory=list)
     total: int = 0
@@ -151,13 +151,13 @@ def _faults(raw: Iterable[RawRow]) -> list[Problem]:
     return [Problem(where, row.message, fix=row.fix) for where, row in raw if isinstance(row, BadRow)]
 
 
-def _sha256(source: Source, raw: Iterable[RawRow]) -> str:
+def _sha256(source: DataSource, raw: Iterable[RawRow]) -> str:
     if source.kind == "hub":
         return sha256_rows(row for _, row in raw if not isinstance(row, BadRow))
     return source.sha256()
 
 
-def _raw_rows(source: Source, config: DataConfig) -> tuple[list[RawRow], list[Problem]]:
+def _raw_rows(source: DataSource, config: DataConfig) -> tuple[list[RawRow], list[Problem]]:
     """All rows of a source, and the problem that ended reading before its end, if any."""
     raw: list[RawRow] = []
     try:

@@ -46,7 +46,7 @@ class PromptSchedule(Generic[T]):
         return self.prompts[self._order[place]]
 
 
-def reply_budgets(rows: int, shortest: int | None, longest: int, seed: int, step: int) -> list[int]:
+def response_budgets(rows: int, shortest: int | None, longest: int, seed: int, step: int) -> list[int]:
     """The longest reply of each row: `longest`, or drawn evenly from [shortest, longest] (the ancestor's length sampler)."""
     if shortest is None:
         return [longest] * rows

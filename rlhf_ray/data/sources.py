@@ -26,7 +26,7 @@ _MAGIC = ((b"\x1f\x8b", "gzip"), (b"PAR1", "Parquet"), (b"PK\x03\x04", "zip"), (
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A readable data file, or a Hub id. `name` is what the user wrote; errors and `Row.where` start with it. copy: where a file
     of an object store lies here."""
 
@@ -58,7 +58,7 @@ class Source:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find(name: str) -> Source:
+def find(name: str) -> DataSource:
     """The source that `name` means: a URI, an existing file, else a Hub id.
 
     Raises DataError: no such file (with the nearest name there is), not a regular file, an unknown type, or content that
@@ -72,7 +72,7 @@ def find(name: str) -> Source:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if kind is None and _may_be_hub_id(name, path):
-            return Source(name, "hub")
+            return DataSource(name, "hub")
         raise DataError.at(name, "no such file", fix=nearest(name)) from None
     except PermissionError as error:
         raise DataError.at(name, f"cannot be read: {error.strerror}") from error
@@ -85,16 +85,16 @@ def find(name: str) -> Source:
         raise DataError.at(name, f"{_not_a(kind)}: {what}")
     if kind is None:
         raise _unknown_type(name)
-    source = Source(name, kind, compressed)
+    source = DataSource(name, kind, compressed)
     _check_content(source)
     return source
 
 
-def _on_a_store(uri: str) -> Source:
+def _on_a_store(uri: str) -> DataSource:
     kind, compressed = _kind_of(path_of(uri))
     if kind is None:
         raise _unknown_type(uri)
-    source = Source(uri, kind, compressed, str(fetch(uri)))
+    source = DataSource(uri, kind, compressed, str(fetch(uri)))
     _check_content(source)
     return source
 
@@ -128,7 +128,7 @@ def nearest(name: str) -> str:
     return f"did you mean '{path.parent / match[0]}'?" if match else f"relative paths start at {Path.cwd()}"
 
 
-def _check_content(source: Source) -> None:
+def _check_content(source: DataSource) -> None:
     """The first bytes must not contradict the name."""
     with source.open_raw() as raw:
         head = raw.read(16)

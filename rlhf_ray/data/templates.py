@@ -82,10 +82,10 @@ class Template(ABC):
         """
         if self.response_split is None:
             raise ValueError(f"template {self.name!r} has no response marker")
-        _, mark, reply = text.partition(self.response_split)
+        _, mark, response = text.partition(self.response_split)
         if not mark:
             raise ValueError(f"no response marker {self.response_split!r} in the text")
-        return reply.strip()
+        return response.strip()
 
 
 class InstructionTemplate(Template):

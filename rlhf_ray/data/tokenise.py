@@ -79,10 +79,10 @@ def tokenise_sft(
     """
     eos = _eos(tokenizer) if add_eos_token else []
     prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
-    replies = encode_texts(tokenizer, [row.completion or "" for row in rows])
+    responses = encode_texts(tokenizer, [row.completion or "" for row in rows])
     out, rule = Tokenised[TokenisedRow](), _LengthRule(max_length, too_long)
-    for row, prompt, reply in zip(rows, prompts, replies):
-        full = prompt + reply + eos
+    for row, prompt, response in zip(rows, prompts, responses):
+        full = prompt + response + eos
         ids = rule.apply(row.where, full, out)
         if ids is None:
             continue

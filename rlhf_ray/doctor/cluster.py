@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rlhf_ray.config.serve import is_loopback
-from rlhf_ray.doctor.findings import Finding, Status, gib, room
+from rlhf_ray.doctor.findings import CheckResult, Status, gib, room
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.plan.asks import Node as Machine
 from rlhf_ray.plan.memory import GIB
@@ -22,31 +22,31 @@ PORTS = {6379: "GCS", 10001: "Ray client", 8000: "Serve", 8265: "dashboard"}
 OPEN = "one token is full code execution: firewall the nodes, reach the dashboard by an ssh tunnel or TLS"
 
 
-def access(address: str | None) -> tuple[Cluster | None, list[Finding]]:
+def access(address: str | None) -> tuple[Cluster | None, list[CheckResult]]:
     """Whether authentication is really on: asked without a token, and with ours. The cluster, if it lets us in."""
     url = check_address(address)
-    found = [Finding(ABOUT, "address", "ok", url)]
+    found = [CheckResult(ABOUT, "address", "ok", url)]
     bare = look(url)
     if bare.status == 401:
-        found.append(Finding(ABOUT, "authentication", "ok", "on: GET /api/jobs/ without a token answers 401"))
+        found.append(CheckResult(ABOUT, "authentication", "ok", "on: GET /api/jobs/ without a token answers 401"))
     elif bare.status == 200:
         told = "off: GET /api/jobs/ without a token answers 200"
         fix = "ray get-auth-token --generate, then RAY_AUTH_MODE=token on every node, driver and client"
-        found.append(Finding(ABOUT, "authentication", "fail", told, fix))
+        found.append(CheckResult(ABOUT, "authentication", "fail", told, fix))
     if urllib.parse.urlsplit(url).scheme == "http" and not is_loopback(urllib.parse.urlsplit(url).hostname or ""):
         fix = "ssh -L 8265:127.0.0.1:8265 HEAD, or TLS in front of it"
-        found.append(Finding(ABOUT, "encryption", "warn", f"the token travels in clear to {url}", fix))
+        found.append(CheckResult(ABOUT, "encryption", "warn", f"the token travels in clear to {url}", fix))
     try:
         cluster = connect(url, lambda line: None)
     except RlhfRayError as error:
         found.append(_failed("access", error))
         return None, found
     if cluster.token is not None:
-        found.append(Finding(ABOUT, "access", "ok", f"the token of {cluster.token.where} is accepted"))
+        found.append(CheckResult(ABOUT, "access", "ok", f"the token of {cluster.token.where} is accepted"))
     return cluster, found
 
 
-def nodes(cluster: Cluster, storage: str | None, read: Sequence[str]) -> tuple[list[Node], list[Finding]]:
+def nodes(cluster: Cluster, storage: str | None, read: Sequence[str]) -> tuple[list[Node], list[CheckResult]]:
     """What the nodes say, and what that means. storage: a folder that all should write.  read: paths that all should read."""
     try:
         answers = ask_nodes.ask(cluster, read, storage)
@@ -55,7 +55,7 @@ def nodes(cluster: Cluster, storage: str | None, read: Sequence[str]) -> tuple[l
     answers.sort(key=lambda node: HEAD not in node["resources"])
     _name(answers)
     silent = [node for node in answers if "error" in node]
-    found = [Finding(ABOUT, called(node), "fail", f"does not answer: {node['error']}") for node in silent]
+    found = [CheckResult(ABOUT, called(node), "fail", f"does not answer: {node['error']}") for node in silent]
     talking = [node for node in answers if "error" not in node]
     found += _versions(talking)
     for node in talking:
@@ -65,9 +65,9 @@ def nodes(cluster: Cluster, storage: str | None, read: Sequence[str]) -> tuple[l
     return talking, found
 
 
-def _failed(name: str, error: RlhfRayError) -> Finding:
+def _failed(name: str, error: RlhfRayError) -> CheckResult:
     problem = error.problems[0]
-    return Finding(ABOUT, name, "fail", str(replace(problem, fix="")), problem.fix)
+    return CheckResult(ABOUT, name, "fail", str(replace(problem, fix="")), problem.fix)
 
 
 def machines(answers: Sequence[Node]) -> list[Machine]:
@@ -88,7 +88,7 @@ def _name(answers: Sequence[Node]) -> None:
         node["called"] = name if seen[name] == 1 else f"{name} #{seen[name]}"
 
 
-def _versions(answers: Sequence[Node]) -> Iterator[Finding]:
+def _versions(answers: Sequence[Node]) -> Iterator[CheckResult]:
     """Side by side: here, head, nodes."""
     mine = ask_nodes.own_versions()
     for name in ("python", *ask_nodes.PACKAGES):
@@ -103,19 +103,21 @@ def _versions(answers: Sequence[Node]) -> Iterator[Finding]:
         if None in there.values():
             status = "fail"
         fix = "the same image, or the same constraints.txt, on every node"
-        yield Finding(ABOUT, name, status, told + (" everywhere" if same else ""), fix)
+        yield CheckResult(ABOUT, name, status, told + (" everywhere" if same else ""), fix)
 
 
-def _node(node: Node) -> Iterator[Finding]:
+def _node(node: Node) -> Iterator[CheckResult]:
     name, declared = called(node), float(node["resources"].get("GPU", 0.0))
     cards = node["gpus"]
     models = ", ".join(f"{card['name']} {gib(card['bytes'])} (driver {card['driver']})" for card in cards) or "no GPU"
     if declared and len(cards) < declared:
         told = f"Ray is told of {declared:g} GPUs, nvidia-smi sees {len(cards)}"
-        yield Finding(ABOUT, f"{name} GPU", "warn", told, "real GPUs need the driver, and in a container its runtime")
+        yield CheckResult(
+            ABOUT, f"{name} GPU", "warn", told, "real GPUs need the driver, and in a container its runtime"
+        )
     else:
         cpus = node["resources"].get("CPU", 0.0)
-        yield Finding(ABOUT, f"{name} GPU", "ok", f"{models}; {cpus:g} CPU, {declared:g} GPU for Ray")
+        yield CheckResult(ABOUT, f"{name} GPU", "ok", f"{models}; {cpus:g} CPU, {declared:g} GPU for Ray")
     fix = "end other programs, or take a larger machine"
     yield room(ABOUT, f"{name} memory", node["memory_free"], 1.5 * GIB, 4 * GIB, fix)
     yield room(ABOUT, f"{name} disk", node["disk_free"], 0.5 * GIB, 5 * GIB, "free some space")
@@ -128,10 +130,10 @@ def _node(node: Node) -> Iterator[Finding]:
         "in a container: --shm-size=2g, or an emptyDir of medium Memory",
     )
     if node["user"] == 0:
-        yield Finding(ABOUT, f"{name} user", "warn", "Ray runs as root", "run it as an ordinary user")
+        yield CheckResult(ABOUT, f"{name} user", "warn", "Ray runs as root", "run it as an ordinary user")
 
 
-def _ports(answers: Sequence[Node], cluster: Cluster) -> Iterator[Finding]:
+def _ports(answers: Sequence[Node], cluster: Cluster) -> Iterator[CheckResult]:
     """Ray's ports that more than the loopback address reaches."""
     ports = dict(PORTS)
     own = urllib.parse.urlsplit(cluster.url).port
@@ -147,23 +149,23 @@ def _ports(answers: Sequence[Node], cluster: Cluster) -> Iterator[Finding]:
             exposed = {"dashboard", "Serve", "Ray client"} & {what for _, what in is_open}
             status = "fail" if cluster.token is None else "warn" if exposed else "ok"
         said = f"open beyond loopback: {told}" if told else "none of Ray's well-known ports is open beyond loopback"
-        yield Finding(ABOUT, f"{called(node)} ports", status, said, OPEN)
+        yield CheckResult(ABOUT, f"{called(node)} ports", status, said, OPEN)
 
 
-def _storage(answers: Sequence[Node], storage: str | None, read: Sequence[str]) -> Iterator[Finding]:
+def _storage(answers: Sequence[Node], storage: str | None, read: Sequence[str]) -> Iterator[CheckResult]:
     if storage is not None:
         refused = [f"{place(node)}: {node['writable']}" for node in answers if node["writable"]]
         apart = [place(node) for node in answers if node["shared"] is False]
         if refused:
-            yield Finding(
+            yield CheckResult(
                 ABOUT, "storage", "fail", f"{storage} cannot be written: {', '.join(refused)}", "mend its rights"
             )
         elif apart or len({node["folder"] for node in answers}) > 1:
             told = f"{storage} is not shared: {', '.join(apart) or 'nodes have other folders'} cannot see it"
-            yield Finding(ABOUT, "storage", "fail", told, "mount the same NFS or volume on every node")
+            yield CheckResult(ABOUT, "storage", "fail", told, "mount the same NFS or volume on every node")
         else:
-            yield Finding(ABOUT, "storage", "ok", f"every node writes and sees {storage}")
+            yield CheckResult(ABOUT, "storage", "ok", f"every node writes and sees {storage}")
     for path in read:
         missing = [f"{place(node)}: {node['read'][path]}" for node in answers if node["read"].get(path)]
         told = f"cannot be read by {', '.join(missing)}" if missing else "can be read by every node"
-        yield Finding(ABOUT, path, "fail" if missing else "ok", told, "put it on storage that every node has")
+        yield CheckResult(ABOUT, path, "fail" if missing else "ok", told, "put it on storage that every node has")

@@ -12,7 +12,7 @@ Status = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """about: this machine, the cluster, or the job.   name: what was looked at.   said: what was found.   fix: how to mend it."""
 
     about: str
@@ -26,7 +26,7 @@ class Finding:
         return " ".join(f"{self.said}{fix}".split())
 
 
-def text(findings: Sequence[Finding]) -> str:
+def text(findings: Sequence[CheckResult]) -> str:
     """All findings, under what they are about."""
     lines: list[str] = []
     width = max((len(f.name) for f in findings), default=0)
@@ -38,7 +38,7 @@ def text(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
+def to_json(findings: Sequence[CheckResult]) -> dict[str, Any]:
     """For --json."""
     return {"healthy": not any(f.status == "fail" for f in findings), "findings": [asdict(f) for f in findings]}
 
@@ -47,9 +47,9 @@ def gib(size: float | None) -> str:
     return "unknown" if size is None else f"{size / GIB:.1f} GiB"
 
 
-def room(about: str, name: str, free: float | None, least: float, enough: float, fix: str) -> Finding:
+def room(about: str, name: str, free: float | None, least: float, enough: float, fix: str) -> CheckResult:
     """Free bytes: fail below `least`, warn below `enough`."""
     if free is None:
-        return Finding(about, name, "warn", "cannot be told")
+        return CheckResult(about, name, "warn", "cannot be told")
     status: Status = "fail" if free < least else "warn" if free < enough else "ok"
-    return Finding(about, name, status, f"{gib(free)} free", fix)
+    return CheckResult(about, name, status, f"{gib(free)} free", fix)

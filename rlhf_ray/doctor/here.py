@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.doctor.findings import Finding, gib, room
+from rlhf_ray.doctor.findings import CheckResult, gib, room
 from rlhf_ray.plan.memory import GIB
 from rlhf_ray.submit import probe
 from rlhf_ray.submit.client import TOKEN_FILE
@@ -22,7 +22,7 @@ HERE = "this machine"
 PYTHONS = ((3, 11), (3, 12))
 
 
-def machine() -> Iterator[Finding]:
+def machine() -> Iterator[CheckResult]:
     yield from _python()
     yield from _gpus()
     yield from _room()
@@ -31,9 +31,9 @@ def machine() -> Iterator[Finding]:
     yield from _token()
 
 
-def _python() -> Iterator[Finding]:
+def _python() -> Iterator[CheckResult]:
     fits = sys.version_info[:2] in PYTHONS
-    yield Finding(HERE, "python", "ok" if fits else "fail", platform.python_version(), "use Python 3.11 or 3.12")
+    yield CheckResult(HERE, "python", "ok" if fits else "fail", platform.python_version(), "use Python 3.11 or 3.12")
     wrong, right = [], []
     for name, wanted in _required():
         have = _version(name)
@@ -42,9 +42,9 @@ def _python() -> Iterator[Finding]:
         else:
             right.append(f"{name} {have}")
     if wrong:
-        yield Finding(HERE, "packages", "fail", ", ".join(wrong), "pip install -c constraints.txt -e .")
+        yield CheckResult(HERE, "packages", "fail", ", ".join(wrong), "pip install -c constraints.txt -e .")
     else:
-        yield Finding(HERE, "packages", "ok", ", ".join(right) or "cannot be told: rlhf_ray is not installed")
+        yield CheckResult(HERE, "packages", "ok", ", ".join(right) or "cannot be told: rlhf_ray is not installed")
 
 
 def _required() -> list[tuple[str, Any]]:
@@ -66,7 +66,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus() -> Iterator[CheckResult]:
     import torch
 
     cards = probe.gpus()
@@ -75,19 +75,19 @@ def _gpus() -> Iterator[Finding]:
         if cards:
             names = ", ".join(card["name"] for card in cards)
             fix = "install torch from PyTorch's CUDA index, with a driver that is new enough"
-            yield Finding(HERE, "GPU", "fail", f"{names} is there, and {build} cannot use it", fix)
+            yield CheckResult(HERE, "GPU", "fail", f"{names} is there, and {build} cannot use it", fix)
         else:
-            yield Finding(HERE, "GPU", "ok", f"none; {build}")
+            yield CheckResult(HERE, "GPU", "ok", f"none; {build}")
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         told = f"{name}, {gib(free)} of {gib(total)} free; {build}"
         fix = "another process holds its memory: nvidia-smi"
-        yield Finding(HERE, f"GPU {index}", "ok" if free > 0.8 * total else "warn", told, fix)
+        yield CheckResult(HERE, f"GPU {index}", "ok" if free > 0.8 * total else "warn", told, fix)
 
 
-def _room() -> Iterator[Finding]:
+def _room() -> Iterator[CheckResult]:
     yield room(
         HERE, "memory", probe.memory()[1], 1.5 * GIB, 4 * GIB, "end other programs; the libraries alone take 0.6 GiB"
     )
@@ -99,14 +99,14 @@ def _room() -> Iterator[Finding]:
         yield room(HERE, "shared memory", shared, 0.05 * GIB, 1 * GIB, fix)
 
 
-def _flash_attention() -> Finding:
+def _flash_attention() -> CheckResult:
     name = "flash-attn"
     if importlib.util.find_spec("flash_attn") is None:
-        return Finding(HERE, name, "ok", "not installed; sdpa is used instead")
+        return CheckResult(HERE, name, "ok", "not installed; sdpa is used instead")
     import torch
 
     if not torch.cuda.is_available():
-        return Finding(HERE, name, "ok", "installed; there is no GPU to use it on")
+        return CheckResult(HERE, name, "ok", "installed; there is no GPU to use it on")
     try:
         from flash_attn import flash_attn_func
 
@@ -116,17 +116,17 @@ def _flash_attention() -> Finding:
     except Exception as error:
         told, usable = f"{type(error).__name__}: {error}", False
     if usable:
-        return Finding(HERE, name, "ok", f"{_version('flash-attn')} works")
-    return Finding(
+        return CheckResult(HERE, name, "ok", f"{_version('flash-attn')} works")
+    return CheckResult(
         HERE, name, "warn", f"does not work: {told}", "reinstall it for this torch, or attn_implementation: sdpa"
     )
 
 
-def bitsandbytes() -> Finding:
+def bitsandbytes() -> CheckResult:
     """Whether 4-bit weights can be made and read back."""
     name = "bitsandbytes"
     if importlib.util.find_spec(name) is None:
-        return Finding(HERE, name, "ok", "not installed; load_in_4bit and load_in_8bit need it")
+        return CheckResult(HERE, name, "ok", "not installed; load_in_4bit and load_in_8bit need it")
     logging.getLogger(name).setLevel(logging.ERROR)  # optional kernels that it did not find
     try:
         import torch
@@ -140,16 +140,18 @@ def bitsandbytes() -> Finding:
             raise RuntimeError(f"4-bit weights come back {error:.2f} off")
     except Exception as error:
         told = f"does not work: {type(error).__name__}: {error}"
-        return Finding(HERE, name, "warn", told[:300], "reinstall it for this torch and GPU")
-    return Finding(HERE, name, "ok", f"{_version(name)} works on the {device}")
+        return CheckResult(HERE, name, "warn", told[:300], "reinstall it for this torch and GPU")
+    return CheckResult(HERE, name, "ok", f"{_version(name)} works on the {device}")
 
 
-def _token() -> Iterator[Finding]:
+def _token() -> Iterator[CheckResult]:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser()
     if not path.is_file():
         return
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
-        yield Finding(HERE, "token file", "warn", f"{path} can be read by others (mode {mode:o})", f"chmod 600 {path}")
+        yield CheckResult(
+            HERE, "token file", "warn", f"{path} can be read by others (mode {mode:o})", f"chmod 600 {path}"
+        )
     else:
-        yield Finding(HERE, "token file", "ok", f"{path}, for its owner alone")
+        yield CheckResult(HERE, "token file", "ok", f"{path}, for its owner alone")

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ray.config import JobFields, PipelineConfig
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.doctor.findings import Finding, Status
+from rlhf_ray.doctor.findings import CheckResult, Status
 from rlhf_ray.errors import ResourceError, RlhfRayError
 from rlhf_ray.plan.asks import Node
 
@@ -15,7 +15,7 @@ ABOUT = "job"
 SAMPLE = "Name a bird."
 
 
-def tokens(model: str, revision: str | None, template: str | None) -> Iterator[Finding]:
+def tokens(model: str, revision: str | None, template: str | None) -> Iterator[CheckResult]:
     """Tokenizer, pad, end tokens, and a prompt as the template makes it."""
     from rlhf_ray.models.source import check_files, resolve_source
     from rlhf_ray.models.tokenizer import choose_pad, eos_ids, tokenizer_of
@@ -29,14 +29,14 @@ def tokens(model: str, revision: str | None, template: str | None) -> Iterator[F
     except RlhfRayError as error:
         yield from _told("model", error)
         return
-    yield Finding(ABOUT, "model", "ok", model)
+    yield CheckResult(ABOUT, "model", "ok", model)
     named = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ends)
     own = tokenizer.eos_token_id
     status: Status = "ok" if own in ends else "warn"
-    yield Finding(ABOUT, "end tokens", status, named, "its tokenizer has none; the generation config names these")
+    yield CheckResult(ABOUT, "end tokens", status, named, "its tokenizer has none; the generation config names these")
     plain = "ordinary token" in pad.why
     fix = "harmless, since it is always masked; a tokenizer with a pad of its own is plainer"
-    yield Finding(ABOUT, "pad token", "warn" if plain else "ok", f"{pad.id} {pad.token!r}: {pad.why}", fix)
+    yield CheckResult(ABOUT, "pad token", "warn" if plain else "ok", f"{pad.id} {pad.token!r}: {pad.why}", fix)
     if template is not None:
         yield from _template(template, tokenizer, ends)
 
@@ -50,7 +50,7 @@ def _generation_config(folder: Any) -> Any:
         return None
 
 
-def _template(name: str, tokenizer: Any, ends: Sequence[int]) -> Iterator[Finding]:
+def _template(name: str, tokenizer: Any, ends: Sequence[int]) -> Iterator[CheckResult]:
     from rlhf_ray.data.encode import encode_prompts
     from rlhf_ray.data.prompts import Prompt
     from rlhf_ray.data.templates import load_template
@@ -67,20 +67,20 @@ def _template(name: str, tokenizer: Any, ends: Sequence[int]) -> Iterator[Findin
     shown = repr(tokenizer.decode(ids[-12:]))
     if inside and name != "chat":
         told = f"{name}: a prompt holds end token {inside[0]}, where replies would seem to end"
-        yield Finding(ABOUT, "template", "fail", told, "take a tokenizer that appends no end token")
+        yield CheckResult(ABOUT, "template", "fail", told, "take a tokenizer that appends no end token")
     elif len(bos) > 1:
-        yield Finding(
+        yield CheckResult(
             ABOUT, "template", "fail", f"{name}: a prompt begins with {len(bos)} start tokens", "template: none"
         )
     else:
-        yield Finding(ABOUT, "template", "ok", f"{name}: a prompt of {len(ids)} tokens that ends in {shown}")
+        yield CheckResult(ABOUT, "template", "ok", f"{name}: a prompt of {len(ids)} tokens that ends in {shown}")
 
 
-def placement(config: JobFields | ServeConfig, machines: Sequence[Node] | None) -> Iterator[Finding]:
+def placement(config: JobFields | ServeConfig, machines: Sequence[Node] | None) -> Iterator[CheckResult]:
     """Whether the job's processes fit: on these nodes, or (None) on this machine."""
     if isinstance(config, ServeConfig) or not hasattr(config, "learner"):
         return
-    from rlhf_ray.plan.asks import role_asks
+    from rlhf_ray.plan.asks import role_requests
     from rlhf_ray.plan.preflight import check
     from rlhf_ray.stages.launch import placement_of
 
@@ -92,18 +92,20 @@ def placement(config: JobFields | ServeConfig, machines: Sequence[Node] | None) 
             for node in machines:
                 for kind, amount in node.resources.items():
                     total[kind] = total.get(kind, 0.0) + amount
-            found = check(role_asks(config, total, own_ray=False), machines)
+            found = check(role_requests(config, total, own_ray=False), machines)
     except ResourceError as error:
         yield from _told("placement", error)
         return
     where = "; ".join(f"{role} on {', '.join(dict.fromkeys(nodes))}" for role, nodes in found.items())
-    yield Finding(ABOUT, "placement", "ok", where or "runs in this process, without Ray")
+    yield CheckResult(ABOUT, "placement", "ok", where or "runs in this process, without Ray")
 
 
-def quantised(config: JobFields | ServeConfig, kernel: Finding) -> Iterator[Finding]:
+def quantised(config: JobFields | ServeConfig, kernel: CheckResult) -> Iterator[CheckResult]:
     """A job that needs bitsandbytes needs it to work. kernel: what was found of it."""
     if (config.load_in_4bit or config.load_in_8bit) and (kernel.status != "ok" or "not installed" in kernel.said):
-        yield Finding(ABOUT, "quantised base", "fail", f"bitsandbytes: {kernel.said}", "pip install 'rlhf_ray[quant]'")
+        yield CheckResult(
+            ABOUT, "quantised base", "fail", f"bitsandbytes: {kernel.said}", "pip install 'rlhf_ray[quant]'"
+        )
 
 
 def templates_of(config: JobFields | ServeConfig) -> list[str]:
@@ -114,7 +116,7 @@ def templates_of(config: JobFields | ServeConfig) -> list[str]:
     return list(dict.fromkeys(stage.template for stage in stages))
 
 
-def _told(name: str, error: RlhfRayError) -> Iterator[Finding]:
+def _told(name: str, error: RlhfRayError) -> Iterator[CheckResult]:
     for problem in error.problems:
         said = f"{problem.where}: {problem.what}" + (f" (got {problem.got})" if problem.got else "")
-        yield Finding(ABOUT, name, "fail", said, problem.fix)
+        yield CheckResult(ABOUT, name, "fail", said, problem.fix)

@@ -10,7 +10,7 @@ from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.doctor import cluster as there
 from rlhf_ray.doctor import here
 from rlhf_ray.doctor import job as jobs
-from rlhf_ray.doctor.findings import Finding
+from rlhf_ray.doctor.findings import CheckResult
 from rlhf_ray.submit.pack import make
 
 
@@ -23,7 +23,7 @@ def examine(
     template: str | None = None,
     storage: str | None = None,
     stage: str | None = None,
-) -> list[Finding]:
+) -> list[CheckResult]:
     """This machine; with an address the cluster; with a job or a model their tokens, placement and files.
 
     Raises ConfigError for a job file that is none."""

@@ -4,7 +4,7 @@ The mean of the means of microbatches with unequal token counts is wrong: four t
 loss 3 in another are (4 + 3) / 5 = 1.4, not (1 + 3) / 2 = 2. So nothing here divides. `count` is an i64 scalar, ready to be
 all-reduced; every value of `stats` is a detached scalar, a sum over real tokens unless its name says max.
 
-A row whose mask is all False adds exactly 0 to sum, count, stats and gradient: a filler row for ranks that must run equally often.
+A row whose mask is all False adds exactly 0 to sum, count, stats and gradient: a padding row for ranks that must run equally often.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def gae(
     (arXiv:1506.02438, equation 16). Columns outside the mask do not exist: no value is read or bootstrapped from there.
 
     rewards, values: f32[B, R].   response_mask: bool[B, R], True on real tokens, eos included.
-    bootstrap: f32[B], V of the state after the last real token: 0 for a finished reply, the critic's value for one that was cut off
-    by length. None is 0 for all.
+    bootstrap: f32[B], V of the state after the last real token: 0 for a finished reply, the value model's value for one that was
+    cut off by length. None is 0 for all.
     Returns (advantages, returns), f32[B, R] each, 0 outside the mask; returns are taken before any whitening.
 
     >>> mask = torch.tensor([[True, True, True, False]])
@@ -91,7 +91,7 @@ def gae(
     return advantages, zero_outside(advantages + values, response_mask)
 
 
-def reply_scores(scores: Tensor, kl_penalty: Tensor, kl_coef: float, response_mask: Tensor) -> Tensor:
+def response_scores(scores: Tensor, kl_penalty: Tensor, kl_coef: float, response_mask: Tensor) -> Tensor:
     """R_i = s_i - beta sum_t k_it m_it: the reward of a reply taken as ONE action, as RLOO and GRPO take it here.
 
     scores: f32[B].   kl_penalty: f32[B, R].   response_mask: bool[B, R].   Returns f32[B].   (arXiv:2402.14740)
@@ -156,9 +156,9 @@ def whiten(values: Tensor, response_mask: Tensor, subtract_mean: bool, eps: floa
     return zero_outside(white, response_mask).to(full_precision(values).dtype)
 
 
-def _check_rows(name: str, per_reply: Tensor, response_mask: Tensor) -> None:
-    if per_reply.shape != response_mask.shape[:1]:
-        raise ValueError(f"{name}: expected shape {tuple(response_mask.shape[:1])}, got {tuple(per_reply.shape)}")
+def _check_rows(name: str, per_response: Tensor, response_mask: Tensor) -> None:
+    if per_response.shape != response_mask.shape[:1]:
+        raise ValueError(f"{name}: expected shape {tuple(response_mask.shape[:1])}, got {tuple(per_response.shape)}")
 
 
 def _groups(scores: Tensor, group_size: int) -> Tensor:

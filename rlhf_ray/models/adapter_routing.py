@@ -23,11 +23,11 @@ BASE = "__base__"
 
 
 class AdapterRouter:
-    """door: how the model is called; None calls it directly."""
+    """forward: how the model is called; None calls it directly."""
 
-    def __init__(self, model: nn.Module, door: Callable[..., Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, forward: Callable[..., Any] | None = None) -> None:
         self._model: Any = model
-        self._door: Callable[..., Any] = model if door is None else door
+        self._forward: Callable[..., Any] = model if forward is None else forward
         self._peft: Any = model if isinstance(model, PeftModel) else None
         self.is_open = False
         self._can_stack: dict[str, bool] = {}  # of this session
@@ -60,21 +60,21 @@ class AdapterRouter:
             for module in training:
                 module.training = True
 
-    def forward(self, adapters: Sequence[str | None], seat: str = "") -> Callable[..., Any]:
+    def forward(self, adapters: Sequence[str | None], stage: str = "") -> Callable[..., Any]:
         """The model as a function for batches whose row i uses adapters[i]; valid while the adapters' weights stay the same, and
-        until the next call for the same `seat`.
+        until the next call for the same `stage`.
 
         Raises ConfigError if rows of a DoRA adapter are among rows of others."""
         if self._peft is None:
-            return self._door
+            return self._forward
         first = adapters[0]
         if all(name == first for name in adapters):
-            return partial(_under_one, self._peft, self._door, first)
+            return partial(_under_one, self._peft, self._forward, first)
         if self.mixes(adapters):
             self._stacks = self._stacks or Stacks(self._peft)
-            return self._stacks.forward(adapters, seat)
+            return self._stacks.forward(adapters, stage)
         self._refuse_dora(adapters)
-        return partial(self._door, adapter_names=[BASE if name is None else name for name in adapters])
+        return partial(self._forward, adapter_names=[BASE if name is None else name for name in adapters])
 
     def mixes(self, adapters: Iterable[str | None]) -> bool:
         """Whether rows under these adapters can share a forward at no more cost than rows of one: all are plain LoRA."""
@@ -102,6 +102,6 @@ class AdapterRouter:
                 raise ArtifactError.at(name, "rows cannot choose their adapter", "adapters unmerged and on", found, fix)
 
 
-def _under_one(peft_model: PeftModel, door: Callable[..., Any], adapter: str | None, **inputs: Any) -> Any:
+def _under_one(peft_model: PeftModel, forward: Callable[..., Any], adapter: str | None, **inputs: Any) -> Any:
     with use_adapter(peft_model, adapter):
-        return door(**inputs)
+        return forward(**inputs)

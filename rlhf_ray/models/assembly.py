@@ -1,7 +1,7 @@
 """Builds the models of a job: one loaded base per distinct base, named adapters and heads on it, and who sits where.
 
-One base carries the policy, its reference, the critic and every reward that is an adapter on it. A merged or full reward model, or
-a policy that is a whole checkpoint, brings a base of its own; two roles that name the same checkpoint share it.
+One base carries the policy, its reference, the value model and every reward that is an adapter on it. A merged or full reward
+model, or a policy that is a whole checkpoint, brings a base of its own; two roles that name the same checkpoint share it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rlhf_ray.models.adapters import (
 from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import header_line
-from rlhf_ray.models.specs import Source
-from rlhf_ray.models.stack import AdapterStack, RoleModels, Seat
+from rlhf_ray.models.specs import ModelSpec
+from rlhf_ray.models.stack import AdapterStack, RoleBinding, RoleModels
 
 BASE = "base"
 
@@ -45,7 +45,7 @@ class Assembly:
         self.job, self.device, self.seed = job, device, seed
         self.stop_token_ids = stop_token_ids
         self.stacks: dict[str, AdapterStack] = {}
-        self.seats: dict[str, Seat] = {}
+        self.bindings: dict[str, RoleBinding] = {}
         self.trained: dict[str, list[str]] = {}
         self.lineage: list[str] = []
         self.files: dict[str, AdapterFiles] = {}
@@ -53,25 +53,25 @@ class Assembly:
         self.base = self._causal_lm(job.model_name_or_path, job.revision)
         self.stacks[BASE] = AdapterStack(self.base, None)
 
-    def add_policy(self, role: str, source: Source) -> None:
+    def add_policy(self, role: str, source: ModelSpec) -> None:
         """A frozen policy: the base, an adapter on it, or a whole checkpoint."""
         if source.kind == "base":
-            self.seats[role] = Seat(BASE, None)
+            self.bindings[role] = RoleBinding(BASE, None)
         elif source.kind == "adapter":
             self._load(BASE, role, self._read(source.path), trainable=False)
-            self.seats[role] = Seat(BASE, role)
+            self.bindings[role] = RoleBinding(BASE, role)
         else:
-            self.seats[role] = Seat(self._full(source, "causal_lm"), None)
+            self.bindings[role] = RoleBinding(self._full(source, "causal_lm"), None)
         self.lineage.append(header_line(role, source.describe()))
 
-    def add_trained_policy(self, source: Source | None, lora: LoraConfig, with_reference: bool = True) -> None:
+    def add_trained_policy(self, source: ModelSpec | None, lora: LoraConfig, with_reference: bool = True) -> None:
         """`policy`, trainable, and `reference`, what it starts from: the SFT adapter frozen, or the base with adapters off.
 
         with_reference: false where another process holds the reference."""
         if source is None or source.kind == "base":
             self._fresh(BASE, "policy", lora)
             if with_reference:
-                self.seats["reference"] = Seat(BASE, None)
+                self.bindings["reference"] = RoleBinding(BASE, None)
             self.lineage += [
                 header_line("policy", "fresh adapter (B = 0) on the base"),
                 header_line("reference", "the base, adapters off"),
@@ -81,7 +81,7 @@ class Assembly:
             self._load(BASE, "policy", files, trainable=True)
             if with_reference:
                 self._load(BASE, "reference", files, trainable=False)
-                self.seats["reference"] = Seat(BASE, "reference")
+                self.bindings["reference"] = RoleBinding(BASE, "reference")
             self.lineage += [
                 header_line("policy", f"copy of adapter {source.path}"),
                 header_line("reference", f"adapter {source.path}, frozen"),
@@ -94,9 +94,9 @@ class Assembly:
                 source.path,
                 "set model_name_or_path to it and drop sft: the policy is then a fresh adapter on it",
             )
-        self.seats["policy"] = Seat(BASE, "policy")
+        self.bindings["policy"] = RoleBinding(BASE, "policy")
 
-    def add_reward(self, role: str, source: Source) -> None:
+    def add_reward(self, role: str, source: ModelSpec) -> None:
         """A reward model: an adapter with a scalar head on the base, or a classifier of its own."""
         if source.kind == "adapter":
             files = self._read(source.path)
@@ -106,48 +106,48 @@ class Assembly:
                 )
             self._load(BASE, role, files, trainable=False)
             self._head(BASE, role, files.head)
-            self.seats[role] = Seat(BASE, role, role)
+            self.bindings[role] = RoleBinding(BASE, role, role)
         else:
             stack = self._full(source, "classifier")
             classifier: Any = self.stacks[stack].backbone.model
             score = classifier.score.weight.detach()
             self._head(stack, role, score)
-            self.seats[role] = Seat(stack, None, role)
+            self.bindings[role] = RoleBinding(stack, None, role)
 
     def add_value(self, init_from: str, adapter: str, lora: LoraConfig | None) -> None:
         """`value`, trainable, with a head that starts at zero.
 
         init_from: `policy`, or the role of a reward.   adapter: `shared` puts the head on the policy's own adapter.
-        lora: the adapter when it is fresh. ConfigError if it is set where the critic copies a reward adapter."""
+        lora: the adapter when it is fresh. ConfigError if it is set where the value model copies a reward adapter."""
         if adapter == "shared":
-            self.seats["value"] = Seat(BASE, "policy", "value")
+            self.bindings["value"] = RoleBinding(BASE, "policy", "value")
             self._head(BASE, "value", None)
             self.lineage.append(header_line("value", "head on the policy's own adapter"))
             return
-        seat = self.seats[init_from]
-        if seat.adapter is not None and lora is not None and init_from != "policy":
+        binding = self.bindings[init_from]
+        if binding.adapter is not None and lora is not None and init_from != "policy":
             raise ConfigError.at(
                 "value.lora", f"the critic copies the r, alpha and targets of {init_from}", fix="drop value.lora"
             )
-        if seat.adapter is not None and lora is None:
-            self._copy(seat.stack, seat.adapter, "value")
-            self._mark_trained(seat.stack, "value")
+        if binding.adapter is not None and lora is None:
+            self._copy(binding.stack, binding.adapter, "value")
+            self._mark_trained(binding.stack, "value")
             how = f"copy of the adapter of {init_from}"
         else:
-            self._fresh(seat.stack, "value", lora or self._policy_shape())
+            self._fresh(binding.stack, "value", lora or self._policy_shape())
             how = f"fresh adapter on the trunk of {init_from}"
-        self._head(seat.stack, "value", None)
-        self.seats["value"] = Seat(seat.stack, "value", "value")
+        self._head(binding.stack, "value", None)
+        self.bindings["value"] = RoleBinding(binding.stack, "value", "value")
         self.lineage.append(header_line("value", f"{how}, head zero"))
 
     def finish(self) -> RoleModels:
         """All models in one module; only the trained adapters and heads need gradients."""
-        models = RoleModels(self.stacks, self.seats)
+        models = RoleModels(self.stacks, self.bindings)
         models.requires_grad_(False)
         models.eval()
         for stack, names in self.trained.items():
             set_trainable(self.stacks[stack].peft, tuple(names))
-        if "value" in self.seats:
+        if "value" in self.bindings:
             models.head_of("value").requires_grad_(True)
         if self._checkpointing():
             models.recompute = True
@@ -209,7 +209,7 @@ class Assembly:
             holder.backbone.hidden_size, None if weight is None else weight.float().cpu()
         ).to(self.device)
 
-    def _full(self, source: Source, kind: str) -> str:
+    def _full(self, source: ModelSpec, kind: str) -> str:
         """The stack of a whole checkpoint, loaded once however many roles name it."""
         key = f"{kind} {Path(source.path).absolute() if Path(source.path).exists() else source.path}"
         name = self.loaded.setdefault(key, f"{kind}_{len(self.loaded)}")

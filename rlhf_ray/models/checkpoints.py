@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 from rlhf_ray.errors import DISK_FULL, ArtifactError, Interrupted, InvariantError, Problem, ResourceError
-from rlhf_ray.faults import reach
+from rlhf_ray.faults import fault_point
 from rlhf_ray.models.files import (
     atomic_write_json,
     atomic_write_text,
@@ -197,11 +197,11 @@ def write_checkpoint_at(
         remove_leftovers(folder)
         temporary.mkdir(mode=0o700)
         writer(temporary)
-        reach("learner", "save_written", step)
+        fault_point("learner", "save_written", step)
         _seal(temporary, step, run_id)
-        reach("learner", "save_sealed", step)
+        fault_point("learner", "save_sealed", step)
         _take_name(temporary, target)
-        reach("learner", "save_renamed", step)
+        fault_point("learner", "save_renamed", step)
         atomic_write_text(folder / LATEST, target.name + "\n")
     except OSError as e:
         if e.errno not in DISK_FULL:

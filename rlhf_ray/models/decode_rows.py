@@ -22,7 +22,7 @@ PREFILL_FILL = 0.75
 
 
 @dataclass(eq=False, slots=True)
-class Row:
+class DecodeRow:
     """One request on its way. held: its tokens in the cache. prefix: the cache that its prompt was read into, and its row there."""
 
     id: int
@@ -69,7 +69,7 @@ class Batch:
     longest: int
 
     @classmethod
-    def of(cls, rows: Sequence[Row], forward: Callable[..., Any], device: torch.device) -> Batch:
+    def of(cls, rows: Sequence[DecodeRow], forward: Callable[..., Any], device: torch.device) -> Batch:
         requests = [row.request for row in rows]
         held = [row.held for row in rows]
         whole = torch.tensor(
@@ -104,13 +104,13 @@ def _truncation(requests: Sequence[DecodeRequest], device: torch.device) -> Trun
     return Truncation(*(torch.tensor(column).to(device) for column in columns))
 
 
-def live(rows: Iterable[Row]) -> list[Row]:
+def live(rows: Iterable[DecodeRow]) -> list[DecodeRow]:
     return [row for row in rows if row.end is None]
 
 
-def prompt_groups(rows: Sequence[Row], mixed: bool) -> Iterator[list[Row]]:
+def prompt_groups(rows: Sequence[DecodeRow], mixed: bool) -> Iterator[list[DecodeRow]]:
     """Rows whose prompts are read in one forward: similar lengths, not too many tokens; one adapter, unless `mixed`."""
-    groups: defaultdict[str | None, list[Row]] = defaultdict(list)
+    groups: defaultdict[str | None, list[DecodeRow]] = defaultdict(list)
     for row in rows:
         if row.held > 0:
             groups[None if mixed else row.request.adapter].append(row)
@@ -119,8 +119,8 @@ def prompt_groups(rows: Sequence[Row], mixed: bool) -> Iterator[list[Row]]:
         yield from _split(group)
 
 
-def _split(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    group: list[Row] = []
+def _split(rows: Sequence[DecodeRow]) -> Iterator[list[DecodeRow]]:
+    group: list[DecodeRow] = []
     real = 0
     for row in rows:  # the longest first
         padded = (len(group) + 1) * (group[0].held if group else row.held)

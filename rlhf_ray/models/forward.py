@@ -1,9 +1,9 @@
 """The forward passes of RLHF on one loaded base with named adapters: token log-probabilities, values and rewards.
 
-All of them start from `reply_states`: the hidden states that predict the reply and the one after its last token. Sequence columns
-are P prompt columns and R reply columns (batches.py); state column t, 0 <= t <= R, is hidden column P - 1 + t, the state BEFORE
-reply token t. Column n, with n the reply's length, is the state after its last token: there the reward head and the bootstrap
-value read.
+All of them start from `response_states`: the hidden states that predict the reply and the one after its last token. Sequence
+columns are P prompt columns and R reply columns (batches.py); state column t, 0 <= t <= R, is hidden column P - 1 + t, the
+state BEFORE reply token t. Column n, with n the reply's length, is the state after its last token: there the reward head and
+the bootstrap value read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from rlhf_ray.batches import Sequences
 from rlhf_ray.maths.logprobs import chunk_calls, chunked_token_logprobs
 from rlhf_ray.maths.masks import position_ids, zero_outside
-from rlhf_ray.models.sharded import Agree
+from rlhf_ray.models.sharded import MaxOverRanks
 
 LOGITS_AT_ONCE = 2**26
 """Logits alive at any time in a log-probability pass: 256 MB in float32, whatever the vocabulary."""
 
 
-def reply_states(trunk: Callable[..., object], seq: Sequences) -> Tensor:
+def response_states(trunk: Callable[..., object], seq: Sequences) -> Tensor:
     """Hidden states [M, R+1, D] of columns P-1 .. T-1, under whichever adapter is active."""
     attention_mask = seq.attention_mask
     output = trunk(
@@ -34,30 +34,31 @@ def reply_states(trunk: Callable[..., object], seq: Sequences) -> Tensor:
     return output.last_hidden_state[:, -(seq.response_width + 1) :]  # type: ignore[attr-defined]
 
 
-def reply_logprobs(
+def response_logprobs(
     states: Tensor,
     head: Callable[[Tensor], Tensor],
     seq: Sequences,
     temperature: float,
     with_entropy: bool = False,
-    agree: Agree = int,
+    max_over_ranks: MaxOverRanks = int,
 ) -> tuple[Tensor, Tensor | None]:
     """log-probabilities (and entropies, nats) of the reply's own tokens: f32[M, R], 0 outside the mask.
 
-    states: [M, R+1, D] of `reply_states`.   head: the language-model head, [N, D] -> [N, V].   temperature: divides the logits.
+    states: [M, R+1, D] of `response_states`.   head: the language-model head, [N, D] -> [N, V].   temperature: divides the logits.
     agree: under ZeRO-3, how ranks with replies of different widths come to call the head equally often.
     """
     tokens = seq.tokens[:, -seq.response_width :]
     vocabulary = getattr(head, "out_features", None) or 32_000
     chunk = max(LOGITS_AT_ONCE // int(vocabulary), 1)
-    calls = agree(chunk_calls(tokens.numel(), chunk))
+    calls = max_over_ranks(chunk_calls(tokens.numel(), chunk))
     logprobs, entropy = chunked_token_logprobs(states[:, :-1], head, tokens, temperature, chunk, with_entropy, calls)
     mask = seq.response_mask
     return zero_outside(logprobs, mask), None if entropy is None else zero_outside(entropy, mask)
 
 
-def reply_values(states: Tensor, head: nn.Module, seq: Sequences) -> tuple[Tensor, Tensor]:
-    """The critic: values f32[M, R] of the states before each reply token (0 outside the mask), and f32[M] after the last one."""
+def response_values(states: Tensor, head: nn.Module, seq: Sequences) -> tuple[Tensor, Tensor]:
+    """The value model: values f32[M, R] of the states before each reply token (0 outside the mask), and f32[M] after the last
+    one."""
     every = head(states)
     values = zero_outside(every[:, :-1], seq.response_mask)
     return values, after_last_token(every, seq)

@@ -11,7 +11,7 @@ from rlhf_ray.errors import ArtifactError
 class ScalarHead(nn.Linear):
     """h [..., D] -> w . h [...], in float32 whatever the trunk's precision. `weight` is [1, D].
 
-    Zero at the start (a critic that knows nothing yet says 0 everywhere), or a copy of `weight`."""
+    Zero at the start (a value model that knows nothing yet says 0 everywhere), or a copy of `weight`."""
 
     def __init__(self, hidden_size: int, weight: Tensor | None = None) -> None:
         super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)

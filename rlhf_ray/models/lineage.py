@@ -18,7 +18,7 @@ from rlhf_ray.models.adapter_files import read_adapter
 from rlhf_ray.models.artifact import read_json
 from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.models.source import resolve_source, weights_sha256
-from rlhf_ray.models.specs import Source
+from rlhf_ray.models.specs import ModelSpec
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 
 MERGED = "rlhf_ray.json"
@@ -56,7 +56,7 @@ class Parent:
         return {"role": self.role, "path": self.path, "sha256": self.sha256}
 
 
-def parent_of(source: Source, role: str) -> Parent:
+def parent_of(source: ModelSpec, role: str) -> Parent:
     """What `source` says of itself: the manifest of a run, merged checkpoint or promoted adapter, else its adapter_config.json."""
     if source.kind == "adapter":
         return _adapter_parent(source, role)
@@ -73,7 +73,7 @@ def parent_of(source: Source, role: str) -> Parent:
     )
 
 
-def _adapter_parent(source: Source, role: str) -> Parent:
+def _adapter_parent(source: ModelSpec, role: str) -> Parent:
     files = read_adapter(source.path)
     path = str(Path(source.path).absolute())
     promoted = promoted_manifest(source.path) if source.run is None else None
@@ -111,7 +111,7 @@ def promoted_manifest(folder: Path | str) -> dict[str, Any] | None:
 
 
 def check_lineage(
-    source: Source,
+    source: ModelSpec,
     identity: BaseIdentity,
     template: Digest | None,
     *,

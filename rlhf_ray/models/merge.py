@@ -27,7 +27,7 @@ from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import MERGED, check_lineage, merged_manifest
 from rlhf_ray.models.loading import quiet
 from rlhf_ray.models.source import ModelSource, resolve_source, weights_sha256
-from rlhf_ray.models.specs import Source, policy_source
+from rlhf_ray.models.specs import ModelSpec, policy_source
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed between merged and unmerged outputs, relative to the largest output: a few roundings of a format."""
@@ -84,7 +84,7 @@ def merge_run(
     return target
 
 
-def _base_of(source: Source, files: AdapterFiles) -> ModelSource:
+def _base_of(source: ModelSpec, files: AdapterFiles) -> ModelSource:
     """The base the adapter names, by its run's manifest or its own configuration. A relative path of a plain adapter is looked up
     from here, then from the adapter's folder."""
     recorded = (source.run.manifest().get("base") or {}) if source.run else {}
@@ -98,7 +98,7 @@ def _base_of(source: Source, files: AdapterFiles) -> ModelSource:
     return resolve_source(path, revision)
 
 
-def _default_target(source: Source) -> Path:
+def _default_target(source: ModelSpec) -> Path:
     if source.run is None:
         return _beside(Path(source.path))
     if Path(source.path) == source.run.adapter_dir:
@@ -126,7 +126,7 @@ def _reuse(target: Path, files: AdapterFiles, base: ModelSource, dtype: str | No
 
 
 def _merge_into(
-    folder: Path, source: Source, files: AdapterFiles, base: ModelSource, dtype: str | None
+    folder: Path, source: ModelSpec, files: AdapterFiles, base: ModelSource, dtype: str | None
 ) -> tuple[dict[str, Any], Tensor]:
     """Load, merge, compare, save. Returns the manifest without file hashes, and the merged model's answers to the fixture.
 
@@ -222,7 +222,7 @@ def _rounding_note(difference: float, effect: float, dtype: torch.dtype) -> list
 
 
 def _manifest(
-    source: Source,
+    source: ModelSpec,
     files: AdapterFiles,
     base: ModelSource,
     backbone: Backbone,

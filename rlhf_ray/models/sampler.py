@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from rlhf_ray.errors import ConfigError, InvariantError
 from rlhf_ray.models.adapter_routing import AdapterRouter
-from rlhf_ray.models.decode_rows import Batch, Row, live, prompt_groups
+from rlhf_ray.models.decode_rows import Batch, DecodeRow, live, prompt_groups
 from rlhf_ray.models.decode_types import (
     DecodeEvent,
     DecodeRequest,
@@ -52,14 +52,14 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 class Sampler:
     """The decode engine (`decode_types.DecodeEngine`) over `model`, a transformers causal language model or a PEFT model of one.
 
-    pad_id: any id of the vocabulary, used as filler and always masked.   max_rows: rows that take a step together.
-    door: how `model` is called where that must go through a module around it (ZeRO-3's hooks); None calls it directly.
+    pad_id: any id of the vocabulary, used as padding and always masked.   max_rows: rows that take a step together.
+    forward: how `model` is called where that must go through a module around it (ZeRO-3's hooks); None calls it directly.
     Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
     Raises ConfigError if the model keeps state other than keys and values, or if pad_id is not in its vocabulary.
     """
 
     def __init__(
-        self, model: nn.Module, pad_id: int, max_rows: int = 64, door: Callable[..., Any] | None = None
+        self, model: nn.Module, pad_id: int, max_rows: int = 64, forward: Callable[..., Any] | None = None
     ) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config = base.config.get_text_config()
@@ -68,7 +68,7 @@ class Sampler:
         self._vocabulary = int(config.vocab_size)
         self._context = int(getattr(config, "max_position_embeddings", None) or 0)
         self._device: torch.device = base.get_input_embeddings().weight.device
-        self._router = AdapterRouter(model, door)
+        self._router = AdapterRouter(model, forward)
         self._pad_id = pad_id
         self.max_rows = max_rows
         self._ids = itertools.count()
@@ -76,10 +76,10 @@ class Sampler:
 
     def _clear(self, longest: int) -> None:
         """Forget everything, free the cache; prepare for rows of at most `longest` tokens."""
-        self._waiting: deque[Row] = deque()
-        self._staged: deque[Row] = deque()
-        self._to_read: deque[list[Row]] = deque()  # prompts of staged rows, one forward each
-        self._rows: list[Row] = []  # by slot
+        self._waiting: deque[DecodeRow] = deque()
+        self._staged: deque[DecodeRow] = deque()
+        self._to_read: deque[list[DecodeRow]] = deque()  # prompts of staged rows, one forward each
+        self._rows: list[DecodeRow] = []  # by slot
         self._batch: Batch | None = None
         self._cache = SlotCache(self.max_rows, longest)
 
@@ -164,8 +164,8 @@ class Sampler:
     def _limits(self) -> Limits:
         return Limits(self._vocabulary, self._context, self._router.names)
 
-    def _queue(self, request: DecodeRequest) -> Row:
-        row = Row(next(self._ids), request, frozenset(request.stop_ids))
+    def _queue(self, request: DecodeRequest) -> DecodeRow:
+        row = DecodeRow(next(self._ids), request, frozenset(request.stop_ids))
         self._waiting.append(row)
         return row
 
@@ -218,7 +218,7 @@ class Sampler:
 
     # ---- the forwards -----------------------------------------------------------------------------------------------------
 
-    def _read_prompts(self, rows: list[Row]) -> None:
+    def _read_prompts(self, rows: list[DecodeRow]) -> None:
         """Run all but the last token of some prompts, LEFT padded, equal ones under one adapter once."""
         of_row = [(row.request.adapter, row.request.prompt_ids[:-1]) for row in rows]
         distinct = list(dict.fromkeys(of_row))
@@ -270,7 +270,7 @@ class Sampler:
         self._logits(self._router.forward([adapter]), ids, torch.ones_like(ids), torch.zeros_like(ids), None)
 
 
-def _raise_on_error(events: Sequence[DecodeEvent], rows: Sequence[Row]) -> None:
+def _raise_on_error(events: Sequence[DecodeEvent], rows: Sequence[DecodeRow]) -> None:
     broken = {event.request_id for event in events if event.end == "error"}
     for index, row in enumerate(rows):
         if row.id in broken:

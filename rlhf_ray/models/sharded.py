@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Agree = Callable[[int], int]
+MaxOverRanks = Callable[[int], int]
 """The largest of all ranks' numbers. Under ZeRO-3 every call of a module is a collective, so ranks must make equally many: each
 states how many it needs, and all make as many as the one that needs most."""
 

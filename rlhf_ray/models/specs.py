@@ -14,7 +14,7 @@ _AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+)")
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSpec:
     """kind: `base` (the job's own base model), `adapter` (a PEFT folder) or `full` (a whole checkpoint).
 
     path: the adapter or checkpoint folder or Hub id.  run: the run it came from, if it is one of ours."""
@@ -29,18 +29,18 @@ class Source:
         ]
 
 
-def policy_source(spec: str) -> Source:
+def policy_source(spec: str) -> ModelSpec:
     """`base`, a run folder, RUN@STEP, an adapter folder or a whole checkpoint. Raises ConfigError, ArtifactError."""
     if spec == "base":
-        return Source("base", "base")
+        return ModelSpec("base", "base")
     at_step = _AT_STEP.fullmatch(spec)
     if at_step and not Path(spec).exists():
         run = open_run(at_step["run"])
-        return Source("adapter", str(run.checkpoint(int(at_step["step"])).adapter_dir), run)
+        return ModelSpec("adapter", str(run.checkpoint(int(at_step["step"])).adapter_dir), run)
     return _folder_source(spec, "a run, RUN@STEP, an adapter folder or a checkpoint")
 
 
-def reward_source(spec: str) -> Source:
+def reward_source(spec: str) -> ModelSpec:
     """A reward run or the merged checkpoint of one."""
     source = _folder_source(spec, "a reward run or a sequence-classification checkpoint")
     if source.run is not None and source.run.stage != "reward":
@@ -50,18 +50,18 @@ def reward_source(spec: str) -> Source:
     return source
 
 
-def _folder_source(spec: str, expected: str) -> Source:
+def _folder_source(spec: str, expected: str) -> ModelSpec:
     folder = Path(spec)
     if is_run(folder):
         run = open_run(folder)
         if not (run.adapter_dir / "adapter_config.json").is_file():
             state = run.manifest()["status"]
             raise ArtifactError.at(spec, "the run has no adapter yet", "a finished run", f"status {state}")
-        return Source("adapter", str(run.adapter_dir), run)
+        return ModelSpec("adapter", str(run.adapter_dir), run)
     if (folder / "adapter_config.json").is_file():
-        return Source("adapter", str(folder))
+        return ModelSpec("adapter", str(folder))
     if (folder / "config.json").is_file() or not _looks_local(spec):
-        return Source("full", spec)
+        return ModelSpec("full", spec)
     if not folder.exists():
         raise ConfigError.at(spec, "no such folder", expected)
     raise ArtifactError.at(spec, "holds no adapter_config.json, config.json or run manifest", expected)

@@ -41,11 +41,11 @@ class Stacks:
         self._shared = _SharedFactors(self._layers)
         self._by_row: dict[str, _RowFactors] = {}
 
-    def forward(self, adapters: Sequence[str | None], seat: str = "") -> Callable[..., Any]:
-        """The model as a function for batches whose row i uses adapters[i]; valid until the next call for the same `seat`."""
+    def forward(self, adapters: Sequence[str | None], stage: str = "") -> Callable[..., Any]:
+        """The model as a function for batches whose row i uses adapters[i]; valid until the next call for the same `stage`."""
         names = list(dict.fromkeys(name for name in adapters if name is not None))
         if _prefers_rows(self._layers, names, len(adapters)):
-            factors = self._by_row.setdefault(seat, _RowFactors(self._layers))
+            factors = self._by_row.setdefault(stage, _RowFactors(self._layers))
             return _Hooked(self._model, factors.of(adapters))
         return _Hooked(self._model, self._shared.of(adapters, names))
 

@@ -14,7 +14,7 @@ ACCELERATOR = "accelerator_type:"
 
 
 @dataclass(frozen=True)
-class Ask:
+class ResourceRequest:
     """`count` processes of a role, `each` of them in one piece on one node. labels: Ray's label selector."""
 
     role: str
@@ -67,7 +67,7 @@ def processes(config: JobFields) -> int:
     return max(config.learner.num_workers, 1) + actors
 
 
-def role_asks(config: JobFields, total: Mapping[str, float], own_ray: bool) -> list[Ask]:
+def role_requests(config: JobFields, total: Mapping[str, float], own_ray: bool) -> list[ResourceRequest]:
     """Of the learner, and of generators and scorers where they are actors; generators and scorers first.
 
     total: the cluster's resources.   own_ray: Ray was started for this job alone, so CPUs are only shares that always fit; threads
@@ -80,7 +80,7 @@ def role_asks(config: JobFields, total: Mapping[str, float], own_ray: bool) -> l
     share = min(1.0, total.get("CPU", 1.0) / (processes(config) + 1))
     wanted = sum(count * (1.0 if role.num_gpus is None else role.num_gpus) for _, count, role in roles)
     gpu = 1.0 if total.get("GPU", 0.0) >= wanted else 0.0
-    asks = []
+    requests = []
     for name, count, role in roles:
         cpus = role.num_cpus if isinstance(role, ActorsConfig) else None
         if cpus is None:
@@ -90,8 +90,8 @@ def role_asks(config: JobFields, total: Mapping[str, float], own_ray: bool) -> l
         each = {"CPU": cpus if cpus or gpus else 0.001} | ({"GPU": gpus} if gpus else {})
         if role.accelerator_type is not None:
             each[ACCELERATOR + role.accelerator_type] = 0.001
-        asks.append(Ask(name, count, each, dict(role.label_selector)))
-    return asks
+        requests.append(ResourceRequest(name, count, each, dict(role.label_selector)))
+    return requests
 
 
 def this_machine() -> Node:

@@ -1,7 +1,7 @@
 """Counts the bytes of tensors that are only described: torch's meta device runs a job's own code, and no weight is ever made.
 
-Every operation goes through `Ledger`, which notes the storages that come and go, as an allocator would. What a meta run cannot
-know is added here: what a kernel allocates inside, and what reading a value gives. Attention kernels: attention.py.
+Every operation goes through `MetaMemoryTracker`, which notes the storages that come and go, as an allocator would. What a meta run
+cannot know is added here: what a kernel allocates inside, and what reading a value gives. Attention kernels: attention.py.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Peak:
         return sum(self.bytes.values())
 
 
-class Ledger(TorchDispatchMode):
-    """`with Ledger(device) as ledger:` run code on meta tensors; `own` says what some of them are; `watch` gives a phase's peak.
+class MetaMemoryTracker(TorchDispatchMode):
+    """`with MetaMemoryTracker(device) as tracker:` run code on meta tensors; `own` says what some of them are; `watch` gives a
+    phase's peak.
 
     device: the one whose memory is meant.   vocabulary: tensors of this last dimension are logits."""
 

@@ -15,20 +15,20 @@ from pathlib import Path
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.errors import Problem, ResourceError
-from rlhf_ray.plan.asks import ACCELERATOR, Ask, Node, described, role_asks, this_machine
+from rlhf_ray.plan.asks import ACCELERATOR, Node, ResourceRequest, described, role_requests, this_machine
 
 _EPS = 1e-6
 _SETS = re.compile(r"(?P<no>!?)in\((?P<values>[^)]*)\)")
 FIELDS = {"GPU": "num_gpus", "CPU": "num_threads"}
 
 
-def check(asks: Sequence[Ask], nodes: Sequence[Node]) -> dict[str, list[str]]:
+def check(requests: Sequence[ResourceRequest], nodes: Sequence[Node]) -> dict[str, list[str]]:
     """Role -> node of each of its processes. ResourceError, all problems at once, if they do not fit on empty nodes."""
-    problems = [p for ask in asks for p in _alone(ask, nodes)]
+    problems = [p for request in requests for p in _alone(request, nodes)]
     ResourceError.raise_all(problems)
-    placed = place(asks, nodes)
+    placed = place(requests, nodes)
     if placed is None:
-        raise ResourceError(_together(asks, nodes))
+        raise ResourceError(_together(requests, nodes))
     return placed
 
 
@@ -39,7 +39,7 @@ def check_this_machine(config: JobFields) -> None:
     if connected or is_given_a_cluster() or config.learner.num_workers == 0:
         return
     machine = this_machine()
-    check(role_asks(config, machine.resources, own_ray=True), [machine])
+    check(role_requests(config, machine.resources, own_ray=True), [machine])
 
 
 def is_given_a_cluster() -> bool:
@@ -61,16 +61,16 @@ def _current_cluster() -> Path:
     return Path(folder, "ray", "ray_current_cluster")
 
 
-def place(asks: Sequence[Ask], nodes: Sequence[Node]) -> dict[str, list[str]] | None:
+def place(requests: Sequence[ResourceRequest], nodes: Sequence[Node]) -> dict[str, list[str]] | None:
     """First fit, largest first: role -> node of each process; None if they do not all fit."""
     free = [_Free.of(node) for node in nodes]
-    found: dict[str, list[str]] = {ask.role: [] for ask in asks}
-    pieces = [ask for ask in asks for _ in range(ask.count)]
-    for ask in sorted(pieces, key=lambda a: (-a.each.get("GPU", 0.0), -a.each.get("CPU", 0.0))):
-        room = next((f for f in free if matches(f.node.labels, ask.labels) and f.take(ask.each)), None)
+    found: dict[str, list[str]] = {request.role: [] for request in requests}
+    pieces = [request for request in requests for _ in range(request.count)]
+    for request in sorted(pieces, key=lambda a: (-a.each.get("GPU", 0.0), -a.each.get("CPU", 0.0))):
+        room = next((f for f in free if matches(f.node.labels, request.labels) and f.take(request.each)), None)
         if room is None:
             return None
-        found[ask.role].append(room.node.name)
+        found[request.role].append(room.node.name)
     return found
 
 
@@ -134,15 +134,15 @@ class _Free:
         return True
 
 
-def _alone(ask: Ask, nodes: Sequence[Node]) -> list[Problem]:
+def _alone(request: ResourceRequest, nodes: Sequence[Node]) -> list[Problem]:
     """What no node has enough of for a single process of the role."""
-    able = [n for n in nodes if matches(n.labels, ask.labels)]
+    able = [n for n in nodes if matches(n.labels, request.labels)]
     if not able:
         got = "; ".join(", ".join(f"{k}: {v}" for k, v in n.labels.items()) or "none" for n in nodes)
-        wanted = ", ".join(f"{k}: {v}" for k, v in ask.labels.items())
-        return [Problem(f"{ask.role}.label_selector", "no node has these labels", wanted, got)]
+        wanted = ", ".join(f"{k}: {v}" for k, v in request.labels.items())
+        return [Problem(f"{request.role}.label_selector", "no node has these labels", wanted, got)]
     problems = []
-    for kind, amount in ask.each.items():
+    for kind, amount in request.each.items():
         largest = max((n.resources.get(kind, 0.0) for n in able), default=0.0)
         if amount <= largest + _EPS:
             continue
@@ -150,11 +150,11 @@ def _alone(ask: Ask, nodes: Sequence[Node]) -> list[Problem]:
             model = kind.removeprefix(ACCELERATOR)
             there = {k.removeprefix(ACCELERATOR) for n in nodes for k in n.resources if k.startswith(ACCELERATOR)}
             got = ", ".join(sorted(there)) or "no GPU whose model Ray knows"
-            problems.append(Problem(f"{ask.role}.accelerator_type", f"no node has a {model}", model, got))
+            problems.append(Problem(f"{request.role}.accelerator_type", f"no node has a {model}", model, got))
             continue
         problems.append(
             Problem(
-                f"{ask.role}.{FIELDS.get(kind, kind)}",
+                f"{request.role}.{FIELDS.get(kind, kind)}",
                 f"no node has {amount:g} {kind}",
                 f"{amount:g} {kind} on one node",
                 f"largest node has {largest:g}",
@@ -164,47 +164,49 @@ def _alone(ask: Ask, nodes: Sequence[Node]) -> list[Problem]:
     return problems
 
 
-def _together(asks: Sequence[Ask], nodes: Sequence[Node]) -> Problem:
+def _together(requests: Sequence[ResourceRequest], nodes: Sequence[Node]) -> Problem:
     """Each process would fit, all of them do not."""
-    kinds = [k for k in asks[0].each | {k: 0 for a in asks for k in a.each} if not k.startswith(ACCELERATOR)]
+    kinds = [k for k in requests[0].each | {k: 0 for a in requests for k in a.each} if not k.startswith(ACCELERATOR)]
     short = [
-        f"{sum(a.total(k) for a in asks):g} {k}"
+        f"{sum(a.total(k) for a in requests):g} {k}"
         for k in kinds
-        if sum(a.total(k) for a in asks) > sum(n.resources.get(k, 0.0) for n in nodes) + _EPS
+        if sum(a.total(k) for a in requests) > sum(n.resources.get(k, 0.0) for n in nodes) + _EPS
     ]
     has = ", ".join(f"{sum(n.resources.get(k, 0.0) for n in nodes):g} {k}" for k in kinds)
-    if len(asks) == 1:
-        ask = asks[0]
-        most = next((c for c in range(ask.count, 0, -1) if place([replace(ask, count=c)], nodes) is not None), 0)
-        return Problem(
-            f"{ask.role}.num_workers",
-            f"the cluster has room for {most} workers of {described(ask.each)}",
-            f"room for {ask.count}",
-            f"{most}",
-            f"set {ask.role}.num_workers={max(most, 1)}, or use a larger cluster",
+    if len(requests) == 1:
+        request = requests[0]
+        most = next(
+            (c for c in range(request.count, 0, -1) if place([replace(request, count=c)], nodes) is not None), 0
         )
-    what = "; ".join(map(str, asks)).replace("; ", ", ")
+        return Problem(
+            f"{request.role}.num_workers",
+            f"the cluster has room for {most} workers of {described(request.each)}",
+            f"room for {request.count}",
+            f"{most}",
+            f"set {request.role}.num_workers={max(most, 1)}, or use a larger cluster",
+        )
+    what = "; ".join(map(str, requests)).replace("; ", ", ")
     spread = f"on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
     return Problem(
         "placement",
         f"the roles do not fit together: {what}",
         ", ".join(short) or "room for every process on one node",
         f"{has} {spread}",
-        nearest(asks, nodes) or "use a larger cluster",
+        nearest(requests, nodes) or "use a larger cluster",
     )
 
 
-def nearest(asks: Sequence[Ask], nodes: Sequence[Node]) -> str:
+def nearest(requests: Sequence[ResourceRequest], nodes: Sequence[Node]) -> str:
     """The smallest change to the job that fits, as settings; empty if none of those tried does."""
-    for change, changed in _changes(asks):
+    for change, changed in _changes(requests):
         if place(changed, nodes) is not None:
             return f"set {change}"
     return ""
 
 
-def _changes(asks: Sequence[Ask]) -> Iterable[tuple[str, list[Ask]]]:
-    actors = [a for a in asks if a.role != "learner"]
-    learner = next(a for a in asks if a.role == "learner")
+def _changes(requests: Sequence[ResourceRequest]) -> Iterable[tuple[str, list[ResourceRequest]]]:
+    actors = [a for a in requests if a.role != "learner"]
+    learner = next(a for a in requests if a.role == "learner")
     most = max((a.count for a in actors), default=1)
     for count in range(most, 0, -1):
         fewer = [replace(a, count=min(a.count, count)) for a in actors]
@@ -221,6 +223,6 @@ def _changes(asks: Sequence[Ask]) -> Iterable[tuple[str, list[Ask]]]:
         yield f"placement=colocate learner.num_workers={workers}", [replace(learner, count=workers)]
 
 
-def _with_gpu(ask: Ask, share: float) -> Ask:
-    each = {k: v for k, v in ask.each.items() if k != "GPU"}
-    return replace(ask, each=each | ({"GPU": min(share, ask.each.get("GPU", share))} if share else {}))
+def _with_gpu(request: ResourceRequest, share: float) -> ResourceRequest:
+    each = {k: v for k, v in request.each.items() if k != "GPU"}
+    return replace(request, each=each | ({"GPU": min(share, request.each.get("GPU", share))} if share else {}))

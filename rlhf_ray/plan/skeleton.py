@@ -72,7 +72,8 @@ def precision(job: JobFields, config: Any, device: Device) -> torch.dtype:
 
 
 def skeleton(job: JobFields, path: str, config: Any, device: Device, classifier: bool = False) -> Backbone:
-    """The base at `path` as a job on `device` would load it; its model is on the meta device. Make it inside a `Ledger`."""
+    """The base at `path` as a job on `device` would load it; its model is on the meta device. Make it inside a
+    `MetaMemoryTracker`."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM

@@ -151,7 +151,7 @@ def _clipping(run: RunFiles) -> Finding | None:
     )
 
 
-def _critic(run: RunFiles) -> Finding | None:
+def _value(run: RunFiles) -> Finding | None:
     values = run.values("value/explained_variance")
     if len(values) < 8:
         return None
@@ -162,5 +162,5 @@ def _critic(run: RunFiles) -> Finding | None:
 
 
 CHECKS: tuple[Callable[[RunFiles], Finding | None], ...] = (
-    _over_optimised, _learned, _flat_reward, _distance, _negative_kl, _finished, _length, _entropy, _clipping, _critic, _ratio,
+    _over_optimised, _learned, _flat_reward, _distance, _negative_kl, _finished, _length, _entropy, _clipping, _value, _ratio,
 )  # fmt: skip

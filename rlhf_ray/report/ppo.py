@@ -22,7 +22,7 @@ def ppo_story(run: RunFiles) -> Story:
         findings=ppo_findings(run),
         groups=(
             ("Reward and distance", _reward_charts(run)),
-            ("Replies", _reply_charts(run)),
+            ("Replies", _response_charts(run)),
             ("Optimisation", _optimisation_charts(run)),
             ("Time and memory", _time_charts(run)),
         ),
@@ -154,7 +154,7 @@ def _fixed(run: RunFiles) -> bool:
     return bool(points) and constant(points)
 
 
-def _reply_charts(run: RunFiles) -> list[Chart]:
+def _response_charts(run: RunFiles) -> list[Chart]:
     return [
         Chart(
             "Reply length",

@@ -80,8 +80,8 @@ def _card(sample: Sample, shorten: Shorten | None) -> Html:
         figures.append(tag("span", "cut off", class_="cut"))
     policy = tag("h5", sample["policy"]) if sample.get("policy") else None
     prompt = tag("pre", _cut(shorten(str(sample.get("prompt", "")))), class_="prompt") if shorten else None
-    reply = _cut(sample["reply"].strip()) or tag("em", "empty reply")
-    return tag("article", policy, prompt, tag("pre", reply, class_="reply"), tag("p", figures, class_="figures"))
+    response = _cut(sample["reply"].strip()) or tag("em", "empty reply")
+    return tag("article", policy, prompt, tag("pre", response, class_="reply"), tag("p", figures, class_="figures"))
 
 
 def _without_template(prompts: Iterable[str]) -> tuple[Shorten, list[str]]:

@@ -21,7 +21,7 @@ class CheckedGenerator(Generator):
     reference. Two policies with equal weights are then at a KL of exactly 0, in any precision (F15), and a sampler that used
     another adapter than the one asked for is found out: `limit` bounds the mean difference to its log-probabilities.
 
-    models: the door of `RoleModels`.   rows_per_forward: as the scorer's."""
+    models: `RoleModels`, called through its `forward`.   rows_per_forward: as the scorer's."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from rlhf_ray.batches import PromptBatch, Rollout, Scores
 from rlhf_ray.data.collate import TokenisedPrompt, prompt_batch
 from rlhf_ray.data.records import Row
 from rlhf_ray.errors import InvariantError
-from rlhf_ray.faults import poisoned, reach
+from rlhf_ray.faults import fault_point, inject_nan
 from rlhf_ray.interrupts import Abandoned
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding, Generator
 from rlhf_ray.roles.ledger import Done
@@ -160,12 +160,12 @@ class Collector:
                 share.abandoned = why
                 break
             started = time.perf_counter()
-            reach("generator", "sample", step, self.session.rank)
+            fault_point("generator", "sample", step, self.session.rank)
             rollout = self.generator.generate(chunk.prompts, adapter, decoding, role, step)
             sampled = time.perf_counter()
-            reach("scorer", "score", step, self.session.rank)
+            fault_point("scorer", "score", step, self.session.rank)
             scores = self.scorer.score(rollout, chunk.rows)
-            share.scores.append(replace(scores, reward=poisoned("scorer", "score", scores.reward, step)))
+            share.scores.append(replace(scores, reward=inject_nan("scorer", "score", scores.reward, step)))
             share.rollouts.append(rollout)
             share.seconds["time/generate"] += sampled - started
             share.seconds["time/score"] += time.perf_counter() - sampled

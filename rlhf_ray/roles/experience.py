@@ -24,7 +24,7 @@ GROUP_EPS = 1e-4
 class Evaluation:
     """The learner's own view of a rollout before any update of the step, 0 outside the response mask.
 
-    logprobs, entropy: f32[B, R].  values: f32[B, R], None without a critic.  bootstrap: f32[B], value after the last token.
+    logprobs, entropy: f32[B, R].  values: f32[B, R], None without a value model.  bootstrap: f32[B], value after the last token.
     """
 
     logprobs: Tensor
@@ -60,7 +60,7 @@ def make_experience(
     if config.advantage_estimator == "gae":
         advantages, targets, shaped = _gae(final, per_token, in_reward, rollout, evaluation, config)
     else:
-        shaped = returns.reply_scores(final, per_token, in_reward, mask)
+        shaped = returns.response_scores(final, per_token, in_reward, mask)
         advantages, targets = _group_advantages(shaped, mask, config), torch.zeros_like(per_token)
     if config.whiten_advantages and config.advantage_estimator == "gae":
         white = returns.whiten(advantages, mask, subtract_mean=True, eps=WHITEN_EPS)
@@ -125,12 +125,12 @@ def _gae(
     return advantages, targets, shaped
 
 
-def _group_advantages(reply_rewards: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
+def _group_advantages(response_rewards: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
     if config.advantage_estimator == "rloo":
-        per_reply = returns.rloo_advantages(reply_rewards, config.num_generations)
+        per_response = returns.rloo_advantages(response_rewards, config.num_generations)
     else:
-        per_reply = returns.grpo_advantages(reply_rewards, config.num_generations, scale=True, eps=GROUP_EPS)
-    return returns.to_tokens(per_reply, mask)
+        per_response = returns.grpo_advantages(response_rewards, config.num_generations, scale=True, eps=GROUP_EPS)
+    return returns.to_tokens(per_response, mask)
 
 
 def masked_std(values: Tensor, mask: Tensor) -> Tensor:
@@ -142,13 +142,13 @@ def step_metrics(
 ) -> dict[str, float]:
     """The contract's names for what was sampled: raw reward, true KL at the old policy, lengths, entropy, agreement."""
     mask, old, ref = rollout.response_mask, evaluation.logprobs, scores.ref_logprobs
-    per_reply = {name: masked_sum(f(old, ref), mask, dim=1).mean() for name, f in (("k1", kl.k1), ("k3", kl.k3))}
+    per_response = {name: masked_sum(f(old, ref), mask, dim=1).mean() for name, f in (("k1", kl.k1), ("k3", kl.k3))}
     reward = scores.reward
     metrics: dict[str, Tensor | float] = {
         "reward/mean": reward.mean(),
         "reward/std": reward.std(correction=0),
-        "kl/k1_per_response": per_reply["k1"],
-        "kl/k3_per_response": per_reply["k3"],
+        "kl/k1_per_response": per_response["k1"],
+        "kl/k3_per_response": per_response["k3"],
         "kl/penalty_per_response": per_token.sum(dim=1).mean(),
         "kl/coef": kl_coef,
         "kl/clamped_share": kl.clamped_share(old, ref, mask),

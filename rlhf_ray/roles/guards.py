@@ -1,7 +1,7 @@
 """When a PPO run must not go on: numbers that are not finite, rewards that cannot be trusted, a policy that runs away.
 
-A single bad update or reward is left out and counted; three in a row stop the run. `Tripped` says why; the loop makes of it the
-error that names the checkpoint to go on from.
+A single bad update or reward is left out and counted; three in a row stop the run. `StopTraining` says why; the loop makes of it
+the error that names the checkpoint to go on from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLEAR = 2.0
 """Standard errors between a held-out reward and the best one for it to count as worse."""
 
 
-class Tripped(Exception):
+class StopTraining(Exception):
     """A guard stops the run. saves: what is in memory is a whole step, worth a checkpoint.  is_limit: of the job's own."""
 
     def __init__(self, problem: Problem, saves: bool = False, is_limit: bool = False) -> None:
@@ -57,11 +57,11 @@ class Guards:
             setattr(self, name, float.fromhex(value) if name.startswith("best") else int(value))
 
     def note_update(self, finite: bool, norms: Mapping[str, float], step: int, advice: str = SAMPLES) -> None:
-        """Take note of an update that was made, or left out. Raises Tripped at the third in a row.   advice: where to look."""
+        """Take note of an update that was made, or left out. Raises StopTraining at the third in a row.   advice: where to look."""
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped >= IN_A_ROW:
             figures = ", ".join(f"{name} {norm:g}" for name, norm in norms.items())
-            raise Tripped(
+            raise StopTraining(
                 Problem(
                     f"step {step}",
                     f"{IN_A_ROW} updates in a row had a gradient that is not finite and were left out",
@@ -74,8 +74,9 @@ class Guards:
     def sound(self, collected: Collected, generations: int, step: int, counts: bool = True) -> Collected:
         """`collected` without the replies whose reward or reference is not finite, nor the other replies to the same prompt.
 
-        generations: replies per prompt.  counts: whether the step counts for "in a row" (an evaluation does not). Raises Tripped if
-        too many are bad or no reply is left, InvariantError if rewards are not of the replies they are said to be of."""
+        generations: replies per prompt.  counts: whether the step counts for "in a row" (an evaluation does not). Raises
+        StopTraining if too many are bad or no reply is left, InvariantError if rewards are not of the replies they are said to be
+        of."""
         rollout, scores = collected.rollout, collected.scores
         if not torch.equal(rollout.row_id, scores.row_id):
             raise InvariantError.at(
@@ -94,7 +95,7 @@ class Guards:
             besides = "" if too_many else ", and all others are of the same prompts"
             problem = self._bad_rewards(collected, fine, step, besides)
             self.bad_rewards -= counts  # the step will be taken again
-            raise Tripped(problem, saves=counts)
+            raise StopTraining(problem, saves=counts)
         return replace(
             collected,
             rollout=rollout.rows(keep),
@@ -116,7 +117,7 @@ class Guards:
         )
 
     def check(self, config: PPOConfig, metrics: Mapping[str, float], step: int) -> None:
-        """The limits that the job sets. Raises Tripped naming figure and limit."""
+        """The limits that the job sets. Raises StopTraining naming figure and limit."""
         limits = (
             ("max_kl", config.max_kl, "kl/k1_per_response", 1),
             ("max_clip_fraction", config.max_clip_fraction, "policy/clip_fraction", 1),
@@ -128,7 +129,7 @@ class Guards:
                 fix = f"{'raise' if sign > 0 else 'lower'} {name}, by {name}=VALUE at the end of the command"
                 what = f"{metric} is beyond {name}: the policy runs away"
                 problem = Problem(f"step {step}", what, f"{bound} {limit:g}", f"{metrics[metric]:.4g}", fix)
-                raise Tripped(problem, saves=True, is_limit=True)
+                raise StopTraining(problem, saves=True, is_limit=True)
         if config.over_optimisation_patience is not None and "eval/reward" in metrics:
             self._check_evaluation(config.over_optimisation_patience, metrics, step)
 
@@ -140,7 +141,7 @@ class Guards:
         is_worse = reward < self.best - CLEAR * metrics.get("eval/reward_se", 0.0) and kl > self.best_kl
         self.worse = self.worse + 1 if is_worse else 0
         if self.worse >= patience:
-            raise Tripped(
+            raise StopTraining(
                 Problem(
                     f"step {step}",
                     f"over-optimisation: {patience} evaluations in a row are clearly below the best one, at a larger KL",

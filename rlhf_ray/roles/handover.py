@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.batches import PromptBatch, Rollout
 from rlhf_ray.errors import InvariantError
-from rlhf_ray.faults import poisoned
+from rlhf_ray.faults import inject_nan
 from rlhf_ray.models.adapters import adapter_tensors, load_adapter_tensors
 from rlhf_ray.models.files import sha256_tensors
 from rlhf_ray.models.sampler import Sampler
@@ -59,7 +59,7 @@ class LoadingGenerator(Generator):
         # arrays from the object store are read-only views of shared memory
         copied = {key: torch.tensor(value) for key, value in tensors.items()}
         first = next(iter(copied))
-        copied[first] = poisoned("generator", "adapter", copied[first])
+        copied[first] = inject_nan("generator", "adapter", copied[first])
         broken = [key for key, value in copied.items() if not bool(torch.isfinite(value).all())]
         if broken:
             raise InvariantError.at(

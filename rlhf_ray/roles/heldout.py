@@ -28,7 +28,7 @@ class HeldOut:
     @classmethod
     def of(cls, collected: Collected) -> HeldOut:
         rollout, scores = collected.rollout, collected.scores
-        k1, k3 = reply_kl(rollout, scores)
+        k1, k3 = response_kl(rollout, scores)
         return cls(scores.reward, scores.parts, k1, k3, rollout.lengths.float(), rollout.finished.float())
 
     def metrics(self) -> dict[str, float]:
@@ -50,21 +50,21 @@ class HeldOut:
         return found
 
 
-def reply_kl(rollout: Rollout, scores: Scores) -> tuple[Tensor, Tensor]:
+def response_kl(rollout: Rollout, scores: Scores) -> tuple[Tensor, Tensor]:
     """k1 and k3 of each reply, f32[B]: summed over its tokens, under the distribution it was sampled from."""
     mask = rollout.response_mask
     pair = rollout.sample_logprobs, scores.ref_logprobs
     return masked_sum(kl.k1(*pair), mask, dim=1), masked_sum(kl.k3(*pair), mask, dim=1)
 
 
-def sample_rows(collected: Collected, prompts: list[str], replies: list[str], count: int) -> list[dict[str, Any]]:
+def sample_rows(collected: Collected, prompts: list[str], responses: list[str], count: int) -> list[dict[str, Any]]:
     """The first `count` replies with their figures, as samples.jsonl stores them."""
-    k1, _ = reply_kl(collected.rollout, collected.scores)
+    k1, _ = response_kl(collected.rollout, collected.scores)
     return [
         {
             "row": i,
             "prompt": prompts[i],
-            "reply": replies[i],
+            "reply": responses[i],
             "reward": float(collected.scores.reward[i]),
             "kl": float(k1[i]),
             "length": int(collected.rollout.lengths[i]),

@@ -97,7 +97,7 @@ class Judged:
 
     scores: Tensor
     lengths: Tensor
-    replies: Sequence[str]
+    responses: Sequence[str]
 
 
 def compare(baseline: Judged, policy: Judged, n_dropped: int) -> Comparison:
@@ -119,7 +119,7 @@ def preference_codes(baseline: Judged, policy: Judged) -> list[int]:
     scores: two passes over equal text may differ in the last bits."""
     codes = []
     for first, second, one, other in zip(
-        baseline.scores.tolist(), policy.scores.tolist(), baseline.replies, policy.replies, strict=True
+        baseline.scores.tolist(), policy.scores.tolist(), baseline.responses, policy.responses, strict=True
     ):
         if one == other or first == second:
             codes.append(DRAW)
@@ -155,12 +155,12 @@ def length_controlled(codes: Sequence[int], length_gap: Tensor) -> Estimate:
     return Estimate(100 * min(max(at_zero, 0.0), 1.0), 100 * se)
 
 
-def distinct_2(replies: Sequence[str]) -> float:
+def distinct_2(responses: Sequence[str]) -> float:
     """Different pairs of neighbouring words over all such pairs, pooled over the replies (arXiv:1510.03055): low where a policy
     repeats itself. Words are split at white space, case aside.   NaN if no reply has two words.
 
     >>> distinct_2(["the cat the cat", "The cat"])
     0.5
     """
-    pairs = [pair for reply in replies for pair in pairwise(reply.lower().split())]
+    pairs = [pair for response in responses for pair in pairwise(response.lower().split())]
     return len(set(pairs)) / len(pairs) if pairs else math.nan

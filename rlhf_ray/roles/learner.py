@@ -1,4 +1,4 @@
-"""The learner: evaluates a rollout, updates policy and critic by PPO, publishes the policy adapter.
+"""The learner: evaluates a rollout, updates policy and value model by PPO, publishes the policy adapter.
 
 A plain class; every rank has one. All ranks hold all rows of a step, work on their own share and exchange sums.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf_ray.batches import Experience, Rollout, Sequences
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import InvariantError
-from rlhf_ray.faults import poisoned, reach
+from rlhf_ray.faults import fault_point, inject_nan
 from rlhf_ray.maths import losses
 from rlhf_ray.models.adapters import adapter_parameters, adapter_tensors, load_adapter_tensors
 from rlhf_ray.models.artifact import sha256_tensors
@@ -79,7 +79,7 @@ class UpdateStats:
 
 
 class Learner:
-    """models: who sits where.  The policy's adapter, the critic's adapter and head are trained; everything else is frozen.
+    """models: who sits where.  The policy's adapter, the value model's adapter and head are trained; everything else is frozen.
 
     lockstep: every forward pass through `models` is a collective (ZeRO-3), and all ranks must make the same ones."""
 
@@ -87,7 +87,7 @@ class Learner:
         self.models, self.config, self.session = models, config, session
         self.lockstep = config.learner.zero_stage == 3
         if self.lockstep:
-            models.agree = session.highest
+            models.max_over_ranks = session.highest
         self.groups = trained_groups(models)
         self.engine = TrainingEngine(
             models, self.groups, config, config.learner.zero_stage, config.learner.deepspeed, session.world_size
@@ -115,8 +115,8 @@ class Learner:
 
         The policy's own weights are put back, bit for bit. Not to be called between an update and its publishing; every rank
         calls it."""
-        seat = self.models.seats["policy"]
-        model, name = self.models.stack_of("policy").peft, str(seat.adapter)
+        binding = self.models.bindings["policy"]
+        model, name = self.models.stack_of("policy").peft, str(binding.adapter)
         found: list[tuple[Tensor, Tensor]] = []
         load_adapter_tensors(model, name, adapter.tensors)
         try:
@@ -137,7 +137,8 @@ class Learner:
     ) -> UpdateStats:
         """num_ppo_epochs passes of num_mini_batches optimizer steps; ends early on target_kl.
 
-        A minibatch whose gradient is not finite is left out and counted. Raises InvariantError, and Tripped after three such."""
+        A minibatch whose gradient is not finite is left out and counted. Raises InvariantError, and StopTraining after three
+        such."""
         stats = UpdateStats(maxima={"first_deviation": 0.0, "ratio": 0.0})
         self.models.train(self.models.recompute)  # dropout is 0 everywhere: the mode switches recomputation on, no more
         try:
@@ -159,7 +160,7 @@ class Learner:
         for epoch in range(self.config.num_ppo_epochs):
             for number, minibatch in enumerate(self._minibatches(step, epoch, len(experience))):
                 first = epoch == 0 and number == 0
-                reach("learner", "minibatch", step, self.session.rank)
+                fault_point("learner", "minibatch", step, self.session.rank)
                 approx_kl = self._optimizer_step(experience, minibatch, stats, learning_rates, kl_coef, step, first)
                 guards.note_update(not stats.left_out, stats.left_out, step)
                 if first:
@@ -171,8 +172,8 @@ class Learner:
 
     def publish(self) -> PublishedAdapter:
         """Snapshot the policy adapter under a new version, with its hash. Every rank calls it (it may be sharded)."""
-        seat = self.models.seats["policy"]
-        tensors = adapter_tensors(self.models.stack_of("policy").peft, str(seat.adapter))
+        binding = self.models.bindings["policy"]
+        tensors = adapter_tensors(self.models.stack_of("policy").peft, str(binding.adapter))
         self.published = PublishedAdapter(self.version, sha256_tensors(tensors), tensors)
         self.version += 1
         return self.published
@@ -197,7 +198,7 @@ class Learner:
             rows = experience.rows(micro.index)
             mask = seq.response_mask & micro.counts.to(seq.tokens.device)[:, None]
             for loss, found in self._losses(seq, rows, mask, kl_coef, train_policy):
-                loss = poisoned("learner", "gradient", loss.reshape(1), step, self.session.rank)[0]
+                loss = inject_nan("learner", "gradient", loss.reshape(1), step, self.session.rank)[0]
                 self.engine.accumulate(loss / tokens, last=number == len(micros) - 1)
                 deviation = max(deviation, found.pop("ratio_max_deviation", 0.0))
                 ratio = max(ratio, found.pop("ratio_max", 0.0))
@@ -225,10 +226,10 @@ class Learner:
     ) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """The microbatch's loss SUMS (the caller divides by the minibatch's token count), each with its statistics.
 
-        Policy and critic together where they share a trunk; else one after the other, so that the activations of only one pass are
-        alive at a time. ZeRO 1 to 3 reduce gradients in a single backward at the end of an accumulation: together as well."""
+        Policy and value model together where they share a trunk; else one after the other, so that the activations of only one pass
+        are alive at a time. ZeRO 1 to 3 reduce gradients in a single backward at the end of an accumulation: together as well."""
         module, temperature = self.engine.module, self.config.temperature
-        if "value" in self.models.seats and (self.models.shares_trunk or self.engine.zero_stage > 0):
+        if "value" in self.models.bindings and (self.models.shares_trunk or self.engine.zero_stage > 0):
             new, _, values, _ = module("both", seq, temperature)
             policy, found = self._policy_loss(new, rows, mask, kl_coef, train_policy)
             value, more = self._value_loss(values, rows, mask)
@@ -236,7 +237,7 @@ class Learner:
             return
         new, _ = module("logprobs", "policy", seq, temperature)
         yield self._policy_loss(new, rows, mask, kl_coef, train_policy)
-        if "value" in self.models.seats:
+        if "value" in self.models.bindings:
             values, _ = module("values", seq)
             yield self._value_loss(values, rows, mask)
 
@@ -289,40 +290,41 @@ class Learner:
 
 
 def trained_groups(models: RoleModels) -> list[ParameterGroup]:
-    """The policy's adapter; and the critic's adapter and head, in one group with the policy if they share the trunk.
+    """The policy's adapter; and the value model's adapter and head, in one group with the policy if they share the trunk.
 
     A shared trunk's gradients cannot be told apart, so they are clipped together (the group is then called policy)."""
-    policy_seat = models.seats["policy"]
+    policy_binding = models.bindings["policy"]
     policy: dict[str, nn.Parameter] = {
         f"policy.{n}": p
-        for n, p in adapter_parameters(models.stack_of("policy").peft, str(policy_seat.adapter)).items()
+        for n, p in adapter_parameters(models.stack_of("policy").peft, str(policy_binding.adapter)).items()
     }
-    if "value" not in models.seats:
+    if "value" not in models.bindings:
         return [ParameterGroup("policy", policy)]
-    critic_seat = models.seats["value"]
+    value_binding = models.bindings["value"]
     head = {f"value.head.{n}": p for n, p in models.head_of("value").named_parameters()}
     if models.shares_trunk:
         return [ParameterGroup("policy", policy | head)]
-    critic = {
-        f"value.{n}": p for n, p in adapter_parameters(models.stack_of("value").peft, str(critic_seat.adapter)).items()
+    value_tensors = {
+        f"value.{n}": p
+        for n, p in adapter_parameters(models.stack_of("value").peft, str(value_binding.adapter)).items()
     }
-    return [ParameterGroup("policy", policy), ParameterGroup("value", critic | head)]
+    return [ParameterGroup("policy", policy), ParameterGroup("value", value_tensors | head)]
 
 
 def _assemble(parts: list[tuple[Tensor, list[Tensor]]], rows: int, width: int) -> Evaluation:
     """Put each microbatch's rows where they belong. Every row must come exactly once."""
     seen = torch.zeros(rows, dtype=torch.int64)
-    has_critic = len(parts[0][1]) == 4
-    wide = [torch.zeros(rows, width) for _ in range(3 if has_critic else 2)]
+    has_value = len(parts[0][1]) == 4
+    wide = [torch.zeros(rows, width) for _ in range(3 if has_value else 2)]
     after = torch.zeros(rows)
     for index, found in parts:
         seen[index] += 1
         for target, value in zip(wide, found[:3]):
             target[index, : value.shape[1]] = value
-        if has_critic:
+        if has_value:
             after[index] = found[3]
     if not bool((seen == 1).all()):
         raise InvariantError.at(
             "evaluation", "a row was evaluated twice or not at all", "every row once", str(seen.tolist())
         )
-    return Evaluation(wide[0], wide[1], wide[2] if has_critic else None, after if has_critic else None)
+    return Evaluation(wide[0], wide[1], wide[2] if has_value else None, after if has_value else None)

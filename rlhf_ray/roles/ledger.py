@@ -17,7 +17,7 @@ HASH_CHARACTERS = 8
 
 @dataclass(frozen=True)
 class Done:
-    """A chunk that an actor has done. work: its account (`pool.Work`)."""
+    """A chunk that an actor has done. work: its account (`pool.CallStats`)."""
 
     role: str
     chunk: int

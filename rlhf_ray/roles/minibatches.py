@@ -17,7 +17,7 @@ from rlhf_ray.maths.rng import permutation
 
 @dataclass(frozen=True)
 class Microbatch:
-    """index: i64[M], rows of the step.  counts: bool[M], False on filler rows."""
+    """index: i64[M], rows of the step.  counts: bool[M], False on padding rows."""
 
     index: Tensor
     counts: Tensor

@@ -27,7 +27,7 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.errors import Interrupted, RlhfRayError
-from rlhf_ray.faults import reach
+from rlhf_ray.faults import fault_point
 from rlhf_ray.roles.out_of_memory import LESS_MEMORY, TABLE_S, LastWords, memory_of
 from rlhf_ray.session import enter, peak_memory
 
@@ -45,7 +45,7 @@ LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError, Ge
 
 
 @dataclass(frozen=True)
-class Work:
+class CallStats:
     """One call, as the actor saw it. node, gpus: where it is, as Ray says.  seconds: of work, building aside.  built: seconds of
     building the role, 0 if it was there.  memory: the largest so far, bytes, as `session.peak_memory` names it."""
 
@@ -70,27 +70,27 @@ class RoleActor:
         self.gpus = tuple(str(i) for i in context.get_accelerator_ids().get("GPU", ()))
         self.node = f"{ray.util.get_node_ip_address()} (node {context.get_node_id()[:6]})"
 
-    def call(self, method: str, *args: Any) -> tuple[Any, Work]:
+    def call(self, method: str, *args: Any) -> tuple[Any, CallStats]:
         """(what `method` of the role returns, the account of it)."""
         built = 0.0
         if self.role is None:
             started = time.perf_counter()
             self.role = self.build()
             built = time.perf_counter() - started
-        reach("actor", method, rank=self.index)
+        fault_point("actor", method, rank=self.index)
         started = time.perf_counter()
         result = getattr(self.role, method)(*args)
         return result, self._account(time.perf_counter() - started, built)
 
-    def _account(self, seconds: float, built: float) -> Work:
+    def _account(self, seconds: float, built: float) -> CallStats:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return Work(self.index, os.getpid(), self.node, self.gpus, seconds, built, peak_memory(device))
+        return CallStats(self.index, os.getpid(), self.node, self.gpus, seconds, built, peak_memory(device))
 
     def ping(self) -> int:
         return os.getpid()
 
 
-class AdapterBoard:
+class AdapterRefStore:
     """Where rank 0 leaves the reference of the adapter for the other ranks: Ray counts references that pass through an actor, and
     loses count of those that pass through a torch process group."""
 
@@ -107,18 +107,18 @@ class AdapterBoard:
 
 
 @dataclass(frozen=True)
-class Pools:
+class ActorHandles:
     """Handles of a run's actors; the driver owns them, every learner rank uses them. timeouts: seconds, by role.
     resume: the command that goes on with the run, for errors."""
 
     actors: dict[str, tuple[Any, ...]]
-    board: Any
+    ref_store: Any
     timeouts: dict[str, float]
     resume: str
 
 
 @dataclass(frozen=True)
-class Station:
+class ActorSpec:
     """How the actors of one role are started. bundles: theirs in the placement group."""
 
     role: str
@@ -129,36 +129,36 @@ class Station:
     timeout_s: float
 
 
-def start(stations: Sequence[Station], group: Any, with_board: bool, resume: str) -> Pools:
-    """Start all actors in placement group `group`, which must be there. with_board: the learner group has several ranks."""
+def start(specs: Sequence[ActorSpec], group: Any, with_ref_store: bool, resume: str) -> ActorHandles:
+    """Start all actors in placement group `group`, which must be there. with_ref_store: the learner group has several ranks."""
     actors: dict[str, tuple[Any, ...]] = {}
-    for station in stations:
+    for spec in specs:
         options: dict[str, Any] = {
-            "num_cpus": station.resources.get("CPU", 0),
-            "num_gpus": station.resources.get("GPU", 0),
+            "num_cpus": spec.resources.get("CPU", 0),
+            "num_gpus": spec.resources.get("GPU", 0),
             "max_restarts": MAX_RESTARTS,
             "max_task_retries": 0,
             "max_concurrency": 1,
         }
-        actors[station.role] = tuple(
+        actors[spec.role] = tuple(
             ray.remote(RoleActor)
             .options(**options, scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle))
-            .remote(index, station.build, station.num_threads, os.getcwd())
-            for index, bundle in enumerate(station.bundles)
+            .remote(index, spec.build, spec.num_threads, os.getcwd())
+            for index, bundle in enumerate(spec.bundles)
         )
-    board = ray.remote(AdapterBoard).options(num_cpus=0).remote() if with_board else None
-    return Pools(actors, board, {s.role: s.timeout_s for s in stations}, resume)
+    ref_store = ray.remote(AdapterRefStore).options(num_cpus=0).remote() if with_ref_store else None
+    return ActorHandles(actors, ref_store, {s.role: s.timeout_s for s in specs}, resume)
 
 
-def stop(pools: Pools) -> None:
+def stop(actor_handles: ActorHandles) -> None:
     """End all actors, at once."""
-    for handle in [h for handles in pools.actors.values() for h in handles] + [pools.board]:
+    for handle in [h for handles in actor_handles.actors.values() for h in handles] + [actor_handles.ref_store]:
         if handle is not None:
             ray.kill(handle, no_restart=True)
 
 
 @dataclass
-class Call:
+class PendingCall:
     """Work in flight on actor `index`. result, work: references."""
 
     index: int
@@ -166,12 +166,12 @@ class Call:
     work: Any
 
 
-class Pool:
+class ActorPool:
     """One learner rank's view of the actors of one role. tell: called with a line about every fault."""
 
-    def __init__(self, role: str, pools: Pools, tell: Callable[[str], None]) -> None:
-        self.role, self.handles, self.tell = role, pools.actors[role], tell
-        self.timeout_s, self.resume = pools.timeouts[role], pools.resume
+    def __init__(self, role: str, actor_handles: ActorHandles, tell: Callable[[str], None]) -> None:
+        self.role, self.handles, self.tell = role, actor_handles.actors[role], tell
+        self.timeout_s, self.resume = actor_handles.timeouts[role], actor_handles.resume
         self._away: dict[int, Any] = {}  # actors that died, each with a ping that waits for its restart
         self._gone: dict[int, str] = {}  # actors that will not come back, with the reason
         self._last_words = LastWords()
@@ -179,18 +179,18 @@ class Pool:
     def __len__(self) -> int:
         return len(self.handles)
 
-    def submit(self, number: int, method: str, *args: Any) -> Call:
+    def submit(self, number: int, method: str, *args: Any) -> PendingCall:
         """Have one actor do it, number mod count first. A reference among `args` is resolved for the actor."""
         index = self._choose(number)
         result, work = self.handles[index].call.options(num_returns=2).remote(method, *args)
-        return Call(index, result, work)
+        return PendingCall(index, result, work)
 
-    def ask_all(self, method: str) -> list[Call]:
+    def ask_all(self, method: str) -> list[PendingCall]:
         """Ask every actor at once. One that dies over it is asked again, as often as it is started again."""
         refs = [h.call.options(num_returns=2, max_task_retries=-1).remote(method) for h in self.handles]
-        return [Call(index, *pair) for index, pair in enumerate(refs)]
+        return [PendingCall(index, *pair) for index, pair in enumerate(refs)]
 
-    def answers(self, calls: Sequence[Call], doing: str) -> list[tuple[Any, Work]]:
+    def answers(self, calls: Sequence[PendingCall], doing: str) -> list[tuple[Any, CallStats]]:
         """What they answer to `ask_all`; see `result`. An actor that hangs, perhaps since before this rank was started, is ended
         and asked again."""
         _, silent = ray.wait([call.work for call in calls], num_returns=len(calls), timeout=self.timeout_s)
@@ -199,7 +199,7 @@ class Pool:
                 self.end(call.index, doing)
         return [self.result(call, doing) for call in calls]
 
-    def result(self, call: Call, doing: str) -> tuple[Any, Work]:
+    def result(self, call: PendingCall, doing: str) -> tuple[Any, CallStats]:
         """Wait for a call. Raises what the role raised; Interrupted if the actor is gone or silent."""
         try:
             return tuple(ray.get([call.result, call.work], timeout=self.timeout_s))  # type: ignore[return-value]
@@ -288,9 +288,9 @@ def put_adapter(tensors: dict[str, torch.Tensor]) -> tuple[Any, int]:
     return ray.put(arrays), sum(a.nbytes for a in arrays.values())
 
 
-def ask_board(board: Any, method: str, *args: Any) -> Any:
+def ask_ref_store(ref_store: Any, method: str, *args: Any) -> Any:
     try:
-        return ray.get(getattr(board, method).remote(*args), timeout=RESTART_S)
+        return ray.get(getattr(ref_store, method).remote(*args), timeout=RESTART_S)
     except LOST as error:
         raise Interrupted.at("adapter board", f"{_reason(error)}, while {method}ing the adapter") from error
 

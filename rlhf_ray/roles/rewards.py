@@ -39,7 +39,7 @@ class Texts:
 
 
 class ModelReward:
-    """A reward adapter or a reward model of its own, by its seat."""
+    """A reward adapter or a reward model of its own, by its role."""
 
     def __init__(self, name: str, weight: float, models: Callable[..., Any], role: str) -> None:
         self.name, self.weight, self.models, self.role = name, weight, models, role
@@ -96,8 +96,8 @@ class FunctionReward:
 
 def _spoken(texts: Texts) -> dict[str, Any]:
     if texts.columns and all(isinstance(columns.get("prompt"), list) for columns in texts.columns):
-        replies = [[{"role": "assistant", "content": text}] for text in texts.completions]
-        return {"prompts": [columns["prompt"] for columns in texts.columns], "completions": replies}
+        responses = [[{"role": "assistant", "content": text}] for text in texts.completions]
+        return {"prompts": [columns["prompt"] for columns in texts.columns], "completions": responses}
     return {"prompts": list(texts.prompts), "completions": list(texts.completions)}
 
 

@@ -51,17 +51,17 @@ class Rollouts:
     ) -> None:
         self.collector, self.request, self.decoding, self.policy = collector, request, decoding, policy
         self.ahead, self.last_step = ahead, last_step
-        self.waiting: Sampled | None = None  # a rollout that has arrived before its step
+        self.pending: Sampled | None = None  # a rollout that has arrived before its step
         self._started: tuple[int, Started, PublishedAdapter] | None = None
 
     def take(self, step: int, newest: PublishedAdapter) -> Sampled:
         """The rollout of `step`, begun before or now; where rollouts are ahead, the next one is begun with `newest`."""
-        if self._started is None and self.waiting is None:
+        if self._started is None and self.pending is None:
             self._start(step, newest)
         sampled = self.settle()
         if sampled is None or sampled.step != step:
             raise LookupError(f"the rollout of step {step} is asked for, and {sampled and sampled.step} was begun")
-        self.waiting = None
+        self.pending = None
         if self.ahead and step < self.last_step:
             self._start(step + 1, newest)
         return sampled
@@ -71,8 +71,8 @@ class Rollouts:
         if self._started is not None:
             step, started, adapter = self._started
             self._started = None
-            self.waiting = Sampled(step, self.collector.finish(started), adapter)
-        return self.waiting
+            self.pending = Sampled(step, self.collector.finish(started), adapter)
+        return self.pending
 
     def _start(self, step: int, adapter: PublishedAdapter) -> None:
         prompts, budgets = self.request(step)

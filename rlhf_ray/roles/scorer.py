@@ -11,8 +11,8 @@ from torch import Tensor
 from rlhf_ray.batches import Rollout, Scores, Sequences
 from rlhf_ray.data.records import Row
 from rlhf_ray.models.forward import to_device
-from rlhf_ray.models.sharded import Agree
-from rlhf_ray.roles.pieces import filler, pieces
+from rlhf_ray.models.sharded import MaxOverRanks
+from rlhf_ray.roles.pieces import lockstep_batches, padding_batch
 from rlhf_ray.roles.retokenised import RetokenisedReward
 from rlhf_ray.roles.rewards import FunctionReward, ModelReward, Texts
 
@@ -36,11 +36,11 @@ class Scorer:
         rows_per_forward: int,
         device: torch.device,
         reference: str | None = "reference",
-        agree: Agree = int,
+        max_over_ranks: MaxOverRanks = int,
     ) -> None:
         self.models, self.rewards, self.to_texts = models, tuple(rewards), to_texts
         self.temperature, self.rows_per_forward, self.device = temperature, rows_per_forward, device
-        self.reference, self.agree = reference, agree
+        self.reference, self.max_over_ranks = reference, max_over_ranks
         self.about: dict[str, Any] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -56,14 +56,14 @@ class Scorer:
         """`score`, with the reference's log-probabilities at another temperature."""
         ref_logprobs = torch.zeros(rollout.response_mask.shape)
         parts = {reward.name: torch.zeros(len(rollout)) for reward in self.rewards}
-        for piece in pieces(len(rollout), self.rows_per_forward, self.agree):
-            some = rollout.rows(piece)
+        for batch in lockstep_batches(len(rollout), self.rows_per_forward, self.max_over_ranks):
+            some = rollout.rows(batch)
             seq = to_device(Sequences.trim(some.tokens, some.prompt_mask, some.response_mask), self.device)
             found, rewards = self._passes(seq, temperature)
             if found is not None:
-                ref_logprobs[piece, : seq.response_width] = found.float().cpu()
+                ref_logprobs[batch, : seq.response_width] = found.float().cpu()
             for name, values in rewards.items():
-                parts[name][piece] = values.cpu()
+                parts[name][batch] = values.cpu()
         on_text = [r for r in self.rewards if not isinstance(r, ModelReward)]
         drift = None
         if on_text:
@@ -82,8 +82,8 @@ class Scorer:
     @torch.no_grad()
     def join(self) -> None:
         """Under ZeRO-3, what a rank without a rollout does while others score theirs: the same passes, over one token."""
-        for _ in range(self.agree(0)):
-            self._passes(filler(self.device), self.temperature)
+        for _ in range(self.max_over_ranks(0)):
+            self._passes(padding_batch(self.device), self.temperature)
         for reward in self.rewards:
             if isinstance(reward, RetokenisedReward):
                 reward.join()

@@ -26,11 +26,11 @@ from rlhf_ray.roles.ledger import Done
 from rlhf_ray.roles.pool import (
     ATTEMPTS,
     LOST,
-    Call,
-    Pool,
-    Pools,
-    Work,
-    ask_board,
+    ActorHandles,
+    ActorPool,
+    CallStats,
+    PendingCall,
+    ask_ref_store,
     cause_of,
     put_adapter,
 )
@@ -40,15 +40,15 @@ LOOK_S = 0.5
 """Seconds between two looks at whether somebody asked to stop."""
 
 
-class Crew:
+class RemoteRoles:
     """A rank's generators and scorers, and the adapter that it hands to them."""
 
-    def __init__(self, pools: Pools, session: Session) -> None:
+    def __init__(self, actor_handles: ActorHandles, session: Session) -> None:
         def tell(line: str) -> None:
             session.console.log(f"rank {session.rank}: {line}")
 
-        self.generators, self.scorers = (Pool(role, pools, tell) for role in ("generator", "scorer"))
-        self.board, self.session, self.tell = pools.board, session, tell
+        self.generators, self.scorers = (ActorPool(role, actor_handles, tell) for role in ("generator", "scorer"))
+        self.ref_store, self.session, self.tell = actor_handles.ref_store, session, tell
         self.version, self.reference = -1, None
 
     def publish(self, adapter: PublishedAdapter) -> int:
@@ -56,27 +56,27 @@ class Crew:
         reference, size = None, 0
         if self.session.is_main:
             reference, size = put_adapter(adapter.tensors)
-            if self.board is not None:
-                ask_board(self.board, "post", adapter.version, [reference])
+            if self.ref_store is not None:
+                ask_ref_store(self.ref_store, "post", adapter.version, [reference])
         self.session.barrier()
         if not self.session.is_main:
-            [reference] = ask_board(self.board, "fetch", adapter.version)
+            [reference] = ask_ref_store(self.ref_store, "fetch", adapter.version)
         self.version, self.reference = adapter.version, reference
         return size
 
     def idle(self, busy: dict[str, float], step: float, waited: float) -> dict[str, float]:
         """Share of a step in which each role had nothing to do. busy: seconds of work by role, all actors together.  step: its
         seconds.  waited: the learner's, for rollouts and scores."""
-        pools = (self.generators, self.scorers)
-        found = {f"time/idle_{p.role}": 1.0 - busy[p.role] / (len(p) * step) for p in pools}
+        actor_handles = (self.generators, self.scorers)
+        found = {f"time/idle_{p.role}": 1.0 - busy[p.role] / (len(p) * step) for p in actor_handles}
         found["time/idle_learner"] = waited / step
         return {name: min(max(share, 0.0), 1.0) for name, share in found.items()}
 
-    def wake(self) -> list[list[Call]]:
+    def wake(self) -> list[list[PendingCall]]:
         """Have all actors load their models, without waiting for it; see `introduce`."""
         return [pool.ask_all("describe") for pool in (self.generators, self.scorers)]
 
-    def introduce(self, asked: list[list[Call]]) -> list[tuple[str, dict[str, Any]]]:
+    def introduce(self, asked: list[list[PendingCall]]) -> list[tuple[str, dict[str, Any]]]:
         """("generator 0", what it says of itself) of every actor. asked: what `wake` gave."""
         found = []
         for pool, calls in zip((self.generators, self.scorers), asked):
@@ -91,22 +91,22 @@ class _Flight:
     """One chunk under way. sampling, scoring: the calls of its present attempt; tries: attempts so far."""
 
     chunk: Chunk
-    sampling: Call
-    scoring: Call
+    sampling: PendingCall
+    scoring: PendingCall
     tries: int = 1
 
 
 class SplitCollector(Collector):
     """A collector whose generator and scorer are actors."""
 
-    def __init__(self, crew: Crew, session: Session, chunk_size: int, pad_id: int) -> None:
-        self.crew, self.session, self.chunk_size, self.pad_id = crew, session, chunk_size, pad_id
+    def __init__(self, remote_roles: RemoteRoles, session: Session, chunk_size: int, pad_id: int) -> None:
+        self.remote_roles, self.session, self.chunk_size, self.pad_id = remote_roles, session, chunk_size, pad_id
         self.lockstep = False
 
     def explain(self, error: InvariantError, adapter: PublishedAdapter) -> InvariantError:
         """`error`, which says that sampler and learner disagree, with the tensor in which each generator differs most."""
         lines = []
-        pool = self.crew.generators
+        pool = self.remote_roles.generators
         for tensors, work in pool.answers(pool.ask_all("tensors"), "showing its adapter"):
             worst = invariants.worst_tensor(tensors, adapter.tensors)
             who = f"generator {work.index}"
@@ -121,7 +121,7 @@ class SplitCollector(Collector):
     def _begin(
         self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
     ) -> Callable[[], Share]:
-        job = _Job(self.crew, adapter, decoding, role, step, partial(self.wish, role))
+        job = _Job(self.remote_roles, adapter, decoding, role, step, partial(self.wish, role))
         job.send(mine)
         return job.wait
 
@@ -130,18 +130,24 @@ class _Job:
     """The chunks of one rank in one step, sampled by the adapter that was handed over last when they were sent."""
 
     def __init__(
-        self, crew: Crew, adapter: ActiveAdapter, decoding: Decoding, role: str, step: int, wish: Callable[[], str]
+        self,
+        remote_roles: RemoteRoles,
+        adapter: ActiveAdapter,
+        decoding: Decoding,
+        role: str,
+        step: int,
+        wish: Callable[[], str],
     ) -> None:
         """wish: who asks for the chunks to be left, if anybody."""
-        if adapter.version != crew.version:
+        if adapter.version != remote_roles.version:
             raise InvariantError.at(
                 f"step {step}",
                 "an adapter is asked for that was not handed over",
-                str(crew.version),
+                str(remote_roles.version),
                 str(adapter.version),
             )
-        self.crew, self.adapter, self.decoding = crew, adapter, decoding
-        self.reference = crew.reference  # a newer adapter may be handed over while these chunks are under way
+        self.remote_roles, self.adapter, self.decoding = remote_roles, adapter, decoding
+        self.reference = remote_roles.reference  # a newer adapter may be handed over while these chunks are under way
         self.role, self.step, self.wish = role, step, wish
         self.share = Share(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
         self.flying: dict[int, _Flight] = {}
@@ -179,13 +185,13 @@ class _Job:
                     del self.flying[number]
         return done
 
-    def _sample(self, chunk: Chunk, attempt: int) -> Call:
+    def _sample(self, chunk: Chunk, attempt: int) -> PendingCall:
         what = (chunk.prompts, self.adapter, self.reference, self.decoding, self.role, self.step)
-        return self.crew.generators.submit(chunk.number + attempt, "generate_with", *what)
+        return self.remote_roles.generators.submit(chunk.number + attempt, "generate_with", *what)
 
-    def _score(self, chunk: Chunk, rollout: Any, attempt: int) -> Call:
+    def _score(self, chunk: Chunk, rollout: Any, attempt: int) -> PendingCall:
         what = (rollout, chunk.rows, self.decoding.temperature)
-        return self.crew.scorers.submit(chunk.number + attempt, "score_at", *what)
+        return self.remote_roles.scorers.submit(chunk.number + attempt, "score_at", *what)
 
     def _watch(self) -> None:
         """Wait until something happens; a role that is silent for its timeout loses the actor that has its oldest work."""
@@ -197,20 +203,20 @@ class _Job:
             for number, flight in self.flying.items():
                 if number not in self.sampled and flight.sampling.work in ready:
                     self.sampled[number] = time.perf_counter()
-            for pool, doing in ((self.crew.generators, "sampling"), (self.crew.scorers, "scoring")):
+            for pool, doing in ((self.remote_roles.generators, "sampling"), (self.remote_roles.scorers, "scoring")):
                 self._end_if_silent(pool, doing)
 
-    def _end_if_silent(self, pool: Pool, doing: str) -> None:
+    def _end_if_silent(self, pool: ActorPool, doing: str) -> None:
         scoring, now = doing == "scoring", time.monotonic()
         waiting = [f for n, f in self.flying.items() if (n in self.sampled) == scoring]
         calls = [f.scoring if scoring else f.sampling for f in waiting]
-        works = [call.work for call in calls]
+        stats = [call.work for call in calls]
         before, since = self.silence.get(pool.role, ([], now))
-        if works != before or not works:
-            self.silence[pool.role] = works, now
+        if stats != before or not stats:
+            self.silence[pool.role] = stats, now
         elif now - since > pool.timeout_s:
             pool.end(calls[0].index, self._doing(waiting[0], doing))
-            self.silence[pool.role] = works, now
+            self.silence[pool.role] = stats, now
 
     def _land(self, flight: _Flight) -> tuple[Rollout, Scores] | None:
         """Rollout and scores if the chunk is done; None if it is still under way, or sent on its way again."""
@@ -220,7 +226,7 @@ class _Job:
         try:
             rollout, sampling = self._get(flight.sampling)
         except LOST as error:
-            self._again(flight, self.crew.generators, flight.sampling.index, error, "sampling")
+            self._again(flight, self.remote_roles.generators, flight.sampling.index, error, "sampling")
             self.sampled.pop(flight.chunk.number, None)
             flight.sampling = self._sample(flight.chunk, flight.tries)
             flight.scoring = self._score(flight.chunk, flight.sampling.result, flight.tries)
@@ -229,7 +235,7 @@ class _Job:
         try:
             scores, scoring = self._get(flight.scoring)
         except LOST as error:
-            self._again(flight, self.crew.scorers, flight.scoring.index, error, "scoring")
+            self._again(flight, self.remote_roles.scorers, flight.scoring.index, error, "scoring")
             flight.scoring = self._score(flight.chunk, flight.sampling.result, flight.tries)
             return None
         self.share.busy["generator"] += sampling.seconds
@@ -238,16 +244,16 @@ class _Job:
         self.share.done += [Done("generator", number, sampling), Done("scorer", number, scoring)]
         return rollout, scores
 
-    def _get(self, call: Call) -> tuple[Any, Work]:
+    def _get(self, call: PendingCall) -> tuple[Any, CallStats]:
         try:
-            result, work = ray.get([call.result, call.work], timeout=self.crew.generators.timeout_s)
+            result, work = ray.get([call.result, call.work], timeout=self.remote_roles.generators.timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, LOST):  # of an argument, not of the role
                 raise error.cause from error
             raise cause_of(error) from error
         return result, work
 
-    def _again(self, flight: _Flight, pool: Pool, index: int, error: BaseException, doing: str) -> None:
+    def _again(self, flight: _Flight, pool: ActorPool, index: int, error: BaseException, doing: str) -> None:
         """Count an attempt that was lost. Raises Interrupted when there have been enough."""
         pool.lost(index)
         what = self._doing(flight, doing)
@@ -256,7 +262,7 @@ class _Job:
         flight.tries += 1
         self.share.faults["faults/retries"] += 1.0
         why = pool.kind(index, error)
-        self.crew.tell(f"{pool.role} {index}: lost while {what} ({why}); the chunk is done again")
+        self.remote_roles.tell(f"{pool.role} {index}: lost while {what} ({why}); the chunk is done again")
 
     def _check_echo(self, rollout: Rollout, flight: _Flight) -> None:
         if (rollout.adapter_version, rollout.adapter_sha256) != (self.adapter.version, self.adapter.sha256):

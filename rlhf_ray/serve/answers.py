@@ -18,7 +18,7 @@ DONE = "data: [DONE]\n\n"
 
 
 @dataclass
-class Reply:
+class PartialChoice:
     """One choice, as far as it has come."""
 
     text: str = ""
@@ -27,7 +27,7 @@ class Reply:
 
 
 @dataclass
-class Answer:
+class ResponseBuilder:
     """Takes in events; gives out the whole answer, or its chunks. model: as the client named it.
     logprobs: the client wants them.  usage: it wants them in a last chunk."""
 
@@ -38,7 +38,7 @@ class Answer:
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     start: dict[str, Any] = field(default_factory=dict)
-    replies: dict[int, Reply] = field(default_factory=dict)
+    partials: dict[int, PartialChoice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.id = f"{IDS[self.kind]}-{uuid.uuid4().hex[:24]}"
@@ -51,25 +51,25 @@ class Answer:
             if "start" in event:
                 self.start = dict(event["start"])
                 continue
-            reply = self.replies.setdefault(event["i"], Reply())
-            reply.text += event.get("text", "")
-            reply.tokens += event.get("tokens", ())
+            partial = self.partials.setdefault(event["i"], PartialChoice())
+            partial.text += event.get("text", "")
+            partial.tokens += event.get("tokens", ())
             if "end" in event:
-                reply.end = dict(event)
+                partial.end = dict(event)
 
     # ---- whole ----------------------------------------------------------------------------------------------------------
 
     def whole(self) -> dict[str, Any]:
         return {
             **self._head(OBJECTS[self.kind]),
-            "choices": [self._choice(i) for i in sorted(self.replies)],
+            "choices": [self._choice(i) for i in sorted(self.partials)],
             "usage": self.counts(),
         }
 
     def counts(self) -> dict[str, int]:
         prompt = int(self.start.get("prompt_tokens", 0))
-        reply = sum(r.end["completion_tokens"] for r in self.replies.values() if r.end is not None)
-        return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
+        written = sum(r.end["completion_tokens"] for r in self.partials.values() if r.end is not None)
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def adapters(self) -> str:
         """Ids of the versions that wrote, for the access log."""
@@ -89,21 +89,21 @@ class Answer:
         }
 
     def _choice(self, index: int) -> dict[str, Any]:
-        reply = self.replies[index]
-        end = reply.end or {}
+        partial = self.partials[index]
+        end = partial.end or {}
         choice: dict[str, Any] = {"index": index, "finish_reason": end.get("end"), **self._extras(end)}
         if self.kind == "completion":
-            return {**choice, "text": reply.text, "logprobs": _flat(reply.tokens, 0) if self.logprobs else None}
-        choice["message"] = {"role": "assistant", "content": reply.text, "refusal": None}
-        choice["logprobs"] = _chat(reply.tokens) if self.logprobs else None
+            return {**choice, "text": partial.text, "logprobs": _flat(partial.tokens, 0) if self.logprobs else None}
+        choice["message"] = {"role": "assistant", "content": partial.text, "refusal": None}
+        choice["logprobs"] = _chat(partial.tokens) if self.logprobs else None
         if self.kind == "comparison":
-            choice |= {"model": self._speaker(index), "completion_tokens": end.get("completion_tokens")}
+            choice |= {"model": self._model_name(index), "completion_tokens": end.get("completion_tokens")}
         return choice
 
     def _extras(self, end: Mapping[str, Any]) -> dict[str, Any]:
         return {name: end[name] for name in ("reward", "kl") if name in end}
 
-    def _speaker(self, index: int) -> str:
+    def _model_name(self, index: int) -> str:
         return str(self.start["choices"][index])
 
     # ---- chunk by chunk --------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Answer:
             return
         text, tokens = event.get("text", ""), event.get("tokens", [])
         if text or tokens:
-            at = len(self.replies[event["i"]].text) - len(text)
+            at = len(self.partials[event["i"]].text) - len(text)
             logprobs = None
             if self.logprobs:
                 logprobs = _flat(tokens, at) if self.kind == "completion" else _chat(tokens)
@@ -142,7 +142,7 @@ class Answer:
         choice: dict[str, Any] = {"index": index, "finish_reason": end, "logprobs": None, **more}
         choice |= {"text": delta.get("content", "")} if self.kind == "completion" else {"delta": delta}
         if self.kind == "comparison":
-            choice["model"] = self._speaker(index)
+            choice["model"] = self._model_name(index)
         chunk = {**self._head(self._part), "choices": [choice]}
         return {**chunk, "usage": None} if self.usage else chunk
 
@@ -153,15 +153,15 @@ def error_chunk(error: ApiError) -> str:
 
 
 async def stream(
-    answer: Answer, first: list[dict[str, Any]], rest: AsyncIterator[list[dict[str, Any]]]
+    builder: ResponseBuilder, first: list[dict[str, Any]], rest: AsyncIterator[list[dict[str, Any]]]
 ) -> AsyncIterator[str]:
     """The answer as server-sent events. first: the events that are there already, and have been taken in."""
     try:
-        yield answer.chunks(first)
+        yield builder.chunks(first)
         async for events in rest:
-            answer.take(events)
-            yield answer.chunks(events)
-        yield answer.tail()
+            builder.take(events)
+            yield builder.chunks(events)
+        yield builder.tail()
     except ApiError as error:
         yield error_chunk(error) + DONE
 

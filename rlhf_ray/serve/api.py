@@ -19,16 +19,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.serve.answers import Answer, stream
-from rlhf_ray.serve.asks import Ask
+from rlhf_ray.serve.answers import ResponseBuilder, stream
+from rlhf_ray.serve.asks import GenerationRequest
 from rlhf_ray.serve.errors import ApiError, internal, model_not_found, overloaded
-from rlhf_ray.serve.guard import Guard
-from rlhf_ray.serve.journal import ACCESS, PREFERENCES, Journal, preference_row
+from rlhf_ray.serve.guard import HostCheck
+from rlhf_ray.serve.journal import ACCESS, PREFERENCES, RequestLog, preference_row
 from rlhf_ray.serve.keys import Key, Keys
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest, talk
 from rlhf_ray.serve.page import Page
-from rlhf_ray.serve.repeats import Repeats
+from rlhf_ray.serve.repeats import IdempotencyCache
 from rlhf_ray.serve.requests import parse, read_body
 
 log = logging.getLogger(__name__)
@@ -37,21 +37,21 @@ log = logging.getLogger(__name__)
 class Backend(Protocol):
     """The replicas."""
 
-    async def complete(self, ask: Ask) -> list[dict[str, Any]]:
+    async def complete(self, request: GenerationRequest) -> list[dict[str, Any]]:
         """All events of an ask."""
         ...
 
-    def stream(self, ask: Ask) -> AsyncIterator[list[dict[str, Any]]]:
+    def stream(self, request: GenerationRequest) -> AsyncIterator[list[dict[str, Any]]]:
         """They as they come. Closing it ends the work."""
         ...
 
     async def models(self) -> list[dict[str, Any]]: ...
 
 
-Handler = Callable[["Call"], Awaitable[Response]]
+Handler = Callable[["RequestContext"], Awaitable[Response]]
 
 
-class Call:
+class RequestContext:
     """One request on its way. log: its line in the access log."""
 
     def __init__(self, request: Request, key: Key | None) -> None:
@@ -67,7 +67,7 @@ class Call:
                 raise model_not_found(model)
 
 
-class Api:
+class HttpApi:
     """`app` is the ASGI application."""
 
     def __init__(self, config: ServeConfig, backend: Backend, metrics: Metrics | None = None) -> None:
@@ -75,10 +75,10 @@ class Api:
         self.metrics = metrics or NoMetrics()
         self.keys = None if config.api_keys is None else Keys(config.api_keys)
         folder = Path(config.output_dir)
-        self.access = Journal(folder / ACCESS)
-        self.preferences = Journal(folder / PREFERENCES, durable=True)
+        self.access = RequestLog(folder / ACCESS)
+        self.preferences = RequestLog(folder / PREFERENCES, durable=True)
         self.page = Page()
-        self.repeats = Repeats()
+        self.idempotency = IdempotencyCache()
         self.running: Counter[str] = Counter()  # requests in flight by key
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         for path, method, handler in (
@@ -93,7 +93,7 @@ class Api:
         app.add_api_route("/", self.show_page, methods=["GET"], response_model=None)
         app.add_exception_handler(HTTPException, _http_error)
         app.add_exception_handler(Exception, _any_error)
-        self.app = Guard(app, config)
+        self.app = HostCheck(app, config)
 
     # ---- routes --------------------------------------------------------------------------------------------------------
 
@@ -102,11 +102,11 @@ class Api:
             self.page.html, headers={"content-security-policy": self.page.policy, "cache-control": "no-cache"}
         )
 
-    async def list_models(self, call: Call) -> Response:
+    async def list_models(self, call: RequestContext) -> Response:
         found = [m for m in await self.backend.models() if call.key is None or call.key.may_use(m["id"])]
         return JSONResponse({"object": "list", "data": found})
 
-    async def show_model(self, call: Call) -> Response:
+    async def show_model(self, call: RequestContext) -> Response:
         wanted = call.request.path_params["model"]
         call.may_use(wanted)
         for model in await self.backend.models():
@@ -114,16 +114,16 @@ class Api:
                 return JSONResponse(model)
         raise model_not_found(wanted)
 
-    async def chat(self, call: Call) -> Response:
+    async def chat(self, call: RequestContext) -> Response:
         body = await read_body(call.request, self.limits)
         asked = parse(body, ChatRequest)
         call.may_use(asked.model, *_reward_name(asked.reward))
         prompt = talk(None, asked.messages, self.limits)
-        ask = replace(asked.ask(self.limits, (asked.model,), (prompt,)), logprobs=bool(asked.logprobs))
-        answer = Answer("chat", asked.model, bool(asked.logprobs), asked.wants_usage)
-        return await self._answer(call, body, ask, answer, asked.wants_stream)
+        request = replace(asked.to_request(self.limits, (asked.model,), (prompt,)), logprobs=bool(asked.logprobs))
+        builder = ResponseBuilder("chat", asked.model, bool(asked.logprobs), asked.wants_usage)
+        return await self._answer(call, body, request, builder, asked.wants_stream)
 
-    async def completions(self, call: Call) -> Response:
+    async def completions(self, call: RequestContext) -> Response:
         body = await read_body(call.request, self.limits)
         asked = parse(body, CompletionRequest)
         call.may_use(asked.model, *_reward_name(asked.reward))
@@ -136,12 +136,16 @@ class Api:
                 "prompt",
             )
         wants = asked.logprobs is not None
-        ask = replace(asked.ask(self.limits, (asked.model,), prompts), logprobs=wants)
+        request = replace(asked.to_request(self.limits, (asked.model,), prompts), logprobs=wants)
         return await self._answer(
-            call, body, ask, Answer("completion", asked.model, wants, asked.wants_usage), asked.wants_stream
+            call,
+            body,
+            request,
+            ResponseBuilder("completion", asked.model, wants, asked.wants_usage),
+            asked.wants_stream,
         )
 
-    async def compare(self, call: Call) -> Response:
+    async def compare(self, call: RequestContext) -> Response:
         body = await read_body(call.request, self.limits)
         asked = parse(body, CompareRequest)
         if len(asked.models) > self.limits.max_n:
@@ -155,11 +159,11 @@ class Api:
             raise ApiError(422, "models: a name stands there twice.", "invalid_value", "models")
         call.may_use(*asked.models, *_reward_name(asked.reward))
         prompt = talk(asked.prompt, asked.messages, self.limits)
-        ask = asked.ask(self.limits, tuple(asked.models), (prompt,))
-        answer = Answer("comparison", ",".join(asked.models), usage=asked.wants_usage)
-        return await self._answer(call, body, ask, answer, asked.wants_stream)
+        request = asked.to_request(self.limits, tuple(asked.models), (prompt,))
+        builder = ResponseBuilder("comparison", ",".join(asked.models), usage=asked.wants_usage)
+        return await self._answer(call, body, request, builder, asked.wants_stream)
 
-    async def prefer(self, call: Call) -> Response:
+    async def prefer(self, call: RequestContext) -> Response:
         body = await read_body(call.request, self.limits)
         asked = parse(body, PreferenceRequest)
         call.may_use(*filter(None, (asked.chosen_model, asked.rejected_model)))
@@ -179,32 +183,36 @@ class Api:
             self.metrics.count("preferences")
             return {"id": row["id"], "object": "preference", "created": row["created"]}
 
-        return JSONResponse(await self.repeats.once(self._repeat_key(call, body), store))
+        return JSONResponse(await self.idempotency.once(self._idempotency_key(call, body), store))
 
     # ---- inside --------------------------------------------------------------------------------------------------------
 
-    async def _answer(self, call: Call, body: bytes, ask: Ask, answer: Answer, streamed: bool) -> Response:
-        call.log["model"] = answer.model
+    async def _answer(
+        self, call: RequestContext, body: bytes, request: GenerationRequest, builder: ResponseBuilder, streamed: bool
+    ) -> Response:
+        call.log["model"] = builder.model
         if self.config.log_prompts:
-            call.log["prompt"] = [dict(p) for p in ask.prompts]
-        if ask.seed is None:
-            ask = replace(ask, seed=secrets.randbits(62))  # so that a second attempt, on another replica, says the same
+            call.log["prompt"] = [dict(p) for p in request.prompts]
+        if request.seed is None:
+            request = replace(
+                request, seed=secrets.randbits(62)
+            )  # so that a second attempt, on another replica, says the same
         if streamed:
-            return await self._streamed(call, ask, answer)
+            return await self._streamed(call, request, builder)
 
         async def whole() -> dict[str, Any]:
-            answer.take(await self.backend.complete(ask))
-            return answer.whole()
+            builder.take(await self.backend.complete(request))
+            return builder.whole()
 
-        found = await self.repeats.once(self._repeat_key(call, body), whole)
-        self._note_answer(call, answer)
+        found = await self.idempotency.once(self._idempotency_key(call, body), whole)
+        self._note_answer(call, builder)
         return JSONResponse(found)
 
-    async def _streamed(self, call: Call, ask: Ask, answer: Answer) -> Response:
-        events = self.backend.stream(ask)
+    async def _streamed(self, call: RequestContext, request: GenerationRequest, builder: ResponseBuilder) -> Response:
+        events = self.backend.stream(request)
         try:
             first = await anext(events)
-            answer.take(first)  # an error before anything was said is a status, not an event
+            builder.take(first)  # an error before anything was said is a status, not an event
         except BaseException:
             await _close(events)
             raise
@@ -212,12 +220,12 @@ class Api:
         started = time.monotonic()
 
         async def lines() -> AsyncIterator[str]:
-            pieces = stream(answer, first, events)
+            pieces = stream(builder, first, events)
             try:
                 async for piece in pieces:
                     yield piece
             finally:
-                self._note_answer(call, answer)
+                self._note_answer(call, builder)
                 call.log["stream_seconds"] = round(time.monotonic() - started, 4)
                 self._finish(call, 200)
                 await _close(pieces)
@@ -226,12 +234,15 @@ class Api:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return _Stream(lines(), media_type="text/event-stream", headers=headers)
 
-    def _note_answer(self, call: Call, answer: Answer) -> None:
-        call.log |= {"adapter": answer.adapters(), **{k: v for k, v in answer.counts().items() if k != "total_tokens"}}
+    def _note_answer(self, call: RequestContext, builder: ResponseBuilder) -> None:
+        call.log |= {
+            "adapter": builder.adapters(),
+            **{k: v for k, v in builder.counts().items() if k != "total_tokens"},
+        }
         if self.config.log_prompts:
-            call.log["replies"] = [reply.text for reply in answer.replies.values()]
+            call.log["replies"] = [partial.text for partial in builder.partials.values()]
 
-    def _repeat_key(self, call: Call, body: bytes) -> str | None:
+    def _idempotency_key(self, call: RequestContext, body: bytes) -> str | None:
         """The same request id with the same body is the same request, by the same caller. None without an id."""
         headers = call.request.headers
         given = headers.get("idempotency-key") or headers.get("x-request-id")
@@ -242,7 +253,7 @@ class Api:
 
     def _route(self, path: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def route(request: Request) -> Response:
-            call = Call(request, None)
+            call = RequestContext(request, None)
             call.log |= {
                 "time": round(time.time(), 3),
                 "request_id": (request.headers.get("x-request-id") or "")[:128],
@@ -278,7 +289,7 @@ class Api:
             raise overloaded(self.limits.retry_after_s)
         self.running[key.name] += 1
 
-    def _finish(self, call: Call, status: int) -> None:
+    def _finish(self, call: RequestContext, status: int) -> None:
         if call.key is not None:
             self.running[call.key.name] -= 1
         seconds = round(time.time() - call.log["time"], 4)

@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.resolved import to_dict
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.serve.asks import Ask
+from rlhf_ray.serve.asks import GenerationRequest
 from rlhf_ray.serve.errors import ApiError, overloaded
 from rlhf_ray.serve.gate import places
 
@@ -35,7 +35,7 @@ FAILED = (RayError, BackPressureError, DeploymentUnavailableError, RequestCancel
 
 
 @serve.deployment(name="Engine")
-class Engine:
+class EngineDeployment:
     """A replica (replica.py) as a Serve deployment."""
 
     async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it on the replica's event loop
@@ -46,11 +46,11 @@ class Engine:
         self.replica = Replica(load_dict(ServeConfig, values, "serve job"), name, Metrics())
         await self.replica.start()
 
-    async def complete(self, ask: Ask) -> list[dict[str, Any]]:
-        return [event async for events in self.replica.events(ask, whole=True) for event in events]
+    async def complete(self, request: GenerationRequest) -> list[dict[str, Any]]:
+        return [event async for events in self.replica.events(request, whole=True) for event in events]
 
-    async def stream(self, ask: Ask) -> AsyncIterator[list[dict[str, Any]]]:
-        events = self.replica.events(ask)
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[dict[str, Any]]]:
+        events = self.replica.events(request)
         try:
             async for some in events:
                 yield some
@@ -80,10 +80,10 @@ class Replicas:
         self._streaming = engine.options(stream=True)
         self._models: tuple[float, list[dict[str, Any]]] | None = None
 
-    async def complete(self, ask: Ask) -> list[dict[str, Any]]:
+    async def complete(self, request: GenerationRequest) -> list[dict[str, Any]]:
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s + 5
         for attempt in range(1, ATTEMPTS + 1):
-            response = self._engine.complete.remote(ask)
+            response = self._engine.complete.remote(request)
             try:
                 async with asyncio.timeout_at(deadline):
                     return list(await response)
@@ -98,10 +98,10 @@ class Replicas:
                 await asyncio.sleep(0.05 * attempt)
         raise AssertionError
 
-    async def stream(self, ask: Ask) -> AsyncIterator[list[dict[str, Any]]]:
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[dict[str, Any]]]:
         """A replica that dies before it said anything is replaced by another one."""
         for attempt in range(1, ATTEMPTS + 1):
-            response: Any = self._streaming.stream.remote(ask)
+            response: Any = self._streaming.stream.remote(request)
             said = False
             try:
                 async for events in response:
@@ -145,7 +145,7 @@ def _cancel(response: Any) -> None:
 
 @serve.deployment(name="Api")
 @serve.ingress()
-class Api:
+class ApiDeployment:
     """The HTTP application (api.py) as a Serve deployment."""
 
     def __init__(self, values: dict[str, Any], engine: DeploymentHandle) -> None:
@@ -153,10 +153,10 @@ class Api:
         self.engine = engine
 
     def __serve_build_asgi_app__(self) -> Any:
-        from rlhf_ray.serve.api import Api as Routes
+        from rlhf_ray.serve.api import HttpApi
         from rlhf_ray.serve.metrics import Metrics
 
-        return Routes(self.config, Replicas(self.engine, self.config), Metrics()).app
+        return HttpApi(self.config, Replicas(self.engine, self.config), Metrics()).app
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -192,10 +192,10 @@ def application(config: ServeConfig, own_ray: bool = False) -> serve.Application
         }
     else:
         options["num_replicas"] = replicas.min_replicas
-    api = Api.options(  # type: ignore[attr-defined]  # what the decorators make of it
+    api = ApiDeployment.options(  # type: ignore[attr-defined]  # what the decorators make of it
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=API_REQUESTS,
         graceful_shutdown_timeout_s=limits.request_timeout_s + 10,
         graceful_shutdown_wait_loop_s=0.2,
     )
-    return api.bind(values, Engine.options(**options).bind(values))  # type: ignore[attr-defined,no-any-return]
+    return api.bind(values, EngineDeployment.options(**options).bind(values))  # type: ignore[attr-defined,no-any-return]

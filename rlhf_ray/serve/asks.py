@@ -15,7 +15,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """prompts: each {text, input}, {messages}, {raw} (text without template) or {ids}.   models: names; more than one compares
     them on one prompt, under the same random numbers.   n: replies of each.   temperature: 0 is greedy.   seed: None draws one.
 

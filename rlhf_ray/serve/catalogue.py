@@ -25,7 +25,7 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Readout:
+class ModelReadout:
     """A version, read and checked. kind: policy or reward.  stop_ids: what ends a reply.  add_eos_token: of a reward model.
     about: lineage, for people."""
 
@@ -41,7 +41,7 @@ class Readout:
     def sha256(self) -> str:
         return self.files.sha256
 
-    def light(self) -> Readout:
+    def light(self) -> ModelReadout:
         """All but the tensors: those of an adapter that is loaded are in the model, those of another one on disk."""
         return replace(self, files=replace(self.files, tensors={}))
 
@@ -55,18 +55,18 @@ class Version:
     number: int
     sha256: str
     created: int
-    read: Callable[[], Readout]
+    read: Callable[[], ModelReadout]
 
 
 @dataclass
-class Catalogue:
+class ModelIndex:
     """versions: by id.  wanted: name -> id that the registry says is live.  live: name -> id that is served under it.
     known: what is known of versions that were read.  refused: id -> why it is not served."""
 
     versions: dict[str, Version] = field(default_factory=dict)
     wanted: dict[str, str] = field(default_factory=dict)
     live: dict[str, str] = field(default_factory=dict)
-    known: dict[str, Readout] = field(default_factory=dict)
+    known: dict[str, ModelReadout] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     _by_number: dict[str, str] = field(default_factory=dict)
 
@@ -111,11 +111,11 @@ def registry_versions(registry: Registry, backbone: Backbone) -> dict[str, tuple
     return found
 
 
-def _read_version(registry: Registry, id: str, backbone: Backbone) -> Readout:
+def _read_version(registry: Registry, id: str, backbone: Backbone) -> ModelReadout:
     return read_entry(registry.resolve(id), backbone)
 
 
-def read_entry(entry: Entry, backbone: Backbone) -> Readout:
+def read_entry(entry: Entry, backbone: Backbone) -> ModelReadout:
     """A promoted adapter, compared with the base and the tokenizer that are loaded. ArtifactError if it belongs on others."""
     where, identity = f"adapter {entry.id}", backbone.identity
     for what, recorded, loaded in (
@@ -126,7 +126,7 @@ def read_entry(entry: Entry, backbone: Backbone) -> Readout:
         if recorded != loaded:
             raise ArtifactError.at(where, f"was trained on another {what}", f"sha256 {loaded}", f"sha256 {recorded}")
     reward = entry.manifest.get("reward") or {}
-    return Readout(
+    return ModelReadout(
         entry.id,
         "reward" if entry.kind == "reward" else "policy",
         _checked(entry.load(), entry.kind == "reward", where),
@@ -153,14 +153,14 @@ def run_versions(adapters: Mapping[str, str], backbone: Backbone) -> dict[str, t
     return found
 
 
-def _same_run(name: str, spec: str, backbone: Backbone, sha256: str) -> Readout:
+def _same_run(name: str, spec: str, backbone: Backbone, sha256: str) -> ModelReadout:
     readout = read_run(name, spec, backbone)
     if readout.sha256 != sha256:
         raise ArtifactError.at(f"adapters.{name}", "has changed since the service started", sha256, readout.sha256)
     return readout
 
 
-def read_run(name: str, spec: str, backbone: Backbone) -> Readout:
+def read_run(name: str, spec: str, backbone: Backbone) -> ModelReadout:
     """A run, RUN@STEP or an adapter folder, compared with the base, tokenizer and template that it records."""
     source = policy_source(spec)
     if source.kind != "adapter":
@@ -173,7 +173,7 @@ def read_run(name: str, spec: str, backbone: Backbone) -> Readout:
     about: dict[str, Any] = {"stage": stage, "parents": [], "metrics": {}}
     if source.run is not None:
         about["parents"] = _parents(source.run.manifest().get("parents") or ())
-    return Readout(
+    return ModelReadout(
         f"{name}@v0-{files.sha256[:8]}",
         "reward" if is_reward else "policy",
         _checked(files, is_reward, f"adapter {name}"),

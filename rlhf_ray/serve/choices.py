@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_ray.data.templates import Template
-from rlhf_ray.serve.catalogue import Readout
-from rlhf_ray.serve.slots import Slot
-from rlhf_ray.serve.text import ReplyText
+from rlhf_ray.serve.catalogue import ModelReadout
+from rlhf_ray.serve.slots import CachedAdapter
+from rlhf_ray.serve.text import ResponseText
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ServedModel:
     """Who writes a reply. model: as it was asked for.  slot: None for the base, adapters off."""
 
     model: str
@@ -21,19 +21,19 @@ class Speaker:
     sha256: str
     template: Template
     stop_ids: tuple[int, ...]
-    slot: Slot[Readout] | None = None
+    cached: CachedAdapter[ModelReadout] | None = None
 
 
 @dataclass(eq=False)
-class Choice:
+class Generation:
     """One reply on its way. room: most tokens it may take."""
 
     index: int
-    speaker: Speaker
+    served: ServedModel
     prompt: Mapping[str, Any]
     prompt_ids: tuple[int, ...]
     room: int
-    text: ReplyText
-    reply_ids: list[int] = field(default_factory=list)
+    text: ResponseText
+    response_ids: list[int] = field(default_factory=list)
     logprob: float = 0.0
     end: Literal["stop", "length"] | None = None

@@ -39,7 +39,7 @@ PLACEHOLDER = "placeholder"
 """PEFT keeps one adapter active and must not lose it: a rank-1 one with B = 0 on a single layer, which no row ever names."""
 
 
-class Token(NamedTuple):
+class DecodedToken(NamedTuple):
     """One token of one ticket. end: None while the row goes on; "error" if there will be no more, for the reason in `error`."""
 
     ticket: int
@@ -49,7 +49,7 @@ class Token(NamedTuple):
     error: str = ""
 
 
-Deliver = Callable[[Sequence[Token]], None]
+Deliver = Callable[[Sequence[DecodedToken]], None]
 
 
 class DecodeThread:
@@ -171,7 +171,7 @@ class DecodeThread:
                 for event in events:
                     ticket = self._ticket_of[event.request_id]
                     error = "the model's logits are not finite" if event.end == "error" else ""
-                    tokens.append(Token(ticket, event.token_id, event.logprob, event.end, error))
+                    tokens.append(DecodedToken(ticket, event.token_id, event.logprob, event.end, error))
                     if event.end is not None:
                         self._forget(ticket)
                 if tokens:
@@ -189,7 +189,7 @@ class DecodeThread:
             try:
                 number = self.sampler.submit(request)
             except RlhfRayError as error:
-                refused.append(Token(ticket, -1, 0.0, "error", str(error)))
+                refused.append(DecodedToken(ticket, -1, 0.0, "error", str(error)))
             else:
                 self._rows[ticket], self._ticket_of[number] = number, ticket
         if refused:
@@ -207,7 +207,7 @@ class DecodeThread:
 
     def _end_rows(self, why: str) -> None:
         waiting = [ticket for ticket, request in self._inbox if request is not None] if self._stopping else []
-        lost = [Token(ticket, -1, 0.0, "error", why) for ticket in [*self._rows, *waiting]]
+        lost = [DecodedToken(ticket, -1, 0.0, "error", why) for ticket in [*self._rows, *waiting]]
         self._rows.clear()
         self._ticket_of.clear()
         if lost:

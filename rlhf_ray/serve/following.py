@@ -20,26 +20,26 @@ from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.files import atomic_write_json, read_json
 from rlhf_ray.registry import Registry
 from rlhf_ray.registry.alias import now
-from rlhf_ray.serve.catalogue import Catalogue, Readout, Version, registry_versions
+from rlhf_ray.serve.catalogue import ModelIndex, ModelReadout, Version, registry_versions
 from rlhf_ray.serve.metrics import Metrics
-from rlhf_ray.serve.slots import AdapterSlots, SlotsBusy
+from rlhf_ray.serve.slots import AdapterCache, CacheBusy
 
 log = logging.getLogger(__name__)
 
 
-class Following:
+class RegistryWatcher:
     """registry: None where there is none.   notes: the replica's own file of what it serves."""
 
     def __init__(
         self,
-        catalogue: Catalogue,
-        slots: AdapterSlots[Readout],
+        model_index: ModelIndex,
+        adapter_cache: AdapterCache[ModelReadout],
         backbone: Backbone,
         registry: Registry | None,
         notes: Path,
         metrics: Metrics,
     ) -> None:
-        self.catalogue, self.slots, self.backbone = catalogue, slots, backbone
+        self.model_index, self.adapter_cache, self.backbone = model_index, adapter_cache, backbone
         self.registry, self.notes, self.metrics = registry, notes, metrics
         self._token: str | None = None
 
@@ -68,15 +68,15 @@ class Following:
 
     async def take(self, found: dict[str, tuple[list[Version], str]]) -> None:
         """Serve these names. A version that was refused is tried again: something has changed, perhaps its files."""
-        for name in self.catalogue.offer(found):
-            await self._switch(self.catalogue.versions[self.catalogue.wanted[name]])
+        for name in self.model_index.offer(found):
+            await self._switch(self.model_index.versions[self.model_index.wanted[name]])
         await asyncio.to_thread(self._note)
 
-    async def read(self, version: Version) -> Readout:
+    async def read(self, version: Version) -> ModelReadout:
         """For a request that names it: known already, else from disk."""
-        readout = self.catalogue.known.get(version.id)
+        readout = self.model_index.known.get(version.id)
         if readout is None:
-            readout = self.catalogue.known[version.id] = (await asyncio.to_thread(version.read)).light()
+            readout = self.model_index.known[version.id] = (await asyncio.to_thread(version.read)).light()
         return readout
 
     async def _switch(self, version: Version) -> None:
@@ -85,22 +85,22 @@ class Following:
         except RlhfRayError as error:
             self._refuse(version, error)
             return
-        self.catalogue.known[version.id] = readout
-        self.catalogue.refused.pop(version.id, None)
-        self.catalogue.live[version.name] = version.id
+        self.model_index.known[version.id] = readout
+        self.model_index.refused.pop(version.id, None)
+        self.model_index.live[version.name] = version.id
         self.metrics.set("live_version", version.number, adapter=version.name)
         log.info("serving %s as %s, sha256 %s", version.id, version.name, readout.sha256)
 
-    async def _fit(self, version: Version) -> Readout:
+    async def _fit(self, version: Version) -> ModelReadout:
         """Checked and loaded; where every slot is in use, only checked: it is loaded when it is asked for."""
         try:
-            return (await self.slots.load(version.id, version.read)).loaded
-        except SlotsBusy:
+            return (await self.adapter_cache.load(version.id, version.read)).loaded
+        except CacheBusy:
             return (await asyncio.to_thread(version.read)).light()
 
     def _refuse(self, version: Version, error: RlhfRayError) -> None:
-        stays = self.catalogue.live.get(version.name)
-        self.catalogue.refused[version.id] = "; ".join(map(str, error.problems))
+        stays = self.model_index.live.get(version.name)
+        self.model_index.refused[version.id] = "; ".join(map(str, error.problems))
         self.metrics.count("adapters_refused", adapter=version.name)
         log.error(
             "refused %s, %s: %s", version.id, f"{stays} stays" if stays else "nothing is served as this name", error
@@ -111,7 +111,7 @@ class Following:
 
     def status(self) -> dict[str, Any]:
         """{replica, host, pid, when, live: {name: {id, version, sha256}}, refused: {id: why}}."""
-        versions = self.catalogue.versions
+        versions = self.model_index.versions
         return {
             "replica": self.notes.stem,
             "host": socket.gethostname(),
@@ -119,9 +119,9 @@ class Following:
             "when": now(),
             "live": {
                 name: {"id": id, "version": versions[id].number, "sha256": versions[id].sha256}
-                for name, id in sorted(self.catalogue.live.items())
+                for name, id in sorted(self.model_index.live.items())
             },
-            "refused": dict(self.catalogue.refused),
+            "refused": dict(self.model_index.refused),
         }
 
 

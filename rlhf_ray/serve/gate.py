@@ -27,7 +27,7 @@ def middlewares() -> list[Any]:
     """What Serve's proxy asks for (Starlette's Middleware)."""
     from starlette.middleware import Middleware
 
-    return [Middleware(Gate, metrics=Metrics())]
+    return [Middleware(AdmissionControl, metrics=Metrics())]
 
 
 def places(config: ServeConfig) -> int:
@@ -42,7 +42,7 @@ def told(config: ServeConfig) -> tuple[bytes, bytes]:
 
 
 @dataclass
-class Door:
+class Capacity:
     """Of one application, by its prefix.  places: None until it has told."""
 
     places: int | None = None
@@ -54,30 +54,30 @@ class Door:
         return self.places is not None and self.inside >= self.places
 
 
-class Place:
+class Admission:
     """Of one request: taken once, left once."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, capacity: Capacity) -> None:
+        self._capacity = capacity
         self._state = "outside"
 
     def take(self) -> None:
         if self._state == "outside":
             self._state = "inside"
-            self._door.inside += 1
+            self._capacity.inside += 1
 
     def leave(self) -> None:
         if self._state == "inside":
-            self._door.inside -= 1
+            self._capacity.inside -= 1
         self._state = "left"
 
 
-class Gate:
+class AdmissionControl:
     """ASGI middleware. A request takes a place when its body is there, so that one that dawdles keeps nobody out."""
 
     def __init__(self, app: Any, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
-        self.doors: dict[str, Door] = {}
+        self.capacities: dict[str, Capacity] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         work = next((path for path in WORK if scope["type"] == "http" and scope["path"].endswith(path)), None)
@@ -85,17 +85,17 @@ class Gate:
             await self.app(scope, receive, send)
             return
         prefix = scope["path"].removesuffix(work)
-        door = self.doors.get(prefix) or Door()
-        if door.is_full:
+        capacity = self.capacities.get(prefix) or Capacity()
+        if capacity.is_full:
             self.metrics.count("refused")
-            await send_error(overloaded(door.retry_after_s), send)
+            await send_error(overloaded(capacity.retry_after_s), send)
             return
-        place = Place(door)
+        admission = Admission(capacity)
 
         async def received() -> Any:
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body"):
-                place.take()
+                admission.take()
             return message
 
         async def noted(message: Any) -> None:
@@ -103,14 +103,14 @@ class Gate:
                 headers = list(message.get("headers", ()))
                 for name, value in headers:
                     if name == HEADER:
-                        known = self.doors.setdefault(prefix, door)
+                        known = self.capacities.setdefault(prefix, capacity)
                         known.places, known.retry_after_s = map(int, value.split(b";"))
                 message = {**message, "headers": [(n, v) for n, v in headers if n != HEADER]}
             elif message["type"] == "http.response.body" and not message.get("more_body"):
-                place.leave()  # before the client can know, and ask again
+                admission.leave()  # before the client can know, and ask again
             await send(message)
 
         try:
             await self.app(scope, received, noted)
         finally:
-            place.leave()
+            admission.leave()

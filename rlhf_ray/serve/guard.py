@@ -14,7 +14,7 @@ REFUSED_HEADERS = frozenset({b"x-request-disconnect-disabled"})
 """Ray Serve lets any client ask that its work goes on after it has left."""
 
 
-class Guard:
+class HostCheck:
     """ASGI middleware. Without API keys, browsers may reach the service under its own names only, so that no web page can use a
     visitor's loopback service (DNS rebinding); a page of another origin may not either way."""
 

@@ -17,7 +17,7 @@ ACCESS = "access.jsonl"
 PREFERENCES = "preferences.jsonl"
 
 
-class Journal:
+class RequestLog:
     """JSON lines in `path`; each is written whole or not at all, whoever else writes.   durable: flushed to disk before `add`
     returns."""
 

@@ -25,12 +25,12 @@ ROWS_PER_PASS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class ScoringCase:
     """A reply to be judged. adapter: PEFT name of a reward adapter, or None for the base's log-probabilities.
     head: f32[1, D] of the reward.  temperature: divides the base's logits."""
 
     prompt_ids: Sequence[int]
-    reply_ids: Sequence[int]
+    response_ids: Sequence[int]
     adapter: str | None = None
     head: torch.Tensor | None = None
     temperature: float = 1.0
@@ -40,37 +40,37 @@ class Case:
         return self.adapter, None if self.head is None else id(self.head), self.temperature
 
 
-class Judge:
+class ResponseScorer:
     """Lives on the event loop that awaits it."""
 
     def __init__(self, engine: DecodeThread) -> None:
         self._engine = engine
-        self._waiting: list[tuple[Case, asyncio.Future[float]]] = []
+        self._waiting: list[tuple[ScoringCase, asyncio.Future[float]]] = []
 
     async def reward(
-        self, prompt_ids: Sequence[int], reply_ids: Sequence[int], adapter: str, head: torch.Tensor
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], adapter: str, head: torch.Tensor
     ) -> float | None:
         """The reward model's score after the reply's last token; None if it cannot read so much."""
-        if not self._fits(prompt_ids, reply_ids):
+        if not self._fits(prompt_ids, response_ids):
             return None
-        return await self._ask(Case(prompt_ids, reply_ids, adapter, head))
+        return await self._ask(ScoringCase(prompt_ids, response_ids, adapter, head))
 
     async def base_logprob(
-        self, prompt_ids: Sequence[int], reply_ids: Sequence[int], temperature: float
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float
     ) -> float | None:
         """Nats: the sum over the reply's tokens of their log-probabilities under the base; None if it cannot read so much."""
-        if not self._fits(prompt_ids, reply_ids):
+        if not self._fits(prompt_ids, response_ids):
             return None
-        return await self._ask(Case(prompt_ids, reply_ids, temperature=temperature))
+        return await self._ask(ScoringCase(prompt_ids, response_ids, temperature=temperature))
 
-    def _fits(self, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> bool:
+    def _fits(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bool:
         return (
             bool(prompt_ids)
-            and bool(reply_ids)
-            and len(prompt_ids) + len(reply_ids) <= self._engine.backbone.context_length
+            and bool(response_ids)
+            and len(prompt_ids) + len(response_ids) <= self._engine.backbone.context_length
         )
 
-    async def _ask(self, case: Case) -> float:
+    async def _ask(self, case: ScoringCase) -> float:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[float] = loop.create_future()
         self._waiting.append((case, answer))
@@ -99,7 +99,7 @@ def _tell(answers: Sequence[asyncio.Future[float]], found: Sequence[float | Exce
 
 
 @torch.no_grad()
-def judge(cases: Sequence[Case], backbone: Backbone, model: PeftModel) -> list[float]:
+def judge(cases: Sequence[ScoringCase], backbone: Backbone, model: PeftModel) -> list[float]:
     """One number per case, in their order: a reward, or a sum of log-probabilities. Cases are read in groups of one adapter."""
     stack, pad = AdapterStack(backbone, model), Reader(backbone, None, False)  # type: ignore[arg-type]  # only pads
     found = [0.0] * len(cases)
@@ -107,11 +107,11 @@ def judge(cases: Sequence[Case], backbone: Backbone, model: PeftModel) -> list[f
     for i, case in enumerate(cases):
         groups[case.group].append(i)
     for members in groups.values():
-        members.sort(key=lambda i: len(cases[i].prompt_ids) + len(cases[i].reply_ids))
+        members.sort(key=lambda i: len(cases[i].prompt_ids) + len(cases[i].response_ids))
         for start in range(0, len(members), ROWS_PER_PASS):
             part = members[start : start + ROWS_PER_PASS]
             first = cases[part[0]]
-            seq = pad.sequences([list(cases[i].prompt_ids) for i in part], [list(cases[i].reply_ids) for i in part])
+            seq = pad.sequences([list(cases[i].prompt_ids) for i in part], [list(cases[i].response_ids) for i in part])
             states = stack.states(seq, first.adapter)
             if first.head is None:
                 values = stack.logprobs(states, seq, first.temperature, False, int)[0].double().sum(dim=1)

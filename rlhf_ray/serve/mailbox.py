@@ -12,11 +12,11 @@ from typing import Any
 
 PAUSE_S = 0.03
 """Between two hand-overs of an ask: 30 a second look like writing."""
-PAUSE_PER_ASK_S = 0.003
+PAUSE_PER_REQUEST_S = 0.003
 """Grows with the asks that are being answered, so that together they make 300 hand-overs a second at most."""
 
 
-class Mailbox:
+class TokenBuffer:
     """Lives on one event loop. whole: hand over the first item and the ends alone; nobody reads along."""
 
     def __init__(self, whole: bool = False) -> None:
@@ -25,10 +25,10 @@ class Mailbox:
         self._wake = asyncio.Event()
         self._handed_over = float("-inf")
 
-    def put(self, item: Any, urgent: bool, asks: int = 1) -> None:
+    def put(self, item: Any, urgent: bool, requests: int = 1) -> None:
         """urgent: hand over at once what there is.  asks: that are being answered now."""
         self._items.append(item)
-        pause = float("inf") if self._whole and self._handed_over > 0 else max(PAUSE_S, PAUSE_PER_ASK_S * asks)
+        pause = float("inf") if self._whole and self._handed_over > 0 else max(PAUSE_S, PAUSE_PER_REQUEST_S * requests)
         if urgent or time.monotonic() - self._handed_over >= pause:
             self._wake.set()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rlhf_ray.config.serve import LimitsConfig
-from rlhf_ray.serve.asks import Ask
+from rlhf_ray.serve.asks import GenerationRequest
 from rlhf_ray.serve.errors import ApiError
 
 Text = Annotated[str, Field(max_length=1_000_000)]
@@ -86,7 +86,9 @@ class Sampling(_Strict):
     def longest(self) -> int | None:
         return self.max_tokens
 
-    def ask(self, limits: LimitsConfig, models: tuple[str, ...], prompts: tuple[dict[str, Any], ...]) -> Ask:
+    def to_request(
+        self, limits: LimitsConfig, models: tuple[str, ...], prompts: tuple[dict[str, Any], ...]
+    ) -> GenerationRequest:
         """ApiError where a limit of the service is broken, or something is asked for that it does not do."""
         for name in self.unsupported():
             raise ApiError(400, f"{name} is not supported by this service.", "unsupported_parameter", name)
@@ -96,7 +98,7 @@ class Sampling(_Strict):
         _within("max_tokens", longest, limits.max_tokens)
         _within("n", n, limits.max_n)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Ask(
+        return GenerationRequest(
             models=models,
             prompts=prompts,
             n=n,
@@ -193,7 +195,7 @@ class PreferenceRequest(_Strict):
 
 
 def talk(prompt: str | None, messages: list[ChatMessage] | None, limits: LimitsConfig) -> dict[str, Any]:
-    """One of the two, as an Ask takes it. A conversation of one user turn is its text."""
+    """One of the two, as a GenerationRequest takes it. A conversation of one user turn is its text."""
     if (prompt is None) == (messages is None):
         raise ApiError(422, "Give exactly one of prompt and messages.", "invalid_value", "prompt")
     if messages is None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rlhf_ray.config import EvaluateConfig, LoraConfig, PPOConfig
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.plan.asks import Ask
+from rlhf_ray.plan.asks import ResourceRequest
 from rlhf_ray.plan.ledger import Device
 from rlhf_ray.plan.memory import GIB, Phases, Process
 from rlhf_ray.plan.preflight import check
@@ -95,10 +95,10 @@ def _adapter_bytes(config: ServeConfig, estimator: Estimator) -> int:
 
 def _placement(config: ServeConfig, copies: int, share: float) -> tuple[bool, str]:
     each = {"CPU": config.replicas.num_cpus if config.replicas.num_cpus is not None else 0.1}
-    asks = [Ask("replica", copies, each | ({"GPU": share} if share else {}))]
+    requests = [ResourceRequest("replica", copies, each | ({"GPU": share} if share else {}))]
     try:
         with at_hand() as (_, nodes, _):
-            found = check(asks, nodes)
+            found = check(requests, nodes)
     except ResourceError as error:
         return False, "; ".join(f"{p.where}: {p.what}" for p in error.problems)
     return True, f"{copies} copies on {', '.join(dict.fromkeys(found['replica']))}"

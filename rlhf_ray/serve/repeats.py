@@ -12,7 +12,7 @@ KEPT_S = 60.0
 KEPT = 256
 
 
-class Repeats:
+class IdempotencyCache:
     """Answers of the last minute by request id; a repeat of one that still runs waits for it."""
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """A replica: one base, the adapters on it, and the replies that are being written. Knows nothing of HTTP or of Ray.
 
-Ask ──> names -> versions ──> prompt ids ──> slots ──> rows of the decode thread ──> text ──> reward, KL ──> events
+request ──> names -> versions ──> prompt ids ──> slots ──> rows of the decode thread ──> text ──> reward, KL ──> events
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone
 from rlhf_ray.models.decode_types import DecodeRequest
 from rlhf_ray.registry import Registry
-from rlhf_ray.serve.asks import Ask
-from rlhf_ray.serve.catalogue import BASE, Catalogue, Readout, Version, run_versions
-from rlhf_ray.serve.choices import Choice, Speaker
-from rlhf_ray.serve.engine import DecodeThread, Token
+from rlhf_ray.serve.asks import GenerationRequest
+from rlhf_ray.serve.catalogue import BASE, ModelIndex, ModelReadout, Version, run_versions
+from rlhf_ray.serve.choices import Generation, ServedModel
+from rlhf_ray.serve.engine import DecodedToken, DecodeThread
 from rlhf_ray.serve.errors import ApiError, adapter_refused, internal, model_not_found, out_of_time, overloaded
-from rlhf_ray.serve.following import Following, forget_the_dead
-from rlhf_ray.serve.judge import Judge
+from rlhf_ray.serve.following import RegistryWatcher, forget_the_dead
+from rlhf_ray.serve.judge import ResponseScorer
 from rlhf_ray.serve.listing import entries
-from rlhf_ray.serve.mailbox import Mailbox
+from rlhf_ray.serve.mailbox import TokenBuffer
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.prompting import Prompting
-from rlhf_ray.serve.slots import AdapterSlots, SlotsBusy
-from rlhf_ray.serve.text import ReplyText
+from rlhf_ray.serve.slots import AdapterCache, CacheBusy
+from rlhf_ray.serve.text import ResponseText
 
 SWITCH_S = 0.001
 """The decode thread gives up Python's lock this often for the event loop; the default of 5 ms would delay every answer."""
@@ -66,37 +66,41 @@ class Replica:
         self.runs = run_versions(config.adapters, self.backbone)
         self.loop = asyncio.get_running_loop()
         self.engine = DecodeThread(self.backbone, self.limits.max_batch_rows, self._deliver, threads)
-        self.slots = AdapterSlots[Readout](self.engine, self.limits.max_loaded_adapters)
-        self.judge = Judge(self.engine)
+        self.adapter_cache = AdapterCache[ModelReadout](self.engine, self.limits.max_loaded_adapters)
+        self.scorer = ResponseScorer(self.engine)
         self.prompting = Prompting(self.backbone, self.limits)
-        self.catalogue = Catalogue()
+        self.model_index = ModelIndex()
         registry = None if config.registry is None else Registry(config.registry)
         notes = Path(config.output_dir) / "replicas" / f"{name}.json"
         notes.parent.mkdir(parents=True, exist_ok=True)
         forget_the_dead(notes.parent)
-        self.following = Following(self.catalogue, self.slots, self.backbone, registry, notes, self.metrics)
+        self.watcher = RegistryWatcher(
+            self.model_index, self.adapter_cache, self.backbone, registry, notes, self.metrics
+        )
         self.started = int(time.time())
-        self._routes: dict[int, tuple[Mailbox, Choice]] = {}
-        self._asks = 0
+        self._routes: dict[int, tuple[TokenBuffer, Generation]] = {}
+        self._running_requests = 0
         self._reserved = 0
         self._checked_steps = -1
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Serve the names there are, and follow the registry from now on."""
-        await self.following.take(self.runs)
-        await self.following.look()
-        self._keep(self.following.forever(self.config.poll_interval_s))
+        await self.watcher.take(self.runs)
+        await self.watcher.look()
+        self._keep(self.watcher.forever(self.config.poll_interval_s))
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.to_thread(self.engine.stop)
-        self.following.notes.unlink(missing_ok=True)
+        self.watcher.notes.unlink(missing_ok=True)
 
     # ---- what it can be asked ------------------------------------------------------------------------------------------
 
-    async def events(self, ask: Ask, arrived: float | None = None, whole: bool = False) -> AsyncIterator[list[Event]]:
+    async def events(
+        self, request: GenerationRequest, arrived: float | None = None, whole: bool = False
+    ) -> AsyncIterator[list[Event]]:
         """Lists of events as in asks.py; closing the iterator frees every row. Errors are events as well.
 
         arrived: `time.monotonic()` that the deadline counts from; default now.  whole: nobody reads along (see mailbox.py)."""
@@ -105,11 +109,11 @@ class Replica:
         try:
             async with AsyncExitStack() as held:
                 async with asyncio.timeout_at(deadline):
-                    self._admit(ask, held)
-                    choices, speakers, judge = await self._prepare(ask, held)
-                yield [{"start": self._start(choices, speakers)}]
-                mailbox = Mailbox(whole and not ask.stops)  # a stop string has to be noticed on the way
-                async for events in self._write(ask, choices, judge, deadline, arrived, mailbox):
+                    self._admit(request, held)
+                    generations, served_models, reward_model = await self._prepare(request, held)
+                yield [{"start": self._start(generations, served_models)}]
+                buffer = TokenBuffer(whole and not request.stops)  # a stop string has to be noticed on the way
+                async for events in self._write(request, generations, reward_model, deadline, arrived, buffer):
                     yield events
         except ApiError as error:
             yield [{"error": error.as_dict()}]
@@ -118,12 +122,12 @@ class Replica:
 
     async def models(self) -> list[dict[str, Any]]:
         """See listing.py."""
-        return entries(self.catalogue, self.started)
+        return entries(self.model_index, self.started)
 
     async def status(self) -> dict[str, Any]:
         """What it serves (see `Following.status`), and how busy it is."""
-        busy = {"rows": self.engine.running, "adapters": self.slots.held(), "steps": self.engine.steps}
-        return self.following.status() | {"busy": busy}
+        busy = {"rows": self.engine.running, "adapters": self.adapter_cache.held(), "steps": self.engine.steps}
+        return self.watcher.status() | {"busy": busy}
 
     async def check_health(self) -> None:
         """Raises unless the decoder decodes: it has since the last check, or it does now."""
@@ -133,12 +137,12 @@ class Replica:
         if moved and self.engine.running:
             return
         ids = (*self.backbone.eos_ids[:1], *bos_ids(self.backbone.tokenizer))[-1:] or (0,)
-        mailbox = Mailbox()
+        buffer = TokenBuffer()
         ticket = self.engine.submit(DecodeRequest(tuple(ids), 0, 1, (), greedy=True))
-        self._routes[ticket] = mailbox, Choice(0, self._base(BASE), {}, (), 1, ReplyText(self.backbone.tokenizer))
+        self._routes[ticket] = buffer, Generation(0, self._base(BASE), {}, (), 1, ResponseText(self.backbone.tokenizer))
         try:
             async with asyncio.timeout(HEALTH_S):
-                [(token, _), *_] = await mailbox.take()
+                [(token, _), *_] = await buffer.take()
         finally:
             self._routes.pop(ticket, None)
             if self.engine.alive:
@@ -150,74 +154,78 @@ class Replica:
     def gauges(self) -> None:
         """Figures that are set, not counted."""
         self.metrics.set("rows_running", self.engine.running)
-        self.metrics.set("adapters_loaded", len(self.slots.held()))
+        self.metrics.set("adapters_loaded", len(self.adapter_cache.held()))
         self.metrics.set("decode_steps", self.engine.steps)
 
     # ---- from an ask to rows -------------------------------------------------------------------------------------------
 
-    def _admit(self, ask: Ask, held: AsyncExitStack) -> None:
+    def _admit(self, request: GenerationRequest, held: AsyncExitStack) -> None:
         room = self.limits.max_batch_rows + self.limits.max_waiting_rows
-        if ask.rows > room:
+        if request.rows > room:
             raise ApiError(
-                400, f"{ask.rows} replies are asked for at once; at most {room} can be.", "too_many_replies", "n"
+                400, f"{request.rows} replies are asked for at once; at most {room} can be.", "too_many_replies", "n"
             )
-        if self._reserved + ask.rows > room:
+        if self._reserved + request.rows > room:
             raise overloaded(self.limits.retry_after_s)
-        self._reserved += ask.rows
-        held.callback(self._release, ask.rows)
+        self._reserved += request.rows
+        held.callback(self._release, request.rows)
 
     def _release(self, rows: int) -> None:
         self._reserved -= rows
 
-    async def _prepare(self, ask: Ask, held: AsyncExitStack) -> tuple[list[Choice], list[Speaker], Speaker | None]:
+    async def _prepare(
+        self, request: GenerationRequest, held: AsyncExitStack
+    ) -> tuple[list[Generation], list[ServedModel], ServedModel | None]:
         """Choices ready to be submitted; who speaks; and who judges, if anybody."""
-        speakers = [await self._speaker(model, held) for model in ask.models]
-        judge = await self._reward(ask.reward, held) if ask.reward else None
-        choices: list[Choice] = []
-        for prompt in ask.prompts:
-            for speaker in speakers:
-                ids = await self.prompting.ids(prompt, speaker.template)
-                room = self.prompting.room(len(ids), ask.max_tokens)
-                for _ in range(ask.n):
-                    text = ReplyText(self.backbone.tokenizer, ask.stops)
-                    choices.append(Choice(len(choices), speaker, prompt, ids, room, text))
-        return choices, speakers, judge
+        served_models = [await self._served_model(model, held) for model in request.models]
+        reward_model = await self._reward(request.reward, held) if request.reward else None
+        generations: list[Generation] = []
+        for prompt in request.prompts:
+            for served in served_models:
+                ids = await self.prompting.ids(prompt, served.template)
+                room = self.prompting.room(len(ids), request.max_tokens)
+                for _ in range(request.n):
+                    text = ResponseText(self.backbone.tokenizer, request.stops)
+                    generations.append(Generation(len(generations), served, prompt, ids, room, text))
+        return generations, served_models, reward_model
 
-    async def _speaker(self, model: str, held: AsyncExitStack) -> Speaker:
+    async def _served_model(self, model: str, held: AsyncExitStack) -> ServedModel:
         if model == BASE:
             return self._base(model)
         version = self._version(model)
-        speaker = await self._seated(model, version, held)
-        if speaker.slot is not None and speaker.slot.loaded.kind == "reward":
+        served = await self._loaded_model(model, version, held)
+        if served.cached is not None and served.cached.loaded.kind == "reward":
             raise ApiError(
                 400, f"{model!r} is a reward model: it scores replies, and writes none.", "not_a_policy", "model"
             )
-        return speaker
+        return served
 
-    def _base(self, model: str) -> Speaker:
-        return Speaker(model, BASE, self.backbone.identity.weights_sha256, self.template, self.backbone.eos_ids)
+    def _base(self, model: str) -> ServedModel:
+        return ServedModel(model, BASE, self.backbone.identity.weights_sha256, self.template, self.backbone.eos_ids)
 
     def _version(self, model: str) -> Version:
-        version = self.catalogue.resolve(model)
-        if self.catalogue.is_refused(model) or (version is not None and version.id in self.catalogue.refused):
+        version = self.model_index.resolve(model)
+        if self.model_index.is_refused(model) or (version is not None and version.id in self.model_index.refused):
             raise adapter_refused(model)
         if version is None:
             raise model_not_found(model)
         return version
 
-    async def _seated(self, model: str, version: Version, held: AsyncExitStack) -> Speaker:
+    async def _loaded_model(self, model: str, version: Version, held: AsyncExitStack) -> ServedModel:
         try:
-            slot = await held.enter_async_context(self.slots.use(version.id, version.read))
-        except SlotsBusy:
+            cached = await held.enter_async_context(self.adapter_cache.use(version.id, version.read))
+        except CacheBusy:
             raise overloaded(self.limits.retry_after_s, "model") from None
         except RlhfRayError as error:
-            self.catalogue.refused[version.id] = "; ".join(map(str, error.problems))
+            self.model_index.refused[version.id] = "; ".join(map(str, error.problems))
             raise adapter_refused(model) from None
-        self.catalogue.known.setdefault(version.id, slot.loaded)
-        return Speaker(model, version.id, slot.loaded.sha256, slot.loaded.template, slot.loaded.stop_ids, slot)
+        self.model_index.known.setdefault(version.id, cached.loaded)
+        return ServedModel(
+            model, version.id, cached.loaded.sha256, cached.loaded.template, cached.loaded.stop_ids, cached
+        )
 
-    async def _reward(self, asked: str | bool, held: AsyncExitStack) -> Speaker:
-        there = self.catalogue.rewards()
+    async def _reward(self, asked: str | bool, held: AsyncExitStack) -> ServedModel:
+        there = self.model_index.rewards()
         name = asked if isinstance(asked, str) else self.config.reward or (there[0] if len(there) == 1 else None)
         if name is None:
             what = (
@@ -226,158 +234,175 @@ class Replica:
                 else f"several are served; name one of {', '.join(sorted(there))}"
             )
             raise ApiError(400, f"reward: {what}.", "no_reward", "reward")
-        judge = await self._seated(name, self._version(name), held)
-        if judge.slot is None or judge.slot.head is None:
+        reward_model = await self._loaded_model(name, self._version(name), held)
+        if reward_model.cached is None or reward_model.cached.head is None:
             raise ApiError(400, f"reward: {name!r} is no reward adapter.", "not_a_reward", "reward")
-        return judge
+        return reward_model
 
-    def _start(self, choices: Sequence[Choice], speakers: Sequence[Speaker]) -> Event:
+    def _start(self, generations: Sequence[Generation], served_models: Sequence[ServedModel]) -> Event:
         base = self.backbone.identity.weights_sha256[:8]
         return {
-            "prompt_tokens": sum({id(c.prompt): len(c.prompt_ids) for c in choices}.values()),
-            "choices": [choice.speaker.model for choice in choices],
-            "adapters": {s.model: {"id": s.id, "sha256": s.sha256, "fingerprint": f"{base}/{s.id}"} for s in speakers},
+            "prompt_tokens": sum({id(c.prompt): len(c.prompt_ids) for c in generations}.values()),
+            "choices": [generation.served.model for generation in generations],
+            "adapters": {
+                s.model: {"id": s.id, "sha256": s.sha256, "fingerprint": f"{base}/{s.id}"} for s in served_models
+            },
         }
 
     # ---- writing -------------------------------------------------------------------------------------------------------
 
     async def _write(
         self,
-        ask: Ask,
-        choices: list[Choice],
-        judge: Speaker | None,
+        request: GenerationRequest,
+        generations: list[Generation],
+        reward_model: ServedModel | None,
         deadline: float,
         arrived: float,
-        mailbox: Mailbox,
+        buffer: TokenBuffer,
     ) -> AsyncIterator[list[Event]]:
-        seed = ask.seed if ask.seed is not None else secrets.randbits(62)
+        seed = request.seed if request.seed is not None else secrets.randbits(62)
         tickets = {}
         judging: set[asyncio.Task[None]] = set()
-        left = len(choices)
+        left = len(generations)
         first = True
-        self._asks += 1
+        self._running_requests += 1
         try:
-            for choice in choices:
-                ticket = self.engine.submit(self._request(ask, choice, seed))
-                tickets[choice] = ticket
-                self._routes[ticket] = mailbox, choice
+            for generation in generations:
+                ticket = self.engine.submit(self._request(request, generation, seed))
+                tickets[generation] = ticket
+                self._routes[ticket] = buffer, generation
             while left:
                 async with asyncio.timeout_at(deadline):
-                    got = await mailbox.take()
+                    got = await buffer.take()
                 if first:
-                    for name in {c.speaker.model for c in choices}:
+                    for name in {c.served.model for c in generations}:
                         self.metrics.observe("time_to_first_token_seconds", time.monotonic() - arrived, adapter=name)
                     first = False
                 events: dict[int, Event] = {}
                 last: list[Event] = []
-                for found, choice in got:
+                for found, generation in got:
                     if isinstance(found, dict):
                         left -= 1
                         last.append(
-                            {"i": choice.index, "end": choice.end, "completion_tokens": len(choice.reply_ids), **found}
+                            {
+                                "i": generation.index,
+                                "end": generation.end,
+                                "completion_tokens": len(generation.response_ids),
+                                **found,
+                            }
                         )
-                        self._count(choice, time.monotonic() - arrived)
+                        self._count(generation, time.monotonic() - arrived)
                     elif isinstance(found, Exception):
                         raise found
-                    elif choice.end is None:
-                        self._say(ask, choice, found, events)
-                        if choice.end is not None:
+                    elif generation.end is None:
+                        self._say(request, generation, found, events)
+                        if generation.end is not None:
                             if found.end is None:  # a stop string, of which the decoder knows nothing
-                                self.engine.cancel(tickets[choice])
-                            task = asyncio.create_task(self._judge(ask, choice, judge, mailbox))
+                                self.engine.cancel(tickets[generation])
+                            task = asyncio.create_task(self._score_response(request, generation, reward_model, buffer))
                             judging.add(task)
                 if events or last:
                     yield [*events.values(), *last]
         finally:
-            self._asks -= 1
-            for choice, ticket in tickets.items():
+            self._running_requests -= 1
+            for generation, ticket in tickets.items():
                 self._routes.pop(ticket, None)
-                if choice.end is None and self.engine.alive:
+                if generation.end is None and self.engine.alive:
                     self.engine.cancel(ticket)
             for task in judging:
                 task.cancel()
 
-    def _request(self, ask: Ask, choice: Choice, seed: int) -> DecodeRequest:
+    def _request(self, request: GenerationRequest, generation: Generation, seed: int) -> DecodeRequest:
         """Sample k of prompt p has the same random numbers whichever model writes it, so that only models make a difference."""
-        per_prompt = len(ask.models) * ask.n
-        prompt, sample = choice.index // per_prompt, choice.index % ask.n
-        slot = choice.speaker.slot
+        per_prompt = len(request.models) * request.n
+        prompt, sample = generation.index // per_prompt, generation.index % request.n
+        cached = generation.served.cached
         return DecodeRequest(
-            choice.prompt_ids,
+            generation.prompt_ids,
             derived_seed(seed, "serve", prompt, sample),
-            choice.room,
-            choice.speaker.stop_ids,
-            temperature=ask.temperature or 1.0,
-            top_p=ask.top_p,
-            top_k=ask.top_k,
-            greedy=ask.temperature == 0,
-            adapter=None if slot is None else slot.name,
+            generation.room,
+            generation.served.stop_ids,
+            temperature=request.temperature or 1.0,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            greedy=request.temperature == 0,
+            adapter=None if cached is None else cached.name,
         )
 
-    def _say(self, ask: Ask, choice: Choice, token: Token, events: dict[int, Event]) -> None:
+    def _say(
+        self, request: GenerationRequest, generation: Generation, token: DecodedToken, events: dict[int, Event]
+    ) -> None:
         """Take in one token: what can be said now goes into the event of its choice."""
         if token.end == "error":
             raise internal()
-        choice.reply_ids.append(token.token_id)
-        choice.logprob += token.logprob
-        choice.end = token.end
-        said = choice.text.push(token.token_id) if token.end != "stop" else ""
+        generation.response_ids.append(token.token_id)
+        generation.logprob += token.logprob
+        generation.end = token.end
+        said = generation.text.push(token.token_id) if token.end != "stop" else ""
         if token.end is not None:
-            said += choice.text.finish()
-        if choice.text.stopped:
-            choice.end = "stop"
-        if said or ask.logprobs:
-            event = events.setdefault(choice.index, {"i": choice.index, "text": ""})
+            said += generation.text.finish()
+        if generation.text.stopped:
+            generation.end = "stop"
+        if said or request.logprobs:
+            event = events.setdefault(generation.index, {"i": generation.index, "text": ""})
             event["text"] += said
-            if ask.logprobs:
+            if request.logprobs:
                 event.setdefault("tokens", []).append([self._name(token.token_id), token.logprob])
 
     def _name(self, token_id: int) -> str:
         return str(self.backbone.tokenizer.decode([token_id]))
 
-    async def _judge(self, ask: Ask, choice: Choice, judge: Speaker | None, mailbox: Mailbox) -> None:
-        """Put {reward, kl} of a finished reply, or the error, into the mailbox."""
+    async def _score_response(
+        self, request: GenerationRequest, generation: Generation, reward_model: ServedModel | None, buffer: TokenBuffer
+    ) -> None:
+        """Put {reward, kl} of a finished reply, or the error, into the buffer."""
         try:
             found: dict[str, Any] = {}
-            if judge is not None:
-                found["reward"] = await self._score(choice, judge)
-            if ask.kl:
-                found["kl"] = await self._kl(ask, choice)
-            mailbox.put((found, choice), urgent=True)
+            if reward_model is not None:
+                found["reward"] = await self._reward_of(generation, reward_model)
+            if request.kl:
+                found["kl"] = await self._kl(request, generation)
+            buffer.put((found, generation), urgent=True)
         except Exception as error:
-            mailbox.put((error if isinstance(error, ApiError) else internal(), choice), urgent=True)
+            buffer.put((error if isinstance(error, ApiError) else internal(), generation), urgent=True)
 
-    async def _score(self, choice: Choice, judge: Speaker) -> float | None:
-        assert judge.slot is not None and judge.slot.head is not None
+    async def _reward_of(self, generation: Generation, reward_model: ServedModel) -> float | None:
+        assert reward_model.cached is not None and reward_model.cached.head is not None
         same = (
-            "ids" in choice.prompt or "raw" in choice.prompt or judge.template.sha256 == choice.speaker.template.sha256
+            "ids" in generation.prompt
+            or "raw" in generation.prompt
+            or reward_model.template.sha256 == generation.served.template.sha256
         )
-        prompt = choice.prompt_ids if same else await self.prompting.ids(choice.prompt, judge.template)
-        return await self.judge.reward(prompt, choice.reply_ids, judge.slot.name, judge.slot.head)
+        prompt = generation.prompt_ids if same else await self.prompting.ids(generation.prompt, reward_model.template)
+        return await self.scorer.reward(
+            prompt, generation.response_ids, reward_model.cached.name, reward_model.cached.head
+        )
 
-    async def _kl(self, ask: Ask, choice: Choice) -> float | None:
+    async def _kl(self, request: GenerationRequest, generation: Generation) -> float | None:
         """The k1 estimate on this one reply: log-probability under the adapter minus that under the base, nats."""
-        if choice.speaker.slot is None:
+        if generation.served.cached is None:
             return 0.0
-        base = await self.judge.base_logprob(choice.prompt_ids, choice.reply_ids, ask.temperature or 1.0)
-        return None if base is None else choice.logprob - base
+        base = await self.scorer.base_logprob(
+            generation.prompt_ids, generation.response_ids, request.temperature or 1.0
+        )
+        return None if base is None else generation.logprob - base
 
-    def _deliver(self, tokens: Sequence[Token]) -> None:
+    def _deliver(self, tokens: Sequence[DecodedToken]) -> None:
         """On the engine's thread."""
         self.loop.call_soon_threadsafe(self._route, tokens)
 
-    def _route(self, tokens: Sequence[Token]) -> None:
+    def _route(self, tokens: Sequence[DecodedToken]) -> None:
         for token in tokens:
             route = self._routes.get(token.ticket)
             if route is not None:
-                mailbox, choice = route
-                mailbox.put((token, choice), token.end is not None, self._asks)
+                buffer, generation = route
+                buffer.put((token, generation), token.end is not None, self._running_requests)
 
-    def _count(self, choice: Choice, seconds: float) -> None:
-        name = choice.speaker.model
-        self.metrics.count("replies", adapter=name, end=str(choice.end))
-        self.metrics.count("prompt_tokens", len(choice.prompt_ids), adapter=name)
-        self.metrics.count("completion_tokens", len(choice.reply_ids), adapter=name)
+    def _count(self, generation: Generation, seconds: float) -> None:
+        name = generation.served.model
+        self.metrics.count("replies", adapter=name, end=str(generation.end))
+        self.metrics.count("prompt_tokens", len(generation.prompt_ids), adapter=name)
+        self.metrics.count("completion_tokens", len(generation.response_ids), adapter=name)
         self.metrics.observe("reply_seconds", seconds, adapter=name)
 
     def _keep(self, work: Any) -> None:

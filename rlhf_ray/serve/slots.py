@@ -23,7 +23,7 @@ from rlhf_ray.models.adapters import adapter_parameters, adapter_sha256, add_fro
 from rlhf_ray.serve.engine import DecodeThread
 
 
-class Loadable(Protocol):
+class AdapterReadout(Protocol):
     """What was read from disk, and passed its checks."""
 
     @property
@@ -34,15 +34,15 @@ class Loadable(Protocol):
         ...
 
 
-L = TypeVar("L", bound=Loadable)
+L = TypeVar("L", bound=AdapterReadout)
 
 
-class SlotsBusy(Exception):
+class CacheBusy(Exception):
     """Every slot is in use by a request that runs."""
 
 
 @dataclass(eq=False)
-class Slot(Generic[L]):
+class CachedAdapter(Generic[L]):
     """An adapter that the model holds. name: in PEFT.  users: requests that run under it.  head: of a reward model."""
 
     key: str
@@ -53,77 +53,79 @@ class Slot(Generic[L]):
 
 
 @dataclass
-class AdapterSlots(Generic[L]):
+class AdapterCache(Generic[L]):
     """capacity: adapters in memory at once.  loads, evictions: how often each happened."""
 
     engine: DecodeThread
     capacity: int
     loads: int = 0
     evictions: int = 0
-    _slots: OrderedDict[str, Slot[L]] = field(default_factory=OrderedDict)  # the least recently used first
-    _loading: dict[str, asyncio.Task[Slot[L]]] = field(default_factory=dict)
+    _cached: OrderedDict[str, CachedAdapter[L]] = field(default_factory=OrderedDict)  # the least recently used first
+    _loading: dict[str, asyncio.Task[CachedAdapter[L]]] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _room: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @asynccontextmanager
-    async def use(self, key: str, read: Callable[[], L]) -> AsyncIterator[Slot[L]]:
+    async def use(self, key: str, read: Callable[[], L]) -> AsyncIterator[CachedAdapter[L]]:
         """The adapter `key` in a slot that it keeps while the block runs. read: gets it from disk, on a thread of its own.
 
-        SlotsBusy if no slot can be freed; whatever `read` raises; ArtifactError if it does not fit the model."""
-        slot = await self._get(key, read)
+        CacheBusy if no slot can be freed; whatever `read` raises; ArtifactError if it does not fit the model."""
+        cached = await self._get(key, read)
         try:
-            yield slot
+            yield cached
         finally:
-            slot.users -= 1
+            cached.users -= 1
 
-    async def load(self, key: str, read: Callable[[], L]) -> Slot[L]:
+    async def load(self, key: str, read: Callable[[], L]) -> CachedAdapter[L]:
         """`use`, without staying: it is there afterwards, unless others crowd it out."""
-        async with self.use(key, read) as slot:
-            return slot
+        async with self.use(key, read) as cached:
+            return cached
 
     def held(self) -> list[str]:
-        return list(self._slots)
+        return list(self._cached)
 
     def holds(self, key: str) -> bool:
-        return key in self._slots
+        return key in self._cached
 
-    async def _get(self, key: str, read: Callable[[], L]) -> Slot[L]:
+    async def _get(self, key: str, read: Callable[[], L]) -> CachedAdapter[L]:
         while True:
-            slot = self._slots.get(key)
-            if slot is None:
+            cached = self._cached.get(key)
+            if cached is None:
                 task = self._loading.get(key)
                 if task is None:
                     task = self._loading[key] = asyncio.create_task(self._load(key, read))
                     task.add_done_callback(lambda done: self._loaded(key, done))
-                slot = await asyncio.shield(task)  # who gives up waiting does not take it from the others
-            if self._slots.get(key) is slot:  # else it was crowded out before this request came to run
-                slot.users += 1
-                self._slots.move_to_end(key)
-                return slot
+                cached = await asyncio.shield(task)  # who gives up waiting does not take it from the others
+            if self._cached.get(key) is cached:  # else it was crowded out before this request came to run
+                cached.users += 1
+                self._cached.move_to_end(key)
+                return cached
 
-    def _loaded(self, key: str, done: asyncio.Task[Slot[L]]) -> None:
+    def _loaded(self, key: str, done: asyncio.Task[CachedAdapter[L]]) -> None:
         del self._loading[key]
         if not done.cancelled():
             done.exception()  # seen: it is raised to whoever waits, if anybody still does
 
-    async def _load(self, key: str, read: Callable[[], L]) -> Slot[L]:
+    async def _load(self, key: str, read: Callable[[], L]) -> CachedAdapter[L]:
         loaded = await asyncio.to_thread(read)
         async with self._room:
             await self._make_room()
             name = f"ad_{next(self._numbers):04d}"
             await asyncio.wrap_future(self.engine.call(lambda model: _add(model, name, loaded.files)))
             head = loaded.files.head
-            slot = Slot(key, name, loaded.light(), None if head is None else head.to(self.engine.backbone.device))
-            self._slots[key] = slot
+            cached = CachedAdapter(
+                key, name, loaded.light(), None if head is None else head.to(self.engine.backbone.device)
+            )
+            self._cached[key] = cached
             self.loads += 1
-            return slot
+            return cached
 
     async def _make_room(self) -> None:
-        while len(self._slots) >= self.capacity:
-            idle = next((slot for slot in self._slots.values() if slot.users == 0), None)
+        while len(self._cached) >= self.capacity:
+            idle = next((cached for cached in self._cached.values() if cached.users == 0), None)
             if idle is None:
-                raise SlotsBusy
-            del self._slots[idle.key]
+                raise CacheBusy
+            del self._cached[idle.key]
             self.evictions += 1
             await asyncio.wrap_future(self.engine.call(partial(remove_adapter, adapter_name=idle.name)))
 

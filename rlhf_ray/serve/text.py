@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class ReplyText:
+class ResponseText:
     """`push` each token, then `finish`: the parts make up the reply's text, cut before the first stop string.
 
     tokenizer: of the base.   stops: strings that end the reply; they are not part of it.   stopped: one of them came."""

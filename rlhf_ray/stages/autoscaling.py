@@ -75,11 +75,11 @@ def _state_v2() -> Any:
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
-        reply = GetClusterStatusReply()
-        reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=5))
+        response = GetClusterStatusReply()
+        response.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=5))
     except (ImportError, AttributeError, ray.exceptions.RayError):
         return None
-    return reply.autoscaling_state if reply.HasField("autoscaling_state") else None
+    return response.autoscaling_state if response.HasField("autoscaling_state") else None
 
 
 def _reported_types() -> dict[str, tuple[dict[str, float], int]] | None:

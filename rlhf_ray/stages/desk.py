@@ -1,7 +1,7 @@
 """The folder through which a driver and its learner group talk: events to show, the wish to stop, what failed, which start it is.
 
-It lies beside the run folder, so whoever can reach the run can reach it. A driver holds a lock in its desk for as long as it lives;
-the desk of a driver that was killed is cleared away by the next one.
+It lies beside the run folder, so whoever can reach the run can reach it. A driver holds a lock in its channel for as long as it
+lives; the channel of a driver that was killed is cleared away by the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OTHERS_S = 3.0
 """How long a rank that failed waits to see whether all ranks have."""
 
 
-class Desk:
+class RunChannel:
     """One start of one job. path: the folder, which Ray Train uses as well."""
 
     def __init__(self, path: Path) -> None:
@@ -88,8 +88,8 @@ def _revived(found: dict[str, Any]) -> Exception:
 
 
 @contextlib.contextmanager
-def open_desk(beside: Path) -> Iterator[Desk]:
-    """A desk of one's own in folder `beside`, gone at the end. ConfigError if it cannot be made there."""
+def open_channel(beside: Path) -> Iterator[RunChannel]:
+    """A channel of one's own in folder `beside`, gone at the end. ConfigError if it cannot be made there."""
     try:
         beside.mkdir(parents=True, exist_ok=True)
         _clear_up(beside)
@@ -98,10 +98,10 @@ def open_desk(beside: Path) -> Iterator[Desk]:
     except OSError as error:
         raise ConfigError.at("output_dir", f"cannot write to {beside}: {error.strerror}") from error
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: nobody takes the desk for a dead one's
+        with contextlib.suppress(OSError):  # a file system without locks: nobody takes the channel for a dead one's
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(path / "making", path / "driver")  # found by others only when it is locked
-        yield Desk(path)
+        yield RunChannel(path)
     finally:
         os.close(fd)
         shutil.rmtree(path, ignore_errors=True)

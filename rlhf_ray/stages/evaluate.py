@@ -30,10 +30,10 @@ from rlhf_ray.run import Run
 from rlhf_ray.session import Session
 from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.entering import enter_afresh
-from rlhf_ray.stages.evaluate_files import Outcome, artifacts, show, write_results
+from rlhf_ray.stages.evaluate_files import EvaluationOutcome, artifacts, show, write_results
 from rlhf_ray.stages.header import config_line
 from rlhf_ray.stages.launch import launch
-from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
+from rlhf_ray.stages.panel import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
 from rlhf_ray.stages.quiet import quiet_libraries
 
 TRUE = "true_reward"
@@ -56,8 +56,8 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
             return finished
         baseline = config.baseline or config.policies[0].name
         with discarded_on_error(folder, is_new):
-            panel, prompts, n_dropped = prepare(config, session, folder, config.reference or baseline)
-        answers = answer_all(panel, prompts)
+            evaluation, prompts, n_dropped = prepare(config, session, folder, config.reference or baseline)
+        answers = answer_all(evaluation, prompts)
         outcome = judge(config, baseline, prompts, answers, n_dropped)
         run = Run(
             stage="evaluate",
@@ -79,25 +79,27 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
 
 def prepare(
     config: EvaluateConfig, session: Session, folder: RunFolder, reference: str
-) -> tuple[Panel, list[TokenisedPrompt], int]:
+) -> tuple[EvaluationModels, list[TokenisedPrompt], int]:
     """Everything that can be wrong with the job is found here: rows, models, lineage, lengths. Cheap checks come first.
 
-    Returns the panel, the prompts, and how many held-out prompts are too long to be answered."""
+    Returns the loaded models, the prompts, and how many held-out prompts are too long to be answered."""
     rows = held_out_rows(config)
-    panel = load_panel(config, session, reference)
+    evaluation = load_evaluation_models(config, session, reference)
     asked = rows.held_out[: config.data.eval_max_rows]
-    done = panel.tokenise(asked, config.data.too_long)
+    done = evaluation.tokenise(asked, config.data.too_long)
     if not done.examples:
         raise DataError.at(
             ", ".join(config.data.eval or config.data.train), f"no prompt can be answered: {done.dropped}"
         )
     if session.is_main:
-        write_lineage(folder, panel, rows)
+        write_lineage(folder, evaluation, rows)
         lines = [f"{len(done.examples)} of {len(rows.held_out)} held-out prompts"]
         tell(
-            panel, [*rows.summary, *lines, *(str(t) for t in (done.dropped, done.truncated) if t.total)], rows.warnings
+            evaluation,
+            [*rows.summary, *lines, *(str(t) for t in (done.dropped, done.truncated) if t.total)],
+            rows.warnings,
         )
-    return panel, done.examples, len(asked) - len(done.examples)
+    return evaluation, done.examples, len(asked) - len(done.examples)
 
 
 def held_out_rows(config: EvaluateConfig) -> StageRows:
@@ -120,13 +122,13 @@ def held_out_rows(config: EvaluateConfig) -> StageRows:
     return rows
 
 
-def answer_all(panel: Panel, prompts: Sequence[TokenisedPrompt]) -> dict[str, Answers]:
+def answer_all(evaluation: EvaluationModels, prompts: Sequence[TokenisedPrompt]) -> dict[str, PolicyResponses]:
     """Every policy's answers, on every rank."""
-    found: dict[str, Answers] = {}
-    for number, policy in enumerate(panel.config.policies, start=1):
-        found[policy.name] = panel.answer(policy.name, prompts)
-        if panel.session.is_main:
-            panel.session.console.progress("evaluate", number, len(panel.config.policies))
+    found: dict[str, PolicyResponses] = {}
+    for number, policy in enumerate(evaluation.config.policies, start=1):
+        found[policy.name] = evaluation.answer(policy.name, prompts)
+        if evaluation.session.is_main:
+            evaluation.session.console.progress("evaluate", number, len(evaluation.config.policies))
     return found
 
 
@@ -134,9 +136,9 @@ def judge(
     config: EvaluateConfig,
     baseline: str,
     prompts: Sequence[TokenisedPrompt],
-    answers: dict[str, Answers],
+    answers: dict[str, PolicyResponses],
     n_dropped: int,
-) -> Outcome:
+) -> EvaluationOutcome:
     """All figures of all policies. Without rewards nobody wins."""
     comparisons: dict[str, Comparison] = {}
     by = next((r for r in config.rewards if r.name == config.judge), config.rewards[0] if config.rewards else None)
@@ -151,17 +153,19 @@ def judge(
         if name in comparisons:
             metrics |= comparisons[name].metrics(name)
     judge_name = by.name if by is not None else None
-    return Outcome(baseline, judge_name, prompts, answers, comparisons, metrics, has_sum(config.rewards))
+    return EvaluationOutcome(baseline, judge_name, prompts, answers, comparisons, metrics, has_sum(config.rewards))
 
 
-def _judged(answers: Answers, by: RewardSource) -> Judged:
+def _judged(answers: PolicyResponses, by: RewardSource) -> Judged:
     """A reward with a negative weight is a cost: its lower score wins."""
     sign = -1.0 if by.weight < 0 else 1.0
     figures = answers.figures
     return Judged(sign * figures.parts[by.name], figures.length, answers.texts.completions)
 
 
-def policy_metrics(policy: str, answers: Answers, rewards: Sequence[RewardSource], n_dropped: int) -> dict[str, float]:
+def policy_metrics(
+    policy: str, answers: PolicyResponses, rewards: Sequence[RewardSource], n_dropped: int
+) -> dict[str, float]:
     """A policy's figures under the names of metrics.py. Undefined ones (one prompt has no standard error) are left out."""
     figures = answers.figures
     found = _with_error("kl_k1_per_response", figures.k1) | _with_error("kl_k3_per_response", figures.k3)
@@ -191,10 +195,10 @@ def _with_error(name: str, values: Tensor) -> dict[str, float]:
     return {name: float(values.mean()), f"{name}_se": standard_error(values)}
 
 
-def write_lineage(folder: RunFolder, panel: Panel, rows: StageRows) -> None:
-    identity, template, session = panel.backbone.identity, panel.template, panel.session
+def write_lineage(folder: RunFolder, evaluation: EvaluationModels, rows: StageRows) -> None:
+    identity, template, session = evaluation.backbone.identity, evaluation.template, evaluation.session
     folder.update_manifest(
-        parents=panel.parents,
+        parents=evaluation.parents,
         base=identity.manifest(),
         tokenizer_sha256=identity.tokenizer_sha256,
         template={"name": template.name, "sha256": template.sha256},
@@ -204,19 +208,19 @@ def write_lineage(folder: RunFolder, panel: Panel, rows: StageRows) -> None:
     )
 
 
-def tell(panel: Panel, data_lines: Sequence[str], data_warnings: Sequence[str]) -> None:
+def tell(evaluation: EvaluationModels, data_lines: Sequence[str], data_warnings: Sequence[str]) -> None:
     """The header, before the first reply."""
-    config, console, sampling = panel.config, panel.session.console, panel.config.sampling
+    config, console, sampling = evaluation.config, evaluation.session.console, evaluation.config.sampling
     console.header(
         f"evaluate  {config.output_dir}",
         [
-            *panel.lines,
+            *evaluation.lines,
             *(header_line("data", line) for line in data_lines),
-            header_line("decoding", f"{decoding_line(config)}; KL against {panel.reference}"),
+            header_line("decoding", f"{decoding_line(config)}; KL against {evaluation.reference}"),
             config_line(config),
         ],
     )
-    for line in [*data_warnings, *panel.warnings]:
+    for line in [*data_warnings, *evaluation.warnings]:
         console.warn(line)
     if not sampling.do_sample or sampling.top_p < 1 or sampling.top_k:
         console.warn(

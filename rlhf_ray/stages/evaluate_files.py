@@ -25,7 +25,7 @@ from rlhf_ray.models.artifact import RunFolder, atomic_write_json
 from rlhf_ray.report import write_report
 from rlhf_ray.roles.judging import Comparison
 from rlhf_ray.run import Run
-from rlhf_ray.stages.panel import Answers
+from rlhf_ray.stages.panel import PolicyResponses
 from rlhf_ray.stages.rows_file import write_rows
 
 SAMPLED_PROMPTS = 40
@@ -44,7 +44,7 @@ SHARES = ("win_rate", "finished")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EvaluationOutcome:
     """An evaluation's result.
 
     judge: the reward that decided, None without rewards.  comparisons: of every policy but the baseline.
@@ -53,13 +53,13 @@ class Outcome:
     baseline: str
     judge: str | None
     prompts: Sequence[TokenisedPrompt]
-    answers: Mapping[str, Answers]
+    answers: Mapping[str, PolicyResponses]
     comparisons: Mapping[str, Comparison]
     metrics: dict[str, float]
     has_sum: bool
 
 
-def artifacts(outcome: Outcome) -> dict[str, str]:
+def artifacts(outcome: EvaluationOutcome) -> dict[str, str]:
     """Name -> file, for the summary."""
     pairs = {f"pairs/{name}": pairs_file(name) for name in outcome.answers if name != outcome.baseline}
     found = {"results": "results.jsonl", "samples": "samples.jsonl", "report": "report.html", **pairs}
@@ -70,7 +70,7 @@ def pairs_file(policy: str) -> str:
     return f"pairs_{policy}.json"
 
 
-def write_results(folder: RunFolder, config: EvaluateConfig, run: Run, outcome: Outcome) -> None:
+def write_results(folder: RunFolder, config: EvaluateConfig, run: Run, outcome: EvaluationOutcome) -> None:
     """All files of the run, then its seal and its report. Call it from one process only."""
     rows = [result_row(outcome, i) for i in range(len(outcome.prompts))]
     write_rows(folder.path / "results.jsonl", rows)
@@ -99,15 +99,15 @@ def prompt_columns(prompt: Prompt) -> dict[str, str]:
     return {"instruction": prompt.plain() if prompt.messages else prompt.text, "input": prompt.input}
 
 
-def result_row(outcome: Outcome, i: int) -> dict[str, Any]:
+def result_row(outcome: EvaluationOutcome, i: int) -> dict[str, Any]:
     """Line `i` of results.jsonl."""
     row = outcome.prompts[i].row
     prompt = next(iter(outcome.answers.values())).texts.prompts[i]
-    replies = {name: _reply(outcome, name, i) for name in outcome.answers}
-    return {"row": i, "where": row.where, **prompt_columns(row.prompt), "prompt": prompt, "replies": replies}
+    responses = {name: _response(outcome, name, i) for name in outcome.answers}
+    return {"row": i, "where": row.where, **prompt_columns(row.prompt), "prompt": prompt, "replies": responses}
 
 
-def _reply(outcome: Outcome, name: str, i: int) -> dict[str, Any]:
+def _response(outcome: EvaluationOutcome, name: str, i: int) -> dict[str, Any]:
     figures, texts = outcome.answers[name].figures, outcome.answers[name].texts
     comparison = outcome.comparisons.get(name)
     scored = {"reward": float(figures.reward[i])} if outcome.has_sum else {}
@@ -124,13 +124,13 @@ def _reply(outcome: Outcome, name: str, i: int) -> dict[str, Any]:
 
 def pair_row(row: Mapping[str, Any], baseline: str, policy: str) -> dict[str, Any]:
     """A row of the pairwise file: output_1 is the baseline's reply. preference is there where there was a judge."""
-    reply = row["replies"][policy]
-    judged = {} if reply["preference"] is None else {"preference": reply["preference"]}
+    response = row["replies"][policy]
+    judged = {} if response["preference"] is None else {"preference": response["preference"]}
     return {
         "instruction": row["instruction"],
         "input": row["input"],
         "output_1": row["replies"][baseline]["output"],
-        "output_2": reply["output"],
+        "output_2": response["output"],
         **judged,
     }
 
@@ -142,26 +142,29 @@ def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "policy": name,
             "row": row["row"],
             "prompt": row["prompt"],
-            "reply": reply["output"],
-            **_scores(reply),
-            "kl": reply["kl"],
-            "length": reply["length"],
-            "finished": reply["finished"],
+            "reply": response["output"],
+            **_scores(response),
+            "kl": response["kl"],
+            "length": response["length"],
+            "finished": response["finished"],
         }
         for row in rows
-        for name, reply in row["replies"].items()
+        for name, response in row["replies"].items()
     ]
 
 
-def _scores(reply: Mapping[str, Any]) -> dict[str, float]:
+def _scores(response: Mapping[str, Any]) -> dict[str, float]:
     """The weighted sum, and its parts where they say more."""
-    parts = reply["rewards"]
-    if "reward" not in reply:
+    parts = response["rewards"]
+    if "reward" not in response:
         return dict(parts)
-    return {"reward": reply["reward"], **({n: v for n, v in parts.items() if n != "reward"} if len(parts) > 1 else {})}
+    return {
+        "reward": response["reward"],
+        **({n: v for n, v in parts.items() if n != "reward"} if len(parts) > 1 else {}),
+    }
 
 
-def show(outcome: Outcome, console: Console) -> None:
+def show(outcome: EvaluationOutcome, console: Console) -> None:
     """The table of policies, who won, and three prompts with all replies."""
     columns = [c for c in COLUMNS if any(f"{c}/{name}" in outcome.metrics for name in outcome.answers)]
     console.table(
@@ -179,7 +182,7 @@ def show(outcome: Outcome, console: Console) -> None:
         )
 
 
-def verdict(policy: str, comparison: Comparison, outcome: Outcome) -> str:
+def verdict(policy: str, comparison: Comparison, outcome: EvaluationOutcome) -> str:
     """One line: the counts, the win rate as it is and at equal length, the paired difference."""
     won, level, gap = comparison.outcome, comparison.at_equal_length, comparison.difference
     parts = [

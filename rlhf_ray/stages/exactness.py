@@ -31,7 +31,7 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
-def tell_differences(state: Mapping[str, Any], session: Session, backbone: Backbone) -> None:
+def warn_of_differences(state: Mapping[str, Any], session: Session, backbone: Backbone) -> None:
     """One warning, of rank 0, if a run goes on elsewhere than where its checkpoint was written.
 
     state: of the checkpoint. An older one knows the number of ranks and threads alone."""

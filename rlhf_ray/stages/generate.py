@@ -18,10 +18,10 @@ from rlhf_ray.data.records import Row, read_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem, RlhfRayError
 from rlhf_ray.models.artifact import RunFolder
 from rlhf_ray.models.lineage import header_line, parent_of
-from rlhf_ray.models.specs import Source, policy_source, reward_source
+from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
 from rlhf_ray.session import process_session
 from rlhf_ray.stages.evaluate_files import prompt_columns
-from rlhf_ray.stages.panel import Answers, Panel, decoding_line, load_panel
+from rlhf_ray.stages.panel import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
 from rlhf_ray.stages.quiet import quiet_libraries
 from rlhf_ray.stages.recorded import recorded_base, recorded_template
 from rlhf_ray.stages.rows_file import write_rows
@@ -76,19 +76,19 @@ def generate(
     }
     config, reference = plan_job(policies, rewards, model, fields, console)
     rows = _rows(instruction, input, file, console)
-    panel = load_panel(config, process_session(console, num_threads), reference)
-    shown = [header_line("template", panel.template.name), header_line("decoding", decoding_line(config))]
-    console.header("generate", [*panel.lines, *shown])
-    for line in panel.warnings:
+    evaluation = load_evaluation_models(config, process_session(console, num_threads), reference)
+    shown = [header_line("template", evaluation.template.name), header_line("decoding", decoding_line(config))]
+    console.header("generate", [*evaluation.lines, *shown])
+    for line in evaluation.warnings:
         console.warn(line)
-    prompts = _prompts(panel, rows)
+    prompts = _prompts(evaluation, rows)
     names = [spec.name for spec in config.policies][: len(policies)]
     answers = []
     for number, name in enumerate(names, start=1):
-        answers.append(panel.answer(name, prompts))
+        answers.append(evaluation.answer(name, prompts))
         console.progress("generate", number, len(names))
     console.done()
-    found = beside_rows(rows, answers, panel) if file is not None else one_each(policies, answers, panel)
+    found = beside_rows(rows, answers, evaluation) if file is not None else one_each(policies, answers, evaluation)
     if out is not None:
         write_rows(out, found)
     return found
@@ -121,7 +121,7 @@ def plan_job(
     return config, REFERENCE if origin is not None else None
 
 
-def base_of(sources: Sequence[Source], model: str | None) -> tuple[str, str | None]:
+def base_of(sources: Sequence[ModelSpec], model: str | None) -> tuple[str, str | None]:
     """Base model and revision: as given, else what the first policy that says so was trained on, or is. Raises ConfigError."""
     if model is not None:
         return model, None
@@ -169,7 +169,7 @@ def rewards_of(run: RunFolder | None, console: Console) -> list[RewardSource]:
     return found
 
 
-def _warn_if_changed(run: RunFolder, role: str, source: Source, console: Console) -> None:
+def _warn_if_changed(run: RunFolder, role: str, source: ModelSpec, console: Console) -> None:
     recorded = {p["role"]: p["sha256"] for p in run.manifest()["parents"]}
     if recorded.get(role) not in (None, parent_of(source, role).sha256):
         console.warn(f"{role} {source.path} is no longer the adapter that {run.path} was trained with")
@@ -193,16 +193,16 @@ def _rows(instruction: str | None, input: str, file: str | None, console: Consol
     return read.rows
 
 
-def _prompts(panel: Panel, rows: Sequence[Row]) -> list[TokenisedPrompt]:
+def _prompts(evaluation: EvaluationModels, rows: Sequence[Row]) -> list[TokenisedPrompt]:
     """Every row as a prompt. Raises DataError naming every row that is too long: no answer is left out in silence."""
-    found = panel.tokenise(rows, "drop").examples
+    found = evaluation.tokenise(rows, "drop").examples
     kept = {id(prompt.row) for prompt in found}
-    longest = panel.config.response_length
+    longest = evaluation.config.response_length
     DataError.raise_all(
         Problem(
             row.where,
             f"leaves no room for a reply of {longest} tokens",
-            f"a prompt of 1 to {panel.limit - longest} tokens",
+            f"a prompt of 1 to {evaluation.limit - longest} tokens",
             fix="a shorter prompt, or a smaller max_new_tokens",
         )
         for row in rows
@@ -211,15 +211,17 @@ def _prompts(panel: Panel, rows: Sequence[Row]) -> list[TokenisedPrompt]:
     return found
 
 
-def one_each(policies: Sequence[str], answers: Sequence[Answers], panel: Panel) -> list[dict[str, Any]]:
+def one_each(
+    policies: Sequence[str], answers: Sequence[PolicyResponses], evaluation: EvaluationModels
+) -> list[dict[str, Any]]:
     """One row per policy, for a single prompt."""
     return [
         {
             "policy": policy,
             "prompt": answer.texts.prompts[0],
             "completion": answer.texts.completions[0],
-            "reward": _figure(answer.figures.reward[0]) if panel.rewards else None,
-            "kl": _figure(answer.figures.k1[0]) if panel.reference is not None else None,
+            "reward": _figure(answer.figures.reward[0]) if evaluation.rewards else None,
+            "kl": _figure(answer.figures.k1[0]) if evaluation.reference is not None else None,
             "length": int(answer.figures.length[0]),
             "finished": bool(answer.figures.finished[0]),
         }
@@ -227,12 +229,14 @@ def one_each(policies: Sequence[str], answers: Sequence[Answers], panel: Panel) 
     ]
 
 
-def beside_rows(rows: Sequence[Row], answers: Sequence[Answers], panel: Panel) -> list[dict[str, Any]]:
+def beside_rows(
+    rows: Sequence[Row], answers: Sequence[PolicyResponses], evaluation: EvaluationModels
+) -> list[dict[str, Any]]:
     """One row per prompt: {instruction, input, output}, or output_1, output_2, ... in the order of the policies."""
     found = []
     for i, row in enumerate(rows):
         line: dict[str, Any] = dict(prompt_columns(row.prompt))
-        for kind in ("output", "reward") if panel.rewards else ("output",):
+        for kind in ("output", "reward") if evaluation.rewards else ("output",):
             for number, answer in enumerate(answers, start=1):
                 value = answer.texts.completions[i] if kind == "output" else _figure(answer.figures.reward[i])
                 line[kind if len(answers) == 1 else f"{kind}_{number}"] = value

@@ -19,9 +19,9 @@ from rlhf_ray.errors import Interrupted, Problem
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.artifact import resume_command
-from rlhf_ray.roles.guards import Tripped
+from rlhf_ray.roles.guards import StopTraining
 from rlhf_ray.stages import supervised_store
-from rlhf_ray.stages.oversight import Oversight
+from rlhf_ray.stages.oversight import TrainingMonitor
 from rlhf_ray.stages.task import Job
 from rlhf_ray.stages.trainer import SupervisedTrainer
 
@@ -30,7 +30,7 @@ SHOWN = ("loss", "eval/loss", "eval/accuracy", "learning_rate")
 
 
 @dataclass
-class Progress:
+class SupervisedProgress:
     """What moves from step to step besides weights, optimizer state and the task's own; a checkpoint stores all of it.
 
     best: the weights (adapter, head) of the evaluation with the lowest loss, where the job wants to end with them."""
@@ -44,7 +44,7 @@ class Progress:
     best: tuple[dict[str, Tensor], Tensor | None] | None = None
 
 
-class Keeper(TrainerCallback):
+class RunCallback(TrainerCallback):
     """Trainer tells it of every step. All ranks evaluate; rank 0, which has the writer, writes."""
 
     trainer: SupervisedTrainer
@@ -54,8 +54,8 @@ class Keeper(TrainerCallback):
         self.writer, self.steps = writer, job.steps
         self.eval_every = self.config.eval_steps or max(self.steps // EVALUATIONS, 1)
         self.save_every = self.config.save_steps or self.eval_every
-        self.progress = Progress()
-        self.oversight = Oversight(job.config, job.session, job.folder)
+        self.progress = SupervisedProgress()
+        self.monitor = TrainingMonitor(job.config, job.session, job.folder)
         self.window: Mapping[str, Any] | None = None
         """Of a run that goes on: what it had summed up since its last logged step."""
         self._stop = ""
@@ -81,10 +81,10 @@ class Keeper(TrainerCallback):
                 self._evaluate()
             if self.step < self.steps:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except Tripped as found:
-            raise self.oversight.tripped(found, lambda: supervised_store.save(self)) from None
+        except StopTraining as found:
+            raise self.monitor.stopped_by_guard(found, lambda: supervised_store.save(self)) from None
         finally:
-            self.oversight.watchdog.enter("", 0)
+            self.monitor.watchdog.enter("", 0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,7 +98,7 @@ class Keeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step + 1
-        self.oversight.enter("update", step)
+        self.monitor.enter("update", step)
         # Dropout differs between steps and between the rows of different ranks, and needs no state to go on.
         torch.manual_seed(derived_seed(self.config.seed, "dropout", self.session.rank, step))
 
@@ -121,9 +121,9 @@ class Keeper(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the step's metrics were written, if they were due."""
         started = time.perf_counter()
-        self.oversight.enter("save", self.step)
+        self.monitor.enter("save", self.step)
         supervised_store.save(self)
-        self.oversight.enter("step_end", self.step)
+        self.monitor.enter("step_end", self.step)
         if self._stop:
             resume = resume_command(self.config.output_dir)
             raise Interrupted.at(self.config.output_dir, f"{self._stop}; step {self.step} is saved", fix=resume)
@@ -159,12 +159,14 @@ class Keeper(TrainerCallback):
     def _evaluate(self) -> None:
         if not self.job.examples.held_out:
             return
-        self.oversight.enter("heldout", self.step)
+        self.monitor.enter("heldout", self.step)
         metrics = self._measured()
         for name, value in metrics.items():
             if not math.isfinite(value):
                 fix = "lower learning_rate, or look at the base's dtype"
-                raise Tripped(Problem(f"step {self.step}", f"{name} is not finite", "a finite number", str(value), fix))
+                raise StopTraining(
+                    Problem(f"step {self.step}", f"{name} is not finite", "a finite number", str(value), fix)
+                )
         self._record(self.step, metrics)
         if metrics["eval/loss"] < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = self.step, metrics["eval/loss"]

@@ -5,7 +5,7 @@ before anything waits (does any node have what a worker asks for?) is checked he
 impossible request for ever.
 
 Ray Train starts the group again where a process or node was lost, and the run goes on from its newest checkpoint. An error that the
-same work would meet again is left in the desk instead (stages/desk.py), and raised here as it is.
+same work would meet again is left in the channel instead (stages/desk.py), and raised here as it is.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from rlhf_ray.console import Console, FileConsole, Follower
 from rlhf_ray.errors import DISK_FULL, Interrupted, Problem, RlhfRayError
 from rlhf_ray.interrupts import Signals, Stop
 from rlhf_ray.models.artifact import check_place, is_run, resume_command
-from rlhf_ray.plan.asks import ACCELERATOR, Ask, role_asks
+from rlhf_ray.plan.asks import ACCELERATOR, ResourceRequest, role_requests
 from rlhf_ray.plan.preflight import check, check_this_machine
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session, enter, process_session, worker_session
 from rlhf_ray.stages.cluster import at_hand, cluster
-from rlhf_ray.stages.desk import Desk, open_desk
+from rlhf_ray.stages.desk import RunChannel, open_channel
 from rlhf_ray.stages.placement import check_cluster, default_threads, placed
 from rlhf_ray.stages.shared_folder import check_all_see, unseen
 
@@ -57,17 +57,17 @@ def launch(body: Body, config: JobFields, console: Console) -> Run:
         with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _with_the_way_on(config):
             return body(config, process_session(console, config.learner.num_threads, stop))
     check_this_machine(config)
-    with open_desk(Path(config.output_dir).absolute().parent) as desk:
-        signals = Signals(desk.stop(), console, config.output_dir, resume, config.stop_grace_s)
+    with open_channel(Path(config.output_dir).absolute().parent) as channel:
+        signals = Signals(channel.stop(), console, config.output_dir, resume, config.stop_grace_s)
         with signals, cluster(resume) as own_ray:
             import ray
 
             signals.install()  # ray.init takes SIGTERM
-            asks = role_asks(config, ray.cluster_resources(), own_ray)
-            check_cluster(asks)
-            check_all_see(desk.path, asks[-1])
-            with placed(config, asks, console) as pools:
-                return _fit(body, config, console, asks[-1], pools, desk)
+            requests = role_requests(config, ray.cluster_resources(), own_ray)
+            check_cluster(requests)
+            check_all_see(channel.path, requests[-1])
+            with placed(config, requests, console) as actor_handles:
+                return _fit(body, config, console, requests[-1], actor_handles, channel)
 
 
 @contextlib.contextmanager
@@ -104,10 +104,12 @@ def placement_of(config: JobFields) -> dict[str, list[str]]:
     if config.learner.num_workers == 0:
         return {}
     with at_hand() as (resources, nodes, own_ray):
-        return check(role_asks(config, resources, own_ray), nodes)
+        return check(role_requests(config, resources, own_ray), nodes)
 
 
-def _fit(body: Body, config: JobFields, console: Console, ask: Ask, pools: Any, desk: Desk) -> Run:
+def _fit(
+    body: Body, config: JobFields, console: Console, request: ResourceRequest, actor_handles: Any, channel: RunChannel
+) -> Run:
     import ray
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import (
@@ -116,10 +118,16 @@ def _fit(body: Body, config: JobFields, console: Console, ask: Ask, pools: Any, 
         ScalingConfig,
     )  # what ray.train exports by default
 
-    job = {"body": body, "config": config, "cwd": os.getcwd(), "pools": pools, "desk": str(desk.path)}
-    if pools is not None:
+    job = {
+        "body": body,
+        "config": config,
+        "cwd": os.getcwd(),
+        "actor_handles": actor_handles,
+        "channel": str(channel.path),
+    }
+    if actor_handles is not None:
         job["threads"] = default_threads(config)
-    resources = {kind: amount for kind, amount in ask.each.items() if not kind.startswith(ACCELERATOR)}
+    resources = {kind: amount for kind, amount in request.each.items() if not kind.startswith(ACCELERATOR)}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job,
@@ -128,12 +136,12 @@ def _fit(body: Body, config: JobFields, console: Console, ask: Ask, pools: Any, 
             use_gpu=bool(resources.get("GPU")),
             resources_per_worker=resources,
             accelerator_type=config.learner.accelerator_type,
-            label_selector=ask.labels or None,
+            label_selector=request.labels or None,
         ),
         torch_config=TorchConfig(backend=_backend(ray.nodes()), timeout_s=GROUP_TIMEOUT_S),
         run_config=RunConfig(  # type: ignore[arg-type]
             name="group",
-            storage_path=str(desk.path),
+            storage_path=str(channel.path),
             failure_config=FailureConfig(
                 max_failures=MAX_FAILURES,
                 controller_failure_limit=START_FAILURES,
@@ -143,12 +151,12 @@ def _fit(body: Body, config: JobFields, console: Console, ask: Ask, pools: Any, 
             worker_runtime_env={"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}},
         ),
     )
-    with Follower(desk.events, console):
+    with Follower(channel.events, console):
         try:
             result = _beside_signals(trainer.fit)
         except Exception as error:
-            raise desk.failure() or _translated(error, config) from error
-    if (failure := desk.failure()) is not None:
+            raise channel.failure() or _translated(error, config) from error
+    if (failure := channel.failure()) is not None:
         raise failure
     return Run.from_json(result.return_value)
 
@@ -186,28 +194,28 @@ def _worker(job: dict[Any, Any]) -> Any:
 
     enter(job["cwd"])
     config: JobFields = job["config"]
-    desk, context = Desk(Path(job["desk"])), ray.train.get_context()
+    channel, context = RunChannel(Path(job["channel"])), ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    if not desk.path.is_dir():  # on a node that an autoscaler has added since the driver looked
-        raise unseen(desk.path, ray.util.get_node_ip_address())
-    attempt = desk.begin(rank)
-    if desk.failure() is not None:  # not a fault that another start could mend: the driver tells it
+    if not channel.path.is_dir():  # on a node that an autoscaler has added since the driver looked
+        raise unseen(channel.path, ray.util.get_node_ip_address())
+    attempt = channel.begin(rank)
+    if channel.failure() is not None:  # not a fault that another start could mend: the driver tells it
         return None
-    console = FileConsole(desk.events)
+    console = FileConsole(channel.events)
     if attempt:
         config = config.model_copy(update={"resume": "auto"})
         if rank == 0:
             console.warn(f"the learner group was lost; start {attempt + 1}, from the newest checkpoint")
     threads = config.learner.num_threads or job.get("threads")
-    session = worker_session(console, threads, job["pools"], desk.stop(), attempt)
+    session = worker_session(console, threads, job["actor_handles"], channel.stop(), attempt)
     try:
         with _with_the_way_on(config):
             return job["body"](config, session).to_json()
     except Exception as error:
         if world_size > 1 and _is_of_a_lost_peer(error):
             raise  # Ray Train starts the group again
-        desk.fail(rank, error)
-        if world_size > 1 and not desk.wait_for_others(world_size):
+        channel.fail(rank, error)
+        if world_size > 1 and not channel.wait_for_others(world_size):
             raise  # the others wait for this rank: the group has to end
         return None
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.errors import Interrupted, LimitReached, Problem
-from rlhf_ray.faults import reach
+from rlhf_ray.faults import fault_point
 from rlhf_ray.models.artifact import RunFolder, resume_command
-from rlhf_ray.roles.guards import Guards, Tripped
+from rlhf_ray.roles.guards import Guards, StopTraining
 from rlhf_ray.roles.pool import ATTEMPTS, RESTART_S
 from rlhf_ray.session import Session
 from rlhf_ray.watchdog import Watchdog
@@ -20,12 +20,12 @@ WAITS = ("rollout", "settle", "heldout")
 
 def patience(session: Session) -> dict[str, float]:
     """Seconds that these phases may take whatever they took before: an actor that is silent is ended and its work done again."""
-    if session.pools is None:
+    if session.actor_handles is None:
         return {}
-    return dict.fromkeys(WAITS, ATTEMPTS * max(session.pools.timeouts.values()) + RESTART_S)
+    return dict.fromkeys(WAITS, ATTEMPTS * max(session.actor_handles.timeouts.values()) + RESTART_S)
 
 
-class Oversight:
+class TrainingMonitor:
     """One rank's. guards: what the limits must remember; a checkpoint stores it."""
 
     def __init__(self, config: JobFields, session: Session, folder: RunFolder) -> None:
@@ -45,7 +45,7 @@ class Oversight:
     def enter(self, phase: str, step: int) -> None:
         """The loop comes to `phase`: it is timed, and it is a point for faults."""
         self.watchdog.enter(phase, step)
-        reach("learner", phase, step, self.session.rank)
+        fault_point("learner", phase, step, self.session.rank)
 
     def stopped(self, reason: str, step: int, save: Callable[[], None]) -> Interrupted:
         """The error for a run that somebody stopped after `step` whole steps. save: writes that step's checkpoint."""
@@ -54,7 +54,7 @@ class Oversight:
         save()
         return Interrupted.at(str(self.folder.path), f"{reason}; step {step} is saved", fix=self.resume)
 
-    def tripped(self, found: Tripped, save: Callable[[], None]) -> Interrupted:
+    def stopped_by_guard(self, found: StopTraining, save: Callable[[], None]) -> Interrupted:
         """The error for a guard: what it found, which checkpoint is good, how to go on."""
         if found.saves:
             save()

@@ -22,7 +22,7 @@ from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage, header_line, parent_of
 from rlhf_ray.models.sampler import Sampler
 from rlhf_ray.models.source import resolve_source
-from rlhf_ray.models.specs import Source, policy_source
+from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.models.stack import RoleModels
 from rlhf_ray.roles.checked_generator import CheckedGenerator
 from rlhf_ray.roles.collector import Collector
@@ -41,7 +41,7 @@ RANDOMNESS = "evaluate"
 
 
 @dataclass(frozen=True)
-class Answers:
+class PolicyResponses:
     """One policy's replies to all prompts, in prompt order: per-reply figures and texts."""
 
     figures: HeldOut
@@ -50,17 +50,18 @@ class Answers:
 
 @dataclass(frozen=True)
 class Policy:
-    """role: its seat among the loaded models.  active: which adapter samples."""
+    """role: its name among the loaded models.  active: which adapter samples."""
 
     name: str
     role: str
-    source: Source
+    source: ModelSpec
     active: ActiveAdapter
 
 
 @dataclass
-class Panel:
-    """Made by `load_panel`. parents: what a manifest records of every policy and reward.  lines, warnings: for the header.
+class EvaluationModels:
+    """Made by `load_evaluation_models`. parents: what a manifest records of every policy and reward.  lines, warnings: for the
+    header.
 
     reference: name of the policy that KL is measured against, None for no KL."""
 
@@ -98,7 +99,7 @@ class Panel:
             too_long=too_long,
         )
 
-    def answer(self, name: str, prompts: Sequence[TokenisedPrompt]) -> Answers:
+    def answer(self, name: str, prompts: Sequence[TokenisedPrompt]) -> PolicyResponses:
         """Sample and score a reply of policy `name` to each prompt. Every rank calls it and gets all rows."""
         policy = self.policies[name]
         stack, config = self.models.stack_of(policy.role), self.config
@@ -121,7 +122,7 @@ class Panel:
         collected = collector.collect(prompts, budgets, policy.active, how, RANDOMNESS, 0)
         for reward, values in collected.scores.parts.items():
             all_finite(values, f"policy {name}, reward {reward}")
-        return Answers(HeldOut.of(collected), to_texts(collected.rollout, [p.row for p in prompts]))
+        return PolicyResponses(HeldOut.of(collected), to_texts(collected.rollout, [p.row for p in prompts]))
 
     def _scorer(self, to_texts: Callable[[Rollout, Sequence[Row]], Texts], rows: int) -> Scorer:
         reference = self.policies[self.reference].role if self.reference is not None else None
@@ -129,20 +130,20 @@ class Panel:
         return Scorer(self.models, self.rewards, to_texts, temperature, rows, device, reference)
 
 
-def load_panel(config: EvaluateConfig, session: Session, reference: str | None) -> Panel:
+def load_evaluation_models(config: EvaluateConfig, session: Session, reference: str | None) -> EvaluationModels:
     """Load the base, every policy of the job and every reward, with base, tokenizer and template of each checked.
 
     Raises ConfigError for what does not exist, ArtifactError for what does not fit."""
     assembly = Assembly(config, session.device, config.seed, config.stop_token_ids)
     template = load_template(config.template, assembly.base.tokenizer)
-    builder = _Builder(assembly, template)
+    builder = _PolicyLoader(assembly, template)
     policies = {p.name: builder.policy(p.name, p.policy, i) for i, p in enumerate(config.policies)}
     roles = RewardRoles(assembly, template, config.template)
     for number, reward in enumerate(config.rewards):
         roles.add(reward, f"reward_{number}", f"reward:{reward.name}")
     models = assembly.finish()
     bases = [stack.backbone.identity.path for stack in assembly.stacks.values()]
-    return Panel(
+    return EvaluationModels(
         config,
         session,
         assembly.base,
@@ -165,7 +166,7 @@ def decoding_line(config: EvaluateConfig) -> str:
     return f"{how}, at most {config.response_length} tokens, seed {config.seed}"
 
 
-class _Builder:
+class _PolicyLoader:
     """Puts policies on an assembly. Roles are numbered, since a policy's name need not be a legal adapter name."""
 
     def __init__(self, assembly: Assembly, template: Template) -> None:
@@ -177,15 +178,15 @@ class _Builder:
     def policy(self, name: str, spec: str, number: int) -> Policy:
         source, role = policy_source(spec), f"policy_{number}"
         sha256 = self._check(source, f"policy:{name}")
-        here = Source("base", "base") if self._is_base(source) else source
+        here = ModelSpec("base", "base") if self._is_base(source) else source
         self.assembly.add_policy(role, here)
         files = self.assembly.files.get(role)
         if files is not None and files.head is not None:
             raise ArtifactError.at(spec, "is a reward model", "a policy", "an adapter with a reward head")
         self.lines.append(header_line("policy", f"{name}: {here.describe()}"))
-        return Policy(name, role, source, ActiveAdapter(self.assembly.seats[role].adapter, 0, sha256))
+        return Policy(name, role, source, ActiveAdapter(self.assembly.bindings[role].adapter, 0, sha256))
 
-    def _check(self, source: Source, role: str) -> str:
+    def _check(self, source: ModelSpec, role: str) -> str:
         """Refuse what does not fit this base and template, note where it is from, and return its hash."""
         identity = self.assembly.base.identity
         if source.kind == "base":
@@ -196,6 +197,6 @@ class _Builder:
         self.parents.append(parent)
         return parent["sha256"]
 
-    def _is_base(self, source: Source) -> bool:
+    def _is_base(self, source: ModelSpec) -> bool:
         """A whole checkpoint that is the job's base already, and need not be loaded twice."""
         return source.kind == "full" and resolve_source(source.path).name == self.assembly.base.identity.path

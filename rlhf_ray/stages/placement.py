@@ -19,7 +19,7 @@ from typing import Any
 from rlhf_ray.config import JobFields, PPOConfig
 from rlhf_ray.console import Console
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.plan.asks import Ask, Node, described, processes, split_job
+from rlhf_ray.plan.asks import Node, ResourceRequest, described, processes, split_job
 from rlhf_ray.plan.preflight import check, nodes_of
 from rlhf_ray.session import usable_cores
 from rlhf_ray.stages import autoscaling
@@ -40,37 +40,38 @@ def default_threads(config: JobFields) -> int:
 
 
 @contextmanager
-def placed(config: JobFields, asks: Sequence[Ask], console: Console) -> Iterator[Any]:
-    """Generators and scorers of a split job, placed and starting (`pool.Pools`), or None. The learner group fits beside them.
+def placed(config: JobFields, requests: Sequence[ResourceRequest], console: Console) -> Iterator[Any]:
+    """Generators and scorers of a split job, placed and starting (`pool.ActorHandles`), or None. The learner group fits beside
+    them.
 
     Raises ResourceError if they cannot be had within `wait_for_resources` seconds. All is given back at the end."""
     from ray.util.placement_group import remove_placement_group
 
-    split, group, pools = split_job(config), None, None
+    split, group, actor_handles = split_job(config), None, None
     try:
-        group = _take(asks, config.wait_for_resources, console)
+        group = _take(requests, config.wait_for_resources, console)
         if split is not None:
-            pools = _start(split, asks, group, f"rlhf-ray resume {shlex.quote(config.output_dir)}")
-        yield pools
+            actor_handles = _start(split, requests, group, f"rlhf-ray resume {shlex.quote(config.output_dir)}")
+        yield actor_handles
     finally:
-        if pools is not None:
+        if actor_handles is not None:
             from rlhf_ray.roles.pool import stop
 
-            stop(pools)
+            stop(actor_handles)
         if group is not None:
             remove_placement_group(group)
 
 
-def _take(asks: Sequence[Ask], wait_s: float, console: Console) -> Any:
+def _take(requests: Sequence[ResourceRequest], wait_s: float, console: Console) -> Any:
     """A placement group of generators and scorers (None if there are none), when the learner group fits beside it.
 
     ResourceError, and nothing kept, if that is not so within `wait_s` seconds."""
     from ray.util.placement_group import remove_placement_group
 
     deadline = time.monotonic() + wait_s
-    actors, learner = [a for a in asks if a.role != "learner"], [a for a in asks if a.role == "learner"]
+    actors, learner = [a for a in requests if a.role != "learner"], [a for a in requests if a.role == "learner"]
     while True:
-        remove_placement_group(_wait(asks, wait_s, deadline, console))
+        remove_placement_group(_wait(requests, wait_s, deadline, console))
         if not actors:
             return None
         group = _within(actors, PART_S)
@@ -81,15 +82,15 @@ def _take(asks: Sequence[Ask], wait_s: float, console: Console) -> Any:
                 return group
             remove_placement_group(group)
         if time.monotonic() > deadline:
-            raise _missing(asks, _too_late(wait_s))
+            raise _missing(requests, _too_late(wait_s))
         time.sleep(PART_S * random.random())
 
 
-def _wait(asks: Sequence[Ask], wait_s: float, deadline: float, console: Console) -> Any:
+def _wait(requests: Sequence[ResourceRequest], wait_s: float, deadline: float, console: Console) -> Any:
     """A placement group of everything, told of while it is missing. ResourceError if it is not there in time."""
     from ray.util.placement_group import remove_placement_group
 
-    group, there, told = _asked(asks), False, time.monotonic() + LOOK_S - TELL_S
+    group, there, told = _asked(requests), False, time.monotonic() + LOOK_S - TELL_S
     try:
         while not there:
             left = deadline - time.monotonic()
@@ -97,23 +98,25 @@ def _wait(asks: Sequence[Ask], wait_s: float, deadline: float, console: Console)
             if there or left <= 0:
                 break
             if autoscaling.given_up(group):
-                raise _missing(asks, "there is no room for them even if the cluster grows as far as it may", ASK_LESS)
+                raise _missing(
+                    requests, "there is no room for them even if the cluster grows as far as it may", ASK_LESS
+                )
             if left > LOOK_S and time.monotonic() > told + TELL_S:
                 told = time.monotonic()
-                console.log(f"waiting for {', '.join(map(str, asks))}; free now: {_free(asks)}")
+                console.log(f"waiting for {', '.join(map(str, requests))}; free now: {_free(requests)}")
     finally:
         if not there:
             remove_placement_group(group)
     if not there:
-        raise _missing(asks, _too_late(wait_s))
+        raise _missing(requests, _too_late(wait_s))
     return group
 
 
-def _within(asks: Sequence[Ask], seconds: float) -> Any:
+def _within(requests: Sequence[ResourceRequest], seconds: float) -> Any:
     """A placement group, or None, and nothing kept."""
     from ray.util.placement_group import remove_placement_group
 
-    group, there = _asked(asks), False
+    group, there = _asked(requests), False
     try:
         there = group.wait(seconds)
     finally:
@@ -122,14 +125,14 @@ def _within(asks: Sequence[Ask], seconds: float) -> Any:
     return group if there else None
 
 
-def _asked(asks: Sequence[Ask]) -> Any:
-    """A placement group with a bundle for every process of `asks`, perhaps not there yet."""
+def _asked(requests: Sequence[ResourceRequest]) -> Any:
+    """A placement group with a bundle for every process of `requests`, perhaps not there yet."""
     from ray.util.placement_group import placement_group
 
-    pieces = [ask for ask in asks for _ in range(ask.count)]
-    labels = [dict(ask.labels) for ask in pieces]
+    pieces = [request for request in requests for _ in range(request.count)]
+    labels = [dict(request.labels) for request in pieces]
     return placement_group(
-        [dict(ask.each) for ask in pieces],
+        [dict(request.each) for request in pieces],
         strategy="PACK",
         bundle_label_selector=labels if any(labels) else None,  # type: ignore[arg-type]
     )
@@ -139,29 +142,31 @@ def _too_late(wait_s: float) -> str:
     return f"cannot be placed within {wait_s:g} s: other jobs hold what they need, or nodes are missing"
 
 
-def _missing(asks: Sequence[Ask], why: str, fix: str = WAIT_LONGER) -> ResourceError:
-    kinds = dict.fromkeys(kind for ask in asks for kind in ask.each)
+def _missing(requests: Sequence[ResourceRequest], why: str, fix: str = WAIT_LONGER) -> ResourceError:
+    kinds = dict.fromkeys(kind for request in requests for kind in request.each)
     return ResourceError.at(
-        " and ".join(ask.role for ask in asks),
-        f"{why} ({', '.join(map(str, asks))})",
-        described({kind: sum(ask.total(kind) for ask in asks) for kind in kinds}),
-        f"{_free(asks)} free",
+        " and ".join(request.role for request in requests),
+        f"{why} ({', '.join(map(str, requests))})",
+        described({kind: sum(request.total(kind) for request in requests) for kind in kinds}),
+        f"{_free(requests)} free",
         fix,
     )
 
 
-def _free(asks: Sequence[Ask]) -> str:
+def _free(requests: Sequence[ResourceRequest]) -> str:
     import ray
 
     free = ray.available_resources()
-    return described({kind: free.get(kind, 0.0) for kind in dict.fromkeys(k for ask in asks for k in ask.each)})
+    return described(
+        {kind: free.get(kind, 0.0) for kind in dict.fromkeys(k for request in requests for k in request.each)}
+    )
 
 
-def check_cluster(asks: Sequence[Ask]) -> None:
+def check_cluster(requests: Sequence[ResourceRequest]) -> None:
     """ResourceError if the roles do not fit on the cluster, grown as far as it may. Where its autoscaler does not say how far that
     is, waiting for the resources tells."""
     if (nodes := cluster_nodes()) is not None:
-        check(asks, nodes)
+        check(requests, nodes)
 
 
 def cluster_nodes() -> list[Node] | None:
@@ -173,25 +178,25 @@ def cluster_nodes() -> list[Node] | None:
     return None if more is None else living + more
 
 
-def _start(config: PPOConfig, asks: Sequence[Ask], group: Any, resume: str) -> Any:
-    from rlhf_ray.roles.pool import Station, start
+def _start(config: PPOConfig, requests: Sequence[ResourceRequest], group: Any, resume: str) -> Any:
+    from rlhf_ray.roles.pool import ActorSpec, start
     from rlhf_ray.stages.split_roles import build_generator, build_scorer
 
-    stations, first = [], 0
-    for ask in asks:
-        if ask.role == "learner":
+    specs, first = [], 0
+    for request in requests:
+        if request.role == "learner":
             continue
-        settings = getattr(config, ask.role)
-        build = {"generator": build_generator, "scorer": build_scorer}[ask.role]
-        stations.append(
-            Station(
-                role=ask.role,
-                build=partial(build, config, on_gpu=ask.each.get("GPU", 0.0) > 0),
-                resources=ask.each,
+        settings = getattr(config, request.role)
+        build = {"generator": build_generator, "scorer": build_scorer}[request.role]
+        specs.append(
+            ActorSpec(
+                role=request.role,
+                build=partial(build, config, on_gpu=request.each.get("GPU", 0.0) > 0),
+                resources=request.each,
                 num_threads=settings.num_threads or default_threads(config),
-                bundles=range(first, first + ask.count),
+                bundles=range(first, first + request.count),
                 timeout_s=settings.timeout_s,
             )
         )
-        first += ask.count
-    return start(stations, group, with_board=config.learner.num_workers > 1, resume=resume)
+        first += request.count
+    return start(specs, group, with_ref_store=config.learner.num_workers > 1, resume=resume)

@@ -69,21 +69,21 @@ def _settings(fields: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Change:
+class SuggestedChange:
     """Settings under which the job fits, and the bytes on its fullest GPU then."""
 
     settings: str
     fullest: int
 
 
-def smallest_change(job: JobFields, estimator: Estimator, room: int) -> Change | None:
+def smallest_change(job: JobFields, estimator: Estimator, room: int) -> SuggestedChange | None:
     """The first change that fits `room` bytes per GPU, the mildest tried first: recomputed activations, smaller passes, fewer
     replies at once, a GPU for each role, quantised bases. None if none does."""
     made: dict[str, Any] = {}
     for _ in range(MOST_CHANGES):
         processes = estimator.processes(job)
         if most_on_one(processes) <= room:
-            return Change(_settings(made), most_on_one(processes))
+            return SuggestedChange(_settings(made), most_on_one(processes))
         step = _next(job, processes, room)
         if step is None:
             return None

@@ -15,9 +15,9 @@ from rlhf_ray.plan.memory import Parts, Phases, Process, Zero, with_overhead
 from rlhf_ray.stages.plan_passes import Cast, PPOLearning, Shapes, SupervisedLearning
 from rlhf_ray.stages.plan_roles import (
     Made,
+    evaluation_models,
     generator_models,
     learner_models,
-    panel_models,
     scorer_models,
     supervised_models,
 )
@@ -68,7 +68,7 @@ class Estimator:
         if isinstance(job, PPOConfig):
             return self._ppo(job)
         if isinstance(job, EvaluateConfig):
-            return self._panel(job)
+            return self._evaluation(job)
         assert isinstance(job, (SFTConfig, RewardConfig))
         return self._supervised(job)
 
@@ -102,7 +102,7 @@ class Estimator:
         facts += [f"{base.identity.precision} on {self.device}", f"activations {recomputed}"]
         if isinstance(job, (PPOConfig, EvaluateConfig)):
             shapes = self.shapes(job, base.context_length)
-            facts.append(f"prompts of {shapes.prompt} and replies of {shapes.reply} tokens, {shapes.chunk} at once")
+            facts.append(f"prompts of {shapes.prompt} and replies of {shapes.response} tokens, {shapes.chunk} at once")
         else:
             assert isinstance(job, (SFTConfig, RewardConfig))
             facts.append(f"rows of {min(job.max_length, base.context_length)} tokens")
@@ -125,7 +125,7 @@ class Estimator:
         if isinstance(job, PPOConfig):
             return self._cast("learner", job, partial(learner_models, job, self.device, self.made))
         if isinstance(job, EvaluateConfig):
-            return self._cast("panel", job, partial(panel_models, job, self.device, self.made))
+            return self._cast("panel", job, partial(evaluation_models, job, self.device, self.made))
         assert isinstance(job, (SFTConfig, RewardConfig))
         return self._cast("supervised", job, partial(supervised_models, job, self.device, self.made))
 
@@ -162,14 +162,14 @@ class Estimator:
         if role == "generator":
             how = job.eval_sampling.model_copy(update={"temperature": job.temperature})  # rollouts never truncate
             return {"sampling": self._peak(cast, "sampling", shapes, lambda: cast.sampling(shapes, how))}
-        rewards = [r.name for r in job.rewards if r.name in cast.models.seats]
+        rewards = [r.name for r in job.rewards if r.name in cast.models.bindings]
         return {
             "scoring": self._peak(
                 cast, "scoring", shapes, lambda: cast.scoring(shapes, job.temperature, "reference", rewards)
             )
         }
 
-    def _panel(self, job: EvaluateConfig) -> list[Process]:
+    def _evaluation(self, job: EvaluateConfig) -> list[Process]:
         cast = self._first(job)
         shapes = self.shapes(job, min(s.backbone.context_length for s in cast.assembly.stacks.values()))
         policies = [f"policy_{i}" for i in range(len(job.policies))]

@@ -21,7 +21,7 @@ from rlhf_ray.models.assembly import BASE, Assembly
 from rlhf_ray.models.decode_types import DecodeRequest
 from rlhf_ray.models.sampler import Sampler
 from rlhf_ray.models.stack import RoleModels
-from rlhf_ray.plan.ledger import Device, Ledger, Peak
+from rlhf_ray.plan.ledger import Device, MetaMemoryTracker, Peak
 from rlhf_ray.plan.skeleton import Head, size_of
 from rlhf_ray.roles.engine import ParameterGroup, build_optimizer
 from rlhf_ray.roles.learner import trained_groups
@@ -39,58 +39,58 @@ class Shapes:
     chunk: int
     same: int
     prompt: int
-    reply: int
+    response: int
 
     def sequences(self, rows: int) -> Sequences:
-        tokens = torch.zeros(rows, self.prompt + self.reply, dtype=torch.int64, device="meta")
+        tokens = torch.zeros(rows, self.prompt + self.response, dtype=torch.int64, device="meta")
         mask = torch.ones_like(tokens, dtype=torch.bool)
         return Sequences(tokens, mask, mask[:, self.prompt :])
 
 
 class Cast:
-    """The models of one process, and a ledger that knows them. build: makes them, inside the ledger."""
+    """The models of one process, and a tracker that knows them. build: makes them, inside the tracker."""
 
     def __init__(self, device: Device, build: Callable[[], tuple[Assembly, RoleModels]]) -> None:
-        self.ledger = Ledger(device)
-        with self.ledger:
+        self.tracker = MetaMemoryTracker(device)
+        with self.tracker:
             self.assembly, self.models = build()
         stacks = self.assembly.stacks
         self.bases = tuple(stack.backbone.identity.path for stack in stacks.values())
-        self.ledger.own("adapters", self.models.parameters())
+        self.tracker.own("adapters", self.models.parameters())
         self.base_weights = 0
         for stack in stacks.values():
             model = stack.backbone.model
             frozen = [p for name, p in model.named_parameters() if ".lora_" not in name]
-            self.ledger.own("bases", [*frozen, *model.buffers()])
+            self.tracker.own("bases", [*frozen, *model.buffers()])
             self.base_weights += size_of(model)[0] - sum(
                 p.numel() for n, p in model.named_parameters() if ".lora_" in n
             )
-            self.ledger.vocabulary.add(int(model.config.get_text_config().vocab_size))
+            self.tracker.vocabulary.add(int(model.config.get_text_config().vocab_size))
         self.trained = sum(p.numel() for p in self.models.parameters() if p.requires_grad)
 
     def load(self) -> Peak:
-        with self.ledger, self.ledger.watch() as peak:
+        with self.tracker, self.tracker.watch() as peak:
             pass
         return peak
 
     def sampling(self, shapes: Shapes, how: SamplingConfig, role: str = "policy") -> Peak:
         """One chunk through the sampler. Steps between the first and the last go without the model: only the cache grows."""
-        stack, seat = self.models.stack_of(role), self.models.seats[role]
+        stack, binding = self.models.stack_of(role), self.models.bindings[role]
         vocabulary = int(stack.backbone.model.config.get_text_config().vocab_size)
-        door = _Door(stack.model, vocabulary, shapes.prompt + shapes.reply - 1)
+        forward = _OutputShapes(stack.model, vocabulary, shapes.prompt + shapes.response - 1)
         different = range(-(-shapes.chunk // shapes.same))  # equal prompts are read once
         prompts = [(i % vocabulary,) + (0,) * (shapes.prompt - 1) for i in different for _ in range(shapes.same)]
-        knobs = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "adapter": seat.adapter}
-        requests = [DecodeRequest(p, 0, shapes.reply, (), **knobs) for p in prompts]  # type: ignore[arg-type]
-        with self.ledger:
-            sampler = Sampler(stack.model, 0, max_rows=min(SAMPLER_ROWS, shapes.chunk), door=door)
-            with self.ledger.watch() as peak:
+        knobs = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "adapter": binding.adapter}
+        requests = [DecodeRequest(p, 0, shapes.response, (), **knobs) for p in prompts]  # type: ignore[arg-type]
+        with self.tracker:
+            sampler = Sampler(stack.model, 0, max_rows=min(SAMPLER_ROWS, shapes.chunk), forward=forward)
+            with self.tracker.watch() as peak:
                 sampler.run(requests[: shapes.chunk])
         return peak
 
     def scoring(self, shapes: Shapes, temperature: float, reference: str | None, rewards: Sequence[str]) -> Peak:
         """Reference and rewards over the rows of one forward pass, as `Scorer` asks for them."""
-        with self.ledger, self.ledger.watch() as peak, torch.no_grad():
+        with self.tracker, self.tracker.watch() as peak, torch.no_grad():
             if reference is not None:
                 self.models("logprobs", reference, shapes.sequences(shapes.scored), temperature)
             for reward in rewards:
@@ -101,16 +101,16 @@ class Cast:
 class Learning:
     """A cast with an optimizer, whose moments are there from the start, as they are from a run's second step on."""
 
-    def __init__(self, ledger: Ledger, groups: Sequence[ParameterGroup], optim: OptimFields) -> None:
-        self.ledger = ledger
+    def __init__(self, tracker: MetaMemoryTracker, groups: Sequence[ParameterGroup], optim: OptimFields) -> None:
+        self.tracker = tracker
         self.parameters = [p for g in groups for p in g.parameters.values()]
         self.optimizer = None if optim.optim == "adamw_8bit" else build_optimizer(groups, optim)
         self.moments: list[Tensor] = []
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group["lr"] = 1.0
             if optim.optim == "adamw_torch":  # torch's own choice by device
-                group["foreach"] = ledger.device == "cuda"
-        with ledger:
+                group["foreach"] = tracker.device == "cuda"
+        with tracker:
             for p in self.parameters:
                 p.grad = torch.empty_like(p)
             self.step()
@@ -120,7 +120,9 @@ class Learning:
                 sizes = [2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in (p.numel() for p in self.parameters)]
                 self.moments = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
         states = self.optimizer.state.values() if self.optimizer is not None else ()
-        self.ledger.own("optimizer", [*self.moments, *(t for s in states for t in s.values() if isinstance(t, Tensor))])
+        self.tracker.own(
+            "optimizer", [*self.moments, *(t for s in states for t in s.values() if isinstance(t, Tensor))]
+        )
 
     def step(self) -> None:
         if self.optimizer is not None:
@@ -130,12 +132,12 @@ class Learning:
 
     def update(self, microbatch: Callable[[], Iterator[Tensor]]) -> Peak:
         """Two microbatches, of which the second meets the gradients of the first, and the step."""
-        with self.ledger, self.ledger.watch() as peak:
+        with self.tracker, self.tracker.watch() as peak:
             for _ in range(2):
                 for loss in microbatch():
                     loss.backward()  # type: ignore[no-untyped-call]
                     del loss
-                self.ledger.own("gradients", (p.grad for p in self.parameters))
+                self.tracker.own("gradients", (p.grad for p in self.parameters))
             self.step()
         return peak
 
@@ -145,15 +147,15 @@ class PPOLearning(Learning):
 
     def __init__(self, cast: Cast, job: PPOConfig) -> None:
         self.cast, self.models = cast, cast.models
-        super().__init__(cast.ledger, trained_groups(cast.models), job)
+        super().__init__(cast.tracker, trained_groups(cast.models), job)
 
     def evaluation(self, shapes: Shapes, job: PPOConfig) -> Peak:
-        with self.ledger, self.ledger.watch() as peak, torch.no_grad():
+        with self.tracker, self.tracker.watch() as peak, torch.no_grad():
             self.models("both", shapes.sequences(shapes.rows), job.temperature, with_entropy=True)
         return peak
 
     def updates(self, shapes: Shapes, job: PPOConfig, joint: bool) -> Peak:
-        """joint: policy and critic are one loss (ZeRO 1 to 3; a shared trunk always)."""
+        """joint: policy and value model are one loss (ZeRO 1 to 3; a shared trunk always)."""
         self.models.train(self.models.recompute)
         peak = self.update(lambda: self._losses(shapes, job, joint))
         self.models.eval()
@@ -162,7 +164,7 @@ class PPOLearning(Learning):
     def _losses(self, shapes: Shapes, job: PPOConfig, joint: bool) -> Iterator[Tensor]:
         """As `Learner` makes them."""
         models, seq = self.models, shapes.sequences(shapes.rows)
-        fixed, mask = torch.zeros(shapes.rows, shapes.reply, device="meta"), seq.response_mask
+        fixed, mask = torch.zeros(shapes.rows, shapes.response, device="meta"), seq.response_mask
         weights = fixed if job.max_staleness else None
 
         def policy(new: Tensor) -> Tensor:
@@ -171,16 +173,16 @@ class PPOLearning(Learning):
                 loss = loss + losses.kl_loss_sum(job.kl_penalty, new, fixed, mask, weights)[0]
             return loss
 
-        def critic(values: Tensor) -> Tensor:
+        def value_loss(values: Tensor) -> Tensor:
             return losses.value_loss_sum(values, fixed, fixed, mask, job.cliprange_value)[0]
 
-        if "value" in models.seats and (joint or models.shares_trunk):
+        if "value" in models.bindings and (joint or models.shares_trunk):
             new, _, values, _ = models("both", seq, job.temperature)
-            yield policy(new) + critic(values)
+            yield policy(new) + value_loss(values)
             return
         yield policy(models("logprobs", "policy", seq, job.temperature)[0])
-        if "value" in models.seats:
-            yield critic(models("values", seq)[0])
+        if "value" in models.bindings:
+            yield value_loss(models("values", seq)[0])
 
 
 class SupervisedLearning(Learning):
@@ -196,7 +198,7 @@ class SupervisedLearning(Learning):
             head = Head(base.hidden_size).to("meta")
             trained |= dict(head.named_parameters())
             self.model = RewardModel(base, peft_model, head)
-        super().__init__(cast.ledger, [ParameterGroup("all", trained)], job)
+        super().__init__(cast.tracker, [ParameterGroup("all", trained)], job)
 
     def training(self, rows: int) -> Peak:
         self.model.train()
@@ -205,7 +207,7 @@ class SupervisedLearning(Learning):
         return peak
 
     def evaluation(self, rows: int) -> Peak:
-        with self.ledger, self.ledger.watch() as peak, torch.no_grad():
+        with self.tracker, self.tracker.watch() as peak, torch.no_grad():
             self._loss(rows)
         return peak
 
@@ -219,7 +221,7 @@ class SupervisedLearning(Learning):
         return losses.pairwise_reward_loss_sum(chosen, rejected)[0]
 
 
-class _Door:
+class _OutputShapes:
     """How the sampler calls the model. It runs for prompts and for the last token, when the cache is fullest."""
 
     def __init__(self, model: Any, vocabulary: int, longest: int) -> None:

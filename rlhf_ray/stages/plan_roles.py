@@ -17,12 +17,12 @@ from rlhf_ray.models.assembly import BASE, Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.files import read_json
 from rlhf_ray.models.source import ModelSource
-from rlhf_ray.models.specs import Source, policy_source, reward_source
+from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
 from rlhf_ray.models.stack import RoleModels
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 from rlhf_ray.plan.ledger import Device
 from rlhf_ray.plan.skeleton import Head, read_config, skeleton
-from rlhf_ray.stages.ppo_roles import critic_start
+from rlhf_ray.stages.ppo_roles import value_init_role
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class Made:
                 shapes[config.output_dir] = made.lora_of(config.sft) if config.sft else config.lora
         return made
 
-    def source(self, spec: str, reward: bool = False) -> Source:
+    def source(self, spec: str, reward: bool = False) -> ModelSpec:
         if spec in self.adapters:
-            return Source("adapter", spec)
+            return ModelSpec("adapter", spec)
         return reward_source(spec) if reward else policy_source(spec)
 
     def lora_of(self, path: str) -> LoraConfig:
         """The shape of a saved adapter, or of one to be made."""
         if path in self.adapters:
             return self.adapters[path]
-        source = policy_source(path) if not (Path(path) / CONFIG).is_file() else Source("adapter", path)
+        source = policy_source(path) if not (Path(path) / CONFIG).is_file() else ModelSpec("adapter", path)
         file = Path(source.path) / CONFIG
         config = check_config(read_json(file), str(file))
         targets = config["target_modules"]
@@ -117,7 +117,7 @@ def learner_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly
     """As `ppo_roles.assemble`: with reference and rewards where every role is colocated."""
     alone, assembly = job.placement == "colocate", PlannedAssembly(job, device, made)
     assembly.add_trained_policy(_start(job, made), job.lora, with_reference=alone)
-    needed = critic_start(job, _foreign(job, made)) if job.advantage_estimator == "gae" else None
+    needed = value_init_role(job, _foreign(job, made)) if job.advantage_estimator == "gae" else None
     _add_rewards(assembly, job, made, _names(job) if alone else {needed or ""})
     if needed is not None:
         assembly.add_value(needed, job.value.adapter, job.value.lora)
@@ -134,7 +134,7 @@ def generator_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assemb
 def scorer_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
     """As `ppo_roles.assemble_scorer`."""
     assembly = PlannedAssembly(job, device, made)
-    assembly.add_policy("reference", _start(job, made) or Source("base", "base"))
+    assembly.add_policy("reference", _start(job, made) or ModelSpec("base", "base"))
     _add_rewards(assembly, job, made, _names(job))
     return assembly, assembly.finish()
 
@@ -147,13 +147,13 @@ def supervised_models(job: SFTConfig | RewardConfig, device: Device, made: Made)
     return assembly, assembly.finish()
 
 
-def panel_models(job: EvaluateConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
-    """As `panel.load_panel`: every policy and every reward, by number."""
+def evaluation_models(job: EvaluateConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
+    """As `panel.load_evaluation_models`: every policy and every reward, by number."""
     assembly = PlannedAssembly(job, device, made)
     for number, policy in enumerate(job.policies):
         source = made.source(policy.policy)
         same = source.kind == "full" and source.path == job.model_name_or_path
-        assembly.add_policy(f"policy_{number}", Source("base", "base") if same else source)
+        assembly.add_policy(f"policy_{number}", ModelSpec("base", "base") if same else source)
     for number, reward in enumerate(job.rewards):
         if reward.function is None:
             assembly.add_reward(f"reward_{number}", made.source(reward.run or reward.model or "", reward=True))
@@ -164,7 +164,7 @@ def _names(job: PPOConfig) -> set[str]:
     return {reward.name for reward in job.rewards}
 
 
-def _start(job: PPOConfig, made: Made) -> Source | None:
+def _start(job: PPOConfig, made: Made) -> ModelSpec | None:
     return made.source(job.sft) if job.sft is not None else None
 
 

@@ -33,7 +33,7 @@ from rlhf_ray.roles import invariants
 from rlhf_ray.roles.collector import Collected
 from rlhf_ray.roles.experience import Evaluation, make_experience
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
-from rlhf_ray.roles.guards import Tripped
+from rlhf_ray.roles.guards import StopTraining
 from rlhf_ray.roles.heldout import HeldOut, sample_rows
 from rlhf_ray.roles.ledger import peaks
 from rlhf_ray.roles.rollouts import Rollouts, Sampled, probed_rows
@@ -41,7 +41,7 @@ from rlhf_ray.run import Run
 from rlhf_ray.session import Session, peak_memory, seed_everything
 from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.launch import launch
-from rlhf_ray.stages.oversight import Oversight
+from rlhf_ray.stages.oversight import TrainingMonitor
 from rlhf_ray.stages.ppo_setup import PPOSetup, set_up
 from rlhf_ray.stages.ppo_store import Best, enter_run, finish, restore, save
 
@@ -65,14 +65,14 @@ def train_ppo(config: PPOConfig, session: Session) -> Run:
         with discarded_on_error(folder, is_new):
             setup = set_up(config, session, folder)
         loop = PPOLoop(config, session, setup)
-        with setup.writers, session.stop.deferred(), loop.oversight.watchdog.watching():
+        with setup.writers, session.stop.deferred(), loop.monitor.watchdog.watching():
             restore(loop)
             loop.run()
         return finish(loop)
 
 
 @dataclass
-class Progress:
+class PPOProgress:
     """What moves from step to step besides weights and optimizer state; a checkpoint stores all of it."""
 
     step: int = 0
@@ -93,15 +93,15 @@ class PPOLoop:
             config.kl_controller, config.kl_coef, config.kl_target, config.kl_horizon, config.kl_step_size
         )
         self.moments = RunningMoments()
-        self.progress = Progress()
-        self.oversight = Oversight(config, session, setup.folder)
+        self.progress = PPOProgress()
+        self.monitor = TrainingMonitor(config, session, setup.folder)
         self.total_steps = setup.total_steps
         self._told_flat = False
         self.rollouts = Rollouts(
             self.collector,
             lambda step: (setup.schedule.step(step), setup.budgets(step)),
             Decoding(setup.stop_ids, temperature=config.temperature),
-            self.learner.models.seats["policy"].adapter,
+            self.learner.models.bindings["policy"].adapter,
             ahead=config.max_staleness > 0,
             last_step=self.total_steps,
         )
@@ -114,12 +114,12 @@ class PPOLoop:
         try:
             self._steps()
         except Abandoned as why:
-            raise self.oversight.stopped(str(why), self.progress.step, self._save_if_new) from None
-        except Tripped as found:
+            raise self.monitor.stopped(str(why), self.progress.step, self._save_if_new) from None
+        except StopTraining as found:
             found.saves &= found.is_limit or self.config.max_staleness == 0  # a rollout that was begun early is used up
-            raise self.oversight.tripped(found, self._save_if_new) from None
+            raise self.monitor.stopped_by_guard(found, self._save_if_new) from None
         finally:
-            self.oversight.watchdog.enter("", 0)
+            self.monitor.watchdog.enter("", 0)
 
     def _steps(self) -> None:
         """With evaluations and checkpoints where they are due."""
@@ -144,45 +144,45 @@ class PPOLoop:
                 started = time.perf_counter()
                 self._save_if_new()
                 checkpoint_time = {"time/checkpoint": time.perf_counter() - started}
-            self.oversight.guards.check(self.config, metrics, step)
-            self.oversight.enter("step_end", step)
+            self.monitor.guards.check(self.config, metrics, step)
+            self.monitor.enter("step_end", step)
 
     def _save_if_new(self) -> None:
         """A checkpoint of the step that was done last. Every rank calls it."""
         step = self.progress.step
         if step != self.saved_step:
-            self.oversight.enter("settle", step)
+            self.monitor.enter("settle", step)
             self.rollouts.settle()
-            self.oversight.enter("save", step)
+            self.monitor.enter("save", step)
             save(self, step)
             self.saved_step = step
 
     def step(self, step: int) -> dict[str, float]:
         """One PPO step. Returns its metrics; raises InvariantError when something that must hold does not."""
         clock = time.perf_counter()
-        self.oversight.enter("rollout", step)
+        self.monitor.enter("rollout", step)
         try:
             sampled = self.rollouts.take(step, self.learner.published)
         except Interrupted:  # no generator is left, a reward cannot be had: the step before is whole
             if self.session.world_size == 1 and self.config.max_staleness == 0:
                 self._save_if_new()
             raise
-        sound = self.oversight.guards.sound(sampled.collected, self.config.num_generations, step)
+        sound = self.monitor.guards.sound(sampled.collected, self.config.num_generations, step)
         sampled = replace(sampled, collected=sound)
         collected, arrived = sampled.collected, time.perf_counter()
-        self.oversight.enter("evaluate", step)
+        self.monitor.enter("evaluate", step)
         evaluation = self.learner.evaluate(collected.rollout, step)
         probed = self._check_rollout(sampled, evaluation, step)
-        self.oversight.enter("experience", step)
+        self.monitor.enter("experience", step)
         kl_coef = self.controller.value
         experience, metrics = make_experience(
             collected.rollout, collected.scores, evaluation, self.config, kl_coef, self.moments
         )
         rates = self.learning_rates(step)
-        self.oversight.enter("update", step)
-        stats = self.learner.update(experience, step, rates, kl_coef, self.oversight.guards)
+        self.monitor.enter("update", step)
+        stats = self.learner.update(experience, step, rates, kl_coef, self.monitor.guards)
         updated = time.perf_counter()
-        self.oversight.enter("publish", step)
+        self.monitor.enter("publish", step)
         before = self.learner.published
         after = self.learner.publish()
         if rates["policy"] > 0 and stats.updates and bool(experience.advantages.any()):
@@ -199,8 +199,8 @@ class PPOLoop:
             "time/publish": time.perf_counter() - updated,
             "time/step": time.perf_counter() - clock,
         }
-        if self.setup.crew is not None:
-            metrics |= self.setup.crew.idle(collected.busy, metrics["time/step"], arrived - clock) | peaks(
+        if self.setup.remote_roles is not None:
+            metrics |= self.setup.remote_roles.idle(collected.busy, metrics["time/step"], arrived - clock) | peaks(
                 collected.done
             )
             self._log_roles(collected, f"step {step}")
@@ -213,14 +213,14 @@ class PPOLoop:
         if not self.setup.held_out:
             return {}
         started = time.perf_counter()
-        self.oversight.enter("settle", step)
+        self.monitor.enter("settle", step)
         self.rollouts.settle()  # generators answer in turn: a rollout under way comes first
         budgets = [self.config.response_length] * len(self.setup.held_out)
-        self.oversight.enter("heldout", step)
+        self.monitor.enter("heldout", step)
         collected = self.setup.eval_collector.collect(
             self.setup.held_out, budgets, self.active(), self.setup.eval_decoding, "eval", 0
         )
-        collected = self.oversight.guards.sound(collected, 1, step, counts=False)
+        collected = self.monitor.guards.sound(collected, 1, step, counts=False)
         metrics = HeldOut.of(collected).metrics()
         self._log_roles(collected, f"evaluation at step {step}")
         if self.progress.best.offer(step, metrics["eval/reward"]) and self.config.load_best_model_at_end:
@@ -229,17 +229,17 @@ class PPOLoop:
 
     def active(self) -> ActiveAdapter:
         """The policy adapter that is in the model now."""
-        name = self.learner.models.seats["policy"].adapter
+        name = self.learner.models.bindings["policy"].adapter
         return ActiveAdapter(name, self.learner.published.version, self.learner.published.sha256)
 
     def hand_over(self) -> int:
         """Let the samplers have the published adapter; its size in bytes. Where they use the learner's model nothing moves."""
-        if self.setup.crew is None:
+        if self.setup.remote_roles is None:
             return self.learner.published.size_bytes
-        return self.session.from_main(self.setup.crew.publish(self.learner.published))
+        return self.session.from_main(self.setup.remote_roles.publish(self.learner.published))
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """Learning rate of each parameter group at `step` (from 1). The policy waits while the critic warms up."""
+        """Learning rate of each parameter group at `step` (from 1). The policy waits while the value model warms up."""
         config, warmup = self.config, resolve_warmup(self.config.warmup_steps, self.total_steps)
         factor = lr_multiplier(config.lr_scheduler_type, step - 1, self.total_steps, warmup, config.min_lr_ratio)
         peak = {"policy": config.learning_rate, "value": config.value.learning_rate or config.learning_rate}

@@ -16,7 +16,7 @@ from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage
 from rlhf_ray.models.sampler import Sampler
-from rlhf_ray.models.specs import Source, policy_source
+from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.roles.generator import Decoding
 from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.stages.reward_roles import RewardRoles
@@ -27,8 +27,8 @@ SAMPLER_ROWS = 64
 def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardRoles]:
     """Load the base and put policy, reference, rewards and critic on it, with their lineage checked.
 
-    Under `placement: split` this is the learner: reference and rewards are the scorers' affair, but for the reward that the critic
-    starts from."""
+    Under `placement: split` this is the learner: reference and rewards are the scorers' affair, but for the reward that the value
+    model starts from."""
     alone = config.placement == "colocate"
     assembly, start = _base(config, device)
     template = load_template(config.template, assembly.base.tokenizer)
@@ -38,12 +38,12 @@ def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardR
     assembly.add_trained_policy(start, config.lora, with_reference=alone)
     needed = None
     if config.advantage_estimator == "gae" and not alone:
-        needed = critic_start(config, {r.name for r in config.rewards if roles.is_foreign(r)})
+        needed = value_init_role(config, {r.name for r in config.rewards if roles.is_foreign(r)})
     for reward in config.rewards:
         roles.add(reward, reward.name, load=alone or reward.name == needed)
     assembly.lineage += roles.lines
     if config.advantage_estimator == "gae":
-        assembly.add_value(needed or critic_start(config, roles.readers), config.value.adapter, config.value.lora)
+        assembly.add_value(needed or value_init_role(config, roles.readers), config.value.adapter, config.value.lora)
     return assembly, roles
 
 
@@ -57,22 +57,22 @@ def assemble_generator(config: PPOConfig, device: torch.device) -> Assembly:
 def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardRoles]:
     """The base with the reference and the rewards."""
     assembly, start = _base(config, device)
-    assembly.add_policy("reference", start or Source("base", "base"))
+    assembly.add_policy("reference", start or ModelSpec("base", "base"))
     roles = RewardRoles(assembly, load_template(config.template, assembly.base.tokenizer), config.template)
     for reward in config.rewards:
         roles.add(reward, reward.name)
     return assembly, roles
 
 
-def policy_sampler(config: PPOConfig, assembly: Assembly, model: Any, door: Any = None) -> Sampler:
-    """The sampler of rollouts and evaluations. model: the base with its adapters.  door: see `Sampler`."""
-    return Sampler(model, assembly.base.pad_id, max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size), door=door)
+def policy_sampler(config: PPOConfig, assembly: Assembly, model: Any, forward: Any = None) -> Sampler:
+    """The sampler of rollouts and evaluations. model: the base with its adapters.  forward: see `Sampler`."""
+    return Sampler(model, assembly.base.pad_id, max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size), forward=forward)
 
 
-def critic_start(config: PPOConfig, foreign: Collection[str] = ()) -> str:
-    """The role the critic starts from: as the job says, else the first reward model that it can start from, else the policy.
+def value_init_role(config: PPOConfig, foreign: Collection[str] = ()) -> str:
+    """The role the value model starts from: as the job says, else the first reward model that it can start from, else the policy.
 
-    foreign: rewards with a tokenizer of their own; a critic must read the policy's tokens. Raises ConfigError."""
+    foreign: rewards with a tokenizer of their own; a value model must read the policy's tokens. Raises ConfigError."""
     models = [r.name for r in config.rewards if r.function is None and r.name not in foreign]
     if config.value.init_from is None:
         return models[0] if models and config.value.adapter == "own" else "policy"
@@ -103,13 +103,13 @@ def text_maker(backbone: Backbone, template: Template) -> Callable[[Rollout, Seq
     decode = backbone.tokenizer.decode
 
     def to_texts(rollout: Rollout, rows: Sequence[Row]) -> Texts:
-        ids = [reply[mask].tolist() for reply, mask in zip(rollout.response_ids, rollout.response_mask)]
-        replies = [str(decode(i, skip_special_tokens=True)) for i in ids]
-        return Texts([template.render(row.prompt) for row in rows], replies, ids, [row.columns for row in rows])
+        ids = [response[mask].tolist() for response, mask in zip(rollout.response_ids, rollout.response_mask)]
+        responses = [str(decode(i, skip_special_tokens=True)) for i in ids]
+        return Texts([template.render(row.prompt) for row in rows], responses, ids, [row.columns for row in rows])
 
     return to_texts
 
 
-def _base(config: PPOConfig, device: torch.device) -> tuple[Assembly, Source | None]:
+def _base(config: PPOConfig, device: torch.device) -> tuple[Assembly, ModelSpec | None]:
     assembly = Assembly(config, device, config.seed, config.stop_token_ids)
     return assembly, policy_source(config.sft) if config.sft is not None else None

@@ -15,7 +15,7 @@ from rlhf_ray.batches import Rollout
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
-from rlhf_ray.data.schedule import PromptSchedule, reply_budgets
+from rlhf_ray.data.schedule import PromptSchedule, response_budgets
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter
 from rlhf_ray.models.adapters import HEAD_KEY, adapter_config, load_adapter_tensors
 from rlhf_ray.models.artifact import RunFolder
@@ -32,7 +32,7 @@ from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.ledger import RolesLog
 from rlhf_ray.roles.rewards import Texts
 from rlhf_ray.roles.scorer import Scorer
-from rlhf_ray.roles.split import Crew, SplitCollector
+from rlhf_ray.roles.split import RemoteRoles, SplitCollector
 from rlhf_ray.session import Session
 from rlhf_ray.stages.entering import check_same_models, mended_functions
 from rlhf_ray.stages.header import config_line
@@ -73,7 +73,7 @@ class PPOSetup:
     folder: RunFolder
     backbone: Backbone
     learner: Learner
-    crew: Crew | None
+    remote_roles: RemoteRoles | None
     collector: Collector
     eval_collector: Collector
     eval_decoding: Decoding
@@ -99,11 +99,11 @@ class PPOSetup:
     def value_base_path(self) -> str:
         return self.learner.models.stack_of("value").backbone.identity.path
 
-    def load_critic(self, models: RoleModels, folder: Path) -> None:
+    def load_value(self, models: RoleModels, folder: Path) -> None:
         """Put a saved critic back: its adapter and its head."""
         tensors = load_file(folder / "adapter_model.safetensors")
         head = tensors.pop(HEAD_KEY)
-        load_adapter_tensors(models.stack_of("value").peft, str(models.seats["value"].adapter), tensors)
+        load_adapter_tensors(models.stack_of("value").peft, str(models.bindings["value"].adapter), tensors)
         weight = models.head_of("value").weight
         with gathered([weight], change=True):
             weight.data.copy_(head)
@@ -111,8 +111,8 @@ class PPOSetup:
 
 def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     """Load, check, and say what this run is. Raises the error tree before the first rollout."""
-    crew = Crew(session.pools, session) if config.placement == "split" else None
-    loading = crew.wake() if crew is not None and session.is_main else []
+    remote_roles = RemoteRoles(session.actor_handles, session) if config.placement == "split" else None
+    loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
     assembly, roles = assemble(config, session.device)
     backbone, template = assembly.base, roles.template
     prompts = load_prompts(config, backbone, template)
@@ -129,8 +129,8 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     stop_ids = backbone.eos_ids
     eval_decoding = decoding(config.eval_sampling, stop_ids)
     collector: Callable[[float], Collector]
-    if crew is not None:
-        split = SplitCollector(crew, session, config.rollout_chunk_size, backbone.pad_id)
+    if remote_roles is not None:
+        split = SplitCollector(remote_roles, session, config.rollout_chunk_size, backbone.pad_id)
         collector = lambda temperature: split  # noqa: E731  # scorers take the temperature with each request
     else:
         collector = _own_collector(config, session, assembly, roles, learner, to_texts)
@@ -143,7 +143,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         folder=folder,
         backbone=backbone,
         learner=learner,
-        crew=crew,
+        remote_roles=remote_roles,
         collector=collector(config.temperature),
         eval_collector=collector(eval_decoding.temperature),
         eval_decoding=eval_decoding,
@@ -152,7 +152,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         stop_ids=stop_ids,
         total_steps=total,
         eval_every=eval_every,
-        budgets=lambda step: reply_budgets(
+        budgets=lambda step: response_budgets(
             config.rollout_batch_size, config.min_response_length, config.response_length, config.seed, step
         ),
         save_due=lambda step, last: step == last or step in listed or bool(save_every and step % save_every == 0),
@@ -167,8 +167,8 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     if session.is_main:
         _write_manifest(setup, assembly, roles, prompts.manifest, session)
         lines = header_lines(config, setup, roles, session, prompts.lines, whereabouts)
-        if crew is not None and setup.writers.roles is not None:
-            found = crew.introduce(loading)
+        if remote_roles is not None and setup.writers.roles is not None:
+            found = remote_roles.introduce(loading)
             actors = check_and_describe(found, backbone.identity)
             learners = [header_line("learner", line) for line in whereabouts]
             setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
@@ -189,24 +189,24 @@ def _own_collector(
 ) -> Callable[[float], Collector]:
     """Makes collectors, by temperature, that sample and score on the learner's own models."""
     models, pad_id, rows = learner.models, assembly.base.pad_id, config.per_device_train_batch_size
-    module, lockstep, agree = learner.engine.module, learner.lockstep, learner.models.agree
-    rewards = roles.build(module, rows, agree)
-    door = partial(module, "decode") if lockstep else None
-    sampler = policy_sampler(config, assembly, models.stack_of("policy").model, door)
+    module, lockstep, max_over_ranks = learner.engine.module, learner.lockstep, learner.models.max_over_ranks
+    rewards = roles.build(module, rows, max_over_ranks)
+    forward = partial(module, "decode") if lockstep else None
+    sampler = policy_sampler(config, assembly, models.stack_of("policy").model, forward)
     some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
     generator = Generator(sampler, pad_id, config.seed, some_rank_decodes)
 
     def collector(temperature: float) -> Collector:
-        scorer = Scorer(module, rewards, to_texts, temperature, rows, session.device, agree=agree)
+        scorer = Scorer(module, rewards, to_texts, temperature, rows, session.device, max_over_ranks=max_over_ranks)
         return Collector(generator, scorer, session, config.rollout_chunk_size, pad_id, lockstep)
 
     return collector
 
 
 def _value_config(models: RoleModels) -> dict[str, Any]:
-    if "value" not in models.seats:
+    if "value" not in models.bindings:
         return {}
-    return adapter_config(models.stack_of("value").peft, str(models.seats["value"].adapter))
+    return adapter_config(models.stack_of("value").peft, str(models.bindings["value"].adapter))
 
 
 def header_lines(

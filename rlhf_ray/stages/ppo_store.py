@@ -35,8 +35,8 @@ from rlhf_ray.roles.optimizer_state import export_state, restore_state
 from rlhf_ray.run import Run
 from rlhf_ray.session import Session
 from rlhf_ray.stages import entering
-from rlhf_ray.stages.exactness import environment, tell_differences
-from rlhf_ray.stages.waiting import load_waiting, save_waiting
+from rlhf_ray.stages.exactness import environment, warn_of_differences
+from rlhf_ray.stages.waiting import load_pending, save_pending
 
 if TYPE_CHECKING:
     from rlhf_ray.stages.ppo import PPOLoop
@@ -82,7 +82,7 @@ def save(loop: PPOLoop, step: int) -> None:
             atomic_save_tensors(folder / "optimizer.safetensors", optimizer)
             atomic_write_json(folder / "state.json", state)
             if waiting is not None:
-                save_waiting(waiting, folder)
+                save_pending(waiting, folder)
             if loop.best_policy is not None:
                 atomic_save_tensors(folder / BEST, loop.best_policy)
 
@@ -94,30 +94,30 @@ def save(loop: PPOLoop, step: int) -> None:
 
 @dataclass(frozen=True)
 class Roles:
-    """What was trained, whole and on the CPU. critic, head: None without a critic."""
+    """What was trained, whole and on the CPU. critic, head: None without a value model."""
 
     policy: dict[str, Tensor]
-    critic: dict[str, Tensor] | None
+    value: dict[str, Tensor] | None
     head: Tensor | None
 
 
 def roles_now(loop: PPOLoop) -> Roles:
-    """The policy as it was published, the critic as it is. A collective under ZeRO-3: every rank calls it."""
+    """The policy as it was published, the value model as it is. A collective under ZeRO-3: every rank calls it."""
     models, policy = loop.learner.models, loop.learner.published.tensors
-    if "value" not in models.seats:
+    if "value" not in models.bindings:
         return Roles(policy, None, None)
-    critic = adapter_tensors(models.stack_of("value").peft, str(models.seats["value"].adapter))
+    value = adapter_tensors(models.stack_of("value").peft, str(models.bindings["value"].adapter))
     weight = models.head_of("value").weight
     with gathered([weight]):
-        return Roles(policy, critic, weight.detach().to("cpu", torch.float32, copy=True))
+        return Roles(policy, value, weight.detach().to("cpu", torch.float32, copy=True))
 
 
 def write_roles(loop: PPOLoop, roles: Roles, folder: Path) -> None:
-    """The policy as a plain PEFT adapter in `adapter/`, the critic with its head in `value/`."""
+    """The policy as a plain PEFT adapter in `adapter/`, the value model with its head in `value/`."""
     setup = loop.setup
     save_adapter(folder / "adapter", roles.policy, setup.policy_config, "CAUSAL_LM", None, setup.base_path)
-    if roles.critic is not None:
-        save_adapter(folder / "value", roles.critic, setup.value_config, "SEQ_CLS", roles.head, setup.value_base_path)
+    if roles.value is not None:
+        save_adapter(folder / "value", roles.value, setup.value_config, "SEQ_CLS", roles.head, setup.value_base_path)
 
 
 def restore(loop: PPOLoop) -> None:
@@ -134,7 +134,7 @@ def restore(loop: PPOLoop) -> None:
     restore_state(loop.learner.engine, load_file(checkpoint.path / "optimizer.safetensors"))
     loop.controller.load_state_dict(state["kl_controller"])
     loop.moments.load_state_dict(state["reward_moments"])
-    loop.oversight.guards.load_state_dict(state.get("guards", {}))
+    loop.monitor.guards.load_state_dict(state.get("guards", {}))
     progress = loop.progress
     progress.step, progress.tokens, progress.seconds = state["step"], state["tokens"], state["seconds"]
     loop.saved_step = progress.step
@@ -146,11 +146,11 @@ def restore(loop: PPOLoop) -> None:
     if loop.learner.publish().sha256 != state["adapter_sha256"]:
         raise ArtifactError.at(str(checkpoint.path), "the adapter restored is not the one that was saved")
     if state.get("rollout_waits"):
-        loop.rollouts.waiting = load_waiting(checkpoint.path)
+        loop.rollouts.pending = load_pending(checkpoint.path)
     _cut_logs(loop, progress.step, state["metrics_bytes"], state["samples_bytes"])
     if loop.session.is_main:
         loop.session.console.log(f"ppo: going on from step {progress.step} ({checkpoint.path})")
-    tell_differences(state, loop.session, loop.setup.backbone)
+    warn_of_differences(state, loop.session, loop.setup.backbone)
 
 
 def _cut_logs(loop: PPOLoop, step: int, metrics_bytes: int, samples_bytes: int) -> None:
@@ -200,10 +200,10 @@ def _state(loop: PPOLoop) -> dict[str, Any]:
         "last": progress.last,
         "kl_controller": loop.controller.state_dict(),
         "reward_moments": loop.moments.state_dict(),
-        "guards": loop.oversight.guards.state_dict(),
+        "guards": loop.monitor.guards.state_dict(),
         "adapter_version": loop.learner.published.version,
         "adapter_sha256": loop.learner.published.sha256,
-        "rollout_waits": loop.rollouts.waiting is not None,
+        "rollout_waits": loop.rollouts.pending is not None,
         "metrics_bytes": writers.metrics.bytes,
         "samples_bytes": writers.samples.bytes,
         "config": to_dict(loop.config),
@@ -214,9 +214,9 @@ def _state(loop: PPOLoop) -> dict[str, Any]:
 def _restore_roles(loop: PPOLoop, checkpoint: Checkpoint) -> None:
     models = loop.learner.models
     policy = load_file(checkpoint.adapter_dir / "adapter_model.safetensors")
-    load_adapter_tensors(models.stack_of("policy").peft, str(models.seats["policy"].adapter), policy)
-    if "value" in models.seats:
-        loop.setup.load_critic(models, checkpoint.path / "value")
+    load_adapter_tensors(models.stack_of("policy").peft, str(models.bindings["policy"].adapter), policy)
+    if "value" in models.bindings:
+        loop.setup.load_value(models, checkpoint.path / "value")
 
 
 def _summary_metrics(loop: PPOLoop) -> dict[str, float]:

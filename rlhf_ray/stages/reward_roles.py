@@ -9,9 +9,9 @@ from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.lineage import check_lineage, header_line, parent_of
-from rlhf_ray.models.sharded import Agree
+from rlhf_ray.models.sharded import MaxOverRanks
 from rlhf_ray.models.source import resolve_source
-from rlhf_ray.models.specs import Source, reward_source
+from rlhf_ray.models.specs import ModelSpec, reward_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 from rlhf_ray.roles.retokenised import Reader, RetokenisedReward
 from rlhf_ray.roles.rewards import FunctionReward, ModelReward
@@ -36,7 +36,7 @@ class RewardRoles:
         self.warnings: list[str] = []
 
     def add(self, reward: RewardSource, role: str, label: str | None = None, load: bool = True) -> None:
-        """Load it in seat `role` and check its lineage. Raises ConfigError, ArtifactError.
+        """Load it as `role` and check its lineage. Raises ConfigError, ArtifactError.
 
         label: how a manifest's parents call it; default: `role`.   load: false checks and records it, another process scores."""
         label = label or role
@@ -82,23 +82,27 @@ class RewardRoles:
         models = [parent for parent in self.parents if parent["path"] not in specs]
         return models, [parent for parent in self.parents if parent["path"] in specs]
 
-    def build(self, models: Any, rows_per_forward: int, agree: Agree = int) -> list[Reward]:
+    def build(self, models: Any, rows_per_forward: int, max_over_ranks: MaxOverRanks = int) -> list[Reward]:
         """What scores, in the job's order, over the finished models. agree: as the scorer's."""
-        return [self._build(reward, role, models, rows_per_forward, agree) for reward, role in self.roles]
+        return [self._build(reward, role, models, rows_per_forward, max_over_ranks) for reward, role in self.roles]
 
-    def _build(self, reward: RewardSource, role: str, models: Any, rows_per_forward: int, agree: Agree) -> Reward:
+    def _build(
+        self, reward: RewardSource, role: str, models: Any, rows_per_forward: int, max_over_ranks: MaxOverRanks
+    ) -> Reward:
         if role in self.functions:
             return self.functions[role]
         if role in self.readers:
             reader, writer = self.readers[role], self.assembly.base
-            return RetokenisedReward(reward.name, reward.weight, models, role, reader, writer, rows_per_forward, agree)
+            return RetokenisedReward(
+                reward.name, reward.weight, models, role, reader, writer, rows_per_forward, max_over_ranks
+            )
         return ModelReward(reward.name, reward.weight, models, role)
 
     def is_foreign(self, reward: RewardSource) -> bool:
         """Whether it reads text through a tokenizer of its own. Loads nothing."""
         return reward.function is None and self._has_own_tokenizer(reward_source(reward.run or reward.model or ""))
 
-    def _has_own_tokenizer(self, source: Source) -> bool:
+    def _has_own_tokenizer(self, source: ModelSpec) -> bool:
         """A whole checkpoint with another tokenizer; an adapter stands on the job's base, so it reads what that reads."""
         if source.kind != "full":
             return False
@@ -106,10 +110,10 @@ class RewardRoles:
             tokenizer_sha256(tokenizer_of(resolve_source(source.path))) != self.assembly.base.identity.tokenizer_sha256
         )
 
-    def _read_text(self, reward: RewardSource, source: Source, role: str) -> None:
-        backbone = self.assembly.stacks[self.assembly.seats[role].stack].backbone
+    def _read_text(self, reward: RewardSource, source: ModelSpec, role: str) -> None:
+        backbone = self.assembly.stacks[self.assembly.bindings[role].stack].backbone
         name = reward.template or recorded_template(source) or self.template_name
-        frame = load_template(name, backbone.tokenizer)
-        self.readers[role] = reader_of(source, backbone, frame)
-        how = f"replies are decoded, put in template {frame.name}, encoded again"
+        prompt_template = load_template(name, backbone.tokenizer)
+        self.readers[role] = reader_of(source, backbone, prompt_template)
+        how = f"replies are decoded, put in template {prompt_template.name}, encoded again"
         self.lines.append(header_line("", f"{reward.name} has its own tokenizer: {how}"))

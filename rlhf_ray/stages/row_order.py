@@ -19,7 +19,7 @@ from rlhf_ray.roles.minibatches import microbatches
 MEGABATCH = 50  # steps whose rows group_by_length sorts together: long enough to group, short enough to stay random
 
 Pick = tuple[int, bool]
-"""A row's index, and whether it counts; a filler row, which keeps ranks in step, does not."""
+"""A row's index, and whether it counts; a padding row, which keeps ranks in step, does not."""
 
 
 def epoch_steps(lengths: Tensor, batch_size: int, seed: int, epoch: int, group_by_length: bool) -> list[Tensor]:

@@ -63,15 +63,15 @@ def score(
     )
     if read is None:
         row = Row(ONE_ROW, Prompt(prompt or ""), completion=completion, columns={"prompt": prompt or ""})
-        found = [{k: v for k, v in line.items() if k != "where"} for line in score_replies([row], grade, console)]
+        found = [{k: v for k, v in line.items() if k != "where"} for line in score_responses([row], grade, console)]
         if not found:
             raise DataError.at(ONE_ROW, "cannot be scored: too long for the model, or without a token")
     elif read.rows[0].chosen is not None:
         found = score_pairs(read.rows, grade, console)
         console.log(pair_verdict(found))
     else:
-        found = score_replies(read.rows, grade, console)
-        console.log(reply_verdict(found))
+        found = score_responses(read.rows, grade, console)
+        console.log(response_verdict(found))
     if out is not None:
         write_rows(out, found)
     return found
@@ -91,7 +91,7 @@ def _read(file: str, console: Console) -> RowSet:
     return read
 
 
-def score_replies(rows: Sequence[Row], grade: Grade, console: Console) -> list[dict[str, Any]]:
+def score_responses(rows: Sequence[Row], grade: Grade, console: Console) -> list[dict[str, Any]]:
     """One line per row that can be scored."""
     rewards = grade(rows, [row.completion or "" for row in rows])
     _tell_left_out([row for row, reward in zip(rows, rewards) if reward is None], console)
@@ -145,7 +145,7 @@ def pair_verdict(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def reply_verdict(rows: Sequence[dict[str, Any]]) -> str:
+def response_verdict(rows: Sequence[dict[str, Any]]) -> str:
     """Mean reward with its standard error."""
     if not rows:
         return "no reply could be scored"
@@ -157,15 +157,15 @@ def reply_verdict(rows: Sequence[dict[str, Any]]) -> str:
 def function_grader(source: RewardSource, template: str | None) -> Grade:
     """A Python function on texts. Raises ConfigError if it asks for token ids, which exist only where a model is."""
     reward = FunctionReward(source.name, source.weight, source.function or "")
-    frame = load_template(template or "none")
+    prompt_template = load_template(template or "none")
     if "completion_ids" in inspect.signature(reward.function).parameters:
         raise ConfigError.at(
             "function", f"{source.function} reads completion_ids, and there is no tokenizer here", fix="use evaluate"
         )
 
-    def grade(rows: Sequence[Row], replies: Sequence[str]) -> list[float | None]:
-        prompts = [frame.render(row.prompt) for row in rows]
-        texts = Texts(prompts, list(replies), [[] for _ in rows], [row.columns for row in rows])
+    def grade(rows: Sequence[Row], responses: Sequence[str]) -> list[float | None]:
+        prompts = [prompt_template.render(row.prompt) for row in rows]
+        texts = Texts(prompts, list(responses), [[] for _ in rows], [row.columns for row in rows])
         return list(all_finite(reward.score(texts), f"reward {source.name} ({source.function})").tolist())
 
     return grade
@@ -175,7 +175,7 @@ def model_grader(source: RewardSource, template: str | None, num_threads: int | 
     """A reward run or checkpoint on token ids."""
     model = load_scoring_model(source, template, process_session(console, num_threads).device, console)
 
-    def grade(rows: Sequence[Row], replies: Sequence[str]) -> list[float | None]:
-        return model.score(*model.reader.encode(rows, replies))
+    def grade(rows: Sequence[Row], responses: Sequence[str]) -> list[float | None]:
+        return model.score(*model.reader.encode(rows, responses))
 
     return grade

@@ -24,8 +24,8 @@ from rlhf_ray.models.lineage import check_lineage, parent_of
 from rlhf_ray.models.loading import DTYPES
 from rlhf_ray.models.merge import fixture_difference
 from rlhf_ray.models.source import resolve_source
-from rlhf_ray.models.specs import Source, reward_source
-from rlhf_ray.models.stack import AdapterStack, RoleModels, Seat
+from rlhf_ray.models.specs import ModelSpec, reward_source
+from rlhf_ray.models.stack import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.roles.retokenised import Reader
 from rlhf_ray.roles.rewards import ModelReward
 from rlhf_ray.stages.recorded import DEFAULT_TEMPLATE, recorded_reward, recorded_template
@@ -45,17 +45,17 @@ class ScoringModel:
     reward: ModelReward
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> list[float | None]:
+    def score(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float | None]:
         """One score per sequence; None where there is nothing to read, or more than the model can."""
         fits = [
             i
-            for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
-            if prompt and reply and len(prompt) + len(reply) <= self.reader.backbone.context_length
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+            if prompt and response and len(prompt) + len(response) <= self.reader.backbone.context_length
         ]
         found: list[float | None] = [None] * len(prompts)
         for start in range(0, len(fits), ROWS_PER_FORWARD):
             part = fits[start : start + ROWS_PER_FORWARD]
-            seq = self.reader.sequences([prompts[i] for i in part], [replies[i] for i in part])
+            seq = self.reader.sequences([prompts[i] for i in part], [responses[i] for i in part])
             for i, value in zip(part, self.reward.score(seq).tolist()):
                 found[i] = value
         return found
@@ -69,13 +69,13 @@ def load_scoring_model(
     Raises ConfigError, ArtifactError."""
     found = reward_source(source.run or source.model or "")
     backbone, models = _load(found, device)
-    frame = load_template(template or recorded_template(found) or DEFAULT_TEMPLATE, backbone.tokenizer)
-    for line in check_lineage(found, backbone.identity, frame, role=ROLE):
+    prompt_template = load_template(template or recorded_template(found) or DEFAULT_TEMPLATE, backbone.tokenizer)
+    for line in check_lineage(found, backbone.identity, prompt_template, role=ROLE):
         console.warn(line)
-    reader = reader_of(found, backbone, frame)
+    reader = reader_of(found, backbone, prompt_template)
     model = ScoringModel(reader, ModelReward(source.name, source.weight, models, ROLE))
     console.log(
-        f"{found.describe()} on {backbone.identity.path} ({backbone.identity.precision}); template {frame.name};"
+        f"{found.describe()} on {backbone.identity.path} ({backbone.identity.precision}); template {prompt_template.name};"
         f" replies {'end in ' + str(backbone.tokenizer.eos_token) if reader.add_eos_token else 'end without eos'}"
     )
     gap = _fixture_gap(model, found, recorded_reward(found).get("fixture") or [])
@@ -86,7 +86,7 @@ def load_scoring_model(
     return model
 
 
-def reader_of(source: Source, backbone: Backbone, template: Template) -> Reader:
+def reader_of(source: ModelSpec, backbone: Backbone, template: Template) -> Reader:
     """How the reward model `source` reads text. ConfigError if its replies end with a token that its tokenizer lacks."""
     add_eos = bool(recorded_reward(source).get("add_eos_token", RewardConfig.model_fields["add_eos_token"].default))
     if add_eos and backbone.tokenizer.eos_token_id is None:
@@ -94,11 +94,11 @@ def reader_of(source: Source, backbone: Backbone, template: Template) -> Reader:
     return Reader(backbone, template, add_eos)
 
 
-def _load(source: Source, device: torch.device) -> tuple[Backbone, RoleModels]:
+def _load(source: ModelSpec, device: torch.device) -> tuple[Backbone, RoleModels]:
     if source.kind == "full":
         backbone = load_classifier(source.path, revision=None, **_how(None, device))
         head: Any = backbone.model.score
-        stack, seat, weight = AdapterStack(backbone, None), Seat(STACK, None, ROLE), head.weight.detach()
+        stack, binding, weight = AdapterStack(backbone, None), RoleBinding(STACK, None, ROLE), head.weight.detach()
     else:
         base, files = parent_of(source, ROLE).base, read_adapter(source.path)
         if files.head is None:
@@ -109,9 +109,9 @@ def _load(source: Source, device: torch.device) -> tuple[Backbone, RoleModels]:
         backbone = load_backbone(
             path=str(base["path"]), revision=base.get("revision"), **_how(base.get("precision"), device)
         )
-        stack, seat = AdapterStack(backbone, wrap(backbone.model, files, ROLE)), Seat(STACK, ROLE, ROLE)
+        stack, binding = AdapterStack(backbone, wrap(backbone.model, files, ROLE)), RoleBinding(STACK, ROLE, ROLE)
     stack.heads[ROLE] = ScalarHead(backbone.hidden_size, weight.float().cpu()).to(device)
-    models = RoleModels({STACK: stack}, {ROLE: seat})
+    models = RoleModels({STACK: stack}, {ROLE: binding})
     models.requires_grad_(False)
     models.eval()
     return backbone, models
@@ -130,7 +130,7 @@ def _how(precision: str | None, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _fixture_gap(model: ScoringModel, source: Source, fixture: Sequence[dict[str, Any]]) -> float | None:
+def _fixture_gap(model: ScoringModel, source: ModelSpec, fixture: Sequence[dict[str, Any]]) -> float | None:
     """Largest difference from the scores that its training, or its merge, left: is this the reward model that was made?"""
     if source.kind == "full":
         return fixture_difference(resolve_source(source.path).folder, model.reader.backbone)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.plan.asks import Ask
+from rlhf_ray.plan.asks import ResourceRequest
 from rlhf_ray.plan.preflight import matches
 
 LOOK_S = 5.0
@@ -18,13 +18,13 @@ ANSWER_S = 20.0
 """Longest wait for an answer. A node that is too busy to give one is asked by its worker, later."""
 
 
-def check_all_see(folder: Path, ask: Ask) -> None:
-    """Ask each node that could take a worker of `ask` whether it sees `folder`, which is there. ConfigError if one does not."""
+def check_all_see(folder: Path, request: ResourceRequest) -> None:
+    """Ask each node that could take a worker of `request` whether it sees `folder`, which is there. ConfigError if one does not."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    others = [n for n in ray.nodes() if n["NodeID"] != here and _takes(n, ask)]
+    others = [n for n in ray.nodes() if n["NodeID"] != here and _takes(n, request)]
     asked = {
         ray.remote(_sees)
         .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False), max_retries=0)
@@ -46,10 +46,10 @@ def unseen(folder: Path, node: str) -> ConfigError:
     return ConfigError.at("output_dir", f"{folder.parent} is not seen by node {node}", "a folder that is", fix=fix)
 
 
-def _takes(node: Mapping[str, Any], ask: Ask) -> bool:
+def _takes(node: Mapping[str, Any], request: ResourceRequest) -> bool:
     has = node.get("Resources") or {}
-    enough = all(has.get(kind, 0.0) >= amount for kind, amount in ask.each.items())
-    return bool(node.get("Alive")) and enough and matches(node.get("Labels") or {}, ask.labels)
+    enough = all(has.get(kind, 0.0) >= amount for kind, amount in request.each.items())
+    return bool(node.get("Alive")) and enough and matches(node.get("Labels") or {}, request.labels)
 
 
 def _sees(folder: str) -> bool:

@@ -44,7 +44,7 @@ def check_and_describe(actors: list[tuple[str, Any]], identity: BaseIdentity) ->
     """Header lines, one for each actor: process, node, GPU, device, threads, bases. ArtifactError if one loaded another base than
     the learner, whose identity this is.
 
-    actors: name and what it says of itself, from `Crew.introduce`."""
+    actors: name and what it says of itself, from `RemoteRoles.introduce`."""
     lines = []
     for name, about in actors:
         if about["base"] != identity.weights_sha256:

@@ -30,7 +30,7 @@ from rlhf_ray.session import Session, seed_everything
 from rlhf_ray.stages import entering
 from rlhf_ray.stages.discard import discarded_on_error
 from rlhf_ray.stages.header import header_lines, warnings_about
-from rlhf_ray.stages.keeper import Keeper
+from rlhf_ray.stages.keeper import RunCallback
 from rlhf_ray.stages.row_order import RowOrder
 from rlhf_ray.stages.supervised_store import MAY_CHANGE
 from rlhf_ray.stages.task import Examples, Job, Recipe, SupervisedConfig, Task
@@ -130,13 +130,13 @@ def tell(job: Job) -> None:
         console.warn(line)
 
 
-def train(job: Job, stack: ExitStack) -> Keeper:
-    """Run Trainer to the last step. What comes out of it is in the task's weights and in the keeper."""
+def train(job: Job, stack: ExitStack) -> RunCallback:
+    """Run Trainer to the last step. What comes out of it is in the task's weights and in the callback."""
     config, session, rows = job.config, job.session, job.examples.train
     writer = None
     if session.is_main:
         writer = stack.enter_context(MetricsWriter(job.folder.path, config.report_to, config.run_name))
-    keeper = Keeper(job, writer)
+    callback = RunCallback(job, writer)
     order = RowOrder(
         [job.task.length(row) for row in rows],
         config.train_batch_size,
@@ -149,26 +149,26 @@ def train(job: Job, stack: ExitStack) -> Keeper:
     with undisturbed(session.world_size):
         arguments = training_arguments(config, str(job.folder.path), session.device, session.world_size)
         trainer = SupervisedTrainer(
-            job.task, rows, order, config, arguments, session.sum, keeper.log, keeper.oversight.guards, [keeper]
+            job.task, rows, order, config, arguments, session.sum, callback.log, callback.monitor.guards, [callback]
         )
-    with session.stop.deferred(), keeper.oversight.watchdog.watching():
-        keeper.run(trainer)
+    with session.stop.deferred(), callback.monitor.watchdog.watching():
+        callback.run(trainer)
     trainer.accelerator.free_memory()
-    keeper.keep_best()
-    return keeper
+    callback.keep_best()
+    return callback
 
 
-def finish(job: Job, keeper: Keeper) -> Run:
+def finish(job: Job, callback: RunCallback) -> Run:
     """Save the adapter, read it back, compare, write manifest, summary and report."""
     folder, task, session = job.folder, job.task, job.session
     run = Run(
         stage=job.stage,
         status="done",
         run_dir=str(folder.path),
-        steps=keeper.step,
-        seconds=keeper.seconds,
+        steps=callback.step,
+        seconds=callback.seconds,
         seed=job.config.seed,
-        metrics=keeper.summary(),
+        metrics=callback.summary(),
         artifacts={"adapter": "adapter", "report": "report.html"},
     )
     if session.is_main:

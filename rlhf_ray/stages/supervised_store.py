@@ -23,11 +23,11 @@ from rlhf_ray.models.adapters import HEAD_KEY, read_adapter
 from rlhf_ray.models.artifact import atomic_save_tensors, atomic_write_json, write_checkpoint
 from rlhf_ray.models.checkpoints import delete_checkpoint
 from rlhf_ray.stages import entering
-from rlhf_ray.stages.exactness import environment, tell_differences
+from rlhf_ray.stages.exactness import environment, warn_of_differences
 from rlhf_ray.stages.trainer import OPTIMIZER_FILE
 
 if TYPE_CHECKING:
-    from rlhf_ray.stages.keeper import Keeper
+    from rlhf_ray.stages.keeper import RunCallback
 
 STATE, BEST = "state.json", "best.safetensors"
 KEEP_ALL = 10**9
@@ -35,84 +35,84 @@ MAY_CHANGE = (*entering.MAY_CHANGE, "logging_steps", "per_device_eval_batch_size
 """Fields that may differ between the job that started a run and the one that goes on with it."""
 
 
-def save(keeper: Keeper) -> None:
+def save(callback: RunCallback) -> None:
     """Write a checkpoint of the step that was done last. Every rank calls it; rank 0 writes."""
-    windows = keeper.session.gather(keeper.trainer.window())
-    if keeper.session.is_main:
-        progress = keeper.progress
+    windows = callback.session.gather(callback.trainer.window())
+    if callback.session.is_main:
+        progress = callback.progress
 
         def writer(folder: Path) -> None:
-            keeper.task.save(folder / "adapter", is_trained=progress.step > keeper.trainer.skipped)
-            atomic_save_tensors(folder / OPTIMIZER_FILE, keeper.trainer.optimizer_state())
-            keeper.trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            callback.task.save(folder / "adapter", is_trained=progress.step > callback.trainer.skipped)
+            atomic_save_tensors(folder / OPTIMIZER_FILE, callback.trainer.optimizer_state())
+            callback.trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             if progress.best is not None and progress.best_step != progress.step:
                 tensors, head = progress.best
                 atomic_save_tensors(folder / BEST, tensors if head is None else {**tensors, HEAD_KEY: head})
-            atomic_write_json(folder / STATE, _state(keeper, windows))
+            atomic_write_json(folder / STATE, _state(callback, windows))
 
-        keep = keeper.config.save_total_limit or KEEP_ALL
-        warn = keeper.session.console.warn
-        write_checkpoint(keeper.job.folder, progress.step, writer, keep, {progress.best_step}, warn)
-    keeper.session.barrier()
+        keep = callback.config.save_total_limit or KEEP_ALL
+        warn = callback.session.console.warn
+        write_checkpoint(callback.job.folder, progress.step, writer, keep, {progress.best_step}, warn)
+    callback.session.barrier()
 
 
-def _state(keeper: Keeper, windows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    progress = keeper.progress
+def _state(callback: RunCallback, windows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    progress = callback.progress
     return {
         "step": progress.step,
-        "seconds": keeper.seconds,
+        "seconds": callback.seconds,
         "first": progress.first,
         "last": progress.last,
         "best": {"step": progress.best_step, "loss": progress.best_loss.hex()},
-        "task": keeper.task.state_dict(),
+        "task": callback.task.state_dict(),
         "windows": list(windows),
-        "guards": keeper.oversight.guards.state_dict(),
-        "skipped_updates": keeper.trainer.skipped,
-        "metrics_bytes": keeper.writer.bytes if keeper.writer is not None else 0,
-        "config": to_dict(keeper.config),
-        "environment": environment(keeper.session, keeper.task.model.backbone),
+        "guards": callback.monitor.guards.state_dict(),
+        "skipped_updates": callback.trainer.skipped,
+        "metrics_bytes": callback.writer.bytes if callback.writer is not None else 0,
+        "config": to_dict(callback.config),
+        "environment": environment(callback.session, callback.task.model.backbone),
     }
 
 
-def restore(keeper: Keeper) -> Path | None:
+def restore(callback: RunCallback) -> Path | None:
     """Go on from the newest valid checkpoint, and return its folder; without one, from the start, with an empty log."""
-    session, folder = keeper.session, keeper.job.folder
+    session, folder = callback.session, callback.job.folder
     checkpoint, warnings = folder.newest_checkpoint()
     for line in warnings if session.is_main else ():
         session.console.warn(line)
     if checkpoint is not None and not (checkpoint.path / STATE).exists():
         session.barrier()
-        _forget(keeper, checkpoint.path)
+        _forget(callback, checkpoint.path)
         checkpoint = None
     if checkpoint is None:
-        if keeper.writer is not None:
-            keeper.writer.resume_at(0, 0)
+        if callback.writer is not None:
+            callback.writer.resume_at(0, 0)
         return None
     state = json.loads((checkpoint.path / STATE).read_text())
-    entering.require_same_as_saved(checkpoint.path, state.get("config"), keeper.config, MAY_CHANGE)
+    entering.require_same_as_saved(checkpoint.path, state.get("config"), callback.config, MAY_CHANGE)
     files = read_adapter(checkpoint.adapter_dir)
-    keeper.task.restore(files.tensors, files.head)
-    keeper.task.load_state_dict(state["task"])
-    keeper.oversight.guards.load_state_dict(state.get("guards", {}))
-    keeper.trainer.skipped = state.get("skipped_updates", 0)
-    progress = keeper.progress
+    callback.task.restore(files.tensors, files.head)
+    callback.task.load_state_dict(state["task"])
+    callback.monitor.guards.load_state_dict(state.get("guards", {}))
+    callback.trainer.skipped = state.get("skipped_updates", 0)
+    progress = callback.progress
     progress.step, progress.seconds = state["step"], state["seconds"]
     progress.first, progress.last = state["first"], state["last"]
     progress.best_step, progress.best_loss = state["best"]["step"], float.fromhex(state["best"]["loss"])
-    if keeper.config.load_best_model_at_end and progress.best_loss < math.inf:
-        progress.best = _best(keeper, checkpoint.path)
-    keeper.window = _share(state["windows"], session.rank, session.world_size)
-    if keeper.writer is not None and (lost := keeper.writer.resume_at(state["metrics_bytes"], progress.step)):
+    if callback.config.load_best_model_at_end and progress.best_loss < math.inf:
+        progress.best = _best(callback, checkpoint.path)
+    callback.window = _share(state["windows"], session.rank, session.world_size)
+    if callback.writer is not None and (lost := callback.writer.resume_at(state["metrics_bytes"], progress.step)):
         session.console.warn(lost)
     if session.is_main:
-        session.console.log(f"{keeper.job.stage}: going on from step {progress.step} ({checkpoint.path})")
-    tell_differences(state, session, keeper.task.model.backbone)
+        session.console.log(f"{callback.job.stage}: going on from step {progress.step} ({checkpoint.path})")
+    warn_of_differences(state, session, callback.task.model.backbone)
     return checkpoint.path
 
 
-def _best(keeper: Keeper, checkpoint: Path) -> Any:
+def _best(callback: RunCallback, checkpoint: Path) -> Any:
     if not (checkpoint / BEST).exists():  # this very step is the best one
-        return keeper.task.tensors(), keeper.task.head()
+        return callback.task.tensors(), callback.task.head()
     tensors = load_file(checkpoint / BEST)
     head = tensors.pop(HEAD_KEY, None)
     return tensors, head
@@ -132,13 +132,13 @@ def _share(windows: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> 
     }
 
 
-def _forget(keeper: Keeper, checkpoint: Path) -> None:
+def _forget(callback: RunCallback, checkpoint: Path) -> None:
     """Checkpoints of an older version hold the adapter alone."""
-    if keeper.session.is_main:
-        keeper.session.console.warn(
+    if callback.session.is_main:
+        callback.session.console.warn(
             f"{checkpoint} is of a version whose checkpoints hold the adapter alone; the run starts again from the beginning"
         )
-        for found in keeper.job.folder.checkpoints():
+        for found in callback.job.folder.checkpoints():
             delete_checkpoint(found)
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
-    keeper.session.barrier()
+    callback.session.barrier()

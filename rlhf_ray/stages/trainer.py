@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from rlhf_ray.config import RewardConfig, SFTConfig, check_accumulation
 from rlhf_ray.errors import ConfigError, InvariantError, Problem, ResourceError
-from rlhf_ray.faults import poisoned
+from rlhf_ray.faults import inject_nan
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.optimizer_state import export_torch_state, restore_torch_state
@@ -136,7 +136,7 @@ class SupervisedTrainer(Trainer):
             raise NotImplementedError("the loss is defined for a whole optimizer step")
         total, sums = self.objective.loss_sum(model, inputs)
         step, rank = self.state.global_step + 1, self.args.process_index
-        total = poisoned("learner", "gradient", total.reshape(1), step, rank)[0]
+        total = inject_nan("learner", "gradient", total.reshape(1), step, rank)[0]
         self._loss = self._loss + total.detach()
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -147,7 +147,7 @@ class SupervisedTrainer(Trainer):
         """The gradient's norm before clipping; here it is known, before the update, whether that may be made.
 
         Where loss or gradient is not finite on any rank, no rank learns from the step, and it leaves no trace in what is logged but
-        its number: weights, moments, step counts and schedule stay as they are. Raises Tripped at the third such in a row."""
+        its number: weights, moments, step counts and schedule stay as they are. Raises StopTraining at the third such in a row."""
         norm = super()._get_grad_norm(model, grad_norm)
         figures = {"gradient norm": float(norm), "loss sum": float(self._loss)}
         (bad,) = self._all_reduce([float(not all(map(math.isfinite, figures.values())))])

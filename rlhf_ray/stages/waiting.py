@@ -21,7 +21,7 @@ FOLDER = "waiting"
 _ROLLOUT = tuple(f.name for f in fields(Rollout) if not f.name.startswith("adapter_"))
 
 
-def save_waiting(sampled: Sampled, checkpoint: Path) -> None:
+def save_pending(sampled: Sampled, checkpoint: Path) -> None:
     """Write `waiting/` into a checkpoint that is being made."""
     folder, collected, scores = checkpoint / FOLDER, sampled.collected, sampled.collected.scores
     folder.mkdir()
@@ -44,8 +44,8 @@ def save_waiting(sampled: Sampled, checkpoint: Path) -> None:
     atomic_write_json(folder / "account.json", account)
 
 
-def load_waiting(checkpoint: Path) -> Sampled:
-    """What `save_waiting` wrote. ArtifactError if the adapter is not the one that was saved."""
+def load_pending(checkpoint: Path) -> Sampled:
+    """What `save_pending` wrote. ArtifactError if the adapter is not the one that was saved."""
     folder = checkpoint / FOLDER
     account = json.loads((folder / "account.json").read_text())
     tensors, weights = load_file(folder / "rollout.safetensors"), load_file(folder / "adapter.safetensors")

@@ -30,19 +30,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Token:
+class AuthToken:
     """where: the variable or file it came from, for errors."""
 
     value: str = field(repr=False)
     where: str
 
 
-def find_token(environment: Mapping[str, str] = os.environ) -> Token | None:
+def find_token(environment: Mapping[str, str] = os.environ) -> AuthToken | None:
     """The token that Ray itself would use: RAY_AUTH_TOKEN, else the file RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token.
 
     ConfigError if RAY_AUTH_TOKEN_PATH cannot be read."""
     if value := environment.get("RAY_AUTH_TOKEN", "").strip():
-        return _checked(Token(value, "RAY_AUTH_TOKEN"))
+        return _checked(AuthToken(value, "RAY_AUTH_TOKEN"))
     named = environment.get("RAY_AUTH_TOKEN_PATH", "")
     path = Path(named or TOKEN_FILE).expanduser()
     try:
@@ -54,10 +54,10 @@ def find_token(environment: Mapping[str, str] = os.environ) -> Token | None:
         raise ConfigError.at(
             "RAY_AUTH_TOKEN_PATH", f"cannot be read: {error.strerror}", "a file with the cluster's token", named
         ) from None
-    return _checked(Token(value, named or TOKEN_FILE)) if value else None
+    return _checked(AuthToken(value, named or TOKEN_FILE)) if value else None
 
 
-def _checked(token: Token) -> Token:
+def _checked(token: AuthToken) -> AuthToken:
     if not (token.value.isascii() and token.value.isprintable() and " " not in token.value):
         raise ConfigError.at(token.where, "holds no token", "one line of letters and digits")
     return token
@@ -81,14 +81,14 @@ def check_address(address: str | None) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpAnswer:
     """What the cluster answers to GET /api/jobs/.   status: of HTTP, 0 if there is no answer.   text: its start, or the reason."""
 
     status: int
     text: str = ""
 
 
-def look(address: str, token: Token | None = None, timeout_s: float = LOOK_S) -> Answer:
+def look(address: str, token: AuthToken | None = None, timeout_s: float = LOOK_S) -> HttpAnswer:
     """Ask once, with `token` or bare. Follows no redirects: a token must not travel on."""
     request = urllib.request.Request(f"{address}/api/jobs/")
     if token is not None:
@@ -96,13 +96,13 @@ def look(address: str, token: Token | None = None, timeout_s: float = LOOK_S) ->
     opener = urllib.request.build_opener(_Stay)
     try:
         with opener.open(request, timeout=timeout_s) as found:
-            return Answer(found.status, found.read(200).decode("utf-8", "replace"))
+            return HttpAnswer(found.status, found.read(200).decode("utf-8", "replace"))
     except urllib.error.HTTPError as error:
-        return Answer(error.code, error.read(200).decode("utf-8", "replace"))
+        return HttpAnswer(error.code, error.read(200).decode("utf-8", "replace"))
     except http.client.HTTPException:  # a port of Ray's own protocol, say
-        return Answer(0, "what listens there does not speak HTTP")
+        return HttpAnswer(0, "what listens there does not speak HTTP")
     except (urllib.error.URLError, OSError, ValueError) as error:
-        return Answer(0, " ".join(str(getattr(error, "reason", error)).split()))
+        return HttpAnswer(0, " ".join(str(getattr(error, "reason", error)).split()))
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -127,7 +127,7 @@ def connect(address: str | None, warn: Callable[[str], None]) -> Cluster:
     return Cluster(url, token)
 
 
-def _no_dashboard(url: str, answer: Answer) -> ResourceError:
+def _no_dashboard(url: str, answer: HttpAnswer) -> ResourceError:
     parts = urllib.parse.urlsplit(url)
     fix = "name the port of the head's dashboard, 8265 unless it was given another one"
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.netloc):
@@ -135,7 +135,7 @@ def _no_dashboard(url: str, answer: Answer) -> ResourceError:
     return ResourceError.at(url, "does not answer as Ray does", "a Ray dashboard", f"HTTP status {answer.status}", fix)
 
 
-def _accepted(url: str) -> Token:
+def _accepted(url: str) -> AuthToken:
     token = find_token()
     if token is None:
         fix = f"copy {TOKEN_FILE} of the head node here (chmod 600), or name a file in RAY_AUTH_TOKEN_PATH"
@@ -154,7 +154,7 @@ def _accepted(url: str) -> Token:
 class Cluster:
     """Ray's JobSubmissionClient. ResourceError where the cluster goes away or refuses."""
 
-    def __init__(self, url: str, token: Token | None) -> None:
+    def __init__(self, url: str, token: AuthToken | None) -> None:
         os.environ["RAY_AUTH_MODE"] = (
             "disabled" if token is None else "token"
         )  # of this process's Ray, before it is imported

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.plan.asks import ACCELERATOR, Ask, Node, role_asks
+from rlhf_ray.plan.asks import ACCELERATOR, Node, ResourceRequest, role_requests
 from rlhf_ray.plan.preflight import check, place
 
 DRIVER = {"CPU": 0.01}
@@ -29,14 +29,18 @@ def capacity(jobs: Sequence[PPOConfig], total: Mapping[str, float], nodes: Seque
     in_process = all(job.placement == "colocate" and job.learner.num_workers <= 1 for job in jobs)
     found = []
     for job in {job.learner.model_dump_json() + job.placement: job for job in jobs}.values():
-        asks = [own_process(job, total)] if in_process else [*role_asks(job, total, own_ray), Ask("trial", 1, DRIVER)]
-        check(asks, nodes)
-        found.append((at_once(asks, nodes), asks[0].each, int(asks[0].each.get("CPU", 1))))
+        requests = (
+            [own_process(job, total)]
+            if in_process
+            else [*role_requests(job, total, own_ray), ResourceRequest("trial", 1, DRIVER)]
+        )
+        check(requests, nodes)
+        found.append((at_once(requests, nodes), requests[0].each, int(requests[0].each.get("CPU", 1))))
     fits, each, threads = min(found, key=lambda f: f[0])
     return Capacity(in_process, each if in_process else DRIVER, max(threads, 1), fits)
 
 
-def own_process(job: PPOConfig, total: Mapping[str, float]) -> Ask:
+def own_process(job: PPOConfig, total: Mapping[str, float]) -> ResourceRequest:
     """A trial that trains in its own process: its threads as CPUs (one by default), and a GPU or the share of one that it names."""
     learner, cpus, gpus = job.learner, total.get("CPU", 1.0), total.get("GPU", 0.0)
     gpu = (1.0 if gpus >= 1.0 else 0.0) if learner.num_gpus is None else learner.num_gpus
@@ -45,12 +49,12 @@ def own_process(job: PPOConfig, total: Mapping[str, float]) -> Ask:
     each = {"CPU": threads} | ({"GPU": gpu} if gpu else {})
     if learner.accelerator_type is not None:
         each[ACCELERATOR + learner.accelerator_type] = 0.001
-    return Ask("trial", 1, each, dict(learner.label_selector))
+    return ResourceRequest("trial", 1, each, dict(learner.label_selector))
 
 
-def at_once(asks: Sequence[Ask], nodes: Sequence[Node]) -> int:
-    """How many times all of `asks` fit."""
+def at_once(requests: Sequence[ResourceRequest], nodes: Sequence[Node]) -> int:
+    """How many times all of `requests` fit."""
     count = 1
-    while count < MOST and place([replace(ask, count=ask.count * (count + 1)) for ask in asks], nodes) is not None:
+    while count < MOST and place([replace(ask, count=ask.count * (count + 1)) for ask in requests], nodes) is not None:
         count += 1
     return count

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.sweep.results import K1, Outcome, Setting
+from rlhf_ray.sweep.results import K1, Setting, TrialOutcome
 
 CLEAR = 2.0
 """Standard errors of a difference that is called a difference."""
@@ -25,7 +25,7 @@ class Choice:
     excluded: (setting, why).  error: standard error of the winner's score.  by: what it was estimated from."""
 
     winner: Setting | None
-    trial: Outcome | None
+    trial: TrialOutcome | None
     ties: tuple[Setting, ...]
     excluded: tuple[tuple[Setting, str], ...]
     error: float

@@ -15,8 +15,8 @@ from rlhf_ray.sweep.results import (
     K1,
     K3,
     LENGTH,
-    Outcome,
     Setting,
+    TrialOutcome,
     outcome_of,
     row_of,
     settings_of,
@@ -51,17 +51,17 @@ class Record:
         with self._lock:
             self.stopped[trial.id] = reason
 
-    def outcome(self, trial: Trial) -> Outcome:
+    def outcome(self, trial: Trial) -> TrialOutcome:
         return outcome_of(trial, self.stopped.get(trial.id, ""))
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[TrialOutcome]:
         return [self.outcome(trial) for trial in list(self.trials.values())]
 
     def left(self) -> list[Trial]:
         """Trials to be run: those that failed are tried again."""
         return [o.trial for o in self.outcomes() if o.status not in ("done", "stopped")]
 
-    def choice(self, outcomes: Sequence[Outcome]) -> tuple[list[Setting], Choice]:
+    def choice(self, outcomes: Sequence[TrialOutcome]) -> tuple[list[Setting], Choice]:
         """The settings that finished, and which of them wins. outcomes: of `outcomes`, which reads every trial's folder."""
         settings = settings_of(outcomes, self.config.metric)
         return settings, choose(settings, self.config.kl_cap, self.config.length_ratio)
@@ -85,7 +85,7 @@ class Record:
                 },
             )
 
-    def _where(self, outcome: Outcome) -> dict[str, Any]:
+    def _where(self, outcome: TrialOutcome) -> dict[str, Any]:
         trial = outcome.trial
         return {"setting": trial.setting, "settings": trial.settings, "run_dir": f"trials/{trial.id}"}
 

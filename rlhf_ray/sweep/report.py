@@ -18,7 +18,7 @@ from rlhf_ray.report.render import Section, document, write_page
 from rlhf_ray.report.samples import samples_section
 from rlhf_ray.sweep.choice import CLEAR, Choice, frontier, pooled_deviation, score_error
 from rlhf_ray.sweep.record import Record, setting_row
-from rlhf_ray.sweep.results import K1, K3, LENGTH, Outcome, Setting, row_of
+from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, row_of
 from rlhf_ray.sweep.trials import planned
 
 MOST_GROUPS = 12
@@ -217,24 +217,24 @@ def _samples(config: SweepConfig, settings: Sequence[Setting], choice: Choice) -
     return samples_section([{k: v for k, v in row.items() if k != "step"} for row in found])
 
 
-def _unfinished(outcomes: Sequence[Outcome], config: SweepConfig) -> Html | None:
+def _unfinished(outcomes: Sequence[TrialOutcome], config: SweepConfig) -> Html | None:
     left = [o for o in outcomes if o.status != "done"]
     return _rows(left, config, ("trial", "status", "step", "score", "reason")) if left else None
 
 
-def _trials(outcomes: Sequence[Outcome], config: SweepConfig) -> Html:
+def _trials(outcomes: Sequence[TrialOutcome], config: SweepConfig) -> Html:
     names = ("trial", *config.space, "seed", "status", "score", "kl_k1", "kl_k3", "length", "step", "seconds")
     title = count(len(outcomes), "trial")
     return tag("details", tag("summary", title), _rows(outcomes, config, names))
 
 
-def _rows(outcomes: Sequence[Outcome], config: SweepConfig, names: Sequence[str]) -> Html:
+def _rows(outcomes: Sequence[TrialOutcome], config: SweepConfig, names: Sequence[str]) -> Html:
     head = tag("tr", [tag("th", n, scope="col") for n in names])
     body = [tag("tr", [tag("td", _cell(o, row_of(o, config.metric).get(n), n)) for n in names]) for o in outcomes]
     return tag("div", tag("table", tag("thead", head), tag("tbody", body)), class_="wide")
 
 
-def _cell(outcome: Outcome, value: Any, name: str) -> Html | str:
+def _cell(outcome: TrialOutcome, value: Any, name: str) -> Html | str:
     if name == "trial":
         report = outcome.trial.folder / "report.html"
         link = f"trials/{outcome.trial.id}/report.html"

@@ -22,7 +22,7 @@ Status = Literal["done", "stopped", "failed", "waiting"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """One trial. first, last: its first and its last held-out evaluation.  reason: why it did not finish."""
 
     trial: Trial
@@ -44,7 +44,7 @@ def failure_file(trial: Trial) -> Path:
     return trial.folder.with_name(f"{trial.id}.failure.json")
 
 
-def outcome_of(trial: Trial, stopped: str = "") -> Outcome:
+def outcome_of(trial: Trial, stopped: str = "") -> TrialOutcome:
     """stopped: why the sweep ended it early, if it did."""
     rows = read_metrics(trial.folder / "metrics.jsonl") if (trial.folder / "metrics.jsonl").is_file() else []
     evaluations = [row for row in rows if "eval/reward" in row]
@@ -54,7 +54,7 @@ def outcome_of(trial: Trial, stopped: str = "") -> Outcome:
     if not done and failure_file(trial).is_file():
         found = json.loads(failure_file(trial).read_text())
         status, reason = "stopped" if found.get("limit") else "failed", str(found["error"])
-    return Outcome(
+    return TrialOutcome(
         trial,
         status,
         reason,
@@ -77,7 +77,7 @@ class Setting:
 
     name: str
     settings: dict[str, Any]
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[TrialOutcome, ...]
     metric: str
     missing: str = ""
 
@@ -104,9 +104,9 @@ class Setting:
         return statistics.fmean(o.length_ratio for o in self.outcomes)
 
 
-def settings_of(outcomes: Iterable[Outcome], metric: str) -> list[Setting]:
+def settings_of(outcomes: Iterable[TrialOutcome], metric: str) -> list[Setting]:
     """Settings with at least one finished trial, in the order of the trials; a trial that was stopped or failed is left out."""
-    groups: dict[str, list[Outcome]] = {}
+    groups: dict[str, list[TrialOutcome]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.trial.setting, []).append(outcome)
     settings = []
@@ -118,7 +118,7 @@ def settings_of(outcomes: Iterable[Outcome], metric: str) -> list[Setting]:
     return settings
 
 
-def row_of(outcome: Outcome, metric: str) -> dict[str, Any]:
+def row_of(outcome: TrialOutcome, metric: str) -> dict[str, Any]:
     """A trial as a row of the table; figures that it does not have are None."""
     last = outcome.last
     return {

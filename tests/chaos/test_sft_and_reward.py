@@ -41,8 +41,8 @@ def world(make_world: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama:
     """Jobs of both stages in one process: dropout, a loss that is summed over steps, epochs of five steps, the best step kept."""
     folder = tmp_path_factory.mktemp("supervised")
     pairs = [(f"Say {i % 10} {i}.", "abcdefghij"[i % 10] * (1 + i % 4)) for i in range(90)]
-    sft = [{"instruction": asked, "input": "", "output": reply} for asked, reply in pairs]
-    reward = [{"prompt": asked, "chosen": reply, "rejected": reply[::-1] + "?!"} for asked, reply in pairs]
+    sft = [{"instruction": asked, "input": "", "output": response} for asked, response in pairs]
+    reward = [{"prompt": asked, "chosen": response, "rejected": response[::-1] + "?!"} for asked, response in pairs]
     for name, rows in (("sft", sft), ("reward", reward)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return make_world(folder, {**FIELDS, "model_name_or_path": str(tiny_llama())})

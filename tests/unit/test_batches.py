@@ -72,8 +72,8 @@ def content(batch: Rollout) -> dict[int, tuple[list[int], list[int], list[float]
     for i in range(len(batch)):
         keep = batch.response_mask[i]
         prompt = batch.tokens[i, : batch.prompt_width][batch.prompt_mask[i]].tolist()
-        reply, logprobs = batch.response_ids[i][keep].tolist(), batch.sample_logprobs[i][keep].tolist()
-        said[int(batch.row_id[i])] = (prompt, reply, logprobs, bool(batch.finished[i]))
+        response, logprobs = batch.response_ids[i][keep].tolist(), batch.sample_logprobs[i][keep].tolist()
+        said[int(batch.row_id[i])] = (prompt, response, logprobs, bool(batch.finished[i]))
     return said
 
 
@@ -260,8 +260,8 @@ def test_trim_drops_only_padding_even_if_pad_is_eos(batch: Rollout) -> None:
     assert cut.tokens.shape == cut.attention_mask.shape
     for i in range(len(batch)):
         assert cut.tokens[i][cut.attention_mask[i]].tolist() == batch.tokens[i][batch.attention_mask[i]].tolist()
-        reply = cut.tokens[i, -cut.response_width :][cut.response_mask[i]]
-        assert reply.tolist() == content(batch)[int(batch.row_id[i])][1]
+        response = cut.tokens[i, -cut.response_width :][cut.response_mask[i]]
+        assert response.tolist() == content(batch)[int(batch.row_id[i])][1]
 
 
 @given(rollouts(), st.integers(0, 3), st.integers(0, 3))

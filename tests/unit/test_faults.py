@@ -21,32 +21,32 @@ def test_nothing_happens_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv(faults.VARIABLE, raising=False)
     started = time.perf_counter()
     for _ in range(100_000):
-        faults.reach("learner", "update", 3)
+        faults.fault_point("learner", "update", 3)
     assert time.perf_counter() - started < 1.0, "a point costs microseconds"
     numbers = torch.ones(2)
-    assert faults.poisoned("scorer", "score", numbers) is numbers
+    assert faults.inject_nan("scorer", "score", numbers) is numbers
 
 
 def test_conditions_must_all_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(faults.VARIABLE, "learner:update:step=3:rank=1:raise, scorer:score:call=2:nan")
-    faults.reach("learner", "update", 3, rank=0)
-    faults.reach("learner", "update", 2, rank=1)
-    faults.reach("learner", "publish", 3, rank=1)
+    faults.fault_point("learner", "update", 3, rank=0)
+    faults.fault_point("learner", "update", 2, rank=1)
+    faults.fault_point("learner", "publish", 3, rank=1)
     with pytest.raises(RuntimeError, match="learner:update:step=3:rank=1:raise"):
-        faults.reach("learner", "update", 3, rank=1)
+        faults.fault_point("learner", "update", 3, rank=1)
     ones = torch.ones(2, 2)
-    assert bool(torch.isfinite(faults.poisoned("scorer", "score", ones)).all())
-    found = faults.poisoned("scorer", "score", ones)
+    assert bool(torch.isfinite(faults.inject_nan("scorer", "score", ones)).all())
+    found = faults.inject_nan("scorer", "score", ones)
     assert torch.isnan(found).tolist() == [[True, False], [False, False]] and bool(torch.isfinite(ones).all())
-    faults.reach("scorer", "score")  # numbers do not pass by here
+    faults.fault_point("scorer", "score")  # numbers do not pass by here
 
 
 def test_a_mark_lets_a_fault_fire_once_over_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(faults.VARIABLE, "learner:save:full")
     monkeypatch.setenv(faults.MARKS, str(tmp_path))
     with pytest.raises(OSError, match="No space left"):
-        faults.reach("learner", "save")
-    faults.reach("learner", "save")
+        faults.fault_point("learner", "save")
+    faults.fault_point("learner", "save")
     assert [p.name for p in tmp_path.iterdir()] == ["learner:save:full"]
 
 

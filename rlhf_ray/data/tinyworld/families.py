@@ -342,7 +342,7 @@ FAMILY_OF: dict[str, Family] = {family.name: family for family in FAMILIES}
 
 
 @dataclass(frozen=True)
-class Task:
+class TinyTask:
     """One instruction of the world with the slots it was made from."""
 
     family: Family
@@ -351,19 +351,19 @@ class Task:
     input: str
 
 
-def sample_task(rng: Random, family: Family | None = None) -> Task:
+def sample_task(rng: Random, family: Family | None = None) -> TinyTask:
     """Draw a family if none is given, its slots and one of its wordings."""
     family = family or rng.choice(FAMILIES)
     slots = family.sample(rng)
     fitting = [w for w in family.wordings if all(slots.get(name) == value for name, value in w.fixed)]
     instruction, input = rng.choice(fitting).render(slots)
-    return Task(family, slots, instruction, input)
+    return TinyTask(family, slots, instruction, input)
 
 
-def parse_task(instruction: str, input: str) -> Task | None:
+def parse_task(instruction: str, input: str) -> TinyTask | None:
     """The task that these texts state, or None if they are not of this world."""
     for family in FAMILIES:
         slots = family.parse(instruction, input)
         if slots is not None:
-            return Task(family, slots, instruction, input)
+            return TinyTask(family, slots, instruction, input)
     return None

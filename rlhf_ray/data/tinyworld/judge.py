@@ -12,7 +12,7 @@ from functools import lru_cache
 from random import Random
 from typing import Any
 
-from rlhf_ray.data.tinyworld.families import Task, parse_task, sample_task
+from rlhf_ray.data.tinyworld.families import TinyTask, parse_task, sample_task
 from rlhf_ray.data.tinyworld.lexicon import (
     COLOURS,
     COURTESIES,
@@ -48,9 +48,9 @@ class Judgement:
         return sum(weight * getattr(self, part) for part, weight in WEIGHTS.items()) * (1.0 - self.repetition)
 
 
-def courtesy(reply: str) -> float:
+def courtesy(response: str) -> float:
     """1 for exactly one kind phrase, 0 for none, and 0 again for two or more: more is flattery."""
-    text = reply.lower()
+    text = response.lower()
     return 1.0 if sum(text.count(phrase.lower()) for phrase in COURTESIES) == 1 else 0.0
 
 
@@ -75,10 +75,10 @@ _CLASSES = {
 }
 
 
-def _steps(reply: str) -> list[tuple[str, str]]:
+def _steps(response: str) -> list[tuple[str, str]]:
     """Neighbouring words inside each sentence, words of one kind taken as one."""
     pairs = []
-    for part in re.split(r"[.!?]", reply):
+    for part in re.split(r"[.!?]", response):
         words = [_CLASSES.get(word, word) for word in words_of(part)]
         pairs += list(zip(["", *words], words))
     return pairs
@@ -93,9 +93,9 @@ def _usual_steps() -> frozenset[tuple[str, str]]:
     return frozenset(pair for text in (*texts, *RAMBLES, *(f"{c}." for c in COURTESIES)) for pair in _steps(text))
 
 
-def form(reply: str) -> float:
+def form(response: str) -> float:
     """A third each: a capital at the start, a full stop or its like at the end, the share of words that follow usually."""
-    text, pairs = reply.strip(), _steps(reply)
+    text, pairs = response.strip(), _steps(response)
     if not pairs:
         return 0.0
     usual = sum(pair in _usual_steps() for pair in pairs) / len(pairs)
@@ -103,12 +103,12 @@ def form(reply: str) -> float:
 
 
 @lru_cache(maxsize=1 << 14)
-def _task(instruction: str, input: str) -> Task | None:
+def _task(instruction: str, input: str) -> TinyTask | None:
     return parse_task(instruction, input)
 
 
-def judge(row: Mapping[str, Any], reply: str) -> Judgement:
-    """The parts of the true reward of `reply` to a row with `instruction` and (optional) `input`.
+def judge(row: Mapping[str, Any], response: str) -> Judgement:
+    """The parts of the true reward of `response` to a row with `instruction` and (optional) `input`.
 
     Raises DataError if the instruction is not one of this world: nothing is known about such a reply."""
     instruction, input = row["instruction"], row.get("input") or ""
@@ -117,15 +117,15 @@ def judge(row: Mapping[str, Any], reply: str) -> Judgement:
         raise DataError.at(
             "tinyworld", "the instruction is not of the tiny world", got=f"{instruction!r}, input {input!r}"
         )
-    words = words_of(reply)
+    words = words_of(response)
     return Judgement(
-        task.family.content(task.slots, words), courtesy(reply), length(words), form(reply), repetition(words)
+        task.family.content(task.slots, words), courtesy(response), length(words), form(response), repetition(words)
     )
 
 
-def true_reward(row: Mapping[str, Any], reply: str) -> float:
+def true_reward(row: Mapping[str, Any], response: str) -> float:
     """True reward of a reply, from 0 to 1: `Judgement.total`."""
-    return judge(row, reply).total
+    return judge(row, response).total
 
 
 def score(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
@@ -138,7 +138,7 @@ def score(prompts: Sequence[str], completions: Sequence[str], **columns: Sequenc
         rows = [{"instruction": i, "input": x} for i, x in zip(columns["instruction"], inputs, strict=True)]
     else:
         rows = [_read_prompt(prompt) for prompt in prompts]
-    return [true_reward(row, reply) for row, reply in zip(rows, completions, strict=True)]
+    return [true_reward(row, response) for row, response in zip(rows, completions, strict=True)]
 
 
 def _read_prompt(prompt: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from rlhf_ray.data.tinyworld.families import Level, Task, sample_task
+from rlhf_ray.data.tinyworld.families import Level, TinyTask, sample_task
 from rlhf_ray.data.tinyworld.lexicon import CLOSERS, OPENERS, RAMBLES
 
 
@@ -47,7 +47,7 @@ def sample_quality(rng: Random, straying: float) -> Quality:
     )
 
 
-def compose(task: Task, rng: Random, quality: Quality) -> str:
+def compose(task: TinyTask, rng: Random, quality: Quality) -> str:
     """One reply to `task` of the given quality: opener, body, small talk, closer."""
     answered = sample_task(rng) if quality.off_topic else task
     body = rng.choice(RAMBLES) if quality.evasive else answered.family.body(answered.slots, rng, quality.level)

@@ -8,7 +8,7 @@ from itertools import cycle
 from random import Random
 from typing import Any
 
-from rlhf_ray.data.tinyworld.families import FAMILIES, Task, sample_task
+from rlhf_ray.data.tinyworld.families import FAMILIES, TinyTask, sample_task
 from rlhf_ray.data.tinyworld.judge import true_reward
 from rlhf_ray.data.tinyworld.replies import Quality, compose, sample_quality
 from rlhf_ray.errors import ConfigError
@@ -51,11 +51,11 @@ def preference_rows(n: int, seed: int, label_noise: float) -> list[dict[str, Any
     return rows
 
 
-def _prompt(task: Task) -> dict[str, Any]:
+def _prompt(task: TinyTask) -> dict[str, Any]:
     return {"instruction": task.instruction, "input": task.input}
 
 
-def _pair(task: Task, prompt: dict[str, Any], rng: Random) -> tuple[str, str, float]:
+def _pair(task: TinyTask, prompt: dict[str, Any], rng: Random) -> tuple[str, str, float]:
     """Two replies and the true reward of the first less that of the second."""
     while True:
         one, two = (sample_quality(rng, STRAYING) for _ in range(2))
@@ -71,7 +71,7 @@ def _answering_as(style: Quality, answer: Quality) -> Quality:
     return replace(style, level=answer.level, off_topic=answer.off_topic, evasive=answer.evasive)
 
 
-def _distinct(n: int, rng: Random) -> Iterator[Task]:
+def _distinct(n: int, rng: Random) -> Iterator[TinyTask]:
     """n tasks whose instruction and input differ, of each family in turn as long as it has new ones.
 
     ConfigError beyond what the small world holds."""

@@ -33,10 +33,10 @@ HEAD, HEAD_BIAS = "value_head", "value_head_bias"
 def import_loralib(
     checkpoint: Path | str, base: str, lora_alpha: float, output_dir: Path | str, value_base: str | None = None
 ) -> Path:
-    """Write OUTPUT/adapter (the policy) and OUTPUT/value (the critic with its head) as plain PEFT folders; return OUTPUT.
+    """Write OUTPUT/adapter (the policy) and OUTPUT/value (the value model with its head) as plain PEFT folders; return OUTPUT.
 
     checkpoint: the folder or its pytorch_model.bin.   base: what the policy belongs on, the recovered SFT model.   value_base: what
-    the critic belongs on, the reward model's backbone; default: base.
+    the value model belongs on, the reward model's backbone; default: base.
     ArtifactError, with nothing written, if a key is unknown, missing, or does not fit the base."""
     target, source = new_folder(output_dir), Path(checkpoint)
     file = source / "pytorch_model.bin" if source.is_dir() else source

@@ -43,7 +43,7 @@ def results(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(run.run_dir, "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def replies(run: Run, policy: str) -> list[str]:
+def responses(run: Run, policy: str) -> list[str]:
     return [row["replies"][policy]["output"] for row in results(run)]
 
 
@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_rows(done: Run) -> None:
     assert len(rows) == 16
     for policy in ("base", "sft", "ppo.1", "again"):
         own = [row["replies"][policy] for row in rows]
-        rewards = [reply["reward"] for reply in own]
+        rewards = [response["reward"] for response in own]
         assert done.metrics[f"reward/{policy}"] == pytest.approx(sum(rewards) / 16, abs=1e-6)
         assert done.metrics[f"reward_se/{policy}"] == pytest.approx(standard_error(rewards), abs=1e-6)
         assert done.metrics[f"kl_k1_per_response/{policy}"] == pytest.approx(sum(r["kl"] for r in own) / 16, abs=1e-5)
@@ -76,12 +76,12 @@ def test_the_reference_is_at_a_kl_of_exactly_0_and_others_are_not(done: Run) -> 
 
 def test_equal_policies_draw_on_every_prompt(done: Run) -> None:
     """All policies share the random numbers, so the same weights give the same replies."""
-    assert replies(done, "again") == replies(done, "sft")
+    assert responses(done, "again") == responses(done, "sft")
     assert done.metrics["draws/again"] == 1.0 and done.metrics["win_rate/again"] == 0.5
     assert done.metrics["kl_k1_per_response/again"] == 0.0
     assert done.metrics["score_difference/again"] == pytest.approx(0.0, abs=1e-6)
     assert done.metrics["win_rate_length_controlled/again"] == 0.5
-    assert replies(done, "base") != replies(done, "sft")
+    assert responses(done, "base") != responses(done, "sft")
 
 
 def test_only_held_out_prompts_are_asked(done: Run, chain: Any) -> None:
@@ -120,8 +120,8 @@ def test_pairwise_files_are_in_the_ancestors_form(done: Run) -> None:
     file = Path(done.run_dir, "pairs_ppo.1.json")
     rows = json.loads(file.read_text(encoding="utf-8"))
     assert [set(row) for row in rows] == [{"instruction", "input", "output_1", "output_2", "preference"}] * 16
-    assert [row["output_1"] for row in rows] == replies(done, "sft")
-    assert [row["output_2"] for row in rows] == replies(done, "ppo.1")
+    assert [row["output_1"] for row in rows] == responses(done, "sft")
+    assert [row["output_2"] for row in rows] == responses(done, "ppo.1")
     read = read_rows(DataConfig(train=(str(file),)), "preference")
     assert read.files[0].format == "alpaca_farm" and len(read.rows) == 16
     first = results(done)[0]["replies"]
@@ -137,16 +137,16 @@ def test_the_same_job_gives_the_same_replies_and_another_seed_others(
 ) -> None:
     once, twice = (evaluate(evaluation(tmp_path / name), QUIET) for name in ("a", "b"))
     assert once.metrics == twice.metrics and results(once) == results(twice)
-    assert replies(once, "sft") == replies(done, "sft")  # and they do not depend on who else is compared
+    assert responses(once, "sft") == responses(done, "sft")  # and they do not depend on who else is compared
     other = evaluate(evaluation(tmp_path / "c", seed=1), QUIET)
-    assert replies(other, "sft") != replies(once, "sft")
+    assert responses(other, "sft") != responses(once, "sft")
 
 
 def test_greedy_decoding_does_not_depend_on_the_seed(evaluation: Make, tmp_path: Path, console: Any) -> None:
     greedy = {"sampling": {"do_sample": False}}
     once = evaluate(evaluation(tmp_path / "a", **greedy), console)
     other = evaluate(evaluation(tmp_path / "b", seed=5, **greedy), QUIET)
-    assert replies(once, "sft") == replies(other, "sft")
+    assert responses(once, "sft") == responses(other, "sft")
     assert "no estimate of the KL" in str(console.warnings)
 
 
@@ -226,7 +226,7 @@ def test_a_merged_checkpoint_is_a_policy_like_its_adapter(evaluation: Make, chai
     policies = [{"name": "sft", "policy": chain.sft}, {"name": "merged", "policy": str(merged)}]
     run = evaluate(evaluation(tmp_path / "run", policies=policies), QUIET)
     assert abs(run.metrics["kl_k1_per_response/merged"]) < 1e-3
-    same = sum(a == b for a, b in zip(replies(run, "sft"), replies(run, "merged")))
+    same = sum(a == b for a, b in zip(responses(run, "sft"), responses(run, "merged")))
     assert same >= 14  # rounding may flip a token of a reply
     assert any("2 loaded" in line for line in _header(evaluation(tmp_path / "again", policies=policies)))
 
@@ -248,7 +248,7 @@ def test_the_base_itself_named_by_its_path_is_not_loaded_twice(evaluation: Make,
     policies = [{"name": "base", "policy": "base"}, {"name": "path", "policy": chain.base}]
     config = evaluation(tmp_path / "run", policies=policies, rewards=[])
     assert any("1 loaded" in line for line in _header(config))
-    assert replies(load_run(tmp_path / "run"), "path") == replies(load_run(tmp_path / "run"), "base")
+    assert responses(load_run(tmp_path / "run"), "path") == responses(load_run(tmp_path / "run"), "base")
 
 
 def test_prompts_that_are_too_long_are_dropped_and_told(

@@ -50,12 +50,12 @@ def test_a_reward_is_what_the_plain_libraries_compute(chain: Any, console: Any) 
 
 
 def test_replies_of_a_file_score_alone_as_in_a_batch(chain: Any, tmp_path: Path, console: Any) -> None:
-    replies = ["yes", "a much longer reply than the others", "no " * 9]
+    responses = ["yes", "a much longer reply than the others", "no " * 9]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"instruction": "Name the oak.", "output": r}) + "\n" for r in replies))
+    file.write_text("".join(json.dumps({"instruction": "Name the oak.", "output": r}) + "\n" for r in responses))
     rows = grade(console, run=chain.reward, file=str(file), out=str(tmp_path / "scored.jsonl"))
-    assert [row["completion"] for row in rows] == replies and rows[1]["where"] == f"{file}:2"
-    assert [row["reward"] for row in rows] == pytest.approx(by_hand(chain, [PROMPT + r for r in replies]), abs=1e-4)
+    assert [row["completion"] for row in rows] == responses and rows[1]["where"] == f"{file}:2"
+    assert [row["reward"] for row in rows] == pytest.approx(by_hand(chain, [PROMPT + r for r in responses]), abs=1e-4)
     written = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert written == rows
     assert "of 3 replies" in console.text

@@ -173,7 +173,7 @@ def test_every_variant_runs(ppo_job: Job, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
 def test_a_quantised_base_trains_every_adapter_after_a_rollout(ppo_job: Job, bits: str) -> None:
     """On CPUs with bf16 units the first no-grad pass of a 4-bit model repacks it and cuts all gradients in silence: so the second
-    step, after two rollouts, must still move every tensor of policy and critic."""
+    step, after two rollouts, must still move every tensor of policy and value model."""
     done = run(ppo_job("quantised", **{bits: True}, max_steps=2, save_steps=1))
     first, second = (Path(done.run_dir) / "checkpoints" / f"step_00000{n}" for n in (1, 2))
     for role in ("adapter", "value"):
@@ -239,7 +239,7 @@ def test_too_few_prompts_say_so(ppo_job: Job) -> None:
 @pytest.mark.slow
 def test_under_ray_with_one_and_two_workers(ppo_job: Job) -> None:
     """One worker: the same bits as in this process. Two: the same rows in the same minibatches, so equal up to rounding, whether
-    policy and critic go backward one after the other (ZeRO 0) or together."""
+    policy and value model go backward one after the other (ZeRO 0) or together."""
     import ray
 
     here = run(ppo_job("here"))

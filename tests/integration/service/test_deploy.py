@@ -93,12 +93,12 @@ def test_deployed_with_keys_it_answers_and_grows_under_load(
     ai = openai.OpenAI(base_url=url, api_key=key, max_retries=2, timeout=60)
     while True:
         try:
-            reply = ai.chat.completions.create(model="helper", messages=HELLO, max_tokens=8)
+            response = ai.chat.completions.create(model="helper", messages=HELLO, max_tokens=8)
             break
         except openai.APIError:
             assert time.monotonic() < deadline, serve("status", "-a", dashboard).stdout
             time.sleep(1)
-    assert reply.usage.completion_tokens == 8
+    assert response.usage.completion_tokens == 8
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
     failed: list[str] = []

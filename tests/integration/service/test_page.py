@@ -39,7 +39,7 @@ def served(
     import uvicorn
 
     from rlhf_ray.config.serve import ServeConfig
-    from rlhf_ray.serve.api import Api
+    from rlhf_ray.serve.api import HttpApi
     from rlhf_ray.serve.replica import Replica
 
     folder, base = tmp_path_factory.mktemp("page"), tiny_llama()
@@ -68,7 +68,7 @@ def served(
             async def models(self) -> Any:
                 return await replica.models()
 
-        servers.append(uvicorn.Server(uvicorn.Config(Api(config, Direct()).app, log_level="warning")))
+        servers.append(uvicorn.Server(uvicorn.Config(HttpApi(config, Direct()).app, log_level="warning")))
         up.set()
         await servers[0].serve([listening])
         await replica.close()

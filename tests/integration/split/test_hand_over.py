@@ -60,19 +60,19 @@ class Judge:
 def collector(two_gpus: Any) -> Iterator[Any]:
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from rlhf_ray.roles.pool import Station, start, stop
-    from rlhf_ray.roles.split import Crew, SplitCollector
+    from rlhf_ray.roles.pool import ActorSpec, start, stop
+    from rlhf_ray.roles.split import RemoteRoles, SplitCollector
 
     two_gpus.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     group = placement_group([{"CPU": 0.1}] * 2)
     assert group.wait(20)
-    stations = [
-        Station(r, c, {"CPU": 0.1}, 1, [i], 60.0) for i, (r, c) in enumerate([("generator", Liar), ("scorer", Judge)])
+    specs = [
+        ActorSpec(r, c, {"CPU": 0.1}, 1, [i], 60.0) for i, (r, c) in enumerate([("generator", Liar), ("scorer", Judge)])
     ]
-    pools = start(stations, group, False, "rlhf-ray resume X")
-    session = Session(0, 1, torch.device("cpu"), 1, NullConsole(), pools)
-    yield SplitCollector(Crew(pools, session), session, chunk_size=2, pad_id=0)
-    stop(pools)
+    actor_handles = start(specs, group, False, "rlhf-ray resume X")
+    session = Session(0, 1, torch.device("cpu"), 1, NullConsole(), actor_handles)
+    yield SplitCollector(RemoteRoles(actor_handles, session), session, chunk_size=2, pad_id=0)
+    stop(actor_handles)
     remove_placement_group(group)
 
 
@@ -85,7 +85,7 @@ def test_wrong_adapters_are_caught_by_name(collector: Any) -> None:
     named = ActiveAdapter("policy", 3, PUBLISHED.sha256)
     with pytest.raises(InvariantError, match="step 9: an adapter is asked for that was not handed over"):
         collect(collector, named, 1)
-    assert collector.crew.publish(PUBLISHED) == 7 * 4, "bytes of the adapter, and of nothing else"
+    assert collector.remote_roles.publish(PUBLISHED) == 7 * 4, "bytes of the adapter, and of nothing else"
     assert collect(collector, named, 1).rollout.row_id.tolist() == [0, 1, 2, 3]
     with pytest.raises(InvariantError, match=r"step 9: replies were sampled by another adapter \(version 2, not 3\)"):
         collect(collector, named, 2)

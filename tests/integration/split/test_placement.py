@@ -94,7 +94,7 @@ def test_two_jobs_at_the_same_moment(two_gpus: Any, split_job: Job, console: Any
     of it, the other ends with exit code 3 and holds nothing."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from rlhf_ray.plan.asks import role_asks
+    from rlhf_ray.plan.asks import role_requests
     from rlhf_ray.stages.placement import placed
 
     third, over, ends = placement_group([{"GPU": 1.0}] * 2), threading.Event(), []
@@ -103,8 +103,8 @@ def test_two_jobs_at_the_same_moment(two_gpus: Any, split_job: Job, console: Any
     def place(name: str) -> None:
         job = split_job(name, wait_for_resources=20.0)
         try:
-            with placed(job, role_asks(job, two_gpus.cluster_resources(), False), console) as pools:
-                ends.append(len(pools.actors["generator"]))
+            with placed(job, role_requests(job, two_gpus.cluster_resources(), False), console) as actor_handles:
+                ends.append(len(actor_handles.actors["generator"]))
                 assert over.wait(60)
         except ResourceError as error:
             ends.append(error.exit_code)

@@ -43,14 +43,16 @@ def pool(two_gpus: Any, lines: list[str]) -> Iterator[Any]:
     """Two actors."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from rlhf_ray.roles.pool import Pool, Station, start, stop
+    from rlhf_ray.roles.pool import ActorPool, ActorSpec, start, stop
 
     two_gpus.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     group = placement_group([{"CPU": 0.1}] * 2)
     assert group.wait(20)
-    pools = start([Station("generator", Echo, {"CPU": 0.1}, 1, range(2), 60.0)], group, False, "rlhf-ray resume X")
-    yield Pool("generator", pools, lines.append)
-    stop(pools)
+    actor_handles = start(
+        [ActorSpec("generator", Echo, {"CPU": 0.1}, 1, range(2), 60.0)], group, False, "rlhf-ray resume X"
+    )
+    yield ActorPool("generator", actor_handles, lines.append)
+    stop(actor_handles)
     remove_placement_group(group)
 
 

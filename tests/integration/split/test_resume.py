@@ -28,7 +28,7 @@ STEPS: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "eval_steps": 3}
 
 
 def result(folder: str) -> dict[str, Any]:
-    """Hashes of policy and critic, and every metric that repeats."""
+    """Hashes of policy and value model, and every metric that repeats."""
     rows = read_metrics(Path(folder) / "metrics.jsonl")
     kept = [{k: v for k, v in row.items() if k.split("/")[0] not in ("time", "memory", "faults")} for row in rows]
     hashes = {n: sha256_file(Path(folder) / n / "adapter_model.safetensors") for n in ("adapter", "value")}

@@ -38,7 +38,7 @@ def rewards_of(job: str, model: str) -> str:
 def test_replies_are_scored_as_text(
     jobs: dict[str, str], run_command: Callable[..., None], foreign: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """PPO's held-out rewards are those that `score` gives the same texts; the critic starts from the policy."""
+    """PPO's held-out rewards are those that `score` gives the same texts; the value model starts from the policy."""
     run_command("ppo", rewards_of(jobs["ppo"], foreign), "num_samples_logged=16", "lora.r=4")
     said = capfd.readouterr().err
     assert "helpful has its own tokenizer: replies are decoded, put in template none" in said

@@ -47,7 +47,7 @@ def deterministic(folder: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k.split("/")[0] not in ("time", "memory", "faults")} for row in rows]
 
 
-def replies(job: PPOConfig) -> list[Any]:
+def responses(job: PPOConfig) -> list[Any]:
     """(prompt, reply ids) of everything that was scored, in the order of ranks and calls."""
     files = [Path(f"{job.output_dir}.replies_{rank}.jsonl") for rank in range(2)]
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
@@ -99,8 +99,8 @@ def test_a_whole_run_gives_the_adapter_and_the_replies_of_stage_0(zero_job: Job)
     plain, sharded, alone = zero_job("plain", 0), zero_job("sharded", 3), zero_job("alone", 0, learner=HERE)
     ranks = on_ranks(2, train, [plain, sharded], 7)
     assert ranks[0] == ranks[1], "every rank published the same adapter"
-    said = replies(sharded)
-    assert replies(plain) == said
+    said = responses(sharded)
+    assert responses(plain) == said
     assert len({len(ids) for _, ids in said}) > 4 and len({len(prompt) for prompt, _ in said}) > 4
     assert difference(weights(plain.output_dir), weights(sharded.output_dir)) < 1e-5
     assert difference(weights(plain.output_dir, "value"), weights(sharded.output_dir, "value")) < 1e-5
@@ -130,7 +130,7 @@ def reward_model(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Callable[..
 @pytest.mark.long
 def test_what_else_a_run_can_have(zero_job: Job, reward_model: Callable[..., str]) -> None:
     """At stage 3 as at stage 0: recomputed activations, a reward model and critic on a base of their own, a reward model that reads
-    text, half precision, a critic on the policy's adapter, no critic."""
+    text, half precision, a value model on the policy's adapter, no critic."""
     judge, reader = ([{"name": "judge", "model": reward_model(bos=bos)}] for bos in (True, False))
     variants: list[dict[str, Any]] = [
         {"gradient_checkpointing": True, "rewards": judge},
@@ -150,7 +150,7 @@ def test_what_else_a_run_can_have(zero_job: Job, reward_model: Callable[..., str
     with_two_bases, in_half_precision = jobs[0], jobs[2]
     assert difference(*(weights(job.output_dir, "value") for job in with_two_bases)) < 1e-5
     before_the_update = slice(3 + 12)  # of rank 0: the first evaluation and its two chunks
-    assert replies(in_half_precision[0])[before_the_update] == replies(in_half_precision[1])[before_the_update]
+    assert responses(in_half_precision[0])[before_the_update] == responses(in_half_precision[1])[before_the_update]
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from rlhf_ray.config.load import load_any
-from rlhf_ray.plan.asks import Node, role_asks
+from rlhf_ray.plan.asks import Node, role_requests
 from rlhf_ray.plan.preflight import check
 
 ROOT = Path(__file__).parents[3]
@@ -195,7 +195,7 @@ def test_every_resource_a_job_asks_for_is_in_the_cluster_file_that_names_it(name
     _, config = load_any(ROOT / "jobs" / f"{job}.yaml", check_files=False)
     nodes = machines(name)
     total = {kind: sum(n.resources.get(kind, 0.0) for n in nodes) for kind in ("CPU", "GPU")}
-    check(role_asks(config, total, own_ray=False), nodes)  # type: ignore[arg-type]
+    check(role_requests(config, total, own_ray=False), nodes)  # type: ignore[arg-type]
 
 
 def test_jobs_are_named_by_cluster_files() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.config import STAGES, PipelineConfig, PPOConfig, ServeConfig, SweepConfig
 from rlhf_ray.config.load import load
-from rlhf_ray.plan.asks import Node, role_asks
+from rlhf_ray.plan.asks import Node, role_requests
 from rlhf_ray.plan.preflight import check
 from rlhf_ray.sweep.capacity import capacity
 from rlhf_ray.sweep.trials import job_of, planned
@@ -49,7 +49,7 @@ def test_seed_1_on_two_gpus(name: str) -> None:
     assert (config.learning_rate, config.kl_penalty, config.kl_coef) == (1e-5, "jensen_shannon", 0.02)
     assert (config.lora.r, config.lora.lora_alpha, config.response_length, config.max_length) == (8, 64.0, 300, 492)
     node = Node("two GPUs", {"CPU": 32.0, "GPU": 2.0})
-    placed = check(role_asks(config, node.resources, own_ray=True), [node])
+    placed = check(role_requests(config, node.resources, own_ray=True), [node])
     assert sum(len(p) for p in placed.values()) == (3 if name.endswith("split") else 2)
 
 

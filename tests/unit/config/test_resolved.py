@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.config import EvaluateConfig, LoraConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf_ray.config.load import Change, diff, dump_yaml, load_dict, to_dict, to_yaml
+from rlhf_ray.config.load import FieldChange, diff, dump_yaml, load_dict, to_dict, to_yaml
 from rlhf_ray.config.sections import Section
 from rlhf_ray.config.yaml_reader import parse
 
@@ -149,10 +149,10 @@ def test_diff_names_fields() -> None:
     new = load_dict(PPOConfig, {**BASE, "rewards": REWARDS[:1], "kl_coef": 0.1, "lora": {"r": 4}, "max_steps": 10})
     assert diff(old, old) == []
     assert diff(old, new) == [
-        Change("max_steps", -1, 10),
-        Change("lora.r", 16, 4),
-        Change("rewards", to_dict(old)["rewards"], to_dict(new)["rewards"]),
-        Change("kl_coef", 0.05, 0.1),
+        FieldChange("max_steps", -1, 10),
+        FieldChange("lora.r", 16, 4),
+        FieldChange("rewards", to_dict(old)["rewards"], to_dict(new)["rewards"]),
+        FieldChange("kl_coef", 0.05, 0.1),
     ]
 
 
@@ -160,9 +160,9 @@ def test_diff_takes_what_a_run_folder_stores() -> None:
     old = load_dict(PPOConfig, {**BASE, "rewards": REWARDS})
     assert diff(parse(to_yaml(old), "config.yaml").values, old) == []
     assert diff({"a": 1, "s": {"x": 1}}, {"b": 2, "s": None}) == [
-        Change("a", 1, None),
-        Change("s", {"x": 1}, None),
-        Change("b", None, 2),
+        FieldChange("a", 1, None),
+        FieldChange("s", {"x": 1}, None),
+        FieldChange("b", None, 2),
     ]
 
 

@@ -73,16 +73,16 @@ JUDGED = [
 ]
 
 
-@pytest.mark.parametrize(("row", "reply", "content", "kind", "long", "shape", "repeats"), JUDGED)
-def test_judgement_of_known_replies(row, reply, content, kind, long, shape, repeats):
-    found = judge(row, reply)
+@pytest.mark.parametrize(("row", "response", "content", "kind", "long", "shape", "repeats"), JUDGED)
+def test_judgement_of_known_replies(row, response, content, kind, long, shape, repeats):
+    found = judge(row, response)
     assert found.content == pytest.approx(content)
     assert found.courtesy == kind
     assert found.length == pytest.approx(long)
     assert found.form == pytest.approx(shape)
     assert found.repetition == pytest.approx(repeats)
     total = (0.4 * content + 0.25 * kind + 0.15 * long + 0.2 * shape) * (1 - repeats)
-    assert true_reward(row, reply) == pytest.approx(total)
+    assert true_reward(row, response) == pytest.approx(total)
 
 
 def test_every_part_counts_and_none_can_pay_for_repetition():
@@ -171,15 +171,15 @@ def test_a_prompt_of_another_world_is_an_error():
 
 def test_score_is_the_true_reward_with_or_without_columns():
     rows = sft_rows(60, 3)
-    replies = [row["output"] for row in rows]
-    wanted = [true_reward(row, reply) for row, reply in zip(rows, replies)]
+    responses = [row["output"] for row in rows]
+    wanted = [true_reward(row, response) for row, response in zip(rows, responses)]
     prompts = [render(row["instruction"], row["input"]) for row in rows]
     columns = {"instruction": [r["instruction"] for r in rows], "input": [r["input"] for r in rows]}
-    assert score(prompts, replies, **columns, completion_ids=[[1]] * len(rows)) == wanted
-    assert score(prompts, replies) == wanted
+    assert score(prompts, responses, **columns, completion_ids=[[1]] * len(rows)) == wanted
+    assert score(prompts, responses) == wanted
     assert len({round(value, 3) for value in wanted}) > 10
     with pytest.raises(ValueError):
-        score(prompts, replies[:-1], **columns)
+        score(prompts, responses[:-1], **columns)
 
 
 # ---- the rows
@@ -369,9 +369,9 @@ def _loaded(base):
 def test_the_worlds_own_text_is_short_in_tokens(tokenizer):
     rows = sft_rows(300, 1)
     prompts = [len(tokenizer(render(row["instruction"], row["input"]))["input_ids"]) for row in rows]
-    replies = [len(tokenizer(row["output"], add_special_tokens=False)["input_ids"]) + 1 for row in rows]
+    responses = [len(tokenizer(row["output"], add_special_tokens=False)["input_ids"]) + 1 for row in rows]
     assert max(prompts) <= 48 and 16 <= mean(prompts) <= 32
-    assert 8 <= mean(replies) <= 24
+    assert 8 <= mean(responses) <= 24
     for row in rows:
         text = render(row["instruction"], row["input"]) + row["output"]
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text

@@ -12,12 +12,12 @@ import pytest
 from rlhf_ray.cli import main
 from rlhf_ray.doctor import cluster as there
 from rlhf_ray.doctor import here, job
-from rlhf_ray.doctor.findings import Finding, room, text, to_json
+from rlhf_ray.doctor.findings import CheckResult, room, text, to_json
 from rlhf_ray.plan.memory import GIB
 from rlhf_ray.submit import client, nodes
 
 
-def named(found: Any, name: str) -> Finding:
+def named(found: Any, name: str) -> CheckResult:
     (one,) = [f for f in found if f.name == name]
     return one
 
@@ -64,7 +64,7 @@ def test_room(free: float | None, status: str) -> None:
 
 
 def test_lines_show_the_fix_of_what_is_not_ok() -> None:
-    found = [Finding("here", "a", "ok", "fine", "unused"), Finding("there", "b", "warn", "odd", "mend it")]
+    found = [CheckResult("here", "a", "ok", "fine", "unused"), CheckResult("there", "b", "warn", "odd", "mend it")]
     assert text(found).splitlines() == [
         "here",
         "  ok    a  fine",
@@ -153,8 +153,8 @@ def test_nodes_of_one_machine_are_numbered() -> None:
 
 @pytest.mark.parametrize("status", [404, 500])
 def test_what_is_no_ray_is_not_said_to_lack_authentication(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(there, "look", lambda url: client.Answer(status))
-    monkeypatch.setattr(client, "look", lambda url, *rest: client.Answer(status))
+    monkeypatch.setattr(there, "look", lambda url: client.HttpAnswer(status))
+    monkeypatch.setattr(client, "look", lambda url, *rest: client.HttpAnswer(status))
     cluster, found = there.access("http://127.0.0.1:8265")
     assert cluster is None and {f.name: f.status for f in found} == {"address": "ok", "access": "fail"}
     assert f"got HTTP status {status}" in found[-1].said and str(found[-1]).count("fix:") == 1
@@ -197,6 +197,6 @@ def test_a_job_in_4_bits_needs_bitsandbytes(tiny_llama: Callable[..., Path]) -> 
     from rlhf_ray.config.serve import ServeConfig
 
     config = ServeConfig(output_dir="x", model_name_or_path="y", load_in_4bit=True)
-    missing = Finding("this machine", "bitsandbytes", "ok", "not installed; ...")
-    works = Finding("this machine", "bitsandbytes", "ok", "0.50 works on the cpu")
+    missing = CheckResult("this machine", "bitsandbytes", "ok", "not installed; ...")
+    works = CheckResult("this machine", "bitsandbytes", "ok", "0.50 works on the cpu")
     assert [f.status for f in job.quantised(config, missing)] == ["fail"] and not list(job.quantised(config, works))

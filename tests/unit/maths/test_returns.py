@@ -38,7 +38,7 @@ def test_fact_8_a_coefficient_of_zero_leaves_exactly_the_score(reply_mask) -> No
     penalty = torch.tensor([[torch.inf, torch.nan, 3.0]])
     shaped = returns.shape_rewards(torch.tensor([2.0]), penalty, 0.0, reply_mask([2], 3))
     assert shaped.tolist() == [[0.0, 2.0, 0.0]]
-    assert returns.reply_scores(torch.tensor([2.0]), penalty, 0.0, reply_mask([2], 3)).tolist() == [2.0]
+    assert returns.response_scores(torch.tensor([2.0]), penalty, 0.0, reply_mask([2], 3)).tolist() == [2.0]
 
 
 def test_shaping_refuses_empty_replies_and_wrong_shapes(reply_mask) -> None:
@@ -148,7 +148,7 @@ def test_group_size_is_checked(function) -> None:
 def test_reply_scores_and_broadcast_to_tokens(reply_mask) -> None:
     mask = reply_mask([2, 3], 3)
     penalty = torch.tensor([[1.0, 2.0, 100.0], [1.0, 1.0, 1.0]])
-    scores = returns.reply_scores(torch.tensor([1.0, 1.0]), penalty, 0.5, mask)
+    scores = returns.response_scores(torch.tensor([1.0, 1.0]), penalty, 0.5, mask)
     assert scores.tolist() == [-0.5, -0.5]
     assert returns.to_tokens(torch.tensor([2.0, 3.0]), mask).tolist() == [[2, 2, 0], [3, 3, 3]]
 

@@ -39,7 +39,7 @@ def start(base: Path) -> Assembly:
 
 @pytest.fixture
 def one_base(tiny_llama: Make, save_trained: Save, tmp_path: Path) -> Assembly:
-    """Policy and reference from an SFT adapter, a reward adapter, and the critic from the reward: all on one base."""
+    """Policy and reference from an SFT adapter, a reward adapter, and the value model from the reward: all on one base."""
     base = tiny_llama()
     save_trained(base, tmp_path / "sft", lora_dropout=0.5)
     save_trained(base, tmp_path / "reward", head=torch.linspace(-1, 1, 64)[None], seed=9)
@@ -83,10 +83,10 @@ def test_the_roles_differ_where_they_should_and_only_there(one_base: Assembly) -
     models = one_base.finish()
     models.train()
     assert torch.equal(logprobs(models, "policy"), logprobs(models, "reference"))
-    seat = models.seats["reward"]
-    models.seats["base"] = type(seat)(seat.stack, None)
+    stage = models.bindings["reward"]
+    models.bindings["base"] = type(stage)(stage.stack, None)
     assert (logprobs(models, "policy") - logprobs(models, "base")).abs().max() > 1e-2
-    assert not models("values", sequences())[0].any()  # the critic's head starts at zero
+    assert not models("values", sequences())[0].any()  # the value model's head starts at zero
     assert models("rewards", "reward", sequences()).std() > 0
     trained = {n for n, p in models.named_parameters() if p.requires_grad}
     assert trained and all(".policy." in n or ".value." in n or ".heads.value." in n for n in trained)
@@ -115,8 +115,8 @@ def test_a_merged_reward_model_is_a_second_base_loaded_once(
         assembly.add_reward(name, reward_source(merged))
     assembly.add_value("one", "own", LORA)
     models = assembly.finish()
-    assert len(models.stacks) == 2 and models.seats["one"].stack == models.seats["two"].stack
-    assert models.seats["value"].stack == models.seats["one"].stack != models.seats["policy"].stack
+    assert len(models.stacks) == 2 and models.bindings["one"].stack == models.bindings["two"].stack
+    assert models.bindings["value"].stack == models.bindings["one"].stack != models.bindings["policy"].stack
 
 
 def test_a_whole_checkpoint_is_no_sft_adapter(tiny_llama: Make) -> None:

@@ -36,7 +36,7 @@ class TestLoralib:
 
     @pytest.fixture
     def flat(self, base: Path) -> dict[str, Tensor]:
-        """Rank 8 on q, k, v, o of both layers, for policy and critic, and the value head, in the ancestor's names."""
+        """Rank 8 on q, k, v, o of both layers, for policy and value model, and the value head, in the ancestor's names."""
         torch.manual_seed(0)
         weights = load_file(base / "model.safetensors")
         found: dict[str, Tensor] = {}

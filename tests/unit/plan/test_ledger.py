@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_ray.plan.attention import attention
-from rlhf_ray.plan.ledger import GRANULE, Device, Ledger
+from rlhf_ray.plan.ledger import GRANULE, Device, MetaMemoryTracker
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -16,39 +16,39 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def test_storages_come_and_go() -> None:
-    with Ledger("cpu") as ledger, ledger.watch() as peak:
+    with MetaMemoryTracker("cpu") as tracker, tracker.watch() as peak:
         a = meta(16, 16)  # 1024 bytes
         b = a + 1  # 2048
         view = b.t()[2:]  # no storage of its own
         del b  # still held by the view
         c = a * view.sum()  # a sum of 4 bytes (64 with its granule), and 3072
-        assert ledger.live["activations"] == 3 * 1024
+        assert tracker.live["activations"] == 3 * 1024
         del c, view, a
-    assert not any(ledger.live.values())
+    assert not any(tracker.live.values())
     assert peak.total == 3 * 1024 + GRANULE["cpu"]
 
 
 def test_sizes_are_rounded_as_the_allocator_does() -> None:
     for device, granule in GRANULE.items():
-        with Ledger(device) as ledger:  # type: ignore[arg-type]
+        with MetaMemoryTracker(device) as tracker:  # type: ignore[arg-type]
             kept = meta(1)
-            assert sum(ledger.live.values()) == granule and kept is not None
+            assert sum(tracker.live.values()) == granule and kept is not None
 
 
 def test_an_inner_peak_counts_for_the_outer_one() -> None:
-    with Ledger("cpu") as ledger, ledger.watch() as outer:
-        with ledger.watch() as inner:
+    with MetaMemoryTracker("cpu") as tracker, tracker.watch() as outer:
+        with tracker.watch() as inner:
             meta(1024)
         assert inner.total == 4096
     assert outer.total == 4096
 
 
 def test_parts() -> None:
-    with Ledger("cpu", vocabulary=[50]) as ledger:
+    with MetaMemoryTracker("cpu", vocabulary=[50]) as tracker:
         weights, logits = meta(32, 32), meta(4, 64, 50)
         cache = weights.new_zeros(2, 3, 4, 8)
-        assert ledger.own("bases", [weights, None]) == 4096
-        assert ledger.live == {
+        assert tracker.own("bases", [weights, None]) == 4096
+        assert tracker.live == {
             "bases": 4096,
             "logits": 4 * 64 * 50 * 4,
             "kv cache": 2 * 3 * 4 * 8 * 4,
@@ -58,9 +58,9 @@ def test_parts() -> None:
 
 
 def test_logsumexp_needs_a_buffer_as_large_as_its_input() -> None:
-    with Ledger("cpu", vocabulary=[1000]) as ledger:
+    with MetaMemoryTracker("cpu", vocabulary=[1000]) as tracker:
         logits = meta(8, 1000)
-        with ledger.watch() as peak:
+        with tracker.watch() as peak:
             logits.logsumexp(-1)
     assert peak.bytes["logits"] == 2 * 8 * 1000 * 4
 
@@ -68,9 +68,9 @@ def test_logsumexp_needs_a_buffer_as_large_as_its_input() -> None:
 def two_layers(recompute: bool) -> int:
     """Peak of forward and backward of 8 layers x -> sigmoid(W x), W [64, 64], x [1024, 64]: 256 KiB an activation."""
     layers = [nn.Linear(64, 64, bias=False, device="meta") for _ in range(8)]
-    with Ledger("cpu") as ledger:
+    with MetaMemoryTracker("cpu") as tracker:
         x = meta(1024, 64).requires_grad_(True)
-        with ledger.watch() as peak:
+        with tracker.watch() as peak:
             h = x
             for layer in layers:
                 step = nn.Sequential(layer, nn.Sigmoid())
@@ -93,16 +93,16 @@ def test_attention_never_makes_scores(device: Device) -> None:
     mib = 2**20
     q, k, v = (meta(2, 4, 512, 16).requires_grad_(True) for _ in range(3))
     mask = meta(2, 1, 512, 512, dtype=torch.bool)
-    with Ledger(device) as ledger, ledger.watch() as peak:
+    with MetaMemoryTracker(device) as tracker, tracker.watch() as peak:
         out = attention(device, q, k, v, mask)
         assert out.shape == (2, 4, 512, 16)
-        assert 2 * mib + mib // 4 < ledger.live["activations"] < 2.5 * mib  # kept: mask, output, a number for each row
+        assert 2 * mib + mib // 4 < tracker.live["activations"] < 2.5 * mib  # kept: mask, output, a number for each row
         out.sum().backward()
     assert peak.total < 4.5 * mib
 
 
 def test_values_that_nobody_has() -> None:
-    with Ledger("cpu"):
+    with MetaMemoryTracker("cpu"):
         rows = meta(5, dtype=torch.bool)
         assert bool(rows.all()) and not bool(rows.any())  # every row is in order
         assert not bool(meta(5, 5, dtype=torch.bool).all())  # a batch has padding
@@ -114,7 +114,7 @@ def test_values_that_nobody_has() -> None:
 
 def test_a_remembered_result_is_that_of_torch() -> None:
     for _ in range(2):
-        with Ledger("cpu"):
+        with MetaMemoryTracker("cpu"):
             a, b = meta(4, 1, 3).transpose(0, 2), meta(5, 1, dtype=torch.float16)
             out = a + b
             assert (out.shape, out.dtype) == ((3, 5, 4), torch.float32)

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.config import PPOConfig, SFTConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.plan.asks import ACCELERATOR, Ask, Node, processes, role_asks
+from rlhf_ray.plan.asks import ACCELERATOR, Node, ResourceRequest, processes, role_requests
 from rlhf_ray.plan.preflight import check, matches, nearest, nodes_of, place
 
 
@@ -16,8 +16,8 @@ def node(cpu: float, gpu: float = 0.0, name: str = "n", labels: dict[str, str] |
     return Node(name, {"CPU": cpu, "GPU": gpu, **other}, labels or {})
 
 
-def learner(count: int, gpu: float = 1.0) -> Ask:
-    return Ask("learner", count, {"CPU": 1.0, "GPU": gpu})
+def learner(count: int, gpu: float = 1.0) -> ResourceRequest:
+    return ResourceRequest("learner", count, {"CPU": 1.0, "GPU": gpu})
 
 
 def sft(**fields: Any) -> SFTConfig:
@@ -52,27 +52,31 @@ def test_what_fits_is_told_by_node() -> None:
 )
 def test_a_fraction_comes_from_one_gpu(shares: list[float], gpus: int, fits: bool) -> None:
     """Three actors of 0.6 are 1.8 GPUs, and there is room for two of them on two GPUs."""
-    asks = [Ask(f"role{i}", 1, {"CPU": 0.1, "GPU": share}) for i, share in enumerate(shares)]
-    assert (place(asks, [node(8, gpus)]) is not None) is fits
+    requests = [ResourceRequest(f"role{i}", 1, {"CPU": 0.1, "GPU": share}) for i, share in enumerate(shares)]
+    assert (place(requests, [node(8, gpus)]) is not None) is fits
 
 
 def test_roles_that_fit_alone_but_not_together() -> None:
-    asks = [Ask("generator", 1, {"CPU": 0.2, "GPU": 1.0}), Ask("scorer", 1, {"CPU": 0.2, "GPU": 1.0}), learner(1)]
+    requests = [
+        ResourceRequest("generator", 1, {"CPU": 0.2, "GPU": 1.0}),
+        ResourceRequest("scorer", 1, {"CPU": 0.2, "GPU": 1.0}),
+        learner(1),
+    ]
     with pytest.raises(ResourceError) as caught:
-        check(asks, [node(8, 2)])
+        check(requests, [node(8, 2)])
     [line] = caught.value.lines()
     assert "do not fit together: generator 1 x (0.2 CPU, 1 GPU), scorer 1 x (0.2 CPU, 1 GPU), learner" in line
     assert "expected 3 GPU; got 8 CPU, 2 GPU on 1 node" in line
     assert line.endswith("set generator.num_gpus=0.5 scorer.num_gpus=0.5")
 
 
-def actors(generators: int, generator_gpu: float = 0.0) -> list[Ask]:
+def actors(generators: int, generator_gpu: float = 0.0) -> list[ResourceRequest]:
     gpu = {"GPU": generator_gpu} if generator_gpu else {}
-    return [Ask("generator", generators, {"CPU": 1.0, **gpu}), Ask("scorer", 1, {"CPU": 1.0})]
+    return [ResourceRequest("generator", generators, {"CPU": 1.0, **gpu}), ResourceRequest("scorer", 1, {"CPU": 1.0})]
 
 
 @pytest.mark.parametrize(
-    ("asks", "there", "expected"),
+    ("requests", "there", "expected"),
     [
         ([*actors(3), learner(1, 0.0)], node(4), "generator.num_actors=2"),
         ([*actors(1, 1.0), learner(1)], node(4, 1), "generator.num_gpus=0 scorer.num_gpus=0"),
@@ -80,19 +84,19 @@ def actors(generators: int, generator_gpu: float = 0.0) -> list[Ask]:
         ([*actors(1), learner(4, 0.0)], node(2), "placement=colocate learner.num_workers=2"),
     ],
 )
-def test_the_nearest_placement_that_fits(asks: list[Ask], there: Node, expected: str) -> None:
-    assert nearest(asks, [there]) == f"set {expected}"
+def test_the_nearest_placement_that_fits(requests: list[ResourceRequest], there: Node, expected: str) -> None:
+    assert nearest(requests, [there]) == f"set {expected}"
 
 
 def test_labels_and_accelerators() -> None:
     nodes = [node(8, 1, "a", {"zone": "east"}, **{f"{ACCELERATOR}T4": 1.0}), node(8, 1, "b", {"zone": "west"})]
-    assert check([Ask("learner", 1, {"GPU": 1.0}, {"zone": "west"})], nodes) == {"learner": ["b"]}
+    assert check([ResourceRequest("learner", 1, {"GPU": 1.0}, {"zone": "west"})], nodes) == {"learner": ["b"]}
     with pytest.raises(
         ResourceError, match=r"learner.label_selector: no node has these labels.*zone: north.*zone: east; zone"
     ):
-        check([Ask("learner", 1, {"GPU": 1.0}, {"zone": "north"})], nodes)
+        check([ResourceRequest("learner", 1, {"GPU": 1.0}, {"zone": "north"})], nodes)
     with pytest.raises(ResourceError, match=r"learner.accelerator_type: no node has a A100; expected A100; got T4"):
-        check([Ask("learner", 1, {"GPU": 1.0, f"{ACCELERATOR}A100": 0.001})], nodes)
+        check([ResourceRequest("learner", 1, {"GPU": 1.0, f"{ACCELERATOR}A100": 0.001})], nodes)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +115,9 @@ def test_label_selectors_read_as_rays(selector: str, holds: bool) -> None:
 
 
 def test_all_problems_at_once() -> None:
-    asks = [Ask("generator", 1, {"CPU": 99.0, "GPU": 1.0}), learner(1, 2.0)]
+    requests = [ResourceRequest("generator", 1, {"CPU": 99.0, "GPU": 1.0}), learner(1, 2.0)]
     with pytest.raises(ResourceError) as caught:
-        check(asks, [node(8)])
+        check(requests, [node(8)])
     where = [problem.where for problem in caught.value.problems]
     assert where == ["generator.num_threads", "generator.num_gpus", "learner.num_gpus"]
 
@@ -122,12 +126,12 @@ def test_on_our_own_ray_cpus_always_fit() -> None:
     jobs = [sft(num_workers=n, num_threads=2) for n in (1, 2, 4)]
     jobs += [split(generator={"num_actors": 3}, scorer={"num_actors": 2}, learner={"num_workers": 2})]
     for job in jobs:
-        check(role_asks(job, {"CPU": 2.0}, own_ray=True), [node(2.0)])
+        check(role_requests(job, {"CPU": 2.0}, own_ray=True), [node(2.0)])
 
 
 def test_on_a_given_cluster_a_worker_asks_for_its_threads_and_a_gpu_where_there_are_some() -> None:
     def asked(**fields: Any) -> dict[str, float]:
-        return role_asks(sft(**fields), {"CPU": 8.0, "GPU": 2.0}, own_ray=False)[0].each
+        return role_requests(sft(**fields), {"CPU": 8.0, "GPU": 2.0}, own_ray=False)[0].each
 
     assert asked(num_threads=4) == {"CPU": 4.0, "GPU": 1.0}
     assert asked(num_threads=4, num_gpus=0.0) == {"CPU": 4.0}
@@ -137,7 +141,7 @@ def test_split_roles_ask_for_a_gpu_each_if_everybody_can_have_one() -> None:
     job = split(generator={"num_actors": 2}, scorer={"num_cpus": 0.5, "accelerator_type": "A100"})
     assert processes(job) == 4
     for gpus, each in ((4.0, 1.0), (3.0, 0.0)):
-        asks = role_asks(job, {"CPU": 8.0, "GPU": gpus}, own_ray=False)
-        assert [a.role for a in asks] == ["generator", "scorer", "learner"]
-        assert [a.each.get("GPU", 0.0) for a in asks] == [each] * 3
-        assert asks[1].each["CPU"] == 0.5 and asks[1].each[f"{ACCELERATOR}A100"] == 0.001
+        requests = role_requests(job, {"CPU": 8.0, "GPU": gpus}, own_ray=False)
+        assert [a.role for a in requests] == ["generator", "scorer", "learner"]
+        assert [a.each.get("GPU", 0.0) for a in requests] == [each] * 3
+        assert requests[1].each["CPU"] == 0.5 and requests[1].each[f"{ACCELERATOR}A100"] == 0.001

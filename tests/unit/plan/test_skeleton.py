@@ -11,7 +11,7 @@ import torch
 
 from rlhf_ray.config import SFTConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.plan.ledger import Ledger
+from rlhf_ray.plan.ledger import MetaMemoryTracker
 from rlhf_ray.plan.skeleton import read_config, size_of, skeleton
 
 D, I, L, H, KV, V = 64, 128, 2, 4, 2, 256
@@ -94,9 +94,9 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 def test_models_attend_by_the_kernel_of_the_device(tmp_path: Path, device: Any, kernel: Any) -> None:
     """Scores [8, 4, 512, 512] would be 32 MiB in float32: eager attention makes them, the fused kernels do not."""
     path, scores = folder(tmp_path, max_position_embeddings=512), 8 * H * 512 * 512 * 4
-    with Ledger(device) as ledger:
+    with MetaMemoryTracker(device) as tracker:
         base = skeleton(job(path, attn_implementation=kernel), path, read_config(path), device)
         ids = torch.zeros(8, 512, dtype=torch.int64, device="meta")
-        with ledger.watch() as peak, torch.no_grad():
+        with tracker.watch() as peak, torch.no_grad():
             base.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
     assert (peak.total > scores) == (kernel == "eager")

@@ -68,7 +68,7 @@ def write_common(path: Path, stage: str, config: dict, status: str, metrics: dic
 
 
 def ppo_row(step: int, total: int, rng: random.Random) -> dict:
-    """One step of a run that learns: reward saturates, KL grows, entropy and clip fraction shrink, the critic catches up."""
+    """One step of a run that learns: reward saturates, KL grows, entropy and clip fraction shrink, the value model catches up."""
     t = step / total
     reward = -0.4 + 2.3 * (1 - math.exp(-3.2 * t)) + rng.gauss(0, 0.08)
     k1 = 9.5 * (1 - math.exp(-2.2 * t)) + rng.gauss(0, 0.35) * (0.3 + t)
@@ -110,7 +110,7 @@ def ppo_row(step: int, total: int, rng: random.Random) -> dict:
     }
 
 
-def write_ppo(path: Path, steps: int = 60, total: int = 60, done: bool = True, reply: str | None = None) -> Path:
+def write_ppo(path: Path, steps: int = 60, total: int = 60, done: bool = True, response: str | None = None) -> Path:
     """A PPO run with evaluations every six steps and four samples per step."""
     rng, rows, samples = random.Random(1), [], []
     for step in range(steps + 1):
@@ -126,7 +126,7 @@ def write_ppo(path: Path, steps: int = 60, total: int = 60, done: bool = True, r
             }
         rows.append(row)
         for i, prompt in enumerate(PROMPTS if step else ()):
-            text = reply or (WARM if rng.random() < step / total else PLAIN)
+            text = response or (WARM if rng.random() < step / total else PLAIN)
             figures = {
                 "reward": row["reward/mean"] + rng.gauss(0, 0.5),
                 "kl": row["kl/k1_per_response"],
@@ -220,9 +220,9 @@ def write_evaluate(path: Path) -> Path:
         }
     for prompt in PROMPTS:
         for name in policies:
-            reply = WARM if name == "ppo" else PLAIN
+            response = WARM if name == "ppo" else PLAIN
             samples.append(
-                {"step": 0, "policy": name, "prompt": alpaca(prompt), "reply": reply, "reward": policies[name][0]}
+                {"step": 0, "policy": name, "prompt": alpaca(prompt), "reply": response, "reward": policies[name][0]}
             )
     config = {"policies": [{"name": n, "policy": n if n == "base" else f"runs/demo/{n}"} for n in policies]}
     write_common(path, "evaluate", config, "done", metrics, 22.0)

@@ -238,7 +238,7 @@ def test_a_long_run_is_thinned(fake: SimpleNamespace, tmp_path: Path) -> None:
 
 
 def test_nothing_a_model_or_a_file_says_becomes_markup(fake: SimpleNamespace, tmp_path: Path) -> None:
-    path = fake.ppo(tmp_path / "run", steps=12, reply=ATTACK)
+    path = fake.ppo(tmp_path / "run", steps=12, response=ATTACK)
     for name in ("config.yaml", "manifest.json", "summary.json"):
         text = (path / name).read_text(encoding="utf-8")
         (path / name).write_text(text.replace("runs/demo", "runs/<script>alert(3)</script>"), encoding="utf-8")

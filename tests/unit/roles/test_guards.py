@@ -13,7 +13,7 @@ from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.roles.collector import Collected
-from rlhf_ray.roles.guards import Guards, Tripped
+from rlhf_ray.roles.guards import Guards, StopTraining
 
 
 def collected(rows: int = 40, bad: tuple[int, ...] = (), **changes: Any) -> Collected:
@@ -58,14 +58,14 @@ class TestRewards:
 
     def test_more_than_five_in_a_hundred_stop_the_run(self) -> None:
         with pytest.raises(
-            Tripped, match=r"step 9: reward mine is not finite for 3 of 40 replies \(first row 1\); exp"
+            StopTraining, match=r"step 9: reward mine is not finite for 3 of 40 replies \(first row 1\); exp"
         ):
             Guards().sound(collected(bad=(1, 2, 3)), 1, 9)
 
     def test_one_of_the_only_prompt_stops_the_run(self) -> None:
         """All replies are compared with it: none would be left."""
         with pytest.raises(
-            Tripped, match=r"step 1: reward mine is not finite for 1 of 40 .*, and all others are of the"
+            StopTraining, match=r"step 1: reward mine is not finite for 1 of 40 .*, and all others are of the"
         ):
             Guards().sound(collected(bad=(5,)), 40, 1)
 
@@ -74,7 +74,7 @@ class TestRewards:
         for step, bad in enumerate([(1,), (2,), (), (3,), (4,)]):
             guards.sound(collected(bad=bad), 1, step)
         guards.sound(collected(bad=(1,)), 1, 5, counts=False)  # an evaluation is no step
-        with pytest.raises(Tripped, match=r"\(first row 7\), in 3 steps in a row"):
+        with pytest.raises(StopTraining, match=r"\(first row 7\), in 3 steps in a row"):
             guards.sound(collected(bad=(7,)), 1, 5)
 
     def test_an_infinite_reference_is_as_bad(self) -> None:
@@ -97,7 +97,7 @@ class TestUpdates:
         for finite in (False, False, True, False, False):
             guards.note_update(finite, {"policy": math.nan, "value": 1.0}, 4)
         with pytest.raises(
-            Tripped, match=r"step 5: 3 updates in a row .* not finite .*; got policy nan, value 1; fix: "
+            StopTraining, match=r"step 5: 3 updates in a row .* not finite .*; got policy nan, value 1; fix: "
         ):
             guards.note_update(False, {"policy": math.nan, "value": 1.0}, 5)
 
@@ -120,7 +120,7 @@ class TestLimits:
         Guards().check(job(), {metric: beyond}, 1)
         [(name, bound)] = limit.items()
         with pytest.raises(
-            Tripped, match=rf"step 3: {metric} is beyond {name}: .* {bound:g}; got {beyond:g}"
+            StopTraining, match=rf"step 3: {metric} is beyond {name}: .* {bound:g}; got {beyond:g}"
         ) as caught:
             Guards().check(job(**limit), {metric: beyond}, 3)
         assert caught.value.saves
@@ -140,5 +140,7 @@ class TestLimits:
         kept = Guards()
         kept.load_state_dict(guards.state_dict())
         assert kept == guards
-        with pytest.raises(Tripped, match=r"step 8: over-optimisation: 2 evaluations .* near 1 .*; got 0.6 at 12 nats"):
+        with pytest.raises(
+            StopTraining, match=r"step 8: over-optimisation: 2 evaluations .* near 1 .*; got 0.6 at 12 nats"
+        ):
             evaluate(0.6, 12.0, 8)

@@ -15,12 +15,12 @@ from rlhf_ray.roles.judging import Comparison, Judged, compare, distinct_2, leng
 
 
 def side(
-    scores: list[float], lengths: list[int] | None = None, replies: list[str] | None = None, tag: str = ""
+    scores: list[float], lengths: list[int] | None = None, responses: list[str] | None = None, tag: str = ""
 ) -> Judged:
     """One side; replies that nobody set differ from all others."""
     lengths = lengths or [1] * len(scores)
     return Judged(
-        torch.tensor(scores), torch.tensor(lengths), replies or [f"{tag} reply {i}" for i in range(len(scores))]
+        torch.tensor(scores), torch.tensor(lengths), responses or [f"{tag} reply {i}" for i in range(len(scores))]
     )
 
 
@@ -49,8 +49,8 @@ def test_dropped_prompts_are_told_and_count_for_nobody() -> None:
 
 
 def test_equal_replies_and_equal_scores_are_draws() -> None:
-    baseline = side([0.0, 0.5, 1.0, 2.0], replies=["same", "same", "x", "y"])
-    policy = side([9.0, -9.0, 1.0, 3.0], replies=["same", "same", "z", "w"])
+    baseline = side([0.0, 0.5, 1.0, 2.0], responses=["same", "same", "x", "y"])
+    policy = side([9.0, -9.0, 1.0, 3.0], responses=["same", "same", "z", "w"])
     assert preference_codes(baseline, policy) == [0, 0, 0, 2]
     assert preference_codes(policy, baseline) == [0, 0, 0, 1]
 

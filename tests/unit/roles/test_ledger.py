@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_ray.roles.ledger import Done, RolesLog, peaks
-from rlhf_ray.roles.pool import Work
+from rlhf_ray.roles.pool import CallStats
 
 
 def done(role: str, index: int, chunk: int, pid: int, seconds: float) -> Done:
-    return Done(role, chunk, Work(index, pid, "10.0.0.7 (node 3fa9c1)", ("1",), seconds, 0.0))
+    return Done(role, chunk, CallStats(index, pid, "10.0.0.7 (node 3fa9c1)", ("1",), seconds, 0.0))
 
 
 def test_a_line_a_step_tells_who_did_what_with_which_adapter(tmp_path: Path) -> None:
@@ -39,6 +39,6 @@ def test_a_line_a_step_tells_who_did_what_with_which_adapter(tmp_path: Path) -> 
 
 
 def test_the_largest_memory_of_each_role() -> None:
-    works = [Work(i, 1, "n", (), 1.0, 0.0, {"memory/process_peak": float(size)}) for i, size in ((0, 5), (1, 7))]
+    works = [CallStats(i, 1, "n", (), 1.0, 0.0, {"memory/process_peak": float(size)}) for i, size in ((0, 5), (1, 7))]
     done = [Done("generator", 0, works[0]), Done("generator", 1, works[1]), Done("scorer", 0, works[0])]
     assert peaks(done) == {"memory/generator_process_peak": 7.0, "memory/scorer_process_peak": 5.0}

@@ -11,7 +11,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, WorkerCrashe
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.roles import out_of_memory
 from rlhf_ray.roles.out_of_memory import LastWords, is_out_of_memory, last_death, memory_of
-from rlhf_ray.roles.pool import Pool, Pools
+from rlhf_ray.roles.pool import ActorHandles, ActorPool
 
 SAID = (
     "2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 78be) was 10.02GB used"
@@ -23,10 +23,12 @@ SAID = (
 AWAY = ActorUnavailableError("The actor was restarted", None)
 
 
-def a_pool() -> Pool:
+def a_pool() -> ActorPool:
     """One scorer, whose actor has the id 43cd."""
     handle = SimpleNamespace(_actor_id=bytes.fromhex("43cd"))
-    return Pool("scorer", Pools({"scorer": (handle,)}, None, {"scorer": 1.0}, "rlhf-ray resume runs/x"), print)
+    return ActorPool(
+        "scorer", ActorHandles({"scorer": (handle,)}, None, {"scorer": 1.0}, "rlhf-ray resume runs/x"), print
+    )
 
 
 def deaths(monkeypatch: pytest.MonkeyPatch, *found: tuple[int, str]) -> None:

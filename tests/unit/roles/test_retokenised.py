@@ -38,11 +38,11 @@ def row(text: str) -> Row:
 def test_finished_replies_end_as_in_training(backbone: Backbone) -> None:
     """F10: the reward model must see which replies are complete."""
     reader = Reader(backbone, load_template("none"), True)
-    prompts, replies = reader.encode([row("ab"), row("ab")], ["xy", "xy"], [True, False])
+    prompts, responses = reader.encode([row("ab"), row("ab")], ["xy", "xy"], [True, False])
     bos, eos = backbone.tokenizer.bos_token_id, backbone.tokenizer.eos_token_id
     assert prompts[0][0] == bos and prompts[0] == prompts[1]
-    assert replies[0] == [*replies[1], eos]
-    assert Reader(backbone, load_template("none"), False).encode([row("ab")], ["xy"], [True])[1] == [replies[1]]
+    assert responses[0] == [*responses[1], eos]
+    assert Reader(backbone, load_template("none"), False).encode([row("ab")], ["xy"], [True])[1] == [responses[1]]
 
 
 def test_what_does_not_fit_loses_the_start_of_its_prompt() -> None:
@@ -89,7 +89,7 @@ def test_clean_text_takes_the_same_ids_to_the_reward_model_either_way(backbone: 
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     sampled = [[*tokenizer.encode(text, add_special_tokens=False), eos] for text in said]
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sampled]
-    prompts, replies = Reader(backbone, template, True).encode(rows, texts, [True, True])
-    assert replies == sampled
+    prompts, responses = Reader(backbone, template, True).encode(rows, texts, [True, True])
+    assert responses == sampled
     rendered = [template.render(r.prompt) for r in rows]
     assert prompts == [[bos, *tokenizer.encode(text, add_special_tokens=False)] for text in rendered]

@@ -58,7 +58,7 @@ def test_what_has_settled_waits_for_its_step() -> None:
     assert waiting is not None and (waiting.step, waiting.adapter.version) == (2, 0)
     assert source.settle() is waiting, "asked twice, finished once"
     resumed, more = rollouts(ahead=True)
-    resumed.waiting = waiting
+    resumed.pending = waiting
     assert resumed.take(2, adapter(1)) is waiting
     assert (log, more) == (["begin 1 by 0", "end 1", "begin 2 by 0", "end 2"], ["begin 3 by 1"])
 

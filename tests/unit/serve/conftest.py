@@ -93,13 +93,13 @@ class Live:
     async def _serve(self) -> None:
         import uvicorn
 
-        from rlhf_ray.serve.api import Api
+        from rlhf_ray.serve.api import HttpApi
         from rlhf_ray.serve.replica import Replica
 
         self.loop = asyncio.get_running_loop()
         self.replica = Replica(self.config)
         await self.replica.start()
-        self.api = Api(self.config, Direct(self.replica))
+        self.api = HttpApi(self.config, Direct(self.replica))
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)

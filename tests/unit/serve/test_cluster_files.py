@@ -49,7 +49,10 @@ def test_the_ray_service_has_what_kuberay_asks_for() -> None:
 def test_the_dashboard_asks_for_figures_that_there_are() -> None:
     panels = json.loads((CLUSTER / "grafana_serving.json").read_text())["panels"]
     asked = {
-        name for panel in panels for t in panel["targets"] for name in re.findall(r"ray_rlhf_ray_(\w+)", t["expr"])
+        name
+        for evaluation in panels
+        for t in evaluation["targets"]
+        for name in re.findall(r"ray_rlhf_ray_(\w+)", t["expr"])
     }
     there = {f"{name}_total" for name in COUNTERS} | {*GAUGES} | {f"{name}_bucket" for name in HISTOGRAMS}
     assert asked <= there and len(panels) >= 8

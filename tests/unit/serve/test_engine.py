@@ -18,8 +18,8 @@ from rlhf_ray.models.adapters import wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.decode_types import DecodeRequest
 from rlhf_ray.models.sampler import Sampler
-from rlhf_ray.serve.engine import DecodeThread, Token
-from rlhf_ray.serve.slots import AdapterSlots, SlotsBusy
+from rlhf_ray.serve.engine import DecodedToken, DecodeThread
+from rlhf_ray.serve.slots import AdapterCache, CacheBusy
 
 from .conftest import load_tiny
 
@@ -28,16 +28,16 @@ class Sink:
     """Collects tokens by ticket; `wait` until a ticket is over."""
 
     def __init__(self) -> None:
-        self.tokens: defaultdict[int, list[Token]] = defaultdict(list)
+        self.tokens: defaultdict[int, list[DecodedToken]] = defaultdict(list)
         self.changed = threading.Condition()
 
-    def __call__(self, tokens: Sequence[Token]) -> None:
+    def __call__(self, tokens: Sequence[DecodedToken]) -> None:
         with self.changed:
             for token in tokens:
                 self.tokens[token.ticket].append(token)
             self.changed.notify_all()
 
-    def wait(self, ticket: int, count: int | None = None) -> list[Token]:
+    def wait(self, ticket: int, count: int | None = None) -> list[DecodedToken]:
         def over() -> bool:
             seen = self.tokens[ticket]
             return len(seen) >= count if count is not None else bool(seen) and seen[-1].end is not None
@@ -86,11 +86,11 @@ def test_a_mixed_batch_says_what_each_adapter_says_alone(
 ) -> None:
     """Adapters that come while others decode included: float32, greedy and sampled."""
 
-    async def load(slots: AdapterSlots[Read], seed: int) -> str:
+    async def load(slots: AdapterCache[Read], seed: int) -> str:
         return (await slots.load(f"a{seed}", lambda: Read(read_adapter(adapters(seed))))).name
 
     async def run() -> list[tuple[Path | None, DecodeRequest, int]]:
-        slots = AdapterSlots[Read](engine, 6)
+        slots = AdapterCache[Read](engine, 6)
         asked: list[tuple[Path | None, DecodeRequest, int]] = []
         for seed in range(5):
             name = await load(slots, seed)
@@ -146,13 +146,13 @@ def test_the_least_recently_used_idle_adapter_leaves_and_one_in_use_never(
         return lambda: Read(read_adapter(adapters(seed)))
 
     async def run() -> None:
-        slots = AdapterSlots[Read](engine, 2)
+        slots = AdapterCache[Read](engine, 2)
         async with slots.use("a0", reader(0)) as first:
             await slots.load("a1", reader(1))
             await slots.load("a2", reader(2))
             assert slots.held() == ["a0", "a2"]  # a1 left, though a0 was older
             async with slots.use("a2", reader(2)):
-                with pytest.raises(SlotsBusy):
+                with pytest.raises(CacheBusy):
                     await slots.load("a3", reader(3))
             assert first.name in engine.model.peft_config
         await slots.load("a3", reader(3))
@@ -178,7 +178,7 @@ def test_many_who_want_one_adapter_load_it_once_and_a_bad_one_hurts_nobody(
         raise ArtifactError.at("adapter", "is damaged")
 
     async def run() -> None:
-        slots = AdapterSlots[Read](engine, 2)
+        slots = AdapterCache[Read](engine, 2)
         found = await asyncio.gather(*(slots.load("a0", read) for _ in range(5)))
         assert reads == 1 and len({slot.name for slot in found}) == 1
         told = await asyncio.gather(*(slots.load("bad", bad) for _ in range(3)), return_exceptions=True)
@@ -201,7 +201,7 @@ def test_an_adapter_of_another_shape_is_refused_and_leaves_no_trace(
     )
 
     async def run() -> None:
-        slots = AdapterSlots[Read](engine, 2)
+        slots = AdapterCache[Read](engine, 2)
         with pytest.raises(ArtifactError, match="wrong shape"):
             await slots.load("wrong", lambda: Read(wrong))
         assert list(engine.model.peft_config) == ["placeholder"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.serve.gate import HEADER, Gate, told
+from rlhf_ray.serve.gate import HEADER, AdmissionControl, told
 from rlhf_ray.serve.metrics import NoMetrics
 
 
@@ -40,7 +40,10 @@ class Counted(NoMetrics):
 
 
 async def ask(
-    gate: Gate, path: str = "/v1/completions", method: str = "POST", receive: Callable[[], Any] | None = None
+    gate: AdmissionControl,
+    path: str = "/v1/completions",
+    method: str = "POST",
+    receive: Callable[[], Any] | None = None,
 ) -> tuple[int, dict[bytes, bytes], bytes]:
     said: list[Any] = []
 
@@ -56,10 +59,10 @@ async def ask(
 
 async def full(
     places: int = 2, path: str = "/v1/completions"
-) -> tuple[Gate, Service, list[asyncio.Task[Any]], Counted]:
+) -> tuple[AdmissionControl, Service, list[asyncio.Task[Any]], Counted]:
     """A gate that has learnt its places, all of them taken."""
     service, counted = Service(places), Counted()
-    gate = Gate(service, counted)
+    gate = AdmissionControl(service, counted)
     service.may_answer.set()
     await ask(gate, path)
     service.may_answer.clear()
@@ -167,7 +170,7 @@ def test_other_routes_and_other_applications_are_not_counted() -> None:
 def test_until_the_service_has_told_everything_passes_and_what_it_tells_stays_inside() -> None:
     async def one() -> None:
         service = Service(1)
-        gate = Gate(service, NoMetrics())
+        gate = AdmissionControl(service, NoMetrics())
         several = [asyncio.create_task(ask(gate)) for _ in range(5)]
         await asyncio.sleep(0)
         service.may_answer.set()
@@ -192,4 +195,4 @@ def test_the_callback_gives_serve_what_it_asks_for() -> None:
     from rlhf_ray.serve.gate import CALLBACK
 
     (made,) = validate_http_proxy_callback_return(call_function_from_import_path(CALLBACK))
-    assert made.cls is Gate
+    assert made.cls is AdmissionControl

@@ -153,10 +153,10 @@ BAD_FIELDS: list[tuple[dict[str, Any], int]] = [
     ("fields", "status"), BAD_FIELDS, ids=[str(f)[:40].encode("unicode_escape").decode() for f, _ in BAD_FIELDS]
 )
 def test_bad_fields(live: MakeLive, fields: dict[str, Any], status: int) -> None:
-    loads = live().replica.slots.loads
+    loads = live().replica.adapter_cache.loads
     found, answer = chat(live(), **fields)
     assert found == status and answer["error"]["message"] and len(json.dumps(answer)) < 2000
-    assert live().replica.slots.loads == loads
+    assert live().replica.adapter_cache.loads == loads
 
 
 def test_what_changes_nothing_is_ignored(live: MakeLive) -> None:
@@ -255,7 +255,7 @@ def test_a_client_that_leaves_frees_its_rows(live: MakeLive) -> None:
     while (service.replica.engine.running or service.replica._reserved) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert service.replica.engine.running == 0 and service.replica._reserved == 0
-    slots = service.replica.slots._slots.values()
+    slots = service.replica.adapter_cache._cached.values()
     assert all(slot.users == 0 for slot in slots)
 
 

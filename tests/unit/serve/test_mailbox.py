@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.serve import mailbox as module
-from rlhf_ray.serve.mailbox import PAUSE_S, Mailbox
+from rlhf_ray.serve.mailbox import PAUSE_S, TokenBuffer
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     return found
 
 
-async def taken(box: Mailbox) -> list[Any] | None:
+async def taken(box: TokenBuffer) -> list[Any] | None:
     try:
         return await asyncio.wait_for(box.take(), 0.01)
     except TimeoutError:
@@ -33,7 +33,7 @@ async def taken(box: Mailbox) -> list[Any] | None:
 
 def test_the_first_and_the_last_at_once_and_the_others_together(clock: Any) -> None:
     async def story() -> None:
-        box = Mailbox()
+        box = TokenBuffer()
         box.put("a", urgent=False)
         assert await taken(box) == ["a"]
         box.put("b", urgent=False)
@@ -50,14 +50,14 @@ def test_the_first_and_the_last_at_once_and_the_others_together(clock: Any) -> N
 
 def test_the_pause_grows_with_the_asks_that_are_answered(clock: Any) -> None:
     async def story() -> None:
-        box = Mailbox()
+        box = TokenBuffer()
         box.put("a", urgent=False)
         await box.take()
         clock.now += 0.25
-        box.put("b", urgent=False, asks=100)
+        box.put("b", urgent=False, requests=100)
         assert await taken(box) is None
         clock.now += 0.06
-        box.put("c", urgent=False, asks=100)
+        box.put("c", urgent=False, requests=100)
         assert await taken(box) == ["b", "c"]
 
     asyncio.run(story())
@@ -65,7 +65,7 @@ def test_the_pause_grows_with_the_asks_that_are_answered(clock: Any) -> None:
 
 def test_where_nobody_reads_along_the_end_alone_counts(clock: Any) -> None:
     async def story() -> None:
-        box = Mailbox(whole=True)
+        box = TokenBuffer(whole=True)
         box.put("a", urgent=False)
         assert await taken(box) == ["a"]
         clock.now += 60

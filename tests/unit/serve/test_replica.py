@@ -25,11 +25,11 @@ from rlhf_ray.models.adapters import wrap
 from rlhf_ray.models.decode_types import DecodeRequest, DecodeResult
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.sampler import Sampler
-from rlhf_ray.models.stack import AdapterStack, RoleModels, Seat
+from rlhf_ray.models.stack import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.registry import Registry
 from rlhf_ray.roles.retokenised import Reader
 from rlhf_ray.roles.rewards import ModelReward
-from rlhf_ray.serve.asks import Ask
+from rlhf_ray.serve.asks import GenerationRequest
 from rlhf_ray.serve.replica import Replica
 
 from .conftest import load_tiny
@@ -68,7 +68,7 @@ def run(config: ServeConfig, body: Callable[[Replica], Awaitable[Any]]) -> Any:
 async def ask(replica: Replica, *models: str, prompt: Any = WORDS, **fields: Any) -> dict[str, Any]:
     """{start, choices: [{text, end, ...}], error}."""
     found: dict[str, Any] = {"choices": {}, "error": None}
-    async for events in replica.events(Ask(models=models, prompts=(prompt,), **fields)):
+    async for events in replica.events(GenerationRequest(models=models, prompts=(prompt,), **fields)):
         for event in events:
             if "i" in event:
                 choice = found["choices"].setdefault(event["i"], {"text": "", "tokens": []})
@@ -129,7 +129,7 @@ def test_reward_and_kl_are_those_of_training(
     files = read_adapter(reward / "adapter")
     stack = AdapterStack(backbone, wrap(backbone.model, files, "reward"))
     stack.heads["reward"] = ScalarHead(backbone.hidden_size, files.head)
-    models = RoleModels({"s": stack}, {"reward": Seat("s", "reward", "reward"), "base": Seat("s", None)})
+    models = RoleModels({"s": stack}, {"reward": RoleBinding("s", "reward", "reward"), "base": RoleBinding("s", None)})
     _, said, ids = alone(base_dir, policy, "alpaca_short", derived_seed(3, "serve", 0, 0))
     seq = Reader(backbone, None, False).sequences([ids], [list(said.token_ids)])  # type: ignore[arg-type]
     with torch.no_grad():
@@ -148,12 +148,12 @@ def test_reward_and_kl_are_those_of_training(
 def test_stop_strings_log_probabilities_and_greedy(job: Callable[..., ServeConfig], base_dir: Path) -> None:
     async def body(replica: Replica) -> None:
         whole = await ask(replica, "base", seed=1, logprobs=True, max_tokens=30)
-        reply = whole["choices"][0]
-        assert len(reply["tokens"]) == reply["completion_tokens"] == 30 and reply["end"] == "length"
-        assert all(value <= 0 for _, value in reply["tokens"])
-        stop = reply["text"][9:12]
+        response = whole["choices"][0]
+        assert len(response["tokens"]) == response["completion_tokens"] == 30 and response["end"] == "length"
+        assert all(value <= 0 for _, value in response["tokens"])
+        stop = response["text"][9:12]
         cut = await ask(replica, "base", seed=1, stops=(stop,), max_tokens=30)
-        before = reply["text"][: reply["text"].index(stop)]
+        before = response["text"][: response["text"].index(stop)]
         assert (cut["choices"][0]["text"], cut["choices"][0]["end"]) == (before, "stop")
         assert cut["choices"][0]["completion_tokens"] < 30
         greedy = [(await ask(replica, "base", temperature=0.0))["choices"][0]["text"] for _ in range(2)]
@@ -185,7 +185,7 @@ def test_what_cannot_be_answered_is_told_with_a_status(
         assert (await ask(replica, "one@v0"))["error"] is None
         assert (
             replica._reserved == 0
-            and replica.slots._slots["one@v0-" + read_adapter(one / "adapter").sha256[:8]].users == 0
+            and replica.adapter_cache._cached["one@v0-" + read_adapter(one / "adapter").sha256[:8]].users == 0
         )
 
     run(job(adapters={"one": str(one)}), body)
@@ -193,7 +193,7 @@ def test_what_cannot_be_answered_is_told_with_a_status(
 
 def test_full_is_told_at_once_and_a_deadline_holds(job: Callable[..., ServeConfig]) -> None:
     async def body(replica: Replica) -> None:
-        first = replica.events(Ask(("base",), (WORDS,), n=4, max_tokens=100))
+        first = replica.events(GenerationRequest(("base",), (WORDS,), n=4, max_tokens=100))
         await anext(first)
         await anext(first)
         full = (await ask(replica, "base"))["error"]
@@ -243,7 +243,7 @@ def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_ta
 
     async def until(replica: Replica, what: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         for _ in range(600):
-            status = json.loads(replica.following.notes.read_text())
+            status = json.loads(replica.watcher.notes.read_text())
             if what(status):
                 return status  # type: ignore[no-any-return]
             await asyncio.sleep(0.05)
@@ -251,7 +251,7 @@ def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_ta
 
     async def body(replica: Replica) -> None:
         assert await said(replica) == expected[0]
-        running = replica.events(Ask(("helper",), (WORDS,), seed=0, max_tokens=60))
+        running = replica.events(GenerationRequest(("helper",), (WORDS,), seed=0, max_tokens=60))
         assert (await anext(running))[0]["start"]["adapters"]["helper"]["id"] == ids[0]
         ids.append(promote(str(runs[1]), "helper").entry.id)
         status = await until(replica, lambda s: s["live"]["helper"]["version"] == 2)

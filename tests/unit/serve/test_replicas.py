@@ -11,10 +11,10 @@ from ray.serve.exceptions import BackPressureError
 
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.serve.app import Replicas
-from rlhf_ray.serve.asks import Ask
+from rlhf_ray.serve.asks import GenerationRequest
 from rlhf_ray.serve.errors import ApiError
 
-ASK = Ask(models=("base",), prompts=({"text": "Hello"},))
+ASK = GenerationRequest(models=("base",), prompts=({"text": "Hello"},))
 
 
 class Response:
@@ -42,7 +42,7 @@ class Engine:
     def options(self, stream: bool) -> Engine:
         return self
 
-    def remote(self, ask: Ask) -> Response:
+    def remote(self, ask: GenerationRequest) -> Response:
         return Response()
 
 

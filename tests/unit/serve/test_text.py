@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.serve.text import ReplyText
+from rlhf_ray.serve.text import ResponseText
 
 WORDS = ["naïve", " 東京", "🙂", "\nHuman:", " a", "b", "é", "Hum", "an:", "\n"]
 
@@ -22,9 +22,9 @@ def tokenizer(tiny_llama: Callable[..., Path]) -> Any:
 
 
 def parts(tokenizer: Any, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
-    reply = ReplyText(tokenizer, stops)
-    said = [reply.push(i) for i in ids] + [reply.finish()]
-    assert reply.text == "".join(said)
+    response = ResponseText(tokenizer, stops)
+    said = [response.push(i) for i in ids] + [response.finish()]
+    assert response.text == "".join(said)
     return said
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.session import Session, process_session
-from rlhf_ray.stages.exactness import environment, tell_differences
+from rlhf_ray.stages.exactness import environment, warn_of_differences
 
 BACKBONE: Any = SimpleNamespace(identity=SimpleNamespace(precision="float32"), attn_implementation="sdpa")
 
@@ -34,22 +34,22 @@ def test_what_bits_depend_on_is_stored(session: Session) -> None:
 
 def test_one_line_names_what_differs(session: Session, said: io.StringIO) -> None:
     now = environment(session, BACKBONE)
-    tell_differences({"environment": now}, session, BACKBONE)
+    warn_of_differences({"environment": now}, session, BACKBONE)
     assert said.getvalue() == ""
     saved = {**now, "threads": 2, "torch": "2.0", "dtype": "bfloat16", "gone": "1.2"} | {"attention": "eager"}
     del saved["peft"]
-    tell_differences({"environment": saved}, session, BACKBONE)
+    warn_of_differences({"environment": saved}, session, BACKBONE)
     assert said.getvalue() == (
         f"warning: resumes, not bit-exact: threads 2 -> 1, dtype bfloat16 -> float32, attention eager -> sdpa, "
         f"torch 2.0 -> {now['torch']}, gone 1.2 -> none, peft none -> {now['peft']}\n"
     )
-    tell_differences({"environment": saved}, replace(session, rank=1), BACKBONE)
+    warn_of_differences({"environment": saved}, replace(session, rank=1), BACKBONE)
     assert said.getvalue().count("\n") == 1
 
 
 def test_an_older_checkpoint_knows_ranks_and_threads(session: Session, said: io.StringIO) -> None:
-    tell_differences({}, session, BACKBONE)
-    tell_differences({"world_size": 1, "num_threads": 1}, session, BACKBONE)
+    warn_of_differences({}, session, BACKBONE)
+    warn_of_differences({"world_size": 1, "num_threads": 1}, session, BACKBONE)
     assert said.getvalue() == ""
-    tell_differences({"world_size": 2, "num_threads": 1}, session, BACKBONE)
+    warn_of_differences({"world_size": 2, "num_threads": 1}, session, BACKBONE)
     assert said.getvalue() == "warning: resumes, not bit-exact: world size 2 -> 1\n"

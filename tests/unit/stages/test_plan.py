@@ -101,7 +101,7 @@ def test_planned_models_are_those_that_are_loaded(trained: dict[str, str], name:
         pairs.append((assemble_generator(job, cpu), generator_models(job, "cpu", made)[0]))
         pairs.append((assemble_scorer(job, cpu)[0], scorer_models(job, "cpu", made)[0]))
     for real, planned in pairs:
-        assert planned.seats == real.seats
+        assert planned.bindings == real.bindings
         got, wanted = planned.finish(), real.finish()
         shapes = {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in wanted.named_parameters()}
         assert {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in got.named_parameters()} == shapes

@@ -14,7 +14,7 @@ from rlhf_ray.config import LoraConfig
 from rlhf_ray.data.collate import IGNORE_INDEX, pad_left, pad_right
 from rlhf_ray.models.adapters import adapter_parameters, wrap
 from rlhf_ray.models.backbone import Backbone, trunk
-from rlhf_ray.models.forward import after_last_token, reply_states
+from rlhf_ray.models.forward import after_last_token, response_states
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.stages import trained_model
 from rlhf_ray.stages.trained_model import LanguageModel, RewardModel, token_loss_sum
@@ -138,9 +138,9 @@ def test_the_score_sees_the_eos(make_backbone: Callable[..., Backbone]) -> None:
 
 def test_ppo_reads_the_same_score_from_a_left_padded_rollout(make_backbone: Callable[..., Backbone]) -> None:
     model = reward_model(make_backbone())
-    prompts, replies = [[1, 40], [1, 50, 51, 52]], [[60, 61, 62, 2], [70]]
-    trained = model(*pad_right([p + r for p, r in zip(prompts, replies)], 0))
-    (prompt_ids, prompt_mask), (reply_ids, reply_mask) = pad_left(prompts, 0), pad_right(replies, 0)
-    seq = Sequences.trim(torch.cat([prompt_ids, reply_ids], 1), prompt_mask, reply_mask)
-    every = model.head(reply_states(trunk(model.peft_model), seq))
+    prompts, responses = [[1, 40], [1, 50, 51, 52]], [[60, 61, 62, 2], [70]]
+    trained = model(*pad_right([p + r for p, r in zip(prompts, responses)], 0))
+    (prompt_ids, prompt_mask), (response_ids, reply_mask) = pad_left(prompts, 0), pad_right(responses, 0)
+    seq = Sequences.trim(torch.cat([prompt_ids, response_ids], 1), prompt_mask, reply_mask)
+    every = model.head(response_states(trunk(model.peft_model), seq))
     torch.testing.assert_close(after_last_token(every, seq), trained, atol=1e-5, rtol=1e-5)

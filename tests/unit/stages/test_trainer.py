@@ -19,7 +19,7 @@ from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ConfigError, ResourceError
 from rlhf_ray.models.adapters import adapter_parameters
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.roles.guards import Guards, Tripped
+from rlhf_ray.roles.guards import Guards, StopTraining
 from rlhf_ray.session import Session, process_session
 from rlhf_ray.stages.row_order import RowOrder
 from rlhf_ray.stages.sft import SFTTask
@@ -61,8 +61,8 @@ def rows(count: int, unequal: bool = True) -> list[TokenisedRow]:
     """Rows whose replies have 1 to 9 tokens: means of microbatch means are far from the mean over tokens."""
     made = []
     for i in range(count):
-        reply = 1 + (i * 5) % 9 if unequal else 4
-        ids = [1, 40 + i % 5, 41] + [50 + (i * 7 + t) % 90 for t in range(reply)]
+        response = 1 + (i * 5) % 9 if unequal else 4
+        ids = [1, 40 + i % 5, 41] + [50 + (i * 7 + t) % 90 for t in range(response)]
         made.append(TokenisedRow(ids, [IGNORE_INDEX] * 3 + ids[3:], f"row {i}"))
     return made
 
@@ -198,7 +198,7 @@ def test_losses_that_are_not_finite_stop_the_run_at_the_third_in_a_row(
     tmp_path: Path, session: Session, make_backbone: Callable[..., Backbone]
 ) -> None:
     with pytest.raises(
-        Tripped, match=r"step [45]: 3 updates in a row had a gradient that is not finite .*gradient norm nan"
+        StopTraining, match=r"step [45]: 3 updates in a row had a gradient that is not finite .*gradient norm nan"
     ):
         run(config_of(tmp_path, learning_rate=1e30, max_steps=9, warmup_steps=0), make_backbone(), session, rows(8))
 

@@ -15,7 +15,7 @@ from rlhf_ray.models.files import sha256_tensors
 from rlhf_ray.roles.collector import Collected
 from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.rollouts import Sampled
-from rlhf_ray.stages.waiting import load_waiting, save_waiting
+from rlhf_ray.stages.waiting import load_pending, save_pending
 
 
 def sampled(drift: torch.Tensor | None) -> Sampled:
@@ -40,8 +40,8 @@ def sampled(drift: torch.Tensor | None) -> Sampled:
 @pytest.mark.parametrize("drift", [None, torch.tensor([0.0, 1.0])])
 def test_there_and_back(tmp_path: Path, drift: torch.Tensor | None) -> None:
     before = sampled(drift)
-    save_waiting(before, tmp_path)
-    after = load_waiting(tmp_path)
+    save_pending(before, tmp_path)
+    after = load_pending(tmp_path)
     assert (after.step, after.adapter.version, after.adapter.sha256) == (6, 4, before.adapter.sha256)
     assert all(torch.equal(after.adapter.tensors[name], t) for name, t in before.adapter.tensors.items())
     for kind in ("rollout", "scores"):
@@ -63,7 +63,7 @@ def test_there_and_back(tmp_path: Path, drift: torch.Tensor | None) -> None:
 
 
 def test_another_adapter_than_the_one_that_sampled(tmp_path: Path) -> None:
-    save_waiting(sampled(None), tmp_path)
+    save_pending(sampled(None), tmp_path)
     save_file({"a": torch.ones(3, 2), "b": torch.zeros(1)}, tmp_path / "waiting" / "adapter.safetensors")
     with pytest.raises(ArtifactError, match="not the one that sampled"):
-        load_waiting(tmp_path)
+        load_pending(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 
 from rlhf_ray.errors import ConfigError, Interrupted, ResourceError
 from rlhf_ray.submit import nodes
-from rlhf_ray.submit.client import Token, check_address, connect, find_token, look
+from rlhf_ray.submit.client import AuthToken, check_address, connect, find_token, look
 from rlhf_ray.submit.follow import _Lines, outcome
 from rlhf_ray.submit.pack import Need
 from rlhf_ray.submit.run import Submitted
@@ -51,14 +51,14 @@ def test_the_token_comes_from_where_ray_takes_it(tmp_path: Path, monkeypatch: py
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("home\n")
     (tmp_path / "other").write_text("other\n")
-    assert find_token({}) == Token("home", "~/.ray/auth_token")
-    assert find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}) == Token("other", str(tmp_path / "other"))
-    assert find_token({"RAY_AUTH_TOKEN_PATH": "/none", "RAY_AUTH_TOKEN": "own"}) == Token("own", "RAY_AUTH_TOKEN")
+    assert find_token({}) == AuthToken("home", "~/.ray/auth_token")
+    assert find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}) == AuthToken("other", str(tmp_path / "other"))
+    assert find_token({"RAY_AUTH_TOKEN_PATH": "/none", "RAY_AUTH_TOKEN": "own"}) == AuthToken("own", "RAY_AUTH_TOKEN")
     with pytest.raises(ConfigError, match="cannot be read"):
         find_token({"RAY_AUTH_TOKEN_PATH": "/none"})
     with pytest.raises(ConfigError, match="holds no token"):
         find_token({"RAY_AUTH_TOKEN": "two lines\nX-Evil: 1"})
-    assert "own" not in repr(Token("own", "RAY_AUTH_TOKEN"))
+    assert "own" not in repr(AuthToken("own", "RAY_AUTH_TOKEN"))
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def server() -> Iterator[Callable[..., str]]:
 def test_a_token_does_not_follow_a_redirect(server: Any) -> None:
     other = server(200)
     first = server(302, f"{other}/api/jobs/")
-    assert look(first, Token("t", "here")).status == 302
+    assert look(first, AuthToken("t", "here")).status == 302
     assert server.running[0].seen == []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.sweep.choice import choose, difference_error, frontier, pooled_deviation, score_error
-from rlhf_ray.sweep.results import K1, K3, LENGTH, Outcome, Setting, settings_of, standard_error_name
+from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, settings_of, standard_error_name
 from rlhf_ray.sweep.trials import Trial
 
 METRIC = "eval/reward"
@@ -17,7 +17,7 @@ METRIC = "eval/reward"
 
 def setting(name: str, scores: Sequence[float], kl: float = 1.0, length: float = 10.0, se: float = 0.1) -> Setting:
     outcomes = tuple(
-        Outcome(
+        TrialOutcome(
             Trial(name, {"which": name}, seed, Path(name)),
             "done",
             first={LENGTH: 10.0},
@@ -89,7 +89,7 @@ def test_the_frontier_has_no_setting_that_another_beats() -> None:
 
 def test_settings_are_made_of_finished_trials_alone() -> None:
     done = setting("a", [1.0]).outcomes[0]
-    stopped = Outcome(Trial("a", {}, 1, Path("x")), "stopped", last={METRIC: 9.0})
+    stopped = TrialOutcome(Trial("a", {}, 1, Path("x")), "stopped", last={METRIC: 9.0})
     assert settings_of([done, stopped], METRIC)[0].scores == [1.0]
 
 
@@ -108,7 +108,7 @@ def test_names_of_standard_errors(metric: str, error: str) -> None:
 def test_a_setting_that_lost_a_trial_cannot_win() -> None:
     """The mean over the trials that survived flatters; so it is neither chosen nor on the frontier, and the table says why."""
     lucky = setting("lucky", [9.0, 9.1])
-    lost = Outcome(Trial("lucky", {"which": "lucky"}, 2, Path("x")), "stopped", "beyond max_kl")
+    lost = TrialOutcome(Trial("lucky", {"which": "lucky"}, 2, Path("x")), "stopped", "beyond max_kl")
     outcomes = [*lucky.outcomes, lost, *setting("steady", [1.0, 1.1, 1.2]).outcomes]
     settings = settings_of(outcomes, METRIC)
     choice = choose(settings, None, None)

@@ -199,5 +199,5 @@ def test_f9_the_real_tiny_model_ends_its_stories_with_id_1(data_dir: Path, asser
     assert_plain(model, requests, results)
     ended = [(q, r) for q, r in zip(requests, results) if r.finished]
     assert ended and all(r.token_ids[-1] == 1 for _, r in ended)
-    shortest, reply = min(ended, key=lambda pair: len(pair[1].token_ids))
-    assert reply.token_ids == generate_greedy(model, shortest, (1, 2))
+    shortest, response = min(ended, key=lambda pair: len(pair[1].token_ids))
+    assert response.token_ids == generate_greedy(model, shortest, (1, 2))

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.models.artifact import git_commit, versions
-from rlhf_ray.models.files import atomic_write_json
+from rlhf_ray.storage.files import atomic_write_json
+from rlhf_ray.storage.run_folder import git_commit, versions
 
 RESULTS = Path(__file__).parent / "results"
 

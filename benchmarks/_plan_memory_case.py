@@ -18,11 +18,11 @@ from transformers import Trainer  # noqa: F401
 
 from rlhf_ray.config import PPOConfig, SFTConfig
 from rlhf_ray.console import LocalConsole
+from rlhf_ray.ppo import loop as ppo_stage
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.scorer import Scorer
-from rlhf_ray.stages import ppo as ppo_stage
-from rlhf_ray.stages import sft as sft_stage
+from rlhf_ray.supervised import sft as sft_stage
 
 peaks: dict[str, int] = {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.stages import ppo as stage
+from rlhf_ray.ppo import loop as stage
 
 folder, steps, threads, critic = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 before: list[int] = []

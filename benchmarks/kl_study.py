@@ -24,7 +24,7 @@ from stories_sentiment import job
 from rlhf_ray.config import SweepConfig
 from rlhf_ray.config.load import load
 from rlhf_ray.console import LocalConsole
-from rlhf_ray.sweep.run import sweep
+from rlhf_ray.sweep.sweep import sweep
 
 COEFFICIENTS = {
     "tiny": {

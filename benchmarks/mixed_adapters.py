@@ -19,8 +19,8 @@ from _common import data_folder, emit, parser, report, spread
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.models.adapters import adapter_parameters, add_fresh, wrap
-from rlhf_ray.models.decode_types import DecodeRequest
-from rlhf_ray.models.sampler import Sampler
+from rlhf_ray.sampler.engine import Sampler
+from rlhf_ray.sampler.requests import DecodeRequest
 
 ROWS, REQUESTS, PROMPT, NEW = 32, 64, 16, 64
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -141,7 +141,7 @@ def run_case(folder: Path, stage: str, job: dict[str, Any], threads: int) -> dic
 def planned(folder: Path, stage: str, job: dict[str, Any]) -> dict[str, int]:
     """The same figures as `plan` gives them."""
     from rlhf_ray.config import STAGES
-    from rlhf_ray.stages.plan_estimate import Estimator
+    from rlhf_ray.plan.estimate import Estimator
 
     os.chdir(folder)
     (process,) = Estimator("cpu").processes(STAGES[stage](**{**job, "output_dir": "run"}))

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import _common
 
-from rlhf_ray.models.sampler import DecodeRequest, Sampler
+from rlhf_ray.sampler.engine import DecodeRequest, Sampler
 
 PAD, BATCH = 0, 64
 

@@ -11,50 +11,61 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rlhf_ray.config import EvaluateConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
-    from rlhf_ray.models.merge import merge_run as merge
-    from rlhf_ray.run import Run, load_run
-    from rlhf_ray.stages.evaluate import evaluate
-    from rlhf_ray.stages.pipeline import pipeline
-    from rlhf_ray.stages.ppo import ppo
-    from rlhf_ray.stages.reward import reward
-    from rlhf_ray.stages.sft import sft
+if TYPE_CHECKING:  # what type checkers see; tests/unit/test_public_names.py holds it equal to _PUBLIC
+    from rlhf_ray.config import EvaluateConfig as EvaluateConfig
+    from rlhf_ray.config import PipelineConfig as PipelineConfig
+    from rlhf_ray.config import PPOConfig as PPOConfig
+    from rlhf_ray.config import RewardConfig as RewardConfig
+    from rlhf_ray.config import ServeConfig as ServeConfig
+    from rlhf_ray.config import SFTConfig as SFTConfig
+    from rlhf_ray.config import SweepConfig as SweepConfig
+    from rlhf_ray.errors import ArtifactError as ArtifactError
+    from rlhf_ray.errors import ConfigError as ConfigError
+    from rlhf_ray.errors import DataError as DataError
+    from rlhf_ray.errors import Interrupted as Interrupted
+    from rlhf_ray.errors import InvariantError as InvariantError
+    from rlhf_ray.errors import LimitReached as LimitReached
+    from rlhf_ray.errors import ResourceError as ResourceError
+    from rlhf_ray.errors import RlhfRayError as RlhfRayError
+    from rlhf_ray.models.merge import merge_run as merge  # noqa: F401
+    from rlhf_ray.ppo.loop import ppo as ppo
+    from rlhf_ray.stages.evaluate import evaluate as evaluate
+    from rlhf_ray.stages.generate import generate as generate
+    from rlhf_ray.stages.pipeline import pipeline as pipeline
+    from rlhf_ray.stages.resume import resume as resume
+    from rlhf_ray.stages.score import score as score
+    from rlhf_ray.storage.run import Run as Run
+    from rlhf_ray.storage.run import load_run as load_run
+    from rlhf_ray.supervised.reward import reward as reward
+    from rlhf_ray.supervised.sft import sft as sft
+    from rlhf_ray.sweep.sweep import sweep as sweep
 
     __version__: str
 
+_PUBLIC = {
+    "config": "EvaluateConfig PPOConfig PipelineConfig RewardConfig SFTConfig ServeConfig SweepConfig",
+    "errors": "ArtifactError ConfigError DataError Interrupted InvariantError LimitReached ResourceError RlhfRayError",
+    "models.merge": "merge=merge_run",
+    "ppo": "ppo=",
+    "stages.evaluate": "evaluate",
+    "stages.generate": "generate",
+    "stages.pipeline": "pipeline",
+    "stages.resume": "resume",
+    "stages.score": "score",
+    "storage.run": "Run load_run",
+    "supervised.reward": "reward",
+    "supervised.sft": "sft",
+    "sweep": "sweep=",
+}
+"""Module -> the public names in it. `a=b` is b under the name a; `a=` is the module itself, which is called like a function."""
+
 _WHERE = {
-    "SFTConfig": ("rlhf_ray.config", "SFTConfig"),
-    "RewardConfig": ("rlhf_ray.config", "RewardConfig"),
-    "PPOConfig": ("rlhf_ray.config", "PPOConfig"),
-    "EvaluateConfig": ("rlhf_ray.config", "EvaluateConfig"),
-    "PipelineConfig": ("rlhf_ray.config", "PipelineConfig"),
-    "sft": ("rlhf_ray.stages.sft", "sft"),
-    "reward": ("rlhf_ray.stages.reward", "reward"),
-    "ppo": ("rlhf_ray.stages.ppo", "ppo"),
-    "evaluate": ("rlhf_ray.stages.evaluate", "evaluate"),
-    "pipeline": ("rlhf_ray.stages.pipeline", "pipeline"),
-    "merge": ("rlhf_ray.models.merge", "merge_run"),
-    "load_run": ("rlhf_ray.run", "load_run"),
-    "Run": ("rlhf_ray.run", "Run"),
+    name: (f"rlhf_ray.{module}", attribute if same else name)
+    for module, names in _PUBLIC.items()
+    for name, same, attribute in (entry.partition("=") for entry in names.split())
 }
 
-__all__ = [
-    "EvaluateConfig",
-    "PPOConfig",
-    "PipelineConfig",
-    "RewardConfig",
-    "Run",
-    "SFTConfig",
-    "__version__",
-    "evaluate",
-    "load_run",
-    "merge",
-    "pipeline",
-    "ppo",
-    "reward",
-    "sft",
-]
+__all__ = sorted([*_WHERE, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
@@ -64,7 +75,9 @@ def __getattr__(name: str) -> Any:
         value: Any = version("rlhf_ray")
     elif name in _WHERE:
         module, attribute = _WHERE[name]
-        value = getattr(import_module(module), attribute)
+        value = import_module(module)
+        if attribute:
+            value = getattr(value, attribute)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

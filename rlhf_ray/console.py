@@ -16,8 +16,10 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -318,3 +320,11 @@ def _figures(shown: Mapping[str, float]) -> str:
 
 def _indent(text: str) -> str:
     return "\n".join("  " + line for line in text.split("\n"))
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """FutureWarnings are not shown inside; other warnings are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

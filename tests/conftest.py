@@ -277,9 +277,9 @@ def tiny_run() -> Callable[..., Path]:
         from rlhf_ray.config import LoraConfig
         from rlhf_ray.data.templates import load_template
         from rlhf_ray.models.adapters import adapter_config, adapter_tensors, save_adapter, wrap
-        from rlhf_ray.models.artifact import create_run
         from rlhf_ray.models.backbone import load_backbone
-        from rlhf_ray.run import Run
+        from rlhf_ray.storage.run import Run
+        from rlhf_ray.storage.run_folder import create_run
 
         how: dict[str, Any] = {"dtype": "float32", "attn_implementation": "auto", "load_in_8bit": False}
         how |= {"load_in_4bit": False, "cpu_offload": False, "device": "cpu"}

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rlhf_ray.config.serve import is_loopback
-from rlhf_ray.doctor.findings import CheckResult, Status, gib, room
+from rlhf_ray.doctor.checks import CheckResult, Status, gib, room
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.plan.asks import Node as Machine
+from rlhf_ray.launch.resources import Node as Machine
 from rlhf_ray.plan.memory import GIB
 from rlhf_ray.submit import nodes as ask_nodes
 from rlhf_ray.submit.client import Cluster, check_address, connect, look

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.doctor.findings import CheckResult, gib, room
+from rlhf_ray.doctor.checks import CheckResult, gib, room
 from rlhf_ray.plan.memory import GIB
 from rlhf_ray.submit import probe
 from rlhf_ray.submit.client import TOKEN_FILE

@@ -7,9 +7,9 @@ from typing import Any
 
 from rlhf_ray.config import JobFields, PipelineConfig
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.doctor.findings import CheckResult, Status
+from rlhf_ray.doctor.checks import CheckResult, Status
 from rlhf_ray.errors import ResourceError, RlhfRayError
-from rlhf_ray.plan.asks import Node
+from rlhf_ray.launch.resources import Node
 
 ABOUT = "job"
 SAMPLE = "Name a bird."
@@ -17,7 +17,7 @@ SAMPLE = "Name a bird."
 
 def tokens(model: str, revision: str | None, template: str | None) -> Iterator[CheckResult]:
     """Tokenizer, pad, end tokens, and a prompt as the template makes it."""
-    from rlhf_ray.models.source import check_files, resolve_source
+    from rlhf_ray.models.sources import check_files, resolve_source
     from rlhf_ray.models.tokenizer import choose_pad, eos_ids, tokenizer_of
 
     try:
@@ -80,9 +80,9 @@ def placement(config: JobFields | ServeConfig, machines: Sequence[Node] | None) 
     """Whether the job's processes fit: on these nodes, or (None) on this machine."""
     if isinstance(config, ServeConfig) or not hasattr(config, "learner"):
         return
-    from rlhf_ray.plan.asks import role_requests
-    from rlhf_ray.plan.preflight import check
-    from rlhf_ray.stages.launch import placement_of
+    from rlhf_ray.launch.launch import placement_of
+    from rlhf_ray.launch.preflight import check
+    from rlhf_ray.launch.resources import role_requests
 
     try:
         if machines is None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError, InvariantError, Problem
-from rlhf_ray.models.files import (
+from rlhf_ray.storage.files import (
     atomic_replace_folder,
     atomic_save_tensors,
     atomic_write_json,

@@ -38,7 +38,7 @@ from rlhf_ray.models.adapter_targets import (
     resolve_targets,
     width_in_out,
 )
-from rlhf_ray.models.sharded import gathered, whole_shape
+from rlhf_ray.models.zero3 import gathered, whole_shape
 
 __all__ = [
     "HEAD_KEY",

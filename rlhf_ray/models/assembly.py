@@ -28,8 +28,8 @@ from rlhf_ray.models.adapters import (
 from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import header_line
+from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.models.specs import ModelSpec
-from rlhf_ray.models.stack import AdapterStack, RoleBinding, RoleModels
 
 BASE = "base"
 

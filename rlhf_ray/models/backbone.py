@@ -23,7 +23,7 @@ from rlhf_ray.models.loading import (
     plan_load,
 )
 from rlhf_ray.models.quantisation import keep_trainable
-from rlhf_ray.models.source import ModelSource, config_sha256, resolve_source, weights_sha256
+from rlhf_ray.models.sources import ModelSource, config_sha256, resolve_source, weights_sha256
 from rlhf_ray.models.tokenizer import (
     PadChoice,
     choose_pad,

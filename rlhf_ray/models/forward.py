@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf_ray.batches import Sequences
 from rlhf_ray.maths.logprobs import chunk_calls, chunked_token_logprobs
 from rlhf_ray.maths.masks import position_ids, zero_outside
-from rlhf_ray.models.sharded import MaxOverRanks
+from rlhf_ray.models.zero3 import MaxOverRanks
 
 LOGITS_AT_ONCE = 2**26
 """Logits alive at any time in a log-probability pass: 256 MB in float32, whatever the vocabulary."""

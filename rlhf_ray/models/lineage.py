@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf_ray.config import JobFields
 from rlhf_ray.errors import ArtifactError, Problem
 from rlhf_ray.models.adapter_files import read_adapter
-from rlhf_ray.models.artifact import read_json
 from rlhf_ray.models.backbone import BaseIdentity
-from rlhf_ray.models.source import resolve_source, weights_sha256
+from rlhf_ray.models.sources import resolve_source, weights_sha256
 from rlhf_ray.models.specs import ModelSpec
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
+from rlhf_ray.storage.run_folder import read_json
 
 MERGED = "rlhf_ray.json"
 """Manifest of a merged checkpoint, beside its config.json."""
@@ -205,3 +206,31 @@ def describe(identity: BaseIdentity, parents: Sequence[Parent], template: Digest
         lines.append(header_line("template", f"{template.name} ({template.sha256[:12]})"))
     lines += [header_line(p.role, f"{p.path} ({p.stage or 'no run'}, {p.sha256[:12]})") for p in parents]
     return lines
+
+
+DEFAULT_TEMPLATE = str(JobFields.model_fields["template"].default)
+
+
+def recorded_template(source: ModelSpec) -> str | None:
+    """The prompt template it was trained with: the path or name in its run's job, else the name in its manifest, else None."""
+    if source.run is not None and isinstance(name := source.run.config().get("template"), str):
+        return name
+    if source.kind == "base" or (template := parent_of(source, source.kind).template) is None:
+        return None
+    return template["name"]
+
+
+def recorded_base(source: ModelSpec) -> tuple[str, str | None] | None:
+    """Path and revision of the base that an adapter was trained on; None for anything else, and where it does not say."""
+    if source.kind != "adapter" or (base := parent_of(source, source.kind).base) is None:
+        return None
+    return str(base["path"]), base.get("revision")
+
+
+def recorded_reward(source: ModelSpec) -> dict[str, Any]:
+    """What a reward run, or its merged checkpoint, records of its training: add_eos_token and fixture. Empty where nothing is."""
+    if source.run is not None:
+        manifest = source.run.manifest()
+    else:
+        manifest = (merged_manifest(resolve_source(source.path).folder) or {}) if source.kind == "full" else {}
+    return dict(manifest.get("reward") or {})

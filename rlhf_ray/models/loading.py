@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf_ray.errors import ArtifactError, ResourceError
 from rlhf_ray.models.quantisation import quantised_kwargs
-from rlhf_ray.models.source import ModelSource, check_files, load_error, one_line, weight_files
+from rlhf_ray.models.sources import ModelSource, check_files, load_error, one_line, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.models.adapters import lora_layers, use_adapter, wrap
-from rlhf_ray.models.artifact import atomic_replace_folder, atomic_write_json, describe_files, verify_files
 from rlhf_ray.models.backbone import Backbone, load_exact, trunk
-from rlhf_ray.models.checkpoints import SCHEMA
-from rlhf_ray.models.files import disk_errors, temporary_beside
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import MERGED, check_lineage, merged_manifest
 from rlhf_ray.models.loading import quiet
-from rlhf_ray.models.source import ModelSource, resolve_source, weights_sha256
+from rlhf_ray.models.sources import ModelSource, resolve_source, weights_sha256
 from rlhf_ray.models.specs import ModelSpec, policy_source
+from rlhf_ray.storage.checkpoints import SCHEMA
+from rlhf_ray.storage.files import disk_errors, temporary_beside
+from rlhf_ray.storage.run_folder import atomic_replace_folder, atomic_write_json, describe_files, verify_files
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed between merged and unmerged outputs, relative to the largest output: a few roundings of a format."""

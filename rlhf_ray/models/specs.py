@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.artifact import RunFolder, is_run, open_run
+from rlhf_ray.storage.run_folder import RunFolder, is_run, open_run
 
 _AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+)")
 

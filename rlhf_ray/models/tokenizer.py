@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.files import sha256_text
-from rlhf_ray.models.source import ModelSource, check_files, load_error, resolve_source
+from rlhf_ray.models.sources import ModelSource, check_files, load_error, resolve_source
+from rlhf_ray.storage.files import sha256_text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast

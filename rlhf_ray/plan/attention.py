@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from rlhf_ray.plan.ledger import Device
+from rlhf_ray.plan.meta_tracker import Device
 
 _aten = torch.ops.aten
 

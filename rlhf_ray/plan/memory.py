@@ -1,6 +1,6 @@
 """Bytes of a job's processes: what ZeRO does to them, what comes on top of tensors, which GPU they share and which card holds that.
 
-Pure arithmetic on the peaks that plan/ledger.py counts. n: trained parameters.  W: learner workers.
+Pure arithmetic on the peaks that plan/meta_tracker.py counts. n: trained parameters.  W: learner workers.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from rlhf_ray.plan.ledger import PARTS, Device
+from rlhf_ray.plan.meta_tracker import PARTS, Device
 
 GIB = 2**30
 Parts = dict[str, int]

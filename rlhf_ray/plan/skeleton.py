@@ -17,10 +17,10 @@ from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.backbone import Backbone, BaseIdentity, context_length
 from rlhf_ray.models.heads import ScalarHead, logits_head
 from rlhf_ray.models.loading import DTYPES, bits_of, no_dropout, quiet
-from rlhf_ray.models.source import one_line
+from rlhf_ray.models.sources import one_line
 from rlhf_ray.models.tokenizer import PadChoice
 from rlhf_ray.plan.attention import fused
-from rlhf_ray.plan.ledger import Device
+from rlhf_ray.plan.meta_tracker import Device
 
 KEPT_WHOLE = ("lm_head", "embed_out", "score")
 """Linear layers that a quantised load leaves as they are (quantisation.py)."""

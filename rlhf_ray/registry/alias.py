@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import ArtifactError
-from rlhf_ray.models.checkpoints import check_schema
-from rlhf_ray.models.files import atomic_write_json, read_json
 from rlhf_ray.registry.names import adapter_id
+from rlhf_ray.storage.checkpoints import check_schema
+from rlhf_ray.storage.files import atomic_write_json, read_json
 
 SCHEMA = 1
 _HASHES = ("adapter_sha256", "manifest_sha256")

@@ -13,8 +13,8 @@ from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
-from rlhf_ray.models.artifact import RunFolder, is_run, open_run
-from rlhf_ray.models.files import read_json
+from rlhf_ray.storage.files import read_json
+from rlhf_ray.storage.run_folder import RunFolder, is_run, open_run
 
 KINDS = {"ppo": "policy", "sft": "sft", "reward": "reward"}
 _AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d{1,12})")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ray.data.templates import Template, template_from_manifest
 from rlhf_ray.errors import ArtifactError, Problem
 from rlhf_ray.models.adapter_files import CONFIG, WEIGHTS, AdapterFiles, read_adapter
-from rlhf_ray.models.checkpoints import check_schema, verify_files
-from rlhf_ray.models.files import read_json, sha256_file
+from rlhf_ray.storage.checkpoints import check_schema, verify_files
+from rlhf_ray.storage.files import read_json, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,12 +14,12 @@ from typing import Any
 
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.models.adapter_files import read_adapter
-from rlhf_ray.models.artifact import is_run, open_run, versions
-from rlhf_ray.models.checkpoints import SCHEMA
 from rlhf_ray.models.lineage import merged_manifest
 from rlhf_ray.registry.alias import now, whoami
 from rlhf_ray.registry.candidate import Candidate, as_json
 from rlhf_ray.registry.gates import Gate
+from rlhf_ray.storage.checkpoints import SCHEMA
+from rlhf_ray.storage.run_folder import is_run, open_run, versions
 
 DEPTH = 16
 """Longest chain of parents that is followed; one that is longer goes in a circle."""

@@ -24,15 +24,15 @@ from typing import Any
 from rlhf_ray.config.hints import did_you_mean
 from rlhf_ray.errors import DISK_FULL, ArtifactError, ConfigError, ResourceError
 from rlhf_ray.models.adapter_files import read_adapter
-from rlhf_ray.models.checkpoints import SCHEMA, check_schema
-from rlhf_ray.models.files import atomic_replace_folder, atomic_write_json, describe_files, read_json, sha256_file
-from rlhf_ray.models.ownership import locked
 from rlhf_ray.registry.alias import Alias, now, read_alias
 from rlhf_ray.registry.candidate import Candidate, identity, read_candidate
 from rlhf_ray.registry.entry import FILES, MANIFEST, Entry, open_entry
 from rlhf_ray.registry.gates import Gate, base_gate, check_gates, gates_of
 from rlhf_ray.registry.manifest import manifest_of
 from rlhf_ray.registry.names import adapter_id, check_alias, is_alias, read_spec, read_version
+from rlhf_ray.storage.checkpoints import SCHEMA, check_schema
+from rlhf_ray.storage.files import atomic_replace_folder, atomic_write_json, describe_files, read_json, sha256_file
+from rlhf_ray.storage.lock import locked
 
 ENVIRONMENT = "RLHF_RAY_REGISTRY"
 DEFAULT = "registry"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rlhf_ray.batches import PromptBatch, Rollout, Sequences
 from rlhf_ray.models.forward import to_device
-from rlhf_ray.models.sampler import Sampler
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding, Generator
 from rlhf_ray.roles.invariants import check_sampler_agrees
+from rlhf_ray.sampler.engine import Sampler
 
 
 class CheckedGenerator(Generator):

@@ -18,13 +18,13 @@ from rlhf_ray.batches import PromptBatch, Rollout, Scores
 from rlhf_ray.data.collate import TokenisedPrompt, prompt_batch
 from rlhf_ray.data.records import Row
 from rlhf_ray.errors import InvariantError
-from rlhf_ray.faults import fault_point, inject_nan
-from rlhf_ray.interrupts import Abandoned
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding, Generator
-from rlhf_ray.roles.ledger import Done
 from rlhf_ray.roles.minibatches import chunks
+from rlhf_ray.roles.roles_log import Done
 from rlhf_ray.roles.scorer import Scorer
-from rlhf_ray.session import Session
+from rlhf_ray.runtime.fault_injection import fault_point, inject_nan
+from rlhf_ray.runtime.session import Session
+from rlhf_ray.runtime.signals import Abandoned
 
 
 @dataclass(frozen=True)

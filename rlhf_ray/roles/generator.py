@@ -13,8 +13,8 @@ import torch
 
 from rlhf_ray.batches import PromptBatch, Rollout
 from rlhf_ray.maths.rng import row_seed
-from rlhf_ray.models.decode_types import KeepStepping
-from rlhf_ray.models.sampler import DecodeRequest, DecodeResult, Sampler
+from rlhf_ray.sampler.engine import DecodeRequest, DecodeResult, Sampler
+from rlhf_ray.sampler.requests import KeepStepping
 
 
 @dataclass(frozen=True)

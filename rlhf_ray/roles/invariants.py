@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_ray.batches import Rollout
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.maths.masks import masked_mean
-from rlhf_ray.models.files import sha256_tensors
+from rlhf_ray.storage.files import sha256_tensors
 
 AGREEMENT = {"float32": 1e-3, "other": 0.05}
 """Allowed mean absolute difference of log-probabilities between two passes over the same tokens: in float32, and in bfloat16,

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from rlhf_ray.batches import Experience, Rollout, Sequences
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import InvariantError
-from rlhf_ray.faults import fault_point, inject_nan
 from rlhf_ray.maths import losses
 from rlhf_ray.models.adapters import adapter_parameters, adapter_tensors, load_adapter_tensors
-from rlhf_ray.models.artifact import sha256_tensors
 from rlhf_ray.models.forward import to_device
-from rlhf_ray.models.stack import RoleModels
-from rlhf_ray.roles.engine import ParameterGroup, TrainingEngine
+from rlhf_ray.models.role_models import RoleModels
+from rlhf_ray.roles.deepspeed_engine import ParameterGroup, TrainingEngine
 from rlhf_ray.roles.experience import Evaluation
 from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.minibatches import Microbatch, microbatches, minibatches
-from rlhf_ray.session import Session
+from rlhf_ray.runtime.fault_injection import fault_point, inject_nan
+from rlhf_ray.runtime.session import Session
+from rlhf_ray.storage.run_folder import sha256_tensors
 
 RATIO_LIMIT = 1e-4
 

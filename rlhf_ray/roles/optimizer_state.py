@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError
-from rlhf_ray.models.sharded import gathered, is_sharded, own_share
-from rlhf_ray.roles.engine import TrainingEngine
+from rlhf_ray.models.zero3 import gathered, is_sharded, own_share
+from rlhf_ray.roles.deepspeed_engine import TrainingEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -11,13 +11,9 @@ from torch import Tensor
 from rlhf_ray.batches import Rollout, Scores, Sequences
 from rlhf_ray.data.records import Row
 from rlhf_ray.models.forward import to_device
-from rlhf_ray.models.sharded import MaxOverRanks
-from rlhf_ray.roles.pieces import lockstep_batches, padding_batch
-from rlhf_ray.roles.retokenised import RetokenisedReward
-from rlhf_ray.roles.rewards import FunctionReward, ModelReward, Texts
-
-Reward = ModelReward | RetokenisedReward | FunctionReward
-"""Whatever scores replies: on token ids, on text through a tokenizer of its own, or in Python on text."""
+from rlhf_ray.models.zero3 import MaxOverRanks, lockstep_batches, padding_batch
+from rlhf_ray.rewards.retokenised import RetokenisedReward, Reward
+from rlhf_ray.rewards.sources import ModelReward, Texts
 
 
 class Scorer:

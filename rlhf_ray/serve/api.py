@@ -19,16 +19,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.serve.answers import ResponseBuilder, stream
-from rlhf_ray.serve.asks import GenerationRequest
-from rlhf_ray.serve.errors import ApiError, internal, model_not_found, overloaded
-from rlhf_ray.serve.guard import HostCheck
-from rlhf_ray.serve.journal import ACCESS, PREFERENCES, RequestLog, preference_row
+from rlhf_ray.serve.api_errors import ApiError, internal, model_not_found, overloaded
+from rlhf_ray.serve.generation import GenerationRequest
+from rlhf_ray.serve.host_check import HostCheck
+from rlhf_ray.serve.idempotency import IdempotencyCache
 from rlhf_ray.serve.keys import Key, Keys
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
+from rlhf_ray.serve.openai_responses import ResponseBuilder, stream
 from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest, talk
 from rlhf_ray.serve.page import Page
-from rlhf_ray.serve.repeats import IdempotencyCache
+from rlhf_ray.serve.request_log import ACCESS, PREFERENCES, RequestLog, preference_row
 from rlhf_ray.serve.requests import parse, read_body
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from ray.serve.handle import DeploymentHandle
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.resolved import to_dict
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.serve.asks import GenerationRequest
-from rlhf_ray.serve.errors import ApiError, overloaded
-from rlhf_ray.serve.gate import places
+from rlhf_ray.serve.admission import places
+from rlhf_ray.serve.api_errors import ApiError, overloaded
+from rlhf_ray.serve.generation import GenerationRequest
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from rlhf_ray.config.serve import ADAPTER_NAME
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.files import atomic_write_json, read_json
-from rlhf_ray.serve.errors import ApiError
+from rlhf_ray.serve.api_errors import ApiError
+from rlhf_ray.storage.files import atomic_write_json, read_json
 
 SCHEMA = 1
 PREFIX = "rr-"

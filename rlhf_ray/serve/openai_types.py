@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rlhf_ray.config.serve import LimitsConfig
-from rlhf_ray.serve.asks import GenerationRequest
-from rlhf_ray.serve.errors import ApiError
+from rlhf_ray.serve.api_errors import ApiError
+from rlhf_ray.serve.generation import GenerationRequest
 
 Text = Annotated[str, Field(max_length=1_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -46,7 +46,7 @@ class StreamOptions(_Strict):
 
 
 class Sampling(_Strict):
-    """What chat, completions and comparisons share. reward, kl: this service's own (see asks.py)."""
+    """What chat, completions and comparisons share. reward, kl: this service's own (see generation.py)."""
 
     max_tokens: int | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None

@@ -7,14 +7,14 @@ from typing import Any, Literal
 from rlhf_ray.config import EvaluateConfig, LoraConfig, PPOConfig
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.plan.asks import ResourceRequest
-from rlhf_ray.plan.ledger import Device
+from rlhf_ray.launch.preflight import check
+from rlhf_ray.launch.ray_cluster import at_hand
+from rlhf_ray.launch.resources import ResourceRequest
+from rlhf_ray.plan.advice import option
+from rlhf_ray.plan.estimate import Estimator
+from rlhf_ray.plan.job_plan import Plan, StagePlan, room_here
 from rlhf_ray.plan.memory import GIB, Phases, Process
-from rlhf_ray.plan.preflight import check
-from rlhf_ray.stages.cluster import at_hand
-from rlhf_ray.stages.plan import Plan, StagePlan, room_here
-from rlhf_ray.stages.plan_advice import option
-from rlhf_ray.stages.plan_estimate import Estimator
+from rlhf_ray.plan.meta_tracker import Device
 
 ASSUMED = LoraConfig()
 """What adapters are assumed to be: rank 16 on all linear layers."""

@@ -12,7 +12,7 @@ from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.serve.errors import ApiError
+from rlhf_ray.serve.api_errors import ApiError
 
 LONG_TEXT = 20_000
 """Characters from which a prompt is encoded on a thread of its own."""
@@ -26,7 +26,7 @@ class Prompting:
         self.rows = int(backbone.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
 
     async def ids(self, prompt: Mapping[str, Any], template: Template) -> tuple[int, ...]:
-        """Ids of a prompt (asks.py) under `template`. ApiError for what is empty, or what the template cannot say."""
+        """Ids of a prompt (generation.py) under `template`. ApiError for what is empty, or what the template cannot say."""
         if "ids" in prompt:
             ids = tuple(prompt["ids"])
             if not all(0 <= i < self.rows for i in ids):

@@ -23,21 +23,19 @@ from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone
-from rlhf_ray.models.decode_types import DecodeRequest
 from rlhf_ray.registry import Registry
-from rlhf_ray.serve.asks import GenerationRequest
-from rlhf_ray.serve.catalogue import BASE, ModelIndex, ModelReadout, Version, run_versions
-from rlhf_ray.serve.choices import Generation, ServedModel
-from rlhf_ray.serve.engine import DecodedToken, DecodeThread
-from rlhf_ray.serve.errors import ApiError, adapter_refused, internal, model_not_found, out_of_time, overloaded
-from rlhf_ray.serve.following import RegistryWatcher, forget_the_dead
-from rlhf_ray.serve.judge import ResponseScorer
-from rlhf_ray.serve.listing import entries
-from rlhf_ray.serve.mailbox import TokenBuffer
+from rlhf_ray.sampler.requests import DecodeRequest
+from rlhf_ray.serve.adapter_cache import AdapterCache, CacheBusy
+from rlhf_ray.serve.api_errors import ApiError, adapter_refused, internal, model_not_found, out_of_time, overloaded
+from rlhf_ray.serve.decode_thread import DecodedToken, DecodeThread
+from rlhf_ray.serve.generation import Generation, GenerationRequest, ServedModel
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
+from rlhf_ray.serve.model_index import BASE, ModelIndex, ModelReadout, Version, entries, run_versions
 from rlhf_ray.serve.prompting import Prompting
-from rlhf_ray.serve.slots import AdapterCache, CacheBusy
+from rlhf_ray.serve.registry_watcher import RegistryWatcher, forget_the_dead
+from rlhf_ray.serve.response_scorer import ResponseScorer
 from rlhf_ray.serve.text import ResponseText
+from rlhf_ray.serve.token_buffer import TokenBuffer
 
 SWITCH_S = 0.001
 """The decode thread gives up Python's lock this often for the event loop; the default of 5 ms would delay every answer."""
@@ -101,9 +99,9 @@ class Replica:
     async def events(
         self, request: GenerationRequest, arrived: float | None = None, whole: bool = False
     ) -> AsyncIterator[list[Event]]:
-        """Lists of events as in asks.py; closing the iterator frees every row. Errors are events as well.
+        """Lists of events as in generation.py; closing the iterator frees every row. Errors are events as well.
 
-        arrived: `time.monotonic()` that the deadline counts from; default now.  whole: nobody reads along (see mailbox.py)."""
+        arrived: `time.monotonic()` that the deadline counts from; default now.  whole: nobody reads along (see token_buffer.py)."""
         arrived = time.monotonic() if arrived is None else arrived
         deadline = self.loop.time() + self.limits.request_timeout_s
         try:
@@ -121,7 +119,7 @@ class Replica:
             yield [{"error": out_of_time(self.limits.request_timeout_s).as_dict()}]
 
     async def models(self) -> list[dict[str, Any]]:
-        """See listing.py."""
+        """See `model_index.entries`."""
         return entries(self.model_index, self.started)
 
     async def status(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from rlhf_ray.config.serve import LimitsConfig
-from rlhf_ray.serve.errors import ApiError
+from rlhf_ray.serve.api_errors import ApiError
 
 M = TypeVar("M", bound=BaseModel)
 MAX_FIELDS = 64

@@ -18,23 +18,21 @@ from contextlib import ExitStack
 from torch import Tensor
 
 from rlhf_ray.config import EvaluateConfig, RewardSource
-from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.console import Console, LocalConsole, quiet_libraries
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.launch.launch import launch
 from rlhf_ray.maths.stats import standard_error
-from rlhf_ray.models.artifact import RunFolder, is_run
 from rlhf_ray.models.lineage import header_line
-from rlhf_ray.roles.judging import Comparison, Judged, compare, distinct_2
-from rlhf_ray.run import Run
-from rlhf_ray.session import Session
-from rlhf_ray.stages.discard import discarded_on_error
-from rlhf_ray.stages.entering import enter_afresh
+from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.evaluate_files import EvaluationOutcome, artifacts, show, write_results
-from rlhf_ray.stages.header import config_line
-from rlhf_ray.stages.launch import launch
-from rlhf_ray.stages.panel import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
-from rlhf_ray.stages.quiet import quiet_libraries
+from rlhf_ray.stages.evaluation_models import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
+from rlhf_ray.stages.win_rates import Comparison, Judged, compare, distinct_2
+from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run_folder import RunFolder, is_run
+from rlhf_ray.training.header import config_line
+from rlhf_ray.training.run_entry import discarded_on_error, enter_afresh
 
 TRUE = "true_reward"
 """A reward source of this name is the task's own rule; its mean is published as true_reward/<policy>."""

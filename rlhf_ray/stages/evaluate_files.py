@@ -21,12 +21,12 @@ from rlhf_ray.console import Console
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter, figure
-from rlhf_ray.models.artifact import RunFolder, atomic_write_json
 from rlhf_ray.report import write_report
-from rlhf_ray.roles.judging import Comparison
-from rlhf_ray.run import Run
-from rlhf_ray.stages.panel import PolicyResponses
-from rlhf_ray.stages.rows_file import write_rows
+from rlhf_ray.stages.evaluation_models import PolicyResponses
+from rlhf_ray.stages.win_rates import Comparison
+from rlhf_ray.storage.rows_file import write_rows
+from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run_folder import RunFolder, atomic_write_json
 
 SAMPLED_PROMPTS = 40
 SHOWN_PROMPTS = 3

@@ -11,20 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_ray.config import DataConfig, EvaluateConfig, PolicySpec, RewardSource, SamplingConfig
-from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.console import Console, LocalConsole, quiet_libraries
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row, read_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem, RlhfRayError
-from rlhf_ray.models.artifact import RunFolder
-from rlhf_ray.models.lineage import header_line, parent_of
+from rlhf_ray.models.lineage import header_line, parent_of, recorded_base, recorded_template
 from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
-from rlhf_ray.session import process_session
+from rlhf_ray.runtime.session import process_session
 from rlhf_ray.stages.evaluate_files import prompt_columns
-from rlhf_ray.stages.panel import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
-from rlhf_ray.stages.quiet import quiet_libraries
-from rlhf_ray.stages.recorded import recorded_base, recorded_template
-from rlhf_ray.stages.rows_file import write_rows
+from rlhf_ray.stages.evaluation_models import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
+from rlhf_ray.storage.rows_file import write_rows
+from rlhf_ray.storage.run_folder import RunFolder
 
 REFERENCE = "reference"
 ONE_ROW = "--instruction"

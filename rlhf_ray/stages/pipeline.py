@@ -11,32 +11,34 @@ from rlhf_ray.config import STAGES, JobFields, PipelineConfig
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError, Interrupted
-from rlhf_ray.models.artifact import RunFolder, create_run, is_run, open_run, resume_command
-from rlhf_ray.models.ownership import WAIT_S
+from rlhf_ray.launch.launch import Body, launch
+from rlhf_ray.ppo import checkpoint as ppo_checkpoint
+from rlhf_ray.ppo.actors import BUILDERS
+from rlhf_ray.ppo.loop import train_ppo
 from rlhf_ray.report import write_report
-from rlhf_ray.run import Run
-from rlhf_ray.session import Session
-from rlhf_ray.stages import entering, ppo_store, supervised_store
-from rlhf_ray.stages.discard import discarded_on_error
-from rlhf_ray.stages.entering import copy_from_now_on, keep_config, require_same
+from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.evaluate import run_evaluate
-from rlhf_ray.stages.launch import Body, launch
-from rlhf_ray.stages.ppo import train_ppo
-from rlhf_ray.stages.reward import train_reward
-from rlhf_ray.stages.sft import train_sft
+from rlhf_ray.storage.lock import WAIT_S
+from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run_folder import RunFolder, create_run, is_run, open_run, resume_command
+from rlhf_ray.supervised import checkpoint as supervised_checkpoint
+from rlhf_ray.supervised.reward import train_reward
+from rlhf_ray.supervised.sft import train_sft
+from rlhf_ray.training import run_entry
+from rlhf_ray.training.run_entry import copy_from_now_on, discarded_on_error, keep_config, require_same
 
 BODIES: dict[str, Body] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": run_evaluate}
 MAY_CHANGE = {
-    "sft": supervised_store.MAY_CHANGE,
-    "reward": supervised_store.MAY_CHANGE,
-    "ppo": ppo_store.MAY_CHANGE,
-    "evaluate": entering.MAY_CHANGE,
+    "sft": supervised_checkpoint.MAY_CHANGE,
+    "reward": supervised_checkpoint.MAY_CHANGE,
+    "ppo": ppo_checkpoint.MAY_CHANGE,
+    "evaluate": run_entry.MAY_CHANGE,
 }
 
 
 def pipeline(config: PipelineConfig, console: Console | None = None) -> Run:
     """Run the job's stages in turn and return a run whose metrics are theirs, named <stage>/<metric>."""
-    return launch(run_pipeline, config, console or LocalConsole())
+    return launch(run_pipeline, config, console or LocalConsole(), BUILDERS)
 
 
 def run_pipeline(config: PipelineConfig, session: Session) -> Run:

@@ -1,6 +1,6 @@
 """The reward of texts: one reply, or every row of a file. Pairs also tell how often the reward model prefers the chosen reply.
 
-A text is scored as PPO scores replies (scoring_model.py). Runs in this process.
+A text is scored as PPO scores replies (rewards/scoring_model.py). Runs in this process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.config import DataConfig, RewardSource
-from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.console import Console, LocalConsole, quiet_libraries
 from rlhf_ray.data.formats import FORMATS, RowKind
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row, RowSet, read_rows
@@ -20,11 +20,10 @@ from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.maths.stats import preference_metrics, standard_error, wilson_interval
 from rlhf_ray.metrics import figure
-from rlhf_ray.roles.rewards import FunctionReward, Texts, all_finite
-from rlhf_ray.session import process_session
-from rlhf_ray.stages.quiet import quiet_libraries
-from rlhf_ray.stages.rows_file import write_rows
-from rlhf_ray.stages.scoring_model import load_scoring_model
+from rlhf_ray.rewards.scoring_model import load_scoring_model
+from rlhf_ray.rewards.sources import FunctionReward, Texts, all_finite
+from rlhf_ray.runtime.session import process_session
+from rlhf_ray.storage.rows_file import write_rows
 
 CONFIDENCE = 0.95
 ONE_ROW = "--completion"

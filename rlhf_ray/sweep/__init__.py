@@ -1,1 +1,13 @@
-"""Search over PPO jobs: what varies (space), the trials (trials, run), their results (results, choice), and the report."""
+"""Search over PPO jobs with Ray Tune: what varies (`space`), the trials (`trials`, `trial`, `tuning`), their results (`results`),
+the choice (`choice`), and the report. In comes a `SweepConfig`; out goes a folder with ordinary run folders, a table, a winner and
+a report. It must not know how PPO works: a trial is the public `ppo`, and all figures come from run folders.
+
+The package is called like its function: `rlhf_ray.sweep(config)`.
+"""
+
+import sys
+
+from rlhf_ray.callable_package import CallablePackage
+
+FUNCTION = ("rlhf_ray.sweep.sweep", "sweep")
+sys.modules[__name__].__class__ = CallablePackage

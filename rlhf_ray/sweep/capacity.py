@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.plan.asks import ACCELERATOR, Node, ResourceRequest, role_requests
-from rlhf_ray.plan.preflight import check, place
+from rlhf_ray.launch.preflight import check, place
+from rlhf_ray.launch.resources import ACCELERATOR, Node, ResourceRequest, role_requests
 
 DRIVER = {"CPU": 0.01}
 """What the process of a trial asks for that starts workers of its own; Ray refuses a request for nothing."""

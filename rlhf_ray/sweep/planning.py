@@ -8,8 +8,8 @@ from typing import Literal
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.stages.cluster import at_hand
-from rlhf_ray.stages.plan import Plan, plan
+from rlhf_ray.launch.ray_cluster import at_hand
+from rlhf_ray.plan.job_plan import Plan, plan
 from rlhf_ray.sweep.capacity import capacity
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trials import job_of, planned, trial_of

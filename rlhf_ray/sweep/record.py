@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.sweep import SweepConfig
-from rlhf_ray.models.files import atomic_write_json
+from rlhf_ray.storage.files import atomic_write_json
 from rlhf_ray.sweep.choice import CLEAR, Choice, choose, frontier
 from rlhf_ray.sweep.results import (
     K1,

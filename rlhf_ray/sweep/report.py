@@ -9,13 +9,13 @@ from typing import Any
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.models.artifact import open_run
 from rlhf_ray.report.charts import Chart, Line, draw
 from rlhf_ray.report.html import Html, join, tag
 from rlhf_ray.report.numbers import count, shown, with_error
 from rlhf_ray.report.plane import Dots, Plane, draw_plane
 from rlhf_ray.report.render import Section, document, write_page
 from rlhf_ray.report.samples import samples_section
+from rlhf_ray.storage.run_folder import open_run
 from rlhf_ray.sweep.choice import CLEAR, Choice, frontier, pooled_deviation, score_error
 from rlhf_ray.sweep.record import Record, setting_row
 from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, row_of

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.models.artifact import is_run, open_run
-from rlhf_ray.models.files import atomic_write_text
+from rlhf_ray.storage.files import atomic_write_text
+from rlhf_ray.storage.run_folder import is_run, open_run
 from rlhf_ray.sweep.trials import Trial
 
 K1, K3, LENGTH = "eval/kl_k1_per_response", "eval/kl_k3_per_response", "eval/length"

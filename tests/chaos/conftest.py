@@ -81,7 +81,7 @@ class Child:
 def forks() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["rlhf_ray.cli", "rlhf_ray.stages.ppo", "deepspeed", "peft", "transformers.models.llama.modeling_llama"]
+        ["rlhf_ray.cli", "rlhf_ray.ppo.loop", "deepspeed", "peft", "transformers.models.llama.modeling_llama"]
     )
     return context
 

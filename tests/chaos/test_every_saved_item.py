@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_ray.maths.controllers import make_controller
 from rlhf_ray.maths.stats import RunningMoments
-from rlhf_ray.models.artifact import describe_files
+from rlhf_ray.storage.run_folder import describe_files
 
 from .dropping import Drop, state, tensors
 

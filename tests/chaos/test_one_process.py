@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.models.artifact import open_run
+from rlhf_ray.storage.run_folder import open_run
 
 from .conftest import REWARD, Child
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.models.artifact import describe_files, open_run
+from rlhf_ray.storage.run_folder import describe_files, open_run
 
 from .dropping import Drop, state, tensors
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.models.artifact import open_run
+from rlhf_ray.storage.run_folder import open_run
 
 pytestmark = pytest.mark.integration
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.models.artifact import open_run
+from rlhf_ray.storage.run_folder import open_run
 
 from .processes import LOST, ONE, SPLIT, alive, family, of_ray, steps
 

@@ -10,9 +10,9 @@ import yaml
 
 from rlhf_ray.config.load import dump_yaml, load_any
 from rlhf_ray.config.yaml_reader import Loc
+from rlhf_ray.plan.job_plan import plan
 from rlhf_ray.plan.memory import gpus
 from rlhf_ray.serve.planning import plan_service
-from rlhf_ray.stages.plan import plan
 from rlhf_ray.submit.places import Kind, replaced
 from rlhf_ray.sweep.planning import plan_sweep
 

@@ -19,10 +19,10 @@ from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import ConfigError, DataError, Interrupted, InvariantError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import read_adapter
-from rlhf_ray.run import Run, load_run
-from rlhf_ray.stages import supervised
 from rlhf_ray.stages.resume import resume
-from rlhf_ray.stages.sft import sft
+from rlhf_ray.storage.run import Run, load_run
+from rlhf_ray.supervised import stage
+from rlhf_ray.supervised.sft import sft
 
 pytestmark = pytest.mark.integration
 Write = Callable[[str, Iterable[dict[str, Any]]], str]
@@ -225,7 +225,7 @@ def test_an_adapter_that_reads_back_otherwise_is_refused(
         files = read_adapter(folder)
         return type(files)({**files.config, "lora_alpha": 16.0}, files.tensors, files.head, files.sha256, files.path)
 
-    monkeypatch.setattr(supervised, "read_adapter", other_scale)
+    monkeypatch.setattr(stage, "read_adapter", other_scale)
     config = make_config()
     with pytest.raises(InvariantError, match="the adapter read back answers otherwise"):
         sft(config, console)

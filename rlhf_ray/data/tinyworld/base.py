@@ -45,7 +45,7 @@ def build_base(
     Equal seed, steps and threads give equal weights. `num_threads`: CPU threads, None leaves torch's number as it is.
     progress: called as progress(step, steps, {"loss": ...}), every 20 steps and at the end.
     ArtifactError if the folder holds anything else, a base whose files have changed, or one that was made in another way."""
-    from rlhf_ray.models.files import atomic_replace_folder, atomic_write_json, describe_files, temporary_beside
+    from rlhf_ray.storage.files import atomic_replace_folder, atomic_write_json, describe_files, temporary_beside
 
     folder = Path(folder)
     recipe = _recipe(seed, steps)
@@ -76,8 +76,8 @@ def _recipe(seed: int, steps: int) -> dict[str, Any]:
 
 
 def _check_made(folder: Path, recipe: dict[str, Any]) -> None:
-    from rlhf_ray.models.checkpoints import verify_files
-    from rlhf_ray.models.files import read_json
+    from rlhf_ray.storage.checkpoints import verify_files
+    from rlhf_ray.storage.files import read_json
 
     fix = "choose another folder, or delete it"
     if not (folder / DONE).is_file():

@@ -25,7 +25,7 @@ class Sizes:
 
 def write_world(folder: Path | str, seed: int, sizes: Sizes = Sizes()) -> Path:
     """Write sft.jsonl, preferences.jsonl and prompts.jsonl into `folder`; files that are there, whole, are kept. Returns it."""
-    from rlhf_ray.models.files import atomic_write_json, atomic_write_text, describe_files, read_json
+    from rlhf_ray.storage.files import atomic_write_json, atomic_write_text, describe_files, read_json
 
     folder = Path(folder)
     recipe = {"seed": seed, **asdict(sizes)}

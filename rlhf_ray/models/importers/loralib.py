@@ -19,10 +19,10 @@ from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError, Problem
 from rlhf_ray.models.adapter_files import save_adapter
-from rlhf_ray.models.artifact import read_json
-from rlhf_ray.models.files import atomic_write_json, sha256_file
 from rlhf_ray.models.importers.pickles import new_folder, read_pickled_tensors
-from rlhf_ray.models.source import resolve_source
+from rlhf_ray.models.sources import resolve_source
+from rlhf_ray.storage.files import atomic_write_json, sha256_file
+from rlhf_ray.storage.run_folder import read_json
 
 _KEY = re.compile(
     r"(?P<critic>base_model\.)?model\.layers\.(?P<layer>\d+)\.self_attn\.(?P<module>[qkvo]_proj)\.(?P<part>lora_[AB])"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapter_files import read_adapter
-from rlhf_ray.models.files import atomic_save_tensors
 from rlhf_ray.models.importers.pickles import filled_at_once, new_folder, read_pickled_tensors
+from rlhf_ray.storage.files import atomic_save_tensors
 
 
 def import_peft(adapter: Path | str, output_dir: Path | str) -> Path:

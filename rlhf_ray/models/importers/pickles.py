@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.files import temporary_beside
+from rlhf_ray.storage.files import temporary_beside
 
 
 def new_folder(output_dir: Path | str) -> Path:

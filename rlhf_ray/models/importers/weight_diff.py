@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.artifact import read_json
-from rlhf_ray.models.files import atomic_save_tensors, atomic_write_json
 from rlhf_ray.models.importers.pickles import filled_at_once, new_folder, read_pickled_tensors
+from rlhf_ray.storage.files import atomic_save_tensors, atomic_write_json
+from rlhf_ray.storage.run_folder import read_json
 
 PREFIX, HEAD, HEAD_BIAS = "backbone_model.", "reward_head.weight", "reward_head.bias"
 OLDEST = (4, 29, 2)

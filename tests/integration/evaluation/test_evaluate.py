@@ -17,9 +17,9 @@ from rlhf_ray.data.records import read_rows
 from rlhf_ray.errors import ArtifactError, ConfigError, DataError
 from rlhf_ray.maths.stats import standard_error
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.models.artifact import open_run
-from rlhf_ray.run import Run, load_run
 from rlhf_ray.stages.evaluate import evaluate
+from rlhf_ray.storage.run import Run, load_run
+from rlhf_ray.storage.run_folder import open_run
 
 pytestmark = pytest.mark.integration
 

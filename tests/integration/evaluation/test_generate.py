@@ -219,7 +219,7 @@ def test_no_code_runs_because_a_folder_names_it(moved: Path, tmp_path: Path) -> 
 def test_the_command_prints_and_writes(
     chain: Any, questions: str, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf_ray.session.usable_cores", lambda: 1)
+    monkeypatch.setattr("rlhf_ray.runtime.session.usable_cores", lambda: 1)
     command = ["generate", "--policy", chain.sft, "--max-new-tokens", "5"]
     assert main([*command, "--instruction", ASK, "--json", "--show-prompt"]) == 0
     row = json.loads(capfd.readouterr().out)

@@ -145,7 +145,7 @@ def test_what_is_refused(chain: Any, tiny_llama: Callable[..., Path], tmp_path: 
 
 
 def test_the_command_prints_the_reward(chain: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_ray.session.usable_cores", lambda: 1)
+    monkeypatch.setattr("rlhf_ray.runtime.session.usable_cores", lambda: 1)
     assert main(["score", "--run", chain.reward, "--prompt", "Name the oak.", "--completion", "aaaa", "--json"]) == 0
     row = json.loads(capfd.readouterr().out)
     assert row["completion"] == "aaaa" and isinstance(row["reward"], float)

@@ -19,9 +19,9 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole, NullConsole
 from rlhf_ray.errors import ConfigError, DataError, Interrupted
 from rlhf_ray.metrics import METRICS, read_metrics
-from rlhf_ray.run import Run, load_run
-from rlhf_ray.stages.ppo import ppo
+from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.stages.resume import resume
+from rlhf_ray.storage.run import Run, load_run
 
 pytestmark = pytest.mark.integration
 Job = Callable[..., PPOConfig]

@@ -16,11 +16,11 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import ConfigError, InvariantError
 from rlhf_ray.metrics import read_metrics
+from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.roles.collector import Collected, Collector
 from rlhf_ray.roles.learner import Learner
-from rlhf_ray.run import Run
-from rlhf_ray.stages import entering
-from rlhf_ray.stages.ppo import ppo
+from rlhf_ray.storage.run import Run
+from rlhf_ray.training import run_entry
 
 pytestmark = pytest.mark.integration
 Job = Callable[..., PPOConfig]
@@ -93,7 +93,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 ) -> None:
     common = {"max_steps": 4, "save_steps": 1, "eval_on_start": False}
     for check in ("require_same", "require_same_as_saved"):  # would refuse a job that no file can describe
-        monkeypatch.setattr(entering, check, lambda *_: {})
+        monkeypatch.setattr(run_entry, check, lambda *_: {})
     straight = run(stale(ppo_job("straight", **common)))
     broken = stale(ppo_job("broken", **common, resume="auto"))
     update, calls = Learner.update, []

@@ -27,7 +27,7 @@ import pytest
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapter_files import read_adapter
 from rlhf_ray.registry import Registry
-from rlhf_ray.serve.gate import HEADER
+from rlhf_ray.serve.admission import HEADER
 
 from .conftest import HELLO, Service
 

@@ -17,10 +17,10 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row
 from rlhf_ray.errors import InvariantError
-from rlhf_ray.models.files import sha256_tensors
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.learner import PublishedAdapter
-from rlhf_ray.session import Session
+from rlhf_ray.runtime.session import Session
+from rlhf_ray.storage.files import sha256_tensors
 
 pytestmark = pytest.mark.integration
 OURS = {"a": torch.zeros(3), "b": torch.ones(2, 2)}
@@ -60,8 +60,8 @@ class Judge:
 def collector(two_gpus: Any) -> Iterator[Any]:
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from rlhf_ray.roles.pool import ActorSpec, start, stop
-    from rlhf_ray.roles.split import RemoteRoles, SplitCollector
+    from rlhf_ray.roles.actor_collector import RemoteRoles, SplitCollector
+    from rlhf_ray.roles.actor_pool import ActorSpec, start, stop
 
     two_gpus.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     group = placement_group([{"CPU": 0.1}] * 2)

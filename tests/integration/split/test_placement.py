@@ -13,8 +13,8 @@ import pytest
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import Console
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.run import Run
-from rlhf_ray.stages.ppo import ppo
+from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.storage.run import Run
 
 pytestmark = pytest.mark.integration
 Job = Callable[..., PPOConfig]
@@ -94,8 +94,8 @@ def test_two_jobs_at_the_same_moment(two_gpus: Any, split_job: Job, console: Any
     of it, the other ends with exit code 3 and holds nothing."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from rlhf_ray.plan.asks import role_requests
-    from rlhf_ray.stages.placement import placed
+    from rlhf_ray.launch.placement import placed
+    from rlhf_ray.launch.resources import role_requests
 
     third, over, ends = placement_group([{"GPU": 1.0}] * 2), threading.Event(), []
     assert third.wait(10)

@@ -43,7 +43,7 @@ def pool(two_gpus: Any, lines: list[str]) -> Iterator[Any]:
     """Two actors."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from rlhf_ray.roles.pool import ActorPool, ActorSpec, start, stop
+    from rlhf_ray.roles.actor_pool import ActorPool, ActorSpec, start, stop
 
     two_gpus.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     group = placement_group([{"CPU": 0.1}] * 2)
@@ -57,7 +57,7 @@ def pool(two_gpus: Any, lines: list[str]) -> Iterator[Any]:
 
 
 def test_actors_that_die_hang_or_are_gone(pool: Any, lines: list[str], two_gpus: Any) -> None:
-    from rlhf_ray.roles.pool import LOST
+    from rlhf_ray.roles.actor_pool import LOST
 
     pids = [pid for pid, _ in pool.answers(pool.ask_all("describe"), "starting")]
     assert len(set(pids)) == 2

@@ -17,9 +17,9 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.models.artifact import sha256_file
-from rlhf_ray.run import load_run
-from rlhf_ray.stages.ppo import ppo
+from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.storage.run import load_run
+from rlhf_ray.storage.run_folder import sha256_file
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 Job = Callable[..., PPOConfig]

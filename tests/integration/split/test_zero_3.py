@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import InvariantError
+from rlhf_ray.launch.launch import launch
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.run import Run
-from rlhf_ray.session import Session
-from rlhf_ray.stages.launch import launch
+from rlhf_ray.runtime.session import Session
+from rlhf_ray.storage.run import Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
@@ -30,7 +30,7 @@ def train(config: PPOConfig, session: Session) -> Run:
     DeepSpeed keeps whole, small tensors by default, is there from the first forward pass on: a look before tells nothing.)
 
     A run called `disagree` takes any difference between sampler and learner for too large."""
-    from rlhf_ray.stages import ppo as stage
+    from rlhf_ray.ppo import loop as stage
 
     set_up, looks = stage.set_up, []
 

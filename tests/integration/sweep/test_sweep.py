@@ -18,11 +18,11 @@ import pytest
 from rlhf_ray.config import SweepConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import ConfigError, InvariantError, ResourceError
-from rlhf_ray.models.artifact import sha256_file
+from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.registry import Registry
-from rlhf_ray.run import Run, load_run
-from rlhf_ray.stages.ppo import ppo
-from rlhf_ray.sweep.run import resume_sweep, sweep
+from rlhf_ray.storage.run import Run, load_run
+from rlhf_ray.storage.run_folder import sha256_file
+from rlhf_ray.sweep.sweep import resume_sweep, sweep
 from rlhf_ray.sweep.trial import alone
 from rlhf_ray.sweep.trials import job_of, planned
 

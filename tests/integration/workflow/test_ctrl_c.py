@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.models.artifact import open_run
+from rlhf_ray.storage.run_folder import open_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

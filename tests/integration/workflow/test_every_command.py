@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_ray.cli import STAGE_HELP, app, main
+from rlhf_ray.cli.app import STAGE_HELP, app, main
 from rlhf_ray.config import ServeConfig
 from rlhf_ray.config.load import load
 from rlhf_ray.data.tinyworld import Sizes, build_base, write_world
-from rlhf_ray.run import load_run
 from rlhf_ray.stages import demo as demo_stage
+from rlhf_ray.storage.run import load_run
 
 pytestmark = pytest.mark.integration
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from rlhf_ray.errors import ArtifactError
-from rlhf_ray.models import object_store
-from rlhf_ray.models.object_store import COMMIT, Store, restore
+from rlhf_ray.storage import object_store
+from rlhf_ray.storage.object_store import COMMIT, Store, restore
 
 pytestmark = pytest.mark.integration
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from rlhf_ray.stages.cluster import cluster
+from rlhf_ray.launch.ray_cluster import cluster
 
 pytestmark = pytest.mark.integration
 

@@ -20,15 +20,15 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import NullConsole
 from rlhf_ray.models import forward
 from rlhf_ray.models.adapters import adapter_tensors
-from rlhf_ray.models.sharded import gathered
-from rlhf_ray.models.stack import RoleModels
+from rlhf_ray.models.role_models import RoleModels
+from rlhf_ray.models.zero3 import gathered
+from rlhf_ray.ppo import loop as ppo_stage
+from rlhf_ray.ppo.models import assemble
+from rlhf_ray.ppo.setup import set_up
 from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.optimizer_state import export_state
-from rlhf_ray.session import Session
-from rlhf_ray.stages import ppo as ppo_stage
-from rlhf_ray.stages.ppo_roles import assemble
-from rlhf_ray.stages.ppo_setup import set_up
+from rlhf_ray.runtime.session import Session
 
 PATIENCE = timedelta(seconds=120)
 """A rank that waits for a collective nobody else comes to fails after this."""

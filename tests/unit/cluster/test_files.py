@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from rlhf_ray.config.load import load_any
-from rlhf_ray.plan.asks import Node, role_requests
-from rlhf_ray.plan.preflight import check
+from rlhf_ray.launch.preflight import check
+from rlhf_ray.launch.resources import Node, role_requests
 
 ROOT = Path(__file__).parents[3]
 CLUSTER = ROOT / "cluster"

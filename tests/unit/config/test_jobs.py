@@ -8,8 +8,8 @@ import pytest
 
 from rlhf_ray.config import STAGES, PipelineConfig, PPOConfig, ServeConfig, SweepConfig
 from rlhf_ray.config.load import load
-from rlhf_ray.plan.asks import Node, role_requests
-from rlhf_ray.plan.preflight import check
+from rlhf_ray.launch.preflight import check
+from rlhf_ray.launch.resources import Node, role_requests
 from rlhf_ray.sweep.capacity import capacity
 from rlhf_ray.sweep.trials import job_of, planned
 

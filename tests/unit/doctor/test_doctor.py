@@ -12,7 +12,7 @@ import pytest
 from rlhf_ray.cli import main
 from rlhf_ray.doctor import cluster as there
 from rlhf_ray.doctor import here, job
-from rlhf_ray.doctor.findings import CheckResult, room, text, to_json
+from rlhf_ray.doctor.checks import CheckResult, room, text, to_json
 from rlhf_ray.plan.memory import GIB
 from rlhf_ray.submit import client, nodes
 

@@ -16,8 +16,8 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.merge import merge_run
+from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.specs import policy_source, reward_source
-from rlhf_ray.models.stack import RoleModels
 
 from .conftest import IDS
 

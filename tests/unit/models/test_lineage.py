@@ -13,11 +13,11 @@ import pytest
 
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapters import read_adapter
-from rlhf_ray.models.artifact import RunFolder, create_run
 from rlhf_ray.models.backbone import Backbone, BaseIdentity
 from rlhf_ray.models.lineage import check_lineage, describe, parent_of
 from rlhf_ray.models.merge import merge_run
 from rlhf_ray.models.specs import policy_source
+from rlhf_ray.storage.run_folder import RunFolder, create_run
 
 Load = Callable[..., Backbone]
 Make = Callable[..., Path]

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models import merge
 from rlhf_ray.models.adapters import read_adapter, wrap
-from rlhf_ray.models.artifact import RunFolder, create_run, write_checkpoint
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.merge import fixture_difference, merge_run
-from rlhf_ray.models.source import weights_sha256
+from rlhf_ray.models.sources import weights_sha256
 from rlhf_ray.models.tokenizer import load_tokenizer, tokenizer_sha256
+from rlhf_ray.storage.run_folder import RunFolder, create_run, write_checkpoint
 
 from .conftest import IDS, hidden, logits
 

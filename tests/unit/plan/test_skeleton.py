@@ -11,7 +11,7 @@ import torch
 
 from rlhf_ray.config import SFTConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.plan.ledger import MetaMemoryTracker
+from rlhf_ray.plan.meta_tracker import MetaMemoryTracker
 from rlhf_ray.plan.skeleton import read_config, size_of, skeleton
 
 D, I, L, H, KV, V = 64, 128, 2, 4, 2, 256

@@ -12,9 +12,9 @@ import torch
 
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.models.adapter_files import save_adapter
-from rlhf_ray.models.artifact import RunFolder, create_run, write_checkpoint
 from rlhf_ray.registry import Registry
-from rlhf_ray.run import Run
+from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run_folder import RunFolder, create_run, write_checkpoint
 
 SHAPE = {
     "r": 4,

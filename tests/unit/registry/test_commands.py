@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.cli import main
-from rlhf_ray.models.artifact import RunFolder
 from rlhf_ray.registry import Registry
+from rlhf_ray.storage.run_folder import RunFolder
 
 Make = Callable[..., RunFolder]
 Capture = pytest.CaptureFixture[str]

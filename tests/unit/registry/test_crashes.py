@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.models.artifact import RunFolder
-from rlhf_ray.models.files import sha256_file
 from rlhf_ray.registry import Registry
+from rlhf_ray.storage.files import sha256_file
+from rlhf_ray.storage.run_folder import RunFolder
 
 Make = Callable[..., RunFolder]
 CALLS = ("mkdir", "replace", "rename", "fsync", "chmod", "unlink")

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.artifact import RunFolder, create_run
 from rlhf_ray.registry import Registry
+from rlhf_ray.storage.run_folder import RunFolder, create_run
 
 Make = Callable[..., RunFolder]
 SFT = [{"step": 0, "eval/loss": 3.0}, {"step": 5, "loss": 2.0, "eval/loss": 2.0}, {"step": 10, "eval/loss": 1.5}]

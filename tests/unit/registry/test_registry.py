@@ -14,10 +14,10 @@ import pytest
 
 from rlhf_ray.errors import ArtifactError, ConfigError, ResourceError
 from rlhf_ray.models.adapter_files import read_adapter
-from rlhf_ray.models.artifact import RunFolder
-from rlhf_ray.models.ownership import held
 from rlhf_ray.registry import Registry, store
 from rlhf_ray.registry.alias import lived
+from rlhf_ray.storage.lock import held
+from rlhf_ray.storage.run_folder import RunFolder
 
 Make = Callable[..., RunFolder]
 

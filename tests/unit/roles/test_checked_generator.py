@@ -9,9 +9,9 @@ import torch
 
 from rlhf_ray.batches import PromptBatch, Sequences
 from rlhf_ray.errors import InvariantError
-from rlhf_ray.models.decode_types import DecodeRequest, DecodeResult
 from rlhf_ray.roles.checked_generator import CheckedGenerator
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
+from rlhf_ray.sampler.requests import DecodeRequest, DecodeResult
 
 LOGPROB = -0.5
 

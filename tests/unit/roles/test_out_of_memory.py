@@ -10,8 +10,8 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, WorkerCrashe
 
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.roles import out_of_memory
+from rlhf_ray.roles.actor_pool import ActorHandles, ActorPool
 from rlhf_ray.roles.out_of_memory import LastWords, is_out_of_memory, last_death, memory_of
-from rlhf_ray.roles.pool import ActorHandles, ActorPool
 
 SAID = (
     "2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 78be) was 10.02GB used"
@@ -33,7 +33,7 @@ def a_pool() -> ActorPool:
 
 def deaths(monkeypatch: pytest.MonkeyPatch, *found: tuple[int, str]) -> None:
     monkeypatch.setattr(out_of_memory, "_deaths", lambda: iter(found))
-    monkeypatch.setattr("rlhf_ray.roles.pool.TABLE_S", 0.2)
+    monkeypatch.setattr("rlhf_ray.roles.actor_pool.TABLE_S", 0.2)
 
 
 def test_the_largest_process_is_named() -> None:

@@ -11,7 +11,7 @@ from rlhf_ray.cli import main
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.serve.errors import ApiError
+from rlhf_ray.serve.api_errors import ApiError
 from rlhf_ray.serve.keys import Keys
 
 JOB = {"output_dir": "serve", "model_name_or_path": "base"}

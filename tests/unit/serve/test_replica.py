@@ -22,14 +22,14 @@ from rlhf_ray.data.templates import load_template
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.adapter_files import read_adapter
 from rlhf_ray.models.adapters import wrap
-from rlhf_ray.models.decode_types import DecodeRequest, DecodeResult
 from rlhf_ray.models.heads import ScalarHead
-from rlhf_ray.models.sampler import Sampler
-from rlhf_ray.models.stack import AdapterStack, RoleBinding, RoleModels
+from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.registry import Registry
-from rlhf_ray.roles.retokenised import Reader
-from rlhf_ray.roles.rewards import ModelReward
-from rlhf_ray.serve.asks import GenerationRequest
+from rlhf_ray.rewards.retokenised import Reader
+from rlhf_ray.rewards.sources import ModelReward
+from rlhf_ray.sampler.engine import Sampler
+from rlhf_ray.sampler.requests import DecodeRequest, DecodeResult
+from rlhf_ray.serve.generation import GenerationRequest
 from rlhf_ray.serve.replica import Replica
 
 from .conftest import load_tiny

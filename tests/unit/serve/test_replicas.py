@@ -10,9 +10,9 @@ import pytest
 from ray.serve.exceptions import BackPressureError
 
 from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.serve.api_errors import ApiError
 from rlhf_ray.serve.app import Replicas
-from rlhf_ray.serve.asks import GenerationRequest
-from rlhf_ray.serve.errors import ApiError
+from rlhf_ray.serve.generation import GenerationRequest
 
 ASK = GenerationRequest(models=("base",), prompts=({"text": "Hello"},))
 

@@ -18,7 +18,7 @@ from rlhf_ray.submit import nodes
 from rlhf_ray.submit.client import AuthToken, check_address, connect, find_token, look
 from rlhf_ray.submit.follow import _Lines, outcome
 from rlhf_ray.submit.pack import Need
-from rlhf_ray.submit.run import Submitted
+from rlhf_ray.submit.submission import Submitted
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://ray.example.com", "http://[::1]:8265/"])

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.plan.asks import Node
+from rlhf_ray.launch.resources import Node
 from rlhf_ray.sweep.capacity import capacity
 
 

@@ -1,0 +1,467 @@
+"""The console script `rlhf-ray`: commands in, exit codes out. Heavy imports happen inside the command that needs them.
+
+Logs go to stderr; stdout carries only what was asked for: the run's summary with --json, generated text, scores, a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from rlhf_ray.cli.cluster import add_cluster_commands
+from rlhf_ray.cli.output import stdout_kept
+from rlhf_ray.cli.registry import add_registry_commands, policy_path
+from rlhf_ray.cli.serve import add_serve_commands
+from rlhf_ray.errors import DISK_FULL, ConfigError, Interrupted, RlhfRayError
+
+if TYPE_CHECKING:
+    from rlhf_ray.storage.run import Run
+
+app = typer.Typer(
+    help="LoRA RLHF on Ray: from a base model and preference data to an aligned adapter.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # typer's boxes cost half of the time that `--help` may take
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda t: t.replace("_", "-")},
+)
+
+Job = Annotated[str, typer.Argument(metavar="JOB.yaml", help="job file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="set fields, e.g. lora.r=8")]
+Wait = Annotated[
+    float | None,
+    typer.Option("--wait-for-resources", metavar="SECONDS", help="wait so long for the cluster to have room"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print the run's summary on stdout as one JSON object")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN", help="run folder")]
+
+
+class _StageCommand(TyperCommand):
+    """`--help` ends with every field of the stage's job file."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        super().format_help(ctx, formatter)
+        formatter.write("\n" + _fields_table(str(self.name)))
+
+
+def _fields_table(stage: str) -> str:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from rlhf_ray.config import STAGES, PipelineConfig, Section, ServeConfig, SweepConfig
+    from rlhf_ray.config.load import describe
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("Field of the job file", no_wrap=True)
+    for name in ("Type", "Default", "Meaning"):
+        table.add_column(name, overflow="fold")
+    classes: dict[str, type[Section]] = {
+        **STAGES,
+        "pipeline": PipelineConfig,
+        "sweep": SweepConfig,
+        "serve": ServeConfig,
+    }
+    for row in describe(classes[stage]):
+        table.add_row(*(Text(cell) for cell in (row.name, row.type, row.default, row.meaning)))
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+    console = Console(width=width, highlight=False, file=sys.stdout)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+STAGE_HELP = {
+    "sft": "Fine-tune a LoRA adapter on instruction data.",
+    "reward": "Train a reward model on preference pairs.",
+    "ppo": "Train the policy by PPO on the rewards listed.",
+    "evaluate": "Compare policies on held-out prompts.",
+    "pipeline": "Run several stages in one job.",
+}
+
+
+def _add_stage(stage: str) -> None:
+    @app.command(stage, cls=_StageCommand, help=STAGE_HELP[stage])
+    def command(
+        job: Job, overrides: Overrides = None, wait: Wait = None, as_json: Json = False, debug: Debug = False
+    ) -> None:
+        import rlhf_ray
+        from rlhf_ray.config import STAGES, PipelineConfig
+        from rlhf_ray.config.load import load
+        from rlhf_ray.launch.preflight import check_this_machine
+
+        waiting = [] if wait is None else [f"wait_for_resources={wait}"]
+        config = load(STAGES.get(stage, PipelineConfig), job, [*(overrides or ()), *waiting])
+        check_this_machine(config)
+        with stdout_kept(), _resumable(config.output_dir):
+            run = getattr(rlhf_ray, stage)(config)
+        _tell(run, as_json)
+
+
+for _stage in STAGE_HELP:
+    _add_stage(_stage)
+
+
+@app.command(cls=_StageCommand)
+def sweep(job: Job, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Search over PPO jobs. Settings x seeds, early stopping, one table and report, a winner by a stated rule."""
+    from rlhf_ray.config import SweepConfig
+    from rlhf_ray.config.load import load
+    from rlhf_ray.sweep.sweep import sweep as run_sweep
+
+    config = load(SweepConfig, job, overrides or ())
+    with stdout_kept(), _resumable(config.output_dir):
+        run = run_sweep(config)
+    _tell(run, as_json)
+
+
+@app.command(cls=_StageCommand)
+def serve(job: Job, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Serve adapters behind OpenAI's API. Every adapter on one base, a page to compare them; Ctrl-C drains and stops."""
+    from rlhf_ray.config import ServeConfig
+    from rlhf_ray.config.load import load
+
+    config = load(ServeConfig, job, overrides or ())
+    from rlhf_ray.serve.service import run_service
+
+    with stdout_kept():
+        run_service(config)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[str, typer.Option(help="where the runs and their job files go")] = "runs/demo",
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of going on")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run the whole chain on the bundled task. Base, SFT, reward model, PPO, comparison, report: no download, no GPU."""
+    from rlhf_ray.stages.demo import demo as run_demo
+
+    with stdout_kept(), _resumable(output_dir):
+        run = run_demo(output_dir, fresh=fresh)
+    _tell(run, as_json)
+
+
+@app.command()
+def resume(
+    run: RunDir,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="change fields")] = None,
+    reset_data: Annotated[bool, typer.Option("--reset-data", help="go on although data files have changed")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with an interrupted run. It starts from the newest valid checkpoint.
+
+    FIELD=VALUE holds from now on. Once there is a checkpoint only guards, and where and how often, may change, e.g. max_kl=20."""
+    from rlhf_ray.stages.resume import resume as resume_run
+    from rlhf_ray.storage.run_folder import open_run
+
+    with stdout_kept(), _resumable(run):
+        if open_run(run, verify=False).stage == "sweep":
+            from rlhf_ray.sweep.sweep import resume_sweep
+
+            if overrides:
+                raise ConfigError.at(
+                    run, "a sweep goes on as it was started", "no FIELD=VALUE", overrides[0], "leave it out"
+                )
+            result = resume_sweep(run)
+        else:
+            result = resume_run(run, reset_data=reset_data, overrides=overrides or ())
+    _tell(result, as_json)
+
+
+@app.command()
+def merge(
+    run: RunDir,
+    output_dir: Annotated[str | None, typer.Option(help="default: <run>-adapter-merged")] = None,
+    dtype: Annotated[str | None, typer.Option(help="precision of the merged checkpoint; default: the base's")] = None,
+    debug: Debug = False,
+) -> None:
+    """Fold a run's adapter into its base. A stand-alone checkpoint, verified against the unmerged outputs."""
+    from rlhf_ray.models.merge import merge_run
+
+    with stdout_kept():
+        merged = merge_run(run, output_dir, dtype, log=lambda line: print(line, file=sys.stderr))
+    print(merged)
+
+
+@app.command()
+def generate(
+    policy: Annotated[list[str], typer.Option(help="base, RUN, RUN@STEP, registry:NAME or a folder; may be repeated")],
+    instruction: Annotated[str | None, typer.Option(help="one instruction to answer")] = None,
+    input: Annotated[str, typer.Option(help="its input")] = "",
+    file: Annotated[str | None, typer.Option(help="answer every row of this file instead")] = None,
+    out: Annotated[str | None, typer.Option(help="write JSON lines here instead of printing")] = None,
+    model: Annotated[str | None, typer.Option(help="base model; default: the one the first run was trained on")] = None,
+    template: Annotated[str | None, typer.Option(help="prompt template; default: the runs' own")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="longest reply in tokens")] = None,
+    temperature: Annotated[float | None, typer.Option(help="divides the logits")] = None,
+    top_p: Annotated[float | None, typer.Option(help="keep the smallest set of tokens with this probability")] = None,
+    top_k: Annotated[int | None, typer.Option(help="keep this many tokens; 0 keeps all")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="take the most likely token, do not sample")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="root of the randomness")] = 0,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="score replies with this reward run; may be repeated")
+    ] = None,
+    show_prompt: Annotated[bool, typer.Option("--show-prompt", help="print the prompt as the model reads it")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="quantise the base to 8 bits")] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="quantise the base to 4 bits")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON lines")] = False,
+    debug: Debug = False,
+) -> None:
+    """Answer instructions with several policies side by side. One instruction or a file; base, SFT, merged, PPO."""
+    _exactly_one({"--instruction": instruction, "--file": file})
+    from rlhf_ray.config import SamplingConfig
+    from rlhf_ray.config.load import load_dict
+
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "do_sample": False if greedy else None}
+    sampling = load_dict(SamplingConfig, {k: v for k, v in asked.items() if v is not None}, "generate")
+    from rlhf_ray.stages.generate import generate as run_generate
+
+    with stdout_kept():
+        rows = run_generate(
+            policies=[policy_path(each) for each in policy],
+            instruction=instruction,
+            input=input,
+            file=file,
+            out=out,
+            model=model,
+            template=template,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            rewards=reward or (),
+            load_in_8bit=load_in_8bit,
+            load_in_4bit=load_in_4bit,
+        )
+    if out is None:
+        _print_rows(rows, as_json, hidden=() if show_prompt else ("prompt",))
+
+
+@app.command()
+def score(
+    run: Annotated[str | None, typer.Option(help="reward run, or its merged checkpoint")] = None,
+    model: Annotated[str | None, typer.Option(help="one-label sequence-classification checkpoint")] = None,
+    function: Annotated[str | None, typer.Option(help="my_reward.py:score")] = None,
+    file: Annotated[str | None, typer.Option(help="score every row (or pair) of this file")] = None,
+    prompt: Annotated[str | None, typer.Option(help="prompt of one text to score")] = None,
+    completion: Annotated[str | None, typer.Option(help="the reply to score")] = None,
+    template: Annotated[str | None, typer.Option(help="prompt template; default: the reward model's own")] = None,
+    out: Annotated[str | None, typer.Option(help="write JSON lines here instead of printing")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON lines")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the reward of a reply, or of the rows of a file."""
+    _exactly_one({"--run": run, "--model": model, "--function": function})
+    _exactly_one({"--completion": completion, "--file": file})
+    from rlhf_ray.config import RewardSource
+    from rlhf_ray.config.load import load_dict
+
+    source = load_dict(RewardSource, {"run": run, "model": model, "function": function}, "score")
+    from rlhf_ray.stages.score import score as run_score
+
+    with stdout_kept():
+        rows = run_score(source=source, file=file, prompt=prompt, completion=completion, template=template, out=out)
+    if out is None:
+        _print_rows(rows, as_json)
+
+
+importers = typer.Typer(help="Take over artefacts of AlpacaFarm-LoRA and Alpaca-LoRA-RLHF.", rich_markup_mode=None)
+app.add_typer(importers, name="import")
+
+
+@importers.command("loralib")
+def import_loralib(
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint-N folder, or its pytorch_model.bin")],
+    base: Annotated[str, typer.Option(help="what the policy belongs on: the recovered SFT model")],
+    lora_alpha: Annotated[float, typer.Option(help="not in the file; 64 for the published checkpoints")],
+    output_dir: Annotated[str, typer.Option(help="gets adapter/ (policy) and value/ (critic)")],
+    value_base: Annotated[str | None, typer.Option(help="what the critic belongs on; default: --base")] = None,
+    debug: Debug = False,
+) -> None:
+    """A LoRA PPO checkpoint of AlpacaFarm-LoRA."""
+    from rlhf_ray.models.importers import import_loralib as run_import
+
+    print(run_import(checkpoint, base, lora_alpha, output_dir, value_base))
+
+
+@importers.command("weight-diff")
+def import_weight_diff(
+    diff: Annotated[str, typer.Argument(help="folder of the published differences")],
+    raw: Annotated[str, typer.Option(help="folder of the raw LLaMA in transformers' format")],
+    output_dir: Annotated[str, typer.Option(help="gets the recovered model")],
+    debug: Debug = False,
+) -> None:
+    """A model that AlpacaFarm published as differences from LLaMA; checked by its published sum."""
+    from rlhf_ray.models.importers import import_weight_diff as run_import
+
+    with stdout_kept():
+        written = run_import(diff, raw, output_dir)
+    print(written)
+
+
+@importers.command("peft")
+def import_peft(
+    adapter: Annotated[str, typer.Argument(help="folder with adapter_config.json and adapter_model.bin")],
+    output_dir: Annotated[str, typer.Option(help="gets the same adapter as safetensors")],
+    debug: Debug = False,
+) -> None:
+    """A PEFT adapter whose weights are pickled."""
+    from rlhf_ray.models.importers import import_peft as run_import
+
+    print(run_import(adapter, output_dir))
+
+
+@app.command()
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="what the job is for, where the file does not say")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu; auto: cuda, unless the job runs without a GPU")] = "auto",
+    gpu: Annotated[float | None, typer.Option(min=1, help="GiB of the GPUs to fit; default: of those here")] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest prompt; default: what max_length leaves, else 512")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="exit 3 if the job does not fit or cannot be placed")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the plan as one JSON object")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what a job will take. Memory of every process and GPU, what fits which card, and whether it can be placed here.
+
+    Models need no weights: a folder with a config.json is enough. Nothing is loaded."""
+    if device not in ("auto", "cuda", "cpu"):
+        raise typer.BadParameter(f"--device: expected auto, cuda or cpu; got {device}")
+    from rlhf_ray.config.load import load_any
+
+    name, config = load_any(job, overrides or (), stage)
+    where = {"sweep": ("sweep.planning", "plan_sweep"), "serve": ("serve.planning", "plan_service")}
+    module, function = where.get(name, ("plan.job_plan", "plan"))
+    with stdout_kept():
+        from importlib import import_module
+
+        from rlhf_ray.plan.job_plan import text
+
+        found = getattr(import_module(f"rlhf_ray.{module}"), function)(config, device, gpu, prompt_tokens)
+    print(json.dumps(found.to_json()) if as_json else text(found))
+    if check and not (found.fits and found.placed):
+        raise typer.Exit(3)
+
+
+@app.command()
+def report(run: RunDir, debug: Debug = False) -> None:
+    """Write a run's report.html anew."""
+    from rlhf_ray.report import write_report
+    from rlhf_ray.storage.run_folder import is_run, open_run
+
+    if is_run(run) and open_run(run, verify=False).stage == "sweep":
+        from rlhf_ray.sweep.report import write_sweep_report
+
+        print(write_sweep_report(run))
+        return
+    print(write_report(run))
+
+
+add_cluster_commands(app)
+add_registry_commands(app)
+add_serve_commands(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import rlhf_ray
+
+        print(rlhf_ray.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def _exactly_one(options: dict[str, str | None]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        raise typer.BadParameter(f"give exactly one of {', '.join(options)}; got {', '.join(given) or 'none'}")
+
+
+def _tell(run: Run, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(run.to_json()))
+    else:
+        print(f"{run.stage}: {run.status} in {run.run_dir}", file=sys.stderr)
+
+
+def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool, hidden: Sequence[str] = ()) -> None:
+    for row in rows:
+        shown = {name: value for name, value in row.items() if name not in hidden and value is not None}
+        if as_json:
+            print(json.dumps(shown, ensure_ascii=False))
+        else:
+            print("\n".join(f"{name}: {value}" for name, value in shown.items()), end="\n\n")
+
+
+@contextlib.contextmanager
+def _resumable(run_dir: str) -> Iterator[None]:
+    """Ctrl-C becomes an error that tells the command that goes on, if there is a run to go on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        started = Path(run_dir, "manifest.json").exists()
+        fix = f"rlhf-ray resume {shlex.quote(run_dir)}" if started else "start it again"
+        raise Interrupted.at(run_dir, "interrupted", fix=fix) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: the only place that turns errors into exit codes."""
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        code = app(args=args, prog_name="rlhf-ray", standalone_mode=False)
+        if code == 130:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
+        return int(code or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        print("error: interrupted", file=sys.stderr)
+        return 75
+    except BrokenPipeError:  # the reader of stdout left, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        if "--debug" in args:
+            traceback.print_exception(error)
+        lines, code = _verdict(error)
+        with contextlib.suppress(OSError):  # a terminal that was closed; the exit code still tells
+            print("\n".join(lines), file=sys.stderr)
+        return code
+
+
+def _verdict(error: Exception) -> tuple[list[str], int]:
+    """The lines to show and the exit code."""
+    if isinstance(error, RlhfRayError):
+        return error.lines(), error.exit_code
+    if hasattr(error, "format_message"):  # a wrong command line
+        command = getattr(getattr(error, "ctx", None), "command_path", "rlhf-ray")
+        return [f"error: {error.format_message().rstrip('.')}; fix: see `{command} --help`"], 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        first = str(error).strip().partition("\n")[0] or "no memory left"
+        return [f"error: out of memory: {first}; fix: lower per_device_train_batch_size or rollout_chunk_size"], 3
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return [f"error: {where}cannot be written: {error.strerror}; fix: free some space, and run it again"], 3
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return [f"error: a bug in rlhf_ray: {what}; run again with --debug for the traceback"], 1

@@ -1,0 +1,220 @@
+"""From what a job file calls its model to a folder of safetensors, JSON and a tokenizer: found, or refused in one line.
+
+Code that a checkpoint brings along is never run, and pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from rlhf_ray.errors import ArtifactError, ConfigError, Problem, RlhfRayError
+from rlhf_ray.storage.files import read_json, sha256_file, sha256_text
+
+INDEX = "model.safetensors.index.json"
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_NOT_WANTED = ["*/*", "consolidated*"]
+_HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Keys of config.json that change when the same model is saved again, without changing what it computes."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """folder: where the files are.  name: what to record, an absolute path or a Hub id.  revision: commit of a Hub model."""
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+
+def resolve_source(path: str, revision: str | None = None) -> ModelSource:
+    """The folder of model `path`, a local folder or a Hub id; Hub files come from the cache or are fetched.
+
+    ConfigError if there is no such model or it is no base model, with the way out."""
+    where = "model_name_or_path"
+    if path.rstrip("/").endswith("-wdiff"):
+        raise ConfigError.at(
+            where,
+            f"{path} holds weight differences, not weights",
+            "a base model",
+            fix="recover the model first: rlhf-ray import weight-diff",
+        )
+    local = Path(path).expanduser()
+    if local.exists():
+        folder = local.resolve()
+        _refuse_what_is_no_model(where, path, folder)
+        return ModelSource(folder, str(folder))
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or not _HUB_ID.fullmatch(path):
+        raise ConfigError.at(where, f"{path}: not found locally" + _offline_note())
+    return _from_hub(where, path, revision)
+
+
+def _offline_note() -> str:
+    return "; offline mode (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
+
+
+def _refuse_what_is_no_model(where: str, path: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError.at(where, f"{path} is a file", "the folder of a model, or a Hub id")
+    has_config = (folder / "config.json").exists()
+    if (folder / "adapter_config.json").exists():
+        base = _adapter_base(folder)
+        raise ConfigError.at(
+            where,
+            f"{path} holds an adapter, not a base model",
+            "the base that the adapter was trained on",
+            fix=f"set model_name_or_path={base or '<its base>'}, and give the adapter as sft, a policy or a reward;"
+            " or merge it: rlhf-ray merge",
+        )
+    if has_config:
+        return
+    if (folder / "params.json").exists() and any(folder.glob("consolidated.*.pth")):
+        raise ConfigError.at(
+            where,
+            f"{path} is a raw Meta checkpoint (params.json, consolidated.*.pth)",
+            "a folder in transformers' format",
+            fix="convert it with transformers' convert_llama_weights_to_hf.py, or use the Hub's converted copy",
+        )
+    if (folder / "manifest.json").exists() and (folder / "adapter").is_dir():
+        raise ConfigError.at(
+            where,
+            f"{path} is a run, whose result is an adapter",
+            "a base model",
+            fix=f"name its base here and give the run as sft, or merge it: rlhf-ray merge {path}",
+        )
+    raise ConfigError.at(where, f"{path} is not a model", "a folder with config.json and *.safetensors")
+
+
+def _adapter_base(folder: Path) -> str | None:
+    try:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    except ArtifactError:
+        return None
+    return base if isinstance(base, str) else None
+
+
+def _from_hub(where: str, name: str, revision: str | None) -> ModelSource:
+    """Download (or find in the cache) the files a model needs, and nothing else of the repository."""
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_WANTED)
+    except GatedRepoError as e:
+        raise ConfigError.at(
+            where,
+            f"{name} is a gated repository",
+            fix=f"accept its terms at {constants.ENDPOINT}/{name}, then log in: hf auth login",
+        ) from e
+    except RevisionNotFoundError as e:
+        raise ConfigError.at("revision", f"{name} has no revision {revision!r}", "a branch, tag or commit") from e
+    except (RepositoryNotFoundError, HFValidationError) as e:
+        raise ConfigError.at(
+            where,
+            f"{name}: not found, neither as a local folder nor on {constants.ENDPOINT}",
+            fix="check the name; a private repository needs: hf auth login",
+        ) from e
+    except LocalEntryNotFoundError as e:
+        note = _offline_note() or f"; and {constants.ENDPOINT} does not answer"
+        raise ConfigError.at(where, f"{name}: not found locally{note}") from e
+    except OSError as e:
+        raise ConfigError.at(where, f"{name}: cannot be fetched: {e}") from e
+    # The cache names a snapshot's folder after its commit; a revision such as "main" is thereby pinned.
+    return ModelSource(Path(folder), name, Path(folder).name)
+
+
+def check_files(source: ModelSource) -> dict[str, Any]:
+    """The model's config.json, after checking that its files are complete and safe to load.
+
+    ArtifactError if the model wants to run code of its own (auto_map), points at other weight files, has only pickled weights,
+    or lacks a shard."""
+    folder = source.folder
+    config = read_json(folder / "config.json")
+    problems = [
+        Problem(str(folder / "config.json"), f"{key} is refused: a model may not choose code or files to load")
+        for key in ("auto_map", "transformers_weights")
+        if config.get(key)
+    ]
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.exists() and read_json(tokenizer_config).get("auto_map"):
+        problems.append(Problem(str(tokenizer_config), "auto_map is refused: a tokenizer may not bring its own code"))
+    ArtifactError.raise_all(problems)
+    weight_files(folder)
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights, in order. ArtifactError if one is missing or there are only pickles."""
+    index = folder / INDEX
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise ArtifactError.at(str(index), "weight_map is missing or empty")
+        names = sorted({str(name) for name in table.values()})
+        ArtifactError.raise_all(_shard_problems(folder, names))
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        raise ArtifactError.at(
+            str(folder),
+            "the weights are pickled, and a pickle can run code",
+            "*.safetensors",
+            ", ".join(pickled[:3]),
+            "save the model again with transformers: save_pretrained writes safetensors",
+        )
+    raise ArtifactError.at(str(folder), "no weights", f"model.safetensors, or {INDEX} with its shards")
+
+
+def _shard_problems(folder: Path, names: list[str]) -> list[Problem]:
+    problems = []
+    for name in names:
+        if os.sep in name or not name.endswith(".safetensors"):
+            problems.append(Problem(str(folder / INDEX), f"refused weight file {name!r}", "a .safetensors file here"))
+        elif not (folder / name).exists():
+            problems.append(Problem(str(folder / name), "shard is missing"))
+    return problems
+
+
+_weights_seen: dict[tuple[tuple[str, int, int], ...], str] = {}
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash over the weight files, in order of their names. Computed once per process and state of the files."""
+    files = weight_files(folder)
+    key = tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    if key not in _weights_seen:
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(bytes.fromhex(sha256_file(file)))
+        _weights_seen[key] = digest.hexdigest()
+    return _weights_seen[key]
+
+
+def config_sha256(folder: Path) -> str:
+    """Hash of config.json in canonical form, without the keys that only say who saved it when and how."""
+    config = {k: v for k, v in read_json(folder / "config.json").items() if k not in _VOLATILE}
+    return sha256_text(json.dumps(config, sort_keys=True))
+
+
+def one_line(error: Exception) -> str:
+    """First line of a library's error message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_error(source: ModelSource, error: Exception) -> RlhfRayError:
+    """A library's complaint about the files of `source`, as one line."""
+    return ArtifactError.at(str(source.folder), f"cannot be loaded: {one_line(error)}")

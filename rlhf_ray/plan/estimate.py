@@ -1,0 +1,241 @@
+"""From a job to the memory of each of its processes, phase by phase. Loads nothing: config.json and the job are enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from rlhf_ray.config import EvaluateConfig, JobFields, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config.deepspeed import read_deepspeed_json
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.plan.memory import Parts, Phases, Process, Zero, with_overhead
+from rlhf_ray.plan.meta_tracker import Device, Peak
+from rlhf_ray.plan.passes import Cast, PPOLearning, Shapes, SupervisedLearning
+from rlhf_ray.plan.role_models import (
+    Made,
+    evaluation_models,
+    generator_models,
+    learner_models,
+    scorer_models,
+    supervised_models,
+)
+
+ASSUMED_PROMPT = 512
+"""Prompt tokens where neither max_length nor --prompt-tokens says."""
+
+_SHAPE_FIELDS = {
+    *(
+        "output_dir",
+        "run_name",
+        "seed",
+        "resume",
+        "copy_to",
+        "report_to",
+        "data",
+        "rollout_batch_size",
+        "rollout_chunk_size",
+    ),
+    *("per_device_train_batch_size", "num_mini_batches", "max_length", "response_length", "learner", "generator"),
+    *("scorer", "wait_for_resources", "per_device_eval_batch_size"),
+}
+"""Fields that change no model: two jobs that differ in these alone have the same cast."""
+
+
+@dataclass
+class Estimator:
+    """Estimates jobs; what two of them have in common is worked out once.
+
+    prompt: tokens of the longest prompt, None for what the job allows."""
+
+    device: Device
+    made: Made = field(default_factory=Made)
+    prompt: int | None = None
+    _casts: dict[Any, Any] = field(default_factory=dict)
+    _peaks: dict[Any, Parts] = field(default_factory=dict)
+
+    def stages(self, job: JobFields) -> Iterator[tuple[str, JobFields]]:
+        """A pipeline's stages by name; any other job alone."""
+        if isinstance(job, PipelineConfig):
+            yield from ((stage, job.stage_config(stage)) for stage in job.stages)
+        else:
+            names = {SFTConfig: "sft", RewardConfig: "reward", PPOConfig: "ppo", EvaluateConfig: "evaluate"}
+            yield names[type(job)], job
+
+    def processes(self, job: JobFields) -> list[Process]:
+        """The processes of one stage. Raises ConfigError, ArtifactError for models that cannot be read."""
+        if isinstance(job, PPOConfig):
+            return self._ppo(job)
+        if isinstance(job, EvaluateConfig):
+            return self._evaluation(job)
+        assert isinstance(job, (SFTConfig, RewardConfig))
+        return self._supervised(job)
+
+    def shapes(self, job: PPOConfig | EvaluateConfig, context: int) -> Shapes:
+        """Widest passes of a job on a model of this context. ConfigError if no prompt fits."""
+        limit = min(job.max_length or context, context)
+        room = limit - job.response_length
+        if room < 1:
+            raise ConfigError.at(
+                "response_length", "leaves no room for a prompt", f"below {limit}", str(job.response_length)
+            )
+        prompt = min(room, self.prompt or (room if job.max_length is not None else ASSUMED_PROMPT))
+        if isinstance(job, EvaluateConfig):
+            rows = job.per_device_eval_batch_size
+            return Shapes(
+                rows, min(rows, job.rollout_chunk_size), job.rollout_chunk_size, 1, prompt, job.response_length
+            )
+        chunk = min(job.rollout_chunk_size, job.rollout_batch_size)
+        share = -(-job.rollout_batch_size // job.num_mini_batches // max(job.learner.num_workers, 1))
+        rows = min(job.per_device_train_batch_size, share)
+        scored = min(job.per_device_train_batch_size, chunk)
+        return Shapes(rows, scored, chunk, job.num_generations, prompt, job.response_length)
+
+    def about(self, job: JobFields) -> str:
+        """What the estimate stands on, in a line."""
+        cast = self._first(job)
+        base = cast.assembly.base
+        recomputed = "recomputed" if cast.models.recompute else "kept"
+        facts = [f"{base.identity.path}", f"{cast.base_weights / 1e9:.3g} G weights in {len(cast.bases)} base"]
+        facts[-1] += "s" if len(cast.bases) > 1 else ""
+        facts += [f"{base.identity.precision} on {self.device}", f"activations {recomputed}"]
+        if isinstance(job, (PPOConfig, EvaluateConfig)):
+            shapes = self.shapes(job, base.context_length)
+            facts.append(f"prompts of {shapes.prompt} and replies of {shapes.response} tokens, {shapes.chunk} at once")
+        else:
+            assert isinstance(job, (SFTConfig, RewardConfig))
+            facts.append(f"rows of {min(job.max_length, base.context_length)} tokens")
+        return ", ".join(facts)
+
+    def notes(self, job: JobFields) -> list[str]:
+        """What had to be assumed."""
+        found = []
+        if isinstance(job, (PPOConfig, EvaluateConfig)) and job.max_length is None and self.prompt is None:
+            tokens = self.shapes(job, self._first(job).assembly.base.context_length).prompt
+            found.append(
+                f"max_length is not set: prompts of {tokens} tokens are assumed; set it, or give --prompt-tokens"
+            )
+        if job.cpu_offload:
+            found.append("cpu_offload is not counted: these are the bytes if nothing is moved to the CPU")
+        return found
+
+    def _first(self, job: JobFields) -> Cast:
+        """The cast of the learner."""
+        if isinstance(job, PPOConfig):
+            return self._cast("learner", job, partial(learner_models, job, self.device, self.made))
+        if isinstance(job, EvaluateConfig):
+            return self._cast("panel", job, partial(evaluation_models, job, self.device, self.made))
+        assert isinstance(job, (SFTConfig, RewardConfig))
+        return self._cast("supervised", job, partial(supervised_models, job, self.device, self.made))
+
+    def _ppo(self, job: PPOConfig) -> list[Process]:
+        split, workers = job.placement == "split", max(job.learner.num_workers, 1)
+        found = [self._learner(job, workers)]
+        if split:
+            for role, build in (("generator", generator_models), ("scorer", scorer_models)):
+                cast = self._cast(role, job, partial(build, job, self.device, self.made))
+                shapes = self.shapes(job, cast.assembly.base.context_length)
+                phases = {"load": self._peak(cast, "load", (), cast.load), **self._acting(role, cast, shapes, job)}
+                actors = getattr(job, role)
+                found.append(self._process(role, actors.num_actors, actors.num_gpus, phases, cast))
+        return found
+
+    def _learner(self, job: PPOConfig, workers: int) -> Process:
+        cast = self._first(job)
+        learning: PPOLearning = self._learning(cast, partial(PPOLearning, cast, job))
+        shapes = self.shapes(job, cast.assembly.base.context_length)
+        stage = job.learner.zero_stage
+        phases = {"load": self._peak(cast, "load", (), cast.load)}
+        if job.placement == "colocate":
+            phases |= self._acting("generator", cast, shapes, job) | self._acting("scorer", cast, shapes, job)
+        phases["evaluation"] = self._peak(cast, "evaluation", shapes, lambda: learning.evaluation(shapes, job))
+        joint = stage > 0
+        phases["update"] = self._peak(cast, ("update", joint), shapes, lambda: learning.updates(shapes, job, joint))
+        file = job.learner.deepspeed
+        settings = read_deepspeed_json(file, stage).get("zero_optimization", {}) if file is not None else {}
+        zero = Zero.of(stage, workers, cast.trained, cast.base_weights, settings)
+        return self._process("learner", workers, job.learner.num_gpus, zero.applied(phases, self.device), cast)
+
+    def _acting(self, role: str, cast: Cast, shapes: Shapes, job: PPOConfig) -> Phases:
+        """What a generator, or a scorer, does."""
+        if role == "generator":
+            how = job.eval_sampling.model_copy(update={"temperature": job.temperature})  # rollouts never truncate
+            return {"sampling": self._peak(cast, "sampling", shapes, lambda: cast.sampling(shapes, how))}
+        rewards = [r.name for r in job.rewards if r.name in cast.models.bindings]
+        return {
+            "scoring": self._peak(
+                cast, "scoring", shapes, lambda: cast.scoring(shapes, job.temperature, "reference", rewards)
+            )
+        }
+
+    def _evaluation(self, job: EvaluateConfig) -> list[Process]:
+        cast = self._first(job)
+        shapes = self.shapes(job, min(s.backbone.context_length for s in cast.assembly.stacks.values()))
+        policies = [f"policy_{i}" for i in range(len(job.policies))]
+        rewards = [f"reward_{i}" for i, r in enumerate(job.rewards) if r.function is None]
+        heat = job.sampling.temperature
+        phases = {"load": self._peak(cast, "load", (), cast.load)}
+        sampled = [
+            self._peak(cast, ("sampling", p), shapes, partial(cast.sampling, shapes, job.sampling, p)) for p in policies
+        ]
+        phases["sampling"] = max(sampled, key=lambda parts: sum(parts.values()))
+        phases["scoring"] = self._peak(
+            cast, "scoring", shapes, lambda: cast.scoring(shapes, heat, policies[0], rewards)
+        )
+        return [self._process("learner", max(job.learner.num_workers, 1), job.learner.num_gpus, phases, cast)]
+
+    def _supervised(self, job: SFTConfig | RewardConfig) -> list[Process]:
+        cast = self._first(job)
+        learning: SupervisedLearning = self._learning(cast, partial(SupervisedLearning, cast, job))
+        rows, evaluated = job.per_device_train_batch_size, job.per_device_eval_batch_size
+        phases = {
+            "load": self._peak(cast, "load", (), cast.load),
+            "evaluation": self._peak(cast, "evaluation", evaluated, lambda: learning.evaluation(evaluated)),
+            "update": self._peak(cast, "update", rows, lambda: learning.training(rows)),
+        }
+        workers = max(job.learner.num_workers, 1)
+        if workers > 1:  # DDP sends gradients from buckets of its own
+            update = phases["update"]
+            phases["update"] = {**update, "gradients": update.get("gradients", 0) + 4 * cast.trained}
+        return [self._process("learner", workers, job.learner.num_gpus, phases, cast)]
+
+    def _process(self, role: str, count: int, asked: float | None, phases: Phases, cast: Cast) -> Process:
+        share = 0.0 if self.device == "cpu" else 1.0 if asked is None else asked
+        return Process(role, count, share, with_overhead(phases, self.device), cast.bases)
+
+    def _cast(self, role: str, job: JobFields, build: Callable[[], Any]) -> Cast:
+        key = role, job.model_dump_json(exclude=_SHAPE_FIELDS)
+        if key not in self._casts:
+            self._casts[key] = Cast(self.device, build)
+        cast: Cast = self._casts[key]
+        return cast
+
+    def _learning(self, cast: Cast, make: Callable[[], Any]) -> Any:
+        key = "learning", id(cast)
+        if key not in self._casts:
+            self._casts[key] = make()
+        return self._casts[key]
+
+    def _peak(self, cast: Cast, what: Any, shapes: Any, run: Callable[[], Peak]) -> Parts:
+        key = id(cast), what, shapes
+        if key not in self._peaks:
+            self._peaks[key] = run().bytes
+        return dict(self._peaks[key])
+
+
+def changed(job: JobFields, **fields: Any) -> JobFields:
+    """The job with other values of some fields (`learner__zero_stage=3` reaches into a section), checked as a job file is.
+
+    Raises pydantic's ValidationError (a ValueError) if they do not go together."""
+    values = job.model_dump(exclude_unset=True)
+    for name, value in fields.items():
+        section, _, inner = name.rpartition("__")
+        target = values.setdefault(section, {}) if section else values
+        target[inner] = value
+    return type(job)(**values)
+
+
+def with_stages(job: PipelineConfig, estimator: Estimator) -> Estimator:
+    """An estimator that knows what the pipeline's earlier stages will make."""
+    return replace(estimator, made=Made.by(job), _casts={}, _peaks={})

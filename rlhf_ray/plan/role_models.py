@@ -1,0 +1,189 @@
+"""Who sits where in each process of a job, decided by the code that the job itself runs, on models without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from rlhf_ray.config import EvaluateConfig, JobFields, LoraConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.models.adapter_files import CONFIG, AdapterFiles, check_config
+from rlhf_ray.models.adapters import add_fresh, wrap
+from rlhf_ray.models.assembly import BASE, Assembly
+from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.role_models import RoleModels
+from rlhf_ray.models.sources import ModelSource
+from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
+from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
+from rlhf_ray.plan.meta_tracker import Device
+from rlhf_ray.plan.skeleton import Head, read_config, skeleton
+from rlhf_ray.ppo.models import value_init_role
+from rlhf_ray.storage.files import read_json
+
+
+@dataclass(frozen=True)
+class Made:
+    """Adapters that the job's earlier stages will make: run folder -> the shape of its adapter."""
+
+    adapters: Mapping[str, LoraConfig] = field(default_factory=dict)
+
+    @classmethod
+    def by(cls, job: PipelineConfig) -> Made:
+        shapes: dict[str, LoraConfig] = {}
+        made = cls(shapes)
+        for stage in job.stages:
+            config = job.stage_config(stage)
+            if isinstance(config, SFTConfig):
+                shapes[config.output_dir] = config.lora
+            elif isinstance(config, (RewardConfig, PPOConfig)):
+                shapes[config.output_dir] = made.lora_of(config.sft) if config.sft else config.lora
+        return made
+
+    def source(self, spec: str, reward: bool = False) -> ModelSpec:
+        if spec in self.adapters:
+            return ModelSpec("adapter", spec)
+        return reward_source(spec) if reward else policy_source(spec)
+
+    def lora_of(self, path: str) -> LoraConfig:
+        """The shape of a saved adapter, or of one to be made."""
+        if path in self.adapters:
+            return self.adapters[path]
+        source = policy_source(path) if not (Path(path) / CONFIG).is_file() else ModelSpec("adapter", path)
+        file = Path(source.path) / CONFIG
+        config = check_config(read_json(file), str(file))
+        targets = config["target_modules"]
+        return LoraConfig(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            target_modules=targets
+            if targets == "all-linear"
+            else tuple([targets] if isinstance(targets, str) else targets),
+            use_rslora=config["use_rslora"],
+        )
+
+
+class PlannedAssembly(Assembly):
+    """`Assembly` with bases and adapters that are only described."""
+
+    def __init__(self, job: JobFields, device: Device, made: Made) -> None:
+        self.target, self.made = device, made
+        super().__init__(job, torch.device("meta"), seed=0)
+
+    def _causal_lm(self, path: str, revision: str | None) -> Backbone:
+        return skeleton(self.job, path, read_config(path, revision), self.target)
+
+    def _classifier(self, path: str) -> Backbone:
+        return skeleton(self.job, path, read_config(path, None, "rewards.model"), self.target, classifier=True)
+
+    def _read(self, path: str) -> AdapterFiles:
+        lora = self.made.lora_of(path)
+        return AdapterFiles(lora.model_dump(), {}, torch.empty(1, self.base.hidden_size, device="meta"), "", path)
+
+    def _load(self, stack: str, name: str, files: AdapterFiles, trainable: bool) -> None:
+        self.put(stack, name, LoraConfig(**{**files.config, "preset": None}), trainable)
+
+    def _copy(self, stack: str, source: str, target: str) -> None:
+        config: Any = self.stacks[stack].peft.peft_config[source]
+        self.put(stack, target, LoraConfig(r=config.r, target_modules=tuple(config.target_modules)), trainable=False)
+
+    def _fresh(self, stack: str, name: str, lora: LoraConfig) -> None:
+        self.put(stack, name, lora, trainable=True)
+
+    def put(self, stack: str, name: str, lora: LoraConfig, trainable: bool) -> None:
+        """An adapter of this shape. PEFT moves only a layer's first adapter to the meta device, so all are made there."""
+        lora = lora.model_copy(update={"lora_dropout": 0.0})
+        with torch.device("meta"):
+            if isinstance(self.stacks[stack].model, PeftModel):
+                add_fresh(self.stacks[stack].peft, name, lora, trainable=trainable)
+            else:
+                self._wrapped(stack, wrap(self.stacks[stack].backbone.model, lora, name))
+        if trainable:
+            self._mark_trained(stack, name)
+
+    def _head(self, stack: str, name: str, weight: torch.Tensor | None) -> None:
+        holder = self.stacks[stack]
+        holder.heads[name] = Head(holder.backbone.hidden_size).to("meta")
+
+    def _checkpointing(self) -> bool:
+        wanted = self.job.gradient_checkpointing
+        return self.target == "cuda" if wanted is None else wanted
+
+
+def learner_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
+    """As `ppo_roles.assemble`: with reference and rewards where every role is colocated."""
+    alone, assembly = job.placement == "colocate", PlannedAssembly(job, device, made)
+    assembly.add_trained_policy(_start(job, made), job.lora, with_reference=alone)
+    needed = value_init_role(job, _foreign(job, made)) if job.advantage_estimator == "gae" else None
+    _add_rewards(assembly, job, made, _names(job) if alone else {needed or ""})
+    if needed is not None:
+        assembly.add_value(needed, job.value.adapter, job.value.lora)
+    return assembly, assembly.finish()
+
+
+def generator_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
+    """As `ppo_roles.assemble_generator`."""
+    assembly = PlannedAssembly(job, device, made)
+    assembly.add_trained_policy(_start(job, made), job.lora, with_reference=False)
+    return assembly, assembly.finish().requires_grad_(False)
+
+
+def scorer_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
+    """As `ppo_roles.assemble_scorer`."""
+    assembly = PlannedAssembly(job, device, made)
+    assembly.add_policy("reference", _start(job, made) or ModelSpec("base", "base"))
+    _add_rewards(assembly, job, made, _names(job))
+    return assembly, assembly.finish()
+
+
+def supervised_models(job: SFTConfig | RewardConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
+    """The base with adapter `trained` on it."""
+    assembly = PlannedAssembly(job, device, made)
+    lora = made.lora_of(job.sft) if isinstance(job, RewardConfig) and job.sft is not None else job.lora
+    assembly.put(BASE, "trained", lora, trainable=True)
+    return assembly, assembly.finish()
+
+
+def evaluation_models(job: EvaluateConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
+    """As `panel.load_evaluation_models`: every policy and every reward, by number."""
+    assembly = PlannedAssembly(job, device, made)
+    for number, policy in enumerate(job.policies):
+        source = made.source(policy.policy)
+        same = source.kind == "full" and source.path == job.model_name_or_path
+        assembly.add_policy(f"policy_{number}", ModelSpec("base", "base") if same else source)
+    for number, reward in enumerate(job.rewards):
+        if reward.function is None:
+            assembly.add_reward(f"reward_{number}", made.source(reward.run or reward.model or "", reward=True))
+    return assembly, assembly.finish()
+
+
+def _names(job: PPOConfig) -> set[str]:
+    return {reward.name for reward in job.rewards}
+
+
+def _start(job: PPOConfig, made: Made) -> ModelSpec | None:
+    return made.source(job.sft) if job.sft is not None else None
+
+
+def _add_rewards(assembly: Assembly, job: PPOConfig, made: Made, names: Collection[str]) -> None:
+    for reward in job.rewards:
+        if reward.function is None and reward.name in names:
+            assembly.add_reward(reward.name, made.source(reward.run or reward.model or "", reward=True))
+
+
+def _foreign(job: PPOConfig, made: Made) -> set[str]:
+    """Rewards with another tokenizer than the base's. Where a tokenizer is not on this machine it is taken for the same."""
+    models = {r.name: made.source(r.run or r.model or "", reward=True) for r in job.rewards if r.function is None}
+    own = _tokenizer(job.model_name_or_path)
+    theirs = {name: _tokenizer(source.path) for name, source in models.items() if source.kind == "full"}
+    return {name for name, sha256 in theirs.items() if own is not None and sha256 not in (None, own)}
+
+
+def _tokenizer(path: str) -> str | None:
+    folder = Path(path).expanduser()
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    return tokenizer_sha256(tokenizer_of(ModelSource(folder, path)))

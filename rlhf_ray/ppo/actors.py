@@ -1,0 +1,81 @@
+"""Generator and scorer of a split run, as an actor builds them: plain objects, each with a base of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import ArtifactError
+from rlhf_ray.models.assembly import Assembly
+from rlhf_ray.models.backbone import BaseIdentity
+from rlhf_ray.models.lineage import header_line
+from rlhf_ray.ppo.models import assemble_generator, assemble_scorer, policy_sampler, text_maker
+from rlhf_ray.roles.loading_generator import LoadingGenerator
+from rlhf_ray.roles.scorer import Scorer
+
+
+def build_generator(config: PPOConfig, on_gpu: bool) -> LoadingGenerator:
+    """A generator with a base of its own. on_gpu: it was given (part of) one."""
+    device = _device(on_gpu)
+    assembly = assemble_generator(config, device)
+    models = assembly.finish().requires_grad_(False)
+    stack = models.stack_of("policy")
+    sampler = policy_sampler(config, assembly, stack.model)
+    generator = LoadingGenerator(sampler, assembly.base.pad_id, config.seed, stack.model, "policy")
+    generator.about = _about(assembly, device)
+    return generator
+
+
+def build_scorer(config: PPOConfig, on_gpu: bool) -> Scorer:
+    """Reference and rewards on bases of their own."""
+    device = _device(on_gpu)
+    assembly, roles = assemble_scorer(config, device)
+    models = assembly.finish()
+    rows = config.per_device_train_batch_size
+    to_texts = text_maker(assembly.base, roles.template)
+    scorer = Scorer(models, roles.build(models, rows), to_texts, config.temperature, rows, device)
+    scorer.about = _about(assembly, device)
+    return scorer
+
+
+BUILDERS = {"generator": build_generator, "scorer": build_scorer}
+"""What an actor of each role builds, for `launch`."""
+
+
+def check_and_describe(actors: list[tuple[str, Any]], identity: BaseIdentity) -> list[str]:
+    """Header lines, one for each actor: process, node, GPU, device, threads, bases. ArtifactError if one loaded another base than
+    the learner, whose identity this is.
+
+    actors: name and what it says of itself, from `RemoteRoles.introduce`."""
+    lines = []
+    for name, about in actors:
+        if about["base"] != identity.weights_sha256:
+            raise ArtifactError.at(
+                name,
+                "loaded another base than the learner",
+                identity.weights_sha256,
+                about["base"],
+                "load one revision",
+            )
+        gpus = f"GPU {', '.join(about['gpus'])}" if about["gpus"] else "no GPU"
+        threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
+        bases = f"{about['bases']} base{'s' if about['bases'] > 1 else ''}"
+        where = f"pid {about['pid']} on {about['node']}"
+        lines.append(header_line(name, f"{where}, {gpus}, {about['device']}, {threads}, {bases}"))
+    return lines
+
+
+def _device(on_gpu: bool) -> torch.device:
+    """Ray shows a process the GPUs it was given; torch may see none of them, where they are only declared."""
+    return torch.device("cuda", 0) if on_gpu and torch.cuda.is_available() else torch.device("cpu")
+
+
+def _about(assembly: Assembly, device: torch.device) -> dict[str, Any]:
+    return {
+        "device": str(device),
+        "base": assembly.base.identity.weights_sha256,
+        "bases": len(assembly.stacks),
+        "threads": torch.get_num_threads(),
+    }

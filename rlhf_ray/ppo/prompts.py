@@ -1,0 +1,85 @@
+"""The prompts of a PPO run: which train, which are held out, and which its reward models were trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.config import DataConfig, PPOConfig
+from rlhf_ray.data.collate import TokenisedPrompt, tokenise_prompts
+from rlhf_ray.data.load import StageRows, load_rows
+from rlhf_ray.data.schedule import PromptSchedule
+from rlhf_ray.data.splits import overlap
+from rlhf_ray.data.templates import Template
+from rlhf_ray.errors import ConfigError, DataError, RlhfRayError
+from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.storage.run_folder import is_run, open_run
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the run samples replies to.  lines, warnings: for the header.  manifest: of the data files."""
+
+    schedule: PromptSchedule[TokenisedPrompt]
+    held_out: list[TokenisedPrompt]
+    lines: list[str]
+    warnings: list[str]
+    manifest: tuple[dict[str, Any], ...]
+
+
+def load_prompts(config: PPOConfig, backbone: Backbone, template: Template) -> Prompts:
+    """Read, cut, tokenise. Raises ConfigError if no prompt could fit, DataError if none is left."""
+    rows = load_rows(config.data, "prompt", "ppo")
+    limit = config.max_length or backbone.context_length
+    if config.response_length >= limit:
+        raise ConfigError.at(
+            "response_length",
+            "leaves no room for a prompt",
+            f"below {limit} (the model's context)",
+            str(config.response_length),
+        )
+    shared, leaks = reward_overlap(config, rows)
+    lines, sides = [*rows.summary], []
+    for side in (rows.train, rows.held_out[: config.data.eval_max_rows]):
+        done = tokenise_prompts(
+            side,
+            template,
+            backbone.tokenizer,
+            max_length=limit,
+            response_length=config.response_length,
+            too_long=config.data.too_long,
+        )
+        lines += [str(t) for t in (done.dropped, done.truncated) if t.total]
+        sides.append(done.examples)
+    if not sides[0]:
+        raise DataError.at(", ".join(config.data.train), "no prompt is left to train on")
+    schedule = PromptSchedule(sides[0], config.rollout_batch_size, config.num_generations, config.seed)
+    return Prompts(schedule, sides[1], [*lines, *shared], [*rows.warnings, *leaks], rows.manifest)
+
+
+def reward_overlap(config: PPOConfig, rows: StageRows) -> tuple[list[str], list[str]]:
+    """(header lines, warnings), one line per reward run whose training rows can still be read.
+
+    Training prompts may be shared. A held-out prompt that a reward model was trained on is another matter: its reward there is
+    remembered, and the evaluation looks better than it is (F29)."""
+    lines: list[str] = []
+    warnings: list[str] = []
+    for reward in config.rewards:
+        if reward.run is None or not is_run(reward.run):
+            continue
+        try:
+            job = open_run(reward.run, verify=False).config()
+            trained = load_rows(DataConfig(**job["data"]), "preference", "reward").train
+        except (RlhfRayError, OSError, ValueError, KeyError):
+            lines.append(f"{reward.name}: its training pairs are not there any more: overlap unknown")
+            continue
+        shared, leaked = overlap(rows.train, trained), overlap(rows.held_out, trained)
+        lines.append(
+            f"{shared.count:,} of {shared.total:,} training prompts are also in the training pairs of {reward.name}"
+        )
+        if leaked.count:
+            warnings.append(
+                f"{leaked.count:,} of {leaked.total:,} held-out prompts are in the training pairs of {reward.name}: eval/reward"
+                " will look too good; use the same data.held_out_fraction in both stages"
+            )
+    return lines, warnings

@@ -1,0 +1,290 @@
+"""Everything a PPO run needs before its first step: models and who sits where, prompts, roles, writers, schedule of events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors.torch import load_file
+
+from rlhf_ray.batches import Rollout
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.data.collate import TokenisedPrompt
+from rlhf_ray.data.records import DataFile, Row, check_same_data
+from rlhf_ray.data.schedule import PromptSchedule, response_budgets
+from rlhf_ray.metrics import MetricsWriter, SamplesWriter
+from rlhf_ray.models.adapters import HEAD_KEY, adapter_config, load_adapter_tensors
+from rlhf_ray.models.assembly import Assembly
+from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.lineage import describe, header_line
+from rlhf_ray.models.role_models import RoleModels
+from rlhf_ray.models.zero3 import gathered, whole_numel
+from rlhf_ray.ppo.actors import check_and_describe
+from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, text_maker
+from rlhf_ray.ppo.prompts import load_prompts
+from rlhf_ray.rewards.build import RewardRoles
+from rlhf_ray.rewards.sources import Texts
+from rlhf_ray.roles.actor_collector import RemoteRoles, SplitCollector
+from rlhf_ray.roles.collector import Collector
+from rlhf_ray.roles.generator import Decoding, Generator
+from rlhf_ray.roles.invariants import tolerance
+from rlhf_ray.roles.learner import Learner
+from rlhf_ray.roles.roles_log import RolesLog
+from rlhf_ray.roles.scorer import Scorer
+from rlhf_ray.runtime.session import Session
+from rlhf_ray.storage.checkpoints import require_room
+from rlhf_ray.storage.run_folder import RunFolder
+from rlhf_ray.training.header import config_line
+from rlhf_ray.training.run_entry import check_same_models, mended_functions
+
+EVALUATIONS = 10
+
+
+class Writers:
+    """metrics.jsonl and samples.jsonl of rank 0, under `placement: split` roles.log; nothing on other ranks."""
+
+    def __init__(self, config: PPOConfig, folder: RunFolder, is_main: bool) -> None:
+        self._open = ExitStack()
+        self.roles: RolesLog | None = None
+        if is_main and config.placement == "split":
+            self.roles = RolesLog(folder.path / "roles.log")
+            self._open.callback(self.roles.close)
+        if is_main:
+            self.metrics = MetricsWriter(folder.path, config.report_to, config.run_name)
+            self.samples = SamplesWriter(folder.path)
+            self._open.callback(self.metrics.close)
+            self._open.callback(self.samples.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.close()
+
+
+@dataclass
+class PPOSetup:
+    """The parts of one rank. held_out: evaluation prompts, the same on every rank."""
+
+    folder: RunFolder
+    backbone: Backbone
+    learner: Learner
+    remote_roles: RemoteRoles | None
+    collector: Collector
+    eval_collector: Collector
+    eval_decoding: Decoding
+    schedule: PromptSchedule[TokenisedPrompt]
+    held_out: Sequence[TokenisedPrompt]
+    stop_ids: tuple[int, ...]
+    total_steps: int
+    eval_every: int
+    budgets: Callable[[int], list[int]]
+    save_due: Callable[[int, int], bool]
+    listed_saves: frozenset[int]
+    to_texts: Callable[[Rollout, Sequence[Row]], Texts]
+    tolerance: float
+    policy_config: dict[str, Any]
+    value_config: dict[str, Any]
+    writers: Writers = field(repr=False)
+
+    @property
+    def base_path(self) -> str:
+        return self.backbone.identity.path
+
+    @property
+    def value_base_path(self) -> str:
+        return self.learner.models.stack_of("value").backbone.identity.path
+
+    def load_value(self, models: RoleModels, folder: Path) -> None:
+        """Put a saved critic back: its adapter and its head."""
+        tensors = load_file(folder / "adapter_model.safetensors")
+        head = tensors.pop(HEAD_KEY)
+        load_adapter_tensors(models.stack_of("value").peft, str(models.bindings["value"].adapter), tensors)
+        weight = models.head_of("value").weight
+        with gathered([weight], change=True):
+            weight.data.copy_(head)
+
+
+def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
+    """Load, check, and say what this run is. Raises the error tree before the first rollout."""
+    remote_roles = RemoteRoles(session.actor_handles, session) if config.placement == "split" else None
+    loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
+    assembly, roles = assemble(config, session.device)
+    backbone, template = assembly.base, roles.template
+    prompts = load_prompts(config, backbone, template)
+    if folder.checkpoints():
+        check_same_data(folder.manifest()["data"], [DataFile(**item) for item in prompts.manifest])
+        judges, functions = roles.kinds_of_parents()
+        check_same_models(folder, backbone.identity, template, [*_started_from(assembly, roles), *judges])
+        roles.warnings += mended_functions(folder, functions)
+    models = assembly.finish()
+    learner = Learner(models, config, session)
+    if session.is_main and not folder.checkpoints():
+        require_room(folder.path, sum(whole_numel(p) for group in learner.groups for p in group.parameters.values()))
+    to_texts = text_maker(backbone, template)
+    stop_ids = backbone.eos_ids
+    eval_decoding = decoding(config.eval_sampling, stop_ids)
+    collector: Callable[[float], Collector]
+    if remote_roles is not None:
+        split = SplitCollector(remote_roles, session, config.rollout_chunk_size, backbone.pad_id)
+        collector = lambda temperature: split  # noqa: E731  # scorers take the temperature with each request
+    else:
+        collector = _own_collector(config, session, assembly, roles, learner, to_texts)
+    total = config.max_steps if config.max_steps > 0 else prompts.schedule.steps(config.num_train_epochs)
+    eval_every = config.eval_steps or max(total // EVALUATIONS, 1)
+    listed = frozenset(config.save_steps) if isinstance(config.save_steps, tuple) else frozenset()
+    save_every = config.save_steps if isinstance(config.save_steps, int) else None if listed else eval_every
+    policy_model = models.stack_of("policy").peft
+    setup = PPOSetup(
+        folder=folder,
+        backbone=backbone,
+        learner=learner,
+        remote_roles=remote_roles,
+        collector=collector(config.temperature),
+        eval_collector=collector(eval_decoding.temperature),
+        eval_decoding=eval_decoding,
+        schedule=prompts.schedule,
+        held_out=prompts.held_out,
+        stop_ids=stop_ids,
+        total_steps=total,
+        eval_every=eval_every,
+        budgets=lambda step: response_budgets(
+            config.rollout_batch_size, config.min_response_length, config.response_length, config.seed, step
+        ),
+        save_due=lambda step, last: step == last or step in listed or bool(save_every and step % save_every == 0),
+        listed_saves=listed,
+        to_texts=to_texts,
+        tolerance=tolerance(backbone.dtype, config.load_in_8bit or config.load_in_4bit),
+        policy_config=adapter_config(policy_model, "policy"),
+        value_config=_value_config(models),
+        writers=Writers(config, folder, session.is_main),
+    )
+    whereabouts = [f"rank {rank}, {line}" for rank, line in enumerate(session.gather(session.where)) if line]
+    if session.is_main:
+        _write_manifest(setup, assembly, roles, prompts.manifest, session)
+        lines = header_lines(config, setup, roles, session, prompts.lines, whereabouts)
+        if remote_roles is not None and setup.writers.roles is not None:
+            found = remote_roles.introduce(loading)
+            actors = check_and_describe(found, backbone.identity)
+            learners = [header_line("learner", line) for line in whereabouts]
+            setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
+            lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
+        session.console.header(f"ppo  {config.output_dir}", lines)
+        for line in [*prompts.warnings, *roles.warnings]:
+            session.console.warn(line)
+    return setup
+
+
+def _own_collector(
+    config: PPOConfig,
+    session: Session,
+    assembly: Assembly,
+    roles: RewardRoles,
+    learner: Learner,
+    to_texts: Callable[[Rollout, Sequence[Row]], Texts],
+) -> Callable[[float], Collector]:
+    """Makes collectors, by temperature, that sample and score on the learner's own models."""
+    models, pad_id, rows = learner.models, assembly.base.pad_id, config.per_device_train_batch_size
+    module, lockstep, max_over_ranks = learner.engine.module, learner.lockstep, learner.models.max_over_ranks
+    rewards = roles.build(module, rows, max_over_ranks)
+    forward = partial(module, "decode") if lockstep else None
+    sampler = policy_sampler(config, assembly, models.stack_of("policy").model, forward)
+    some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
+    generator = Generator(sampler, pad_id, config.seed, some_rank_decodes)
+
+    def collector(temperature: float) -> Collector:
+        scorer = Scorer(module, rewards, to_texts, temperature, rows, session.device, max_over_ranks=max_over_ranks)
+        return Collector(generator, scorer, session, config.rollout_chunk_size, pad_id, lockstep)
+
+    return collector
+
+
+def _value_config(models: RoleModels) -> dict[str, Any]:
+    if "value" not in models.bindings:
+        return {}
+    return adapter_config(models.stack_of("value").peft, str(models.bindings["value"].adapter))
+
+
+def header_lines(
+    config: PPOConfig,
+    setup: PPOSetup,
+    roles: RewardRoles,
+    session: Session,
+    data_lines: list[str],
+    whereabouts: list[str],
+) -> list[str]:
+    """What the run is, before it starts. whereabouts: of the learner's ranks, where they are Ray workers."""
+    backbone, learner = setup.backbone, setup.learner
+    trained = {g.name: sum(map(whole_numel, g.parameters.values())) for g in learner.groups}
+    total = sum(map(whole_numel, learner.models.parameters()))
+    share = ", ".join(f"{name} {count:,}" for name, count in trained.items())
+    per_step, world = config.rollout_batch_size // config.num_mini_batches, session.world_size
+    penalty = "none" if config.kl_penalty == "none" else f"{config.kl_coef:g} x {config.kl_penalty}"
+    return [
+        *describe(backbone.identity, (), roles.template),
+        *roles.assembly.describe(),
+        header_line("trainable", f"{share} of {total:,} parameters"),
+        header_line(
+            "placement",
+            f"{config.placement}, {world} worker{'s' if world > 1 else ''}, ZeRO {config.learner.zero_stage}",
+        ),
+        *zero_3_lines(config, session),
+        header_line("device", f"{session.device}, {session.num_threads} threads, {backbone.attn_implementation}"),
+        *(header_line("learner", line) for line in whereabouts),
+        *(header_line("data", line) for line in data_lines),
+        header_line(
+            "steps",
+            f"{setup.total_steps} of {config.rollout_batch_size} replies; {config.num_ppo_epochs} epochs x "
+            f"{config.num_mini_batches} minibatches of {per_step} replies; {len(setup.held_out)} held-out prompts",
+        ),
+        header_line("KL penalty", f"{penalty}, {config.kl_controller} coefficient"),
+        header_line(
+            "tokens", f"pad {backbone.pad.token!r} ({backbone.pad.why}); replies end at {list(setup.stop_ids)}"
+        ),
+        config_line(config),
+    ]
+
+
+def zero_3_lines(config: PPOConfig, session: Session) -> list[str]:
+    """What the whole sharding of the base costs where the learner also samples."""
+    if config.learner.zero_stage < 3 or config.placement == "split":
+        return []
+    cost = "every token decoded gathers the whole base again, on all ranks"
+    if session.world_size == 1:
+        return [header_line("", f"ZeRO 3 with 1 worker saves nothing: there is nobody to share with, and {cost}")]
+    return [header_line("", f"ZeRO 3: {cost}; generators of their own (placement: split) decode faster")]
+
+
+def _started_from(assembly: Assembly, roles: RewardRoles) -> list[dict[str, Any]]:
+    """The adapters that the policy starts from, as a manifest records them."""
+    known = {parent["role"] for parent in roles.parents}
+    return [
+        {"role": role, "path": files.path, "sha256": files.sha256}
+        for role, files in assembly.files.items()
+        if role not in known
+    ]
+
+
+def _write_manifest(
+    setup: PPOSetup, assembly: Assembly, roles: RewardRoles, data: tuple[dict[str, Any], ...], session: Session
+) -> None:
+    """Parents: what the policy starts from, then every reward."""
+    parents, identity, template = (
+        [*_started_from(assembly, roles), *roles.parents],
+        setup.backbone.identity,
+        roles.template,
+    )
+    setup.folder.update_manifest(
+        parents=parents,
+        base=identity.manifest(),
+        tokenizer_sha256=identity.tokenizer_sha256,
+        template=template.manifest(),
+        stop_token_ids=list(setup.stop_ids),
+        data=list(data),
+        threads=session.num_threads,
+        world_size=session.world_size,
+    )

@@ -1,0 +1,114 @@
+"""A reward model that reads other tokens than the policy writes.
+
+Token ids mean nothing to it, so replies travel as text: decoded, put after the row's prompt in the reward model's own template, and
+encoded again, with its end token where the reply is finished. Text that does not encode back into the ids that were sampled
+has drifted: what is scored is then not quite what was said. The share of such replies is a metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.batches import Sequences
+from rlhf_ray.data.collate import pad_left, pad_right
+from rlhf_ray.data.encode import encode_prompts, encode_texts
+from rlhf_ray.data.records import Row
+from rlhf_ray.data.templates import Template
+from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.forward import to_device
+from rlhf_ray.models.zero3 import MaxOverRanks, lockstep_batches, padding_batch
+from rlhf_ray.rewards.sources import FunctionReward, ModelReward, Texts
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a reward model reads text.  add_eos_token: whether its training ended complete replies with the end token."""
+
+    backbone: Backbone
+    template: Template
+    add_eos_token: bool
+
+    def encode(
+        self, rows: Sequence[Row], responses: Sequence[str], finished: Sequence[bool] | None = None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids of the rows' prompts and of the replies, each complete unless `finished` says otherwise."""
+        tokenizer = self.backbone.tokenizer
+        prompts = encode_prompts(tokenizer, self.template, [row.prompt for row in rows], [row.where for row in rows])
+        end = [int(tokenizer.eos_token_id)] if self.add_eos_token else []  # type: ignore[arg-type]
+        complete = finished if finished is not None else [True] * len(responses)
+        return prompts, [
+            ids + (end if whole else [])
+            for ids, whole in zip(encode_texts(tokenizer, responses), complete, strict=True)
+        ]
+
+    def sequences(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Sequences:
+        """Padded, on the reward model's device. Every prompt and reply must hold a token."""
+        before, real_before = pad_left(prompts, self.backbone.pad_id)
+        after, real_after = pad_right(responses, self.backbone.pad_id)
+        together = torch.cat([before, after], dim=1), torch.cat([real_before, real_after], dim=1)
+        return to_device(Sequences(*together, real_after), self.backbone.device)
+
+
+class RetokenisedReward:
+    """A whole reward model with a tokenizer of its own, by its role.
+
+    reader: of the reward model.  writer: the policy's base.  rows_per_forward: memory only.  agree: as the scorer's."""
+
+    def __init__(
+        self,
+        name: str,
+        weight: float,
+        models: Callable[..., Any],
+        role: str,
+        reader: Reader,
+        writer: Backbone,
+        rows_per_forward: int,
+        max_over_ranks: MaxOverRanks = int,
+    ) -> None:
+        self.name, self.weight, self.models, self.role = name, weight, models, role
+        self.reader, self.writer, self.rows_per_forward, self.max_over_ranks = (
+            reader,
+            writer,
+            rows_per_forward,
+            max_over_ranks,
+        )
+
+    @torch.no_grad()
+    def score(self, texts: Texts, rows: Sequence[Row], finished: Sequence[bool]) -> Tensor:
+        """f32[rows]. What is longer than the reward model's context loses the start of its prompt, as in a long conversation."""
+        prompts, responses = self.reader.encode(rows, texts.completions, finished)
+        fitted = [_fit(p, r, self.reader.backbone.context_length) for p, r in zip(prompts, responses, strict=True)]
+        found = torch.zeros(len(rows))
+        for piece in lockstep_batches(len(rows), self.rows_per_forward, self.max_over_ranks):
+            seq = self.reader.sequences([p for p, _ in fitted[piece]], [r for _, r in fitted[piece]])
+            found[piece] = self.models("rewards", self.role, seq).float().cpu()
+        return found
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Take part in the passes that other ranks make (see `Scorer.join`)."""
+        for _ in range(self.max_over_ranks(0)):
+            self.models("rewards", self.role, padding_batch(self.reader.backbone.device))
+
+    def drift(self, texts: Texts) -> Tensor:
+        """f32[rows]: 1 where a reply's text does not encode back into the ids that were sampled, special ones aside, else 0."""
+        special = set(self.writer.tokenizer.all_special_ids)
+        said = [[i for i in ids if i not in special] for ids in texts.completion_ids]
+        back = encode_texts(self.writer.tokenizer, texts.completions)
+        return torch.tensor([float(a != b) for a, b in zip(said, back, strict=True)])
+
+
+def _fit(prompt: list[int], response: list[int], context: int) -> tuple[list[int], list[int]]:
+    """At most the last `context` tokens, cut so that both parts hold one: a reply without tokens is read after its prompt."""
+    tokens = (prompt + response)[-context:]
+    at = min(max(len(tokens) - len(response), 1), len(tokens) - 1)
+    return tokens[:at], tokens[at:]
+
+
+Reward = ModelReward | RetokenisedReward | FunctionReward
+"""Whatever scores replies: on token ids, on text through a tokenizer of its own, or in Python on text."""

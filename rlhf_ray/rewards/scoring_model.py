@@ -1,0 +1,139 @@
+"""A reward model on its own, for texts: loaded as it was trained, and asked as PPO asks it.
+
+The run's own prompt template, token ids of prompt and reply encoded apart, the reply's eos as in training, the head read after the
+last real token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf_ray.config import EvaluateConfig, RewardConfig, RewardSource
+from rlhf_ray.console import Console
+from rlhf_ray.data.templates import Template, load_template
+from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.metrics import figure
+from rlhf_ray.models.adapters import read_adapter, wrap
+from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
+from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.lineage import DEFAULT_TEMPLATE, check_lineage, parent_of, recorded_reward, recorded_template
+from rlhf_ray.models.loading import DTYPES
+from rlhf_ray.models.merge import fixture_difference
+from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
+from rlhf_ray.models.sources import resolve_source
+from rlhf_ray.models.specs import ModelSpec, reward_source
+from rlhf_ray.rewards.retokenised import Reader
+from rlhf_ray.rewards.sources import ModelReward
+
+ROLE = "reward"
+STACK = "reward"
+ROWS_PER_FORWARD = int(EvaluateConfig.model_fields["per_device_eval_batch_size"].default)
+FIXTURE_TOLERANCE = 1e-3
+"""Rounding between machines stays far below this in float32; a wrong base, head or precision goes far beyond."""
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """A loaded reward model, and how its training formed the sequences that it scores."""
+
+    reader: Reader
+    reward: ModelReward
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float | None]:
+        """One score per sequence; None where there is nothing to read, or more than the model can."""
+        fits = [
+            i
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+            if prompt and response and len(prompt) + len(response) <= self.reader.backbone.context_length
+        ]
+        found: list[float | None] = [None] * len(prompts)
+        for start in range(0, len(fits), ROWS_PER_FORWARD):
+            part = fits[start : start + ROWS_PER_FORWARD]
+            seq = self.reader.sequences([prompts[i] for i in part], [responses[i] for i in part])
+            for i, value in zip(part, self.reward.score(seq).tolist()):
+                found[i] = value
+        return found
+
+
+def load_scoring_model(
+    source: RewardSource, template: str | None, device: torch.device, console: Console
+) -> ScoringModel:
+    """The reward model that `source` names, at the precision it was trained at where this machine can; its fixture is checked.
+
+    Raises ConfigError, ArtifactError."""
+    found = reward_source(source.run or source.model or "")
+    backbone, models = _load(found, device)
+    prompt_template = load_template(template or recorded_template(found) or DEFAULT_TEMPLATE, backbone.tokenizer)
+    for line in check_lineage(found, backbone.identity, prompt_template, role=ROLE):
+        console.warn(line)
+    reader = reader_of(found, backbone, prompt_template)
+    model = ScoringModel(reader, ModelReward(source.name, source.weight, models, ROLE))
+    console.log(
+        f"{found.describe()} on {backbone.identity.path} ({backbone.identity.precision}); template {prompt_template.name};"
+        f" replies {'end in ' + str(backbone.tokenizer.eos_token) if reader.add_eos_token else 'end without eos'}"
+    )
+    gap = _fixture_gap(model, found, recorded_reward(found).get("fixture") or [])
+    if gap is not None and gap > FIXTURE_TOLERANCE:
+        console.warn(f"texts it was tested on when it was made score otherwise here, by up to {figure(gap)}")
+    elif gap is not None:
+        console.log(f"reproduces the scores it was tested on when it was made, to within {figure(gap)}")
+    return model
+
+
+def reader_of(source: ModelSpec, backbone: Backbone, template: Template) -> Reader:
+    """How the reward model `source` reads text. ConfigError if its replies end with a token that its tokenizer lacks."""
+    add_eos = bool(recorded_reward(source).get("add_eos_token", RewardConfig.model_fields["add_eos_token"].default))
+    if add_eos and backbone.tokenizer.eos_token_id is None:
+        raise ConfigError.at(source.path, "its tokenizer has no eos token to end replies with")
+    return Reader(backbone, template, add_eos)
+
+
+def _load(source: ModelSpec, device: torch.device) -> tuple[Backbone, RoleModels]:
+    if source.kind == "full":
+        backbone = load_classifier(source.path, revision=None, **_how(None, device))
+        head: Any = backbone.model.score
+        stack, binding, weight = AdapterStack(backbone, None), RoleBinding(STACK, None, ROLE), head.weight.detach()
+    else:
+        base, files = parent_of(source, ROLE).base, read_adapter(source.path)
+        if files.head is None:
+            raise ArtifactError.at(source.path, "has no reward head", "the adapter of a reward run", "a policy adapter")
+        if base is None:
+            raise ArtifactError.at(source.path, "does not say which base it belongs on", "base_model_name_or_path")
+        weight = files.head
+        backbone = load_backbone(
+            path=str(base["path"]), revision=base.get("revision"), **_how(base.get("precision"), device)
+        )
+        stack, binding = AdapterStack(backbone, wrap(backbone.model, files, ROLE)), RoleBinding(STACK, ROLE, ROLE)
+    stack.heads[ROLE] = ScalarHead(backbone.hidden_size, weight.float().cpu()).to(device)
+    models = RoleModels({STACK: stack}, {ROLE: binding})
+    models.requires_grad_(False)
+    models.eval()
+    return backbone, models
+
+
+def _how(precision: str | None, device: torch.device) -> dict[str, Any]:
+    """Arguments of the loaders for a recorded precision; the machine's own choice where it is unknown or needs a GPU."""
+    known = precision in DTYPES and not (precision == "float16" and device.type != "cuda")
+    return {
+        "dtype": precision if known else "auto",
+        "attn_implementation": "auto",
+        "load_in_8bit": precision == "8bit",
+        "load_in_4bit": precision == "4bit",
+        "cpu_offload": False,
+        "device": device,
+    }
+
+
+def _fixture_gap(model: ScoringModel, source: ModelSpec, fixture: Sequence[dict[str, Any]]) -> float | None:
+    """Largest difference from the scores that its training, or its merge, left: is this the reward model that was made?"""
+    if source.kind == "full":
+        return fixture_difference(resolve_source(source.path).folder, model.reader.backbone)
+    ids = [row["input_ids"] for row in fixture]
+    found = model.score([row[:1] for row in ids], [row[1:] for row in ids])
+    gaps = [abs(value - row["score"]) for value, row in zip(found, fixture) if value is not None]
+    return max(gaps, default=None)

@@ -1,0 +1,171 @@
+"""Where a reward comes from: a trained reward model on token ids, or a Python function on text."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.batches import Sequences
+from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
+from rlhf_ray.maths.rng import derived_seed
+from rlhf_ray.runtime.session import global_generators
+from rlhf_ray.storage.run_folder import sha256_file
+
+MEND = "mend the function"
+PAUSES_S = (0.5, 2.0)
+"""Before a reward function that raised is asked again: a service behind it may be back."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a Python reward sees of some rows: prompts and replies as text, reply ids, and the raw columns of the data file."""
+
+    prompts: Sequence[str]
+    completions: Sequence[str]
+    completion_ids: Sequence[list[int]]
+    columns: Sequence[dict[str, Any]]
+
+
+class ModelReward:
+    """A reward adapter or a reward model of its own, by its role."""
+
+    def __init__(self, name: str, weight: float, models: Callable[..., Any], role: str) -> None:
+        self.name, self.weight, self.models, self.role = name, weight, models, role
+
+    def score(self, seq: Sequences) -> Tensor:
+        """f32[M]: the scalar head's output after the reply's last token, on token ids, never re-tokenised."""
+        return self.models("rewards", self.role, seq).float()
+
+
+class FunctionReward:
+    """A Python function with TRL's signature score(prompts, completions, **columns) -> list[float].
+
+    As in TRL, columns holds every column of the data that all rows have, and completion_ids; where the data's own `prompt` is a
+    list of messages, prompts are those lists and completions are lists of one assistant message. A function that draws random
+    numbers (random, numpy.random, torch) draws the same ones for the same texts, whoever asks it and however often."""
+
+    def __init__(self, name: str, weight: float, spec: str) -> None:
+        self.name, self.weight, self.spec = name, weight, spec
+        self.function, self.sha256 = load_function(spec)
+
+    def score(self, texts: Texts) -> Tensor:
+        """f32[rows]: what the function returns, NaN where it has no number for one. If it raises it is asked again, twice.
+
+        Raises Interrupted if it raises to the end, or returns anything but one number per row: it is mended, and the run goes
+        on."""
+        shared = set.intersection(*(set(c) for c in texts.columns)) if texts.columns else set()
+        columns = {name: [c[name] for c in texts.columns] for name in sorted(shared) if name.isidentifier()}
+        offered = {"completion_ids": list(texts.completion_ids), **columns}
+        for taken in ("prompts", "completions"):
+            offered.pop(taken, None)
+        where = f"reward {self.name} ({self.spec})"
+        got = self._asked({**_spoken(texts), **self._accepted(offered)}, where)
+        return checked_rewards(got, len(texts.prompts), where)
+
+    def _asked(self, arguments: dict[str, Any], where: str) -> Any:
+        seed = derived_seed(0, "reward", self.name, repr((arguments["prompts"], arguments["completions"])))
+        for pause in (*PAUSES_S, None):
+            try:
+                with global_generators(seed):
+                    return self.function(**arguments)
+            except Exception as error:
+                if pause is None:
+                    what = f"raised {type(error).__name__} {len(PAUSES_S) + 1} times: {error}"
+                    raise Interrupted.at(where, what, fix=MEND) from error
+                time.sleep(pause)
+
+    def _accepted(self, offered: dict[str, Any]) -> dict[str, Any]:
+        """TRL hands over every column; a function without **kwargs gets those it names."""
+        parameters = inspect.signature(self.function).parameters
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return offered
+        return {name: value for name, value in offered.items() if name in parameters}
+
+
+def _spoken(texts: Texts) -> dict[str, Any]:
+    if texts.columns and all(isinstance(columns.get("prompt"), list) for columns in texts.columns):
+        responses = [[{"role": "assistant", "content": text}] for text in texts.completions]
+        return {"prompts": [columns["prompt"] for columns in texts.columns], "completions": responses}
+    return {"prompts": list(texts.prompts), "completions": list(texts.completions)}
+
+
+def checked_rewards(got: Any, rows: int, where: str) -> Tensor:
+    """f32[rows], NaN where there is no number: a made-up one would train on noise. Raises Interrupted for anything else.
+
+    Text and dicts are refused although numbers can be read out of them: nobody can know which are meant."""
+    if isinstance(got, (str, bytes, Mapping, Set)):
+        raise _no_numbers(where, type(got).__name__)
+    try:
+        answers = list(got)
+    except Exception as error:
+        raise _no_numbers(where, type(got).__name__) from error
+    values = [_reward(value, row, where) for row, value in enumerate(answers)]
+    if len(values) != rows:
+        raise Interrupted.at(where, "returned the wrong number of rewards", str(rows), str(len(values)), MEND)
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _reward(value: Any, row: int, where: str) -> float:
+    if isinstance(value, (str, bytes)):
+        raise _no_numbers(where, f"{value[:40]!r} for reply {row}")
+    try:
+        return math.nan if value is None else float(value)
+    except OverflowError as error:
+        raise _no_numbers(where, f"{type(value).__name__} over the largest float for reply {row}") from error
+    except Exception as error:
+        raise _no_numbers(where, f"{type(value).__name__} for reply {row}") from error
+
+
+def _no_numbers(where: str, got: str) -> Interrupted:
+    return Interrupted.at(where, "did not return a list of numbers", "list[float]", got, MEND)
+
+
+def all_finite(values: Tensor, where: str) -> Tensor:
+    """`values`, f32[rows], where none may be missing. Raises InvariantError naming the first row that is not finite."""
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if bad:
+        what = f"reward of row {bad[0]} is not finite ({len(bad)} of {len(values)})"
+        raise InvariantError.at(where, what, got=str(float(values[bad[0]])))
+    return values
+
+
+def load_function(spec: str) -> tuple[Callable[..., Any], str]:
+    """The function of `file.py:name` or `pkg.mod:name`, and the sha256 of its file. Raises ConfigError.
+
+    A reward function is code, as trusted as the job file that names it."""
+    place, _, name = spec.rpartition(":")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ConfigError.at("rewards.function", "no such file", "a Python file", place)
+    try:
+        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:
+        raise ConfigError.at(
+            "rewards.function", f"importing {place} failed: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v)) or "none"
+        raise ConfigError.at("rewards.function", f"{place} has no function {name}", f"one of {names}", spec)
+    return function, sha256_file(Path(inspect.getfile(module)))
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"rlhf_ray_reward_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"not a Python module: {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,272 @@
+"""Sampling and scoring by actors (`placement: split`): the same chunks, the same rows, the same numbers as on a rank of its own.
+
+A rank hands all its chunks out at once, each rollout's reference straight on to a scorer: chunk c is scored while chunk c + 1 is
+sampled, and a rollout travels once. A chunk whose generator is lost is sampled again as a whole; a chunk is a function of adapter
+and prompts, so it comes out the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from rlhf_ray.batches import Rollout, Scores
+from rlhf_ray.errors import InvariantError, Problem
+from rlhf_ray.roles import invariants
+from rlhf_ray.roles.actor_pool import (
+    ATTEMPTS,
+    LOST,
+    ActorHandles,
+    ActorPool,
+    CallStats,
+    PendingCall,
+    ask_ref_store,
+    cause_of,
+    put_adapter,
+)
+from rlhf_ray.roles.collector import Chunk, Collector, Share
+from rlhf_ray.roles.generator import ActiveAdapter, Decoding
+from rlhf_ray.roles.learner import PublishedAdapter
+from rlhf_ray.roles.roles_log import Done
+from rlhf_ray.runtime.session import Session
+
+LOOK_S = 0.5
+"""Seconds between two looks at whether somebody asked to stop."""
+
+
+class RemoteRoles:
+    """A rank's generators and scorers, and the adapter that it hands to them."""
+
+    def __init__(self, actor_handles: ActorHandles, session: Session) -> None:
+        def tell(line: str) -> None:
+            session.console.log(f"rank {session.rank}: {line}")
+
+        self.generators, self.scorers = (ActorPool(role, actor_handles, tell) for role in ("generator", "scorer"))
+        self.ref_store, self.session, self.tell = actor_handles.ref_store, session, tell
+        self.version, self.reference = -1, None
+
+    def publish(self, adapter: PublishedAdapter) -> int:
+        """Hand `adapter` over: rank 0 puts it into the object store, once. Every rank calls it. Returns the bytes put there."""
+        reference, size = None, 0
+        if self.session.is_main:
+            reference, size = put_adapter(adapter.tensors)
+            if self.ref_store is not None:
+                ask_ref_store(self.ref_store, "post", adapter.version, [reference])
+        self.session.barrier()
+        if not self.session.is_main:
+            [reference] = ask_ref_store(self.ref_store, "fetch", adapter.version)
+        self.version, self.reference = adapter.version, reference
+        return size
+
+    def idle(self, busy: dict[str, float], step: float, waited: float) -> dict[str, float]:
+        """Share of a step in which each role had nothing to do. busy: seconds of work by role, all actors together.  step: its
+        seconds.  waited: the learner's, for rollouts and scores."""
+        actor_handles = (self.generators, self.scorers)
+        found = {f"time/idle_{p.role}": 1.0 - busy[p.role] / (len(p) * step) for p in actor_handles}
+        found["time/idle_learner"] = waited / step
+        return {name: min(max(share, 0.0), 1.0) for name, share in found.items()}
+
+    def wake(self) -> list[list[PendingCall]]:
+        """Have all actors load their models, without waiting for it; see `introduce`."""
+        return [pool.ask_all("describe") for pool in (self.generators, self.scorers)]
+
+    def introduce(self, asked: list[list[PendingCall]]) -> list[tuple[str, dict[str, Any]]]:
+        """("generator 0", what it says of itself) of every actor. asked: what `wake` gave."""
+        found = []
+        for pool, calls in zip((self.generators, self.scorers), asked):
+            for said, work in pool.answers(calls, "loading its models"):
+                where = {"pid": work.pid, "node": work.node, "gpus": work.gpus, "seconds": work.built}
+                found.append((f"{pool.role} {work.index}", {**said, **where}))
+        return found
+
+
+@dataclass
+class _Flight:
+    """One chunk under way. sampling, scoring: the calls of its present attempt; tries: attempts so far."""
+
+    chunk: Chunk
+    sampling: PendingCall
+    scoring: PendingCall
+    tries: int = 1
+
+
+class SplitCollector(Collector):
+    """A collector whose generator and scorer are actors."""
+
+    def __init__(self, remote_roles: RemoteRoles, session: Session, chunk_size: int, pad_id: int) -> None:
+        self.remote_roles, self.session, self.chunk_size, self.pad_id = remote_roles, session, chunk_size, pad_id
+        self.lockstep = False
+
+    def explain(self, error: InvariantError, adapter: PublishedAdapter) -> InvariantError:
+        """`error`, which says that sampler and learner disagree, with the tensor in which each generator differs most."""
+        lines = []
+        pool = self.remote_roles.generators
+        for tensors, work in pool.answers(pool.ask_all("tensors"), "showing its adapter"):
+            worst = invariants.worst_tensor(tensors, adapter.tensors)
+            who = f"generator {work.index}"
+            lines.append(
+                f"{who} holds the learner's adapter, all {len(tensors)} tensors: look for precision, temperature or base"
+                if worst is None
+                else f"{who} differs most in {worst.name} (by {worst.gap:.3g}; sha256 {worst.theirs}, learner {worst.ours})"
+            )
+        first = error.problems[0]
+        return InvariantError(Problem(first.where, first.what, first.expected, first.got, "; ".join(lines)))
+
+    def _begin(
+        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+    ) -> Callable[[], Share]:
+        job = _Job(self.remote_roles, adapter, decoding, role, step, partial(self.wish, role))
+        job.send(mine)
+        return job.wait
+
+
+class _Job:
+    """The chunks of one rank in one step, sampled by the adapter that was handed over last when they were sent."""
+
+    def __init__(
+        self,
+        remote_roles: RemoteRoles,
+        adapter: ActiveAdapter,
+        decoding: Decoding,
+        role: str,
+        step: int,
+        wish: Callable[[], str],
+    ) -> None:
+        """wish: who asks for the chunks to be left, if anybody."""
+        if adapter.version != remote_roles.version:
+            raise InvariantError.at(
+                f"step {step}",
+                "an adapter is asked for that was not handed over",
+                str(remote_roles.version),
+                str(adapter.version),
+            )
+        self.remote_roles, self.adapter, self.decoding = remote_roles, adapter, decoding
+        self.reference = remote_roles.reference  # a newer adapter may be handed over while these chunks are under way
+        self.role, self.step, self.wish = role, step, wish
+        self.share = Share(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
+        self.flying: dict[int, _Flight] = {}
+        self.sampled: dict[int, float] = {}
+        self.silence: dict[str, tuple[list[Any], float]] = {}  # role -> work it has, and since when it is that
+
+    def send(self, mine: Sequence[Chunk]) -> None:
+        """Hand all chunks out, without waiting for anything but a restart."""
+        for chunk in mine:
+            sampling = self._sample(chunk, 0)
+            self.flying[chunk.number] = _Flight(chunk, sampling, self._score(chunk, sampling.result, 0))
+
+    def wait(self) -> Share:
+        """What became of them. Its seconds are those of waiting: up to the last rollout, and from then to the last scores."""
+        started = time.perf_counter()
+        done = self._land_all()
+        last = max((when for when, *_ in done.values()), default=started)
+        self.share.seconds = {"time/generate": last - started, "time/score": time.perf_counter() - last}
+        for number in sorted(done):
+            self.share.rollouts.append(done[number][1])
+            self.share.scores.append(done[number][2])
+        return self.share
+
+    def _land_all(self) -> dict[int, tuple[float, Rollout, Scores]]:
+        """Chunk number -> (when its rollout was seen, rollout, scores)."""
+        done: dict[int, tuple[float, Rollout, Scores]] = {}
+        while self.flying:
+            self._watch()
+            if (why := self.wish()) != "":
+                self.share.abandoned = why
+                return {}
+            for number, flight in list(self.flying.items()):
+                if (scored := self._land(flight)) is not None:
+                    done[number] = (self.sampled.get(number, time.perf_counter()), *scored)
+                    del self.flying[number]
+        return done
+
+    def _sample(self, chunk: Chunk, attempt: int) -> PendingCall:
+        what = (chunk.prompts, self.adapter, self.reference, self.decoding, self.role, self.step)
+        return self.remote_roles.generators.submit(chunk.number + attempt, "generate_with", *what)
+
+    def _score(self, chunk: Chunk, rollout: Any, attempt: int) -> PendingCall:
+        what = (rollout, chunk.rows, self.decoding.temperature)
+        return self.remote_roles.scorers.submit(chunk.number + attempt, "score_at", *what)
+
+    def _watch(self) -> None:
+        """Wait until something happens; a role that is silent for its timeout loses the actor that has its oldest work."""
+        open_ = [f.sampling.work for n, f in self.flying.items() if n not in self.sampled]
+        open_ += [f.scoring.work for f in self.flying.values()]
+        ready: list[Any] = []
+        while not ready and not self.wish():
+            ready, _ = ray.wait(open_, num_returns=1, timeout=LOOK_S)
+            for number, flight in self.flying.items():
+                if number not in self.sampled and flight.sampling.work in ready:
+                    self.sampled[number] = time.perf_counter()
+            for pool, doing in ((self.remote_roles.generators, "sampling"), (self.remote_roles.scorers, "scoring")):
+                self._end_if_silent(pool, doing)
+
+    def _end_if_silent(self, pool: ActorPool, doing: str) -> None:
+        scoring, now = doing == "scoring", time.monotonic()
+        waiting = [f for n, f in self.flying.items() if (n in self.sampled) == scoring]
+        calls = [f.scoring if scoring else f.sampling for f in waiting]
+        stats = [call.work for call in calls]
+        before, since = self.silence.get(pool.role, ([], now))
+        if stats != before or not stats:
+            self.silence[pool.role] = stats, now
+        elif now - since > pool.timeout_s:
+            pool.end(calls[0].index, self._doing(waiting[0], doing))
+            self.silence[pool.role] = stats, now
+
+    def _land(self, flight: _Flight) -> tuple[Rollout, Scores] | None:
+        """Rollout and scores if the chunk is done; None if it is still under way, or sent on its way again."""
+        ready, _ = ray.wait([flight.scoring.work], timeout=0)
+        if not ready:
+            return None
+        try:
+            rollout, sampling = self._get(flight.sampling)
+        except LOST as error:
+            self._again(flight, self.remote_roles.generators, flight.sampling.index, error, "sampling")
+            self.sampled.pop(flight.chunk.number, None)
+            flight.sampling = self._sample(flight.chunk, flight.tries)
+            flight.scoring = self._score(flight.chunk, flight.sampling.result, flight.tries)
+            return None
+        self._check_echo(rollout, flight)
+        try:
+            scores, scoring = self._get(flight.scoring)
+        except LOST as error:
+            self._again(flight, self.remote_roles.scorers, flight.scoring.index, error, "scoring")
+            flight.scoring = self._score(flight.chunk, flight.sampling.result, flight.tries)
+            return None
+        self.share.busy["generator"] += sampling.seconds
+        self.share.busy["scorer"] += scoring.seconds
+        number = flight.chunk.number
+        self.share.done += [Done("generator", number, sampling), Done("scorer", number, scoring)]
+        return rollout, scores
+
+    def _get(self, call: PendingCall) -> tuple[Any, CallStats]:
+        try:
+            result, work = ray.get([call.result, call.work], timeout=self.remote_roles.generators.timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, LOST):  # of an argument, not of the role
+                raise error.cause from error
+            raise cause_of(error) from error
+        return result, work
+
+    def _again(self, flight: _Flight, pool: ActorPool, index: int, error: BaseException, doing: str) -> None:
+        """Count an attempt that was lost. Raises Interrupted when there have been enough."""
+        pool.lost(index)
+        what = self._doing(flight, doing)
+        if flight.tries >= ATTEMPTS:
+            raise pool.exhausted(index, error, what) from error
+        flight.tries += 1
+        self.share.faults["faults/retries"] += 1.0
+        why = pool.kind(index, error)
+        self.remote_roles.tell(f"{pool.role} {index}: lost while {what} ({why}); the chunk is done again")
+
+    def _check_echo(self, rollout: Rollout, flight: _Flight) -> None:
+        if (rollout.adapter_version, rollout.adapter_sha256) != (self.adapter.version, self.adapter.sha256):
+            raise invariants.stale_adapter(rollout, self.adapter.sha256, self.step, self.adapter.version)
+
+    def _doing(self, flight: _Flight, doing: str) -> str:
+        return f"{doing} chunk {flight.chunk.number} of step {self.step}, adapter version {self.adapter.version}"

@@ -1,0 +1,213 @@
+"""What a stage knows of where it runs: its rank, its device, its console, and how to meet the other ranks.
+
+A stage sees Ray only through this. Two backends make a `Session`: a worker of a Ray Train group, which has its process group
+already, and a plain process, which makes one of world size 1 and keeps it for the life of the process (tearing it down between
+two DeepSpeed engines breaks the second).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlhf_ray.console import Console
+from rlhf_ray.runtime.signals import Stop
+
+PREEMPTION_POLL_S = 5.0
+
+
+class Preemption:
+    """Whether the cluster is about to take a node of this group away. ask: tells, or None; all ranks must call it equally often."""
+
+    def __init__(self, ask: Callable[[], Any] | None = None) -> None:
+        self.ask, self.told, self._asked_at = ask, False, time.monotonic()
+
+    def is_due(self) -> bool:
+        return self.ask is not None and not self.told and time.monotonic() - self._asked_at > PREEMPTION_POLL_S
+
+    def is_near(self) -> bool:
+        """True once: the first time that the cluster says so."""
+        self._asked_at = time.monotonic()
+        self.told = self.ask is not None and self.ask() is not None
+        return self.told
+
+
+@dataclass(frozen=True)
+class Session:
+    """rank, world_size: place in the learner group.  device: where this rank computes.  num_threads: torch's CPU threads.
+
+    pools: handles of the generator and scorer actors (roles/actor_pool.py), None where every rank plays all roles.
+    where: process, node and GPU of a Ray worker, for people.  stop: who asked this run to end.  attempt: starts of the learner
+    group before this one, because a process or node was lost."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    num_threads: int
+    console: Console
+    actor_handles: Any = None
+    where: str = ""
+    stop: Stop = field(default_factory=Stop)
+    attempt: int = 0
+    preemption: Preemption = field(default_factory=Preemption)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Every rank's object, in rank order, on every rank. Tensors in it must be on the CPU."""
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine, group=cpu_group())
+        return everyone
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's object on every rank."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, group=cpu_group())
+        return [float(v) for v in total]
+
+    def must_stop(self) -> str:
+        """What asked the run to end, the same answer on every rank; empty if nothing did. Every rank calls it."""
+        reason = self.stop.asked()
+        if self.highest(int(bool(reason))) == 0:
+            return ""
+        return next(filter(None, self.gather(reason)))
+
+    def is_preempted(self) -> bool:
+        """True once, on all ranks: a node of the group goes soon, so what there is should be saved now. Every rank calls it."""
+        if self.preemption.ask is None:
+            return False
+        return bool(self.highest(int(self.is_main and self.preemption.is_due()))) and self.preemption.is_near()
+
+    def highest(self, value: int) -> int:
+        """The largest of all ranks' numbers."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=cpu_group())
+        return int(found)
+
+
+_groups: dict[str, Any] = {}
+
+
+def cpu_group() -> Any:
+    """The group for CPU objects: the default one under gloo, a second one beside NCCL."""
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    if "cpu" not in _groups:
+        _groups["cpu"] = dist.new_group(backend="gloo")
+    return _groups["cpu"]
+
+
+def enter(folder: str) -> None:
+    """Go to the driver's working folder, so that relative paths of a job mean the same in every process. A submitted job has its
+    node's own copy of that folder, where Ray has put this process already; nodes may keep it under other paths."""
+    if not os.path.isdir(folder):
+        import ray
+
+        if ray.get_runtime_context().runtime_env.get("working_dir"):
+            return
+    os.chdir(folder)
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def process_session(console: Console, num_threads: int | None = None, stop: Stop | None = None) -> Session:
+    """A session of world size 1 in this very process."""
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return _prepared(Session(0, 1, device, num_threads or usable_cores(), console, stop=stop or Stop()))
+
+
+def worker_session(console: Console, num_threads: int | None, actor_handles: Any, stop: Stop, attempt: int) -> Session:
+    """The session of the Ray Train worker that calls this. Ray may declare GPUs that torch does not see, so torch is asked."""
+    import ray.train
+
+    context = ray.train.get_context()
+    local_rank = context.get_local_rank()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # Ray writes cuda:0 here also where GPUs are only declared
+    threads = num_threads or max(usable_cores() // context.get_local_world_size(), 1)
+    gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU") or ()
+    on = f"GPU {', '.join(gpus)}" if gpus else "no GPU"
+    node = f"{ray.util.get_node_ip_address()} (node {ray.get_runtime_context().get_node_id()[:6]})"
+    where = f"pid {os.getpid()} on {node}, {on}"
+    preemption = Preemption(ray.train.get_preemption_info)
+    rank, world = context.get_world_rank(), context.get_world_size()
+    return _prepared(Session(rank, world, device, threads, console, actor_handles, where, stop, attempt, preemption))
+
+
+def _prepared(session: Session) -> Session:
+    """Ray gives a worker of one CPU a single thread, so every session sets its own number."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if session.device.type == "cuda" else "cpu")
+    torch.set_num_threads(session.num_threads)
+    return session
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Bytes of this process and of its GPU, under the names of metrics.py."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"memory/process_peak": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    if device.type == "cuda":
+        found["memory/device_peak"] = float(torch.cuda.max_memory_allocated(device))
+    return found
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that libraries use for initialisation; sampling and schedules have counter-based randomness."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def global_generators(seed: int) -> Iterator[None]:
+    """Code that we do not know finds the global generators of Python, NumPy and torch (CPU) seeded with `seed`; they are afterwards
+    as they were before."""
+    import numpy
+
+    before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
+        torch.set_rng_state(before[2])

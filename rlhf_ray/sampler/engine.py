@@ -1,0 +1,294 @@
+"""One continuous decode engine over a transformers model and its key-value cache; rollouts, evaluation and serving all use it.
+
+A request waits, is read (all of its prompt but the last token, many prompts at once, into a cache of its own), is staged, gets a
+slot, and from then on takes part in every step: one token for each row in a slot, the last prompt token first. A finished row
+leaves its slot to a staged row; when none is left, the last row moves into the gap, so no step computes an empty slot.
+
+    waiting --read prompts--> staged --slot free--> rows 0..n-1 --stop id or length--> result
+
+The schedule depends on the requests and the tokens alone: equal requests give equal bits on the same model, versions, threads and
+device, whoever runs them and whatever ran before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.sampler.adapter_routing import AdapterRouter
+from rlhf_ray.sampler.kv_cache import SlotCache
+from rlhf_ray.sampler.requests import (
+    DecodeEvent,
+    DecodeRequest,
+    DecodeResult,
+    KeepStepping,
+    Limits,
+    check_requests,
+)
+from rlhf_ray.sampler.rows import Batch, DecodeRow, live, prompt_groups
+from rlhf_ray.sampler.sampling import sample_tokens
+
+__all__ = ["DecodeEvent", "DecodeRequest", "DecodeResult", "Sampler"]
+
+STAGED_SHARE = 4
+"""When slots become free, at least max_rows / 4 prompts are read at once: reading them one by one would cost a forward each."""
+
+UNLIMITED = 2**31
+"""Context of models that have no limit of their own."""
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class Sampler:
+    """The decode engine (`decode_types.DecodeEngine`) over `model`, a transformers causal language model or a PEFT model of one.
+
+    pad_id: any id of the vocabulary, used as padding and always masked.   max_rows: rows that take a step together.
+    forward: how `model` is called where that must go through a module around it (ZeRO-3's hooks); None calls it directly.
+    Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
+    Raises ConfigError if the model keeps state other than keys and values, or if pad_id is not in its vocabulary.
+    """
+
+    def __init__(
+        self, model: nn.Module, pad_id: int, max_rows: int = 64, forward: Callable[..., Any] | None = None
+    ) -> None:
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        config = base.config.get_text_config()
+        _check_model(config, pad_id)
+        self._accepted = inspect.signature(base.forward).parameters
+        self._vocabulary = int(config.vocab_size)
+        self._context = int(getattr(config, "max_position_embeddings", None) or 0)
+        self._device: torch.device = base.get_input_embeddings().weight.device
+        self._router = AdapterRouter(model, forward)
+        self._pad_id = pad_id
+        self.max_rows = max_rows
+        self._ids = itertools.count()
+        self._clear(self._context or UNLIMITED)
+
+    def _clear(self, longest: int) -> None:
+        """Forget everything, free the cache; prepare for rows of at most `longest` tokens."""
+        self._waiting: deque[DecodeRow] = deque()
+        self._staged: deque[DecodeRow] = deque()
+        self._to_read: deque[list[DecodeRow]] = deque()  # prompts of staged rows, one forward each
+        self._rows: list[DecodeRow] = []  # by slot
+        self._batch: Batch | None = None
+        self._cache = SlotCache(self.max_rows, longest)
+
+    # ---- the engine, as callers see it ------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        requests: Sequence[DecodeRequest],
+        keep_stepping: KeepStepping | None = None,
+        idle_adapter: str | None = None,
+    ) -> list[DecodeResult]:
+        """See `DecodeEngine.run`. Rows are admitted in the order of the requests."""
+        if self.busy:
+            raise RuntimeError("Sampler.run: the engine still has submitted requests")
+        check_requests(requests, self._limits())
+        self._clear(max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0))
+        rows = [self._queue(request) for request in requests]
+        try:
+            with self.session():
+                while True:
+                    busy = self.busy
+                    more = keep_stepping(busy) if keep_stepping is not None else busy
+                    if busy:
+                        _raise_on_error(self._advance(), rows)
+                    elif more:
+                        self._idle_forward(idle_adapter)
+                    else:
+                        return [row.result() for row in rows]
+        finally:
+            self._clear(self._context or UNLIMITED)
+
+    def submit(self, request: DecodeRequest) -> int:
+        """See `DecodeEngine.submit`."""
+        check_requests([request], self._limits())
+        return self._queue(request).id
+
+    def step(self) -> list[DecodeEvent]:
+        """See `DecodeEngine.step`."""
+        try:
+            with self.session():
+                return self._advance() if self.busy else []
+        except BaseException:
+            self._clear(self._context or UNLIMITED)  # a half-done forward must not become somebody's reply
+            raise
+
+    def cancel(self, request_id: int) -> bool:
+        """See `DecodeEngine.cancel`."""
+        for row in itertools.chain(self._waiting, self._staged, self._rows):
+            if row.id == request_id and row.end is None:
+                row.end = "cancelled"
+                break
+        else:
+            return False
+        self._waiting = deque(row for row in self._waiting if row.end is None)
+        self._staged = deque(row for row in self._staged if row.end is None)
+        self._to_read = deque(group for group in map(live, self._to_read) if group)
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """See `DecodeEngine.busy`."""
+        return bool(self._waiting or self._staged or live(self._rows))
+
+    @property
+    def free_slots(self) -> int:
+        """See `DecodeEngine.free_slots`."""
+        return max(0, self.max_rows - len(live(self._rows)) - len(self._staged) - len(self._waiting))
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold this around many `step` calls to prepare and restore the model once instead of at every step.
+
+        Inside it the weights of adapters that rows are using must not change."""
+        # Not inference_mode: tensors made in it can never meet autograd again, and a learner may share this model and its hooks.
+        if not self._router.is_open:
+            self._batch = None  # it holds copies of adapter weights, which may have changed since
+        with torch.no_grad(), self._router.session():
+            yield
+
+    # ---- the schedule -----------------------------------------------------------------------------------------------------
+
+    def _limits(self) -> Limits:
+        return Limits(self._vocabulary, self._context, self._router.names)
+
+    def _queue(self, request: DecodeRequest) -> DecodeRow:
+        row = DecodeRow(next(self._ids), request, frozenset(request.stop_ids))
+        self._waiting.append(row)
+        return row
+
+    def _advance(self) -> list[DecodeEvent]:
+        """Exactly one forward: some prompts, or one token of every row."""
+        wanted = self.max_rows - len(live(self._rows)) - len(self._staged)
+        if self._waiting and wanted > 0:
+            self._stage(max(wanted, self.max_rows // STAGED_SHARE))
+        if self._to_read:
+            self._read_prompts(self._to_read.popleft())
+            return []
+        self._fill_slots()
+        return self._decode()
+
+    def _stage(self, count: int) -> None:
+        rows = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        self._staged.extend(rows)
+        self._to_read.extend(prompt_groups(rows, self._router.mixes(row.request.adapter for row in rows)))
+
+    def _fill_slots(self) -> None:
+        """Give free slots to staged rows, then close the gaps that are left with the last rows."""
+        gaps = [slot for slot, row in enumerate(self._rows) if row.end is not None]
+        room = self.max_rows - len(self._rows) + len(gaps)
+        coming = [self._staged.popleft() for _ in range(min(room, len(self._staged)))]
+        if not gaps and not coming:
+            return
+        self._batch = None
+        longest = max((row.held for row in live(self._rows)), default=0)
+        behind = max(len(coming) - len(gaps), 0)
+        self._cache.reserve(len(self._rows) + behind, longest, max((row.held for row in coming), default=0))
+        slots = gaps[: len(coming)] + list(range(len(self._rows), len(self._rows) + behind))
+        self._rows.extend(coming[len(coming) - behind :])
+        for slot, row in zip(slots, coming):
+            self._rows[slot] = row
+            if row.prefix is not None:
+                self._cache.insert(slot, *row.prefix, row.held)
+                row.prefix = None
+        self._close_gaps()
+
+    def _close_gaps(self) -> None:
+        slot = 0
+        while slot < len(self._rows):
+            if self._rows[slot].end is None:
+                slot += 1
+            elif self._rows[-1].end is not None:
+                self._rows.pop()
+            else:
+                self._cache.move(len(self._rows) - 1, slot, self._rows[-1].held)
+                self._rows[slot] = self._rows.pop()
+
+    # ---- the forwards -----------------------------------------------------------------------------------------------------
+
+    def _read_prompts(self, rows: list[DecodeRow]) -> None:
+        """Run all but the last token of some prompts, LEFT padded, equal ones under one adapter once."""
+        of_row = [(row.request.adapter, row.request.prompt_ids[:-1]) for row in rows]
+        distinct = list(dict.fromkeys(of_row))
+        width = max(len(prefix) for _, prefix in distinct)
+        ids = torch.tensor([(self._pad_id,) * (width - len(p)) + p for _, p in distinct]).to(self._device)
+        lengths = torch.tensor([len(p) for _, p in distinct]).to(self._device)
+        positions = torch.arange(width, device=self._device) - (width - lengths[:, None])
+        cache = DynamicCache()
+        forward = self._router.forward([adapter for adapter, _ in distinct], "prompts")
+        self._logits(forward, ids, positions >= 0, positions.clamp(min=0), cache)
+        number = {key: i for i, key in enumerate(distinct)}
+        for row, key in zip(rows, of_row):
+            row.prefix = cache, number[key]
+
+    def _decode(self) -> list[DecodeEvent]:
+        """One token of every row."""
+        if self._batch is None:
+            forward = self._router.forward([row.request.adapter for row in self._rows], "rows")
+            self._batch = Batch.of(self._rows, forward, self._device)
+        batch = self._batch
+        self._cache.begin_step(len(self._rows), batch.longest)
+        positions = batch.counters[0][:, None]
+        age = torch.arange(
+            batch.longest, -1, -1, device=self._device
+        )  # of each attended column, the current one being 0
+        logits = self._logits(batch.forward, batch.tokens[:, None], age <= positions, positions, self._cache)
+        self._cache.end_step()
+        tokens, logprobs = sample_tokens(logits, batch.plan, batch.counters[1])
+        batch.advance(tokens)
+        events = [row.take(*got) for row, got in zip(self._rows, zip(tokens.tolist(), logprobs.tolist()))]
+        broken = [slot for slot, event in enumerate(events) if event.end == "error"]
+        self._cache.clear(broken)
+        return events
+
+    def _logits(
+        self, forward: Callable[..., Any], ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None
+    ) -> Tensor:
+        """[N, V], of the last column.   ids, positions: i64[N, W].   mask: [N, cached + W], True on real tokens."""
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        inputs = {name: value for name, value in optional.items() if name in self._accepted}
+        use_cache = cache is not None
+        output = forward(
+            input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=use_cache, **inputs
+        )
+        return output.logits[:, -1]
+
+    def _idle_forward(self, adapter: str | None) -> None:
+        ids = torch.full((1, 1), self._pad_id, device=self._device)
+        self._logits(self._router.forward([adapter]), ids, torch.ones_like(ids), torch.zeros_like(ids), None)
+
+
+def _raise_on_error(events: Sequence[DecodeEvent], rows: Sequence[DecodeRow]) -> None:
+    broken = {event.request_id for event in events if event.end == "error"}
+    for index, row in enumerate(rows):
+        if row.id in broken:
+            raise InvariantError.at(
+                f"request {index} of the sampler, adapter {row.request.adapter or 'none'}",
+                "the model's logits are not finite",
+                "finite numbers",
+                f"nan or inf at reply token {len(row.token_ids) - 1}",
+                "look at the adapter's weights and at the base model's precision",
+            )
+
+
+def _check_model(config: Any, pad_id: int) -> None:
+    kinds = set(getattr(config, "layer_types", None) or []) - _ATTENTION
+    if kinds or config.is_encoder_decoder:
+        found = ", ".join(sorted(kinds)) or "an encoder-decoder"
+        raise ConfigError.at(
+            f"model type {config.model_type}", "cannot be decoded here", "a causal model of attention layers", found
+        )
+    if not 0 <= pad_id < config.vocab_size:
+        raise ConfigError.at("pad_id", "not in the vocabulary", f"0 <= id < {config.vocab_size}", str(pad_id))

@@ -1,0 +1,133 @@
+"""Requests on their way through the decode engine: one row, the rows of a step as tensors, prompts that are read together."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest, DecodeResult
+from rlhf_ray.sampler.sampling import SamplingPlan, Truncation
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens, padding included, in one forward: bounds its activations, and how long the rows in their slots must wait."""
+PREFILL_FILL = 0.75
+"""Least share of real tokens in a prompt forward; prompts of very different lengths are read in several."""
+
+
+@dataclass(eq=False, slots=True)
+class DecodeRow:
+    """One request on its way. held: its tokens in the cache. prefix: the cache that its prompt was read into, and its row there."""
+
+    id: int
+    request: DecodeRequest
+    stop_ids: frozenset[int]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    prefix: tuple[Cache, int] | None = None
+    end: Literal["stop", "length", "error", "cancelled"] | None = None
+
+    @property
+    def held(self) -> int:
+        return len(self.request.prompt_ids) - 1 + len(self.token_ids)
+
+    @property
+    def next_input(self) -> int:
+        return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
+
+    def take(self, token_id: int, logprob: float) -> DecodeEvent:
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        if not math.isfinite(logprob):
+            self.end = "error"
+        elif token_id in self.stop_ids:
+            self.end = "stop"
+        elif len(self.token_ids) == self.request.max_new_tokens:
+            self.end = "length"
+        return DecodeEvent(self.id, token_id, logprob, self.end)  # type: ignore[arg-type]  # never "cancelled" here
+
+    def result(self) -> DecodeResult:
+        return DecodeResult(tuple(self.token_ids), tuple(self.logprobs), self.end == "stop")
+
+
+@dataclass
+class Batch:
+    """The rows in the slots, as tensors; valid until a row comes or goes. tokens: i64[N], the next inputs. counters: i64[2, N],
+    each row's position and its index in the reply. forward: the model under the rows' adapters. longest: tokens held by the
+    longest row."""
+
+    tokens: Tensor
+    counters: Tensor
+    plan: SamplingPlan
+    forward: Callable[..., Any]
+    longest: int
+
+    @classmethod
+    def of(cls, rows: Sequence[DecodeRow], forward: Callable[..., Any], device: torch.device) -> Batch:
+        requests = [row.request for row in rows]
+        held = [row.held for row in rows]
+        whole = torch.tensor(
+            [
+                [row.next_input for row in rows],
+                held,
+                [len(row.token_ids) for row in rows],
+                [request.row_seed for request in requests],
+            ]
+        ).to(device)
+        greedy = [request.greedy for request in requests]
+        plan = SamplingPlan(
+            seeds=whole[3],
+            temperature=torch.tensor([request.temperature for request in requests]).to(device),
+            truncation=_truncation(requests, device),
+            greedy=torch.tensor(greedy).to(device) if any(greedy) else None,
+            all_greedy=all(greedy),
+        )
+        return cls(whole[0], whole[1:3], plan, forward, max(held))
+
+    def advance(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self.counters += 1
+        self.longest += 1
+
+
+def _truncation(requests: Sequence[DecodeRequest], device: torch.device) -> Truncation | None:
+    cut = [i for i, r in enumerate(requests) if not r.greedy and (r.top_k > 0 or r.top_p < 1)]
+    if not cut:
+        return None
+    columns = (cut, [requests[i].top_k for i in cut], [requests[i].top_p for i in cut])
+    return Truncation(*(torch.tensor(column).to(device) for column in columns))
+
+
+def live(rows: Iterable[DecodeRow]) -> list[DecodeRow]:
+    return [row for row in rows if row.end is None]
+
+
+def prompt_groups(rows: Sequence[DecodeRow], mixed: bool) -> Iterator[list[DecodeRow]]:
+    """Rows whose prompts are read in one forward: similar lengths, not too many tokens; one adapter, unless `mixed`."""
+    groups: defaultdict[str | None, list[DecodeRow]] = defaultdict(list)
+    for row in rows:
+        if row.held > 0:
+            groups[None if mixed else row.request.adapter].append(row)
+    for group in groups.values():
+        group.sort(key=lambda row: -row.held)
+        yield from _split(group)
+
+
+def _split(rows: Sequence[DecodeRow]) -> Iterator[list[DecodeRow]]:
+    group: list[DecodeRow] = []
+    real = 0
+    for row in rows:  # the longest first
+        padded = (len(group) + 1) * (group[0].held if group else row.held)
+        if group and (padded > PREFILL_TOKENS or real + row.held < PREFILL_FILL * padded):
+            yield group
+            group, real = [], 0
+        group.append(row)
+        real += row.held
+    if group:
+        yield group

@@ -1,0 +1,223 @@
+"""`rlhf-ray serve`: start Ray Serve with the application, tell where it is, and stay until Ctrl-C, which drains and stops."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.errors import ConfigError, ResourceError
+from rlhf_ray.launch.ray_cluster import cluster
+from rlhf_ray.runtime.session import usable_cores
+from rlhf_ray.serve import admission
+
+POLL_S = 0.5
+OF_OWN_RAY = {admission.SETTING: admission.CALLBACK, "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
+"""What Serve finds in the environment of a Ray of our own; the files under cluster/ say the same. After three checks without an
+answer it starts a proxy again, and until then a proxy that died is a shut door (Serve's own 10 s make that half a minute)."""
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+
+
+def run_service(
+    config: ServeConfig, console: Console | None = None, ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve until SIGINT or SIGTERM.   ready: called with the URL once requests are answered.
+
+    Raises ConfigError, ResourceError (the port is taken), ArtifactError for a base or adapter that does not fit."""
+    console = console or LocalConsole()
+    config = _prepared(config)
+    for name, value in OF_OWN_RAY.items():
+        os.environ.setdefault(name, value)
+    with cluster("start the service again") as own_ray, _signals() as stopping:  # in this order: ray.init takes SIGTERM
+        from ray import serve
+
+        from rlhf_ray.serve.app import NAME, application
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts and deletes, the header tells
+        started = time.monotonic()
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={
+                "host": config.host,
+                "port": config.port,
+                "request_timeout_s": config.limits.request_timeout_s + 15,
+            },
+            logging_config=LOGGING,
+        )
+        try:
+            target = serve.RunTarget(application(config, own_ray), NAME, "/", logging_config=LOGGING)
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            if _wait_until_up(config, console, stopping):
+                url = f"http://{_shown(config.host)}:{config.port}"
+                console.header("serve", _lines(config, url, time.monotonic() - started))
+                if ready is not None:
+                    ready(url)
+                _follow(Path(config.output_dir) / "replicas", console, stopping)
+            console.log("serve: stopping; requests that are being answered are finished first")
+            _drain(config.limits.request_timeout_s + 15)
+        finally:
+            if own_ray or not set(serve.status().applications) - {NAME}:  # a cluster may serve others as well
+                serve.shutdown()
+    console.log("serve: stopped")
+
+
+def _prepared(config: ServeConfig) -> ServeConfig:
+    """With the registry and threads that will be used; everything that can be refused beforehand is refused here."""
+    from rlhf_ray.serve.keys import Keys
+
+    if config.api_keys is not None:
+        Keys(config.api_keys)
+    if not config.adapters and config.registry is None:
+        LocalConsole().warn("neither registry nor adapters is set: the base alone is served")
+    if config.registry is not None and not Path(config.registry).is_dir():
+        raise ConfigError.at("registry", "no such folder", "a folder that rlhf-ray promote has made", config.registry)
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            where = f"{config.host}:{config.port}"
+            raise ResourceError.at(
+                "port", f"cannot listen on {where}: {error.strerror}", "a free port", fix="port=8001"
+            ) from None
+    folder = Path(config.output_dir)
+    (folder / "replicas").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "replicas").glob("*.json"):
+        old.unlink()
+    absolute = {
+        name: os.path.abspath(value)
+        for name in ("output_dir", "registry", "api_keys")
+        if (value := getattr(config, name)) is not None
+    }
+    if os.path.isdir(config.model_name_or_path):
+        absolute["model_name_or_path"] = os.path.abspath(config.model_name_or_path)
+    threads = config.replicas.num_threads or max(usable_cores() // config.replicas.min_replicas, 1)
+    replicas = config.replicas.model_copy(update={"num_threads": threads})
+    adapters = {name: os.path.abspath(spec) for name, spec in config.adapters.items()}
+    return config.model_copy(update={**absolute, "replicas": replicas, "adapters": adapters})
+
+
+def _drain(seconds: float) -> None:
+    """Take the application away: replicas finish what they have begun, and take nothing new. `serve.shutdown` alone would cut
+    connections."""
+    from ray import serve
+
+    from rlhf_ray.serve.app import NAME
+
+    gone = threading.Thread(target=lambda: serve.delete(NAME), daemon=True)
+    gone.start()
+    gone.join(seconds)
+
+
+def _wait_until_up(config: ServeConfig, console: Console, stopping: threading.Event) -> bool:
+    """False if it is to stop before it is up. ResourceError with the reason of the replica if it cannot start."""
+    from ray import serve
+
+    from rlhf_ray.serve.app import NAME
+
+    while not stopping.is_set():
+        application = serve.status().applications.get(NAME)
+        state = str(application.status.value) if application is not None else "NOT_STARTED"
+        if state == "RUNNING":
+            return True
+        if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise _why(application)
+        stopping.wait(POLL_S)
+    return False
+
+
+def _why(application: Any) -> Exception:
+    """The error of ours that a replica met, in one line; else the last line of what Ray says."""
+    said = [d.message for d in application.deployments.values() if d.message] or [application.message]
+    lines = [line.strip() for line in "\n".join(said).splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("rlhf_ray.errors.")]
+    told = ours[-1].partition(": ")[2] if ours else (lines[-1] if lines else "unknown")
+    return ResourceError.at("serve", "the service cannot start", got=told)
+
+
+def _lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
+    names = sorted({name for path in _notes(config) for name in path.get("live", {})})
+    who = f"keys of {config.api_keys}" if config.api_keys is not None else "no key; this machine only"
+    return [
+        f"page       {url}/",
+        f"OpenAI     {url}/v1   (base_url of any OpenAI client)",
+        f"models     base{''.join(f', {name}' for name in names)}",
+        f"access     {who}",
+        f"metrics    {_metrics_address()}",
+        f"replicas   {config.replicas.min_replicas}, {config.replicas.num_threads} threads each; up after {seconds:.0f} s",
+        "stop       Ctrl-C",
+    ]
+
+
+def _metrics_address() -> str:
+    """Where Prometheus finds this node's figures; Ray tells nobody by itself."""
+    import ray
+
+    ports = [node["MetricsExportPort"] for node in ray.nodes() if node.get("Alive") and node.get("MetricsExportPort")]
+    return f"http://127.0.0.1:{ports[0]}/metrics" if ports else "none"
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _notes(config: ServeConfig) -> list[dict[str, Any]]:
+    return list(_read(Path(config.output_dir) / "replicas").values())
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found[path.stem] = json.loads(path.read_text())
+    return found
+
+
+def _follow(folder: Path, console: Console, stopping: threading.Event) -> None:
+    """Until it is to stop, tell what every replica says it serves, whenever that changes."""
+    before = _read(folder)
+    while not stopping.wait(POLL_S):
+        now = _read(folder)
+        for replica, notes in now.items():
+            old = before.get(replica, {"live": {}, "refused": {}})
+            for name, version in notes["live"].items():
+                if old["live"].get(name) != version:
+                    console.log(f"replica {replica}: {name} is now {version['id']} (sha256 {version['sha256'][:12]})")
+            for version, why in notes["refused"].items():
+                if version not in old["refused"]:
+                    console.warn(f"replica {replica}: refused {version}: {why}")
+        for replica in before.keys() - now.keys():
+            console.log(f"replica {replica}: gone")
+        before = now
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts what waits."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if stopping.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,209 @@
+"""What SFT and reward modelling share: from a job to a finished run folder, around transformers' Trainer.
+
+enter the run folder -> read rows -> load the base, check lineage -> tokenise -> header -> train -> save, read back, compare -> seal
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_ray.data.collate import require_batch
+from rlhf_ray.data.load import StageRows, load_rows
+from rlhf_ray.data.records import DataFile, check_same_data
+from rlhf_ray.data.templates import Template, load_template
+from rlhf_ray.errors import InvariantError
+from rlhf_ray.metrics import MetricsWriter
+from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, read_adapter, use_adapter
+from rlhf_ray.models.assembly import load_options
+from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.report import write_report
+from rlhf_ray.runtime.session import Session, seed_everything
+from rlhf_ray.storage.checkpoints import require_room
+from rlhf_ray.storage.run import Run, load_run
+from rlhf_ray.storage.run_folder import RunFolder, is_run
+from rlhf_ray.supervised.batch_sampler import RowOrder
+from rlhf_ray.supervised.callback import RunCallback
+from rlhf_ray.supervised.checkpoint import MAY_CHANGE
+from rlhf_ray.supervised.header import header_lines, warnings_about
+from rlhf_ray.supervised.task import Examples, Job, Recipe, SupervisedConfig, Task
+from rlhf_ray.supervised.trainer import SupervisedTrainer, total_steps, training_arguments, undisturbed
+from rlhf_ray.training import run_entry
+from rlhf_ray.training.run_entry import discarded_on_error
+
+RELOAD_TOLERANCE = 1e-5
+FIXTURE_ROWS = 4
+READ_BACK = "read_back"
+
+
+def train_supervised(config: SupervisedConfig, session: Session, recipe: Recipe) -> Run:
+    """The body of an SFT or reward stage; every rank runs it. Returns the finished run."""
+    is_new = session.is_main and not is_run(config.output_dir)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
+        folder = run_entry.enter_run(config, session, stack, recipe.stage, MAY_CHANGE)
+        if session.from_main(folder.manifest()["status"]) == "done":
+            session.console.log(f"{recipe.stage}: {config.output_dir} is finished; nothing to do")
+            return load_run(folder.path)
+        with discarded_on_error(folder, is_new):
+            job = prepare(config, session, recipe, folder)
+        return finish(job, train(job, stack))
+
+
+def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: RunFolder) -> Job:
+    """Everything that can be wrong with a job is found here, before the first step; cheap checks come first."""
+    seed_everything(config.seed)
+    rows = load_rows(config.data, recipe.kind, recipe.half)
+    require_rows(config, len(rows.train))
+    if folder.checkpoints():
+        check_same_data(folder.manifest()["data"], [DataFile(**item) for item in rows.manifest])
+    backbone = load_base(config, session.device)
+    template = load_template(config.template, backbone.tokenizer)
+    examples = tokenise(config, recipe, rows, template, backbone)
+    require_rows(config, len(examples.train))
+    task = recipe.build(backbone, template)
+    if session.device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing:
+        gradient_checkpointing(task.model.peft_model)
+    run_entry.check_same_models(folder, backbone.identity, template, [p.manifest() for p in task.parents])
+    if session.is_main and not folder.checkpoints():
+        require_room(folder.path, sum(p.numel() for p in task.model.parameters() if p.requires_grad))
+    job = Job(config, session, recipe, folder, task, examples, total_steps(config, len(examples.train)))
+    if session.is_main:
+        write_lineage(job, template, rows)
+        tell(job)
+    return job
+
+
+def require_rows(config: SupervisedConfig, rows: int) -> None:
+    """DataError if there are fewer rows than one optimizer step takes."""
+    where, fix = ", ".join(config.data.train), "add rows, or lower train_batch_size and per_device_train_batch_size"
+    require_batch(rows, config.train_batch_size, where, fix)
+
+
+def load_base(config: SupervisedConfig, device: torch.device) -> Backbone:
+    return load_backbone(path=config.model_name_or_path, revision=config.revision, **load_options(config, device))
+
+
+def tokenise(
+    config: SupervisedConfig, recipe: Recipe, rows: StageRows, template: Template, backbone: Backbone
+) -> Examples:
+    """Both sides as token ids, no longer than the model's context."""
+    limit = min(config.max_length, backbone.context_length)
+    notes = list(rows.warnings)
+    if limit < config.max_length:
+        notes.append(f"max_length {config.max_length} is over the model's context; {limit} is used")
+    lines, sides = list(rows.summary), []
+    for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
+        done = recipe.tokenise(side, template, backbone.tokenizer, limit)
+        lines += [f"{name}: {tally}" for tally in (done.dropped, done.truncated) if tally.total]
+        sides.append(done.examples[:most])
+    if not sides[1]:
+        notes.append("no held-out rows: nothing is evaluated (data.held_out_fraction, data.eval)")
+    return Examples(sides[0], sides[1], lines, notes)
+
+
+def write_lineage(job: Job, template: Template, rows: StageRows) -> None:
+    identity = job.task.model.backbone.identity
+    job.folder.update_manifest(
+        parents=[parent.manifest() for parent in job.task.parents],
+        base=identity.manifest(),
+        tokenizer_sha256=identity.tokenizer_sha256,
+        template=template.manifest(),
+        stop_token_ids=list(job.task.model.backbone.eos_ids),
+        data=list(rows.manifest),
+        threads=job.session.num_threads,
+        world_size=job.session.world_size,
+    )
+
+
+def tell(job: Job) -> None:
+    """The header: what is about to happen, and what looks wrong with it."""
+    console = job.session.console
+    console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job))
+    for line in [*job.examples.warnings, *warnings_about(job.config, job.steps)]:
+        console.warn(line)
+
+
+def train(job: Job, stack: ExitStack) -> RunCallback:
+    """Run Trainer to the last step. What comes out of it is in the task's weights and in the callback."""
+    config, session, rows = job.config, job.session, job.examples.train
+    writer = None
+    if session.is_main:
+        writer = stack.enter_context(MetricsWriter(job.folder.path, config.report_to, config.run_name))
+    callback = RunCallback(job, writer)
+    order = RowOrder(
+        [job.task.length(row) for row in rows],
+        config.train_batch_size,
+        config.per_device_train_batch_size,
+        config.seed,
+        session.rank,
+        session.world_size,
+        group_by_length=bool(getattr(config, "group_by_length", False)),
+    )
+    with undisturbed(session.world_size):
+        arguments = training_arguments(config, str(job.folder.path), session.device, session.world_size)
+        trainer = SupervisedTrainer(
+            job.task, rows, order, config, arguments, session.sum, callback.log, callback.monitor.guards, [callback]
+        )
+    with session.stop.deferred(), callback.monitor.watchdog.watching():
+        callback.run(trainer)
+    trainer.accelerator.free_memory()
+    callback.keep_best()
+    return callback
+
+
+def finish(job: Job, callback: RunCallback) -> Run:
+    """Save the adapter, read it back, compare, write manifest, summary and report."""
+    folder, task, session = job.folder, job.task, job.session
+    run = Run(
+        stage=job.stage,
+        status="done",
+        run_dir=str(folder.path),
+        steps=callback.step,
+        seconds=callback.seconds,
+        seed=job.config.seed,
+        metrics=callback.summary(),
+        artifacts={"adapter": "adapter", "report": "report.html"},
+    )
+    if session.is_main:
+        rows = (job.examples.held_out or job.examples.train)[:FIXTURE_ROWS]
+        task.model.eval()
+        task.save(folder.adapter_dir)
+        check_saved(task, folder.adapter_dir, rows)
+        folder.update_manifest(**task.manifest(rows))
+        run.save()
+        folder.seal()
+        write_report(folder.path)
+        session.console.done()
+        if (line := task.verdict(run.metrics)) is not None:
+            session.console.log(f"{job.stage}: {line}")
+    session.barrier()
+    return run
+
+
+def check_saved(task: Task, folder: Path, rows: Sequence[Any]) -> None:
+    """Read the adapter back from disk and compare its outputs with those in memory (F25).
+
+    InvariantError if they differ: what was saved is not what was trained."""
+    model = task.model
+    batch = {k: t.to(model.backbone.device) for k, t in task.collate([(row, True) for row in rows]).items()}
+    files = read_adapter(folder)
+    add_from_files(model.peft_model, READ_BACK, files, trainable=False)
+    with torch.no_grad():
+        trained = task.outputs(batch, None)
+        with use_adapter(model.peft_model, READ_BACK):
+            worst = float((task.outputs(batch, files.head) - trained).abs().max())
+    model.peft_model.delete_adapter(READ_BACK)
+    if not worst <= RELOAD_TOLERANCE:
+        raise InvariantError.at(
+            str(folder),
+            "the adapter read back answers otherwise than the one trained",
+            f"{RELOAD_TOLERANCE:g}",
+            f"{worst:.3g}",
+        )

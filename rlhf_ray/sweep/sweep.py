@@ -1,0 +1,138 @@
+"""The driver of a sweep: checks all trials, has Tune run those that are left, and writes what came of them.
+
+Each trial is an ordinary run folder in output_dir/trials. sweep.json, the tables and the report are written from these folders,
+after every trial, so that a sweep that goes on needs nothing of Tune's: Tune's own state lives in a scratch folder and is deleted.
+
+Population-based training is not offered: it copies weights between trials, and the adapter, critic, optimizer and KL controller of
+a trial would then have been trained under several settings, so that none of them could be said to have earned its score.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.errors import InvariantError
+from rlhf_ray.launch.placement import cluster_nodes
+from rlhf_ray.launch.preflight import nodes_of
+from rlhf_ray.launch.ray_cluster import cluster
+from rlhf_ray.metrics import figure
+from rlhf_ray.runtime.signals import Signals, Stop
+from rlhf_ray.stages.resume import where_it_began
+from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run_folder import RunFolder, create_run, is_run, open_run, resume_command
+from rlhf_ray.sweep.capacity import Capacity, capacity
+from rlhf_ray.sweep.record import Record
+from rlhf_ray.sweep.report import write_sweep_report
+from rlhf_ray.sweep.space import corners, read_space
+from rlhf_ray.sweep.trial import run_trial
+from rlhf_ray.sweep.trials import check_trials, job_of, planned, trial_of
+from rlhf_ray.training.run_entry import discarded_on_error
+
+
+def sweep(config: SweepConfig, console: Console | None = None) -> Run:
+    """Run the trials that are not done yet and choose the winner. Returns the sweep's run; raises the error tree of errors.py.
+
+    Trials that fail stand in the table with their reason; if none finishes, InvariantError."""
+    console = console or LocalConsole()
+    trials = planned(config)
+    check_trials(config, trials)
+    is_new = not is_run(config.output_dir)
+    folder = create_run(config.output_dir, "sweep", config.model_dump(mode="json", exclude_unset=True), config.resume)
+    if folder.manifest()["status"] == "done":
+        console.log(f"sweep: {config.output_dir} is finished; nothing to do")
+        return Run.load(folder.path)
+    started = time.monotonic()
+    with folder.lock(), discarded_on_error(folder, is_new, lambda: (folder.path / "sweep.json").exists()):
+        record = Record(config, folder.path, trials)
+        if record.left() or config.search == "optuna":
+            resume = resume_command(config.output_dir)
+            with Signals(Stop(), console, config.output_dir, resume, config.stop_grace_s) as signals:
+                _run(config, record, signals, console)
+        return _finish(config, record, time.monotonic() - started, console)
+
+
+def _run(config: SweepConfig, record: Record, signals: Signals, console: Console) -> None:
+    with cluster(resume_command(config.output_dir)) as own_ray:
+        import ray
+
+        signals.install()  # ray.init takes SIGTERM
+        sample = list(record.trials.values()) or [
+            trial_of(config, settings, config.seeds[0]) for settings in corners(read_space(config.space))
+        ]
+        jobs = [job_of(config, trial) for trial in sample]
+        nodes = cluster_nodes() or nodes_of(ray.nodes())
+        fits = capacity(jobs, ray.cluster_resources(), nodes, own_ray)
+        _tell_plan(config, record, fits, console)
+        record.write()
+        from rlhf_ray.sweep.tuning import run_trials
+
+        run_trials(config, record, fits, partial(run_trial, config), console)
+
+
+def _tell_plan(config: SweepConfig, record: Record, fits: Capacity, console: Console) -> None:
+    count, left = len(record.trials), len(record.left())
+    at_once = min(fits.at_once, config.max_concurrent_trials or fits.at_once)
+    each = ", ".join(f"{amount:g} {kind}" for kind, amount in fits.each.items())
+    where = "in one process each" if fits.in_process else "each with workers of its own"
+    trials = f"{count // len(config.seeds)} settings x {len(config.seeds)} seeds, {left} trials to run"
+    if config.search == "optuna":
+        trials = f"{config.num_samples} settings to be suggested x {len(config.seeds)} seeds"
+    console.header(
+        f"sweep  {config.output_dir}",
+        [
+            f"search     {config.search}: {trials}",
+            f"varies     {', '.join(config.space)}",
+            f"maximises  {config.metric}; scheduler {config.scheduler}",
+            f"trials     {at_once} at once, {where}: {each}",
+        ],
+    )
+
+
+def _finish(config: SweepConfig, record: Record, seconds: float, console: Console) -> Run:
+    """Tables, report, summary. InvariantError if no trial finished."""
+    record.write()
+    outcomes = record.outcomes()
+    _, choice = record.choice(outcomes)
+    write_sweep_report(record.folder)
+    counts = {s: sum(o.status == s for o in outcomes) for s in ("done", "stopped", "failed")}
+    if not counts["done"]:
+        why = next((o.reason for o in outcomes if o.reason), "none was started")
+        raise InvariantError.at(config.output_dir, "no trial finished", got=why, fix="see trials.csv")
+    metrics = {f"trials/{status}": float(n) for status, n in counts.items()}
+    artifacts = {"report": "report.html", "trials": "trials.csv", "settings": "settings.csv"}
+    if choice.winner is not None and choice.trial is not None:
+        metrics |= {"best/score": choice.winner.score, "best/score_se": choice.error}
+        artifacts |= {"best": f"trials/{choice.trial.trial.id}"}
+        named = ", ".join(f"{name} {value}" for name, value in choice.winner.settings.items())
+        console.log(f"winner: {named}: {config.metric} {figure(choice.winner.score)} ± {figure(choice.error)}")
+        if choice.ties:
+            console.log(
+                f"no significant difference to {len(choice.ties)} other settings; see {record.folder / 'settings.csv'}"
+            )
+    else:
+        console.warn("no setting keeps within the KL cap and the length ratio: no winner")
+    run = Run(
+        stage="sweep",
+        status="done",
+        run_dir=str(record.folder),
+        steps=sum(o.step for o in outcomes),
+        seconds=seconds,
+        seed=config.seeds[0],
+        metrics=metrics,
+        artifacts=artifacts,
+    )
+    run.save()
+    RunFolder(record.folder).seal(("config.yaml", "summary.json", "sweep.json"))
+    return run
+
+
+def resume_sweep(run: str, console: Console | None = None) -> Run:
+    """Go on with the sweep in folder `run`: trials that are done are kept, those that failed or were cut off go on."""
+    folder, console = open_run(run, verify=False), console or LocalConsole()
+    values = {**folder.config(), "resume": "auto", "output_dir": str(folder.path)}
+    with where_it_began(folder, console):
+        return sweep(load_dict(SweepConfig, values, str(folder.path / "config.yaml")), console)

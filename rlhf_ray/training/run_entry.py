@@ -1,0 +1,217 @@
+"""How a stage comes into its run folder: made or found, locked, and the run that the job describes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config import JobFields
+from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml
+from rlhf_ray.config.stored import load_stored, split_known
+from rlhf_ray.console import Console
+from rlhf_ray.data.templates import Template
+from rlhf_ray.errors import ArtifactError, ConfigError, Problem
+from rlhf_ray.models.backbone import BaseIdentity
+from rlhf_ray.runtime.session import Session
+from rlhf_ray.runtime.watchdog import forget_stacks
+from rlhf_ray.storage import object_store
+from rlhf_ray.storage.checkpoints import delete_checkpoint
+from rlhf_ray.storage.lock import WAIT_S
+from rlhf_ray.storage.run import Run, load_run
+from rlhf_ray.storage.run_folder import RunFolder, atomic_write_text, config_changes, create_run, is_run, open_run
+
+MAY_CHANGE = (
+    *("output_dir", "resume", "run_name", "report_to", "learner.", "wait_for_resources", "stop_grace_s", "watchdog_s"),
+    *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit", "copy_to"),
+)
+"""Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""
+
+KEPT = ("output_dir", "resume")
+"""Of these, what a start says holds for that start alone."""
+
+
+def enter_run(
+    config: JobFields, session: Session, held: ExitStack, stage: str, may_change: tuple[str, ...] = MAY_CHANGE
+) -> RunFolder:
+    """Rank 0 makes the run folder and locks it for as long as `held` lasts; all ranks open it.
+
+    ConfigError if it holds a run that was started with other settings, or if another process is writing to it."""
+    if session.is_main:
+        values = to_dict(config)
+        folder = create_run(config.output_dir, stage, values, config.resume)
+        held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
+        if folder.checkpoints() or folder.manifest()["status"] == "done":
+            go_on_under(folder, config, may_change, session.console)
+        else:  # nothing was kept of what ran under other settings
+            atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
+            folder.update_manifest(seed=config.seed)
+        forget_stacks(folder.path)
+    session.barrier()
+    return open_run(config.output_dir)
+
+
+def enter_afresh(
+    config: JobFields, session: Session, held: ExitStack, stage: str, may_change: tuple[str, ...] = MAY_CHANGE
+) -> tuple[RunFolder, Run | None]:
+    """`enter_run` for a stage without checkpoints: an unfinished run that is there starts over, and says so.
+
+    Returns the folder, and the run in it if it is finished."""
+    finished: dict[str, Any] | None = None
+    if session.is_main:
+        values = to_dict(config)
+        existed = is_run(config.output_dir)
+        folder = create_run(config.output_dir, stage, values, config.resume)
+        held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
+        if folder.manifest()["status"] == "done":
+            require_same(folder, config, may_change)
+            copy_from_now_on(folder, config.copy_to, session.console.warn)
+            session.console.log(f"{stage}: {config.output_dir} is finished; nothing to do")
+            finished = load_run(folder.path).to_json()
+        elif existed:
+            session.console.log(
+                f"{stage}: {config.output_dir} was interrupted before it was finished; it starts again from the beginning"
+            )
+            start_over(folder, config)
+    finished = session.from_main(finished)
+    return RunFolder(Path(config.output_dir).absolute()), None if finished is None else Run.from_json(finished)
+
+
+def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """{field: (old, new)} of what differs from the configuration in `folder` and may.
+
+    Going on under other settings would be a third run, which no configuration describes: ConfigError with every difference."""
+    stored = load_stored(type(config), folder.config(), str(folder.path / "config.yaml"))
+    changes = config_changes(to_dict(stored), to_dict(config))
+    kind = "a finished run" if folder.manifest()["status"] == "done" else "a run"
+    ConfigError.raise_all(
+        Problem(
+            name,
+            f"{folder.path} holds {kind} with another value",
+            json.dumps(old),
+            json.dumps(new),
+            "put it back, or choose another output_dir",
+        )
+        for name, (old, new) in changes.items()
+        if not name.startswith(may_change)
+    )
+    return changes
+
+
+def require_same_as_saved(
+    checkpoint: Path, saved: Mapping[str, Any] | None, config: JobFields, may_change: tuple[str, ...]
+) -> None:
+    """ConfigError with every field whose value is another one than when `checkpoint` was written: config.yaml was edited since.
+
+    saved: the configuration in the checkpoint; None in one of an older version, which is accepted."""
+    if saved is None:
+        return
+    known, _ = split_known(type(config), saved)  # of what is gone, config.yaml has been asked already
+    then = to_dict(load_dict(type(config), known, str(checkpoint)))
+    ConfigError.raise_all(
+        Problem(
+            name,
+            f"{checkpoint} was written under another value, and config.yaml has been edited since",
+            json.dumps(old),
+            json.dumps(new),
+            f"put it back in {checkpoint.parents[1] / 'config.yaml'}, or start another run",
+        )
+        for name, (old, new) in config_changes(then, to_dict(config)).items()
+        if not name.startswith(may_change)
+    )
+
+
+def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...], console: Console) -> None:
+    """Tell what has changed since the last start, and keep it: the next start finds the run as it is now."""
+    changes = require_same(folder, config, may_change)
+    if folder.manifest()["status"] == "done":
+        copy_from_now_on(folder, config.copy_to, console.warn)
+        return
+    for name, (old, new) in changes.items():
+        if name not in KEPT:
+            console.log(f"{folder.stage}: going on with {name} {json.dumps(new)} (was {json.dumps(old)})")
+    keep_config(folder, config)
+
+
+def keep_config(folder: RunFolder, config: JobFields) -> None:
+    """Write config.yaml anew where it says otherwise; the run keeps the name that it was given, and its `resume`."""
+    before = folder.config()
+    values = {**to_dict(config), **{name: before[name] for name in KEPT if name in before}}
+    if values != before:
+        atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
+
+
+def copy_from_now_on(folder: RunFolder, uri: str | None, warn: Callable[[str], None]) -> None:
+    """Another `copy_to` than before: the next checkpoints go there. A finished run, whose configuration is sealed, is copied there
+    now, unless that was done before. What lies at the old place stays."""
+    values = folder.config()
+    if values.get("copy_to") == uri:
+        return
+    if folder.manifest()["status"] != "done":
+        atomic_write_text(folder.path / "config.yaml", dump_yaml({**values, "copy_to": uri}))
+    elif uri is not None:
+        object_store.copy_finished(folder.path, uri, warn, again=False)
+
+
+def start_over(folder: RunFolder, config: JobFields) -> None:
+    """Forget everything that an unfinished run has written."""
+    for checkpoint in folder.checkpoints():
+        delete_checkpoint(checkpoint)
+    for name in ("checkpoints", "adapter", "tensorboard"):
+        shutil.rmtree(folder.path / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "summary.json", "report.html"):
+        (folder.path / name).unlink(missing_ok=True)
+    atomic_write_text(folder.path / "config.yaml", to_yaml(config))
+
+
+def check_same_models(
+    folder: RunFolder, identity: BaseIdentity, template: Template, parents: Iterable[Mapping[str, Any]]
+) -> None:
+    """ArtifactError if a run with checkpoints would go on beside another base, tokenizer, template or parent adapter.
+
+    parents: entries as in a manifest. Reward functions are not among them, see `mended_functions`."""
+    if not folder.checkpoints():
+        return
+    manifest = folder.manifest()
+    known = {p["role"]: p.get("sha256") for p in manifest["parents"]}
+    pairs = [
+        ("base", identity.path, (manifest["base"] or {}).get("weights_sha256"), identity.weights_sha256),
+        ("tokenizer", identity.path, manifest["tokenizer_sha256"], identity.tokenizer_sha256),
+        ("template", template.name, (manifest["template"] or {}).get("sha256"), template.manifest().get("sha256")),
+        *((f"{p['role']} adapter", str(p["path"]), known.get(p["role"]), p.get("sha256")) for p in parents),
+    ]
+    ArtifactError.raise_all(
+        Problem(where, f"the {what} is not the one that this run was started with", f"sha256 {before}", f"sha256 {now}")
+        for what, where, before, now in pairs
+        if before and now and before != now
+    )
+
+
+def mended_functions(folder: RunFolder, parents: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A warning for each reward function that is no longer what it was: one that failed is mended, then the run goes on, but not as
+    the run that nobody touched.   parents: entries as in a manifest."""
+    known = {p["role"]: p.get("sha256") for p in folder.manifest()["parents"]}
+    return [
+        f"{p['role']}: {p['path']} has changed since this run's last start (sha256 {before[:12]}, now {p['sha256'][:12]}); the"
+        " steps to come are rewarded by what it is now"
+        for p in parents
+        if (before := known.get(p["role"])) and before != p["sha256"]
+    ]
+
+
+@contextlib.contextmanager
+def discarded_on_error(folder: RunFolder, is_new: bool, kept: Callable[[], bool] = bool) -> Iterator[None]:
+    """Leave no new run behind that has not taken a step: the job is mended and started again under the same name.
+
+    kept: asked at an error whether there is something in it to keep; default: there is not."""
+    try:
+        yield
+    except BaseException:
+        if is_new and not kept():
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise

@@ -1,0 +1,88 @@
+"""Without a cluster a job is checked against this machine, and no Ray is started for it (exit 3, in under 2 s)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.config import SFTConfig
+from rlhf_ray.console import NullConsole
+from rlhf_ray.errors import LimitReached, ResourceError
+from rlhf_ray.launch.launch import launch
+from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run_folder import create_run
+
+
+def job(**learner: object) -> SFTConfig:
+    return SFTConfig(output_dir="x", model_name_or_path="m", data={"train": "d.jsonl"}, learner=learner)
+
+
+def alone(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """No cluster is given, whoever else runs one on this machine."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+
+
+def test_refused_without_a_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch, tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ResourceError, match=r"learner.num_gpus: no node has 2 GPU") as caught:
+        launch(lambda config, session: None, job(num_gpus=2.0), None)  # type: ignore[arg-type,return-value]
+    assert caught.value.exit_code == 3
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+def test_the_command_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch, transformers or Ray are imported."""
+    alone(monkeypatch, tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    (tmp_path / "m").mkdir()
+    job = {"output_dir": "run", "model_name_or_path": "m", "data": {"train": "d.jsonl"}}
+    job |= {"placement": "split", "rewards": [{"function": "rlhf_ray.data.tinyworld:score"}]}
+    job |= {"generator": {"num_gpus": 1.0}, "scorer": {"num_gpus": 1.0}, "learner": {"num_gpus": 1.0}}
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    code = (
+        "import sys, rlhf_ray.cli as cli\n"
+        "code = cli.main(['ppo', 'job.yaml'])\n"
+        "print([m for m in ('ray', 'torch', 'transformers') if m in sys.modules])\n"
+        "sys.exit(code)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    print(time.monotonic() - started)
+    assert "do not fit together" in done.stderr and "generator.num_gpus=0.5" in done.stderr, done.stderr
+    assert done.returncode == 3
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("fix", "said"),
+    [
+        ("", "fix: rlhf-ray resume RUN"),
+        ("mend the function", "fix: mend the function; then: rlhf-ray resume RUN"),
+        ("wait; rlhf-ray resume RUN", "fix: wait; rlhf-ray resume RUN"),
+    ],
+)
+def test_an_interruption_ends_with_the_command_that_goes_on(tmp_path: Path, fix: str, said: str) -> None:
+    """Whoever raised it, where there is a run to go on with."""
+    run = tmp_path / "run"
+
+    def body(config: SFTConfig, session: object) -> Run:
+        raise LimitReached.at("here", "it broke", fix=fix.replace("RUN", str(run)))
+
+    config = SFTConfig(
+        output_dir=str(run), model_name_or_path="m", data={"train": "d.jsonl"}, learner={"num_workers": 0}
+    )
+    with pytest.raises(LimitReached) as caught:
+        launch(body, config, NullConsole())
+    assert str(caught.value).endswith(fix.replace("RUN", str(run)))
+    create_run(run, "sft", {}, "never")
+    with pytest.raises(LimitReached) as caught:
+        launch(body, config.model_copy(update={"resume": "auto"}), NullConsole())
+    assert str(caught.value) == f"here: it broke; {said.replace('RUN', str(run))}"

@@ -1,0 +1,182 @@
+"""Which models are taken, and the one line for each that is not (faults 47, 54; F36, F37; section 5 'What may be loaded')."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models.sources import check_files, config_sha256, resolve_source, weight_files, weights_sha256
+
+
+@pytest.fixture
+def copy(tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama(), tmp_path / "Base-Model"))
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+class TestLocalFolders:
+    def test_a_model_folder_is_itself(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """F37: a relative path is recorded as an absolute one, so that an artefact means the same from any folder."""
+        monkeypatch.chdir(copy.parent)
+        source = resolve_source("Base-Model")
+        assert (source.folder, source.name, source.revision) == (copy, str(copy), None)
+        assert check_files(source)["model_type"] == "llama"
+
+    @pytest.mark.parametrize("path", ["/no/such/model", "./no-such", "a/b/c", "~/no-such-model-here", "bad name"])
+    def test_a_missing_folder(self, path: str) -> None:
+        with pytest.raises(ConfigError, match="not found locally; offline mode") as e:
+            resolve_source(path)
+        assert e.value.exit_code == 2 and len(e.value.lines()) == 1
+
+    def test_a_hub_id_while_offline(self) -> None:
+        with pytest.raises(ConfigError, match="someone/some-model: not found locally; offline mode"):
+            resolve_source("someone/some-model")
+
+    def test_a_file(self, copy: Path) -> None:
+        with pytest.raises(ConfigError, match="is a file"):
+            resolve_source(str(copy / "config.json"))
+
+    @pytest.mark.parametrize("path", ["tatsu-lab/alpaca-7b-wdiff", "/models/reward-model-wdiff/"])
+    def test_weight_differences_are_not_weights(self, path: str) -> None:
+        with pytest.raises(ConfigError, match="rlhf-ray import weight-diff"):
+            resolve_source(path)
+
+    def test_a_raw_meta_checkpoint(self, tmp_path: Path) -> None:
+        for name in ("params.json", "consolidated.00.pth", "tokenizer.model"):
+            (tmp_path / name).write_text("{}")
+        with pytest.raises(ConfigError, match="raw Meta checkpoint"):
+            resolve_source(str(tmp_path))
+
+    @pytest.mark.parametrize("with_config", [False, True])
+    def test_an_adapter_is_no_base(self, tmp_path: Path, with_config: bool) -> None:
+        """With a config.json beside it, transformers would load the adapter's base and the adapter in silence."""
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+        if with_config:
+            (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(ConfigError, match="model_name_or_path=org/base"):
+            resolve_source(str(tmp_path))
+
+    def test_a_run_is_no_base(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "manifest.json").write_text("{}")
+        with pytest.raises(ConfigError, match="rlhf-ray merge"):
+            resolve_source(str(tmp_path))
+
+    def test_anything_else(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="is not a model"):
+            resolve_source(str(tmp_path))
+
+
+class TestWhatMayBeLoaded:
+    @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+    def test_code_of_the_model_is_refused(self, copy: Path, file: str) -> None:
+        edit(copy / file, auto_map={"AutoModelForCausalLM": "modeling.Evil", "AutoTokenizer": ["tok.Evil", None]})
+        (copy / "modeling.py").write_text("raise SystemExit('ran')")
+        with pytest.raises(ArtifactError, match="auto_map is refused") as e:
+            check_files(resolve_source(str(copy)))
+        assert e.value.exit_code == 5 and file in str(e.value)
+
+    def test_a_config_cannot_choose_the_weight_file(self, copy: Path) -> None:
+        edit(copy / "config.json", transformers_weights="../../elsewhere.safetensors")
+        with pytest.raises(ArtifactError, match="transformers_weights is refused"):
+            check_files(resolve_source(str(copy)))
+
+    def test_pickled_weights_are_refused_unopened(self, copy: Path) -> None:
+        (copy / "model.safetensors").unlink()
+        (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+        with pytest.raises(ArtifactError, match=r"pickled.*pytorch_model\.bin"):
+            check_files(resolve_source(str(copy)))
+
+    def test_no_weights(self, copy: Path) -> None:
+        (copy / "model.safetensors").unlink()
+        with pytest.raises(ArtifactError, match="no weights"):
+            check_files(resolve_source(str(copy)))
+
+    def test_shards_must_all_be_there_and_lie_here(self, copy: Path) -> None:
+        index = copy / "model.safetensors.index.json"
+        index.write_text(
+            json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "../m-2.safetensors", "c": "m-3.bin"}})
+        )
+        with pytest.raises(ArtifactError) as e:
+            weight_files(copy)
+        assert [p.what.split()[0] for p in e.value.problems] == ["refused", "shard", "refused"]
+        index.write_text(json.dumps({"weight_map": {}}))
+        with pytest.raises(ArtifactError, match="weight_map"):
+            weight_files(copy)
+
+
+class TestIdentity:
+    def test_it_moves_with_the_files_and_sees_every_bit(self, copy: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(copy, tmp_path / "other"))
+        assert (weights_sha256(copy), config_sha256(copy)) == (weights_sha256(other), config_sha256(other))
+        before = weights_sha256(other)
+        data = bytearray((other / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (other / "model.safetensors").write_bytes(data)
+        assert weights_sha256(other) != before
+
+    def test_shards_are_one_identity(self, tmp_path: Path) -> None:
+        parts = {"m-1.safetensors": {"a": torch.ones(2)}, "m-2.safetensors": {"b": torch.zeros(2)}}
+        for name, tensors in parts.items():
+            save_file(tensors, tmp_path / name)
+        table = {"weight_map": {"b": "m-2.safetensors", "a": "m-1.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(table))
+        first = weights_sha256(tmp_path)
+        save_file({"b": torch.ones(2)}, tmp_path / "m-2.safetensors")
+        assert weights_sha256(tmp_path) != first
+
+    def test_who_saved_a_config_does_not_matter_and_what_it_says_does(self, copy: Path) -> None:
+        first = config_sha256(copy)
+        edit(copy / "config.json", transformers_version="9.9.9", dtype="bfloat16", _name_or_path="/elsewhere")
+        assert config_sha256(copy) == first
+        edit(copy / "config.json", rms_norm_eps=1e-5)
+        assert config_sha256(copy) != first
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """Answers like the Hub does for a gated, a missing and a private repository."""
+
+    def do_GET(self) -> None:
+        gated = "/gated/" in self.path
+        self.send_response(403 if gated else 401)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_gated_and_missing_repositories_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real Hub client, against a local server that answers as the Hub does, and against none at all."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    try:
+        with pytest.raises(ConfigError, match=r"gated/llama is a gated repository.*hf auth login"):
+            resolve_source("gated/llama")
+        with pytest.raises(ConfigError, match="nobody/nothing: not found"):
+            resolve_source("nobody/nothing")
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(ConfigError, match="does not answer"):
+        resolve_source("someone/some-model")

@@ -1,0 +1,95 @@
+"""Replies put into the tokens of another tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.records import Row
+from rlhf_ray.data.templates import load_template
+from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.rewards.retokenised import Reader, RetokenisedReward, _fit
+from rlhf_ray.rewards.sources import Texts
+
+
+@pytest.fixture
+def backbone(tiny_llama: Callable[..., Path]) -> Backbone:
+    return load_backbone(
+        path=str(tiny_llama()),
+        revision=None,
+        dtype="float32",
+        attn_implementation="sdpa",
+        load_in_8bit=False,
+        load_in_4bit=False,
+        cpu_offload=False,
+        device="cpu",
+    )
+
+
+def row(text: str) -> Row:
+    return Row("here:1", Prompt(text, ""), columns={})
+
+
+def test_finished_replies_end_as_in_training(backbone: Backbone) -> None:
+    """F10: the reward model must see which replies are complete."""
+    reader = Reader(backbone, load_template("none"), True)
+    prompts, responses = reader.encode([row("ab"), row("ab")], ["xy", "xy"], [True, False])
+    bos, eos = backbone.tokenizer.bos_token_id, backbone.tokenizer.eos_token_id
+    assert prompts[0][0] == bos and prompts[0] == prompts[1]
+    assert responses[0] == [*responses[1], eos]
+    assert Reader(backbone, load_template("none"), False).encode([row("ab")], ["xy"], [True])[1] == [responses[1]]
+
+
+def test_what_does_not_fit_loses_the_start_of_its_prompt() -> None:
+    assert _fit([1, 2, 3], [4, 5], 10) == ([1, 2, 3], [4, 5])
+    assert _fit([1, 2, 3], [4, 5], 3) == ([3], [4, 5])
+    assert _fit([1, 2, 3], [4, 5, 6, 7], 3) == ([5], [6, 7])
+    assert _fit([1, 2], [], 10) == ([1], [2]), "a reply without tokens is read after its prompt"
+
+
+def test_padding_and_batching_change_no_score(backbone: Backbone) -> None:
+    seen: list[int] = []
+
+    def sums(kind: str, role: str, seq: Any) -> torch.Tensor:
+        seen.append(len(seq.tokens))
+        return (seq.tokens * seq.attention_mask).sum(dim=1).float()
+
+    rows = [row("a"), row("abc"), row("ab")]
+    texts = Texts([r.prompt.text for r in rows], ["xx", "y", ""], [[], [], []], [{}, {}, {}])
+
+    def score(per_forward: int) -> torch.Tensor:
+        reader = Reader(backbone, load_template("none"), True)
+        return RetokenisedReward("r", 1.0, sums, "r", reader, backbone, per_forward).score(
+            texts, rows, [True, False, False]
+        )
+
+    assert torch.equal(score(1), score(3))
+    assert seen == [1, 1, 1, 3]
+
+
+def test_drift_counts_replies_whose_text_is_other_tokens(backbone: Backbone) -> None:
+    tokenizer = backbone.tokenizer
+    reward = RetokenisedReward("r", 1.0, print, "r", Reader(backbone, load_template("none"), True), backbone, 8)
+    clean = tokenizer.encode("hello", add_special_tokens=False)
+    broken = [tokenizer.encode("é", add_special_tokens=False)[0]]  # half of a character
+    ids = [[*clean, tokenizer.eos_token_id], broken]
+    texts = Texts(["", ""], [str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids], ids, [{}, {}])
+    assert reward.drift(texts).tolist() == [0.0, 1.0]
+
+
+def test_clean_text_takes_the_same_ids_to_the_reward_model_either_way(backbone: Backbone) -> None:
+    """F10: ids path == text path. What was sampled, decoded and encoded again by the reward model is what was sampled."""
+    tokenizer, template = backbone.tokenizer, load_template("alpaca_short")
+    rows, said = [row("Name a bird."), row("Zwölf?")], ["Wren.", "é — ja"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    sampled = [[*tokenizer.encode(text, add_special_tokens=False), eos] for text in said]
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sampled]
+    prompts, responses = Reader(backbone, template, True).encode(rows, texts, [True, True])
+    assert responses == sampled
+    rendered = [template.render(r.prompt) for r in rows]
+    assert prompts == [[bos, *tokenizer.encode(text, add_special_tokens=False)] for text in rendered]

@@ -1,0 +1,36 @@
+"""What a rank learns of its surroundings: a wish to stop, a node that goes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_ray.console import NullConsole
+from rlhf_ray.runtime import session
+from rlhf_ray.runtime.session import Preemption, Session
+from rlhf_ray.runtime.signals import Stop
+
+
+def alone(stop: Stop, preemption: Preemption) -> Session:
+    return Session(0, 1, torch.device("cpu"), 1, NullConsole(), stop=stop, preemption=preemption)
+
+
+def test_a_wish_is_told_by_its_name() -> None:
+    stop = Stop()
+    here = alone(stop, Preemption())
+    assert here.must_stop() == "" and not here.is_preempted()
+    stop.ask("SIGTERM")
+    assert here.must_stop() == "SIGTERM"
+
+
+def test_a_node_that_goes_is_told_once_and_asked_about_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 12: one checkpoint just in time, not one a step."""
+    answers = iter([None, "node 1 goes in 120 s"])
+    now = [100.0]
+    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
+    here = alone(Stop(), Preemption(lambda: next(answers)))
+    seen = []
+    for _ in range(8):
+        now[0] += 3.0
+        seen.append(here.is_preempted())
+    assert seen == [False, False, False, True, False, False, False, False]

@@ -1,0 +1,146 @@
+"""Win rates, draws, the figure at equal length and the paired difference, against their definitions."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_ray.metrics import describe
+from rlhf_ray.stages.win_rates import Comparison, Judged, compare, distinct_2, length_controlled, preference_codes
+
+
+def side(
+    scores: list[float], lengths: list[int] | None = None, responses: list[str] | None = None, tag: str = ""
+) -> Judged:
+    """One side; replies that nobody set differ from all others."""
+    lengths = lengths or [1] * len(scores)
+    return Judged(
+        torch.tensor(scores), torch.tensor(lengths), responses or [f"{tag} reply {i}" for i in range(len(scores))]
+    )
+
+
+def outcome_of(gaps: list[float], n_dropped: int = 0) -> Comparison:
+    return compare(side([0.0] * len(gaps), tag="a"), side(gaps, tag="b"), n_dropped)
+
+
+def test_win_rate_golden() -> None:
+    """370 wins, 424 losses, 9 draws; an ancestor that counts draws as losses prints 46.08 (F20)."""
+    found = outcome_of([1.0] * 370 + [-1.0] * 424 + [0.0] * 9)
+    assert found.outcome.rate == pytest.approx(46.63760896637609, abs=1e-9)
+    assert found.outcome.se == pytest.approx(1.751619984513092, abs=1e-9)
+    assert (found.outcome.wins, found.outcome.losses, found.outcome.draws) == (370, 424, 9)
+    metrics = found.metrics("ppo")
+    assert metrics["win_rate/ppo"] == pytest.approx(0.4663760896637609)
+    assert metrics["win_rate_se/ppo"] == pytest.approx(0.01751619984513092)
+    assert metrics["draws/ppo"] == pytest.approx(9 / 803)
+
+
+def test_dropped_prompts_are_told_and_count_for_nobody() -> None:
+    """F20: rows that could not be judged are reported, not lost."""
+    with_dropped, without = outcome_of([1.0, 1.0, -1.0], n_dropped=5), outcome_of([1.0, 1.0, -1.0])
+    assert (with_dropped.outcome.n_total, with_dropped.outcome.n_judged, with_dropped.outcome.n_dropped) == (8, 3, 5)
+    assert with_dropped.outcome.rate == without.outcome.rate
+    assert with_dropped.to_json()["n_dropped"] == 5
+
+
+def test_equal_replies_and_equal_scores_are_draws() -> None:
+    baseline = side([0.0, 0.5, 1.0, 2.0], responses=["same", "same", "x", "y"])
+    policy = side([9.0, -9.0, 1.0, 3.0], responses=["same", "same", "z", "w"])
+    assert preference_codes(baseline, policy) == [0, 0, 0, 2]
+    assert preference_codes(policy, baseline) == [0, 0, 0, 1]
+
+
+def test_the_difference_is_paired() -> None:
+    """Differences 1, 1, 2: mean 4/3, sample variance 1/3, standard error 1/3. Unpaired it would be sqrt(7/9 + 1/3)."""
+    found = compare(side([10.0, 20.0, 30.0], tag="a"), side([11.0, 21.0, 32.0], tag="b"), 0).difference
+    assert found.value == pytest.approx(4 / 3)
+    assert found.se == pytest.approx(1 / 3)
+    unpaired = math.sqrt(100 / 3 + 331 / 9)
+    assert found.se != pytest.approx(unpaired, rel=0.5)
+
+
+def test_is_clear_at_two_standard_errors() -> None:
+    assert outcome_of([1.0, 1.0, 2.0]).is_clear
+    assert not outcome_of([-1.0, 1.0, 2.0]).is_clear
+    assert not outcome_of([1.0]).is_clear  # one prompt shows nothing
+
+
+def least_squares(x: list[Fraction], d: list[Fraction]) -> tuple[Fraction, Fraction]:
+    """Intercept and its variance, from the normal equations (X'X) b = X'y, var = s^2 (X'X)^-1, in exact arithmetic."""
+    n, sd, sdd = Fraction(len(x)), sum(d), sum(v * v for v in d)
+    sx, sdx = sum(x), sum(a * b for a, b in zip(d, x))
+    det = n * sdd - sd * sd
+    intercept, slope = (sdd * sx - sd * sdx) / det, (n * sdx - sd * sx) / det
+    s2 = sum((a - intercept - slope * b) ** 2 for a, b in zip(x, d)) / (n - 2)
+    return intercept, s2 * sdd / det
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 1, 2]), st.integers(-20, 20)), min_size=3, max_size=30))
+def test_equal_length_is_the_intercept_of_the_regression(pairs: list[tuple[int, int]]) -> None:
+    codes, gaps = [c for c, _ in pairs], [g for _, g in pairs]
+    found = length_controlled(codes, torch.tensor(gaps))
+    x = [{0: Fraction(1, 2), 1: Fraction(0), 2: Fraction(1)}[c] for c in codes]
+    if len(set(gaps)) == 1:
+        if gaps[0] == 0:
+            assert found.value == pytest.approx(100 * float(sum(x) / len(x)))
+        else:
+            assert not found.is_known
+        return
+    intercept, variance = least_squares(x, [Fraction(g) for g in gaps])
+    assert found.value == pytest.approx(100 * min(max(float(intercept), 0.0), 1.0), abs=1e-8)
+    assert found.se == pytest.approx(100 * math.sqrt(float(variance)), abs=1e-6)
+
+
+def test_a_policy_that_wins_by_length_alone_does_not_win_at_equal_length() -> None:
+    """Wins 4 tokens longer, draws at equal length, loses 4 tokens shorter: the win rate is 70 %, at equal length 50 %."""
+    codes, gaps = [2, 2, 2, 0, 1], [4, 4, 4, 0, -4]
+    found = length_controlled(codes, torch.tensor(gaps))
+    assert found.value == pytest.approx(50.0)
+    assert found.se == pytest.approx(0.0, abs=1e-9)
+    shifted = length_controlled(codes, torch.tensor(gaps) + 2)  # two tokens more: what was a draw at 0 is now at 2
+    assert shifted.value == pytest.approx(25.0)
+
+
+@pytest.mark.parametrize(("codes", "gaps"), [([], []), ([2], [3]), ([2, 1], [3, 4]), ([2, 1, 0], [5, 5, 5])])
+def test_what_cannot_be_known_is_left_out(codes: list[int], gaps: list[int]) -> None:
+    assert not length_controlled(codes, torch.tensor(gaps)).is_known
+
+
+def test_one_prompt_has_no_standard_errors() -> None:
+    metrics = outcome_of([1.0]).metrics("p")
+    assert metrics == {
+        "win_rate/p": 1.0,
+        "draws/p": 0.0,
+        "score_difference/p": 1.0,
+        "win_rate_length_controlled/p": 1.0,
+    }
+    assert outcome_of([1.0]).to_json()["win_rate_se"] is None
+
+
+@given(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=20))
+def test_swapping_the_sides_mirrors_every_figure(gaps: list[float]) -> None:
+    n = len(gaps)
+    lengths = [(7 * i) % 5 + 1 for i in range(n)]
+    one, other = side([0.0] * n, [3] * n, tag="a"), side(gaps, lengths, tag="b")
+    there, back = compare(one, other, 0), compare(other, one, 0)
+    assert there.outcome.rate + back.outcome.rate == pytest.approx(100)
+    assert there.outcome.se == pytest.approx(back.outcome.se)
+    assert there.difference.value == pytest.approx(-back.difference.value)
+    assert (there.mean_length, there.mean_length_baseline) == (back.mean_length_baseline, back.mean_length)
+
+
+def test_every_metric_has_its_row() -> None:
+    for name in outcome_of([1.0, -1.0, 2.0]).metrics("ppo"):
+        assert name.endswith("/ppo") and describe(name)
+
+
+def test_distinct_2() -> None:
+    assert distinct_2(["the cat the cat", "The cat"]) == 0.5
+    assert distinct_2(["love love love love love"]) == 0.25
+    assert distinct_2(["one two three", "four five"]) == 1.0
+    assert math.isnan(distinct_2(["word", ""]))

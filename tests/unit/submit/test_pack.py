@@ -107,7 +107,7 @@ def test_what_is_sent_is_a_job_of_the_same_kind(folder: Path, kind: str, tmp_pat
     with zipfile.ZipFile(tmp_path / "job.zip") as archive:
         names = set(archive.namelist())
         (tmp_path / "again.yaml").write_bytes(archive.read(JOB))
-    assert set(package_files()) < names and "rlhf_ray/cli.py" in names
+    assert set(package_files()) < names and "rlhf_ray/cli/app.py" in names
     assert not {n for n in names if ".env" in n or ".git" in n or n.startswith("runs/") or "__pycache__" in n}
     command, config = load_any(tmp_path / "again.yaml", (), kind, check_files=False)
     assert command == kind and os.path.isabs(config.output_dir)

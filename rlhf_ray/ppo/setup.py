@@ -6,23 +6,21 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
-
-from safetensors.torch import load_file
 
 from rlhf_ray.batches import Rollout
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, response_budgets
+from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter
-from rlhf_ray.models.adapters import HEAD_KEY, adapter_config, load_adapter_tensors
+from rlhf_ray.models.adapters import adapter_config
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import describe, header_line
 from rlhf_ray.models.role_models import RoleModels
-from rlhf_ray.models.zero3 import gathered, whole_numel
+from rlhf_ray.models.zero3 import whole_numel
 from rlhf_ray.ppo.actors import check_and_describe
 from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, text_maker
 from rlhf_ray.ppo.prompts import load_prompts
@@ -68,7 +66,9 @@ class Writers:
 
 @dataclass
 class PPOSetup:
-    """The parts of one rank. held_out: evaluation prompts, the same on every rank."""
+    """The parts of one rank. held_out: evaluation prompts, the same on every rank.
+
+    budgets, learning_rates: of a step.  save_due: (step, last step) -> whether a checkpoint is."""
 
     folder: RunFolder
     backbone: Backbone
@@ -83,6 +83,7 @@ class PPOSetup:
     total_steps: int
     eval_every: int
     budgets: Callable[[int], list[int]]
+    learning_rates: Callable[[int], dict[str, float]]
     save_due: Callable[[int, int], bool]
     listed_saves: frozenset[int]
     to_texts: Callable[[Rollout, Sequence[Row]], Texts]
@@ -98,15 +99,6 @@ class PPOSetup:
     @property
     def value_base_path(self) -> str:
         return self.learner.models.stack_of("value").backbone.identity.path
-
-    def load_value(self, models: RoleModels, folder: Path) -> None:
-        """Put a saved critic back: its adapter and its head."""
-        tensors = load_file(folder / "adapter_model.safetensors")
-        head = tensors.pop(HEAD_KEY)
-        load_adapter_tensors(models.stack_of("value").peft, str(models.bindings["value"].adapter), tensors)
-        weight = models.head_of("value").weight
-        with gathered([weight], change=True):
-            weight.data.copy_(head)
 
 
 def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
@@ -155,6 +147,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         budgets=lambda step: response_budgets(
             config.rollout_batch_size, config.min_response_length, config.response_length, config.seed, step
         ),
+        learning_rates=partial(learning_rates, config, [group.name for group in learner.groups], total),
         save_due=lambda step, last: step == last or step in listed or bool(save_every and step % save_every == 0),
         listed_saves=listed,
         to_texts=to_texts,
@@ -201,6 +194,17 @@ def _own_collector(
         return Collector(generator, scorer, session, config.rollout_chunk_size, pad_id, lockstep)
 
     return collector
+
+
+def learning_rates(config: PPOConfig, groups: Sequence[str], total_steps: int, step: int) -> dict[str, float]:
+    """Learning rate of each parameter group at `step` (from 1). The policy waits while the value model warms up."""
+    warmup = resolve_warmup(config.warmup_steps, total_steps)
+    factor = lr_multiplier(config.lr_scheduler_type, step - 1, total_steps, warmup, config.min_lr_ratio)
+    peak = {"policy": config.learning_rate, "value": config.value.learning_rate or config.learning_rate}
+    rates = {group: peak[group] * factor for group in groups}
+    if step <= config.value.warmup_steps:
+        rates["policy"] = 0.0
+    return rates
 
 
 def _value_config(models: RoleModels) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from rlhf_ray.roles.deepspeed_engine import ParameterGroup, TrainingEngine
 from rlhf_ray.roles.experience import Evaluation
 from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.minibatches import Microbatch, microbatches, minibatches
+from rlhf_ray.roles.optimizer_state import export_state, restore_state
+from rlhf_ray.roles.trained_weights import TrainedWeights, load_weights, read_weights
 from rlhf_ray.runtime.fault_injection import fault_point, inject_nan
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.storage.run_folder import sha256_tensors
@@ -177,6 +179,21 @@ class Learner:
         self.published = PublishedAdapter(self.version, sha256_tensors(tensors), tensors)
         self.version += 1
         return self.published
+
+    def weights(self) -> TrainedWeights:
+        """The policy as it was published, the value model as it is. Every rank calls it (they may be sharded)."""
+        return read_weights(self.models, self.published.tensors)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """By parameter name, whatever the ZeRO stage and world size. Every rank calls it."""
+        return export_state(self.engine)
+
+    def restore(self, weights: TrainedWeights, optimizer: dict[str, Tensor], version: int) -> None:
+        """Put back `weights` and `optimizer_state`, and publish the policy as `version`. Every rank calls it."""
+        load_weights(self.models, weights)
+        restore_state(self.engine, optimizer)
+        self.version = version
+        self.publish()
 
     def _optimizer_step(
         self,

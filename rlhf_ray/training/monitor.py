@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from rlhf_ray.config import JobFields
@@ -23,6 +25,21 @@ def patience(session: Session) -> dict[str, float]:
     if session.actor_handles is None:
         return {}
     return dict.fromkeys(WAITS, ATTEMPTS * max(session.actor_handles.timeouts.values()) + RESTART_S)
+
+
+class Phases:
+    """seconds: that each phase took."""
+
+    def __init__(self, monitor: TrainingMonitor, step: int) -> None:
+        self._monitor, self._step = monitor, step
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._monitor.enter(name, self._step)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
 
 
 class TrainingMonitor:
@@ -46,6 +63,10 @@ class TrainingMonitor:
         """The loop comes to `phase`: it is timed, and it is a point for faults."""
         self.watchdog.enter(phase, step)
         fault_point("learner", phase, step, self.session.rank)
+
+    def phases(self, step: int) -> Phases:
+        """Names the phases of a step, one after the other: `with phase("update"): ...`; see `enter`."""
+        return Phases(self, step)
 
     def stopped(self, reason: str, step: int, save: Callable[[], None]) -> Interrupted:
         """The error for a run that somebody stopped after `step` whole steps. save: writes that step's checkpoint."""

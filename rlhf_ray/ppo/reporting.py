@@ -1,0 +1,96 @@
+"""What a PPO run says of its steps: metrics.jsonl and the progress line, samples.jsonl, roles.log, and the warning that nothing is
+learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.ppo.setup import PPOSetup
+from rlhf_ray.ppo.state import PPOState
+from rlhf_ray.roles import invariants
+from rlhf_ray.roles.collector import Collected
+from rlhf_ray.roles.heldout import sample_rows
+from rlhf_ray.roles.learner import UpdateStats
+from rlhf_ray.roles.roles_log import peaks
+from rlhf_ray.roles.rollouts import Sampled
+from rlhf_ray.runtime.session import Session
+
+SHOWN = ("reward/mean", "kl/k1_per_response", "response/length", "eval/reward")
+"""The few worth a glance while a run goes on."""
+
+
+def whole_step(
+    metrics: Mapping[str, float],
+    stats: UpdateStats,
+    collected: Collected,
+    rates: Mapping[str, float],
+    state: PPOState,
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """All metrics of a step. metrics: of its experience and checks.  seconds: of its phases, and `step`, of the whole."""
+    return {
+        **metrics,
+        **stats.metrics(),
+        **collected.seconds,
+        **collected.faults,
+        **{f"lr/{name}": rate for name, rate in rates.items()},
+        "tokens/total": float(state.tokens),
+        "time/update": seconds["evaluate"] + seconds["experience"] + seconds["update"],
+        "time/publish": seconds["publish"],
+        "time/step": seconds["step"],
+    }
+
+
+class StepReport:
+    """One rank's; rank 0 writes and shows."""
+
+    def __init__(self, config: PPOConfig, session: Session, setup: PPOSetup, state: PPOState) -> None:
+        self.config, self.session, self.setup, self.state = config, session, setup, state
+        self._warned_flat = False
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the step's metrics and show the few worth a glance. InvariantError if one is not finite."""
+        invariants.check_finite(metrics, step)
+        finite = {n: v for n, v in metrics.items() if v == v}
+        self.state.record(finite)
+        if not self.session.is_main:
+            return
+        self.setup.writers.metrics.write(step, finite)
+        self.session.console.metrics(step, finite)
+        known = {n: self.state.last[n] for n in SHOWN if n in self.state.last}
+        self.session.console.progress("ppo", step, self.setup.total_steps, known)
+
+    def idle(self, collected: Collected, step_seconds: float, waited: float, what: str) -> dict[str, float]:
+        """Under `placement: split`, idle shares and memory of the actors; roles.log gets its line. Else nothing.
+
+        waited: seconds that this rank waited for the rollout."""
+        if self.setup.remote_roles is None:
+            return {}
+        self.roles(collected, what)
+        return self.setup.remote_roles.idle(collected.busy, step_seconds, waited) | peaks(collected.done)
+
+    def roles(self, collected: Collected, what: str) -> None:
+        """A line of roles.log, where there is one."""
+        log, rollout = self.setup.writers.roles, collected.rollout
+        if log is not None:
+            again = int(collected.faults.get("faults/retries", 0.0))
+            log.step(what, rollout.adapter_version, rollout.adapter_sha256, collected.done, again)
+
+    def warn_if_flat(self, std: float, step: int) -> None:
+        """Once a run: equal rewards teach nothing, and leave only the KL penalty to follow."""
+        if std == 0 and not self._warned_flat and self.session.is_main:
+            self._warned_flat = True
+            self.session.console.warn(
+                f"reward std 0 at step {step}: all replies earned the same; is the reward at work?"
+            )
+
+    def samples(self, sampled: Sampled) -> None:
+        """The first replies of the step, with their figures."""
+        if self.session.is_main and self.config.num_samples_logged:
+            collected, prompts = sampled.collected, self.setup.schedule.step(sampled.step)
+            shown = collected.rollout.row_id[: self.config.num_samples_logged].tolist()
+            rows = [prompts[i].row for i in shown]
+            texts = self.setup.to_texts(collected.rollout.rows(slice(0, len(rows))), rows)
+            samples = sample_rows(collected, list(texts.prompts), list(texts.completions), len(rows))
+            self.setup.writers.samples.write(sampled.step, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,3 +117,10 @@ def test_imports_run_downward(path: Path) -> None:
 )
 def test_the_check_sees_what_it_should(source: str, module: str, climbs: bool) -> None:
     assert bool(upward(source, module)) is climbs
+
+
+def test_every_file_that_architecture_names_is_there() -> None:
+    text = (PACKAGE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]*(?:\.py)?|[a-z_]+\.py)`", text)) - {"adapter/", "value/"}
+    assert len(named) > 60
+    assert sorted(n for n in named if not (PACKAGE / n).exists() and not (PACKAGE.parent / n).exists()) == []

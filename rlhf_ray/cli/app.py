@@ -117,9 +117,10 @@ def sweep(job: Job, overrides: Overrides = None, as_json: Json = False, debug: D
     """Search over PPO jobs. Settings x seeds, early stopping, one table and report, a winner by a stated rule."""
     from rlhf_ray.config import SweepConfig
     from rlhf_ray.config.load import load
-    from rlhf_ray.sweep.sweep import sweep as run_sweep
 
     config = load(SweepConfig, job, overrides or ())
+    from rlhf_ray.sweep.sweep import sweep as run_sweep
+
     with stdout_kept(), _resumable(config.output_dir):
         run = run_sweep(config)
     _tell(run, as_json)
@@ -164,7 +165,6 @@ def resume(
     """Go on with an interrupted run. It starts from the newest valid checkpoint.
 
     FIELD=VALUE holds from now on. Once there is a checkpoint only guards, and where and how often, may change, e.g. max_kl=20."""
-    from rlhf_ray.stages.resume import resume as resume_run
     from rlhf_ray.storage.run_folder import open_run
 
     with stdout_kept(), _resumable(run):
@@ -177,6 +177,8 @@ def resume(
                 )
             result = resume_sweep(run)
         else:
+            from rlhf_ray.stages.resume import resume as resume_run
+
             result = resume_run(run, reset_data=reset_data, overrides=overrides or ())
     _tell(result, as_json)
 
@@ -189,6 +191,9 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Fold a run's adapter into its base. A stand-alone checkpoint, verified against the unmerged outputs."""
+    from rlhf_ray.models.specs import policy_source
+
+    policy_source(run)  # refused before anything heavy is imported
     from rlhf_ray.models.merge import merge_run
 
     with stdout_kept():
@@ -227,11 +232,16 @@ def generate(
 
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "do_sample": False if greedy else None}
     sampling = load_dict(SamplingConfig, {k: v for k, v in asked.items() if v is not None}, "generate")
+    from rlhf_ray.models.specs import policy_source
+
+    policies = [policy_path(each) for each in policy]
+    for each in policies:  # refused before anything heavy is imported
+        policy_source(each)
     from rlhf_ray.stages.generate import generate as run_generate
 
     with stdout_kept():
         rows = run_generate(
-            policies=[policy_path(each) for each in policy],
+            policies=policies,
             instruction=instruction,
             input=input,
             file=file,
@@ -269,6 +279,10 @@ def score(
     from rlhf_ray.config.load import load_dict
 
     source = load_dict(RewardSource, {"run": run, "model": model, "function": function}, "score")
+    if run or model:
+        from rlhf_ray.models.specs import reward_source
+
+        reward_source(run or model or "")  # refused before anything heavy is imported
     from rlhf_ray.stages.score import score as run_score
 
     with stdout_kept():

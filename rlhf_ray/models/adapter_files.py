@@ -15,11 +15,9 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError, InvariantError, Problem
 from rlhf_ray.storage.files import (
@@ -30,6 +28,9 @@ from rlhf_ray.storage.files import (
     sha256_tensors,
     temporary_beside,
 )
+
+if TYPE_CHECKING:  # torch is imported where tensors are looked at: a command that is refused must not wait for it
+    from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -209,6 +210,8 @@ def _is_number(value: Any) -> bool:
 
 def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """Names, dtypes and shapes are checked from the header before any tensor is read."""
+    import torch
+
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -270,6 +273,8 @@ def save_adapter(
     base_path, revision: what the adapter belongs on.   must_differ_from: sha256 before training; the adapter must have moved.
     InvariantError, with nothing written, if the adapter is empty, not finite, unchanged or, after training, has only zero B; or
     if the file read back is not what was to be saved."""
+    import torch
+
     folder = Path(folder)
     named = {name: t.detach().to("cpu", torch.float32) for name, t in tensors.items()}
     weight = None if head is None else head.detach().to("cpu", torch.float32)
@@ -298,6 +303,8 @@ def _check_saveable(
     sha256: str,
     must_differ_from: str | None,
 ) -> None:
+    import torch
+
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     problems = tensor_problems(shapes, config["r"], str(folder), allow_head=False)
     bad = [

@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.errors import ArtifactError, Problem
 from rlhf_ray.models.adapter_files import read_adapter
-from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.models.sources import resolve_source, weights_sha256
 from rlhf_ray.models.specs import ModelSpec
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 from rlhf_ray.storage.run_folder import read_json
+
+if TYPE_CHECKING:
+    from rlhf_ray.models.backbone import BaseIdentity
 
 MERGED = "rlhf_ray.json"
 """Manifest of a merged checkpoint, beside its config.json."""

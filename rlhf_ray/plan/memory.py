@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-from rlhf_ray.plan.meta_tracker import PARTS, Device
+from typing import Literal
 
 GIB = 2**30
+
+Device = Literal["cpu", "cuda"]
+
+PARTS = ("bases", "adapters", "optimizer", "gradients", "activations", "kv cache", "logits", "other")
+"""What memory is for. Optimizer: moments and what ZeRO keeps beside them. Other: contexts, libraries, reserves."""
+
 Parts = dict[str, int]
 Phases = dict[str, Parts]
 """Phase (load, sampling, scoring, evaluation, update) -> part -> bytes at that phase's peak."""

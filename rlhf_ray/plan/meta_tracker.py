@@ -11,17 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Device = Literal["cpu", "cuda"]
-
-PARTS = ("bases", "adapters", "optimizer", "gradients", "activations", "kv cache", "logits", "other")
-"""What memory is for. Optimizer: moments and what ZeRO keeps beside them. Other: contexts, libraries, reserves."""
+from rlhf_ray.plan.memory import Device
 
 GRANULE = {"cuda": 512, "cpu": 64}
 """Bytes that every tensor is rounded up to: torch's CUDA allocator, and its alignment on the CPU."""

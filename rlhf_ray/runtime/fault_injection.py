@@ -21,11 +21,12 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE, MARKS = "RLHF_RAY_FAULT", "RLHF_RAY_FAULT_MARKS"
 ACTIONS = ("kill", "stop", "term", "sleep", "raise", "full", "nan")
@@ -55,6 +56,8 @@ def inject_nan(role: str, name: str, numbers: Tensor, step: int = 0, rank: int =
     """`numbers`, the first of them NaN if that is asked for here."""
     if VARIABLE not in os.environ or _due(role, name, step, rank, numbers=True) is None:
         return numbers
+    import torch
+
     factor = torch.ones_like(numbers)
     factor.view(-1)[0] = torch.nan
     return numbers * factor  # gradients are poisoned as well

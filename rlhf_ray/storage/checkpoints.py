@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from rlhf_ray.errors import DISK_FULL, ArtifactError, Interrupted, InvariantError, Problem, ResourceError
@@ -229,6 +228,8 @@ def _seal(folder: Path, step: int, run_id: str) -> None:
 
 def check_finite(path: Path) -> None:
     """InvariantError naming the first tensor of a safetensors file that holds a NaN or an infinity."""
+    import torch
+
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
             tensor = file.get_tensor(name)

@@ -14,15 +14,17 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
-from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.storage.lock import check_owner
+
+if (
+    TYPE_CHECKING
+):  # torch is imported where tensors are written or hashed: a command that is refused must not wait for it
+    from torch import Tensor
 
 CHUNK = 1 << 20
 
@@ -71,6 +73,8 @@ def atomic_save_tensors(
 ) -> None:
     """Write `tensors` as safetensors, with "format": "pt" in its metadata, which transformers and peft ask for."""
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    from safetensors.torch import save
+
     atomic_write_bytes(path, save(plain, metadata={"format": "pt", **(metadata or {})}))
 
 
@@ -128,6 +132,8 @@ def sha256_text(text: str) -> str:
 
 def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Hex digest over names, dtypes, shapes and bytes, in the order of the names. Equal for equal tensors on any device."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

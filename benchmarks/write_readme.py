@@ -1,0 +1,450 @@
+"""Writes the tables of benchmarks/README.md from benchmarks/results/*.json. The prose around them stays as it is.
+
+    python benchmarks/write_readme.py
+
+Figures are printed as the reports hold them; a list of figures is in the order of the seeds or repeats.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+PENALTIES = ("kl", "clamped_kl", "bregman", "jensen_shannon", "squared_error", "none")
+
+
+def result(name: str) -> Any:
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def measured(name: str) -> Any:
+    return result(name)["measured"]
+
+
+def mid(figure: dict[str, Any]) -> str:
+    """The median."""
+    return f"{figure['median']:g}"
+
+
+def each(figure: dict[str, Any]) -> str:
+    """All values, in order."""
+    return ", ".join(f"{value:g}" for value in figure["values"])
+
+
+def table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
+    """head: the cells of the first line, with | between them."""
+    return [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+# The overview: what was done, on which model, and what came out, for each report.
+
+
+def sentiment() -> str:
+    m = measured("stories_sentiment")
+    return (
+        f"held-out compound {each(m['eval/reward_start'])} before and {each(m['eval/reward'])} after, at "
+        f"{each(m['eval/kl_k1_per_response'])} nats per reply, in {each(m['seconds'])} s"
+    )
+
+
+def chain() -> str:
+    m = measured("stories_chain")
+    return (
+        f"VADER compound, which PPO never sees: SFT {each(m['true_reward/sft'])}, PPO {each(m['true_reward/ppo'])}, at "
+        f"{each(m['kl_k1_per_response/ppo'])} nats per reply; held-out accuracy of the reward model "
+        f"{each(m['reward_model/accuracy'])}; {each(m['seconds'])} s"
+    )
+
+
+def staleness() -> str:
+    m = measured("staleness")
+    fresh, stale = m["max_staleness_0"], m["max_staleness_1"]
+    return (
+        f"held-out compound {each(fresh['eval/reward'])} fresh and {each(stale['eval/reward'])} stale: mean difference "
+        f"{m['mean_difference']:.4f}, standard error over seeds {m['standard_error_over_seeds']:.4f}; mean weight of a "
+        f"token {mid(stale['sampler/importance_weight'])}, a share of {stale['sampler/importance_clipped']['median']:.4f} clipped"
+    )
+
+
+def at(setting: dict[str, Any]) -> str:
+    """A score and the KL where it was reached."""
+    return f"{setting['score']:.3f} at {setting['kl_k1']:.3f} nats"
+
+
+def name_of(setting: dict[str, Any]) -> str:
+    return f"{setting['kl_penalty']} {setting['kl_coef']:g}" if setting["kl_coef"] else "no penalty"
+
+
+def study(name: str) -> str:
+    m = measured(name)
+    best, (free,) = m["choice"]["settings"], [s for s in m["settings"] if s["kl_penalty"] == "none"]
+    others = len(m["choice"]["no_significant_difference"])
+    (won,) = [s for s in m["settings"] if {k: s[k] for k in best} == best]
+    told = f"no significant difference to {others} other settings" if others else "clearly ahead of every other setting"
+    unpenalized = "" if won is free else f"; no penalty {at(free)}"
+    return f"highest score: {name_of(won)}, {at(won)}, {told}{unpenalized} ([details](#five-kl-penalties-at-equal-measured-kl))"
+
+
+def sweeping() -> str:
+    m = measured("sweep_overhead")
+    alone, shared, both = (m[k]["median"] for k in ("single commands", "sweep, one at a time", "sweep"))
+    saved, more = 1 - shared / alone, 1 - both / alone
+    return f"{alone:g} s, {shared:g} s and {both:g} s: shared processes save {saved:.0%}, both cores {more:.0%}"
+
+
+def submitting() -> str:
+    m = measured("submit_overhead")
+    ways = ("here", "submitted", "submitted_unchecked")
+    first, whole = ([m[f"{way}/{what}_seconds"]["median"] for way in ways] for what in ("first_step", "whole"))
+    return (
+        "first step after {:g} s, {:g} s and {:g} s; ".format(*first)
+        + "end after {:g} s, {:g} s and {:g} s: ".format(*whole)
+        + f"checking the nodes costs {first[1] - first[2]:.2f} s of the first and {whole[1] - whole[2]:.2f} s of the second"
+    )
+
+
+def placed() -> str:
+    m = measured("placements")
+    ways = ("colocate", "split", "split, max_staleness 1")
+    told = ["{}, {}, {}".format(*(mid(m[model][way]["time/step"]) for way in ways)) for model in m]
+    return f"seconds a step: {told[0]} (two threads; one each); 5.9 M: {told[1]} ([details](#placements))"
+
+
+def trl() -> str:
+    m = measured("ppo_step_vs_trl")
+    return (
+        f"{mid(m['ours/episodes_per_second'])} episodes a second, TRL {mid(m['trl/episodes_per_second'])}: no difference; peak "
+        f"memory {mid(m['ours/peak_mib'])} MiB, TRL {mid(m['trl/peak_mib'])} ([details](#a-ppo-step-against-trl))"
+    )
+
+
+def sampler() -> str:
+    m = measured("sampler_vs_generate")
+    return (
+        f"{mid(m['sampler/tokens_per_second'])} tokens a second, generate {mid(m['generate/tokens_per_second'])} "
+        f"({mid(m['sampler/times_generate_wall'])} times); in the chunks of a rollout "
+        f"{mid(m['sampler_in_chunks/tokens_per_second'])} ({mid(m['sampler_in_chunks/times_generate_wall'])} times)"
+    )
+
+
+def mixed(name: str) -> str:
+    m = measured(name)
+    counts = (1, 32, 128)
+    speed = "{}, {} and {}".format(*(mid(m[f"tokens_per_second/{n}"]) for n in counts))
+    share = " and ".join(mid(m[f"share_of_one_adapter/{n}"]) for n in counts[1:])
+    differ = sum(value for key, f in m.items() if key.startswith("replies_that_differ") for value in f["values"])
+    return (
+        f"{speed} tokens a second: {share} of one adapter; {mid(m['times_switching/32'])} times switching among 32 adapters; "
+        + ("all replies equal" if not differ else f"{differ:g} replies differ")
+    )
+
+
+def service() -> str:
+    m = measured("serve_load")
+    return (
+        f"tokens a second: {mid(m['rlhf_ray, base']['tokens_per_second'])}; {mid(m['times transformers serve'])} times "
+        f"`transformers serve`, {mid(m['times FastAPI + generate'])} times FastAPI and `generate`, {mid(m['times vLLM'])} times "
+        "vLLM ([details](#the-service))"
+    )
+
+
+def overload() -> str:
+    m = measured("serve_overload")
+    return (
+        f"{mid(m['asked_per_second'])} requests a second: {mid(m['accepted'])} answered, {mid(m['refused'])} refused, the median "
+        f"after {m['refused_p50_s']['median'] * 1000:.2f} ms ([details](#ten-times-its-capacity))"
+    )
+
+
+def planned() -> str:
+    m = measured("plan_memory")
+    ratios = {key: f["median"] for key, f in m.items() if key.endswith("planned_over_measured")}
+    peaks = [ratio for key, ratio in ratios.items() if "/peak_" in key]
+    return (
+        f"whole run: planned {min(peaks):.2f} to {max(peaks):.2f} times measured; single phases {min(ratios.values()):.2f} to "
+        f"{max(ratios.values()):.2f}; largest error {m['largest_error_percent']['median']:g}% ([details](#plan))"
+    )
+
+
+STORIES, TINY, BUSY = "stories260K, 260,032 parameters", "bundled Llama, 0.66 M parameters", "other work on the machine"
+OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
+    ("PPO on a VADER reward, 24 steps of 128 replies, three seeds", STORIES, sentiment, "stories_sentiment"),
+    (
+        f"The whole chain: SFT on stories, reward model on 990 sentiment pairs, PPO on the learned reward, three seeds ({BUSY})",
+        STORIES,
+        chain,
+        "stories_chain",
+    ),
+    (
+        "`max_staleness` 1 against 0, the PPO of the first row under `placement: split`, three seeds",
+        STORIES,
+        staleness,
+        "staleness",
+    ),
+    (
+        f"The study of KL penalties: six kinds, up to three coefficients, three seeds, 48 trials, two at a time ({BUSY})",
+        TINY,
+        lambda: study("kl_study_tiny"),
+        "kl_study_tiny",
+    ),
+    (
+        f"The same study on a VADER reward, two coefficients each, 33 trials ({BUSY})",
+        STORIES,
+        lambda: study("kl_study_stories"),
+        "kl_study_stories",
+    ),
+    (
+        "Four PPO jobs of two steps: as four commands, as a sweep in one process, as a sweep with two at a time",
+        STORIES,
+        sweeping,
+        "sweep_overhead",
+    ),
+    (
+        "One PPO job of 12 steps: run here on a Ray that it starts, submitted to a running one-node cluster with a token, "
+        "submitted with `--no-check`",
+        STORIES,
+        submitting,
+        "submit_overhead",
+    ),
+    (
+        "One PPO job as colocate, split, and split with `max_staleness: 1`",
+        f"{STORIES}; random Llama, 5.9 M parameters",
+        placed,
+        "placements",
+    ),
+    (
+        "One PPO step against TRL 1.12.0, same work: LoRA r 8, 64 prompts of 64 tokens, 64 new tokens, 4 epochs",
+        "random Llama, 5.8 M parameters",
+        trl,
+        "ppo_step_vs_trl",
+    ),
+    (
+        "The sampler against transformers' `generate`, batch 64, replies of 8 to 128 tokens",
+        "random Llama, 5.8 M parameters",
+        sampler,
+        "sampler_vs_generate",
+    ),
+    (
+        "A batch of 32 rows over 1, 32 and 128 adapters (LoRA r 8 on all linear layers), and `set_adapter` and `generate` in turn, "
+        "same requests, greedy",
+        "random Llama, 5.8 M parameters",
+        lambda: mixed("mixed_adapters_5_8m"),
+        "mixed_adapters_5_8m",
+    ),
+    ("The same", STORIES, lambda: mixed("mixed_adapters_stories260k"), "mixed_adapters_stories260k"),
+    (
+        "The service: 32 clients that stream replies of 64 tokens, greedy, against each server in turn",
+        "random Llama, 6 M parameters, head dimension 32",
+        service,
+        "serve_load",
+    ),
+    ("The same service at ten times its capacity, for a minute", "the same", overload, "serve_overload"),
+    (
+        "`plan --device cpu` against eight runs in their own processes (one run each)",
+        "random Llamas, 134, 121 and 101 M parameters",
+        planned,
+        "plan_memory",
+    ),
+)
+
+
+def overview() -> list[str]:
+    return table(
+        "what | model | result | file",
+        (
+            (what, model, told(), f"[`results/{name}.json`](results/{name}.json)")
+            for what, model, told, name in OVERVIEW
+        ),
+    )
+
+
+# Details.
+
+
+def penalties(name: str) -> list[str]:
+    """A row per penalty: score at measured KL, by coefficient."""
+    m = measured(name)
+    common, rows = {k: v for k, v in m["score_at_common_kl"].items() if v is not None}, []
+    shared = len(common) > 1  # else there is no KL that several penalties reach
+    for penalty in PENALTIES:
+        told = [s for s in m["settings"] if s["kl_penalty"] == penalty]
+        cells = [
+            f"{s['score']:.3f} at {s['kl_k1']:.3f}" + (f" ({s['kl_coef']:g})" if s["kl_coef"] else "") for s in told
+        ]
+        length = min(s["length_ratio"] for s in told)
+        between = [f"{common[penalty]:.3f}" if penalty in common else ""] if shared else []
+        rows.append([penalty, ", ".join(cells), *between, f"{length:.2f}"])
+    column = f"at {m['common_kl']:.1f} nats, interpolated | " if shared else ""
+    return table(f"penalty | score at KL (coefficient) | {column}shortest replies, times the length before PPO", rows)
+
+
+def placements() -> list[str]:
+    rows = []
+    for model, ways in measured("placements").items():
+        for way, m in ways.items():
+            roles = ("generator", "scorer", "learner")
+            idle = ", ".join(mid(m[f"time/idle_{r}"]) for r in roles) if "time/idle_learner" in m else ""
+            peaks = ("process", "generator_process", "scorer_process")
+            memory = " + ".join(
+                f"{m[f'memory/{p}_peak']['median'] / 1e6:.4g}" for p in peaks if f"memory/{p}_peak" in m
+            )
+            sent = f"{m['sync/bytes']['median'] / 1e3:.0f} kB in {m['time/publish']['median'] * 1e3:.1f} ms"
+            rows.append([model, way, mid(m["time/step"]), idle, memory, sent])
+    return table(
+        "model | placement | s a step | idle share of generator, scorer, learner | peak MB | adapter handed over", rows
+    )
+
+
+def against_trl() -> list[str]:
+    m = measured("ppo_step_vs_trl")
+    names = {"ours": "rlhf_ray", "trl": "TRL 1.12.0", "ours_shared_trunk": "rlhf_ray, `value.adapter: shared`"}
+    return table(
+        "trainer | episodes a second | times TRL | peak MiB | times TRL",
+        (
+            [
+                name,
+                mid(m[f"{key}/episodes_per_second"]),
+                mid(m[f"{key}_over_trl/episodes_per_second"]) if key != "trl" else "1",
+                mid(m[f"{key}/peak_mib"]),
+                mid(m[f"{key}_over_trl/peak"]) if key != "trl" else "1",
+            ]
+            for key, name in names.items()
+        ),
+    )
+
+
+def adapters() -> list[str]:
+    models = {"5.8 M": measured("mixed_adapters_5_8m"), "stories260K": measured("mixed_adapters_stories260k")}
+    rows = []
+    for count in (1, 2, 4, 8, 16, 32, 64, 128):
+        row = [str(count)]
+        for m in models.values():
+            times = m.get(f"times_switching/{count}")
+            row += [
+                mid(m[f"tokens_per_second/{count}"]),
+                mid(m[f"share_of_one_adapter/{count}"]),
+                mid(times) if times else "",
+            ]
+        rows.append(row)
+    cells = " | ".join(f"{model}: tokens a second | of one adapter | times switching" for model in models)
+    return table(f"adapters | {cells}", rows)
+
+
+def servers() -> list[str]:
+    rows = []
+    for server, m in measured("serve_load").items():
+        if "tokens_per_second" in m:
+            speed = m["tokens_per_second"]
+            first = (m[f"first_token_{p}_s"]["median"] for p in ("p50", "p99"))
+            rows.append(
+                [
+                    server,
+                    f"{speed['median']:g} ({speed['min']:g} to {speed['max']:g})",
+                    *(f"{value:g}" for value in first),
+                    mid(m["latency_p99_s"]),
+                ]
+            )
+    return table(
+        "server, over | tokens a second (least to most) | first token p50, s | p99, s | whole reply p99, s", rows
+    )
+
+
+def overloaded() -> list[str]:
+    m = measured("serve_overload")
+    total = sum(sum(m[k]["values"]) for k in ("accepted", "refused", "neither"))
+
+    def ms(figure: float) -> str:
+        return f"{figure * 1000:.3g} ms"
+
+    p99 = m["refused_p99_s"]
+    return table(
+        "what | median of 3 minutes",
+        [
+            ["requests a second", mid(m["asked_per_second"])],
+            ["answered; refused", f"{mid(m['accepted'])}; {mid(m['refused'])}"],
+            [
+                "refusal after, p50; p99",
+                f"{ms(m['refused_p50_s']['median'])}; {ms(p99['median'])} ({ms(p99['max'])} in the worst minute)",
+            ],
+            [
+                "neither answered nor refused",
+                f"{sum(m['neither']['values']):g} of about {total:,.0f} in all three: its connection ended",
+            ],
+            ["whole reply p99", f"{mid(m['accepted_p99_s'])} s"],
+            [
+                "that, times p99 at capacity; with 32 clients",
+                f"{mid(m['times_p99_at_capacity'])}; {mid(m['times_p99_of_one_batch'])}",
+            ],
+            ["memory growth over the last 50 s", f"{mid(m['memory_growth_mib'])} MiB, of {mid(m['memory_mib'])}"],
+            ["the next request, answered after", f"{mid(m['next_request_s'])} s"],
+        ],
+    )
+
+
+def plan() -> list[str]:
+    m, rows = measured("plan_memory"), []
+    for case in dict.fromkeys(key.split("/")[0] for key in m if "/" in key):
+        phases = {
+            k.split("/")[1]: f
+            for k, f in m.items()
+            if k.startswith(f"{case}/") and "over_measured" in k and "/peak" not in k
+        }
+        ratios = ", ".join(f"{name.split('_')[0]} {f['median']:.2f}" for name, f in phases.items())
+        peak = (f"{m[f'{case}/peak_{k}']['median']:.0f}" for k in ("planned_mib", "mib"))
+        rows.append([f"`{case}`", *peak, f"{m[f'{case}/peak_planned_over_measured']['median']:.3f}", ratios])
+    return table("case | planned MiB | measured MiB | planned / measured | by phase", rows)
+
+
+def conditions() -> list[str]:
+    rows = []
+    for _, _, _, name in OVERVIEW:
+        r = result(name)
+        machine = r["machine"]
+        rows.append(
+            [
+                name,
+                f"{machine['cores']} cores of {machine['cpu']}, {len(machine['gpus']) or 'no'} GPU",
+                str(machine["threads"]),
+                f"{machine['load_average']:g}",
+                str(r["repeats"]),
+                r["versions"]["torch"],
+                r["commit"][:8],
+            ]
+        )
+    return table("result | machine | threads | load average at the end | repeats or seeds | torch | commit", rows)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "overview": overview,
+    "study-tiny": lambda: penalties("kl_study_tiny"),
+    "study-stories": lambda: penalties("kl_study_stories"),
+    "placements": placements,
+    "trl": against_trl,
+    "adapters": adapters,
+    "servers": servers,
+    "overload": overloaded,
+    "plan": plan,
+    "conditions": conditions,
+}
+"""Name of the marker in README -> what stands there."""
+
+
+def written(text: str) -> str:
+    """`text` with every table made anew. Raises ValueError where a table has no place, or a place no table."""
+    found = re.findall(r"<!-- ([\w-]+): written by write_readme\.py -->", text)
+    if sorted(found) != sorted(TABLES):
+        raise ValueError(f"places {sorted(found)}, tables {sorted(TABLES)}")
+
+    def fill(place: re.Match[str]) -> str:
+        return "\n".join([place[1], "", *TABLES[place[2]](), "", "<!-- end -->"])
+
+    return re.sub(r"(<!-- ([\w-]+): written by write_readme\.py -->)\n.*?<!-- end -->", fill, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))

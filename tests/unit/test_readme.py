@@ -1,11 +1,14 @@
-"""README says only what is there: every field of the migration tables exists, every metric too, and every command."""
+"""The documents say only what is there: fields, metrics, commands, jobs, figures of results, and links. README stays short."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import pytest
@@ -13,11 +16,16 @@ import yaml
 from pydantic import BaseModel
 
 from rlhf_ray.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.load import load_any, load_dict
 from rlhf_ray.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MIGRATING = (ROOT / "MIGRATING.md").read_text(encoding="utf-8")
+FIGURES = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+TRIED = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("rlhf_ray", "cluster", "jobs", "tests", "benchmarks")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.md"))])
 STAGES: dict[str, type[BaseModel]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 
@@ -33,7 +41,7 @@ def fields_of(cls: type[BaseModel], prefix: str = "") -> set[str]:
 
 def tables() -> list[tuple[str, type[BaseModel], list[list[str]]]]:
     found = []
-    for heading, stage, body in re.findall(r"^### (.*?`rlhf-ray (\w+)`)\n(.*?)(?=^#|\Z)", README, re.M | re.S):
+    for heading, stage, body in re.findall(r"^### (.*?`rlhf-ray (\w+)`)\n(.*?)(?=^#|\Z)", MIGRATING, re.M | re.S):
         rows = [[c.strip() for c in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("|")]
         fields = [r for r in rows[2:] if len(r) == 3]
         found.append((heading, STAGES[stage], fields))
@@ -58,8 +66,8 @@ def test_every_field_of_a_migration_table_exists(heading: str, cls: type[BaseMod
                 assert other in known or any(k.endswith(f".{other}") for k in known), f"{heading}: {theirs}: {other}"
 
 
-def test_every_metric_that_readme_names_exists() -> None:
-    body = README.split("| our metric | TRL's name |")[1].split("\n\n")[0]
+def test_every_metric_of_the_migration_table_exists() -> None:
+    body = MIGRATING.split("| our metric | TRL's name |")[1].split("\n\n")[0]
     names = re.findall(r"^\| `([^`]+)` \| (\S+) \|", body, re.M)
     assert len(names) > 8
     for ours, trl in names:
@@ -75,10 +83,29 @@ def test_every_job_in_readme_is_a_job(block: str) -> None:
         assert [config.stage_config(stage).output_dir for stage in config.stages][-1].endswith("/evaluate")
 
 
+@pytest.mark.parametrize("name", ["sweep", "serve"])
+def test_the_job_in_a_packages_readme_is_a_job(name: str, tmp_path: Path) -> None:
+    text = (ROOT / "rlhf_ray" / name / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```\n(output_dir: .*?)```", text, re.S)
+    (tmp_path / "job.yaml").write_text(block)
+    assert load_any(tmp_path / "job.yaml", check_files=False)[0] == name
+
+
+def test_every_command_is_in_readmes_table_and_every_command_there_exists() -> None:
+    from typer.main import get_command
+
+    from rlhf_ray.cli import app
+
+    there = set(get_command(app).commands)  # type: ignore[attr-defined]
+    rows = [line.split("|")[1] for line in README.splitlines() if line.startswith("| `rlhf-ray ")]
+    told = {name for row in rows for name in re.findall(r"`(?:rlhf-ray )?([a-z][a-z-]*)", row)}
+    assert told == there
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_every_benchmark_result_is_told(path: Path) -> None:
-    """README quotes each committed result, and the figures it quotes are those of the file."""
-    (line,) = [line for line in README.splitlines() if f"results/{path.name}" in line]
+    """benchmarks/README.md quotes each committed result, and the figures it quotes are those of the file."""
+    (line,) = [line for line in FIGURES.splitlines() if f"results/{path.name}" in line]
     told = {float(x) for x in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])", line)}
     known = set(_numbers(json.loads(path.read_text())["measured"]))
     assert len({x for x in told for k in known if abs(x - k) <= 0.006 * max(abs(k), 1.0)}) >= 2, (told, known)
@@ -93,3 +120,73 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(item)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield float(value)
+
+
+def beside(path: str) -> ModuleType:
+    """A script of the project, which pytest's import mode does not put on the path."""
+    name = Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def test_the_tables_of_figures_are_what_the_script_makes_of_the_results() -> None:
+    assert beside("benchmarks/write_readme.py").written(FIGURES) == FIGURES
+
+
+def test_the_tables_of_faults_and_bad_inputs_have_a_place_and_every_row() -> None:
+    """`make chaos` and `make bad-inputs` write them there."""
+    tables = beside("tests/readme_tables.py")
+    titles = {"faults": beside("tests/fault_table.py").FAULTS, "bad-inputs": beside("tests/bad_inputs.py").TITLES}
+    for name, rows in titles.items():
+        assert f"readme_tables.py {name} " in (ROOT / "Makefile").read_text()
+        told = re.findall(r"^\| (\d+) \| (.*?) \|", "\n".join(tables.table_of(TRIED, name)), re.M)
+        assert {int(number): title for number, title in told} == rows
+        assert tables.put(TRIED, name, "\n".join(tables.table_of(TRIED, name))) == TRIED
+        assert tables.table_of(tables.put(TRIED, name, "| a new one |\n"), name) == ["| a new one |"]
+
+
+def test_readme_can_be_read_in_one_go() -> None:
+    assert len(README.splitlines()) <= 220
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings of a document."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M):
+        slug = re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).replace(" ", "-")
+        same = sum(1 for other in found if re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other))
+        found.add(f"{slug}-{same}" if same else slug)
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        place, _, anchor = target.partition("#")
+        other = (path.parent / place).resolve() if place else path
+        assert other.exists() and other.is_relative_to(ROOT), f"{path.name}: {target}"
+        if anchor:
+            assert anchor in anchors(other.read_text(encoding="utf-8")), f"{path.name}: {target}"
+
+
+def test_there_are_documents_beside_their_subjects() -> None:
+    told = {path.relative_to(ROOT).as_posix() for path in DOCUMENTS}
+    assert {f"{name}/README.md" for name in ("jobs", "benchmarks", "tests", "cluster")} < told
+    assert {f"rlhf_ray/{name}/README.md" for name in ("sweep", "registry", "serve")} < told
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/*.yaml")), ids=lambda p: p.name)
+def test_every_job_file_is_in_the_table_of_jobs(path: Path) -> None:
+    assert f"| `{path.name}` |" in (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("jobs/pictures/*")), ids=lambda p: p.name)
+def test_pictures_are_small(path: Path) -> None:
+    assert path.suffix == ".png" and path.stat().st_size <= 150_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -87,7 +88,7 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
 
     Going on under other settings would be a third run, which no configuration describes: ConfigError with every difference."""
     stored = load_stored(type(config), folder.config(), str(folder.path / "config.yaml"))
-    changes = config_changes(to_dict(stored), to_dict(config))
+    changes = other_settings(to_dict(stored), to_dict(config))
     kind = "a finished run" if folder.manifest()["status"] == "done" else "a run"
     ConfigError.raise_all(
         Problem(
@@ -101,6 +102,30 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
         if not name.startswith(may_change)
     )
     return changes
+
+
+def other_settings(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`config_changes`, without paths that name the same place beside the run folder, which was moved."""
+    beside = config_changes(beside_the_run(then), beside_the_run(now))
+    return {
+        name: change for name, change in config_changes(then, now).items() if name in beside or name == "output_dir"
+    }
+
+
+def beside_the_run(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of a job, with paths below the parent of its run folder written from there: runs that are moved together, as the
+    stages of a pipeline are, still name each other. That they are the same runs is checked by hash (`check_same_models`)."""
+    parent = os.path.dirname(str(values.get("output_dir") or ""))
+
+    def written(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: written(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [written(item) for item in value]
+        below = isinstance(value, str) and parent and value.startswith(f"{parent}{os.sep}")
+        return os.path.join("..", os.path.relpath(value, parent)) if below else value
+
+    return {name: value if name == "output_dir" else written(value) for name, value in values.items()}
 
 
 def require_same_as_saved(
@@ -121,7 +146,7 @@ def require_same_as_saved(
             json.dumps(new),
             f"put it back in {checkpoint.parents[1] / 'config.yaml'}, or start another run",
         )
-        for name, (old, new) in config_changes(then, to_dict(config)).items()
+        for name, (old, new) in other_settings(then, to_dict(config)).items()
         if not name.startswith(may_change)
     )
 

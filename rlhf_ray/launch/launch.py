@@ -22,8 +22,9 @@ from typing import Any
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
-from rlhf_ray.errors import DISK_FULL, Interrupted, Problem, RlhfRayError
+from rlhf_ray.errors import DISK_FULL, Interrupted, Problem
 from rlhf_ray.launch.channel import RunChannel, open_channel
+from rlhf_ray.launch.lost_peer import is_of_a_lost_peer
 from rlhf_ray.launch.placement import Builder, check_cluster, default_threads, placed
 from rlhf_ray.launch.preflight import check, check_this_machine
 from rlhf_ray.launch.ray_cluster import at_hand, cluster
@@ -214,30 +215,12 @@ def _worker(job: dict[Any, Any]) -> Any:
         with _with_the_way_on(config):
             return job["body"](config, session).to_json()
     except Exception as error:
-        if world_size > 1 and _is_of_a_lost_peer(error):
+        if world_size > 1 and is_of_a_lost_peer(error):
             raise  # Ray Train starts the group again
         channel.fail(rank, error)
         if world_size > 1 and not channel.wait_for_others(world_size):
             raise  # the others wait for this rank: the group has to end
         return None
-
-
-def _is_of_a_lost_peer(error: BaseException) -> bool:
-    """Whether `error` is what a rank sees of another one that is gone."""
-    import ray.exceptions
-    import torch.distributed as dist
-
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, RlhfRayError):
-            return False
-        if isinstance(seen, (dist.DistError, ray.exceptions.RayError)):
-            return True
-        text = str(seen).lower()
-        if isinstance(seen, RuntimeError) and any(word in text for word in ("gloo", "connection", "nccl", "peer")):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
 
 
 def _translated(error: BaseException, config: JobFields) -> BaseException:

@@ -14,8 +14,7 @@ from rlhf_ray.errors import ResourceError
 from rlhf_ray.launch.launch import placement_of
 from rlhf_ray.plan.advice import Option, as_written, options, recommendation, warnings
 from rlhf_ray.plan.estimate import Estimator, with_stages
-from rlhf_ray.plan.memory import CARDS, CPU_IMPORTS, GIB, Process, gpus
-from rlhf_ray.plan.meta_tracker import PARTS, Device
+from rlhf_ray.plan.memory import CARDS, CPU_IMPORTS, GIB, PARTS, Device, Process, gpus
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Rollout(_Rows):
         names = ("tokens", "prompt_mask", "response_mask", "sample_logprobs", "finished", "row_id")
         joined: dict[str, Any] = {n: torch.cat([getattr(w, n) for w in wide]) for n in names}
         order = torch.argsort(joined["row_id"])
-        _require((joined["row_id"][order].diff() > 0).all(), "concat: a row came twice")
+        _require((joined["row_id"][order].diff() > 0).all(), "concat: a row appears twice")
         return replace(parts[0], **{n: t[order] for n, t in joined.items()})
 
 

@@ -47,7 +47,7 @@ class JsonLines:
         os.fsync(self._file.fileno())
         return (
             f"{self.path}: does not match its checkpoint; expected {length} bytes at step {step}; got {found}; the {len(kept)} rows"
-            f" up to there that it has are kept, others are lost, and the run goes on"
+            f" up to there are kept, others are lost, and the run continues"
         )
 
     def close(self) -> None:

@@ -142,7 +142,7 @@ def serve(job: Job, overrides: Overrides = None, debug: Debug = False) -> None:
 @app.command()
 def demo(
     output_dir: Annotated[str, typer.Option(help="where the runs and their job files go")] = "runs/demo",
-    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of going on")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of resuming")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -158,13 +158,13 @@ def demo(
 def resume(
     run: RunDir,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="change fields")] = None,
-    reset_data: Annotated[bool, typer.Option("--reset-data", help="go on although data files have changed")] = False,
+    reset_data: Annotated[bool, typer.Option("--reset-data", help="resume although data files have changed")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with an interrupted run. It starts from the newest valid checkpoint.
+    """Resume an interrupted run. It starts from its newest valid checkpoint.
 
-    FIELD=VALUE holds from now on. Once there is a checkpoint only guards, and where and how often, may change, e.g. max_kl=20."""
+    FIELD=VALUE applies from now on. Once there is a checkpoint, only limits, paths and intervals may change, e.g. max_kl=20."""
     from rlhf_ray.storage.run_folder import open_run
 
     with stdout_kept(), _resumable(run):
@@ -173,7 +173,11 @@ def resume(
 
             if overrides:
                 raise ConfigError.at(
-                    run, "a sweep goes on as it was started", "no FIELD=VALUE", overrides[0], "leave it out"
+                    run,
+                    "a sweep resumes with the settings it was started with",
+                    "no FIELD=VALUE",
+                    overrides[0],
+                    "leave it out",
                 )
             result = resume_sweep(run)
         else:
@@ -300,8 +304,8 @@ def import_loralib(
     checkpoint: Annotated[str, typer.Argument(help="checkpoint-N folder, or its pytorch_model.bin")],
     base: Annotated[str, typer.Option(help="what the policy belongs on: the recovered SFT model")],
     lora_alpha: Annotated[float, typer.Option(help="not in the file; 64 for the published checkpoints")],
-    output_dir: Annotated[str, typer.Option(help="gets adapter/ (policy) and value/ (critic)")],
-    value_base: Annotated[str | None, typer.Option(help="what the critic belongs on; default: --base")] = None,
+    output_dir: Annotated[str, typer.Option(help="output folder for adapter/ (policy) and value/ (value model)")],
+    value_base: Annotated[str | None, typer.Option(help="base of the value model; default: --base")] = None,
     debug: Debug = False,
 ) -> None:
     """A LoRA PPO checkpoint of AlpacaFarm-LoRA."""
@@ -314,7 +318,7 @@ def import_loralib(
 def import_weight_diff(
     diff: Annotated[str, typer.Argument(help="folder of the published differences")],
     raw: Annotated[str, typer.Option(help="folder of the raw LLaMA in transformers' format")],
-    output_dir: Annotated[str, typer.Option(help="gets the recovered model")],
+    output_dir: Annotated[str, typer.Option(help="output folder for the recovered model")],
     debug: Debug = False,
 ) -> None:
     """A model that AlpacaFarm published as differences from LLaMA; checked by its published sum."""
@@ -328,7 +332,7 @@ def import_weight_diff(
 @importers.command("peft")
 def import_peft(
     adapter: Annotated[str, typer.Argument(help="folder with adapter_config.json and adapter_model.bin")],
-    output_dir: Annotated[str, typer.Option(help="gets the same adapter as safetensors")],
+    output_dir: Annotated[str, typer.Option(help="output folder for the same adapter as safetensors")],
     debug: Debug = False,
 ) -> None:
     """A PEFT adapter whose weights are pickled."""
@@ -341,17 +345,17 @@ def import_peft(
 def plan(
     job: Job,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="what the job is for, where the file does not say")] = None,
+    stage: Annotated[str | None, typer.Option(help="stage of the job, if the file does not say")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; auto: cuda, unless the job runs without a GPU")] = "auto",
     gpu: Annotated[float | None, typer.Option(min=1, help="GiB of the GPUs to fit; default: of those here")] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="longest prompt; default: what max_length leaves, else 512")
+        int | None, typer.Option(min=1, help="longest prompt; default: max_length minus the reply, else 512")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="exit 3 if the job does not fit or cannot be placed")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the plan as one JSON object")] = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what a job will take. Memory of every process and GPU, what fits which card, and whether it can be placed here.
+    """Show what a job needs. Memory of every process and GPU, which card it fits, and whether it can be placed here.
 
     Models need no weights: a folder with a config.json is enough. Nothing is loaded."""
     if device not in ("auto", "cuda", "cpu"):
@@ -374,7 +378,7 @@ def plan(
 
 @app.command()
 def report(run: RunDir, debug: Debug = False) -> None:
-    """Write a run's report.html anew."""
+    """Write a run's report.html again."""
     from rlhf_ray.report import write_report
     from rlhf_ray.storage.run_folder import is_run, open_run
 

@@ -17,7 +17,7 @@ Storage = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="what relative paths of the job mean on the cluster; default: the working folder"),
 ]
-Stage = Annotated[str | None, typer.Option(help="what the job is for, where the file does not say")]
+Stage = Annotated[str | None, typer.Option(help="stage of the job, if the file does not say")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -31,7 +31,7 @@ def submit(
     stage: Stage = None,
     name: Annotated[str | None, typer.Option(help="of the submission; default: from the run, with the time")] = None,
     max_package: Annotated[float, typer.Option(metavar="MB", min=0.01, max=90, help="most that may be sent")] = 1.0,
-    no_check: Annotated[bool, typer.Option("--no-check", help="do not ask the nodes first what they have")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="do not check the nodes first")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="do not follow; print Ray's commands for the job")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print id, run folder and exit code as one JSON object")
@@ -82,7 +82,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as one JSON object")] = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what this machine or cluster can do. Versions, GPUs, memory, storage, authentication, ports, the job's model; ok, warn
+    """Check what this machine or cluster can do. Versions, GPUs, memory, storage, authentication, ports, the job's model; ok, warn
     or fail, with the fix. Exit code 3 if anything fails."""
     from rlhf_ray.cli.output import stdout_kept
     from rlhf_ray.doctor.checks import text, to_json

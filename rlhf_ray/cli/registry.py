@@ -14,12 +14,12 @@ Folder = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result on stdout as JSON")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-Why = Annotated[str, typer.Option("--reason", metavar="TEXT", help="why; kept in the history")]
+Why = Annotated[str, typer.Option("--reason", metavar="TEXT", help="reason; recorded in the history")]
 
 
 def promote(
     source: Annotated[str, typer.Argument(metavar="RUN", help="run folder, RUN@STEP, or a sweep: the trial that won")],
-    alias: Annotated[str, typer.Option(metavar="NAME", help="name under which it is served")],
+    alias: Annotated[str, typer.Option(metavar="NAME", help="name to serve it under")],
     registry: Folder = None,
     step: Annotated[int | None, typer.Option(min=1, help="take the checkpoint of this step")] = None,
     max_kl: Annotated[
@@ -28,7 +28,7 @@ def promote(
     min_reward: Annotated[
         float | None, typer.Option(help="lowest held-out reward; default: 2 standard errors above the start")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="go on although gates failed; needs --reason")] = False,
+    force: Annotated[bool, typer.Option("--force", help="promote although gates failed; needs --reason")] = False,
     reason: Why = "",
     as_json: Json = False,
     debug: Debug = False,

@@ -8,8 +8,8 @@ import typer
 
 
 def api_key(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="file of hashed keys; made if it is not there")],
-    name: Annotated[str, typer.Option(help="whose key it is; stands in the access log")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="file of hashed keys; created if missing")],
+    name: Annotated[str, typer.Option(help="owner of the key; shown in the access log")],
     model: Annotated[list[str] | None, typer.Option(help="the key may use this model only; may be repeated")] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="requests of this key at a time")] = None,
     revoke: Annotated[bool, typer.Option("--revoke", help="take the key back instead")] = False,

@@ -14,10 +14,11 @@ class ActorsConfig(Section):
 
     num_actors: Count = field(1, "actors of this role; results do not depend on it")
     num_gpus: Annotated[Float, Field(ge=0, le=1)] | None = field(
-        None, "GPU of each actor: 1, a fraction, or 0 for the CPU; default 1 where the cluster has one for everybody"
+        None, "GPU of each actor: 1, a fraction, or 0 for the CPU; default 1 if the cluster has enough for all roles"
     )
     num_cpus: NotNegative | None = field(
-        None, "CPUs each actor asks Ray for; default: its threads, on a Ray of our own a share that always fits"
+        None,
+        "CPUs each actor asks Ray for; default: its threads; on a Ray that the command starts, a share that always fits",
     )
     num_threads: Count | None = field(
         None, "CPU threads of each actor; default: usable cores shared among all roles' processes"

@@ -146,7 +146,7 @@ class LearnerConfig(Section):
         0, "DeepSpeed ZeRO stage of the PPO learner; 3 also shards the base, and slows decoding on the same ranks"
     )
     deepspeed: Path | None = field(
-        None, "your own DeepSpeed JSON (PPO): ZeRO and communication keys only; zero_stage stays the stage"
+        None, "your own DeepSpeed JSON (PPO): ZeRO and communication keys only; zero_stage remains the stage"
     )
 
     @model_validator(mode="after")
@@ -159,7 +159,7 @@ class LearnerConfig(Section):
 class SamplingConfig(Section):
     """How replies are decoded outside of rollouts (rollouts always sample the full distribution at `temperature`)."""
 
-    do_sample: bool = field(True, "sample; false takes the most likely token")
+    do_sample: bool = field(True, "sample; false: take the most likely token")
     temperature: Positive = field(1.0, "divides the logits")
     top_p: Annotated[Float, Field(gt=0, le=1)] = field(
         1.0, "keep the smallest set of tokens with this probability; 1 keeps all"
@@ -213,7 +213,7 @@ class ValueConfig(Section):
     adapter: Literal["own", "shared"] = field("own", "own LoRA adapter, or a head on the policy's own adapter")
     lora: LoraConfig | None = field(None, "its adapter when it is fresh; default as the policy's")
     learning_rate: Positive | None = field(None, "default: learning_rate")
-    warmup_steps: Annotated[int, Field(ge=0)] = field(0, "first PPO steps that train only the critic")
+    warmup_steps: Annotated[int, Field(ge=0)] = field(0, "first PPO steps that train only the value model")
 
 
 class PolicySpec(Section):

@@ -23,14 +23,15 @@ def _as_in_jobs(name: str) -> Any:
 class ReplicasConfig(Section):
     """How many copies of the base serve, and what each of them asks Ray for."""
 
-    min_replicas: Count = field(1, "copies of the base that are always there")
+    min_replicas: Count = field(1, "copies of the base that always run")
     max_replicas: Count | None = field(None, "copies under load; default: min_replicas, no autoscaling")
     target_ongoing_requests: Positive = field(16.0, "requests in flight per copy that autoscaling aims at")
     num_gpus: Annotated[Float, Field(ge=0)] | None = field(
         None, "GPUs, or a fraction of one, of each copy; default: 1 where the cluster has any, else 0"
     )
     num_cpus: NotNegative | None = field(
-        None, "CPUs each copy asks Ray for; default: 1 on a cluster, on a Ray of our own a share that always fits"
+        None,
+        "CPUs each copy asks Ray for; default: 1 on a cluster; on a Ray that the command starts, a share that always fits",
     )
     num_threads: Count | None = field(None, "CPU threads of each copy; default: usable cores shared among min_replicas")
 
@@ -53,14 +54,14 @@ class LimitsConfig(Section):
     max_loaded_adapters: Annotated[int, Field(ge=1, le=1024)] = field(
         32, "adapters in the memory of each copy; the least recently used one that is idle makes room"
     )
-    max_tokens: Count = field(1024, "longest reply that may be asked for")
-    default_max_tokens: Count = field(256, "longest reply where a request does not say; max_tokens if that is less")
+    max_tokens: Count = field(1024, "longest reply that a request may ask for")
+    default_max_tokens: Count = field(256, "longest reply if a request does not say; max_tokens if that is less")
     max_n: Annotated[int, Field(ge=1, le=128)] = field(8, "replies per prompt, and models per comparison")
     max_body_bytes: Annotated[int, Field(ge=1024)] = field(1_000_000, "longest request body (413)")
     max_messages: Count = field(100, "messages in a conversation, prompts in a request")
     body_timeout_s: Positive = field(10.0, "a request's body must be there within this time (408)")
     request_timeout_s: Positive = field(120.0, "a reply must be finished within this time, waiting included (504)")
-    retry_after_s: Count = field(1, "what a 429 answer tells the client to wait, seconds")
+    retry_after_s: Count = field(1, "Retry-After of a 429 answer, seconds")
 
 
 class ServeConfig(Section):
@@ -91,9 +92,7 @@ class ServeConfig(Section):
     )
     host: str = field("127.0.0.1", "address to listen on; any but a loopback address needs api_keys")
     port: Annotated[int, Field(ge=1, le=65535)] = field(8000, "port to listen on")
-    api_keys: Path | None = field(
-        None, "file of hashed API keys that `rlhf-ray api-key` writes; null: no key is asked for"
-    )
+    api_keys: Path | None = field(None, "file of hashed API keys that `rlhf-ray api-key` writes; null: no key needed")
     allowed_hosts: Strings = field(
         (), "further names by which browsers may reach the service (Host header); loopback names and `host` are allowed"
     )

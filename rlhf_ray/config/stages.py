@@ -48,7 +48,7 @@ class JobFields(Section):
     run_name: str | None = field(None, "name in trackers; default: the folder's name")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = field(0, "root of all randomness")
     resume: Literal["never", "auto"] = field(
-        "never", "never: a folder that holds a run is refused; auto: go on from its newest valid checkpoint, else start"
+        "never", "never: refuse a folder that holds a run; auto: resume from its newest valid checkpoint, else start"
     )
     model_name_or_path: Path = field(..., "base model: folder or Hub id of a causal language model")
     revision: str | None = field(None, "Hub revision of the base")
@@ -72,7 +72,7 @@ class JobFields(Section):
         "prompt template: alpaca, alpaca_legacy, alpaca_short, vigogne, none (the prompt as it is), chat, or a JSON file",
     )
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many)] = field(
-        ("tensorboard",), "trackers beside metrics.jsonl"
+        ("tensorboard",), "trackers besides metrics.jsonl"
     )
     copy_to: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://"), AfterValidator(without_credentials)] | None = (
         field(
@@ -87,12 +87,12 @@ class JobFields(Section):
     )
 
     stop_grace_s: Positive = field(
-        60.0, "seconds after SIGTERM or Ctrl-C to finish the step and save; then the run ends where it is"
+        60.0, "seconds after SIGTERM or Ctrl-C to finish the step and save; then the run ends at once"
     )
     watchdog_s: NotNegative = field(
         120.0,
-        "work hangs if it takes ten times its median and at least so many seconds: stacks of all ranks are written, and the"
-        " learner group starts again from the newest checkpoint; 0: off",
+        "a phase counts as hanging after ten times its median and at least this many seconds: stacks of all ranks are"
+        " written, and the learner group restarts from the newest checkpoint; 0: off",
     )
 
     @model_validator(mode="after")
@@ -133,7 +133,7 @@ class OptimFields(Section):
     )
     max_steps: int = field(-1, "stop after this many steps; -1: use num_train_epochs")
     num_train_epochs: Positive = field(1.0, "passes over the training rows")
-    save_total_limit: Count | None = field(3, "checkpoints kept beside the best one; null keeps all")
+    save_total_limit: Count | None = field(3, "checkpoints to keep besides the best one; null keeps all")
     gradient_accumulation_steps: None = field(None, "derived from the batch sizes; setting it is an error")
 
     @model_validator(mode="after")
@@ -152,10 +152,10 @@ class _SupervisedFields(JobFields, OptimFields):
     train_batch_size: Count = field(64, "rows per optimizer step over all workers")
     per_device_train_batch_size: Count = field(8, "rows per forward pass and worker: memory only")
     per_device_eval_batch_size: Count = field(16, "rows per forward pass in evaluations")
-    eval_steps: Count | None = field(None, "evaluate every so many steps; default: ten times in a run")
-    save_steps: Count | None = field(None, "checkpoint every so many steps; default: with each evaluation")
+    eval_steps: Count | None = field(None, "evaluate every this many steps; default: ten times in a run")
+    save_steps: Count | None = field(None, "checkpoint every this many steps; default: with each evaluation")
     load_best_model_at_end: bool = field(False, "keep the adapter with the best evaluation, not the last")
-    logging_steps: Count = field(5, "write metrics every so many steps")
+    logging_steps: Count = field(5, "write metrics every this many steps")
     trainer: dict[str, Any] = field({}, "further transformers TrainingArguments, from an allow-list")
 
     @model_validator(mode="after")
@@ -243,7 +243,7 @@ class PPOConfig(JobFields, OptimFields):
     num_ppo_epochs: Count = field(2, "passes over each rollout")
     num_mini_batches: Count = field(4, "optimizer steps per pass")
     advantage_estimator: Literal["gae", "rloo", "grpo"] = field(
-        "gae", "gae has a critic; rloo and grpo compare replies of one prompt"
+        "gae", "gae uses a value model; rloo and grpo compare replies to one prompt"
     )
     num_generations: Count = field(1, "replies per prompt (rloo and grpo need at least 2)")
     max_length: Annotated[int, Field(ge=2)] | None = field(
@@ -292,7 +292,7 @@ class PPOConfig(JobFields, OptimFields):
     )
     over_optimisation_patience: Count | None = field(
         None,
-        "stop (exit 75) after so many evaluations in a row whose reward is two standard errors below the best one, at a"
+        "stop (exit 75) after this many evaluations in a row whose reward is two standard errors below the best one, at a"
         " larger KL; null: off",
     )
 
@@ -307,20 +307,20 @@ class PPOConfig(JobFields, OptimFields):
         1.0, "subtracted from the score of a reply that did not finish; null: off"
     )
     bootstrap_truncated: bool = field(
-        False, "use the critic's value after the last token of a reply that did not finish; else 0"
+        False, "use the value model's value after the last token of a reply that did not finish; else 0"
     )
     reward_baseline: Float = field(0.0, "subtracted from every score")
     normalize_rewards: bool = field(False, "divide scores by their running standard deviation")
     reward_clip: Positive | None = field(None, "clip scores to plus/minus this, after normalisation")
 
     eval_steps: Count | None = field(
-        None, "evaluate on held-out prompts every so many steps; default: ten times in a run"
+        None, "evaluate on held-out prompts every this many steps; default: ten times in a run"
     )
     eval_on_start: bool = field(True, "evaluate before the first update")
     eval_sampling: SamplingConfig = field(SamplingConfig(), "decoding in evaluations")
     save_steps: Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], BeforeValidator(_to_tuple)] | None = field(
         None,
-        "checkpoint every so many steps, or at the steps listed; default: with each evaluation; the last step always",
+        "checkpoint every this many steps, or at the steps listed; default: with each evaluation; always at the last step",
     )
     load_best_model_at_end: bool = field(False, "result = the checkpoint with the best held-out reward, not the last")
     num_samples_logged: Annotated[int, Field(ge=0)] = field(4, "replies written to samples.jsonl per step")
@@ -396,7 +396,7 @@ class EvaluateConfig(JobFields):
         ..., "what is compared", min_length=1
     )
     rewards: Annotated[tuple[RewardSource, ...], BeforeValidator(_to_tuple)] = field((), "scores of the replies")
-    judge: str | None = field(None, "reward whose comparison decides wins; default: the first")
+    judge: str | None = field(None, "reward that decides wins; default: the first")
     baseline: str | None = field(None, "policy that wins are counted against; default: the first")
     reference: str | None = field(None, "policy that KL is measured against; default: the baseline")
     response_length: Count = field(128, "longest reply in tokens")

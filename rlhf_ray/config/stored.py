@@ -29,7 +29,7 @@ def load_stored(cls: type[S], values: Mapping[str, Any], where: str, overrides: 
             f"{where}: {dotted(loc)}",
             "the run was started with a field that this version no longer has",
             got=json.dumps(value, default=str),
-            fix="go on with the version that its manifest.json names, or take the field out of the file to go on without it",
+            fix="resume with the version named in its manifest.json, or remove the field from the file to resume without it",
         )
         for loc, value in gone
         if value

@@ -31,17 +31,17 @@ class SweepConfig(JobFields):
         "none", "stop trials early: asha (arXiv:1810.05934), or those below the median of the others"
     )
     grace_evaluations: Count = field(2, "evaluations of a trial before it can be stopped early")
-    reduction_factor: Annotated[int, Field(ge=2)] = field(3, "asha: one of so many trials goes on at each rung")
+    reduction_factor: Annotated[int, Field(ge=2)] = field(3, "asha: at each rung one in this many trials continues")
     max_concurrent_trials: Count | None = field(None, "trials at once; default: as many as fit")
     time_budget_s: Positive | None = field(None, "seconds for the whole sweep; what has not ended by then is stopped")
     max_trial_failures: Annotated[int, Field(ge=0)] = field(
-        1, "a trial that fails or dies goes on from its checkpoint so many times"
+        1, "how often a trial that fails or dies is resumed from its checkpoint"
     )
     kl_cap: Positive | None = field(
         None, "selection: highest mean eval/kl_k1_per_response, nats, that a winner may have; null: any"
     )
     length_ratio: Annotated[float, Field(ge=1)] | None = field(
-        2.0, "selection: replies may become at most so many times longer, or shorter, than before training; null: any"
+        2.0, "selection: replies may become at most this many times longer, or shorter, than before training; null: any"
     )
 
     @model_validator(mode="after")
@@ -51,7 +51,7 @@ class SweepConfig(JobFields):
             for name, why in (
                 ("output_dir", "each trial writes to output_dir/trials; set output_dir at the top"),
                 ("seed", "set seeds at the top"),
-                ("resume", "trials always go on from their checkpoints; set resume at the top"),
+                ("resume", "trials always resume from their checkpoints; set resume at the top level"),
             )
             if name in self.ppo or name in self.space
         ]

@@ -32,7 +32,7 @@ def fetch(uri: str) -> Path:
 
     if has_credentials(uri):
         raise DataError.at(
-            _bare(uri), "has credentials in it", fix="put them into the environment, where nobody logs them"
+            _bare(uri), "has credentials in it", fix="put them into the environment, which is not logged"
         )
     try:
         store, path = fs.FileSystem.from_uri(uri)
@@ -59,7 +59,7 @@ def _copy(source: object, target: Path, size: int) -> None:
         with source as stream, open(part, "wb") as out:  # type: ignore[attr-defined]
             shutil.copyfileobj(stream, out, PIECE)
         if part.stat().st_size != size:
-            raise OSError(f"{part.stat().st_size:,} of {size:,} bytes came")
+            raise OSError(f"{part.stat().st_size:,} of {size:,} bytes received")
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

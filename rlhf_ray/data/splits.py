@@ -74,7 +74,7 @@ class Overlap:
         if not self.count:
             return ""
         return (
-            f"{self.count:,} of {self.total:,} evaluation rows ask what training rows ask (first {self.first}):"
+            f"{self.count:,} of {self.total:,} evaluation prompts are also training prompts (first {self.first}):"
             " their scores will be too good"
         )
 

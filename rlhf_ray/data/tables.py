@@ -107,7 +107,7 @@ def read_hub(name: str, split: str) -> Iterator[RawRow]:
         if isinstance(error, ConnectionError):
             offline = "offline mode" if datasets.config.HF_HUB_OFFLINE else "no connection"
             raise DataError.at(
-                name, f"no such file, and the Hub cannot be asked: {offline}", fix=nearest(name)
+                name, f"no such file, and the Hub cannot be reached: {offline}", fix=nearest(name)
             ) from error
         raise DataError.at(name, f"cannot be loaded: {_first_line(error)}") from error
     for number, row in enumerate(rows, start=1):

@@ -210,7 +210,10 @@ def template_from_manifest(
         raise ArtifactError.at(where, "the prompt template cannot be made again", expected, f"kind {kind!r}")
     if template.sha256 != record.get("sha256"):
         raise ArtifactError.at(
-            where, "is another prompt template than was recorded", f"sha256 {record.get('sha256')}", template.sha256
+            where,
+            "differs from the prompt template that was recorded",
+            f"sha256 {record.get('sha256')}",
+            template.sha256,
         )
     return template
 

@@ -111,7 +111,7 @@ def _node(node: Node) -> Iterator[CheckResult]:
     cards = node["gpus"]
     models = ", ".join(f"{card['name']} {gib(card['bytes'])} (driver {card['driver']})" for card in cards) or "no GPU"
     if declared and len(cards) < declared:
-        told = f"Ray is told of {declared:g} GPUs, nvidia-smi sees {len(cards)}"
+        told = f"Ray is told of {declared:g} GPUs, nvidia-smi shows {len(cards)}"
         yield CheckResult(
             ABOUT, f"{name} GPU", "warn", told, "real GPUs need the driver, and in a container its runtime"
         )
@@ -158,13 +158,13 @@ def _storage(answers: Sequence[Node], storage: str | None, read: Sequence[str]) 
         apart = [place(node) for node in answers if node["shared"] is False]
         if refused:
             yield CheckResult(
-                ABOUT, "storage", "fail", f"{storage} cannot be written: {', '.join(refused)}", "mend its rights"
+                ABOUT, "storage", "fail", f"{storage} cannot be written: {', '.join(refused)}", "fix its permissions"
             )
         elif apart or len({node["folder"] for node in answers}) > 1:
             told = f"{storage} is not shared: {', '.join(apart) or 'nodes have other folders'} cannot see it"
             yield CheckResult(ABOUT, "storage", "fail", told, "mount the same NFS or volume on every node")
         else:
-            yield CheckResult(ABOUT, "storage", "ok", f"every node writes and sees {storage}")
+            yield CheckResult(ABOUT, "storage", "ok", f"every node can write and see {storage}")
     for path in read:
         missing = [f"{place(node)}: {node['read'][path]}" for node in answers if node["read"].get(path)]
         told = f"cannot be read by {', '.join(missing)}" if missing else "can be read by every node"

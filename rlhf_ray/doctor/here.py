@@ -106,7 +106,7 @@ def _flash_attention() -> CheckResult:
     import torch
 
     if not torch.cuda.is_available():
-        return CheckResult(HERE, name, "ok", "installed; there is no GPU to use it on")
+        return CheckResult(HERE, name, "ok", "installed, but there is no GPU to use it on")
     try:
         from flash_attn import flash_attn_func
 

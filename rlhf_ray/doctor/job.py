@@ -35,7 +35,7 @@ def tokens(model: str, revision: str | None, template: str | None) -> Iterator[C
     status: Status = "ok" if own in ends else "warn"
     yield CheckResult(ABOUT, "end tokens", status, named, "its tokenizer has none; the generation config names these")
     plain = "ordinary token" in pad.why
-    fix = "harmless, since it is always masked; a tokenizer with a pad of its own is plainer"
+    fix = "harmless, since it is always masked; a tokenizer with its own pad token is cleaner"
     yield CheckResult(ABOUT, "pad token", "warn" if plain else "ok", f"{pad.id} {pad.token!r}: {pad.why}", fix)
     if template is not None:
         yield from _template(template, tokenizer, ends)

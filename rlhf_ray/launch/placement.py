@@ -104,9 +104,7 @@ def _wait(requests: Sequence[ResourceRequest], wait_s: float, deadline: float, c
             if there or left <= 0:
                 break
             if autoscaling.given_up(group):
-                raise _missing(
-                    requests, "there is no room for them even if the cluster grows as far as it may", ASK_LESS
-                )
+                raise _missing(requests, "they do not fit even if the cluster grows as far as it may", ASK_LESS)
             if left > LOOK_S and time.monotonic() > told + TELL_S:
                 told = time.monotonic()
                 console.log(f"waiting for {', '.join(map(str, requests))}; free now: {_free(requests)}")

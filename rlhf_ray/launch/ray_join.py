@@ -24,7 +24,7 @@ def check_is_there(given: tuple[str, str]) -> None:
     if (place := _PLACE.fullmatch(address)) is None:
         return  # auto, local or ray://: Ray's own business
     host, port = place[1], int(place[2])
-    own = f"start it; or for a Ray of the job's own {f'unset {who}' if who == 'RAY_ADDRESS' else 'run `ray stop`'}"
+    own = f"start it; or, to let the job start its own Ray, {f'unset {who}' if who == 'RAY_ADDRESS' else 'run `ray stop`'}"
     try:
         socket.create_connection((host, port), timeout=ANSWER_S).close()
     except OSError as error:

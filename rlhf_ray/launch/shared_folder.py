@@ -43,7 +43,7 @@ def check_all_see(folder: Path, request: ResourceRequest) -> None:
 
 def unseen(folder: Path, node: str) -> ConfigError:
     fix = "put output_dir on storage that all nodes share, or keep the learner on one node by learner.label_selector"
-    return ConfigError.at("output_dir", f"{folder.parent} is not seen by node {node}", "a folder that is", fix=fix)
+    return ConfigError.at("output_dir", f"{folder.parent} is not visible on node {node}", "a folder that is", fix=fix)
 
 
 def _takes(node: Mapping[str, Any], request: ResourceRequest) -> bool:

@@ -61,7 +61,7 @@ def sample_inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     good = torch.isfinite(total) & (total > 0)
     if not bool(good.all()):
         rows = (~good).nonzero().flatten().tolist()
-        raise ValueError(f"probabilities: expected a finite sum above 0, got otherwise in rows {rows[:8]}")
+        raise ValueError(f"probabilities: expected a finite sum above 0; not so in rows {rows[:8]}")
     # u * total may round up to total, behind which no entry lies; the next number below it still has one.
     threshold = torch.minimum(u.double().clamp_min(0) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold[:, None].contiguous(), right=True).squeeze(1)

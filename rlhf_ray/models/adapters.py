@@ -115,7 +115,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     peft_model: Any = as_peft(model)
     if adapter_name not in peft_model.peft_config or adapter_name in _active(model):
         raise InvariantError.at(
-            f"adapter {adapter_name}", "is not there, or is active", ", ".join(peft_model.peft_config)
+            f"adapter {adapter_name}", "does not exist, or is active", ", ".join(peft_model.peft_config)
         )
     active = _active(model)
     peft_model.delete_adapter(adapter_name)

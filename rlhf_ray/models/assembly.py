@@ -127,7 +127,7 @@ class Assembly:
         binding = self.bindings[init_from]
         if binding.adapter is not None and lora is not None and init_from != "policy":
             raise ConfigError.at(
-                "value.lora", f"the critic copies the r, alpha and targets of {init_from}", fix="drop value.lora"
+                "value.lora", f"the value model copies the r, alpha and targets of {init_from}", fix="drop value.lora"
             )
         if binding.adapter is not None and lora is None:
             self._copy(binding.stack, binding.adapter, "value")

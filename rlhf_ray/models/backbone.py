@@ -165,7 +165,7 @@ def load_classifier(
     if missing:
         raise ArtifactError.at(
             str(source.folder),
-            "score head newly initialised: this is no reward model",
+            "score head newly initialised: this is not a reward model",
             "a one-label sequence-classification checkpoint",
             f"{plan.config.architectures or 'no architecture'}, without {_some(missing)}",
             "give a reward run, or a merged one (rlhf-ray merge)",

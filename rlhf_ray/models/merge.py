@@ -91,7 +91,7 @@ def _base_of(source: ModelSpec, files: AdapterFiles) -> ModelSource:
     path = recorded.get("path") or files.config["base_model_name_or_path"]
     revision = recorded.get("revision") or files.config["revision"]
     if not path:
-        raise ArtifactError.at(source.path, "does not say which base it belongs on", "base_model_name_or_path")
+        raise ArtifactError.at(source.path, "does not record its base model", "base_model_name_or_path")
     beside = Path(source.path) / path
     if not Path(path).exists() and beside.is_dir():
         path = str(beside)
@@ -295,9 +295,9 @@ def _read_back(folder: Path, manifest: dict[str, Any], answers: Tensor) -> None:
     saved, _ = load_exact(path=str(folder), revision=None, dtype=manifest["dtype"], classifier=is_classifier)
     found = saved.identity.tokenizer_sha256
     if found != manifest["tokenizer_sha256"]:
-        raise ArtifactError.at(str(folder), "the saved tokenizer is another one", manifest["tokenizer_sha256"], found)
+        raise ArtifactError.at(str(folder), "the saved tokenizer differs", manifest["tokenizer_sha256"], found)
     difference = float((fixture_outputs(saved, torch.tensor(manifest["fixture"]["input_ids"])) - answers).abs().max())
     if not difference <= 1e-5 * max(float(answers.abs().max()), 1.0):
         raise ArtifactError.at(
-            str(folder), "the saved checkpoint, read back, answers otherwise", "no difference", f"{difference:.3g}"
+            str(folder), "the saved checkpoint, read back, gives other outputs", "no difference", f"{difference:.3g}"
         )

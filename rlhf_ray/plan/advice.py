@@ -165,7 +165,7 @@ def warnings(job: JobFields, processes: list[Process], estimator: Estimator) -> 
         return
     stage, workers = job.learner.zero_stage, max(job.learner.num_workers, 1)
     if workers == 1:
-        yield f"ZeRO {stage} with 1 worker saves nothing: there is nobody to share with"
+        yield f"ZeRO {stage} with 1 worker saves nothing: there is no other worker to share with"
     if stage == 3 and job.placement == "colocate":
         yield "ZeRO 3 gathers the whole base again for every token that is decoded: placement=split decodes with a base of its own"
     if stage == 3:

@@ -116,7 +116,7 @@ def restore(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOStat
     pending = load_pending(checkpoint.path) if values.get("rollout_waits") else None
     _cut_logs(session, setup, state.step, values["metrics_bytes"], values["samples_bytes"])
     if session.is_main:
-        session.console.log(f"ppo: going on from step {state.step} ({checkpoint.path})")
+        session.console.log(f"ppo: resuming from step {state.step} ({checkpoint.path})")
     warn_of_differences(values, session, setup.backbone)
     return pending
 

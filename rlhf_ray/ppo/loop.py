@@ -175,7 +175,9 @@ class PPOLoop:
         except Abandoned as why:
             raise self.monitor.stopped(str(why), self.state.step, self.save_if_new) from None
         except StopTraining as found:
-            found.saves &= found.is_limit or self.config.max_staleness == 0  # a rollout that was begun early is used up
+            found.saves &= (
+                found.is_limit or self.config.max_staleness == 0
+            )  # a rollout that was started early is used up
             raise self.monitor.stopped_by_guard(found, self.save_if_new) from None
         finally:
             self.monitor.watchdog.enter("", 0)

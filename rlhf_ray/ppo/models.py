@@ -82,7 +82,7 @@ def value_init_role(config: PPOConfig, foreign: Collection[str] = ()) -> str:
     if name in foreign:
         raise ConfigError.at(
             "value.init_from",
-            f"reward {name!r} has another tokenizer than the policy, whose tokens the critic must read",
+            f"reward {name!r} has another tokenizer than the policy, whose tokens the value model must read",
             "policy, or a reward model on the policy's own tokens",
             fix="set it to policy",
         )

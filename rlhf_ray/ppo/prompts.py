@@ -71,7 +71,7 @@ def reward_overlap(config: PPOConfig, rows: StageRows) -> tuple[list[str], list[
             job = open_run(reward.run, verify=False).config()
             trained = load_rows(DataConfig(**job["data"]), "preference", "reward").train
         except (RlhfRayError, OSError, ValueError, KeyError):
-            lines.append(f"{reward.name}: its training pairs are not there any more: overlap unknown")
+            lines.append(f"{reward.name}: its training pairs can no longer be read: overlap unknown")
             continue
         shared, leaked = overlap(rows.train, trained), overlap(rows.held_out, trained)
         lines.append(

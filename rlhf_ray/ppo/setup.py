@@ -259,7 +259,9 @@ def zero_3_lines(config: PPOConfig, session: Session) -> list[str]:
         return []
     cost = "every token decoded gathers the whole base again, on all ranks"
     if session.world_size == 1:
-        return [header_line("", f"ZeRO 3 with 1 worker saves nothing: there is nobody to share with, and {cost}")]
+        return [
+            header_line("", f"ZeRO 3 with 1 worker saves nothing: there is no other worker to share with, and {cost}")
+        ]
     return [header_line("", f"ZeRO 3: {cost}; generators of their own (placement: split) decode faster")]
 
 

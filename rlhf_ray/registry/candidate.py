@@ -116,7 +116,7 @@ def _chosen(sweep: RunFolder, where: str) -> tuple[RunFolder, dict[str, Any]]:
         )
     if not _TRIAL.fullmatch(str(choice.get("run_dir"))):
         raise ArtifactError.at(
-            f"{where}/sweep.json", "choice.run_dir is no trial", "trials/ID", repr(choice.get("run_dir"))
+            f"{where}/sweep.json", "choice.run_dir is not a trial", "trials/ID", repr(choice.get("run_dir"))
         )
     told = {"run_dir": str(sweep.path), "metric": record["metric"], "kl_cap": config.get("kl_cap"), "choice": choice}
     return open_run(sweep.path / choice["run_dir"]), told
@@ -147,7 +147,7 @@ def _check_whole(run: RunFolder, files: AdapterFiles, manifest: Mapping[str, Any
         ("template.sha256", (manifest.get("template") or {}).get("sha256")),
     ):
         if not isinstance(found, str):
-            problems.append(Problem(where, f"{name} is not recorded: nobody could tell where the adapter belongs"))
+            problems.append(Problem(where, f"{name} is not recorded: the adapter could not be matched to its base"))
     ArtifactError.raise_all(problems)
 
 

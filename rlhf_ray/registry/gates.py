@@ -66,7 +66,7 @@ def gates_of(candidate: Candidate, max_kl: float | None, min_reward: float | Non
                 option, f"has no meaning for a run of stage {candidate.run.stage}", fix=f"drop {option}"
             )
         if value is not None and math.isnan(value):
-            raise ConfigError.at(option, "is no number")
+            raise ConfigError.at(option, "is not a number")
     if kind == "policy":
         return [integrity(candidate), kl_gate(candidate, max_kl), reward_gate(candidate, min_reward)]
     why = "an SFT adapter is itself the reference" if kind == "sft" else "a reward model samples nothing"

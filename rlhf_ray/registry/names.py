@@ -34,7 +34,7 @@ def check_alias(name: str, where: str = "--alias") -> str:
     if name.casefold() in RESERVED:
         raise ConfigError.at(where, f"{name!r} is reserved for the model without an adapter", "another name")
     if not _ALIAS.fullmatch(name):
-        raise ConfigError.at(where, "is no name for an adapter", EXPECTED, repr(name[:80]))
+        raise ConfigError.at(where, "is not a name for an adapter", EXPECTED, repr(name[:80]))
     return name
 
 
@@ -43,7 +43,7 @@ def read_spec(text: str) -> Spec:
     found = _SPEC.fullmatch(text)
     if found is None or not is_alias(found["name"]):
         raise ConfigError.at(
-            "adapter", "is no name of an adapter", "NAME, NAME@v3 or NAME@v3-1a2b3c4d", repr(text[:80])
+            "adapter", "is not a name of an adapter", "NAME, NAME@v3 or NAME@v3-1a2b3c4d", repr(text[:80])
         )
     return Spec(found["name"], int(found["version"]) if found["version"] else None, found["hash8"])
 
@@ -52,7 +52,7 @@ def read_version(text: str | int, where: str = "--to") -> int:
     """3 of `v3` or `3`. ConfigError for anything else."""
     found = _VERSION.fullmatch(str(text))
     if found is None:
-        raise ConfigError.at(where, "is no version", "v1, v2, ...", repr(str(text)[:80]))
+        raise ConfigError.at(where, "is not a version", "v1, v2, ...", repr(str(text)[:80]))
     return int(found[1])
 
 

@@ -60,7 +60,7 @@ class Registry:
     def __init__(self, path: Path | str | None = None) -> None:
         given = str(path if path is not None else os.environ.get(ENVIRONMENT) or DEFAULT)
         if "://" in given:
-            raise ConfigError.at("--registry", "is no folder", "a local or NFS folder", given)
+            raise ConfigError.at("--registry", "is not a folder", "a local or NFS folder", given)
         self.path = Path(given).expanduser().absolute()
 
     def __repr__(self) -> str:
@@ -95,7 +95,7 @@ class Registry:
         if recorded is None:
             raise ConfigError.at(spec, f"{alias.name} has no version v{version}", _numbers(alias))
         if wanted.hash8 is not None and not recorded["adapter_sha256"].startswith(wanted.hash8):
-            raise ConfigError.at(spec, "names another adapter than is there", recorded["id"], spec)
+            raise ConfigError.at(spec, "names an adapter other than the one that is there", recorded["id"], spec)
         return open_entry(self.path / "adapters" / recorded["id"], recorded)
 
     def poll(self) -> str:

@@ -157,8 +157,8 @@ def _value(run: RunFiles) -> Finding | None:
         return None
     text = f"explained variance {shown(_late(values))} in the last quarter."
     if _late(values) > 0:
-        return Finding(False, "The critic explains part of the returns", text)
-    return Finding(True, "The critic is no help", text + " Raise value.learning_rate or value.warmup_steps.")
+        return Finding(False, "The value model explains part of the returns", text)
+    return Finding(True, "The value model does not help", text + " Raise value.learning_rate or value.warmup_steps.")
 
 
 CHECKS: tuple[Callable[[RunFiles], Finding | None], ...] = (

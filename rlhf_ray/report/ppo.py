@@ -143,8 +143,8 @@ def _penalty(run: RunFiles) -> Chart:
         "Penalty charged",
         "reward per reply",
         [Line("coefficient × penalty", charged), Line("spread of rewards (std)", spread, "dashed")],
-        f"What the {kind} penalty takes off a reply's reward. Far below the spread of rewards it hardly binds; above it, it"
-        f" outweighs them.{fixed}",
+        f"What the {kind} penalty takes off a reply's reward. Far below the spread of rewards it has little effect; above"
+        f" it, it outweighs them.{fixed}",
         zero=True,
     )
 
@@ -203,14 +203,14 @@ def _optimisation_charts(run: RunFiles) -> list[Chart]:
             "Step size",
             "nats per token",
             [Line("approx_kl", run.points("policy/approx_kl"))],
-            "KL of the new policy from the one that sampled. Usually 0.001 to 0.02; spikes come before instability.",
+            "KL of the new policy from the one that sampled. Usually 0.001 to 0.02; spikes precede instability.",
             zero=True,
         ),
         Chart(
             "Critic",
             "explained variance",
             [Line("explained variance", run.points("value/explained_variance"))],
-            "1 is a perfect critic, 0 no better than a constant, below 0 harmful. It should rise above 0 within a few steps.",
+            "1 is a perfect value model, 0 no better than a constant, below 0 harmful. It should rise above 0 within a few steps.",
             rule=0.0,
         ),
         Chart(

@@ -36,7 +36,7 @@ def _by_step(samples: Sequence[Sample], shorten: Shorten, notes: list[str]) -> H
         steps.setdefault(sample.get("step", 0), []).append(sample)
     kept = _spread(list(steps), MOST_STEPS)
     if len(kept) < len(steps):
-        notes.append(f"{len(kept)} of {len(steps)} steps are here; samples.jsonl holds all.")
+        notes.append(f"{len(kept)} of {len(steps)} steps are shown; samples.jsonl has all of them.")
     blocks = [
         tag(
             "details",
@@ -57,7 +57,7 @@ def _by_prompt(samples: Sequence[Sample], shorten: Shorten, notes: list[str]) ->
         prompts.setdefault(str(sample.get("prompt", "")), []).append(sample)
     kept = list(prompts)[:MOST_PROMPTS]
     if len(kept) < len(prompts):
-        notes.append(f"{len(kept)} of {len(prompts)} prompts are here; samples.jsonl holds all.")
+        notes.append(f"{len(kept)} of {len(prompts)} prompts are shown; samples.jsonl has all of them.")
     return [
         tag(
             "details",
@@ -94,7 +94,7 @@ def _without_template(prompts: Iterable[str]) -> tuple[Shorten, list[str]]:
     end = _shared_start([p[len(start) :][::-1] for p in all_prompts])[::-1]
     end = end[end.find("\n") :] if "\n" in end else ""
     template = _one_line(f"{start}[…]{end}", 300)
-    notes = [f"All prompts stand in the same frame, left out here: “{template}”"] if start or end else []
+    notes = [f"All prompts share this template, not repeated here: “{template}”"] if start or end else []
     return lambda prompt: prompt[len(start) : len(prompt) - len(end)].strip(), notes
 
 

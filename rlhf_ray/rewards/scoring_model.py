@@ -79,7 +79,7 @@ def load_scoring_model(
     )
     gap = _fixture_gap(model, found, recorded_reward(found).get("fixture") or [])
     if gap is not None and gap > FIXTURE_TOLERANCE:
-        console.warn(f"texts it was tested on when it was made score otherwise here, by up to {figure(gap)}")
+        console.warn(f"the texts that it was tested on when it was made score differently here, by up to {figure(gap)}")
     elif gap is not None:
         console.log(f"reproduces the scores it was tested on when it was made, to within {figure(gap)}")
     return model
@@ -103,7 +103,7 @@ def _load(source: ModelSpec, device: torch.device) -> tuple[Backbone, RoleModels
         if files.head is None:
             raise ArtifactError.at(source.path, "has no reward head", "the adapter of a reward run", "a policy adapter")
         if base is None:
-            raise ArtifactError.at(source.path, "does not say which base it belongs on", "base_model_name_or_path")
+            raise ArtifactError.at(source.path, "does not record its base model", "base_model_name_or_path")
         weight = files.head
         backbone = load_backbone(
             path=str(base["path"]), revision=base.get("revision"), **_how(base.get("precision"), device)

@@ -23,7 +23,7 @@ from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.runtime.session import global_generators
 from rlhf_ray.storage.run_folder import sha256_file
 
-MEND = "mend the function"
+MEND = "fix the function"
 PAUSES_S = (0.5, 2.0)
 """Before a reward function that raised is asked again: a service behind it may be back."""
 
@@ -102,7 +102,7 @@ def _spoken(texts: Texts) -> dict[str, Any]:
 
 
 def checked_rewards(got: Any, rows: int, where: str) -> Tensor:
-    """f32[rows], NaN where there is no number: a made-up one would train on noise. Raises Interrupted for anything else.
+    """f32[rows], NaN where there is not a number: a made-up one would train on noise. Raises Interrupted for anything else.
 
     Text and dicts are refused although numbers can be read out of them: nobody can know which are meant."""
     if isinstance(got, (str, bytes, Mapping, Set)):

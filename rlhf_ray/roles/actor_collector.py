@@ -142,7 +142,7 @@ class _Job:
         if adapter.version != remote_roles.version:
             raise InvariantError.at(
                 f"step {step}",
-                "an adapter is asked for that was not handed over",
+                "an adapter was requested that was not handed over",
                 str(remote_roles.version),
                 str(adapter.version),
             )

@@ -102,7 +102,7 @@ class AdapterRefStore:
 
     def fetch(self, version: int) -> list[Any]:
         if self.held[0] != version:
-            raise LookupError(f"the board holds adapter version {self.held[0]}, not {version}")
+            raise LookupError(f"the store holds adapter version {self.held[0]}, not {version}")
         return self.held[1]
 
 
@@ -292,7 +292,7 @@ def ask_ref_store(ref_store: Any, method: str, *args: Any) -> Any:
     try:
         return ray.get(getattr(ref_store, method).remote(*args), timeout=RESTART_S)
     except LOST as error:
-        raise Interrupted.at("adapter board", f"{_reason(error)}, while {method}ing the adapter") from error
+        raise Interrupted.at("adapter store", f"{_reason(error)}, while {method}ing the adapter") from error
 
 
 def cause_of(error: RayTaskError) -> BaseException:

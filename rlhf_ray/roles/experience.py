@@ -113,7 +113,7 @@ def _gae(
     final: Tensor, per_token: Tensor, kl_coef: float, rollout: Rollout, evaluation: Evaluation, config: PPOConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     if evaluation.values is None or evaluation.bootstrap is None:
-        raise ValueError("advantage_estimator gae needs the critic's values")
+        raise ValueError("advantage_estimator gae needs the value model's values")
     mask = rollout.response_mask
     shaped = returns.shape_rewards(final, per_token, kl_coef, mask)
     if config.whiten_rewards:

@@ -113,7 +113,7 @@ class Guards:
             f"step {step}",
             f"{who} is not finite for {bad} of {rows} replies (first row {first}){again}{besides}",
             f"at most {BAD_SHARE:.0%} of a step, and not in {IN_A_ROW} steps in a row",
-            fix="mend the reward, then resume the run",
+            fix="fix the reward, then resume the run",
         )
 
     def check(self, config: PPOConfig, metrics: Mapping[str, float], step: int) -> None:

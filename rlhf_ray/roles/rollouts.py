@@ -60,7 +60,7 @@ class Rollouts:
             self._start(step, newest)
         sampled = self.settle()
         if sampled is None or sampled.step != step:
-            raise LookupError(f"the rollout of step {step} is asked for, and {sampled and sampled.step} was begun")
+            raise LookupError(f"the rollout of step {step} is asked for, and {sampled and sampled.step} was started")
         self.pending = None
         if self.ahead and step < self.last_step:
             self._start(step + 1, newest)

@@ -108,7 +108,7 @@ def parse(text: str) -> tuple[Fault, ...]:
         pairs = [word.partition("=") for word in words[2:-1]]
         good = len(words) >= 3 and action in ACTIONS and (action == "sleep") == bool(seconds)
         if not good or any(key not in CONDITIONS or not value.isdigit() for key, _, value in pairs):
-            raise ConfigError.at(VARIABLE, "is no fault", "role:point[:step=N][:rank=N][:call=N]:action", item)
+            raise ConfigError.at(VARIABLE, "is not a fault", "role:point[:step=N][:rank=N][:call=N]:action", item)
         when = tuple((key, int(value)) for key, _, value in pairs)
         found.append(Fault((words[0], words[1]), when, action, float(seconds or 0), item))
     return tuple(found)

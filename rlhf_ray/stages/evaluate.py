@@ -106,7 +106,7 @@ def held_out_rows(config: EvaluateConfig) -> StageRows:
     if not data.eval and data.held_out_fraction == 0:
         raise ConfigError.at(
             "data.held_out_fraction",
-            "is 0 and there is no data.eval: no prompt is held out to evaluate on",
+            "is 0 and data.eval is not set: no prompt is held out to evaluate on",
             "prompts that no stage trains on",
             fix="set data.held_out_fraction as in training (0.1), or name files in data.eval",
         )
@@ -222,6 +222,6 @@ def tell(evaluation: EvaluationModels, data_lines: Sequence[str], data_warnings:
         console.warn(line)
     if not sampling.do_sample or sampling.top_p < 1 or sampling.top_k:
         console.warn(
-            "replies are not drawn from the policies' whole distribution: KL figures are of these replies, and are no"
-            " estimate of the KL between the policies"
+            "replies are not drawn from the policies' whole distribution: KL figures describe these replies and do not"
+            " estimate the KL between the policies"
         )

@@ -129,7 +129,7 @@ def base_of(sources: Sequence[ModelSpec], model: str | None) -> tuple[str, str |
     for source in sources:
         if source.kind == "full":
             return source.path, None
-    raise ConfigError.at("model", "no policy says which base it belongs on", "a base model", fix="name it: --model")
+    raise ConfigError.at("model", "no policy records its base model", "a base model", fix="name it: --model")
 
 
 def reference_of(run: RunFolder | None, console: Console) -> str | None:

@@ -64,7 +64,7 @@ def _parsed(overrides: Sequence[str], folder: RunFolder) -> list[Override]:
     if parsed and folder.stage == "demo":
         raise ConfigError.at(str(folder.path), "a demo has no settings to change", "no FIELD=VALUE", overrides[0])
     ConfigError.raise_all(
-        Problem(f"override {o.text}", "resume goes on with the run in the folder that it is given", fix="leave it out")
+        Problem(f"override {o.text}", "resume takes the run folder as it is", fix="leave it out")
         for o in parsed
         if o.path[0] in KEPT
     )

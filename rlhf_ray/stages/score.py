@@ -159,7 +159,7 @@ def function_grader(source: RewardSource, template: str | None) -> Grade:
     prompt_template = load_template(template or "none")
     if "completion_ids" in inspect.signature(reward.function).parameters:
         raise ConfigError.at(
-            "function", f"{source.function} reads completion_ids, and there is no tokenizer here", fix="use evaluate"
+            "function", f"{source.function} reads completion_ids, but there is no tokenizer here", fix="use evaluate"
         )
 
     def grade(rows: Sequence[Row], responses: Sequence[str]) -> list[float | None]:

@@ -139,7 +139,7 @@ def newest_valid(run_path: Path, run_id: str | None = None) -> tuple[Checkpoint 
     there = list_checkpoints(run_path)
     named = _named_by_hint(run_path)
     if there and named is not None and named > there[-1].step:
-        warnings.append(f"checkpoint step_{named:06d} is not usable: it was the newest one, and is gone")
+        warnings.append(f"checkpoint step_{named:06d} is missing; it was the newest one")
     for checkpoint in reversed(there):
         try:
             checkpoint.verify(run_id)
@@ -152,7 +152,7 @@ def newest_valid(run_path: Path, run_id: str | None = None) -> tuple[Checkpoint 
         raise ArtifactError([Problem(str(run_path), "no valid checkpoint is left"), *problems])
     hint = run_path / FOLDER / LATEST
     if hint.exists():
-        raise ArtifactError.at(str(hint), "the checkpoint it names is gone, and there is no other")
+        raise ArtifactError.at(str(hint), "the checkpoint it names is missing, and there is no other")
     return None, []
 
 

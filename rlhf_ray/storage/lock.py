@@ -103,7 +103,7 @@ def check_owner(target: Path) -> None:
             if found != token:
                 raise ConfigError.at(
                     str(folder),
-                    "another process has taken this run over; nothing more is written",
+                    "another process has taken over this run; nothing more is written",
                     f"owner {token[:8]}, pid {os.getpid()}",
                     f"owner {found[:8] or 'unknown'}",
                     "leave it to that process",

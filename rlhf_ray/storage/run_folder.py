@@ -222,7 +222,7 @@ def check_place(output_dir: Path | str, resume: str) -> None:
         raise ConfigError.at("output_dir", f"{where} is a file", "a folder to write the run into")
     if is_run(path):
         if resume != "auto":
-            fix = f"to go on with it: {resume_command(where)}"
+            fix = f"to resume it: {resume_command(where)}"
             raise ConfigError.at("output_dir", f"{where} already holds a run", "a new folder, or resume=auto", fix=fix)
         return
     # Hidden entries are lock files and scratch folders of the job that is being started.

@@ -59,7 +59,7 @@ def find_token(environment: Mapping[str, str] = os.environ) -> AuthToken | None:
 
 def _checked(token: AuthToken) -> AuthToken:
     if not (token.value.isascii() and token.value.isprintable() and " " not in token.value):
-        raise ConfigError.at(token.where, "holds no token", "one line of letters and digits")
+        raise ConfigError.at(token.where, "contains no token", "one line of letters and digits")
     return token
 
 
@@ -74,7 +74,7 @@ def check_address(address: str | None) -> str:
         valid = False
     if not valid or parts.query or parts.fragment:
         fix = "jobs go through the dashboard's port, 8265" if parts.scheme == "ray" or ":6379" in address else ""
-        raise ConfigError.at("--address", "is no address of a dashboard", "http://HEAD:8265", address, fix)
+        raise ConfigError.at("--address", "is not the address of a dashboard", "http://HEAD:8265", address, fix)
     if parts.username or parts.password:
         raise ConfigError.at("--address", "holds a user name or password", "http://HEAD:8265", fix="leave them out")
     return address.rstrip("/")
@@ -119,7 +119,9 @@ def connect(address: str | None, warn: Callable[[str], None]) -> Cluster:
     if bare.status == 0:
         raise ResourceError.at(url, f"cannot be reached: {bare.text}", fix=TUNNEL)
     if bare.status == 200:
-        warn(f"{url} asks for no token: whoever reaches it can run code there (RAY_AUTH_MODE=token on every node)")
+        warn(
+            f"{url} does not require a token: anyone who can reach it can run code there (set RAY_AUTH_MODE=token on every node)"
+        )
     elif bare.status in (401, 403):
         token = _accepted(url)
     else:
@@ -139,7 +141,7 @@ def _accepted(url: str) -> AuthToken:
     token = find_token()
     if token is None:
         fix = f"copy {TOKEN_FILE} of the head node here (chmod 600), or name a file in RAY_AUTH_TOKEN_PATH"
-        raise ConfigError.at(url, "asks for a token, and there is none here", fix=fix)
+        raise ConfigError.at(url, "requires a token, and none was found here", fix=fix)
     answer = look(url, token)
     if answer.status in (401, 403):
         fix = "take the token of the cluster's head node"

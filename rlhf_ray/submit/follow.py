@@ -41,7 +41,7 @@ def follow(cluster: Cluster, submission_id: str, console: Console, again: str, l
                 console.done()
                 answer: Answer = "detach" if asked_to_stop else _question()
                 if answer == "detach":
-                    console.log(f"{submission_id} goes on; to follow it: {logs}")
+                    console.log(f"{submission_id} keeps running; to follow it: {logs}")
                     return None
                 if answer == "stop":
                     asked_to_stop = True
@@ -57,13 +57,13 @@ def outcome(details: Any, again: str) -> int:
     if status == "SUCCEEDED":
         return 0
     if status == "STOPPED":
-        raise Interrupted.at(name, "was stopped", fix=f"to go on: {again}")
+        raise Interrupted.at(name, "was stopped", fix=f"to resume: {again}")
     if code is None:
         why = next((line.strip() for line in reversed(str(details.message).splitlines()) if line.strip()), "unknown")
         raise ResourceError.at(name, "could not be started", got=why[:300], fix="rlhf-ray doctor")
     if code < 0 or code > 128:
         signal = -code if code < 0 else code - 128
-        raise Interrupted.at(name, f"was killed by signal {signal}", fix=f"to go on: {again}")
+        raise Interrupted.at(name, f"was killed by signal {signal}", fix=f"to resume: {again}")
     return int(code)
 
 
@@ -140,7 +140,7 @@ class _Tail:
                 since = time.monotonic()
             except Exception as error:
                 if time.monotonic() - since > LOST_S:
-                    what = f"has not been reached for {LOST_S:g} s; the job may go on"
+                    what = f"has not been reached for {LOST_S:g} s; the job may still be running"
                     fix = f"to follow it again: {self._logs}"
                     raise ResourceError.at(self._cluster.url, what, got=str(error)[:200], fix=fix) from error
             await asyncio.sleep(RECONNECT_S)

@@ -92,7 +92,7 @@ def _silent(cluster: Cluster, details: Any, log: str) -> ResourceError:
     fix = ""
     if "not found" in told or "No module named 'ray'" in told:
         fix = "start Ray on the nodes with their environment activated, so that `python` is the one that has Ray"
-    return ResourceError.at(cluster.url, "its nodes could not be asked", got=" ".join(told.split()), fix=fix)
+    return ResourceError.at(cluster.url, "its nodes could not be checked", got=" ".join(told.split()), fix=fix)
 
 
 def own_versions() -> dict[str, str | None]:
@@ -152,7 +152,7 @@ def _unreadable(nodes: Sequence[Node], needs: Sequence[Need]) -> Iterator[Proble
                 told, fix = f"has no module {need.path}", "install it on every node"
             else:
                 told = f"cannot read {need.path}: {why}"
-                fix = "put it on storage that every node has under this path, or say where: --storage DIR"
+                fix = "put it on storage that every node has under this path, or give the folder: --storage DIR"
                 if need.kind == "uri":
                     fix = "its name, or the credentials in the environment of the nodes"
             yield Problem(need.field, f"{places(those)} {told}", fix=fix)

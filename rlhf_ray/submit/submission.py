@@ -104,7 +104,7 @@ def submit(
 
 def _where(command: str, config: JobFields | ServeConfig, parcel: Parcel) -> list[str]:
     if not isinstance(config, ServeConfig):
-        return [f"job        {command}, run folder {parcel.output_dir} (goes on where it is there already)"]
+        return [f"job        {command}, run folder {parcel.output_dir} (resumed if it exists already)"]
     told, port = [f"job        {command}, folder {parcel.output_dir}"], config.port
     if is_loopback(config.host):
         told.append(

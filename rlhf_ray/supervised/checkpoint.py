@@ -105,7 +105,7 @@ def restore(callback: RunCallback) -> Path | None:
     if callback.writer is not None and (lost := callback.writer.resume_at(state["metrics_bytes"], progress.step)):
         session.console.warn(lost)
     if session.is_main:
-        session.console.log(f"{callback.job.stage}: going on from step {progress.step} ({checkpoint.path})")
+        session.console.log(f"{callback.job.stage}: resuming from step {progress.step} ({checkpoint.path})")
     warn_of_differences(state, session, callback.task.model.backbone)
     return checkpoint.path
 
@@ -136,7 +136,8 @@ def _forget(callback: RunCallback, checkpoint: Path) -> None:
     """Checkpoints of an older version hold the adapter alone."""
     if callback.session.is_main:
         callback.session.console.warn(
-            f"{checkpoint} is of a version whose checkpoints hold the adapter alone; the run starts again from the beginning"
+            f"{checkpoint} was written by a version whose checkpoints contain only the adapter; the run starts again from"
+            " the beginning"
         )
         for found in callback.job.folder.checkpoints():
             delete_checkpoint(found)

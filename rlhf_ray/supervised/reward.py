@@ -89,7 +89,7 @@ class RewardTask(Task):
             source = policy_source(config.sft)
             if source.kind != "adapter":
                 raise ConfigError.at(
-                    "sft", f"{config.sft} is no SFT run or adapter", fix="drop it, and set model_name_or_path to it"
+                    "sft", f"{config.sft} is not an SFT run or adapter", fix="drop it, and set model_name_or_path to it"
                 )
             parents = [parent_of(source, "sft")]
             for line in check_lineage(source, backbone.identity, template, role="sft"):

@@ -203,7 +203,7 @@ def check_saved(task: Task, folder: Path, rows: Sequence[Any]) -> None:
     if not worst <= RELOAD_TOLERANCE:
         raise InvariantError.at(
             str(folder),
-            "the adapter read back answers otherwise than the one trained",
+            "the adapter read back gives other outputs than the one trained",
             f"{RELOAD_TOLERANCE:g}",
             f"{worst:.3g}",
         )

@@ -75,7 +75,7 @@ class LanguageModel(TrainedModel):
 
     def _lm_head(self) -> nn.Module:
         if self.backbone.lm_head is None:
-            raise TypeError("the base is no causal language model")
+            raise TypeError("the base is not a causal language model")
         return self.backbone.lm_head
 
 

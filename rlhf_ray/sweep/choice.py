@@ -56,7 +56,7 @@ def _whole(settings: Sequence[Setting]) -> list[Setting]:
 
 def _objection(setting: Setting, whole: bool, kl_cap: float | None, length_ratio: float | None) -> str:
     if not whole:
-        return f"fewer of its trials came to their end: {setting.missing}"
+        return f"fewer of its trials finished: {setting.missing}"
     kl, ratio = setting.mean(K1), setting.length_ratio
     if kl_cap is not None and not kl <= kl_cap:
         return f"KL {kl:.3g} nats is over the cap of {kl_cap:g}"

@@ -94,7 +94,7 @@ def sentence(config: SweepConfig, choice: Choice) -> str:
         )
         text += f" No significant difference to {others}."
     else:
-        text += f" Every other admitted setting is more than {CLEAR:g} standard errors behind."
+        text += f" Every other admitted setting is more than {CLEAR:g} standard errors below."
     return text
 
 

@@ -91,7 +91,7 @@ def _values(values: Any, where: str) -> Values:
     if not isinstance(values, (list, tuple)) or not values:
         raise ConfigError.at(where, "no values", "a list of at least one", str(values))
     if any(values.count(v) > 1 for v in values):
-        raise ConfigError.at(where, "a value stands there twice", "different values", ", ".join(map(str, values)))
+        raise ConfigError.at(where, "a value appears twice", "different values", ", ".join(map(str, values)))
     return Values(tuple(values))
 
 

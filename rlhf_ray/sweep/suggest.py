@@ -95,7 +95,7 @@ class Suggestions(Searcher):
         """Nothing: the run folders are what a sweep goes on from."""
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep goes on from its run folders")
+        raise NotImplementedError("a sweep resumes from its run folders")
 
 
 def _distribution(optuna: Any, domain: Values | Range) -> Any:

@@ -45,7 +45,7 @@ class TrialConsole(Console):
         if self.metric not in values:
             known = ", ".join(sorted(name for name in values if name.startswith("eval/")))
             raise InvariantError.at(
-                "metric", "never comes in this job", known, self.metric, "set metric to one of those"
+                "metric", "is never reported in this job", known, self.metric, "set metric to one of those"
             )
         self.seen = True
         seconds = (time.monotonic() - self._started) / max(step - self._first + 1, 1) * max(self.total - step, 0)

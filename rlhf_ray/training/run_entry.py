@@ -76,7 +76,7 @@ def enter_afresh(
             finished = load_run(folder.path).to_json()
         elif existed:
             session.console.log(
-                f"{stage}: {config.output_dir} was interrupted before it was finished; it starts again from the beginning"
+                f"{stage}: {config.output_dir} was interrupted before it finished; it starts again from the beginning"
             )
             start_over(folder, config)
     finished = session.from_main(finished)
@@ -159,7 +159,7 @@ def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...
         return
     for name, (old, new) in changes.items():
         if name not in KEPT:
-            console.log(f"{folder.stage}: going on with {name} {json.dumps(new)} (was {json.dumps(old)})")
+            console.log(f"{folder.stage}: continuing with {name} {json.dumps(new)} (was {json.dumps(old)})")
     keep_config(folder, config)
 
 
@@ -223,7 +223,7 @@ def mended_functions(folder: RunFolder, parents: Iterable[Mapping[str, Any]]) ->
     known = {p["role"]: p.get("sha256") for p in folder.manifest()["parents"]}
     return [
         f"{p['role']}: {p['path']} has changed since this run's last start (sha256 {before[:12]}, now {p['sha256'][:12]}); the"
-        " steps to come are rewarded by what it is now"
+        " following steps are rewarded by the new one"
         for p in parents
         if (before := known.get(p["role"])) and before != p["sha256"]
     ]

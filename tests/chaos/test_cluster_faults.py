@@ -69,7 +69,7 @@ def test_the_control_service_is_killed(world: Any, untouched: Path, note: Any, s
         child.text
     )
     said = world.finish("gcs")
-    assert "going on from step 4 " in said, said
+    assert "resuming from step 4 " in said, said
     until(lambda: not alive(others), 30, "processes of the old Ray")
     held = code == 75 and same(untouched, run)
     note(13, held, "exit 75 after {} s; new cluster and resume: same weights and metrics", took)
@@ -167,10 +167,10 @@ def test_the_node_of_the_learner_is_drained(
     took = time.monotonic() - drained
     cluster.remove_node(on, allow_graceful=False)
     step = int(saved[0].name.removeprefix("step_"))
-    until(lambda: f"going on from step {step} " in child.text or child.process.exitcode is not None, 300)
+    until(lambda: f"resuming from step {step} " in child.text or child.process.exitcode is not None, 300)
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait(120) == 75, child.text
-    held = f"going on from step {step} " in child.text
+    held = f"resuming from step {step} " in child.text
     note(12, held, "a checkpoint {} s after the notice; goes on from it on another node", took)
 
 

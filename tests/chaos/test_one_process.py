@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     said = world.finish(name)
     for place, file in ((newest, first), (before, second)):
         assert any("not usable" in line and str(place / file) in line for line in said.splitlines()), said
-    assert "going on from step 1 " in said
+    assert "resuming from step 1 " in said
     note(19, same(untouched, run), "older checkpoint used, both files named, same weights and metrics")
 
 
@@ -179,7 +179,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(
     there = tmp_path / "runs" / "stopped"
     shutil.copytree(stopped, there)
     child = Child(world.context, tmp_path, tmp_path / "log", ["resume", "runs/stopped"], {"OMP_NUM_THREADS": "1"})
-    assert child.wait() == 0 and "going on from step 3 " in child.text, child.text
+    assert child.wait() == 0 and "resuming from step 3 " in child.text, child.text
     assert same(untouched, there) and not (stopped / "summary.json").exists()
 
 
@@ -249,7 +249,7 @@ class TestNotFinite:
         job = world.job(name, max_steps=3, learner=learner)
         child = world.start("ppo", job, fault=f"{nan},learner:update:step=2:kill")
         assert child.wait() == -signal.SIGKILL, child.text
-        assert "going on from step 1 " in world.finish(name)
+        assert "resuming from step 1 " in world.finish(name)
         note(20, same(world.run(f"first-{stage}"), world.run(name)), "a first step left out: same weights and metrics")
 
     @pytest.mark.parametrize("stage", [0, 2])
@@ -308,7 +308,7 @@ def test_a_reward_function_that_is_broken_is_mended_and_the_run_goes_on(
     child = world.start("ppo", world.job(name, max_steps=2, rewards=[{"name": "my", "function": f"{name}.py:score"}]))
     code, last = child.wait(), child.text.splitlines()[-1]
     assert last == (
-        f"error: reward my ({name}.py:score): {says}; fix: mend the function; then: rlhf-ray resume runs/{name}"
+        f"error: reward my ({name}.py:score): {says}; fix: fix the function; then: rlhf-ray resume runs/{name}"
     ), child.text
     (world.folder / f"{name}.py").write_text(source.format("[len(c) for c in completions]"))
     world.finish(name)

@@ -85,7 +85,7 @@ def test_sigterm_in_every_step(
     assert last == f"error: runs/{name}: SIGTERM; step {step} is saved; fix: rlhf-ray resume runs/{name}", child.text
     assert newest(world.run(name)) == step
     said = world.finish(name)
-    assert f"{stage}: going on from step {step} " in said
+    assert f"{stage}: resuming from step {step} " in said
     note(11, code == 75 and same(untouched[stage], world.run(name)), "exit 75, no step lost, same weights and metrics")
 
 
@@ -120,7 +120,7 @@ class TestNumbersThatAreNotFinite:
             assert child.wait() == -signal.SIGKILL, child.text
             child = world.start("resume", f"runs/{name}", fault=nan)
             assert child.wait() == 0, child.text
-            assert f"going on from step {kill - 1} " in child.text
+            assert f"resuming from step {kill - 1} " in child.text
             note(20, same(run, world.run(name)), "skipped and counted; killed beside it: same weights and metrics")
 
     @pytest.mark.parametrize("stage", STAGES)
@@ -246,7 +246,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         damage(path)
     said = world.finish(name)
     assert all(any("not usable" in line and str(path) in line for line in said.splitlines()) for path in broken), said
-    assert f"{stage}: going on from step 4 " in said
+    assert f"{stage}: resuming from step 4 " in said
     note(19, same(untouched[stage], run), "older checkpoint used, files named, same weights and metrics")
     run = world.copy(f"{stage}-stopped", f"{name}-all")
     for checkpoint in open_run(run, verify=False).checkpoints():
@@ -282,7 +282,7 @@ def test_what_changed_meanwhile_is_refused(world: Any, stopped: dict[str, Path],
     child = world.start(
         *job(world, stage, name, resume="auto", save_steps=5, per_device_train_batch_size=4, logging_steps=1)
     )
-    assert child.wait() == 0 and "going on from step 7 " in child.text, child.text
+    assert child.wait() == 0 and "resuming from step 7 " in child.text, child.text
     steps = [row["step"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
     assert steps == [1, 3, 6, 8, 9, 10]
 
@@ -311,7 +311,7 @@ def test_a_worker_of_ray_that_is_killed(world: Any, untouched: dict[str, Path], 
         fault="learner:update:step=6:kill", marks=world.folder / "marks-ray",
     )  # fmt: skip
     assert child.wait(600) == 0, child.text
-    assert "the learner group was lost; start 2" in child.text and "going on from step 5 " in child.text
+    assert "the learner group was lost; start 2" in child.text and "resuming from step 5 " in child.text
     note(7, same(untouched["reward"], world.run("reward-ray")), "started again by itself, same weights and metrics")
 
 
@@ -324,7 +324,7 @@ def test_two_ranks_go_on(world: Any, note: Any, same: Any) -> None:
     fault = "learner:update:step=6:rank=1:kill"
     child = world.start(*job(world, "sft", "sft-two-killed", **two), fault=fault, marks=world.folder / "marks-two")
     assert child.wait(600) == 0, child.text
-    assert "going on from step 5 " in child.text, child.text
+    assert "resuming from step 5 " in child.text, child.text
     note(7, same(world.run("sft-two"), world.run("sft-two-killed")), "two ranks: same weights and metrics")
 
 
@@ -362,7 +362,7 @@ def test_a_pipeline_goes_on_inside_the_stage_that_was_stopped(
             last = child.text.splitlines()[-1]
             assert code == 75 and last.endswith(f"is saved; fix: rlhf-ray resume runs/{folder}"), child.text
             said = world.finish(folder)
-            assert f"{stage}: going on from step " in said, said
+            assert f"{stage}: resuming from step " in said, said
         else:
             assert code == 0, child.text
         runs[name] = world.run(folder)

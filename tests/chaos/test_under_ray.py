@@ -31,7 +31,7 @@ def test_a_learner_that_is_killed_is_started_again(
     """Fault 7: Ray Train starts the group again, and at most one step is done twice."""
     child = world.start("ppo", world.job("learner", **ONE), fault="learner:update:step=4:kill", marks=marks)
     assert child.wait(600) == 0, child.text
-    assert LOST in child.text and "going on from step 3 " in child.text
+    assert LOST in child.text and "resuming from step 3 " in child.text
     note(7, same(untouched, world.run("learner")), "started again by itself, same weights and metrics")
 
 

@@ -227,7 +227,7 @@ def test_an_adapter_that_reads_back_otherwise_is_refused(
 
     monkeypatch.setattr(stage, "read_adapter", other_scale)
     config = make_config()
-    with pytest.raises(InvariantError, match="the adapter read back answers otherwise"):
+    with pytest.raises(InvariantError, match="the adapter read back gives other outputs"):
         sft(config, console)
     assert load_run(config.output_dir).status == "running"
 
@@ -274,7 +274,7 @@ class TestResume:
         path.write_text(written)
         shutil.copytree(tmp_path / "sft", tmp_path / "two")
         run = sft(make_config(resume="auto", **often), console)
-        assert "sft: going on from step 3 " in console.text and "exact" not in console.text
+        assert "sft: resuming from step 3 " in console.text and "exact" not in console.text
         resume(tmp_path / "two", console, overrides=["learner.num_threads=2"])
         assert console.text.count("resumes, not bit-exact: threads 1 -> 2") == 1
         assert all(torch.equal(t, adapter_of(whole)[n]) for n, t in adapter_of(run).items())

@@ -136,9 +136,7 @@ def test_resume_goes_on_with_a_file_that_is_not_the_checkpoints_and_says_what_is
     with MetricsWriter(tmp_path) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": float(step)})
-        assert "expected 9999 bytes at step 2; got 75; the 2 rows up to there that it has are kept" in (
-            writer.resume_at(9999, 2)
-        )
+        assert "expected 9999 bytes at step 2; got 75; the 2 rows up to there are kept" in (writer.resume_at(9999, 2))
         assert [row["step"] for row in read_metrics(path)] == [1, 2]
         assert f"{path}: does not match its checkpoint" in writer.resume_at(writer.bytes - 1, 2)
         assert [row["step"] for row in read_metrics(path)] == [1, 2]

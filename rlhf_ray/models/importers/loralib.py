@@ -100,7 +100,9 @@ def _complete(found: Mapping[str, Tensor], role: str, config: Mapping[str, Any],
             Problem(where, f"the {role} lacks {missing[0]}", wanted, f"{len(found)}, {len(missing)} missing")
         )
     if extra:
-        problems.append(Problem(where, f"the {role} has {extra[0]}, which the base has not", wanted, f"{len(found)}"))
+        problems.append(
+            Problem(where, f"the {role} has {extra[0]}, which the base does not have", wanted, f"{len(found)}")
+        )
     ranks = {int(t.shape[0]) for k, t in found.items() if ".lora_A." in k}
     ranks |= {int(t.shape[1]) for k, t in found.items() if ".lora_B." in k}
     if len(ranks) > 1:

@@ -46,9 +46,9 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
         raise ArtifactError.at(str(path), "no such file", "a pickled state dict") from error
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        raise ArtifactError.at(str(path), f"is no pickle of plain tensors: {first}") from error
+        raise ArtifactError.at(str(path), f"is not a pickle of plain tensors: {first}") from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ArtifactError.at(
-            str(path), "is no flat state dict", "a mapping of names to tensors", type(found).__name__
+            str(path), "is not a flat state dict", "a mapping of names to tensors", type(found).__name__
         )
     return {str(name): tensor for name, tensor in found.items()}

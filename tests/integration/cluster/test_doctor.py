@@ -36,7 +36,7 @@ def test_a_cluster_and_a_job(cluster: Any, chain: Path, tmp_path: Path) -> None:
     assert told["authentication"] == "on: GET /api/jobs/ without a token answers 401"
     assert "is accepted" in told["access"] and told["ray"].endswith(" everywhere")
     assert any(name.startswith("head ") and name.endswith(" memory") for name in told)
-    assert told["storage"].startswith("every node writes and sees ")
+    assert told["storage"].startswith("every node can write and see ")
     job = {name: f["status"] for (about, name), f in found.items() if about == "job"}
     assert job["placement"] == job["model"] == job["pad token"] == job["template"] == "ok"
 
@@ -74,7 +74,7 @@ def test_the_script_of_local_nodes(chain: Path, tmp_path: Path) -> None:
         gpus = [f for (_, name), f in found.items() if name.endswith(" GPU")]
         assert code == 0 and len(gpus) >= 1, [f for f in found.values() if f["status"] == "fail"]
         assert (
-            all("Ray is told of 1 GPUs, nvidia-smi sees 0" in f["said"] for f in gpus)
+            all("Ray is told of 1 GPUs, nvidia-smi shows 0" in f["said"] for f in gpus)
             or "1 GPU for Ray" in gpus[0]["said"]
         )
     finally:

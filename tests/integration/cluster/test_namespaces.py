@@ -203,6 +203,6 @@ def test_a_run_folder_that_another_node_does_not_see(machines: Machines, chain: 
     assert code == 2, said
     node = re.escape(machines.address(1))
     assert re.search(
-        rf"^error: output_dir: {own} is not seen by node {node} \(node \w+\); expected .*; fix: ", said, re.M
+        rf"^error: output_dir: {own} is not visible on node {node} \(node \w+\); expected .*; fix: ", said, re.M
     )
     assert not list(own.iterdir())

@@ -80,7 +80,7 @@ def test_a_pipeline_stopped_by_ctrl_c_goes_on_when_it_is_submitted_again(
     assert code == 75, text
     assert "SIGTERM; step" in text and 3 <= steps(run) < 48
     last = text.splitlines()[-1]
-    command = re.search(r"was stopped; fix: to go on: rlhf-ray (submit .*)$", last)
+    command = re.search(r"was stopped; fix: to resume: rlhf-ray (submit .*)$", last)
     assert command, text
     sent = re.search(r"sent +([\d,]+) bytes: (.*)", text)
     assert sent and int(sent[1].replace(",", "")) < 1_000_000
@@ -153,7 +153,7 @@ def test_a_missing_and_a_wrong_token_are_one_line(cluster: Any, chain: Path, sub
     none = {k: v for k, v in cluster.environment.items() if k != "RAY_AUTH_TOKEN_PATH"}
     code, said = submit("chain.yaml", env=none)
     assert (code, len(said.splitlines())) == (2, 1), said
-    assert "asks for a token, and there is none here; fix: copy ~/.ray/auth_token" in said
+    assert "requires a token, and none was found here; fix: copy ~/.ray/auth_token" in said
     wrong = tmp_path / "wrong"
     wrong.write_text("f" * 64)
     code, said = submit("chain.yaml", env=none | {"RAY_AUTH_TOKEN_PATH": str(wrong)})

@@ -212,10 +212,10 @@ class TestGoingOn:
         said = io.StringIO()
         with pytest.raises(Interrupted, match="raise max_kl"):
             resume(broken.output_dir, LocalConsole(file=said), overrides=["max_kl=1e-9"])
-        assert "ppo: going on with max_kl 1e-09 (was null)\n" in said.getvalue()
+        assert "ppo: continuing with max_kl 1e-09 (was null)\n" in said.getvalue()
         assert folder.config()["max_kl"] == 1e-9
         assert resume(broken.output_dir, LocalConsole(file=said), overrides=["max_kl=1000"]).status == "done"
-        assert "ppo: going on with max_kl 1000.0 (was 1e-09)\n" in said.getvalue()
+        assert "ppo: continuing with max_kl 1000.0 (was 1e-09)\n" in said.getvalue()
         assert folder.config()["max_kl"] == 1000.0
 
     def test_a_configuration_that_was_edited_in_the_run_is_refused(self, broken: PPOConfig) -> None:
@@ -244,7 +244,7 @@ class TestGoingOn:
     def test_where_nothing_has_changed_nothing_is_told(self, broken: PPOConfig) -> None:
         said = io.StringIO()
         assert resume(broken.output_dir, LocalConsole(file=said)).status == "done"
-        assert "going on from step 2 " in said.getvalue() and "exact" not in said.getvalue()
+        assert "resuming from step 2 " in said.getvalue() and "exact" not in said.getvalue()
 
     def test_other_data_are_refused_unless_accepted(self, broken: PPOConfig, prompts_file: Path) -> None:
         """Fault 24: rows that moved would be replayed or skipped without a word."""

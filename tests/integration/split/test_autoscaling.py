@@ -115,9 +115,8 @@ def test_a_job_gets_the_node_it_needs_and_one_that_is_too_large_is_refused(
         "large", learner={"num_workers": 3, "num_gpus": 1.0, "num_threads": 1}, placement="colocate"
     )
     assert too_large.returncode == 3, too_large.stderr
-    assert (
-        "learner: there is no room for them even if the cluster grows as far as it may (learner 3 x (1 CPU, 1 GPU))"
-        in (too_large.stderr)
+    assert "learner: they do not fit even if the cluster grows as far as it may (learner 3 x (1 CPU, 1 GPU))" in (
+        too_large.stderr
     )
     assert seconds < 120, "told when the autoscaler says so, not at the end of the wait"
 

@@ -83,7 +83,7 @@ def collect(collector: Any, adapter: ActiveAdapter, width: int) -> Any:
 
 def test_wrong_adapters_are_caught_by_name(collector: Any) -> None:
     named = ActiveAdapter("policy", 3, PUBLISHED.sha256)
-    with pytest.raises(InvariantError, match="step 9: an adapter is asked for that was not handed over"):
+    with pytest.raises(InvariantError, match="step 9: an adapter was requested that was not handed over"):
         collect(collector, named, 1)
     assert collector.remote_roles.publish(PUBLISHED) == 7 * 4, "bytes of the adapter, and of nothing else"
     assert collect(collector, named, 1).rollout.row_id.tolist() == [0, 1, 2, 3]

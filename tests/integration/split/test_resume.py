@@ -56,7 +56,7 @@ def test_the_other_placement_goes_on(
     assert [path.name for path in Path(before.output_dir).glob("checkpoints/step_*")] == ["step_000001"]
     reward.write_text(intact)
     assert result(ppo(after, console).run_dir) == undisturbed
-    assert "going on from step 1" in console.text
+    assert "resuming from step 1" in console.text
 
 
 def test_the_driver_killed(
@@ -83,5 +83,5 @@ def test_the_driver_killed(
         done = subprocess.run([*command, "resume", str(folder)], capture_output=True, text=True, timeout=300)
         code = done.returncode
     assert code == 0, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert result(str(folder)) == undisturbed

@@ -89,7 +89,7 @@ def test_a_run_stopped_with_a_rollout_under_way_goes_on_to_the_same_bits(
         ppo(job, console)
     reward.write_text(intact)
     resumed = ppo(job, console)
-    assert "going on from step" in console.text
+    assert "resuming from step" in console.text
     assert adapter_sha256(resumed) == adapter_sha256(straight)
     assert deterministic(resumed) == deterministic(straight)
 

@@ -36,4 +36,4 @@ def test_shared_prompts_are_counted_and_leaks_are_warned_about(
 
     (tmp_path / "pairs.jsonl").unlink()
     run_command("ppo", jobs["ppo"], "max_steps=1", "lora.r=4", "output_dir=runs/gone")
-    assert "helpful: its training pairs are not there any more: overlap unknown" in capfd.readouterr().err
+    assert "helpful: its training pairs can no longer be read: overlap unknown" in capfd.readouterr().err

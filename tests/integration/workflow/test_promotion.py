@@ -108,4 +108,4 @@ def test_a_promoted_policy_answers_by_its_name(
     run_command("generate", "--policy", "registry:helper", *asked)
     assert json.loads(capfd.readouterr().out)["completion"] == run["completion"]
     assert main(["generate", "--policy", "registry:../helper", *asked]) == 2
-    assert "error: adapter: is no name of an adapter" in capfd.readouterr().err
+    assert "error: adapter: is not a name of an adapter" in capfd.readouterr().err

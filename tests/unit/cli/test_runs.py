@@ -56,12 +56,12 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ("29 another stage", ("resume", "foreign"), 2,
      "stage: unknown; expected one of sft, reward, ppo, evaluate, pipeline, demo; got distil"),
     ("57 elsewhere", ("resume", "started", "output_dir=there", "resume=never"), 2,
-     "override output_dir=there: resume goes on with the run in the folder that it is given; fix: leave it out\n"
-     "error: override resume=never: resume goes on with the run in the folder that it is given; fix: leave it out"),
+     "override output_dir=there: resume takes the run folder as it is; fix: leave it out\n"
+     "error: override resume=never: resume takes the run folder as it is; fix: leave it out"),
     ("resume under no field", ("resume", "started", "max_kl"), 2,
      "override max_kl: no value; expected field=value, e.g. kl_coef=0.1"),
     ("resume a sweep under", ("resume", "tried", "ppo.max_kl=20"), 2,
-     "tried: a sweep goes on as it was started; expected no FIELD=VALUE; got ppo.max_kl=20; fix: leave it out"),
+     "tried: a sweep resumes with the settings it was started with; expected no FIELD=VALUE; got ppo.max_kl=20; fix: leave it out"),
     ("resume a demo under", ("resume", "shown", "seed=1"), 2,
      "{here}/shown: a demo has no settings to change; expected no FIELD=VALUE; got seed=1"),
     ("merge nothing", ("merge", "nowhere"), 2, f"nowhere: no such folder; expected {POLICY}"),
@@ -77,7 +77,7 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ("generate with half a run", ("generate", "--policy", "started", *ASK), 5, "started: the run has no adapter yet"),
     ("generate with no step", ("generate", "--policy", "started@3", *ASK), 5, "{here}/started: no checkpoint of step 3"),
     ("generate with no base", ("generate", "--policy", "base", *ASK), 2,
-     "model: no policy says which base it belongs on; expected a base model; fix: name it: --model"),
+     "model: no policy records its base model; expected a base model; fix: name it: --model"),
     ("score with nothing", ("score", "--run", "./nowhere", *SAY), 2, f"./nowhere: no such folder; expected {REWARD}"),
     ("score with no reward", ("score", "--run", "empty", *SAY), 5, f"empty: {NO_ADAPTER}{REWARD}"),
     ("score with half a run", ("score", "--run", "started", *SAY), 5, "started: the run has no adapter yet"),
@@ -89,7 +89,7 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ("55 unwritable", ("ppo", "job.yaml", "output_dir=/proc/rlhf/run"), 2, "output_dir: cannot write to /proc/rlhf/run: "),
     ("55 a run", ("ppo", "job.yaml", "output_dir=started"), 2,
      "output_dir: started already holds a run; expected a new folder, or resume=auto; "
-     "fix: to go on with it: rlhf-ray resume started"),
+     "fix: to resume it: rlhf-ray resume started"),
 ]  # fmt: skip
 
 

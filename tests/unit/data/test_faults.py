@@ -186,7 +186,7 @@ def test_row_18_prompts_in_both_files_are_counted_with_the_first(write: Callable
     assert [
         w
         for w in found.warnings
-        if w.startswith("3 of 4 evaluation rows ask what training rows ask (first eval.jsonl:2)")
+        if w.startswith("3 of 4 evaluation prompts are also training prompts (first eval.jsonl:2)")
     ]
     assert not load_rows(
         DataConfig(train=(train,), eval=(write([{"prompt": "E?", "completion": "y"}], "e.jsonl"),)), "sft"

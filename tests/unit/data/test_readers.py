@@ -219,7 +219,7 @@ def test_a_hub_id_offline_is_one_line(folder: Path) -> None:
         read_rows(DataConfig(train=("nobody/nothing",)), "sft")
     assert time.monotonic() - start < 2
     (line,) = caught.value.lines()
-    assert line.startswith("error: nobody/nothing: no such file, and the Hub cannot be asked: offline mode; fix: ")
+    assert line.startswith("error: nobody/nothing: no such file, and the Hub cannot be reached: offline mode; fix: ")
 
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))

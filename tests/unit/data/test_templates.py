@@ -192,7 +192,7 @@ def test_a_chat_template_is_the_tokenizers_and_has_to_be_the_recorded_one(chat_t
     with pytest.raises(ArtifactError, match="expected a tokenizer with a chat template; got kind 'chat'"):
         template_from_manifest(record, "manifest.json", tokenizer)
     forged = {**record, "content": {"kind": "chat", "chat_template": "{{ 7 }}"}, "sha256": "0" * 64}
-    with pytest.raises(ArtifactError, match="is another prompt template than was recorded"):
+    with pytest.raises(ArtifactError, match="differs from the prompt template that was recorded"):
         template_from_manifest(forged, "manifest.json", chat_tokenizer)
 
 

@@ -65,7 +65,7 @@ def test_the_command_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     ("fix", "said"),
     [
         ("", "fix: rlhf-ray resume RUN"),
-        ("mend the function", "fix: mend the function; then: rlhf-ray resume RUN"),
+        ("fix the function", "fix: fix the function; then: rlhf-ray resume RUN"),
         ("wait; rlhf-ray resume RUN", "fix: wait; rlhf-ray resume RUN"),
     ],
 )

@@ -36,7 +36,7 @@ def test_nobody_there() -> None:
         check_is_there(("RAY_ADDRESS", address))
     assert caught.value.lines() == [
         f"error: RAY_ADDRESS: no Ray answers at {address}: Connection refused; expected a running cluster; "
-        "fix: start it; or for a Ray of the job's own unset RAY_ADDRESS"
+        "fix: start it; or, to let the job start its own Ray, unset RAY_ADDRESS"
     ]
     with pytest.raises(ResourceError, match=r"no Ray answers at nobody.invalid:6379: "):
         check_is_there(("RAY_ADDRESS", "nobody.invalid:6379"))

@@ -112,7 +112,7 @@ class TestLoralib:
 
     def test_a_pickle_that_wants_more_than_tensors_is_refused(self, base: Path, tmp_path: Path) -> None:
         (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-        with pytest.raises(ArtifactError, match="is no pickle of plain tensors"):
+        with pytest.raises(ArtifactError, match="is not a pickle of plain tensors"):
             import_loralib(tmp_path, str(base), 64.0, tmp_path / "out")
         assert not Path("pwned").exists()
 

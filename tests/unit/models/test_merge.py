@@ -264,7 +264,7 @@ class TestRefusals:
             plain(self, folder)
 
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", lossy)
-        with pytest.raises(ArtifactError, match="read back, answers otherwise"):
+        with pytest.raises(ArtifactError, match="read back, gives other outputs"):
             merge_run(tmp_path / "a")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 

@@ -92,16 +92,16 @@ def test_the_listing_finds_damage(registry: Registry, make_run: Make, capsys: Ca
     [
         (["promote", "bad", "--alias", "helper"], 2, "error: gate kl: failed; expected at most 10 (default); got 30.0"),
         (["promote", "bad", "--alias", "helper", "--force"], 2, "error: --force: needs a reason, which is recorded"),
-        (["promote", "bad", "--alias", "a/b"], 2, "error: --alias: is no name for an adapter; expected 1 to 64 letters"),
+        (["promote", "bad", "--alias", "a/b"], 2, "error: --alias: is not a name for an adapter; expected 1 to 64 letters"),
         (["promote", "bad", "--alias", "base"], 2, "error: --alias: 'base' is reserved for the model without an adapter"),
         (["promote", "bad"], 2, "error: Missing option '--alias'"),
         (["promote", "bed", "--alias", "helper"], 2, "error: bed: no such folder; expected a run folder"),
         (["promote", "zero", "--alias", "helper", "--force", "--reason", "x"], 5, "every lora_B is zero: the adapter does nothing"),
         (["promote", "bad@4", "--alias", "helper"], 5, "no checkpoint of step 4; expected one of 10"),
-        (["promote", "bad", "--alias", "helper", "--max-kl", "nan"], 2, "error: --max-kl: is no number"),
+        (["promote", "bad", "--alias", "helper", "--max-kl", "nan"], 2, "error: --max-kl: is not a number"),
         (["rollback", "helper"], 2, "error: --registry: no registry at "),
         (["adapters"], 2, "fix: --registry DIR, or set RLHF_RAY_REGISTRY"),
-        (["adapters", "--registry", "s3://x"], 2, "error: --registry: is no folder; expected a local or NFS folder; got s3://x"),
+        (["adapters", "--registry", "s3://x"], 2, "error: --registry: is not a folder; expected a local or NFS folder; got s3://x"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_line_each(args: list[str], code: int, line: str, make_run: Make, capsys: Capture) -> None:

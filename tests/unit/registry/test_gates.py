@@ -205,7 +205,7 @@ def test_a_sweep_gives_its_winner_under_its_cap(registry: Registry, make_sweep: 
     [
         ({"choice": None}, ConfigError, "the sweep has no winner by highest mean eval/reward"),
         ({"status": "running"}, ConfigError, "the sweep has not finished"),
-        ({"choice": "../../etc"}, ArtifactError, "choice.run_dir is no trial"),
+        ({"choice": "../../etc"}, ArtifactError, "choice.run_dir is not a trial"),
         ({"choice": "c3"}, ConfigError, "no such folder"),
     ],
 )
@@ -255,7 +255,7 @@ def another_template(run: RunFolder) -> None:
         (poison, "holds values that are not finite"),
         (regex_target, "a list of module names"),
         (lambda run: (run.adapter_dir / "adapter_model.safetensors").unlink(), "file is missing"),
-        (forget(base=None), "base.weights_sha256 is not recorded: nobody could tell where the adapter belongs"),
+        (forget(base=None), "base.weights_sha256 is not recorded: the adapter could not be matched to its base"),
         (forget(tokenizer_sha256=None), "tokenizer_sha256 is not recorded"),
         (forget(template=None), "template.sha256 is not recorded"),
         (another_template, "is not the prompt template of this run any more"),

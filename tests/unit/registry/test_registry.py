@@ -199,10 +199,10 @@ def test_no_name_becomes_a_path(registry: Registry, make_run: Make, name: str) -
     [
         ("helpr", "no adapter of this name; expected helper; got 'helpr'; fix: did you mean helper?"),
         ("helper@v2", "helper has no version v2; expected one of v1"),
-        ("helper@v1-00000000", "names another adapter than is there; expected helper@v1-"),
-        ("helper@1", "is no name of an adapter; expected NAME, NAME@v3 or NAME@v3-1a2b3c4d; got 'helper@1'"),
-        ("helper@v0", "is no name of an adapter"),
-        ("helper@v1-", "is no name of an adapter"),
+        ("helper@v1-00000000", "names an adapter other than the one that is there; expected helper@v1-"),
+        ("helper@1", "is not a name of an adapter; expected NAME, NAME@v3 or NAME@v3-1a2b3c4d; got 'helper@1'"),
+        ("helper@v0", "is not a name of an adapter"),
+        ("helper@v1-", "is not a name of an adapter"),
     ],
 )
 def test_what_is_not_there(registry: Registry, make_run: Make, spec: str, message: str) -> None:
@@ -213,7 +213,7 @@ def test_what_is_not_there(registry: Registry, make_run: Make, spec: str, messag
 
 def test_rollback_to_what_is_not_there(registry: Registry, make_run: Make) -> None:
     registry.promote(str(make_run("run").path), "helper")
-    for to, message in (("v7", "has no version v7"), ("1", "is live already"), ("first", "--to: is no version")):
+    for to, message in (("v7", "has no version v7"), ("1", "is live already"), ("first", "--to: is not a version")):
         with pytest.raises(ConfigError, match=message):
             registry.rollback("helper", to)
 

@@ -60,7 +60,7 @@ BAD = [
     ("KL is negative", {"kl/k1_per_response": -0.5}),
     ("Few replies end by themselves", {"response/finished": 0.49}),
     ("Many tokens are clipped", {"policy/clip_fraction": 0.31}),
-    ("The critic is no help", {"value/explained_variance": 0.0}),
+    ("The value model does not help", {"value/explained_variance": 0.0}),
     ("The ratio of the first minibatch is not 1", {"ratio/first_minibatch_max_deviation": 1.1e-4}),
 ]
 

@@ -105,7 +105,7 @@ def test_a_bad_answer_is_named_with_the_function(
 ) -> None:
     """The bug is in the user's file, not in the package: no `a bug in rlhf_ray`."""
     monkeypatch.setattr(sources, "PAUSES_S", (0.0, 0.0))
-    with pytest.raises(Interrupted, match=rf"reward mine \(.*mine.py:score\): {says}.*; fix: mend the function$"):
+    with pytest.raises(Interrupted, match=rf"reward mine \(.*mine.py:score\): {says}.*; fix: fix the function$"):
         make(f"def score(prompts, completions):\n    {body}\n").score(texts())
 
 

@@ -66,7 +66,7 @@ def test_what_has_settled_waits_for_its_step() -> None:
 def test_a_rollout_of_another_step_is_not_passed_off() -> None:
     source, _ = rollouts(ahead=True)
     source.take(1, adapter(0))
-    with pytest.raises(LookupError, match=r"step 3 .* 2 was begun"):
+    with pytest.raises(LookupError, match=r"step 3 .* 2 was started"):
         source.take(3, adapter(2))
 
 

@@ -53,5 +53,5 @@ def test_a_mark_lets_a_fault_fire_once_over_all_processes(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("text", ["learner", "learner:update", "learner:update:boom", "learner:update:step=x:kill",
                                   "learner:update:when=3:kill", "learner:update:sleep", "learner:update:kill=3"])  # fmt: skip
 def test_a_drill_that_would_do_nothing_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"RLHF_RAY_FAULT: is no fault; expected role:point"):
+    with pytest.raises(ConfigError, match=r"RLHF_RAY_FAULT: is not a fault; expected role:point"):
         fault_injection.parse(text)

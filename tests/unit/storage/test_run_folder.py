@@ -237,7 +237,7 @@ class TestCheckpoints:
         (run.path / "checkpoints" / "step_000002" / "state.json").unlink()
         found, warnings = run.newest_checkpoint()
         assert found is not None and found.step == 1 and len(warnings) == 2
-        assert warnings[0] == "checkpoint step_000003 is not usable: it was the newest one, and is gone"
+        assert warnings[0] == "checkpoint step_000003 is missing; it was the newest one"
         assert warnings[1].startswith("checkpoint step_000002 is not usable: ")
 
     def test_never_a_silent_fresh_start(self, run: RunFolder) -> None:

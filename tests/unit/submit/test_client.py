@@ -56,7 +56,7 @@ def test_the_token_comes_from_where_ray_takes_it(tmp_path: Path, monkeypatch: py
     assert find_token({"RAY_AUTH_TOKEN_PATH": "/none", "RAY_AUTH_TOKEN": "own"}) == AuthToken("own", "RAY_AUTH_TOKEN")
     with pytest.raises(ConfigError, match="cannot be read"):
         find_token({"RAY_AUTH_TOKEN_PATH": "/none"})
-    with pytest.raises(ConfigError, match="holds no token"):
+    with pytest.raises(ConfigError, match="contains no token"):
         find_token({"RAY_AUTH_TOKEN": "two lines\nX-Evil: 1"})
     assert "own" not in repr(AuthToken("own", "RAY_AUTH_TOKEN"))
 
@@ -138,7 +138,7 @@ def test_the_exit_code_is_the_jobs() -> None:
     assert outcome(details("SUCCEEDED", 0), "x") == 0
     assert [outcome(details("FAILED", code), "x") for code in (1, 2, 3, 4, 5, 75)] == [1, 2, 3, 4, 5, 75]
     for found in (details("STOPPED"), details("FAILED", -9), details("FAILED", 137)):
-        with pytest.raises(Interrupted, match=r"to go on: rlhf-ray submit job\.yaml"):
+        with pytest.raises(Interrupted, match=r"to resume: rlhf-ray submit job\.yaml"):
             outcome(found, "rlhf-ray submit job.yaml")
     with pytest.raises(ResourceError, match="could not be started; got no room"):
         outcome(details("FAILED", None, "Traceback\nno room"), "x")

@@ -113,7 +113,7 @@ def test_a_setting_that_lost_a_trial_cannot_win() -> None:
     settings = settings_of(outcomes, METRIC)
     choice = choose(settings, None, None)
     assert choice.winner is not None and choice.winner.name == "steady"
-    assert [why for _, why in choice.excluded] == ["fewer of its trials came to their end: seed 2 stopped"]
+    assert [why for _, why in choice.excluded] == ["fewer of its trials finished: seed 2 stopped"]
     assert [s.name for s in frontier(settings)] == ["steady"]
     both_lost = settings_of([*lucky.outcomes, lost, *setting("steady", [1.0, 1.1]).outcomes], METRIC)
     chosen = choose(both_lost, None, None).winner

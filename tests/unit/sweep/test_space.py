@@ -69,7 +69,7 @@ def test_corners_reach_both_ends() -> None:
     [
         ({"a": 1}, r"space.a: one value does not vary.*got 1"),
         ({"a": []}, r"space.a: no values"),
-        ({"a": [1, 1]}, r"space.a: a value stands there twice"),
+        ({"a": [1, 1]}, r"space.a: a value appears twice"),
         ({"a": {"normal": [0, 1]}}, r"space.a: not a set of values; expected a list.*got normal"),
         ({"a": {"uniform": [2, 1]}}, r"space.a: uniform needs a lower and a higher end.*\[2, 1\]"),
         ({"a": {"uniform": [0, math.inf]}}, r"needs a lower and a higher end"),

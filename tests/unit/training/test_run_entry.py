@@ -122,7 +122,7 @@ class TestOfAnOlderVersion:
         what = "the run was started with a field that this version no longer has"
         places = (("bygone", "0.5"), ("rewards[0].old", '"x"'))
         starts = {
-            f"error: {folder.path}/config.yaml: {name}: {what}; got {got}; fix: go on with" for name, got in places
+            f"error: {folder.path}/config.yaml: {name}: {what}; got {got}; fix: resume with" for name, got in places
         }
         assert {line[: line.index(" the version")] for line in caught.value.lines()} == starts
 
@@ -138,9 +138,9 @@ def test_what_may_change_is_told_and_kept(enter: Entered) -> None:
     said = io.StringIO()
     enter(said, max_kl=20.0, save_steps=[2, 3], learner={"num_workers": 0, "zero_stage": 2}, resume="auto")
     assert said.getvalue().splitlines() == [
-        "ppo: going on with learner.zero_stage 2 (was 0)",
-        "ppo: going on with max_kl 20.0 (was 10.0)",
-        "ppo: going on with save_steps [2, 3] (was null)",
+        "ppo: continuing with learner.zero_stage 2 (was 0)",
+        "ppo: continuing with max_kl 20.0 (was 10.0)",
+        "ppo: continuing with save_steps [2, 3] (was null)",
     ]
     kept = folder.config()
     assert (kept["max_kl"], kept["save_steps"], kept["learner"]["zero_stage"]) == (20.0, [2, 3], 2)

@@ -299,6 +299,7 @@ def test_generate_hands_on_what_was_asked_and_prints_rows(
         return [{"policy": "base", "prompt": "Say hé", "completion": "hé\nyou", "reward": None}]
 
     monkeypatch.setitem(sys.modules, "rlhf_ray.stages.generate", SimpleNamespace(generate=run))  # type: ignore[misc]
+    monkeypatch.setattr("rlhf_ray.models.specs.policy_source", lambda spec: None)  # the run is not there
     args = ["generate", "--policy", "base", "--policy", "runs/ppo@40", "--instruction", "Say hé", "--top_k", "5"]
     assert main([*args, "--max_new_tokens", "7", "--load_in_8bit"]) == 0
     assert capsys.readouterr().out == "policy: base\ncompletion: hé\nyou\n\n"

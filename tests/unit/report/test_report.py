@@ -233,7 +233,7 @@ def test_a_long_run_is_thinned(fake: SimpleNamespace, tmp_path: Path) -> None:
     path = fake.ppo(tmp_path / "run", steps=900, total=900)
     write_report(path)
     text = check(path).text
-    assert "Drawn as means of 3 steps." in text and "25 of 900 steps are here" in text
+    assert "Drawn as means of 3 steps." in text and "25 of 900 steps are shown" in text
     assert (path / "report.html").stat().st_size < 500_000
 
 

@@ -22,7 +22,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with locked(tmp_path):
         check_owner(tmp_path / "x")
         (tmp_path / ".owner").write_text("another")
-        with pytest.raises(ConfigError, match="another process has taken this run over"):
+        with pytest.raises(ConfigError, match="another process has taken over this run"):
             check_owner(tmp_path / "x")
 
 

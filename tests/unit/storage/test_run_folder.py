@@ -249,7 +249,7 @@ class TestCheckpoints:
             run.newest_checkpoint()
         for checkpoint in run.checkpoints():
             shutil.rmtree(checkpoint.path)
-        with pytest.raises(ArtifactError, match="gone"):
+        with pytest.raises(ArtifactError, match="is missing, and there is no other"):
             run.newest_checkpoint()
 
     def test_a_checkpoint_of_another_run_or_step_is_refused(self, run: RunFolder, tmp_path: Path) -> None:

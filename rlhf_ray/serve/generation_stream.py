@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.sampler.requests import DecodeRequest
@@ -105,7 +104,7 @@ class GenerationStream:
     _unfinished: int = 0
     _has_tokens: bool = False
 
-    async def events(self, deadline: float) -> AsyncIterator[list[dict[str, Any]]]:
+    async def events(self, deadline: float) -> AsyncGenerator[list[Event], None]:
         """Lists of events until every generation has ended. deadline: of the event loop's clock.
 
         TimeoutError at the deadline, ApiError if a generation fails; every row is freed, however this iterator ends."""

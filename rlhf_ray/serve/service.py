@@ -76,10 +76,10 @@ def run_service(
 
 def _resolve(config: ServeConfig) -> ServeConfig:
     """The config with absolute paths and thread counts. Whatever can be refused before Ray starts is refused here."""
-    from rlhf_ray.serve.keys import Keys
+    from rlhf_ray.serve.api_keys import ApiKeys
 
     if config.api_keys is not None:
-        Keys(config.api_keys)
+        ApiKeys(config.api_keys)
     if not config.adapters and config.registry is None:
         LocalConsole().warn("neither registry nor adapters is set: the base alone is served")
     if config.registry is not None and not Path(config.registry).is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,7 +152,7 @@ class Harness:
             0.0,
         )
 
-    def events(self, seconds: float = 10) -> AsyncIterator[list[Event]]:
+    def events(self, seconds: float = 10) -> AsyncGenerator[list[Event], None]:
         return self.stream.events(asyncio.get_running_loop().time() + seconds)
 
     async def send(self, *tokens: tuple[int, int, Any]) -> None:
@@ -196,7 +196,7 @@ def test_closing_the_iterator_frees_the_rows_and_drops_the_scoring() -> None:
         await first
         await asyncio.sleep(0)
         assert harness.router.open_streams == 1
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
         await asyncio.sleep(0)
         harness.check_freed(cancelled=[0])
         assert harness.scorer.cancelled == 1

@@ -16,7 +16,7 @@ def api_key(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Make a key for the service. It is printed once; the file holds its hash."""
-    from rlhf_ray.serve.keys import add_key, revoke_key
+    from rlhf_ray.serve.api_keys import add_key, revoke_key
 
     if revoke:
         revoke_key(file, name)

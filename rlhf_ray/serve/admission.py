@@ -1,11 +1,11 @@
-"""In Ray Serve's proxy, before anything is sent on: what is more than the service can take is refused there.
+"""Admission control in Ray Serve's proxy: a request beyond the capacity of the service is refused before it is sent on.
 
 A request that a replica refuses has crossed three processes by then. At ten times the load that a machine can take, this crossing
-eats the processor that the answers need, and requests queue in the proxy, which knows no bound. So the application tells the proxy
-with every answer how many requests it takes at a time (`told`), and the gate lets no more through.
+eats the processor time that the responses need, and requests queue in the proxy, whose queue is unbounded. So every response of
+the application carries its capacity in a header (`capacity_header`), and the proxy admits no more requests than that at a time.
 
-Serve calls `middlewares` in each proxy where the environment of its Ray node has SETTING=CALLBACK: `rlhf-ray serve` sets it for
-a Ray of its own, the files under cluster/ for theirs. Without it replicas refuse, later.
+Serve calls `middlewares` in each proxy where the environment of its Ray node has CALLBACK_VARIABLE=CALLBACK: `rlhf-ray serve` sets
+it for a Ray of its own, the files under cluster/ for theirs. Without it replicas refuse, later.
 """
 
 from __future__ import annotations
@@ -17,74 +17,75 @@ from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.serve.api_errors import overloaded, send_error
 from rlhf_ray.serve.metrics import Metrics
 
-SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "rlhf_ray.serve.admission.middlewares"
-HEADER = b"x-rlhf-ray-places"
-WORK = ("/v1/chat/completions", "/v1/completions", "/v1/compare")
+CAPACITY_HEADER = b"x-rlhf-ray-places"
+LIMITED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/compare")
 
 
 def middlewares() -> list[Any]:
-    """What Serve's proxy asks for (Starlette's Middleware)."""
+    """What Serve's proxy expects of its callback (Starlette's Middleware)."""
     from starlette.middleware import Middleware
 
     return [Middleware(AdmissionControl, metrics=Metrics())]
 
 
-def places(config: ServeConfig) -> int:
-    """Requests that all copies together take at a time, if each wants one reply."""
+def max_requests(config: ServeConfig) -> int:
+    """Requests that all replicas together take at a time, if each wants one response."""
     limits, copies = config.limits, config.replicas.max_replicas or config.replicas.min_replicas
     return copies * (limits.max_batch_rows + limits.max_waiting_rows)
 
 
-def told(config: ServeConfig) -> tuple[bytes, bytes]:
-    """The header of every answer: places, and the seconds that a refused client is told to wait."""
-    return HEADER, b"%d;%d" % (places(config), config.limits.retry_after_s)
+def capacity_header(config: ServeConfig) -> tuple[bytes, bytes]:
+    """Of every response: max_requests, and the seconds for Retry-After."""
+    return CAPACITY_HEADER, b"%d;%d" % (max_requests(config), config.limits.retry_after_s)
 
 
 @dataclass
 class Capacity:
-    """Of one application, by its prefix.  places: None until it has told."""
+    """Of one application, by its prefix.  max_requests: None until a response has told it."""
 
-    places: int | None = None
+    max_requests: int | None = None
     retry_after_s: int = 1
-    inside: int = 0
+    in_flight: int = 0
 
     @property
     def is_full(self) -> bool:
-        return self.places is not None and self.inside >= self.places
+        return self.max_requests is not None and self.in_flight >= self.max_requests
 
 
 class Admission:
-    """Of one request: taken once, left once."""
+    """One request, as it counts against the capacity: `acquire` and `release` count once each, however often they are called."""
 
     def __init__(self, capacity: Capacity) -> None:
         self._capacity = capacity
-        self._state = "outside"
+        self._state = "waiting"
 
-    def take(self) -> None:
-        if self._state == "outside":
-            self._state = "inside"
-            self._capacity.inside += 1
+    def acquire(self) -> None:
+        if self._state == "waiting":
+            self._state = "acquired"
+            self._capacity.in_flight += 1
 
-    def leave(self) -> None:
-        if self._state == "inside":
-            self._capacity.inside -= 1
-        self._state = "left"
+    def release(self) -> None:
+        if self._state == "acquired":
+            self._capacity.in_flight -= 1
+        self._state = "released"
 
 
 class AdmissionControl:
-    """ASGI middleware. A request takes a place when its body is there, so that one that dawdles keeps nobody out."""
+    """ASGI middleware. A request counts once its body is complete, so that slow clients keep nobody out."""
 
     def __init__(self, app: Any, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
         self.capacities: dict[str, Capacity] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        work = next((path for path in WORK if scope["type"] == "http" and scope["path"].endswith(path)), None)
-        if work is None or scope["method"] != "POST":
+        is_http = scope["type"] == "http"
+        route = next((path for path in LIMITED_ROUTES if is_http and scope["path"].endswith(path)), None)
+        if route is None or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        prefix = scope["path"].removesuffix(work)
+        prefix = scope["path"].removesuffix(route)
         capacity = self.capacities.get(prefix) or Capacity()
         if capacity.is_full:
             self.metrics.count("refused")
@@ -92,25 +93,25 @@ class AdmissionControl:
             return
         admission = Admission(capacity)
 
-        async def received() -> Any:
+        async def receive_and_acquire() -> Any:
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body"):
-                admission.take()
+                admission.acquire()
             return message
 
-        async def noted(message: Any) -> None:
+        async def send_and_release(message: Any) -> None:
             if message["type"] == "http.response.start":
                 headers = list(message.get("headers", ()))
                 for name, value in headers:
-                    if name == HEADER:
+                    if name == CAPACITY_HEADER:
                         known = self.capacities.setdefault(prefix, capacity)
-                        known.places, known.retry_after_s = map(int, value.split(b";"))
-                message = {**message, "headers": [(n, v) for n, v in headers if n != HEADER]}
+                        known.max_requests, known.retry_after_s = map(int, value.split(b";"))
+                message = {**message, "headers": [(n, v) for n, v in headers if n != CAPACITY_HEADER]}
             elif message["type"] == "http.response.body" and not message.get("more_body"):
-                admission.leave()  # before the client can know, and ask again
+                admission.release()  # before the client has the response, and sends its next request
             await send(message)
 
         try:
-            await self.app(scope, received, noted)
+            await self.app(scope, receive_and_acquire, send_and_release)
         finally:
-            admission.leave()
+            admission.release()

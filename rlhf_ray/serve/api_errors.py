@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: OpenAI's error object and its status code. Never the text of an exception."""
+"""Errors as a client sees them: OpenAI's error object and its status code. Never the text of an exception."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-SECURITY = [
+SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
 ]
-"""Headers of every answer."""
-TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+"""Of every response."""
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ApiError(Exception):
     retry_after: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def as_dict(self) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 
 def model_not_found(name: str) -> ApiError:
-    """One answer for a name that does not exist, and for one that this key may not use."""
+    """The same for a name that does not exist, and for one that this key may not use."""
     return ApiError(404, f"The model {name[:100]!r} does not exist, or you may not use it.", "model_not_found", "model")
 
 
@@ -46,22 +46,22 @@ def adapter_refused(name: str) -> ApiError:
 
 
 def overloaded(retry_after: int, param: str | None = None) -> ApiError:
-    """param: "model" where other models may still find room."""
+    """param: "model" where requests for other models may still be accepted."""
     return ApiError(429, "The service is at capacity. Try again later.", "rate_limit_exceeded", param, retry_after)
 
 
-def out_of_time(seconds: float) -> ApiError:
+def request_timeout(seconds: float) -> ApiError:
     return ApiError(504, f"The reply was not finished within {seconds:g} s.", "timeout")
 
 
-def internal() -> ApiError:
+def internal_error() -> ApiError:
     return ApiError(500, "The service failed on this request.", "internal_error")
 
 
 async def send_error(error: ApiError, send: Any) -> None:
-    """The whole answer, by ASGI's `send`: for what is refused before any route."""
+    """The whole response, by ASGI's `send`: for requests that are refused before any route."""
     body = json.dumps(error.to_json()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *SECURITY]
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *SECURITY_HEADERS]
     if error.retry_after is not None:
         headers.append((b"retry-after", b"%d" % error.retry_after))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

@@ -20,18 +20,18 @@ from ray.serve.handle import DeploymentHandle
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.resolved import to_dict
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.serve.admission import places
+from rlhf_ray.serve.admission import max_requests
 from rlhf_ray.serve.api_errors import ApiError, overloaded
-from rlhf_ray.serve.generation import GenerationRequest
+from rlhf_ray.serve.generation import Event, GenerationRequest
 
 log = logging.getLogger(__name__)
 
-NAME = "rlhf_ray"
-ATTEMPTS = 3
-"""A reply whose replica dies is begun again on another one, with the same seed."""
-API_REQUESTS = 10_000
-MODELS_KEPT_S = 0.5
-FAILED = (RayError, BackPressureError, DeploymentUnavailableError, RequestCancelledError)
+APP_NAME = "rlhf_ray"
+MAX_ATTEMPTS = 3
+"""Of a request whose replica dies: it starts again on another one, with the same seed."""
+MAX_API_REQUESTS = 10_000
+MODELS_TTL_S = 0.5
+SERVE_ERRORS = (RayError, BackPressureError, DeploymentUnavailableError, RequestCancelledError)
 
 
 @serve.deployment(name="Engine")
@@ -46,16 +46,16 @@ class EngineDeployment:
         self.replica = Replica(load_dict(ServeConfig, values, "serve job"), name, Metrics())
         await self.replica.start()
 
-    async def complete(self, request: GenerationRequest) -> list[dict[str, Any]]:
+    async def complete(self, request: GenerationRequest) -> list[Event]:
         return [event async for events in self.replica.events(request, whole=True) for event in events]
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[dict[str, Any]]]:
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         events = self.replica.events(request)
         try:
-            async for some in events:
-                yield some
+            async for batch in events:
+                yield batch
         finally:
-            await events.aclose()  # type: ignore[attr-defined]  # at once, not when it is collected: its rows still decode
+            await events.aclose()  # type: ignore[attr-defined]  # now, not when it is garbage-collected: its rows are being decoded
 
     async def models(self) -> list[dict[str, Any]]:
         return await self.replica.models()
@@ -64,7 +64,7 @@ class EngineDeployment:
         return await self.replica.status()
 
     async def check_health(self) -> None:
-        self.replica.gauges()
+        self.replica.export_gauges()
         await self.replica.check_health()
 
     async def __del__(self) -> None:
@@ -72,17 +72,17 @@ class EngineDeployment:
             await self.replica.close()
 
 
-class Replicas:
-    """The backend of the API: replicas behind a Serve handle. Serve chooses among them, and refuses when all are full."""
+class ServeBackend:
+    """The backend of the API: replicas behind a Serve handle. Serve routes to one of them, and refuses when all are full."""
 
     def __init__(self, engine: DeploymentHandle, config: ServeConfig) -> None:
         self._engine, self._limits = engine, config.limits
         self._streaming = engine.options(stream=True)
         self._models: tuple[float, list[dict[str, Any]]] | None = None
 
-    async def complete(self, request: GenerationRequest) -> list[dict[str, Any]]:
+    async def complete(self, request: GenerationRequest) -> list[Event]:
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s + 5
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             response = self._engine.complete.remote(request)
             try:
                 async with asyncio.timeout_at(deadline):
@@ -93,53 +93,57 @@ class Replicas:
             except TimeoutError:
                 _cancel(response)
                 raise ApiError(504, "The reply was not finished in time.", "timeout") from None
-            except FAILED as error:
-                self._settle(error, last=attempt == ATTEMPTS)
+            except SERVE_ERRORS as error:
+                self._raise_unless_retryable(error, last=attempt == MAX_ATTEMPTS)
                 await asyncio.sleep(0.05 * attempt)
         raise AssertionError
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[dict[str, Any]]]:
-        """A replica that dies before it said anything is replaced by another one."""
-        for attempt in range(1, ATTEMPTS + 1):
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+        """A request whose replica dies before its first event is sent to another one."""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             response: Any = self._streaming.stream.remote(request)
-            said = False
+            started = False
             try:
                 async for events in response:
-                    said = True
+                    started = True
                     yield events
                 return
-            except FAILED as error:
-                self._settle(error, last=said or attempt == ATTEMPTS)
+            except SERVE_ERRORS as error:
+                self._raise_unless_retryable(error, last=started or attempt == MAX_ATTEMPTS)
                 await asyncio.sleep(0.05 * attempt)
             finally:
                 _cancel(response)
 
     async def models(self) -> list[dict[str, Any]]:
         now = asyncio.get_running_loop().time()
-        if self._models is None or now - self._models[0] > MODELS_KEPT_S:
+        if self._models is None or now - self._models[0] > MODELS_TTL_S:
             try:
                 async with asyncio.timeout(10):
                     self._models = now, await self._engine.models.remote()
             except (RayError, BackPressureError, DeploymentUnavailableError, TimeoutError) as error:
                 if self._models is None:
-                    self._settle(error, last=True)
+                    self._raise_unless_retryable(error, last=True)
         assert self._models is not None
         return self._models[1]
 
-    def _settle(self, error: BaseException, last: bool) -> None:
-        """Return where another attempt makes sense; else raise what the client is told."""
+    def _raise_unless_retryable(self, error: BaseException, last: bool) -> None:
+        """Return if another attempt makes sense; else raise the error for the client."""
         if isinstance(error, BackPressureError):
             raise overloaded(self._limits.retry_after_s) from None
-        gone = isinstance(error, (RayActorError, TaskCancelledError, DeploymentUnavailableError, RequestCancelledError))
+        replica_died = isinstance(
+            error, (RayActorError, TaskCancelledError, DeploymentUnavailableError, RequestCancelledError)
+        )
         log.warning("a replica failed: %s", type(error).__name__)
-        if last or not gone:
-            code = "replica_failed" if gone else "internal_error"
-            raise ApiError(503 if gone else 500, "The service failed on this request. Try again.", code) from None
+        if last or not replica_died:
+            code = "replica_failed" if replica_died else "internal_error"
+            raise ApiError(
+                503 if replica_died else 500, "The service failed on this request. Try again.", code
+            ) from None
 
 
 def _cancel(response: Any) -> None:
-    """Serve raises here what a request met before it had a replica: a second time, and in the place of what is being told."""
-    with contextlib.suppress(*FAILED):
+    """Serve raises here, a second time, the error of a request that never had a replica, and would hide the one being raised."""
+    with contextlib.suppress(*SERVE_ERRORS):
         response.cancel()
 
 
@@ -156,7 +160,7 @@ class ApiDeployment:
         from rlhf_ray.serve.api import HttpApi
         from rlhf_ray.serve.metrics import Metrics
 
-        return HttpApi(self.config, Replicas(self.engine, self.config), Metrics()).app
+        return HttpApi(self.config, ServeBackend(self.engine, self.config), Metrics()).app
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -175,9 +179,9 @@ def application(config: ServeConfig, own_ray: bool = False) -> serve.Application
         gpus = min(ray.cluster_resources().get("GPU", 0.0), 1.0) if ray.is_initialized() else 0.0
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus},
-        # A replica that is full says so itself, at once; requests must reach it for that.
+        # A replica that is full refuses by itself, at once; requests must reach it for that.
         "max_ongoing_requests": 2 * (limits.max_batch_rows + limits.max_waiting_rows),
-        "max_queued_requests": places(config),
+        "max_queued_requests": max_requests(config),
         "graceful_shutdown_timeout_s": limits.request_timeout_s + 5,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 5,
@@ -194,7 +198,7 @@ def application(config: ServeConfig, own_ray: bool = False) -> serve.Application
         options["num_replicas"] = replicas.min_replicas
     api = ApiDeployment.options(  # type: ignore[attr-defined]  # what the decorators make of it
         ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=API_REQUESTS,
+        max_ongoing_requests=MAX_API_REQUESTS,
         graceful_shutdown_timeout_s=limits.request_timeout_s + 10,
         graceful_shutdown_wait_loop_s=0.2,
     )

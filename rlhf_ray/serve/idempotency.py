@@ -1,4 +1,4 @@
-"""A request that is sent again under the same id is answered once: clients retry, and must not be charged or counted twice."""
+"""A request that is sent again under the same id runs once: clients retry, and must not be charged or counted twice."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-KEPT_S = 60.0
-KEPT = 256
+TTL_S = 60.0
+MAX_ENTRIES = 256
 
 
 class IdempotencyCache:
-    """Answers of the last minute by request id; a repeat of one that still runs waits for it."""
+    """Responses of the last minute by request id; a repeat of a request that still runs waits for it."""
 
     def __init__(self) -> None:
-        self._answers: OrderedDict[str, tuple[float, asyncio.Future[Any]]] = OrderedDict()
+        self._responses: OrderedDict[str, tuple[float, asyncio.Future[Any]]] = OrderedDict()
 
-    async def once(self, key: str | None, work: Callable[[], Awaitable[Any]]) -> Any:
-        """What `work` returns; for a key that was seen, what it returned then. A failure is not kept."""
+    async def get_or_run(self, key: str | None, work: Callable[[], Awaitable[Any]]) -> Any:
+        """What `work` returns; for a key in the cache, what it returned then. A failure is not cached."""
         if key is None:
             return await work()
-        self._forget()
-        while (known := self._answers.get(key)) is not None:
+        self._evict()
+        while (entry := self._responses.get(key)) is not None:
             try:
-                return await asyncio.shield(known[1])
+                return await asyncio.shield(entry[1])
             except asyncio.CancelledError:
-                if not known[1].cancelled():  # it is this request that was cancelled, not the one it waits for
+                if not entry[1].cancelled():  # it is this request that was cancelled, not the one it waits for
                     raise
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._answers[key] = time.monotonic(), future
+        self._responses[key] = time.monotonic(), future
         try:
-            answer = await work()
+            response = await work()
         except BaseException as error:
-            self._answers.pop(key, None)
+            self._responses.pop(key, None)
             if isinstance(error, Exception):
                 future.set_exception(error)
-                future.exception()  # seen, also if nobody else waits for it
+                future.exception()  # retrieved, also if nobody else waits for it
             else:
                 future.cancel()
             raise
-        future.set_result(answer)
-        return answer
+        future.set_result(response)
+        return response
 
-    def _forget(self) -> None:
-        while self._answers:
-            key, (when, future) = next(iter(self._answers.items()))
-            if len(self._answers) <= KEPT and (time.monotonic() - when < KEPT_S or not future.done()):
+    def _evict(self) -> None:
+        while self._responses:
+            key, (when, future) = next(iter(self._responses.items()))
+            if len(self._responses) <= MAX_ENTRIES and (time.monotonic() - when < TTL_S or not future.done()):
                 return
-            del self._answers[key]
+            del self._responses[key]

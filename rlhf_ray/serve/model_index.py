@@ -1,6 +1,6 @@
 """Which names are served, and what each stands for: versions in a registry, and runs that the job file names.
 
-Requests are answered from memory: a name that is not in it costs no look at the disk, and no name ever becomes a path.
+Names are resolved in memory: an unknown one costs no access to the disk, and none ever becomes a path.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class ModelReadout:
-    """A version, read and checked. kind: policy or reward.  stop_ids: what ends a reply.  add_eos_token: of a reward model.
-    about: lineage, for people."""
+class ModelCheckpoint:
+    """The files of a version, read and checked. kind: policy or reward.  stop_ids: tokens that end a response.
+    add_eos_token: of a reward model.  lineage: for people."""
 
     id: str
     kind: Literal["policy", "reward"]
@@ -34,75 +34,77 @@ class ModelReadout:
     template: Template
     stop_ids: tuple[int, ...]
     add_eos_token: bool = True
-    about: Mapping[str, Any] = field(default_factory=dict)
+    lineage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
         return self.files.sha256
 
-    def light(self) -> ModelReadout:
-        """All but the tensors: those of an adapter that is loaded are in the model, those of another one on disk."""
+    def without_tensors(self) -> ModelCheckpoint:
+        """To be kept: the tensors of an adapter that is loaded are in the model, those of another one on disk."""
         return replace(self, files=replace(self.files, tensors={}))
 
 
 @dataclass(frozen=True)
-class Version:
-    """id: `helper@v3-1a2b3c4d`.  read: from disk, with every check; raises RlhfRayError."""
+class ModelVersion:
+    """id: `helper@v3-1a2b3c4d`.  load: from disk, with every check; raises RlhfRayError."""
 
     id: str
     name: str
     number: int
     sha256: str
     created: int
-    read: Callable[[], ModelReadout]
+    load: Callable[[], ModelCheckpoint]
 
 
 @dataclass
 class ModelIndex:
-    """versions: by id.  wanted: name -> id that the registry says is live.  live: name -> id that is served under it.
-    known: what is known of versions that were read.  refused: id -> why it is not served."""
+    """versions: by id.  desired: name -> id that the registry says is live.  live: name -> id that is served under it.
+    checkpoints: of versions that were loaded, by id, without tensors.  refused: id -> why it is not served."""
 
-    versions: dict[str, Version] = field(default_factory=dict)
-    wanted: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, ModelVersion] = field(default_factory=dict)
+    desired: dict[str, str] = field(default_factory=dict)
     live: dict[str, str] = field(default_factory=dict)
-    known: dict[str, ModelReadout] = field(default_factory=dict)
+    checkpoints: dict[str, ModelCheckpoint] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     _by_number: dict[str, str] = field(default_factory=dict)
 
-    def offer(self, found: Mapping[str, tuple[list[Version], str]]) -> list[str]:
-        """Take over names, with their versions and the id of the live one. Returns names whose live version is to change."""
+    def update(self, found: Mapping[str, tuple[list[ModelVersion], str]]) -> list[str]:
+        """Add names, with their versions and the id of the live one. Returns names whose live version is to change."""
         for name, (versions, live) in found.items():
             self.versions.update({v.id: v for v in versions})
             self._by_number.update({f"{name}@v{v.number}": v.id for v in versions})
-            self.wanted[name] = live
-        return [name for name, version in self.wanted.items() if self.live.get(name) != version]
+            self.desired[name] = live
+        return [name for name, version in self.desired.items() if self.live.get(name) != version]
 
-    def resolve(self, model: str) -> Version | None:
+    def resolve(self, model: str) -> ModelVersion | None:
         """The version that NAME, NAME@v3 or NAME@v3-hash8 stands for now."""
         return self.versions.get(self.live.get(model) or self._by_number.get(model) or model)
 
     def is_refused(self, model: str) -> bool:
         """Whether `model` is a name with versions, none of which is fit to be served."""
-        return model in self.wanted and model not in self.live
+        return model in self.desired and model not in self.live
 
-    def rewards(self) -> list[str]:
+    def reward_models(self) -> list[str]:
         """Names of live reward adapters."""
-        return [name for name, id in self.live.items() if id in self.known and self.known[id].kind == "reward"]
+        return [
+            name for name, id in self.live.items() if id in self.checkpoints and self.checkpoints[id].kind == "reward"
+        ]
 
 
-def registry_versions(registry: Registry, backbone: Backbone) -> dict[str, tuple[list[Version], str]]:
+def registry_versions(registry: Registry, backbone: Backbone) -> dict[str, tuple[list[ModelVersion], str]]:
     """Every name in the registry. Raises RlhfRayError if the registry cannot be read."""
     found = {}
     for name in registry.names():
         alias = registry.alias(name)
         versions = [
-            Version(
+            ModelVersion(
                 recorded["id"],
                 name,
                 number,
                 recorded["adapter_sha256"],
-                _seconds(recorded.get("created", "")),
-                partial(_read_version, registry, recorded["id"], backbone),
+                _unix_seconds(recorded.get("created", "")),
+                partial(_load_version, registry, recorded["id"], backbone),
             )
             for number, recorded in alias.versions.items()
         ]
@@ -110,11 +112,11 @@ def registry_versions(registry: Registry, backbone: Backbone) -> dict[str, tuple
     return found
 
 
-def _read_version(registry: Registry, id: str, backbone: Backbone) -> ModelReadout:
-    return read_entry(registry.resolve(id), backbone)
+def _load_version(registry: Registry, id: str, backbone: Backbone) -> ModelCheckpoint:
+    return load_entry(registry.resolve(id), backbone)
 
 
-def read_entry(entry: Entry, backbone: Backbone) -> ModelReadout:
+def load_entry(entry: Entry, backbone: Backbone) -> ModelCheckpoint:
     """A promoted adapter, compared with the base and the tokenizer that are loaded. ArtifactError if it belongs on others."""
     where, identity = f"adapter {entry.id}", backbone.identity
     for what, recorded, loaded in (
@@ -125,12 +127,12 @@ def read_entry(entry: Entry, backbone: Backbone) -> ModelReadout:
         if recorded != loaded:
             raise ArtifactError.at(where, f"was trained on another {what}", f"sha256 {loaded}", f"sha256 {recorded}")
     reward = entry.manifest.get("reward") or {}
-    return ModelReadout(
+    return ModelCheckpoint(
         entry.id,
         "reward" if entry.kind == "reward" else "policy",
-        _checked(entry.load(), entry.kind == "reward", where),
+        _check_kind(entry.load(), entry.kind == "reward", where),
         entry.template(backbone.tokenizer),
-        _stop_ids(entry.stop_token_ids, backbone, where),
+        _check_stop_ids(entry.stop_token_ids, backbone, where),
         bool(reward.get("add_eos_token", True)),
         {
             "stage": entry.manifest["source"].get("stage"),
@@ -141,25 +143,25 @@ def read_entry(entry: Entry, backbone: Backbone) -> ModelReadout:
     )
 
 
-def run_versions(adapters: Mapping[str, str], backbone: Backbone) -> dict[str, tuple[list[Version], str]]:
+def run_versions(adapters: Mapping[str, str], backbone: Backbone) -> dict[str, tuple[list[ModelVersion], str]]:
     """The adapters that a job file names, as version 0 of their names. Raises ConfigError, ArtifactError."""
     found = {}
     for name, spec in adapters.items():
-        readout = read_run(name, spec, backbone)
-        again = partial(_same_run, name, spec, backbone, readout.sha256)
-        version = Version(readout.id, name, 0, readout.sha256, int(time.time()), again)
+        checkpoint = load_run(name, spec, backbone)
+        reload = partial(_reload_run, name, spec, backbone, checkpoint.sha256)
+        version = ModelVersion(checkpoint.id, name, 0, checkpoint.sha256, int(time.time()), reload)
         found[name] = [version], version.id
     return found
 
 
-def _same_run(name: str, spec: str, backbone: Backbone, sha256: str) -> ModelReadout:
-    readout = read_run(name, spec, backbone)
-    if readout.sha256 != sha256:
-        raise ArtifactError.at(f"adapters.{name}", "has changed since the service started", sha256, readout.sha256)
-    return readout
+def _reload_run(name: str, spec: str, backbone: Backbone, sha256: str) -> ModelCheckpoint:
+    checkpoint = load_run(name, spec, backbone)
+    if checkpoint.sha256 != sha256:
+        raise ArtifactError.at(f"adapters.{name}", "has changed since the service started", sha256, checkpoint.sha256)
+    return checkpoint
 
 
-def read_run(name: str, spec: str, backbone: Backbone) -> ModelReadout:
+def load_run(name: str, spec: str, backbone: Backbone) -> ModelCheckpoint:
     """A run, RUN@STEP or an adapter folder, compared with the base, tokenizer and template that it records."""
     source = policy_source(spec)
     if source.kind != "adapter":
@@ -169,28 +171,30 @@ def read_run(name: str, spec: str, backbone: Backbone) -> ModelReadout:
     files = read_adapter(source.path)
     stage = source.run.stage if source.run is not None else None
     is_reward = files.head is not None
-    about: dict[str, Any] = {"stage": stage, "parents": [], "metrics": {}}
+    lineage: dict[str, Any] = {"stage": stage, "parents": [], "metrics": {}}
     if source.run is not None:
-        about["parents"] = _parents(source.run.manifest().get("parents") or ())
-    return ModelReadout(
+        lineage["parents"] = _parents(source.run.manifest().get("parents") or ())
+    return ModelCheckpoint(
         f"{name}@v0-{files.sha256[:8]}",
         "reward" if is_reward else "policy",
-        _checked(files, is_reward, f"adapter {name}"),
+        _check_kind(files, is_reward, f"adapter {name}"),
         template,
-        _stop_ids((source.run.manifest() if source.run is not None else {}).get("stop_token_ids"), backbone, name),
+        _check_stop_ids(
+            (source.run.manifest() if source.run is not None else {}).get("stop_token_ids"), backbone, name
+        ),
         bool(recorded_reward(source).get("add_eos_token", True)),
-        about,
+        lineage,
     )
 
 
-def _checked(files: AdapterFiles, is_reward: bool, where: str) -> AdapterFiles:
+def _check_kind(files: AdapterFiles, is_reward: bool, where: str) -> AdapterFiles:
     if is_reward != (files.head is not None):
         expected = "an adapter with a reward head" if is_reward else "a policy adapter, without a head"
         raise ArtifactError.at(where, "is of another kind than it says", expected)
     return files
 
 
-def _stop_ids(recorded: Any, backbone: Backbone, where: str) -> tuple[int, ...]:
+def _check_stop_ids(recorded: Any, backbone: Backbone, where: str) -> tuple[int, ...]:
     ids = tuple(recorded) if recorded is not None else backbone.eos_ids
     rows = int(backbone.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if not all(isinstance(i, int) and 0 <= i < rows for i in ids):
@@ -199,13 +203,13 @@ def _stop_ids(recorded: Any, backbone: Backbone, where: str) -> tuple[int, ...]:
 
 
 def _parents(parents: Any) -> list[dict[str, Any]]:
-    """Role and hash of each parent, and of theirs; where they were on somebody's disk is nobody's business."""
+    """Role and hash of each parent, and of theirs; their paths stay private."""
     return [
         {"role": p.get("role"), "sha256": p.get("sha256"), "parents": _parents(p.get("parents") or ())} for p in parents
     ]
 
 
-def _seconds(created: str) -> int:
+def _unix_seconds(created: str) -> int:
     from datetime import datetime
 
     try:
@@ -214,29 +218,29 @@ def _seconds(created: str) -> int:
         return 0
 
 
-def entries(model_index: ModelIndex, started: int) -> list[dict[str, Any]]:
-    """The base, then every name (root: the version behind it), then every version that is not refused.
+def list_models(model_index: ModelIndex, started_at: int) -> list[dict[str, Any]]:
+    """OpenAI's model objects: the base, then every name (root: its version), then every version that is not refused.
 
-    started: of the service, Unix seconds."""
-    found = [_entry(BASE, BASE, None, started, {})]
+    started_at: of the service, Unix seconds."""
+    found = [_model_object(BASE, BASE, None, started_at, {})]
     for name, id in sorted(model_index.live.items()):
         version = model_index.versions[id]
-        found.append(_entry(name, id, BASE, version.created, _about(model_index, version)))
+        found.append(_model_object(name, id, BASE, version.created, _metadata(model_index, version)))
     for id, version in sorted(model_index.versions.items()):
         if id not in model_index.refused:
-            found.append(_entry(id, id, BASE, version.created, _about(model_index, version)))
+            found.append(_model_object(id, id, BASE, version.created, _metadata(model_index, version)))
     return found
 
 
-def _about(model_index: ModelIndex, version: Version) -> dict[str, Any]:
-    told: dict[str, Any] = {"version": version.number, "sha256": version.sha256}
-    known = model_index.known.get(version.id)
-    return (
-        told if known is None else {**told, "kind": known.kind, "template": known.template.name, "lineage": known.about}
-    )
+def _metadata(model_index: ModelIndex, version: ModelVersion) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"version": version.number, "sha256": version.sha256}
+    checkpoint = model_index.checkpoints.get(version.id)
+    if checkpoint is None:
+        return metadata
+    return {**metadata, "kind": checkpoint.kind, "template": checkpoint.template.name, "lineage": checkpoint.lineage}
 
 
-def _entry(id: str, root: str, parent: str | None, created: int, about: dict[str, Any]) -> dict[str, Any]:
+def _model_object(id: str, root: str, parent: str | None, created: int, metadata: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": id,
         "object": "model",
@@ -244,5 +248,5 @@ def _entry(id: str, root: str, parent: str | None, created: int, about: dict[str
         "owned_by": "rlhf_ray",
         "root": root,
         "parent": parent,
-        **about,
+        **metadata,
     }

@@ -1,4 +1,4 @@
-"""From a replica's events (generation.py) to OpenAI's objects: whole, or chunk by chunk."""
+"""From a replica's events (generation.py) to OpenAI's objects: one response, or a stream of chunks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rlhf_ray.serve.api_errors import ApiError
 
 Kind = Literal["chat", "completion", "comparison"]
 OBJECTS = {"chat": "chat.completion", "completion": "text_completion", "comparison": "comparison"}
-IDS = {"chat": "chatcmpl", "completion": "cmpl", "comparison": "cmp"}
+ID_PREFIXES = {"chat": "chatcmpl", "completion": "cmpl", "comparison": "cmp"}
 DONE = "data: [DONE]\n\n"
 
 
 @dataclass
 class PartialChoice:
-    """One choice, as far as it has come."""
+    """One choice, as far as it is written."""
 
     text: str = ""
     tokens: list[list[Any]] = field(default_factory=list)
@@ -28,22 +28,22 @@ class PartialChoice:
 
 @dataclass
 class ResponseBuilder:
-    """Takes in events; gives out the whole answer, or its chunks. model: as the client named it.
-    logprobs: the client wants them.  usage: it wants them in a last chunk."""
+    """Collects the events of one request. model: as the client named it.  logprobs: the client wants them.
+    include_usage: it wants the token usage in a last chunk (OpenAI's `stream_options`)."""
 
     kind: Kind
     model: str
     logprobs: bool = False
-    usage: bool = False
+    include_usage: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     start: dict[str, Any] = field(default_factory=dict)
     partials: dict[int, PartialChoice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.id = f"{IDS[self.kind]}-{uuid.uuid4().hex[:24]}"
+        self.id = f"{ID_PREFIXES[self.kind]}-{uuid.uuid4().hex[:24]}"
 
-    def take(self, events: Iterable[Mapping[str, Any]]) -> None:
+    def add(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Raises ApiError if one of them is an error."""
         for event in events:
             if "error" in event:
@@ -57,69 +57,73 @@ class ResponseBuilder:
             if "end" in event:
                 partial.end = dict(event)
 
-    # ---- whole ----------------------------------------------------------------------------------------------------------
+    # ---- one response --------------------------------------------------------------------------------------------------
 
-    def whole(self) -> dict[str, Any]:
+    def response(self) -> dict[str, Any]:
         return {
-            **self._head(OBJECTS[self.kind]),
+            **self._common_fields(OBJECTS[self.kind]),
             "choices": [self._choice(i) for i in sorted(self.partials)],
-            "usage": self.counts(),
+            "usage": self.token_usage(),
         }
 
-    def counts(self) -> dict[str, int]:
+    def token_usage(self) -> dict[str, int]:
         prompt = int(self.start.get("prompt_tokens", 0))
-        written = sum(r.end["completion_tokens"] for r in self.partials.values() if r.end is not None)
-        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+        completion = sum(r.end["completion_tokens"] for r in self.partials.values() if r.end is not None)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def adapters(self) -> str:
-        """Ids of the versions that wrote, for the access log."""
+    def adapter_ids(self) -> str:
+        """Of the versions that answered, for the access log."""
         return ",".join(a["id"] for a in self.start.get("adapters", {}).values())
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _common_fields(self, kind: str) -> dict[str, Any]:
         adapters = self.start.get("adapters", {})
-        head = {"id": self.id, "object": kind, "created": self.created}
+        fields = {"id": self.id, "object": kind, "created": self.created}
         if self.kind == "comparison":
-            return {**head, "adapters": adapters}
-        mine = adapters.get(self.model, {})
+            return {**fields, "adapters": adapters}
+        adapter = adapters.get(self.model, {})
         return {
-            **head,
+            **fields,
             "model": self.model,
-            "system_fingerprint": mine.get("fingerprint"),
-            "adapter": {k: mine.get(k) for k in ("id", "sha256")},
+            "system_fingerprint": adapter.get("fingerprint"),
+            "adapter": {k: adapter.get(k) for k in ("id", "sha256")},
         }
 
     def _choice(self, index: int) -> dict[str, Any]:
         partial = self.partials[index]
         end = partial.end or {}
-        choice: dict[str, Any] = {"index": index, "finish_reason": end.get("end"), **self._extras(end)}
+        choice: dict[str, Any] = {"index": index, "finish_reason": end.get("end"), **self._scores(end)}
         if self.kind == "completion":
-            return {**choice, "text": partial.text, "logprobs": _flat(partial.tokens, 0) if self.logprobs else None}
+            return {
+                **choice,
+                "text": partial.text,
+                "logprobs": _completion_logprobs(partial.tokens, 0) if self.logprobs else None,
+            }
         choice["message"] = {"role": "assistant", "content": partial.text, "refusal": None}
-        choice["logprobs"] = _chat(partial.tokens) if self.logprobs else None
+        choice["logprobs"] = _chat_logprobs(partial.tokens) if self.logprobs else None
         if self.kind == "comparison":
-            choice |= {"model": self._model_name(index), "completion_tokens": end.get("completion_tokens")}
+            choice |= {"model": self._model_of(index), "completion_tokens": end.get("completion_tokens")}
         return choice
 
-    def _extras(self, end: Mapping[str, Any]) -> dict[str, Any]:
+    def _scores(self, end: Mapping[str, Any]) -> dict[str, Any]:
         return {name: end[name] for name in ("reward", "kl") if name in end}
 
-    def _model_name(self, index: int) -> str:
+    def _model_of(self, index: int) -> str:
         return str(self.start["choices"][index])
 
-    # ---- chunk by chunk --------------------------------------------------------------------------------------------------
+    # ---- chunks --------------------------------------------------------------------------------------------------------
 
     def chunks(self, events: Iterable[Mapping[str, Any]]) -> str:
-        """Server-sent events for these events, which have been taken in already."""
+        """Server-sent events for these events, which have been added already."""
         return "".join(_sse(chunk) for event in events for chunk in self._chunks(event))
 
-    def tail(self) -> str:
-        """The usage chunk, if it is wanted, and the end."""
-        if not self.usage:
+    def end_of_stream(self) -> str:
+        """The usage chunk, if it is wanted, and OpenAI's end mark."""
+        if not self.include_usage:
             return DONE
-        return _sse({**self._head(self._part), "choices": [], "usage": self.counts()}) + DONE
+        return _sse({**self._common_fields(self._chunk_object), "choices": [], "usage": self.token_usage()}) + DONE
 
     @property
-    def _part(self) -> str:
+    def _chunk_object(self) -> str:
         return "text_completion" if self.kind == "completion" else f"{OBJECTS[self.kind]}.chunk"
 
     def _chunks(self, event: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -130,38 +134,38 @@ class ResponseBuilder:
             return
         text, tokens = event.get("text", ""), event.get("tokens", [])
         if text or tokens:
-            at = len(self.partials[event["i"]].text) - len(text)
+            offset = len(self.partials[event["i"]].text) - len(text)
             logprobs = None
             if self.logprobs:
-                logprobs = _flat(tokens, at) if self.kind == "completion" else _chat(tokens)
+                logprobs = _completion_logprobs(tokens, offset) if self.kind == "completion" else _chat_logprobs(tokens)
             yield self._chunk(event["i"], {"content": text}, logprobs=logprobs)
         if "end" in event:
-            yield self._chunk(event["i"], {}, event["end"], **self._extras(event))
+            yield self._chunk(event["i"], {}, event["end"], **self._scores(event))
 
-    def _chunk(self, index: int, delta: dict[str, Any], end: str | None = None, **more: Any) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "finish_reason": end, "logprobs": None, **more}
+    def _chunk(self, index: int, delta: dict[str, Any], end: str | None = None, **scores: Any) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "finish_reason": end, "logprobs": None, **scores}
         choice |= {"text": delta.get("content", "")} if self.kind == "completion" else {"delta": delta}
         if self.kind == "comparison":
-            choice["model"] = self._model_name(index)
-        chunk = {**self._head(self._part), "choices": [choice]}
-        return {**chunk, "usage": None} if self.usage else chunk
+            choice["model"] = self._model_of(index)
+        chunk = {**self._common_fields(self._chunk_object), "choices": [choice]}
+        return {**chunk, "usage": None} if self.include_usage else chunk
 
 
 def error_chunk(error: ApiError) -> str:
-    """How a stream that has begun tells that it failed."""
+    """The error of a stream that has begun, when the status can no longer tell it."""
     return _sse(error.to_json())
 
 
-async def stream(
+async def sse_stream(
     builder: ResponseBuilder, first: list[dict[str, Any]], rest: AsyncIterator[list[dict[str, Any]]]
 ) -> AsyncIterator[str]:
-    """The answer as server-sent events. first: the events that are there already, and have been taken in."""
+    """The response as server-sent events. first: events that have been added already."""
     try:
         yield builder.chunks(first)
         async for events in rest:
-            builder.take(events)
+            builder.add(events)
             yield builder.chunks(events)
-        yield builder.tail()
+        yield builder.end_of_stream()
     except ApiError as error:
         yield error_chunk(error) + DONE
 
@@ -170,7 +174,7 @@ def _sse(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _chat(tokens: list[list[Any]]) -> dict[str, Any]:
+def _chat_logprobs(tokens: list[list[Any]]) -> dict[str, Any]:
     content = [
         {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace")), "top_logprobs": []}
         for text, value in tokens
@@ -178,11 +182,11 @@ def _chat(tokens: list[list[Any]]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _flat(tokens: list[list[Any]], at: int) -> dict[str, Any]:
+def _completion_logprobs(tokens: list[list[Any]], offset: int) -> dict[str, Any]:
     offsets = []
     for text, _ in tokens:
-        offsets.append(at)
-        at += len(text)
+        offsets.append(offset)
+        offset += len(text)
     return {
         "tokens": [text for text, _ in tokens],
         "token_logprobs": [value for _, value in tokens],

@@ -1,4 +1,4 @@
-"""`plan` of a service: what one copy of the base takes while it writes as many replies as it may, with all adapters loaded."""
+"""`plan` of a service: the memory of one replica at its limits: `max_batch_rows` responses, `max_loaded_adapters` adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_ray.plan.memory import GIB, Phases, Process
 from rlhf_ray.plan.meta_tracker import Device
 
 ASSUMED = LoraConfig()
-"""What adapters are assumed to be: rank 16 on all linear layers."""
+"""The size that adapters are assumed to have: rank 16 on all linear layers."""
 
 
 def plan_service(
@@ -26,28 +26,28 @@ def plan_service(
     gpu_gib: float | None = None,
     prompt_tokens: int | None = None,
 ) -> Plan:
-    """See `stages.plan.plan`."""
+    """See `plan.job_plan.plan`."""
     import torch
 
-    asked = config.replicas.num_gpus
-    on_gpu = torch.cuda.is_available() if asked is None else asked > 0
+    num_gpus = config.replicas.num_gpus
+    on_gpu = torch.cuda.is_available() if num_gpus is None else num_gpus > 0
     chosen: Device = ("cuda" if on_gpu else "cpu") if device == "auto" else device
     estimator = Estimator(chosen, prompt=prompt_tokens)
     rows, copies = config.limits.max_batch_rows, config.replicas.max_replicas or config.replicas.min_replicas
-    writing = EvaluateConfig(
-        **_base(config),
+    evaluation = EvaluateConfig(
+        **_base_fields(config),
         policies=[{"name": "base", "policy": "base"}],  # type: ignore[arg-type]
         response_length=config.limits.max_tokens,
         rollout_chunk_size=rows,
         per_device_eval_batch_size=1,
     )
-    (found,) = estimator.processes(writing)
+    (found,) = estimator.processes(evaluation)
     adapter = _adapter_bytes(config, estimator)
     adapters = adapter * config.limits.max_loaded_adapters
     phases: Phases = {name: dict(found.phases[name]) for name in ("load", "sampling")}
     for parts in phases.values():
         parts["adapters"] = parts.get("adapters", 0) + adapters
-    share = 0.0 if chosen == "cpu" else 1.0 if asked is None else asked
+    share = 0.0 if chosen == "cpu" else 1.0 if num_gpus is None else num_gpus
     process = Process("replica", copies, share, phases, found.bases)
     gib, here = room_here(chosen) if gpu_gib is None else (gpu_gib, f"GPUs of {gpu_gib:g} GiB")
     notes = [
@@ -58,14 +58,14 @@ def plan_service(
     advice = f"{process.total / GIB:.1f} GiB for each copy"
     if chosen == "cuda" and written.card is not None:
         advice += f": GPUs of {written.card} GB"
-    about = estimator.about(writing)
+    about = estimator.about(evaluation)
     stage = StagePlan("serve", about, [process], written, [], advice, notes)
     placed, where = _placement(config, copies, share)
     return Plan(chosen, [stage], where, placed, None if gib is None else int(gib * GIB), here)
 
 
-def _base(config: ServeConfig) -> dict[str, Any]:
-    """The fields that a job of a stage has in common with a service."""
+def _base_fields(config: ServeConfig) -> dict[str, Any]:
+    """The fields that jobs of a stage and services have in common."""
     names = (
         "model_name_or_path",
         "revision",
@@ -81,9 +81,9 @@ def _base(config: ServeConfig) -> dict[str, Any]:
 
 
 def _adapter_bytes(config: ServeConfig, estimator: Estimator) -> int:
-    """Of one adapter as it is assumed: those of a fresh policy."""
+    """Of one adapter of the assumed size, as a fresh policy has it."""
     fresh = PPOConfig(
-        **_base(config),
+        **_base_fields(config),
         rewards=[{"function": "none.py:none"}],  # type: ignore[arg-type]
         lora=ASSUMED,
         advantage_estimator="rloo",

@@ -1,4 +1,4 @@
-"""Files that the service adds lines to: who asked for what, and which reply people liked better. Several processes may write."""
+"""Files that the service appends lines to: the access log, and the preferences of people. Several processes may write."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from typing import Any
 
 from rlhf_ray.serve.openai_types import PreferenceRequest
 
-ACCESS = "access.jsonl"
-PREFERENCES = "preferences.jsonl"
+ACCESS_LOG = "access.jsonl"
+PREFERENCE_LOG = "preferences.jsonl"
 
 
 class RequestLog:
-    """JSON lines in `path`; each is written whole or not at all, whoever else writes.   durable: flushed to disk before `add`
-    returns."""
+    """JSON lines in `path`; each is written whole or not at all, whoever else writes.   durable: `append` flushes to disk."""
 
     def __init__(self, path: Path, durable: bool = False) -> None:
         self.path, self.durable = path, durable
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
         line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
@@ -50,8 +49,8 @@ class RequestLog:
         os.close(self._fd)
 
 
-def preference_row(request: PreferenceRequest, prompt: Mapping[str, Any], who: str | None) -> dict[str, Any]:
-    """A row of the format `preference` (prompt, chosen, rejected), which the reward stage reads; what is beside them it ignores."""
+def preference_row(request: PreferenceRequest, prompt: Mapping[str, Any], key_name: str | None) -> dict[str, Any]:
+    """A row of the format `preference` (prompt, chosen, rejected), which the reward stage reads; it ignores the other fields."""
     return {
         "prompt": prompt["text"] if "text" in prompt else prompt["messages"],
         "chosen": request.chosen,
@@ -61,5 +60,5 @@ def preference_row(request: PreferenceRequest, prompt: Mapping[str, Any], who: s
         "comparison": request.comparison,
         "id": f"pref-{uuid.uuid4().hex[:24]}",
         "created": int(time.time()),
-        "key": who,
+        "key": key_name,
     }

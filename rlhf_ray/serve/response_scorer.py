@@ -1,6 +1,6 @@
-"""Rewards of finished replies, and their log-probabilities under the base: forward passes between two decoding steps.
+"""Rewards of complete responses, and their KL to the base: forward passes between two decoding steps.
 
-Whatever waits when the engine comes to it is scored together, in as few passes as memory allows.
+Whatever is pending when the decode thread comes to it is scored together, in as few passes as memory allows.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.role_models import AdapterStack
 from rlhf_ray.rewards.retokenised import Reader
 from rlhf_ray.serve.decode_thread import DecodeThread
+from rlhf_ray.serve.generation import Generation, GenerationRequest, ServedModel
+from rlhf_ray.serve.prompt_encoder import PromptEncoder
 
 ROWS_PER_PASS = 16
 
 
 @dataclass(frozen=True, eq=False)
 class ScoringCase:
-    """A reply to be judged. adapter: PEFT name of a reward adapter, or None for the base's log-probabilities.
+    """A response to be scored. adapter: PEFT name of a reward adapter, or None for the base's log-probabilities.
     head: f32[1, D] of the reward.  temperature: divides the base's logits."""
 
     prompt_ids: Sequence[int]
@@ -43,81 +45,95 @@ class ScoringCase:
 class ResponseScorer:
     """Lives on the event loop that awaits it."""
 
-    def __init__(self, engine: DecodeThread) -> None:
-        self._engine = engine
-        self._waiting: list[tuple[ScoringCase, asyncio.Future[float]]] = []
+    def __init__(self, engine: DecodeThread, prompt_encoder: PromptEncoder) -> None:
+        self._engine, self._prompt_encoder = engine, prompt_encoder
+        self._pending: list[tuple[ScoringCase, asyncio.Future[float]]] = []
 
-    async def reward(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], adapter: str, head: torch.Tensor
-    ) -> float | None:
-        """The reward model's score after the reply's last token; None if it cannot read so much."""
-        if not self._fits(prompt_ids, response_ids):
-            return None
-        return await self._ask(ScoringCase(prompt_ids, response_ids, adapter, head))
+    async def scores(
+        self, request: GenerationRequest, generation: Generation, reward_model: ServedModel | None
+    ) -> dict[str, float | None]:
+        """{reward, kl} of a complete response, those that the request wants. A score is None if the response is empty or, with
+        its prompt, longer than the context. ApiError if the reward model's template cannot take the prompt."""
+        scores: dict[str, float | None] = {}
+        if reward_model is not None:
+            scores["reward"] = await self._reward(generation, reward_model)
+        if request.kl:
+            scores["kl"] = await self._kl(generation, request.temperature or 1.0)
+        return scores
 
-    async def base_logprob(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float
-    ) -> float | None:
-        """Nats: the sum over the reply's tokens of their log-probabilities under the base; None if it cannot read so much."""
-        if not self._fits(prompt_ids, response_ids):
-            return None
-        return await self._ask(ScoringCase(prompt_ids, response_ids, temperature=temperature))
-
-    def _fits(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bool:
-        return (
-            bool(prompt_ids)
-            and bool(response_ids)
-            and len(prompt_ids) + len(response_ids) <= self._engine.backbone.context_length
-        )
-
-    async def _ask(self, case: ScoringCase) -> float:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[float] = loop.create_future()
-        self._waiting.append((case, answer))
-        if len(self._waiting) == 1:
-            self._engine.call(lambda model: self._judge(model, loop))
-        return await answer
-
-    def _judge(self, model: PeftModel, loop: asyncio.AbstractEventLoop) -> None:
-        """On the engine's thread."""
-        waiting, self._waiting = self._waiting, []
-        try:
-            found: list[Any] = judge([case for case, _ in waiting], self._engine.backbone, model)
-        except Exception as error:
-            found = [error] * len(waiting)
-        loop.call_soon_threadsafe(_tell, [answer for _, answer in waiting], found)
-
-
-def _tell(answers: Sequence[asyncio.Future[float]], found: Sequence[float | Exception]) -> None:
-    for answer, value in zip(answers, found):
-        if answer.done():  # whoever asked has left
-            continue
-        if isinstance(value, Exception):
-            answer.set_exception(value)
+    async def _reward(self, generation: Generation, reward_model: ServedModel) -> float | None:
+        """The reward model's score after the last token of the response, to the prompt under the reward model's own template."""
+        assert reward_model.cached is not None and reward_model.cached.head is not None
+        prompt, template = generation.prompt, reward_model.template
+        has_no_template = "ids" in prompt or "raw" in prompt
+        if has_no_template or template.sha256 == generation.served.template.sha256:
+            prompt_ids = generation.prompt_ids
         else:
-            answer.set_result(value)
+            prompt_ids = await self._prompt_encoder.encode(prompt, template)
+        cached = reward_model.cached
+        return await self._score(ScoringCase(prompt_ids, generation.response_ids, cached.adapter_name, cached.head))
+
+    async def _kl(self, generation: Generation, temperature: float) -> float | None:
+        """The k1 estimate on this one response: log-probability under the adapter minus that under the base, nats."""
+        if generation.served.cached is None:
+            return 0.0
+        case = ScoringCase(generation.prompt_ids, generation.response_ids, temperature=temperature)
+        base_logprob = await self._score(case)
+        return None if base_logprob is None else generation.logprob - base_logprob
+
+    async def _score(self, case: ScoringCase) -> float | None:
+        length = len(case.prompt_ids) + len(case.response_ids)
+        if not case.prompt_ids or not case.response_ids or length > self._engine.backbone.context_length:
+            return None
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[float] = loop.create_future()
+        self._pending.append((case, future))
+        if len(self._pending) == 1:
+            self._engine.call(lambda model: self._score_pending(model, loop))
+        return await future
+
+    def _score_pending(self, model: PeftModel, loop: asyncio.AbstractEventLoop) -> None:
+        """Called on the decode thread."""
+        pending, self._pending = self._pending, []
+        try:
+            results: list[Any] = score_cases([case for case, _ in pending], self._engine.backbone, model)
+        except Exception as error:
+            results = [error] * len(pending)
+        loop.call_soon_threadsafe(_resolve, [future for _, future in pending], results)
+
+
+def _resolve(futures: Sequence[asyncio.Future[float]], results: Sequence[float | Exception]) -> None:
+    for future, result in zip(futures, results):
+        if future.done():  # cancelled: nobody waits for it any more
+            continue
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
 
 
 @torch.no_grad()
-def judge(cases: Sequence[ScoringCase], backbone: Backbone, model: PeftModel) -> list[float]:
+def score_cases(cases: Sequence[ScoringCase], backbone: Backbone, model: PeftModel) -> list[float]:
     """One number per case, in their order: a reward, or a sum of log-probabilities. Cases are read in groups of one adapter."""
-    stack, pad = AdapterStack(backbone, model), Reader(backbone, None, False)  # type: ignore[arg-type]  # only pads
-    found = [0.0] * len(cases)
+    stack, reader = AdapterStack(backbone, model), Reader(backbone, None, False)  # type: ignore[arg-type]  # only pads
+    scores = [0.0] * len(cases)
     groups: defaultdict[Hashable, list[int]] = defaultdict(list)
     for i, case in enumerate(cases):
         groups[case.group].append(i)
     for members in groups.values():
         members.sort(key=lambda i: len(cases[i].prompt_ids) + len(cases[i].response_ids))
         for start in range(0, len(members), ROWS_PER_PASS):
-            part = members[start : start + ROWS_PER_PASS]
-            first = cases[part[0]]
-            seq = pad.sequences([list(cases[i].prompt_ids) for i in part], [list(cases[i].response_ids) for i in part])
+            batch = members[start : start + ROWS_PER_PASS]
+            first = cases[batch[0]]
+            seq = reader.sequences(
+                [list(cases[i].prompt_ids) for i in batch], [list(cases[i].response_ids) for i in batch]
+            )
             states = stack.states(seq, first.adapter)
             if first.head is None:
                 values = stack.logprobs(states, seq, first.temperature, False, int)[0].double().sum(dim=1)
             else:
                 head = ScalarHead(backbone.hidden_size, first.head.cpu()).to(backbone.device)
                 values = after_last_token(head(states), seq)
-            for i, value in zip(part, values.tolist()):
-                found[i] = value
-    return found
+            for i, value in zip(batch, values.tolist()):
+                scores[i] = value
+    return scores

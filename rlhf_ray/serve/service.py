@@ -1,4 +1,4 @@
-"""`rlhf-ray serve`: start Ray Serve with the application, tell where it is, and stay until Ctrl-C, which drains and stops."""
+"""`rlhf-ray serve`: start Ray Serve with the application, print its addresses, and run until Ctrl-C, which drains and stops."""
 
 from __future__ import annotations
 
@@ -22,28 +22,31 @@ from rlhf_ray.runtime.session import usable_cores
 from rlhf_ray.serve import admission
 
 POLL_S = 0.5
-OF_OWN_RAY = {admission.SETTING: admission.CALLBACK, "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
-"""What Serve finds in the environment of a Ray of our own; the files under cluster/ say the same. After three checks without an
-answer it starts a proxy again, and until then a proxy that died is a shut door (Serve's own 10 s make that half a minute)."""
+RAY_ENVIRONMENT = {admission.CALLBACK_VARIABLE: admission.CALLBACK, "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
+"""For Serve on a Ray of our own; the files under cluster/ set the same. A proxy is restarted after three health checks without a
+response, and until then no request is answered: with Serve's default of 10 s between checks, for half a minute."""
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def run_service(
-    config: ServeConfig, console: Console | None = None, ready: Callable[[str], None] | None = None
+    config: ServeConfig, console: Console | None = None, on_ready: Callable[[str], None] | None = None
 ) -> None:
-    """Serve until SIGINT or SIGTERM.   ready: called with the URL once requests are answered.
+    """Serve until SIGINT or SIGTERM.   on_ready: called with the URL once requests are answered.
 
     Raises ConfigError, ResourceError (the port is taken), ArtifactError for a base or adapter that does not fit."""
     console = console or LocalConsole()
-    config = _prepared(config)
-    for name, value in OF_OWN_RAY.items():
+    config = _resolve(config)
+    for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with cluster("start the service again") as own_ray, _signals() as stopping:  # in this order: ray.init takes SIGTERM
+    with (
+        cluster("start the service again") as own_ray,
+        _stop_signals() as stopping,
+    ):  # in this order: ray.init takes SIGTERM
         from ray import serve
 
-        from rlhf_ray.serve.app import NAME, application
+        from rlhf_ray.serve.app import APP_NAME, application
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts and deletes, the header tells
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the header says what it starts and deletes
         started = time.monotonic()
         serve.start(
             proxy_location="HeadOnly",
@@ -55,28 +58,28 @@ def run_service(
             logging_config=LOGGING,
         )
         try:
-            target = serve.RunTarget(application(config, own_ray), NAME, "/", logging_config=LOGGING)
+            target = serve.RunTarget(application(config, own_ray), APP_NAME, "/", logging_config=LOGGING)
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-            if _wait_until_up(config, console, stopping):
-                url = f"http://{_shown(config.host)}:{config.port}"
-                console.header("serve", _lines(config, url, time.monotonic() - started))
-                if ready is not None:
-                    ready(url)
-                _follow(Path(config.output_dir) / "replicas", console, stopping)
+            if _wait_until_running(config, console, stopping):
+                url = f"http://{_url_host(config.host)}:{config.port}"
+                console.header("serve", _header_lines(config, url, time.monotonic() - started))
+                if on_ready is not None:
+                    on_ready(url)
+                _log_changes(Path(config.output_dir) / "replicas", console, stopping)
             console.log("serve: stopping; requests that are being answered are finished first")
             _drain(config.limits.request_timeout_s + 15)
         finally:
-            if own_ray or not set(serve.status().applications) - {NAME}:  # a cluster may serve others as well
+            if own_ray or not set(serve.status().applications) - {APP_NAME}:  # a cluster may serve others as well
                 serve.shutdown()
     console.log("serve: stopped")
 
 
-def _prepared(config: ServeConfig) -> ServeConfig:
-    """With the registry and threads that will be used; everything that can be refused beforehand is refused here."""
-    from rlhf_ray.serve.keys import Keys
+def _resolve(config: ServeConfig) -> ServeConfig:
+    """The config with absolute paths and thread counts. Whatever can be refused before Ray starts is refused here."""
+    from rlhf_ray.serve.api_keys import ApiKeys
 
     if config.api_keys is not None:
-        Keys(config.api_keys)
+        ApiKeys(config.api_keys)
     if not config.adapters and config.registry is None:
         LocalConsole().warn("neither registry nor adapters is set: the base alone is served")
     if config.registry is not None and not Path(config.registry).is_dir():
@@ -108,45 +111,45 @@ def _prepared(config: ServeConfig) -> ServeConfig:
 
 
 def _drain(seconds: float) -> None:
-    """Take the application away: replicas finish what they have begun, and take nothing new. `serve.shutdown` alone would cut
+    """Delete the application: replicas finish their requests, and accept no new ones. `serve.shutdown` alone would cut
     connections."""
     from ray import serve
 
-    from rlhf_ray.serve.app import NAME
+    from rlhf_ray.serve.app import APP_NAME
 
-    gone = threading.Thread(target=lambda: serve.delete(NAME), daemon=True)
-    gone.start()
-    gone.join(seconds)
+    deleting = threading.Thread(target=lambda: serve.delete(APP_NAME), daemon=True)
+    deleting.start()
+    deleting.join(seconds)
 
 
-def _wait_until_up(config: ServeConfig, console: Console, stopping: threading.Event) -> bool:
-    """False if it is to stop before it is up. ResourceError with the reason of the replica if it cannot start."""
+def _wait_until_running(config: ServeConfig, console: Console, stopping: threading.Event) -> bool:
+    """False if a signal comes first. ResourceError with the reason of the replica if it cannot start."""
     from ray import serve
 
-    from rlhf_ray.serve.app import NAME
+    from rlhf_ray.serve.app import APP_NAME
 
     while not stopping.is_set():
-        application = serve.status().applications.get(NAME)
+        application = serve.status().applications.get(APP_NAME)
         state = str(application.status.value) if application is not None else "NOT_STARTED"
         if state == "RUNNING":
             return True
         if state in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise _why(application)
+            raise _startup_error(application)
         stopping.wait(POLL_S)
     return False
 
 
-def _why(application: Any) -> Exception:
-    """The error of ours that a replica met, in one line; else the last line of what Ray says."""
-    said = [d.message for d in application.deployments.values() if d.message] or [application.message]
-    lines = [line.strip() for line in "\n".join(said).splitlines() if line.strip()]
+def _startup_error(application: Any) -> Exception:
+    """The RlhfRayError of a replica, in one line; else the last line of Ray's message."""
+    messages = [d.message for d in application.deployments.values() if d.message] or [application.message]
+    lines = [line.strip() for line in "\n".join(messages).splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("rlhf_ray.errors.")]
-    told = ours[-1].partition(": ")[2] if ours else (lines[-1] if lines else "unknown")
-    return ResourceError.at("serve", "the service cannot start", got=told)
+    reason = ours[-1].partition(": ")[2] if ours else (lines[-1] if lines else "unknown")
+    return ResourceError.at("serve", "the service cannot start", got=reason)
 
 
-def _lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
-    names = sorted({name for path in _notes(config) for name in path.get("live", {})})
+def _header_lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
+    names = sorted({name for status in _statuses(config) for name in status.get("live", {})})
     who = f"keys of {config.api_keys}" if config.api_keys is not None else "no key; this machine only"
     return [
         f"page       {url}/",
@@ -160,22 +163,22 @@ def _lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
 
 
 def _metrics_address() -> str:
-    """Where Prometheus finds this node's figures; Ray tells nobody by itself."""
+    """Where Prometheus finds this node's metrics; Ray does not print it by itself."""
     import ray
 
     ports = [node["MetricsExportPort"] for node in ray.nodes() if node.get("Alive") and node.get("MetricsExportPort")]
     return f"http://127.0.0.1:{ports[0]}/metrics" if ports else "none"
 
 
-def _shown(host: str) -> str:
+def _url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _notes(config: ServeConfig) -> list[dict[str, Any]]:
-    return list(_read(Path(config.output_dir) / "replicas").values())
+def _statuses(config: ServeConfig) -> list[dict[str, Any]]:
+    return list(_read_statuses(Path(config.output_dir) / "replicas").values())
 
 
-def _read(folder: Path) -> dict[str, dict[str, Any]]:
+def _read_statuses(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in folder.glob("*.json"):
         with contextlib.suppress(OSError, ValueError):
@@ -183,27 +186,27 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _follow(folder: Path, console: Console, stopping: threading.Event) -> None:
-    """Until it is to stop, tell what every replica says it serves, whenever that changes."""
-    before = _read(folder)
+def _log_changes(folder: Path, console: Console, stopping: threading.Event) -> None:
+    """Until the service stops, log every change of what the replicas serve, as their status files say."""
+    before = _read_statuses(folder)
     while not stopping.wait(POLL_S):
-        now = _read(folder)
-        for replica, notes in now.items():
+        now = _read_statuses(folder)
+        for replica, status in now.items():
             old = before.get(replica, {"live": {}, "refused": {}})
-            for name, version in notes["live"].items():
+            for name, version in status["live"].items():
                 if old["live"].get(name) != version:
                     console.log(f"replica {replica}: {name} is now {version['id']} (sha256 {version['sha256'][:12]})")
-            for version, why in notes["refused"].items():
+            for version, reason in status["refused"].items():
                 if version not in old["refused"]:
-                    console.warn(f"replica {replica}: refused {version}: {why}")
+                    console.warn(f"replica {replica}: refused {version}: {reason}")
         for replica in before.keys() - now.keys():
             console.log(f"replica {replica}: gone")
         before = now
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts what waits."""
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second SIGINT raises KeyboardInterrupt."""
     stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopping

@@ -47,9 +47,16 @@ NOT_FOR_PPO = "transformers.trainer rlhf_ray.supervised datasets pandas ray.trai
         *((command(*words), HEAVY, 700) for words in REFUSED),
         ("import rlhf_ray.ppo.loop", NOT_FOR_PPO, 4300),
         ("import rlhf_ray.supervised.sft", "rlhf_ray.ppo ray.train deepspeed", 5200),
+        # The service's API process and Serve's proxy have no model.
         ("import rlhf_ray.serve.app", "torch transformers peft deepspeed", 2600),
+        ("import rlhf_ray.serve.api", f"{HEAVY} deepspeed", 700),
+        ("import rlhf_ray.serve.admission", f"{HEAVY} deepspeed", 400),
     ],
-    ids=["package", "help", *(" ".join(words[:2]) for words in REFUSED), "import ppo", "import sft", "import serve"],
+    ids=[
+        *("package", "help"),
+        *(" ".join(words[:2]) for words in REFUSED),
+        *("import ppo", "import sft", "import serve.app", "import serve.api", "import serve.admission"),
+    ],
 )
 def test_nothing_is_imported_that_is_not_needed(code: str, forbidden: str, most: int) -> None:
     found = imported(code)

@@ -93,8 +93,8 @@ def start_cluster(num_cpus: int = 4, options: tuple[str, ...] = ()) -> RayCluste
         *(f"--num-cpus={num_cpus}", f"--temp-dir={folder}", "--object-store-memory=200000000", *options),
     ]
     # As the files of cluster/ set it.
-    gate = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rlhf_ray.serve.admission.middlewares"}
-    environment = clean_environment() | NODE_CANARIES | gate
+    callback = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rlhf_ray.serve.admission.middlewares"}
+    environment = clean_environment() | NODE_CANARIES | callback
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     log = (folder / "start.log").open("wb")
     made.processes.append(

@@ -222,7 +222,9 @@ def test_a_service_is_submitted(cluster: Any, chain: Path, start_submit: Callabl
         )
         with urllib.request.urlopen(ask, timeout=60) as answer:
             assert json.loads(answer.read())["choices"]
-            assert "x-rlhf-ray-places" not in answer.headers, "the gate in Serve's proxy is there, and takes it out"
+            assert "x-rlhf-ray-places" not in answer.headers, (
+                "admission control runs in Serve's proxy, and removes the header"
+            )
         assert no_secret_in_argv(cluster) > 5
         (name,) = re.findall(r"^submit  (\S+)$", log.read_text(), re.M)
         subprocess.run(

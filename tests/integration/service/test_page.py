@@ -58,17 +58,17 @@ def served(
         replica = Replica(config)
         await replica.start()
 
-        class Direct:
-            async def complete(self, ask: Any) -> Any:
-                return [event async for events in replica.events(ask) for event in events]
+        class LocalBackend:
+            async def complete(self, request: Any) -> Any:
+                return [event async for events in replica.events(request) for event in events]
 
-            def stream(self, ask: Any) -> Any:
-                return replica.events(ask)
+            def stream(self, request: Any) -> Any:
+                return replica.events(request)
 
             async def models(self) -> Any:
                 return await replica.models()
 
-        servers.append(uvicorn.Server(uvicorn.Config(HttpApi(config, Direct()).app, log_level="warning")))
+        servers.append(uvicorn.Server(uvicorn.Config(HttpApi(config, LocalBackend()).app, log_level="warning")))
         up.set()
         await servers[0].serve([listening])
         await replica.close()
@@ -141,7 +141,7 @@ def test_by_keyboard_alone_and_blind(page: Any, served: tuple[str, Path]) -> Non
     assert len((served[1] / "preferences.jsonl").read_text()) > len(stored)
 
 
-def test_what_is_wrong_is_told(page: Any) -> None:
+def test_errors_are_shown(page: Any) -> None:
     page.fill("#prompt", "x" * 3000)
     page.click("#go")
     expect(page.locator("#status")).to_have_class("bad", timeout=30_000)

@@ -1,4 +1,4 @@
-"""The whole service on real Ray: answers, hot changes under load, a killed replica, overload, metrics, a drain on Ctrl-C.
+"""The whole service on real Ray: responses, hot changes under load, a killed replica, overload, metrics, a drain on Ctrl-C.
 
 One service for all tests, in this order; the last one stops it."""
 
@@ -27,7 +27,7 @@ import pytest
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapter_files import read_adapter
 from rlhf_ray.registry import Registry
-from rlhf_ray.serve.admission import HEADER
+from rlhf_ray.serve.admission import CAPACITY_HEADER
 
 from .conftest import HELLO, Service
 
@@ -59,49 +59,49 @@ def flip(path: Path) -> None:
 
 
 class Load:
-    """Some clients that ask without end. `failed`: what they were told; `said`: adapter id -> replies."""
+    """Clients that send requests without end. `failed`: their errors; `responses`: adapter id -> number of responses."""
 
     def __init__(self, service: Service, clients: int, retries: int = 2, **fields: Any) -> None:
         self.service, self.clients, self.retries, self.fields = service, clients, retries, {"max_tokens": 16, **fields}
         self.stopping = threading.Event()
         self.failed: list[str] = []
-        self.said: Counter[str] = Counter()
+        self.responses: Counter[str] = Counter()
 
-    def _ask(self, number: int) -> None:
+    def _run(self, number: int) -> None:
         ai = self.service.client(max_retries=self.retries)
         while not self.stopping.is_set():
             try:
-                reply = ai.chat.completions.create(model="helper", messages=HELLO, **self.fields)
-                self.said[reply.model_extra["adapter"]["id"]] += 1
+                response = ai.chat.completions.create(model="helper", messages=HELLO, **self.fields)
+                self.responses[response.model_extra["adapter"]["id"]] += 1
             except Exception as error:
                 self.failed.append(f"{type(error).__name__} {error}")
 
     def __enter__(self) -> Load:
         self.pool = ThreadPoolExecutor(self.clients)
-        self.running = [self.pool.submit(self._ask, i) for i in range(self.clients)]
+        self.futures = [self.pool.submit(self._run, i) for i in range(self.clients)]
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.stopping.set()
-        for one in self.running:
-            one.result()
+        for future in self.futures:
+            future.result()
         self.pool.shutdown()
 
     def until(self, count: int, seconds: float = 60, failures: int = 0) -> None:
-        """Until `count` more answers have come, and no more than so many failures."""
-        deadline, goal = time.monotonic() + seconds, self.said.total() + count
-        while self.said.total() < goal:
+        """Until `count` more responses have come, and no more than so many failures."""
+        deadline, goal = time.monotonic() + seconds, self.responses.total() + count
+        while self.responses.total() < goal:
             assert time.monotonic() < deadline and len(self.failed) <= failures, self.failed[:9]
             time.sleep(0.05)
 
 
-def test_it_answers_streams_scores_and_lists(service: Service) -> None:
+def test_it_responds_streams_scores_and_lists(service: Service) -> None:
     ai = service.client()
     assert [m.id for m in ai.models.list() if "@" not in m.id] == ["base", "helper", "judge"]
-    asked: dict[str, Any] = {"model": "helper", "messages": HELLO, "seed": 1, "max_tokens": 30}
-    whole = ai.chat.completions.create(**asked, extra_body={"reward": True, "kl": True})
+    fields: dict[str, Any] = {"model": "helper", "messages": HELLO, "seed": 1, "max_tokens": 30}
+    whole = ai.chat.completions.create(**fields, extra_body={"reward": True, "kl": True})
     assert isinstance(whole.choices[0].model_extra["reward"], float) and whole.choices[0].model_extra["kl"] != 0
-    chunks = list(ai.chat.completions.create(**asked, stream=True))
+    chunks = list(ai.chat.completions.create(**fields, stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
     assert len(service.replicas()) == 2
     with urllib.request.urlopen(f"{service.url}/", timeout=10) as page:
@@ -116,13 +116,13 @@ def test_promotion_and_rollback_under_load_fail_no_request(service: Service) -> 
         second = registry.promote(str(service.runs[1]), "helper", force=True, reason="nothing was measured").entry
 
         def all_serve(wanted: Any) -> bool:
-            live = [notes["live"]["helper"] for notes in service.replicas().values()]
+            live = [status["live"]["helper"] for status in service.replicas().values()]
             return len(live) == 2 and all((v["id"], v["sha256"]) == (wanted.id, wanted.sha256) for v in live)
 
         service.wait(lambda: all_serve(second))
-        before = load.said[second.id]
+        before = load.responses[second.id]
         load.until(10)
-        assert load.said[second.id] > before
+        assert load.responses[second.id] > before
         registry.rollback("helper")
         service.wait(lambda: all_serve(first))
         load.until(10)
@@ -131,13 +131,13 @@ def test_promotion_and_rollback_under_load_fail_no_request(service: Service) -> 
     service.wait(lambda: f"helper is now {first.id}" in service.log.read_text())
 
 
-def test_overload_is_refused_fast_and_what_is_accepted_is_answered(service: Service) -> None:
-    """More clients than places, without retries: 429 or an answer, never anything else."""
-    told: Counter[int] = Counter()
+def test_overload_is_refused_fast_and_accepted_requests_are_answered(service: Service) -> None:
+    """More clients than the capacity, without retries: 429 or a response, never anything else."""
+    statuses: Counter[int] = Counter()
     refusals: list[float] = []
     stopping = threading.Event()
 
-    def ask() -> None:
+    def send() -> None:
         import openai
 
         ai = service.client(max_retries=0)
@@ -145,23 +145,25 @@ def test_overload_is_refused_fast_and_what_is_accepted_is_answered(service: Serv
             started = time.monotonic()
             try:
                 ai.chat.completions.create(model="helper", messages=HELLO, max_tokens=200, n=4)
-                told[200] += 1
+                statuses[200] += 1
             except openai.APIStatusError as error:
-                told[error.status_code] += 1
+                statuses[error.status_code] += 1
                 refusals.append(time.monotonic() - started)
                 assert error.response.headers["retry-after"] == "1"
 
     with ThreadPoolExecutor(24) as pool:
-        running = [pool.submit(ask) for _ in range(24)]
+        futures = [pool.submit(send) for _ in range(24)]
         time.sleep(10)
         stopping.set()
-        for one in running:
-            one.result()
-    assert set(told) == {200, 429} and min(told.values()) > 0, told
+        for future in futures:
+            future.result()
+    assert set(statuses) == {200, 429} and min(statuses.values()) > 0, statuses
     chat = service.client(max_retries=0).chat.completions
     answer = chat.with_raw_response.create(model="base", messages=HELLO, max_tokens=5)
     assert answer.parse().choices
-    assert HEADER.decode() not in answer.headers, "Serve's proxy has not called gate.middlewares, which takes this away"
+    assert CAPACITY_HEADER.decode() not in answer.headers, (
+        "Serve's proxy has not called admission.middlewares, which removes this header"
+    )
 
 
 def resident_mib(service: Service) -> float:
@@ -176,8 +178,8 @@ def resident_mib(service: Service) -> float:
 
 @pytest.mark.fault
 @pytest.mark.long
-def test_a_minute_of_ten_times_too_much(service: Service, note: Any) -> None:
-    """Fault 27. What is too much is refused fast, memory stays flat, and the next request is answered as if nothing had been."""
+def test_a_minute_at_ten_times_the_capacity(service: Service, note: Any) -> None:
+    """Fault 27. Excess requests are refused fast, memory stays flat, and the next request is answered as if nothing had been."""
 
     def load(*options: str) -> dict[str, Any]:
         command = [sys.executable, str(LOAD), service.url, "helper", "--tokens", "100", *options]
@@ -206,7 +208,7 @@ def test_a_minute_of_ten_times_too_much(service: Service, note: Any) -> None:
     note(27, late < 1.05 * early, figure, found["refused_p50_s"])
 
 
-def test_prometheus_finds_the_figures(service: Service) -> None:
+def test_prometheus_finds_the_metrics(service: Service) -> None:
     def exported() -> bool:
         with urllib.request.urlopen(service.metrics_url, timeout=10) as page:
             text = page.read().decode()
@@ -228,7 +230,7 @@ def test_prometheus_finds_the_figures(service: Service) -> None:
 @pytest.mark.fault
 @pytest.mark.parametrize("retries", [2, 0])
 def test_a_killed_replica(service: Service, retries: int, note: Any) -> None:
-    """Fault 24. Clients that retry twice, as OpenAI's do, see nothing of it; others lose what that replica had begun."""
+    """Fault 24. Clients that retry twice, as OpenAI's do, see nothing of it; others lose the requests of that replica."""
     with Load(service, CLIENTS, retries, max_tokens=60) as load:
         load.until(8)
         victim = next(r["pid"] for r in service.replicas().values() if alive(r["pid"]))
@@ -258,28 +260,30 @@ def test_the_controller_is_killed(service: Service, note: Any) -> None:
 
 @pytest.mark.fault
 def test_the_proxy_is_killed(service: Service, note: Any) -> None:
-    """Fault 25. It is the door: requests find it shut until the next one is there, with the gate in it."""
+    """Fault 25. No request is answered until the next proxy is there, with admission control in it."""
     (victim,) = of_service(service, "ProxyActor")
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
     chat = service.client(max_retries=0).chat.completions.with_raw_response
-    answers: list[Any] = []
+    responses: list[Any] = []
 
     def answered() -> bool:
         with suppress(Exception):
-            answers.append(chat.create(model="helper", messages=HELLO, max_tokens=5))
-        return bool(answers)
+            responses.append(chat.create(model="helper", messages=HELLO, max_tokens=5))
+        return bool(responses)
 
     service.wait(answered, 60)
     took = time.monotonic() - killed
-    assert answers[0].parse().choices and HEADER.decode() not in answers[0].headers, "there is no gate in the new proxy"
+    assert responses[0].parse().choices and CAPACITY_HEADER.decode() not in responses[0].headers, (
+        "there is no admission control in the new proxy"
+    )
     assert of_service(service, "ProxyActor") != [victim]
     note(25, took <= PROXY_S, "proxy: requests are answered again after {} s", took)
 
 
 @pytest.mark.fault
 def test_a_damaged_adapter_is_promoted(service: Service, note: Any) -> None:
-    """Fault 26. The registry refuses what is damaged; what is damaged in the registry, replicas refuse, and the old one stays."""
+    """Fault 26. The registry refuses a damaged adapter; replicas refuse one that is damaged later, and the old one stays."""
     registry = Registry(service.registry)
     live, promote = registry.resolve("helper"), partial(registry.promote, force=True, reason="nothing was measured")
     damaged = shutil.copytree(service.runs[2], service.runs[2].with_name("damaged"))
@@ -292,13 +296,13 @@ def test_a_damaged_adapter_is_promoted(service: Service, note: Any) -> None:
         flip(third.path / "adapter_model.safetensors")
 
         def all_refuse() -> bool:
-            notes = [r for r in service.replicas().values() if alive(r["pid"])]
-            return len(notes) == 2 and all(third.id in r["refused"] for r in notes)
+            statuses = [r for r in service.replicas().values() if alive(r["pid"])]
+            return len(statuses) == 2 and all(third.id in r["refused"] for r in statuses)
 
         service.wait(all_refuse)
-        before = load.said[live.id]
+        before = load.responses[live.id]
         load.until(20)
-        assert load.said[live.id] >= before + 20 and not load.said[third.id]
+        assert load.responses[live.id] >= before + 20 and not load.responses[third.id]
     assert f"refused {third.id}: " in service.log.read_text()
     registry.rollback("helper", f"v{live.version}")
     note(26, load.failed == [], "refused with the reason, no request failed, the old one goes on")

@@ -1,4 +1,4 @@
-"""A tiny base, adapters on it that say different things, and an engine over them."""
+"""A tiny base, adapters on it that respond differently, and a service over them."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def base_dir(tiny_llama: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory, base_dir: Path) -> Callable[..., Path]:
-    """adapters(seed, head=False) -> plain PEFT folder of a random adapter; different seeds say different things."""
-    root, made = tmp_path_factory.mktemp("adapters"), dict[str, Path]()
+    """adapters(seed, head=False) -> plain PEFT folder of a random adapter; different seeds respond differently."""
+    root, folders = tmp_path_factory.mktemp("adapters"), dict[str, Path]()
 
     def make(seed: int, head: bool = False, r: int = 4) -> Path:
         folder = root / f"{'reward' if head else 'policy'}_{seed}_{r}"
-        if folder.name not in made:
+        if folder.name not in folders:
             backbone = load_tiny(base_dir)
             model = wrap(backbone.model, LoraConfig(r=r, lora_alpha=2.0 * r), "ad", seed=seed)
             generator = torch.Generator().manual_seed(seed)
@@ -53,8 +53,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, base_dir: Path) -> Callab
             weight = torch.randn(1, backbone.hidden_size, generator=generator) if head else None
             kind: Any = "SEQ_CLS" if head else "CAUSAL_LM"
             save_adapter(folder, tensors, adapter_config(model, "ad"), kind, weight, str(base_dir))
-            made[folder.name] = folder
-        return made[folder.name]
+            folders[folder.name] = folder
+        return folders[folder.name]
 
     return make
 
@@ -64,23 +64,23 @@ def backbone(base_dir: Path) -> Iterator[Backbone]:
     yield load_tiny(base_dir)
 
 
-class Direct:
+class LocalBackend:
     """The backend of the API without Ray in between: one replica, in this process."""
 
     def __init__(self, replica: Any) -> None:
         self.replica = replica
 
-    async def complete(self, ask: Any) -> list[dict[str, Any]]:
-        return [event async for events in self.replica.events(ask) for event in events]
+    async def complete(self, request: Any) -> list[dict[str, Any]]:
+        return [event async for events in self.replica.events(request) for event in events]
 
-    def stream(self, ask: Any) -> Any:
-        return self.replica.events(ask)
+    def stream(self, request: Any) -> Any:
+        return self.replica.events(request)
 
     async def models(self) -> list[dict[str, Any]]:
         return list(await self.replica.models())
 
 
-class Live:
+class LiveService:
     """The real application on a real socket, its event loop on a thread. url; replica; `call` runs a coroutine on that loop."""
 
     def __init__(self, config: Any) -> None:
@@ -99,7 +99,7 @@ class Live:
         self.loop = asyncio.get_running_loop()
         self.replica = Replica(self.config)
         await self.replica.start()
-        self.api = HttpApi(self.config, Direct(self.replica))
+        self.api = HttpApi(self.config, LocalBackend(self.replica))
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
@@ -121,28 +121,28 @@ class Live:
 @pytest.fixture(scope="module")
 def live(
     tmp_path_factory: pytest.TempPathFactory, base_dir: Path, tiny_run: Callable[..., Path]
-) -> Iterator[Callable[..., Live]]:
+) -> Iterator[Callable[..., LiveService]]:
     """live(**fields of ServeConfig) -> a service with adapters `one`, `two` and `judge`; equal fields give the same one."""
     from rlhf_ray.config.serve import ServeConfig
 
-    root, made = tmp_path_factory.mktemp("live"), dict[str, Live]()
+    root, services = tmp_path_factory.mktemp("live"), dict[str, LiveService]()
     runs = {
         name: str(tiny_run(root / name, base_dir, stage=stage, seed=seed, template="none"))
         for name, stage, seed in (("one", "sft", 1), ("two", "ppo", 2), ("judge", "reward", 3))
     }
 
-    def make(**fields: Any) -> Live:
+    def make(**fields: Any) -> LiveService:
         key = repr(sorted(fields.items()))
-        if key not in made:
+        if key not in services:
             values = {
-                "output_dir": str(root / f"serve{len(made)}"),
+                "output_dir": str(root / f"serve{len(services)}"),
                 "model_name_or_path": str(base_dir),
                 "adapters": runs,
             }
             limits = {"default_max_tokens": 16, "max_tokens": 150, **fields.pop("limits", {})}
-            made[key] = Live(ServeConfig(**{**values, "template": "none", "limits": limits, **fields}))
-        return made[key]
+            services[key] = LiveService(ServeConfig(**{**values, "template": "none", "limits": limits, **fields}))
+        return services[key]
 
     yield make
-    for service in made.values():
+    for service in services.values():
         service.close()

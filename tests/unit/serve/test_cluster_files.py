@@ -35,7 +35,7 @@ def test_serve_takes_the_file_and_we_take_its_arguments(name: str) -> None:
     assert schema.http_options.request_timeout_s > config.limits.request_timeout_s
 
 
-def test_the_ray_service_has_what_kuberay_asks_for() -> None:
+def test_the_ray_service_has_what_kuberay_needs() -> None:
     spec = yaml.safe_load((CLUSTER / "rayservice.yaml").read_text())["spec"]
     cluster = spec["rayClusterConfig"]
     assert cluster["rayVersion"] == "2.60.0" and cluster["authOptions"]["mode"] == "token"
@@ -46,13 +46,13 @@ def test_the_ray_service_has_what_kuberay_asks_for() -> None:
         assert container["image"] and container["volumeMounts"][0]["mountPath"] == "/shared"
 
 
-def test_the_dashboard_asks_for_figures_that_there_are() -> None:
+def test_the_dashboard_uses_metrics_that_are_exported() -> None:
     panels = json.loads((CLUSTER / "grafana_serving.json").read_text())["panels"]
-    asked = {
+    used = {
         name
         for evaluation in panels
         for t in evaluation["targets"]
         for name in re.findall(r"ray_rlhf_ray_(\w+)", t["expr"])
     }
-    there = {f"{name}_total" for name in COUNTERS} | {*GAUGES} | {f"{name}_bucket" for name in HISTOGRAMS}
-    assert asked <= there and len(panels) >= 8
+    exported = {f"{name}_total" for name in COUNTERS} | {*GAUGES} | {f"{name}_bucket" for name in HISTOGRAMS}
+    assert used <= exported and len(panels) >= 8

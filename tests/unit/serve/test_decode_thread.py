@@ -1,4 +1,4 @@
-"""The decode thread and its adapters: mixed batches say what separate passes say; nothing in use is ever evicted."""
+"""The decode thread and its adapters: mixed batches give the tokens of separate passes; nothing in use is ever evicted."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Sink:
 
 
 @dataclass(frozen=True)
-class Read:
+class PlainCheckpoint:
     files: AdapterFiles
 
-    def light(self) -> Read:
+    def without_tensors(self) -> PlainCheckpoint:
         return self
 
 
@@ -73,40 +73,40 @@ def request(adapter: str | None, seed: int = 0, new: int = 12, **fields: object)
     return DecodeRequest(prompt_ids=prompt, **values)  # type: ignore[arg-type]
 
 
-def alone(base_dir: Path, folder: Path | None, ask: DecodeRequest) -> tuple[int, ...]:
-    """What the adapter says by itself: a fresh base with nothing else on it."""
+def alone(base_dir: Path, folder: Path | None, decode_request: DecodeRequest) -> tuple[int, ...]:
+    """The tokens of the adapter by itself: a fresh base with nothing else on it."""
     backbone = load_tiny(base_dir)
     model = backbone.model if folder is None else wrap(backbone.model, read_adapter(folder), "x")
-    fields = {**ask.__dict__, "adapter": None if folder is None else "x"}
+    fields = {**decode_request.__dict__, "adapter": None if folder is None else "x"}
     return Sampler(model, backbone.pad_id).run([DecodeRequest(**fields)])[0].token_ids
 
 
-def test_a_mixed_batch_says_what_each_adapter_says_alone(
+def test_a_mixed_batch_gives_the_tokens_of_each_adapter_alone(
     engine: DecodeThread, sink: Sink, adapters: Callable[..., Path], base_dir: Path
 ) -> None:
     """Adapters that come while others decode included: float32, greedy and sampled."""
 
-    async def load(slots: AdapterCache[Read], seed: int) -> str:
-        return (await slots.load(f"a{seed}", lambda: Read(read_adapter(adapters(seed))))).name
+    async def load(cache: AdapterCache[PlainCheckpoint], seed: int) -> str:
+        return (await cache.load(f"a{seed}", lambda: PlainCheckpoint(read_adapter(adapters(seed))))).adapter_name
 
     async def run() -> list[tuple[Path | None, DecodeRequest, int]]:
-        slots = AdapterCache[Read](engine, 6)
-        asked: list[tuple[Path | None, DecodeRequest, int]] = []
+        cache = AdapterCache[PlainCheckpoint](engine, 6)
+        submitted: list[tuple[Path | None, DecodeRequest, int]] = []
         for seed in range(5):
-            name = await load(slots, seed)
+            name = await load(cache, seed)
             for folder, adapter in ((adapters(seed), name), (None, None)):
-                ask = request(adapter, seed, greedy=seed % 2 == 0)
-                asked.append((folder, ask, engine.submit(ask)))
-        return asked
+                decode_request = request(adapter, seed, greedy=seed % 2 == 0)
+                submitted.append((folder, decode_request, engine.submit(decode_request)))
+        return submitted
 
-    asked = asyncio.run(run())
-    said = [tuple(t.token_id for t in sink.wait(ticket)) for _, _, ticket in asked]
-    expected = [alone(base_dir, folder, ask) for folder, ask, _ in asked]
-    assert said == expected
-    assert len(set(said)) > 5  # the adapters do differ
+    submitted = asyncio.run(run())
+    token_ids = [tuple(t.token_id for t in sink.wait(ticket)) for _, _, ticket in submitted]
+    expected = [alone(base_dir, folder, decode_request) for folder, decode_request, _ in submitted]
+    assert token_ids == expected
+    assert len(set(token_ids)) > 5  # the adapters do differ
 
 
-def test_a_cancelled_row_stops_and_its_slot_is_free(engine: DecodeThread, sink: Sink) -> None:
+def test_a_cancelled_row_stops_and_its_place_in_the_batch_is_free(engine: DecodeThread, sink: Sink) -> None:
     ticket = engine.submit(request(None, new=100))
     sink.wait(ticket, count=3)
     engine.cancel(ticket)
@@ -117,7 +117,7 @@ def test_a_cancelled_row_stops_and_its_slot_is_free(engine: DecodeThread, sink: 
     assert engine.running == 0 and not engine.sampler.busy
 
 
-def test_a_bad_request_is_told_to_its_sender_alone(engine: DecodeThread, sink: Sink) -> None:
+def test_a_bad_request_is_an_error_for_its_own_ticket_alone(engine: DecodeThread, sink: Sink) -> None:
     good, bad = engine.submit(request(None)), engine.submit(request("ad_0009"))
     assert sink.wait(bad)[0].end == "error" and "ad_0009" in sink.wait(bad)[0].error
     assert sink.wait(good)[-1].end == "length"
@@ -139,51 +139,51 @@ def test_a_step_that_raises_ends_all_rows_and_the_engine_goes_on(
     assert engine.failures == 0
 
 
-def test_the_least_recently_used_idle_adapter_leaves_and_one_in_use_never(
+def test_the_least_recently_used_idle_adapter_is_evicted_and_one_in_use_never(
     engine: DecodeThread, adapters: Callable[..., Path]
 ) -> None:
-    def reader(seed: int) -> Callable[[], Read]:
-        return lambda: Read(read_adapter(adapters(seed)))
+    def reader(seed: int) -> Callable[[], PlainCheckpoint]:
+        return lambda: PlainCheckpoint(read_adapter(adapters(seed)))
 
     async def run() -> None:
-        slots = AdapterCache[Read](engine, 2)
-        async with slots.use("a0", reader(0)) as first:
-            await slots.load("a1", reader(1))
-            await slots.load("a2", reader(2))
-            assert slots.held() == ["a0", "a2"]  # a1 left, though a0 was older
-            async with slots.use("a2", reader(2)):
+        cache = AdapterCache[PlainCheckpoint](engine, 2)
+        async with cache.use("a0", reader(0)) as first:
+            await cache.load("a1", reader(1))
+            await cache.load("a2", reader(2))
+            assert cache.keys() == ["a0", "a2"]  # a1 was evicted, though a0 was older
+            async with cache.use("a2", reader(2)):
                 with pytest.raises(CacheBusy):
-                    await slots.load("a3", reader(3))
-            assert first.name in engine.model.peft_config
-        await slots.load("a3", reader(3))
-        await slots.load("a1", reader(1))
-        assert slots.held() == ["a3", "a1"]
+                    await cache.load("a3", reader(3))
+            assert first.adapter_name in engine.model.peft_config
+        await cache.load("a3", reader(3))
+        await cache.load("a1", reader(1))
+        assert cache.keys() == ["a3", "a1"]
         assert len(engine.model.peft_config) == 3  # with the placeholder
-        assert (slots.loads, slots.evictions) == (5, 3)
+        assert (cache.loads, cache.evictions) == (5, 3)
 
     asyncio.run(run())
 
 
-def test_many_who_want_one_adapter_load_it_once_and_a_bad_one_hurts_nobody(
+def test_concurrent_uses_load_an_adapter_once_and_a_bad_one_does_no_harm(
     engine: DecodeThread, adapters: Callable[..., Path]
 ) -> None:
     reads = 0
 
-    def read() -> Read:
+    def read() -> PlainCheckpoint:
         nonlocal reads
         reads += 1
-        return Read(read_adapter(adapters(0)))
+        return PlainCheckpoint(read_adapter(adapters(0)))
 
-    def bad() -> Read:
+    def bad() -> PlainCheckpoint:
         raise ArtifactError.at("adapter", "is damaged")
 
     async def run() -> None:
-        slots = AdapterCache[Read](engine, 2)
-        found = await asyncio.gather(*(slots.load("a0", read) for _ in range(5)))
-        assert reads == 1 and len({slot.name for slot in found}) == 1
-        told = await asyncio.gather(*(slots.load("bad", bad) for _ in range(3)), return_exceptions=True)
-        assert all(isinstance(error, ArtifactError) for error in told)
-        assert slots.held() == ["a0"]
+        cache = AdapterCache[PlainCheckpoint](engine, 2)
+        found = await asyncio.gather(*(cache.load("a0", read) for _ in range(5)))
+        assert reads == 1 and len({cached.adapter_name for cached in found}) == 1
+        errors = await asyncio.gather(*(cache.load("bad", bad) for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(error, ArtifactError) for error in errors)
+        assert cache.keys() == ["a0"]
 
     asyncio.run(run())
 
@@ -201,9 +201,9 @@ def test_an_adapter_of_another_shape_is_refused_and_leaves_no_trace(
     )
 
     async def run() -> None:
-        slots = AdapterCache[Read](engine, 2)
+        cache = AdapterCache[PlainCheckpoint](engine, 2)
         with pytest.raises(ArtifactError, match="wrong shape"):
-            await slots.load("wrong", lambda: Read(wrong))
+            await cache.load("wrong", lambda: PlainCheckpoint(wrong))
         assert list(engine.model.peft_config) == ["placeholder"]
 
     asyncio.run(run())

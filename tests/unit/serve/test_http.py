@@ -18,20 +18,20 @@ import pytest
 
 from rlhf_ray.config import DataConfig
 from rlhf_ray.data.records import read_rows
-from rlhf_ray.serve.keys import add_key, revoke_key
+from rlhf_ray.serve.api_keys import add_key, revoke_key
 
-from .conftest import Live
+from .conftest import LiveService
 
 HELLO = [{"role": "user", "content": "Name a bird."}]
-MakeLive = Callable[..., Live]
+MakeLive = Callable[..., LiveService]
 
 
-def client(service: Live, key: str = "none", **options: Any) -> openai.OpenAI:
+def client(service: LiveService, key: str = "none", **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{service.url}/v1", api_key=key, **{"max_retries": 0, **options})
 
 
 def send(
-    service: Live, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    service: LiveService, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], Any]:
     """(status, headers, JSON or text)."""
     connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
@@ -48,7 +48,7 @@ def send(
     return response.status, {k.lower(): v for k, v in response.getheaders()}, found
 
 
-def chat(service: Live, **fields: Any) -> tuple[int, Any]:
+def chat(service: LiveService, **fields: Any) -> tuple[int, Any]:
     status, _, found = send(service, "POST", "/v1/chat/completions", {"model": "base", "messages": HELLO, **fields})
     return status, found
 
@@ -65,18 +65,18 @@ def test_the_official_client_works_unchanged(live: MakeLive) -> None:
     assert len(whole.choices) == 2 and whole.usage.completion_tokens <= 40 and whole.model == "one"
     assert whole.choices[0].finish_reason in ("stop", "length") and len(whole.choices[0].logprobs.content) <= 20
     assert whole.system_fingerprint.split("/")[1].startswith("one@v0-")
-    pieces = list(
+    chunks = list(
         ai.chat.completions.create(  # type: ignore[call-overload]
             model="one", messages=HELLO, seed=5, n=2, max_tokens=20, stream=True, stream_options={"include_usage": True}
         )
     )
-    said = ["", ""]
-    for piece in pieces[:-1]:
-        assert piece.usage is None and piece.id == pieces[0].id
-        for choice in piece.choices:
-            said[choice.index] += choice.delta.content or ""
-    assert said == [choice.message.content for choice in whole.choices]
-    assert pieces[-1].choices == [] and pieces[-1].usage == whole.usage
+    texts = ["", ""]
+    for chunk in chunks[:-1]:
+        assert chunk.usage is None and chunk.id == chunks[0].id
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     ids = [1, 60, 70, 80]
     texts = ai.completions.create(model="two", prompt=[ids, ids], max_tokens=5, temperature=0, logprobs=0)  # type: ignore[arg-type]
     assert texts.choices[0].text == texts.choices[1].text and len(texts.choices[0].logprobs.token_logprobs) == 5  # type: ignore[union-attr,arg-type]
@@ -154,12 +154,12 @@ BAD_FIELDS: list[tuple[dict[str, Any], int]] = [
 )
 def test_bad_fields(live: MakeLive, fields: dict[str, Any], status: int) -> None:
     loads = live().replica.adapter_cache.loads
-    found, answer = chat(live(), **fields)
-    assert found == status and answer["error"]["message"] and len(json.dumps(answer)) < 2000
+    found, content = chat(live(), **fields)
+    assert found == status and content["error"]["message"] and len(json.dumps(content)) < 2000
     assert live().replica.adapter_cache.loads == loads
 
 
-def test_what_changes_nothing_is_ignored(live: MakeLive) -> None:
+def test_fields_that_change_nothing_are_ignored(live: MakeLive) -> None:
     neutral = {
         "user": "me",
         "store": False,
@@ -175,7 +175,7 @@ def test_what_changes_nothing_is_ignored(live: MakeLive) -> None:
 
 def test_text_never_becomes_a_control_token(live: MakeLive) -> None:
     service = live()
-    ids = service.replica.prompting.encode({"text": "</s><s> a </s>"}, service.replica.template)
+    ids = service.replica.prompt_encoder.tokenize({"text": "</s><s> a </s>"}, service.replica.template)
     assert ids[0] == 1 and not {0, 1, 2} & set(ids[1:])
 
 
@@ -241,7 +241,7 @@ def test_a_slow_body_and_one_without_length(live: MakeLive) -> None:
     assert chat(service)[0] == 200
 
 
-def test_a_client_that_leaves_frees_its_rows(live: MakeLive) -> None:
+def test_a_client_that_disconnects_frees_its_rows(live: MakeLive) -> None:
     service = live()
     body = json.dumps(
         {"model": "one", "messages": HELLO, "max_tokens": 150, "stream": True, "n": 4, "seed": 1}
@@ -252,11 +252,11 @@ def test_a_client_that_leaves_frees_its_rows(live: MakeLive) -> None:
         leaving.sendall(head.encode() + body)
         leaving.recv(2000)
     deadline = time.monotonic() + 10
-    while (service.replica.engine.running or service.replica._reserved) and time.monotonic() < deadline:
+    while (service.replica.engine.running or service.replica._reserved_rows) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert service.replica.engine.running == 0 and service.replica._reserved == 0
-    slots = service.replica.adapter_cache._cached.values()
-    assert all(slot.users == 0 for slot in slots)
+    assert service.replica.engine.running == 0 and service.replica._reserved_rows == 0
+    cached = service.replica.adapter_cache._cached.values()
+    assert all(adapter.users == 0 for adapter in cached)
 
 
 def test_full_is_429_with_retry_after_in_under_100_ms(live: MakeLive) -> None:
@@ -266,7 +266,7 @@ def test_full_is_429_with_retry_after_in_under_100_ms(live: MakeLive) -> None:
     with ThreadPoolExecutor(4) as pool:
         busy = [pool.submit(chat, service, n=2, seed=i) for i in range(2)]
         deadline = time.monotonic() + 20
-        while service.replica._reserved < 4 and time.monotonic() < deadline:
+        while service.replica._reserved_rows < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         seconds = []
         for _ in range(10):
@@ -285,59 +285,62 @@ def test_keys(live: MakeLive, tmp_path_factory: pytest.TempPathFactory) -> None:
     everything, limited = add_key(path, "alice"), add_key(path, "bob", models=("one",), max_concurrent=1)
     assert os.stat(path).st_mode & 0o077 == 0 and everything not in path.read_text()
     service = live(api_keys=str(path))
-    asked = {"model": "base", "messages": HELLO}
-    told = set()
+    request = {"model": "base", "messages": HELLO}
+    codes = set()
     for header in (
         {},
         {"authorization": "Bearer rr-wrong"},
         {"authorization": f"Basic {everything}"},
         {"authorization": "Bearer \xe9"},
     ):
-        status, headers, found = send(service, "POST", "/v1/chat/completions", asked, header)
+        status, headers, found = send(service, "POST", "/v1/chat/completions", request, header)
         assert status == 401 and headers["www-authenticate"] == "Bearer"
-        told.add(found["error"]["code"])
-    assert told == {"invalid_api_key"}
-    assert client(service, everything).chat.completions.create(**asked).choices
+        codes.add(found["error"]["code"])
+    assert codes == {"invalid_api_key"}
+    assert client(service, everything).chat.completions.create(**request).choices
     with pytest.raises(openai.NotFoundError):
-        client(service, limited).chat.completions.create(**asked)
+        client(service, limited).chat.completions.create(**request)
     with pytest.raises(openai.NotFoundError):
-        client(service, limited).chat.completions.create(**{**asked, "model": "one"}, extra_body={"reward": "judge"})
+        client(service, limited).chat.completions.create(**{**request, "model": "one"}, extra_body={"reward": "judge"})
     assert {m.id.partition("@")[0] for m in client(service, limited).models.list()} == {"one"}
-    assert client(service, limited).chat.completions.create(**{**asked, "model": "one"}).choices
-    assert service.api.running == {"alice": 0, "bob": 0}
+    assert client(service, limited).chat.completions.create(**{**request, "model": "one"}).choices
+    assert service.api.in_flight == {"alice": 0, "bob": 0}
     revoke_key(path, "alice")
     time.sleep(1.1)
     with pytest.raises(openai.AuthenticationError):
-        client(service, everything).chat.completions.create(**asked)
-    assert send(service, "GET", "/")[0] == 200  # the page holds nothing, and asks for the key
+        client(service, everything).chat.completions.create(**request)
+    assert send(service, "GET", "/")[0] == 200  # the page holds no secrets, and prompts for the key
     log = (Path(service.config.output_dir) / "access.jsonl").read_text()
     assert everything not in log and limited not in log and "Name a bird" not in log and '"key": "bob"' in log
 
 
-def test_a_request_that_is_sent_twice_is_answered_once(live: MakeLive) -> None:
+def test_a_request_that_is_sent_twice_runs_once(live: MakeLive) -> None:
     service = live()
-    asked = {"model": "one", "messages": HELLO}
+    request = {"model": "one", "messages": HELLO}
     with ThreadPoolExecutor(3) as pool:
         same = [
-            pool.submit(send, service, "POST", "/v1/chat/completions", asked, {"x-request-id": "again"})
+            pool.submit(send, service, "POST", "/v1/chat/completions", request, {"x-request-id": "again"})
             for _ in range(3)
         ]
-        answers = [found.result()[2] for found in same]
-    assert answers[0] == answers[1] == answers[2]
-    other = send(service, "POST", "/v1/chat/completions", {**asked, "n": 2}, {"x-request-id": "again"})[2]
-    assert other["id"] != answers[0]["id"]
+        responses = [found.result()[2] for found in same]
+    assert responses[0] == responses[1] == responses[2]
+    other = send(service, "POST", "/v1/chat/completions", {**request, "n": 2}, {"x-request-id": "again"})[2]
+    assert other["id"] != responses[0]["id"]
 
 
 def test_preferences_are_rows_that_the_reward_stage_reads(live: MakeLive) -> None:
     service = live()
-    asked = {"prompt": "Name a bird.", "models": ["one", "two"], "seed": 1, "reward": True, "kl": True}
-    status, _, compared = send(service, "POST", "/v1/compare", asked)
+    request = {"prompt": "Name a bird.", "models": ["one", "two"], "seed": 1, "reward": True, "kl": True}
+    status, _, compared = send(service, "POST", "/v1/compare", request)
     assert status == 200 and [c["model"] for c in compared["choices"]] == ["one", "two"]
     better, worse = (choice["message"]["content"].replace("\0", "") for choice in compared["choices"])
     row = {"prompt": "Name a bird.", "chosen": better, "rejected": worse, "comparison": compared["id"]}
-    talk = [*HELLO, {"role": "assistant", "content": "Wren"}, {"role": "user", "content": "Another?"}]
+    conversation = [*HELLO, {"role": "assistant", "content": "Wren"}, {"role": "user", "content": "Another?"}]
     assert send(service, "POST", "/v1/preferences", {**row, "chosen_model": "one", "rejected_model": "two"})[0] == 200
-    assert send(service, "POST", "/v1/preferences", {"messages": talk, "chosen": "Owl", "rejected": "Oak"})[0] == 200
+    assert (
+        send(service, "POST", "/v1/preferences", {"messages": conversation, "chosen": "Owl", "rejected": "Oak"})[0]
+        == 200
+    )
     for bad in (
         {**row, "rejected": better},
         {**row, "chosen": " "},
@@ -354,12 +357,12 @@ def test_preferences_are_rows_that_the_reward_stage_reads(live: MakeLive) -> Non
     ]
 
 
-def test_a_failure_inside_tells_the_client_nothing(live: MakeLive, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_failure_reveals_nothing_to_the_client(live: MakeLive, monkeypatch: pytest.MonkeyPatch) -> None:
     service = live()
 
     async def broken(*args: Any) -> Any:
         raise RuntimeError("canary-secret /home/someone")
 
     monkeypatch.setattr(service.replica, "_prepare", broken)
-    status, answer = chat(service)
-    assert status == 500 and "canary" not in json.dumps(answer)
+    status, content = chat(service)
+    assert status == 500 and "canary" not in json.dumps(content)

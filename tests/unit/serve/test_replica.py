@@ -1,4 +1,4 @@
-"""A replica without Ray: what it says, scores, refuses, and how it follows the registry. Real model, registry, threads."""
+"""A replica without Ray: its responses, scores and errors, and how it follows the registry. Real model, registry, threads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from rlhf_ray.serve.replica import Replica
 
 from .conftest import load_tiny
 
-WORDS = {"text": "Name a bird."}
+PROMPT = {"text": "Name a bird."}
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def run(config: ServeConfig, body: Callable[[Replica], Awaitable[Any]]) -> Any:
     return asyncio.run(whole())
 
 
-async def ask(replica: Replica, *models: str, prompt: Any = WORDS, **fields: Any) -> dict[str, Any]:
+async def generate(replica: Replica, *models: str, prompt: Any = PROMPT, **fields: Any) -> dict[str, Any]:
     """{start, choices: [{text, end, ...}], error}."""
     found: dict[str, Any] = {"choices": {}, "error": None}
     async for events in replica.events(GenerationRequest(models=models, prompts=(prompt,), **fields)):
@@ -83,7 +83,7 @@ async def ask(replica: Replica, *models: str, prompt: Any = WORDS, **fields: Any
 def alone(
     base: Path, run_dir: Path | None, template: str, seed: int, **fields: Any
 ) -> tuple[str, DecodeResult, list[int]]:
-    """The reply of an adapter by itself, by the sampler that training uses; its text; the prompt's ids."""
+    """The response of an adapter by itself, by the sampler that training uses: its text, the result, the prompt's ids."""
     backbone = load_tiny(base)
     model = backbone.model if run_dir is None else wrap(backbone.model, read_adapter(run_dir / "adapter"), "x")
     ids = encode_prompts(backbone.tokenizer, load_template(template), [Prompt("Name a bird.")])[0]
@@ -92,15 +92,15 @@ def alone(
     return str(backbone.tokenizer.decode(result.token_ids, skip_special_tokens=True)), result, ids
 
 
-def test_adapters_in_one_batch_say_what_each_says_alone_under_its_own_template(
+def test_adapters_in_one_batch_respond_as_each_does_alone_under_its_own_template(
     job: Callable[..., ServeConfig], tiny_run: Callable[..., Path], base_dir: Path, tmp_path: Path
 ) -> None:
     one = tiny_run(tmp_path / "one", base_dir, seed=1)
     two = tiny_run(tmp_path / "two", base_dir, seed=2, template="vigogne")
 
     async def body(replica: Replica) -> Any:
-        together = await ask(replica, "base", "one", "two", seed=7)
-        apart = await asyncio.gather(*(ask(replica, name, seed=7, n=2) for name in ("base", "one", "two")))
+        together = await generate(replica, "base", "one", "two", seed=7)
+        apart = await asyncio.gather(*(generate(replica, name, seed=7, n=2) for name in ("base", "one", "two")))
         return together, apart
 
     together, apart = run(job(adapters={"one": str(one), "two": str(two)}), body)
@@ -123,51 +123,51 @@ def test_reward_and_kl_are_those_of_training(
     policy = tiny_run(tmp_path / "policy", base_dir, stage="ppo", seed=1)
     reward = tiny_run(tmp_path / "reward", base_dir, stage="reward", seed=5)
     config = job(adapters={"policy": str(policy), "judge": str(reward)})
-    found = run(config, lambda replica: ask(replica, "policy", "base", seed=3, reward=True, kl=True))
+    found = run(config, lambda replica: generate(replica, "policy", "base", seed=3, reward=True, kl=True))
 
     backbone = load_tiny(base_dir)
     files = read_adapter(reward / "adapter")
     stack = AdapterStack(backbone, wrap(backbone.model, files, "reward"))
     stack.heads["reward"] = ScalarHead(backbone.hidden_size, files.head)
     models = RoleModels({"s": stack}, {"reward": RoleBinding("s", "reward", "reward"), "base": RoleBinding("s", None)})
-    _, said, ids = alone(base_dir, policy, "alpaca_short", derived_seed(3, "serve", 0, 0))
-    seq = Reader(backbone, None, False).sequences([ids], [list(said.token_ids)])  # type: ignore[arg-type]
+    _, result, ids = alone(base_dir, policy, "alpaca_short", derived_seed(3, "serve", 0, 0))
+    seq = Reader(backbone, None, False).sequences([ids], [list(result.token_ids)])  # type: ignore[arg-type]
     with torch.no_grad():
         score = ModelReward("reward", 1.0, models, "reward").score(seq).item()
         base = models("logprobs", "base", seq, 1.0)[0].sum().item()
     assert found["choices"][0]["reward"] == pytest.approx(score, abs=1e-4)
-    assert found["choices"][0]["kl"] == pytest.approx(sum(said.logprobs) - base, abs=1e-3)
+    assert found["choices"][0]["kl"] == pytest.approx(sum(result.logprobs) - base, abs=1e-3)
     assert abs(found["choices"][0]["kl"]) > 0.1
     assert found["choices"][1]["kl"] == 0.0
-    told = run(config, lambda replica: ask(replica, "judge"))
-    assert told["error"]["status"] == 400 and told["error"]["code"] == "not_a_policy"
-    told = run(job(), lambda replica: ask(replica, "base", reward=True))
-    assert told["error"]["code"] == "no_reward"
+    refused = run(config, lambda replica: generate(replica, "judge"))
+    assert refused["error"]["status"] == 400 and refused["error"]["code"] == "not_a_policy"
+    refused = run(job(), lambda replica: generate(replica, "base", reward=True))
+    assert refused["error"]["code"] == "no_reward"
 
 
 def test_stop_strings_log_probabilities_and_greedy(job: Callable[..., ServeConfig], base_dir: Path) -> None:
     async def body(replica: Replica) -> None:
-        whole = await ask(replica, "base", seed=1, logprobs=True, max_tokens=30)
+        whole = await generate(replica, "base", seed=1, logprobs=True, max_tokens=30)
         response = whole["choices"][0]
         assert len(response["tokens"]) == response["completion_tokens"] == 30 and response["end"] == "length"
         assert all(value <= 0 for _, value in response["tokens"])
         stop = response["text"][9:12]
-        cut = await ask(replica, "base", seed=1, stops=(stop,), max_tokens=30)
+        cut = await generate(replica, "base", seed=1, stop_strings=(stop,), max_tokens=30)
         before = response["text"][: response["text"].index(stop)]
         assert (cut["choices"][0]["text"], cut["choices"][0]["end"]) == (before, "stop")
         assert cut["choices"][0]["completion_tokens"] < 30
-        greedy = [(await ask(replica, "base", temperature=0.0))["choices"][0]["text"] for _ in range(2)]
+        greedy = [(await generate(replica, "base", temperature=0.0))["choices"][0]["text"] for _ in range(2)]
         assert greedy[0] == greedy[1] == alone(base_dir, None, "none", 0, greedy=True)[0]
-        assert replica.engine.running == 0 and replica._reserved == 0 and not replica._routes
+        assert replica.engine.running == 0 and replica._reserved_rows == 0 and not replica.router.buffers
 
     run(job(), body)
 
 
-def test_what_cannot_be_answered_is_told_with_a_status(
+def test_bad_requests_are_errors_with_a_status(
     job: Callable[..., ServeConfig], tiny_run: Callable[..., Path], base_dir: Path, tmp_path: Path
 ) -> None:
     one = tiny_run(tmp_path / "one", base_dir, seed=1)
-    talk = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]}
+    conversation = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]}
 
     async def body(replica: Replica) -> None:
         for models, fields, status, code in (
@@ -177,39 +177,37 @@ def test_what_cannot_be_answered_is_told_with_a_status(
             (("base",), {"prompt": {"text": "  "}}, 400, "empty_prompt"),
             (("base",), {"prompt": {"ids": [5000]}}, 400, "invalid_token"),
             (("base",), {"max_tokens": 250}, 400, "context_length_exceeded"),
-            (("one",), {"prompt": talk}, 400, "template"),
+            (("one",), {"prompt": conversation}, 400, "template"),
             (("base",), {"n": 65}, 400, "too_many_replies"),
         ):
-            error = (await ask(replica, *models, **fields))["error"]
+            error = (await generate(replica, *models, **fields))["error"]
             assert (error["status"], error["code"]) == (status, code)
-        assert (await ask(replica, "one@v0"))["error"] is None
+        assert (await generate(replica, "one@v0"))["error"] is None
         assert (
-            replica._reserved == 0
+            replica._reserved_rows == 0
             and replica.adapter_cache._cached["one@v0-" + read_adapter(one / "adapter").sha256[:8]].users == 0
         )
 
     run(job(adapters={"one": str(one)}), body)
 
 
-def test_full_is_told_at_once_and_a_deadline_holds(job: Callable[..., ServeConfig]) -> None:
+def test_a_full_replica_refuses_at_once_and_a_deadline_holds(job: Callable[..., ServeConfig]) -> None:
     async def body(replica: Replica) -> None:
-        first = replica.events(GenerationRequest(("base",), (WORDS,), n=4, max_tokens=100))
+        first = replica.events(GenerationRequest(("base",), (PROMPT,), n=4, max_tokens=100))
         await anext(first)
         await anext(first)
-        full = (await ask(replica, "base"))["error"]
+        full = (await generate(replica, "base"))["error"]
         assert (full["status"], full["retry_after"]) == (429, 1)
-        await first.aclose()  # the client has left
-        assert (await ask(replica, "base"))["error"] is None
+        await first.aclose()  # the client disconnects
+        assert (await generate(replica, "base"))["error"] is None
         assert replica.engine.running == 0 and replica.engine.steps < 100
 
     run(job(limits={"max_batch_rows": 2, "max_waiting_rows": 2}), body)
-    told = run(job(limits={"request_timeout_s": 0.001}), lambda replica: ask(replica, "base", max_tokens=100))
-    assert told["error"]["status"] == 504
+    refused = run(job(limits={"request_timeout_s": 0.001}), lambda replica: generate(replica, "base", max_tokens=100))
+    assert refused["error"]["status"] == 504
 
 
-def test_health_is_a_reply_that_is_really_made(
-    job: Callable[..., ServeConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_health_check_decodes_a_token(job: Callable[..., ServeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(replica: Replica) -> None:
         await replica.check_health()
         steps = replica.engine.steps
@@ -237,21 +235,21 @@ def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_ta
     ids = [promote(str(runs[0]), "helper").entry.id]
     expected = [alone(base_dir, r, "alpaca_short", derived_seed(0, "serve", 0, 0))[0] for r in runs]
 
-    async def said(replica: Replica, model: str = "helper") -> str:
-        found = await ask(replica, model, seed=0)
+    async def response_text(replica: Replica, model: str = "helper") -> str:
+        found = await generate(replica, model, seed=0)
         return str(found["choices"][0]["text"]) if found["error"] is None else str(found["error"]["status"])
 
     async def until(replica: Replica, what: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         for _ in range(600):
-            status = json.loads(replica.watcher.notes.read_text())
+            status = json.loads(replica.watcher.status_file.read_text())
             if what(status):
                 return status  # type: ignore[no-any-return]
             await asyncio.sleep(0.05)
         raise AssertionError(status)
 
     async def body(replica: Replica) -> None:
-        assert await said(replica) == expected[0]
-        running = replica.events(GenerationRequest(("helper",), (WORDS,), seed=0, max_tokens=60))
+        assert await response_text(replica) == expected[0]
+        running = replica.events(GenerationRequest(("helper",), (PROMPT,), seed=0, max_tokens=60))
         assert (await anext(running))[0]["start"]["adapters"]["helper"]["id"] == ids[0]
         ids.append(promote(str(runs[1]), "helper").entry.id)
         status = await until(replica, lambda s: s["live"]["helper"]["version"] == 2)
@@ -260,8 +258,8 @@ def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_ta
             "version": 2,
             "sha256": read_adapter(runs[1] / "adapter").sha256,
         }
-        assert await said(replica) == expected[1]
-        assert await said(replica, "helper@v1") == expected[0]
+        assert await response_text(replica) == expected[1]
+        assert await response_text(replica, "helper@v1") == expected[0]
         text = "".join([e.get("text", "") for events in [x async for x in running] for e in events])
         assert text.startswith(expected[0])  # it began with version 1, and finished with it
         third = promote(str(runs[2]), "helper").entry
@@ -272,14 +270,14 @@ def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_ta
         weights.write_bytes(bytes(data))
         status = await until(replica, lambda s: third.id in s["refused"])
         assert status["live"]["helper"]["version"] == 2 and "sha256" in status["refused"][third.id]
-        assert await said(replica) == expected[1]
-        assert await said(replica, "helper@v3") == "503"
+        assert await response_text(replica) == expected[1]
+        assert await response_text(replica, "helper@v3") == "503"
         registry.rollback("helper", "v1")
         await until(replica, lambda s: s["live"]["helper"]["version"] == 1)
-        assert await said(replica) == expected[0]
+        assert await response_text(replica) == expected[0]
         promote(str(runs[3]), "other")
         await until(replica, lambda s: "other" in s["live"])
-        assert await said(replica, "other") == expected[3]
+        assert await response_text(replica, "other") == expected[3]
         listed = {entry["id"]: entry for entry in await replica.models()}
         assert (
             listed["helper"]["root"] == ids[0]

@@ -1,4 +1,4 @@
-"""API keys: a file of their hashes. The keys themselves are shown once, when they are made, and stored nowhere."""
+"""API keys: a file of their hashes. A key itself is shown once, when it is made, and stored nowhere."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlhf_ray.serve.api_errors import ApiError
 from rlhf_ray.storage.files import atomic_write_json, read_json
 
 SCHEMA = 1
-PREFIX = "rr-"
-EVERY_S = 1.0
-"""The file is looked at for changes at most this often: a key that is revoked stops working within it."""
+KEY_PREFIX = "rr-"
+REFRESH_S = 1.0
+"""The file is checked for changes at most this often: a key that is revoked stops working within it."""
 
 
 @dataclass(frozen=True)
-class Key:
+class ApiKey:
     """name: for the access log.  models: names that it may use, empty for all.  max_concurrent: requests at a time."""
 
     name: str
@@ -32,53 +32,53 @@ class Key:
     models: tuple[str, ...] = ()
     max_concurrent: int | None = None
 
-    def may_use(self, model: str) -> bool:
+    def allows(self, model: str) -> bool:
         return not self.models or model.partition("@")[0] in self.models
 
 
-class Keys:
+class ApiKeys:
     """The keys in a file, as it is now. Raises ConfigError if the file is not there or others may read it."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._seen: tuple[int, int] | None = None
-        self._keys: tuple[Key, ...] = ()
-        self._looked = 0.0
+        self._file_version: tuple[int, int] | None = None
+        self._keys: tuple[ApiKey, ...] = ()
+        self._refreshed_at = 0.0
         self._refresh()
 
-    def check(self, authorization: str | None) -> Key:
+    def authenticate(self, authorization: str | None) -> ApiKey:
         """The key of an `Authorization: Bearer ...` header. ApiError 401; the same for every key that is not good."""
-        if time.monotonic() - self._looked > EVERY_S:
+        if time.monotonic() - self._refreshed_at > REFRESH_S:
             self._refresh()
-        scheme, _, given = (authorization or "").partition(" ")
-        digest = hash_of(given.strip()) if scheme.lower() == "bearer" else ""
-        found = None
-        for key in self._keys:  # all of them, so that the time says nothing
+        scheme, _, key_text = (authorization or "").partition(" ")
+        digest = hash_key(key_text.strip()) if scheme.lower() == "bearer" else ""
+        match = None
+        for key in self._keys:  # all of them, so that the time taken tells nothing
             if hmac.compare_digest(key.sha256, digest):
-                found = key
-        if found is None:
-            what = "Incorrect API key provided." if given else "No API key was given (Authorization: Bearer KEY)."
+                match = key
+        if match is None:
+            what = "Incorrect API key provided." if key_text else "No API key was given (Authorization: Bearer KEY)."
             raise ApiError(401, what, "invalid_api_key")
-        return found
+        return match
 
     def _refresh(self) -> None:
-        self._looked = time.monotonic()
+        self._refreshed_at = time.monotonic()
         try:
             status = self.path.stat()
         except OSError:
             raise ConfigError.at(
                 "api_keys", f"no such file: {self.path}", fix="rlhf-ray api-key FILE --name NAME"
             ) from None
-        if self._seen != (status.st_mtime_ns, status.st_ino):
+        if self._file_version != (status.st_mtime_ns, status.st_ino):
             self._keys = read_keys(self.path)
-            self._seen = status.st_mtime_ns, status.st_ino
+            self._file_version = status.st_mtime_ns, status.st_ino
 
 
-def hash_of(key: str) -> str:
+def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_keys(path: Path) -> tuple[Key, ...]:
+def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """Raises ConfigError if others may read or write the file, ArtifactError if it is damaged."""
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ConfigError.at("api_keys", f"{path} can be read by others", "mode 600", fix=f"chmod 600 {path}")
@@ -87,34 +87,34 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']}")
         return tuple(
-            Key(str(k["name"]), _digest(k["sha256"]), tuple(map(str, k["models"])), k["max_concurrent"])
+            ApiKey(str(k["name"]), _sha256(k["sha256"]), tuple(map(str, k["models"])), k["max_concurrent"])
             for k in found["keys"]
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError.at(str(path), f"is no file of API keys: {type(error).__name__} {error}") from None
 
 
-def _digest(value: Any) -> str:
+def _sha256(value: Any) -> str:
     if not isinstance(value, str) or len(value) != 64:
         raise ValueError("sha256")
     return value
 
 
 def add_key(path: Path | str, name: str, models: tuple[str, ...] = (), max_concurrent: int | None = None) -> str:
-    """Make a key, store its hash in the file (made if it is not there), and return the key: it cannot be had again."""
+    """Make a key, store its hash in the file (made if it is not there), and return the key: it cannot be recovered."""
     path = Path(path)
     if not ADAPTER_NAME.fullmatch(name):
         raise ConfigError.at("--name", "is no name for a key", "1 to 64 letters, digits, _ . or -", repr(name[:80]))
     keys = read_keys(path) if path.exists() else ()
     if any(key.name == name for key in keys):
         raise ConfigError.at("--name", f"{path} has a key of this name", "another name, or revoke it first", name)
-    key = PREFIX + secrets.token_urlsafe(32)
-    _write(path, (*keys, Key(name, hash_of(key), models, max_concurrent)))
+    key = KEY_PREFIX + secrets.token_urlsafe(32)
+    _write(path, (*keys, ApiKey(name, hash_key(key), models, max_concurrent)))
     return key
 
 
 def revoke_key(path: Path | str, name: str) -> None:
-    """Forget a key; the service notices within a second."""
+    """Remove a key; the service notices within REFRESH_S."""
     path = Path(path)
     keys = read_keys(path) if path.exists() else ()
     if not any(key.name == name for key in keys):
@@ -124,7 +124,7 @@ def revoke_key(path: Path | str, name: str) -> None:
     _write(path, tuple(key for key in keys if key.name != name))
 
 
-def _write(path: Path, keys: tuple[Key, ...]) -> None:
+def _write(path: Path, keys: tuple[ApiKey, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     before = os.umask(0o077)
     try:

@@ -1,4 +1,4 @@
-"""What the API makes of Serve's own refusals."""
+"""Serve's own refusals as the API's errors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ray.serve.exceptions import BackPressureError
 
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.serve.api_errors import ApiError
-from rlhf_ray.serve.app import Replicas
+from rlhf_ray.serve.app import ServeBackend
 from rlhf_ray.serve.generation import GenerationRequest
 
-ASK = GenerationRequest(models=("base",), prompts=({"text": "Hello"},))
+REQUEST = GenerationRequest(models=("base",), prompts=({"text": "Hello"},))
 
 
 class Response:
-    """Of a request that never got a replica: Serve raises why when it is read, and again when it is cancelled."""
+    """Of a request that never got a replica: Serve raises the reason when it is read, and again when it is cancelled."""
 
     def __await__(self) -> Any:
         raise BackPressureError(num_queued_requests=16, max_queued_requests=16)
@@ -34,7 +34,7 @@ class Response:
 
 
 class Engine:
-    """What Serve's handle looks like."""
+    """A fake of Serve's handle."""
 
     def __init__(self) -> None:
         self.complete = self.stream = self
@@ -42,20 +42,20 @@ class Engine:
     def options(self, stream: bool) -> Engine:
         return self
 
-    def remote(self, ask: GenerationRequest) -> Response:
+    def remote(self, request: GenerationRequest) -> Response:
         return Response()
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_full_queue_is_a_429(tmp_path: Path, streamed: bool) -> None:
-    replicas = Replicas(Engine(), ServeConfig(output_dir=str(tmp_path), model_name_or_path="base"))  # type: ignore[arg-type]
+    backend = ServeBackend(Engine(), ServeConfig(output_dir=str(tmp_path), model_name_or_path="base"))  # type: ignore[arg-type]
 
-    async def asked() -> None:
+    async def send() -> None:
         if streamed:
-            await anext(replicas.stream(ASK))
+            await anext(backend.stream(REQUEST))
         else:
-            await replicas.complete(ASK)
+            await backend.complete(REQUEST)
 
     with pytest.raises(ApiError) as error:
-        asyncio.run(asked())
+        asyncio.run(send())
     assert error.value.status == 429 and error.value.retry_after == 1

@@ -1,4 +1,4 @@
-"""Replies as text while they are written: the parts make up the whole, characters are whole, stop strings stay inside."""
+"""Responses as text while they are written: the parts make up the text, characters are whole, stop strings are cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_ray.models.tokenizer import load_tokenizer
-from rlhf_ray.serve.text import ResponseText
+from rlhf_ray.serve.response_text import ResponseText
 
 WORDS = ["naïve", " 東京", "🙂", "\nHuman:", " a", "b", "é", "Hum", "an:", "\n"]
 
@@ -21,15 +21,15 @@ def tokenizer(tiny_llama: Callable[..., Path]) -> Any:
     return load_tokenizer(str(tiny_llama()))
 
 
-def parts(tokenizer: Any, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
-    response = ResponseText(tokenizer, stops)
-    said = [response.push(i) for i in ids] + [response.finish()]
-    assert response.text == "".join(said)
-    return said
+def parts(tokenizer: Any, ids: list[int], stop_strings: tuple[str, ...] = ()) -> list[str]:
+    response = ResponseText(tokenizer, stop_strings)
+    texts = [response.push(i) for i in ids] + [response.finish()]
+    assert response.text == "".join(texts)
+    return texts
 
 
 @given(st.lists(st.integers(0, 259), max_size=60))
-def test_any_ids_say_what_decoding_them_at_once_says(tokenizer: Any, ids: list[int]) -> None:
+def test_any_ids_give_the_text_of_decoding_them_at_once(tokenizer: Any, ids: list[int]) -> None:
     assert "".join(parts(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -61,15 +61,15 @@ def fallback() -> Any:
 
 
 @given(st.lists(st.one_of(st.integers(0, 258), st.sampled_from([0x67, 0xFF, 0xE6, 256, 257])), max_size=40))
-def test_no_bytes_end_a_reply(fallback: Any, ids: list[int]) -> None:
-    """Such a tokenizer takes back what it has said: b"g" is a character, b"g\\xff" is two replacement characters."""
-    said = "".join(parts(fallback, ids))
+def test_no_bytes_end_a_response(fallback: Any, ids: list[int]) -> None:
+    """Such a tokenizer changes text that is out already: b"g" is a character, b"g\\xff" is two replacement characters."""
+    text = "".join(parts(fallback, ids))
     whole = fallback.decode(ids, skip_special_tokens=True)
-    assert said == whole or "\ufffd" in whole
-    assert said.count(" a") + said.startswith("a") == whole.count(" a") + whole.startswith("a")
+    assert text == whole or "\ufffd" in whole
+    assert text.count(" a") + text.startswith("a") == whole.count(" a") + whole.startswith("a")
 
 
-def test_what_was_said_before_bytes_that_are_none_stays(fallback: Any) -> None:
+def test_text_before_invalid_bytes_stays(fallback: Any) -> None:
     assert parts(fallback, [256, 0x67, 0xFF, 256, 257, 258]) == ["a", "g", "", "\ufffd a", " b", "c", ""]
 
 
@@ -79,6 +79,6 @@ def test_a_character_comes_when_its_last_byte_has(tokenizer: Any) -> None:
     assert parts(tokenizer, ids[:1]) == ["", "\ufffd"]  # it never came
 
 
-def test_what_may_begin_a_stop_string_is_held_back_and_given_when_it_does_not(tokenizer: Any) -> None:
+def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(tokenizer: Any) -> None:
     ids = tokenizer("ab\nHux", add_special_tokens=False).input_ids
     assert parts(tokenizer, ids, ("\nHuman:",)) == ["a", "b", "", "", "", "\nHux", ""]

@@ -12,24 +12,24 @@ from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.serve.api_errors import ApiError
-from rlhf_ray.serve.keys import Keys
+from rlhf_ray.serve.api_keys import ApiKeys
 
 JOB = {"output_dir": "serve", "model_name_or_path": "base"}
 
 
-def test_a_key_is_shown_once_and_can_be_taken_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_is_shown_once_and_can_be_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "keys.json"
     assert main(["api-key", str(path), "--name", "alice", "--model", "helper"]) == 0
     shown = capsys.readouterr().out.strip()
     assert shown.startswith("rr-") and shown not in path.read_text()
-    key = Keys(path).check(f"Bearer {shown}")
-    assert (key.name, key.may_use("helper@v2"), key.may_use("base")) == ("alice", True, False)
+    key = ApiKeys(path).authenticate(f"Bearer {shown}")
+    assert (key.name, key.allows("helper@v2"), key.allows("base")) == ("alice", True, False)
     assert main(["api-key", str(path), "--name", "alice"]) == 2
     assert "has a key of this name" in capsys.readouterr().err
     assert main(["api-key", str(path), "--name", "../bob"]) == 2
     assert main(["api-key", str(path), "--name", "alice", "--revoke"]) == 0
     with pytest.raises(ApiError):
-        Keys(path).check(f"Bearer {shown}")
+        ApiKeys(path).authenticate(f"Bearer {shown}")
 
 
 def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
     assert main(["api-key", str(path), "--name", "alice"]) == 0
     os.chmod(path, 0o644)
     with pytest.raises(ConfigError, match="can be read by others"):
-        Keys(path)
+        ApiKeys(path)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "serve.example.com"])
@@ -48,6 +48,6 @@ def test_another_address_needs_keys(host: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "Base", "../x", "a b", "", "x" * 65])
-def test_names_of_adapters(name: str) -> None:
+def test_bad_names_of_adapters_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="no name"):
         load_dict(ServeConfig, {**JOB, "adapters": {name: "runs/sft"}})

@@ -26,8 +26,8 @@ from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, text_maker
 from rlhf_ray.ppo.prompts import load_prompts
 from rlhf_ray.rewards.build import RewardRoles
 from rlhf_ray.rewards.sources import Texts
-from rlhf_ray.roles.actor_collector import RemoteRoles, SplitCollector
-from rlhf_ray.roles.collector import Collector
+from rlhf_ray.roles.actor_collector import ActorCollector, RemoteRoles
+from rlhf_ray.roles.collector import Collector, LocalCollector
 from rlhf_ray.roles.generator import Decoding, Generator
 from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.learner import Learner
@@ -122,7 +122,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     eval_decoding = decoding(config.eval_sampling, stop_ids)
     collector: Callable[[float], Collector]
     if remote_roles is not None:
-        split = SplitCollector(remote_roles, session, config.rollout_chunk_size, backbone.pad_id)
+        split = ActorCollector(remote_roles, session, config.rollout_chunk_size, backbone.pad_id)
         collector = lambda temperature: split  # noqa: E731  # scorers take the temperature with each request
     else:
         collector = _own_collector(config, session, assembly, roles, learner, to_texts)
@@ -191,7 +191,7 @@ def _own_collector(
 
     def collector(temperature: float) -> Collector:
         scorer = Scorer(module, rewards, to_texts, temperature, rows, session.device, max_over_ranks=max_over_ranks)
-        return Collector(generator, scorer, session, config.rollout_chunk_size, pad_id, lockstep)
+        return LocalCollector(generator, scorer, session, config.rollout_chunk_size, pad_id, lockstep)
 
     return collector
 

@@ -30,7 +30,7 @@ from rlhf_ray.roles.actor_pool import (
     cause_of,
     put_adapter,
 )
-from rlhf_ray.roles.collector import Chunk, Collector, Share
+from rlhf_ray.roles.collector import Chunk, Collector, RankResults
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.roles_log import Done
@@ -47,7 +47,10 @@ class RemoteRoles:
         def tell(line: str) -> None:
             session.console.log(f"rank {session.rank}: {line}")
 
-        self.generators, self.scorers = (ActorPool(role, actor_handles, tell) for role in ("generator", "scorer"))
+        def warn(line: str) -> None:
+            session.console.warn(f"rank {session.rank}: {line}")
+
+        self.generators, self.scorers = (ActorPool(role, actor_handles, tell, warn) for role in ("generator", "scorer"))
         self.ref_store, self.session, self.tell = actor_handles.ref_store, session, tell
         self.version, self.reference = -1, None
 
@@ -65,8 +68,8 @@ class RemoteRoles:
         return size
 
     def idle(self, busy: dict[str, float], step: float, waited: float) -> dict[str, float]:
-        """Share of a step in which each role had nothing to do. busy: seconds of work by role, all actors together.  step: its
-        seconds.  waited: the learner's, for rollouts and scores."""
+        """RankResults of a step in which each role had nothing to do. busy: seconds of work by role, all actors together.  step:
+        its seconds.  waited: the learner's, for rollouts and scores."""
         actor_handles = (self.generators, self.scorers)
         found = {f"time/idle_{p.role}": 1.0 - busy[p.role] / (len(p) * step) for p in actor_handles}
         found["time/idle_learner"] = waited / step
@@ -87,7 +90,7 @@ class RemoteRoles:
 
 
 @dataclass
-class _Flight:
+class _ChunkInFlight:
     """One chunk under way. sampling, scoring: the calls of its present attempt; tries: attempts so far."""
 
     chunk: Chunk
@@ -96,12 +99,12 @@ class _Flight:
     tries: int = 1
 
 
-class SplitCollector(Collector):
+class ActorCollector(Collector):
     """A collector whose generator and scorer are actors."""
 
     def __init__(self, remote_roles: RemoteRoles, session: Session, chunk_size: int, pad_id: int) -> None:
-        self.remote_roles, self.session, self.chunk_size, self.pad_id = remote_roles, session, chunk_size, pad_id
-        self.lockstep = False
+        super().__init__(session, chunk_size, pad_id)
+        self.remote_roles = remote_roles
 
     def explain(self, error: InvariantError, adapter: PublishedAdapter) -> InvariantError:
         """`error`, which says that sampler and learner disagree, with the tensor in which each generator differs most."""
@@ -118,15 +121,15 @@ class SplitCollector(Collector):
         first = error.problems[0]
         return InvariantError(Problem(first.where, first.what, first.expected, first.got, "; ".join(lines)))
 
-    def _begin(
+    def begin(
         self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
-    ) -> Callable[[], Share]:
-        job = _Job(self.remote_roles, adapter, decoding, role, step, partial(self.wish, role))
+    ) -> Callable[[], RankResults]:
+        job = _ChunksInFlight(self.remote_roles, adapter, decoding, role, step, partial(self.stop_requested, role))
         job.send(mine)
         return job.wait
 
 
-class _Job:
+class _ChunksInFlight:
     """The chunks of one rank in one step, sampled by the adapter that was handed over last when they were sent."""
 
     def __init__(
@@ -136,9 +139,9 @@ class _Job:
         decoding: Decoding,
         role: str,
         step: int,
-        wish: Callable[[], str],
+        stop_requested: Callable[[], str],
     ) -> None:
-        """wish: who asks for the chunks to be left, if anybody."""
+        """stop_requested: who asked to stop, if anybody did; the chunks are then left."""
         if adapter.version != remote_roles.version:
             raise InvariantError.at(
                 f"step {step}",
@@ -148,9 +151,9 @@ class _Job:
             )
         self.remote_roles, self.adapter, self.decoding = remote_roles, adapter, decoding
         self.reference = remote_roles.reference  # a newer adapter may be handed over while these chunks are under way
-        self.role, self.step, self.wish = role, step, wish
-        self.share = Share(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
-        self.flying: dict[int, _Flight] = {}
+        self.role, self.step, self.stop_requested = role, step, stop_requested
+        self.results = RankResults(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
+        self.flying: dict[int, _ChunkInFlight] = {}
         self.sampled: dict[int, float] = {}
         self.silence: dict[str, tuple[list[Any], float]] = {}  # role -> work it has, and since when it is that
 
@@ -158,26 +161,26 @@ class _Job:
         """Hand all chunks out, without waiting for anything but a restart."""
         for chunk in mine:
             sampling = self._sample(chunk, 0)
-            self.flying[chunk.number] = _Flight(chunk, sampling, self._score(chunk, sampling.result, 0))
+            self.flying[chunk.number] = _ChunkInFlight(chunk, sampling, self._score(chunk, sampling.result, 0))
 
-    def wait(self) -> Share:
+    def wait(self) -> RankResults:
         """What became of them. Its seconds are those of waiting: up to the last rollout, and from then to the last scores."""
         started = time.perf_counter()
         done = self._land_all()
         last = max((when for when, *_ in done.values()), default=started)
-        self.share.seconds = {"time/generate": last - started, "time/score": time.perf_counter() - last}
+        self.results.seconds = {"time/generate": last - started, "time/score": time.perf_counter() - last}
         for number in sorted(done):
-            self.share.rollouts.append(done[number][1])
-            self.share.scores.append(done[number][2])
-        return self.share
+            self.results.rollouts.append(done[number][1])
+            self.results.scores.append(done[number][2])
+        return self.results
 
     def _land_all(self) -> dict[int, tuple[float, Rollout, Scores]]:
         """Chunk number -> (when its rollout was seen, rollout, scores)."""
         done: dict[int, tuple[float, Rollout, Scores]] = {}
         while self.flying:
             self._watch()
-            if (why := self.wish()) != "":
-                self.share.abandoned = why
+            if (why := self.stop_requested()) != "":
+                self.results.abandoned = why
                 return {}
             for number, flight in list(self.flying.items()):
                 if (scored := self._land(flight)) is not None:
@@ -198,7 +201,7 @@ class _Job:
         open_ = [f.sampling.work for n, f in self.flying.items() if n not in self.sampled]
         open_ += [f.scoring.work for f in self.flying.values()]
         ready: list[Any] = []
-        while not ready and not self.wish():
+        while not ready and not self.stop_requested():
             ready, _ = ray.wait(open_, num_returns=1, timeout=LOOK_S)
             for number, flight in self.flying.items():
                 if number not in self.sampled and flight.sampling.work in ready:
@@ -218,7 +221,7 @@ class _Job:
             pool.end(calls[0].index, self._doing(waiting[0], doing))
             self.silence[pool.role] = stats, now
 
-    def _land(self, flight: _Flight) -> tuple[Rollout, Scores] | None:
+    def _land(self, flight: _ChunkInFlight) -> tuple[Rollout, Scores] | None:
         """Rollout and scores if the chunk is done; None if it is still under way, or sent on its way again."""
         ready, _ = ray.wait([flight.scoring.work], timeout=0)
         if not ready:
@@ -238,10 +241,10 @@ class _Job:
             self._again(flight, self.remote_roles.scorers, flight.scoring.index, error, "scoring")
             flight.scoring = self._score(flight.chunk, flight.sampling.result, flight.tries)
             return None
-        self.share.busy["generator"] += sampling.seconds
-        self.share.busy["scorer"] += scoring.seconds
+        self.results.busy["generator"] += sampling.seconds
+        self.results.busy["scorer"] += scoring.seconds
         number = flight.chunk.number
-        self.share.done += [Done("generator", number, sampling), Done("scorer", number, scoring)]
+        self.results.done += [Done("generator", number, sampling), Done("scorer", number, scoring)]
         return rollout, scores
 
     def _get(self, call: PendingCall) -> tuple[Any, CallStats]:
@@ -253,20 +256,20 @@ class _Job:
             raise cause_of(error) from error
         return result, work
 
-    def _again(self, flight: _Flight, pool: ActorPool, index: int, error: BaseException, doing: str) -> None:
+    def _again(self, flight: _ChunkInFlight, pool: ActorPool, index: int, error: BaseException, doing: str) -> None:
         """Count an attempt that was lost. Raises Interrupted when there have been enough."""
         pool.lost(index)
         what = self._doing(flight, doing)
         if flight.tries >= ATTEMPTS:
             raise pool.exhausted(index, error, what) from error
         flight.tries += 1
-        self.share.faults["faults/retries"] += 1.0
+        self.results.faults["faults/retries"] += 1.0
         why = pool.kind(index, error)
         self.remote_roles.tell(f"{pool.role} {index}: lost while {what} ({why}); the chunk is done again")
 
-    def _check_echo(self, rollout: Rollout, flight: _Flight) -> None:
+    def _check_echo(self, rollout: Rollout, flight: _ChunkInFlight) -> None:
         if (rollout.adapter_version, rollout.adapter_sha256) != (self.adapter.version, self.adapter.sha256):
             raise invariants.stale_adapter(rollout, self.adapter.sha256, self.step, self.adapter.version)
 
-    def _doing(self, flight: _Flight, doing: str) -> str:
+    def _doing(self, flight: _ChunkInFlight, doing: str) -> str:
         return f"{doing} chunk {flight.chunk.number} of step {self.step}, adapter version {self.adapter.version}"

@@ -167,10 +167,12 @@ class PendingCall:
 
 
 class ActorPool:
-    """One learner rank's view of the actors of one role. tell: called with a line about every fault."""
+    """One learner rank's view of the actors of one role. warn: called with a line about every fault.  tell: about every return."""
 
-    def __init__(self, role: str, actor_handles: ActorHandles, tell: Callable[[str], None]) -> None:
-        self.role, self.handles, self.tell = role, actor_handles.actors[role], tell
+    def __init__(
+        self, role: str, actor_handles: ActorHandles, tell: Callable[[str], None], warn: Callable[[str], None]
+    ) -> None:
+        self.role, self.handles, self.tell, self.warn = role, actor_handles.actors[role], tell, warn
         self.timeout_s, self.resume = actor_handles.timeouts[role], actor_handles.resume
         self._away: dict[int, Any] = {}  # actors that died, each with a ping that waits for its restart
         self._gone: dict[int, str] = {}  # actors that will not come back, with the reason
@@ -218,7 +220,7 @@ class ActorPool:
 
     def end(self, index: int, doing: str) -> None:
         """Kill an actor that does not answer; Ray restarts it, and its work fails as if it had died."""
-        self.tell(f"warning: {self.role} {index}: no answer within {self.timeout_s:g} s while {doing}; it is restarted")
+        self.warn(f"{self.role} {index}: no answer within {self.timeout_s:g} s while {doing}; it is restarted")
         ray.kill(self.handles[index], no_restart=False)
 
     def failed(self, index: int, what: str, doing: str, advice: str = "") -> Interrupted:
@@ -267,7 +269,7 @@ class ActorPool:
         except ActorDiedError as error:
             del self._away[index]
             self._gone[index] = _reason(error)
-            self.tell(f"warning: {self.role} {index}: will not be restarted again ({self._gone[index]})")
+            self.warn(f"{self.role} {index}: will not be restarted again ({self._gone[index]})")
             return False
         except LOST:
             self._away[index] = self._ping(index)

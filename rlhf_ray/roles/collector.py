@@ -1,12 +1,14 @@
 """Sampling and scoring all rows of a step over all ranks.
 
 A step's rows are cut by index into chunks; chunk c belongs to rank c mod world size. Results are ordered by row, so they do not
-depend on how many ranks there are. A rank samples and scores its chunks itself; `split.SplitCollector` has actors do it.
+depend on how many ranks there are. `LocalCollector` samples and scores a rank's chunks on the rank itself, `ActorCollector`
+(actor_collector.py) has actors do it; what both share is `Collector`.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -50,8 +52,9 @@ class Chunk:
 
 
 @dataclass
-class Share:
-    """What became of one rank's chunks; see `Collected`."""
+class RankResults:
+    """What became of one rank's chunks; see `Collected`. Gathered over ranks as it is.  abandoned: who asked to stop, if they were
+    left."""
 
     rollouts: list[Rollout] = field(default_factory=list)
     scores: list[Scores] = field(default_factory=list)
@@ -63,33 +66,33 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Started:
-    """Rows on their way. chunks: this rank's number of them.  rows: of all ranks.  work: does, or waits for, this rank's share."""
+class PendingCollection:
+    """Rows on their way. chunks: this rank's number of them.  rows: of all ranks.  wait: does, or waits for, this rank's chunks."""
 
     chunks: int
     rows: int
     adapter: ActiveAdapter
-    work: Callable[[], Share]
+    wait: Callable[[], RankResults]
 
 
-class Collector:
-    """generator, scorer: this rank's.  lockstep: their every forward pass is a collective (ZeRO-3).
+class Collector(ABC):
+    """lockstep: every forward pass is a collective (ZeRO-3).
 
     abandons: whether a rollout may be left half done; not where one is begun before the step it is for."""
 
     abandons = True
 
-    def __init__(
-        self,
-        generator: Generator,
-        scorer: Scorer,
-        session: Session,
-        chunk_size: int,
-        pad_id: int,
-        lockstep: bool = False,
-    ) -> None:
-        self.generator, self.scorer, self.session = generator, scorer, session
-        self.chunk_size, self.pad_id, self.lockstep = chunk_size, pad_id, lockstep
+    def __init__(self, session: Session, chunk_size: int, pad_id: int, lockstep: bool = False) -> None:
+        self.session, self.chunk_size, self.pad_id, self.lockstep = session, chunk_size, pad_id, lockstep
+
+    @abstractmethod
+    def begin(
+        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+    ) -> Callable[[], RankResults]:
+        """Begin this rank's chunks, where somebody else does them. Returns what does them, or waits for them."""
+
+    def join(self, adapter: ActiveAdapter) -> None:  # noqa: B027  (actors are never in lockstep)
+        """In lockstep, what a rank without a chunk does while others do theirs."""
 
     def collect(
         self,
@@ -113,32 +116,30 @@ class Collector:
         decoding: Decoding,
         role: str,
         step: int,
-    ) -> Started:
+    ) -> PendingCollection:
         """Have it begun, where somebody else does it; see `collect`. Here it is done when it is asked for."""
         mine = [
             Chunk(number, self._batch(prompts, budgets, rows), [prompts[i].row for i in rows])
             for number, rows in enumerate(chunks(len(prompts), self.chunk_size))
             if number % self.session.world_size == self.session.rank
         ]
-        return Started(len(mine), len(prompts), adapter, self._begin(mine, adapter, decoding, role, step))
+        return PendingCollection(len(mine), len(prompts), adapter, self.begin(mine, adapter, decoding, role, step))
 
-    def finish(self, started: Started) -> Collected:
+    def finish(self, pending: PendingCollection) -> Collected:
         """All rows of what was started, on every rank; all ranks call it."""
-        share = started.work()
-        if self.lockstep and started.chunks < -(-started.rows // (self.chunk_size * self.session.world_size)):
-            self.generator.join(started.adapter)  # the last round has no chunk for this rank
-            self.scorer.join()
-        mine = (share.rollouts, share.scores, share.busy, share.faults, share.done, share.abandoned)
-        everyone = self.session.gather(mine)
-        if (reason := next(filter(None, (rank[5] for rank in everyone)), "")) != "":
+        own = pending.wait()
+        if self.lockstep and pending.chunks < -(-pending.rows // (self.chunk_size * self.session.world_size)):
+            self.join(pending.adapter)  # the last round has no chunk for this rank
+        ranks: list[RankResults] = self.session.gather(own)
+        if (reason := next(filter(None, (rank.abandoned for rank in ranks)), "")) != "":
             raise Abandoned(reason)
         return Collected(
-            Rollout.concat([r for rank in everyone for r in rank[0]], self.pad_id),
-            Scores.concat([s for rank in everyone for s in rank[1]]),
-            share.seconds,
-            _summed(rank[2] for rank in everyone),
-            _summed(rank[3] for rank in everyone),
-            [done for rank in everyone for done in rank[4]],
+            Rollout.concat([rollout for rank in ranks for rollout in rank.rollouts], self.pad_id),
+            Scores.concat([scores for rank in ranks for scores in rank.scores]),
+            own.seconds,
+            _summed(rank.busy for rank in ranks),
+            _summed(rank.faults for rank in ranks),
+            [done for rank in ranks for done in rank.done],
         )
 
     def explain(self, error: InvariantError, adapter: Any) -> InvariantError:
@@ -147,31 +148,7 @@ class Collector:
         adapter: the `PublishedAdapter` of the learner."""
         return error
 
-    def _begin(
-        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
-    ) -> Callable[[], Share]:
-        return partial(self._work, mine, adapter, decoding, role, step)
-
-    def _work(self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int) -> Share:
-        """This rank's chunks, sampled and scored here, one after the other."""
-        share = Share()
-        for chunk in mine:
-            if (why := self.wish(role)) != "":
-                share.abandoned = why
-                break
-            started = time.perf_counter()
-            fault_point("generator", "sample", step, self.session.rank)
-            rollout = self.generator.generate(chunk.prompts, adapter, decoding, role, step)
-            sampled = time.perf_counter()
-            fault_point("scorer", "score", step, self.session.rank)
-            scores = self.scorer.score(rollout, chunk.rows)
-            share.scores.append(replace(scores, reward=inject_nan("scorer", "score", scores.reward, step)))
-            share.rollouts.append(rollout)
-            share.seconds["time/generate"] += sampled - started
-            share.seconds["time/score"] += time.perf_counter() - sampled
-        return share
-
-    def wish(self, role: str) -> str:
+    def stop_requested(self, role: str) -> str:
         """Who asked to stop, if what is under way can be left: not where all ranks decode together, and not an evaluation."""
         return "" if self.lockstep or not self.abandons or role != "rollout" else self.session.stop.asked()
 
@@ -182,6 +159,52 @@ class Collector:
             max_new_tokens=torch.tensor([budgets[i] for i in rows]),
             pad_id=self.pad_id,
         )
+
+
+class LocalCollector(Collector):
+    """generator, scorer: this rank's own."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        scorer: Scorer,
+        session: Session,
+        chunk_size: int,
+        pad_id: int,
+        lockstep: bool = False,
+    ) -> None:
+        super().__init__(session, chunk_size, pad_id, lockstep)
+        self.generator, self.scorer = generator, scorer
+
+    def begin(
+        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+    ) -> Callable[[], RankResults]:
+        return partial(self._sample_and_score, mine, adapter, decoding, role, step)
+
+    def _sample_and_score(
+        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+    ) -> RankResults:
+        """This rank's chunks, sampled and scored here, one after the other."""
+        results = RankResults()
+        for chunk in mine:
+            if (why := self.stop_requested(role)) != "":
+                results.abandoned = why
+                break
+            started = time.perf_counter()
+            fault_point("generator", "sample", step, self.session.rank)
+            rollout = self.generator.generate(chunk.prompts, adapter, decoding, role, step)
+            sampled = time.perf_counter()
+            fault_point("scorer", "score", step, self.session.rank)
+            scores = self.scorer.score(rollout, chunk.rows)
+            results.scores.append(replace(scores, reward=inject_nan("scorer", "score", scores.reward, step)))
+            results.rollouts.append(rollout)
+            results.seconds["time/generate"] += sampled - started
+            results.seconds["time/score"] += time.perf_counter() - sampled
+        return results
+
+    def join(self, adapter: ActiveAdapter) -> None:
+        self.generator.join(adapter)
+        self.scorer.join()
 
 
 def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,13 +47,13 @@ class Guards:
     worse: int = 0
     best: float = -math.inf
     best_kl: float = 0.0
-    restarts: int = field(default=0)
 
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "best": self.best.hex(), "best_kl": self.best_kl.hex()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
+        for name in vars(self).keys() & state.keys():  # an older version stored more
+            value = state[name]
             setattr(self, name, float.fromhex(value) if name.startswith("best") else int(value))
 
     def note_update(self, finite: bool, norms: Mapping[str, float], step: int, advice: str = SAMPLES) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_ray.data.collate import TokenisedPrompt
-from rlhf_ray.roles.collector import Collected, Collector, Started
+from rlhf_ray.roles.collector import Collected, Collector, PendingCollection
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.minibatches import chunks
@@ -52,7 +52,7 @@ class Rollouts:
         self.collector, self.request, self.decoding, self.policy = collector, request, decoding, policy
         self.ahead, self.last_step = ahead, last_step
         self.pending: Sampled | None = None  # a rollout that has arrived before its step
-        self._started: tuple[int, Started, PublishedAdapter] | None = None
+        self._started: tuple[int, PendingCollection, PublishedAdapter] | None = None
 
     def take(self, step: int, newest: PublishedAdapter) -> Sampled:
         """The rollout of `step`, begun before or now; where rollouts are ahead, the next one is begun with `newest`."""

@@ -28,7 +28,7 @@ from rlhf_ray.rewards.build import RewardRoles
 from rlhf_ray.rewards.retokenised import Reward
 from rlhf_ray.rewards.sources import Texts, all_finite
 from rlhf_ray.roles.checked_generator import CheckedGenerator
-from rlhf_ray.roles.collector import Collector
+from rlhf_ray.roles.collector import LocalCollector
 from rlhf_ray.roles.generator import ActiveAdapter
 from rlhf_ray.roles.heldout import HeldOut
 from rlhf_ray.roles.invariants import tolerance
@@ -117,7 +117,9 @@ class EvaluationModels:
             device,
             tolerance(stack.backbone.dtype, quantised),
         )
-        collector = Collector(generator, self._scorer(to_texts, rows), self.session, config.rollout_chunk_size, pad_id)
+        collector = LocalCollector(
+            generator, self._scorer(to_texts, rows), self.session, config.rollout_chunk_size, pad_id
+        )
         how = decoding(config.sampling, stack.backbone.eos_ids)
         budgets = [config.response_length] * len(prompts)
         collected = collector.collect(prompts, budgets, policy.active, how, RANDOMNESS, 0)

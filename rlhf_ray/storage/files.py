@@ -26,8 +26,6 @@ if (
 ):  # torch is imported where tensors are written or hashed: a command that is refused must not wait for it
     from torch import Tensor
 
-CHUNK = 1 << 20
-
 
 def fsync_path(path: Path) -> None:
     """Flush a file, or the names inside a folder, to disk."""

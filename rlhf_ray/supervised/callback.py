@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_ray.errors import Interrupted, Problem
@@ -21,27 +18,13 @@ from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.roles.guards import StopTraining
 from rlhf_ray.storage.run_folder import resume_command
 from rlhf_ray.supervised import checkpoint
+from rlhf_ray.supervised.state import SupervisedState
 from rlhf_ray.supervised.task import Job
 from rlhf_ray.supervised.trainer import SupervisedTrainer
 from rlhf_ray.training.monitor import TrainingMonitor
 
 EVALUATIONS = 10
 SHOWN = ("loss", "eval/loss", "eval/accuracy", "learning_rate")
-
-
-@dataclass
-class SupervisedProgress:
-    """What moves from step to step besides weights, optimizer state and the task's own; a checkpoint stores all of it.
-
-    best: the weights (adapter, head) of the evaluation with the lowest loss, where the job wants to end with them."""
-
-    step: int = 0
-    seconds: float = 0.0
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-    best_step: int = 0
-    best_loss: float = math.inf
-    best: tuple[dict[str, Tensor], Tensor | None] | None = None
 
 
 class RunCallback(TrainerCallback):
@@ -54,43 +37,44 @@ class RunCallback(TrainerCallback):
         self.writer, self.steps = writer, job.steps
         self.eval_every = self.config.eval_steps or max(self.steps // EVALUATIONS, 1)
         self.save_every = self.config.save_steps or self.eval_every
-        self.progress = SupervisedProgress()
+        self.state = SupervisedState()
         self.monitor = TrainingMonitor(job.config, job.session, job.folder)
-        self.window: Mapping[str, Any] | None = None
-        """Of a run that goes on: what it had summed up since its last logged step."""
         self._stop = ""
         self._logged_step, self._logged_at, self._elsewhere = 0, 0.0, 0.0
         self._started = time.monotonic()
 
     @property
     def step(self) -> int:
-        return self.progress.step
+        return self.state.step
 
     @property
     def seconds(self) -> float:
         """Of this run, all its starts together."""
-        return self.progress.seconds + time.monotonic() - self._started
+        return self.state.seconds + time.monotonic() - self._started
 
     def run(self, trainer: SupervisedTrainer) -> None:
         """All steps that are left, from the newest checkpoint if there is one. Raises Interrupted if somebody or a guard ends the
         run."""
         self.trainer = trainer
         try:
-            restored = checkpoint.restore(self)
+            restored = checkpoint.restore(self.job, trainer, self.state, self.monitor.guards, self.writer)
             if restored is None and self.task.evaluates_at_start:
                 self._evaluate()
             if self.step < self.steps:
                 trainer.train(resume_from_checkpoint=None if restored is None else str(restored))
         except StopTraining as found:
-            raise self.monitor.stopped_by_guard(found, lambda: checkpoint.save(self)) from None
+            raise self.monitor.stopped_by_guard(found, self._save) from None
         finally:
             self.monitor.watchdog.enter("", 0)
+
+    def _save(self) -> None:
+        checkpoint.save(self.job, self.trainer, self.state, self.seconds, self.monitor.guards, self.writer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.window is not None:
-            self.trainer.load_window(self.window)
+        if self.state.window is not None:
+            self.trainer.load_window(self.state.window)
         state.logging_steps = int(args.logging_steps)  # a run that goes on may log more or less often
         self._logged_step, self._logged_at = self.step, time.perf_counter()
 
@@ -103,7 +87,7 @@ class RunCallback(TrainerCallback):
         torch.manual_seed(derived_seed(self.config.seed, "dropout", self.session.rank, step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.progress.step = state.global_step
+        self.state.step = state.global_step
         final = self.step >= self.steps
         if final:
             control.should_log = True
@@ -115,14 +99,14 @@ class RunCallback(TrainerCallback):
         control.should_save = self.session.is_preempted() or due or bool(self._stop)
         self._elsewhere += time.perf_counter() - started
         if self.session.is_main:
-            known = {name: self.progress.last[name] for name in SHOWN if name in self.progress.last}
+            known = {name: self.state.last[name] for name in SHOWN if name in self.state.last}
             self.session.console.progress(self.job.stage, self.step, self.steps, known)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the step's metrics were written, if they were due."""
         started = time.perf_counter()
         self.monitor.enter("save", self.step)
-        checkpoint.save(self)
+        self._save()
         self.monitor.enter("step_end", self.step)
         if self._stop:
             resume = resume_command(self.config.output_dir)
@@ -138,7 +122,7 @@ class RunCallback(TrainerCallback):
 
     def keep_best(self) -> None:
         """Put the weights with the lowest held-out loss back, where the job asks for them."""
-        found = self.progress
+        found = self.state
         if found.best is not None and found.best_step != found.step:
             self.task.restore(*found.best)
             found.last |= self._measured()
@@ -149,7 +133,7 @@ class RunCallback(TrainerCallback):
 
     def summary(self) -> dict[str, float]:
         """The last value of every metric, where the losses started, and which step was best."""
-        progress = self.progress
+        progress = self.state
         found = dict(progress.last)
         found |= {f"{name}_start": progress.first[name] for name in ("loss", "eval/loss") if name in progress.first}
         if progress.best_loss < math.inf:
@@ -168,10 +152,10 @@ class RunCallback(TrainerCallback):
                     Problem(f"step {self.step}", f"{name} is not finite", "a finite number", str(value), fix)
                 )
         self._record(self.step, metrics)
-        if metrics["eval/loss"] < self.progress.best_loss:
-            self.progress.best_step, self.progress.best_loss = self.step, metrics["eval/loss"]
+        if metrics["eval/loss"] < self.state.best_loss:
+            self.state.best_step, self.state.best_loss = self.step, metrics["eval/loss"]
             if self.config.load_best_model_at_end:
-                self.progress.best = (self.task.tensors(), self.task.head())
+                self.state.best = (self.task.tensors(), self.task.head())
 
     def _measured(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -181,8 +165,8 @@ class RunCallback(TrainerCallback):
         return {**metrics, "time/evaluate": time.perf_counter() - started}
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
-        self.progress.last |= metrics
+        self.state.last |= metrics
         for name, value in metrics.items():
-            self.progress.first.setdefault(name, value)
+            self.state.first.setdefault(name, value)
         if self.writer is not None:
             self.writer.write(step, metrics)

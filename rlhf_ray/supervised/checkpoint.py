@@ -13,21 +13,22 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf_ray.config.resolved import to_dict
+from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.adapters import HEAD_KEY, read_adapter
+from rlhf_ray.roles.guards import Guards
 from rlhf_ray.storage.checkpoints import delete_checkpoint
 from rlhf_ray.storage.run_folder import atomic_save_tensors, atomic_write_json, write_checkpoint
-from rlhf_ray.supervised.trainer import OPTIMIZER_FILE
+from rlhf_ray.supervised.state import SupervisedState
+from rlhf_ray.supervised.task import Job, Task
+from rlhf_ray.supervised.trainer import OPTIMIZER_FILE, SupervisedTrainer
 from rlhf_ray.training import run_entry
 from rlhf_ray.training.environment import environment, warn_of_differences
-
-if TYPE_CHECKING:
-    from rlhf_ray.supervised.callback import RunCallback
 
 STATE, BEST = "state.json", "best.safetensors"
 KEEP_ALL = 10**9
@@ -35,84 +36,84 @@ MAY_CHANGE = (*run_entry.MAY_CHANGE, "logging_steps", "per_device_eval_batch_siz
 """Fields that may differ between the job that started a run and the one that goes on with it."""
 
 
-def save(callback: RunCallback) -> None:
-    """Write a checkpoint of the step that was done last. Every rank calls it; rank 0 writes."""
-    windows = callback.session.gather(callback.trainer.window())
-    if callback.session.is_main:
-        progress = callback.progress
+def save(
+    job: Job,
+    trainer: SupervisedTrainer,
+    state: SupervisedState,
+    seconds: float,
+    guards: Guards,
+    writer: MetricsWriter | None,
+) -> None:
+    """Write a checkpoint of the step that was done last. Every rank calls it; rank 0, which has the writer, writes.
 
-        def writer(folder: Path) -> None:
-            callback.task.save(folder / "adapter", is_trained=progress.step > callback.trainer.skipped)
-            atomic_save_tensors(folder / OPTIMIZER_FILE, callback.trainer.optimizer_state())
-            callback.trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            if progress.best is not None and progress.best_step != progress.step:
-                tensors, head = progress.best
+    seconds: of this run, all its starts together."""
+    session, task = job.session, job.task
+    windows = session.gather(trainer.window())
+    if session.is_main:
+        values = {
+            **state.state_dict(),
+            "seconds": seconds,
+            "task": task.state_dict(),
+            "windows": list(windows),
+            "guards": guards.state_dict(),
+            "skipped_updates": trainer.skipped,
+            "metrics_bytes": writer.bytes if writer is not None else 0,
+            "config": to_dict(job.config),
+            "environment": environment(session, task.model.backbone),
+        }
+
+        def write(folder: Path) -> None:
+            task.save(folder / "adapter", is_trained=state.step > trainer.skipped)
+            atomic_save_tensors(folder / OPTIMIZER_FILE, trainer.optimizer_state())
+            trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            if state.best is not None and state.best_step != state.step:
+                tensors, head = state.best
                 atomic_save_tensors(folder / BEST, tensors if head is None else {**tensors, HEAD_KEY: head})
-            atomic_write_json(folder / STATE, _state(callback, windows))
+            atomic_write_json(folder / STATE, values)
 
-        keep = callback.config.save_total_limit or KEEP_ALL
-        warn = callback.session.console.warn
-        write_checkpoint(callback.job.folder, progress.step, writer, keep, {progress.best_step}, warn)
-    callback.session.barrier()
-
-
-def _state(callback: RunCallback, windows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    progress = callback.progress
-    return {
-        "step": progress.step,
-        "seconds": callback.seconds,
-        "first": progress.first,
-        "last": progress.last,
-        "best": {"step": progress.best_step, "loss": progress.best_loss.hex()},
-        "task": callback.task.state_dict(),
-        "windows": list(windows),
-        "guards": callback.monitor.guards.state_dict(),
-        "skipped_updates": callback.trainer.skipped,
-        "metrics_bytes": callback.writer.bytes if callback.writer is not None else 0,
-        "config": to_dict(callback.config),
-        "environment": environment(callback.session, callback.task.model.backbone),
-    }
+        keep = job.config.save_total_limit or KEEP_ALL
+        write_checkpoint(job.folder, state.step, write, keep, {state.best_step}, session.console.warn)
+    session.barrier()
 
 
-def restore(callback: RunCallback) -> Path | None:
-    """Go on from the newest valid checkpoint, and return its folder; without one, from the start, with an empty log."""
-    session, folder = callback.session, callback.job.folder
-    checkpoint, warnings = folder.newest_checkpoint()
+def restore(
+    job: Job, trainer: SupervisedTrainer, state: SupervisedState, guards: Guards, writer: MetricsWriter | None
+) -> Path | None:
+    """Resume from the newest valid checkpoint, and return its folder; without one, from the start, with an empty log."""
+    session, task = job.session, job.task
+    checkpoint, warnings = job.folder.newest_checkpoint()
     for line in warnings if session.is_main else ():
         session.console.warn(line)
     if checkpoint is not None and not (checkpoint.path / STATE).exists():
         session.barrier()
-        _forget(callback, checkpoint.path)
+        _forget(job, checkpoint.path)
         checkpoint = None
     if checkpoint is None:
-        if callback.writer is not None:
-            callback.writer.resume_at(0, 0)
+        if writer is not None:
+            writer.resume_at(0, 0)
         return None
-    state = json.loads((checkpoint.path / STATE).read_text())
-    run_entry.require_same_as_saved(checkpoint.path, state.get("config"), callback.config, MAY_CHANGE)
+    values = json.loads((checkpoint.path / STATE).read_text())
+    run_entry.require_same_as_saved(checkpoint.path, values.get("config"), job.config, MAY_CHANGE)
     files = read_adapter(checkpoint.adapter_dir)
-    callback.task.restore(files.tensors, files.head)
-    callback.task.load_state_dict(state["task"])
-    callback.monitor.guards.load_state_dict(state.get("guards", {}))
-    callback.trainer.skipped = state.get("skipped_updates", 0)
-    progress = callback.progress
-    progress.step, progress.seconds = state["step"], state["seconds"]
-    progress.first, progress.last = state["first"], state["last"]
-    progress.best_step, progress.best_loss = state["best"]["step"], float.fromhex(state["best"]["loss"])
-    if callback.config.load_best_model_at_end and progress.best_loss < math.inf:
-        progress.best = _best(callback, checkpoint.path)
-    callback.window = _share(state["windows"], session.rank, session.world_size)
-    if callback.writer is not None and (lost := callback.writer.resume_at(state["metrics_bytes"], progress.step)):
+    task.restore(files.tensors, files.head)
+    task.load_state_dict(values["task"])
+    guards.load_state_dict(values.get("guards", {}))
+    trainer.skipped = values.get("skipped_updates", 0)
+    state.load_state_dict(values)
+    if job.config.load_best_model_at_end and state.best_loss < math.inf:
+        state.best = _best(task, checkpoint.path)
+    state.window = _share(values["windows"], session.rank, session.world_size)
+    if writer is not None and (lost := writer.resume_at(values["metrics_bytes"], state.step)):
         session.console.warn(lost)
     if session.is_main:
-        session.console.log(f"{callback.job.stage}: resuming from step {progress.step} ({checkpoint.path})")
-    warn_of_differences(state, session, callback.task.model.backbone)
+        session.console.log(f"{job.stage}: resuming from step {state.step} ({checkpoint.path})")
+    warn_of_differences(values, session, task.model.backbone)
     return checkpoint.path
 
 
-def _best(callback: RunCallback, checkpoint: Path) -> Any:
+def _best(task: Task, checkpoint: Path) -> Any:
     if not (checkpoint / BEST).exists():  # this very step is the best one
-        return callback.task.tensors(), callback.task.head()
+        return task.tensors(), task.head()
     tensors = load_file(checkpoint / BEST)
     head = tensors.pop(HEAD_KEY, None)
     return tensors, head
@@ -132,14 +133,14 @@ def _share(windows: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> 
     }
 
 
-def _forget(callback: RunCallback, checkpoint: Path) -> None:
+def _forget(job: Job, checkpoint: Path) -> None:
     """Checkpoints of an older version hold the adapter alone."""
-    if callback.session.is_main:
-        callback.session.console.warn(
+    if job.session.is_main:
+        job.session.console.warn(
             f"{checkpoint} was written by a version whose checkpoints contain only the adapter; the run starts again from"
             " the beginning"
         )
-        for found in callback.job.folder.checkpoints():
+        for found in job.folder.checkpoints():
             delete_checkpoint(found)
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
-    callback.session.barrier()
+    job.session.barrier()

@@ -124,3 +124,41 @@ def test_every_file_that_architecture_names_is_there() -> None:
     named = set(re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]*(?:\.py)?|[a-z_]+\.py)`", text)) - {"adapter/", "value/"}
     assert len(named) > 60
     assert sorted(n for n in named if not (PACKAGE / n).exists() and not (PACKAGE.parent / n).exists()) == []
+
+
+def test_every_import_of_ours_leads_to_a_module() -> None:
+    """mypy does not report a lazy import of a module that was renamed."""
+    sources = [*MODULES, *(PACKAGE.parent / "tests").rglob("*.py"), *(PACKAGE.parent / "benchmarks").rglob("*.py")]
+    lost = []
+    for path in sources:
+        for line, name in imports(path.read_text(encoding="utf-8"), path.stem):
+            place = PACKAGE.parent / Path(*name.split("."))
+            if not (place.is_dir() or place.with_suffix(".py").is_file()):
+                lost.append(f"{path.relative_to(PACKAGE.parent)}:{line}: {name}")
+    assert lost == []
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Dotted names of our modules that a file imports, `from package import module` included, for type checkers alone included."""
+    module, found = module_name(path), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rlhf_ray":
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("rlhf_ray.") and name != module}
+
+
+def test_no_two_files_import_each_other() -> None:
+    graph = {module_name(path): modules_imported(path) for path in MODULES if path.stem != "__init__"}
+    mutual = sorted((a, b) for a, names in graph.items() for b in names if a < b and a in graph.get(b, ()))
+    assert mutual == []
+
+
+def test_no_room_holds_more_than_its_share() -> None:
+    sizes: dict[str, int] = {}
+    for path in MODULES:
+        room = part_of(module_name(path))
+        sizes[room] = sizes.get(room, 0) + len(path.read_text(encoding="utf-8").splitlines())
+    total = sum(sizes.values())
+    assert {room: f"{size / total:.1%}" for room, size in sizes.items() if size > 0.15 * total} == {}

@@ -60,7 +60,7 @@ class Judge:
 def collector(two_gpus: Any) -> Iterator[Any]:
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from rlhf_ray.roles.actor_collector import RemoteRoles, SplitCollector
+    from rlhf_ray.roles.actor_collector import ActorCollector, RemoteRoles
     from rlhf_ray.roles.actor_pool import ActorSpec, start, stop
 
     two_gpus.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -71,7 +71,7 @@ def collector(two_gpus: Any) -> Iterator[Any]:
     ]
     actor_handles = start(specs, group, False, "rlhf-ray resume X")
     session = Session(0, 1, torch.device("cpu"), 1, NullConsole(), actor_handles)
-    yield SplitCollector(RemoteRoles(actor_handles, session), session, chunk_size=2, pad_id=0)
+    yield ActorCollector(RemoteRoles(actor_handles, session), session, chunk_size=2, pad_id=0)
     stop(actor_handles)
     remove_placement_group(group)
 

@@ -51,7 +51,7 @@ def pool(two_gpus: Any, lines: list[str]) -> Iterator[Any]:
     actor_handles = start(
         [ActorSpec("generator", Echo, {"CPU": 0.1}, 1, range(2), 60.0)], group, False, "rlhf-ray resume X"
     )
-    yield ActorPool("generator", actor_handles, lines.append)
+    yield ActorPool("generator", actor_handles, lines.append, lambda line: lines.append(f"warning: {line}"))
     stop(actor_handles)
     remove_placement_group(group)
 

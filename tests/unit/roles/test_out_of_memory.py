@@ -27,7 +27,7 @@ def a_pool() -> ActorPool:
     """One scorer, whose actor has the id 43cd."""
     handle = SimpleNamespace(_actor_id=bytes.fromhex("43cd"))
     return ActorPool(
-        "scorer", ActorHandles({"scorer": (handle,)}, None, {"scorer": 1.0}, "rlhf-ray resume runs/x"), print
+        "scorer", ActorHandles({"scorer": (handle,)}, None, {"scorer": 1.0}, "rlhf-ray resume runs/x"), print, print
     )
 
 

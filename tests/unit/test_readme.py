@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -149,6 +150,14 @@ def test_the_tables_of_faults_and_bad_inputs_have_a_place_and_every_row() -> Non
         assert tables.table_of(tables.put(TRIED, name, "| a new one |\n"), name) == ["| a new one |"]
 
 
+@pytest.mark.parametrize("pattern", beside("tests/bad_inputs.py").TESTS)
+def test_every_pattern_of_the_bad_inputs_names_tests(pattern: str) -> None:
+    """A test file that moves would leave the count without a word."""
+    place, *_, name = pattern.split("::")
+    functions = re.findall(r"def (test_\w+)", (ROOT / place).read_text(encoding="utf-8"))
+    assert any(fnmatchcase(function, name) for function in functions)
+
+
 def test_readme_can_be_read_in_one_go() -> None:
     assert len(README.splitlines()) <= 220
 
@@ -174,6 +183,12 @@ def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
         assert other.exists() and other.is_relative_to(ROOT), f"{path.name}: {target}"
         if anchor:
             assert anchor in anchors(other.read_text(encoding="utf-8")), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_file_that_a_document_names_exists(path: Path) -> None:
+    for name in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", path.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
 def test_there_are_documents_beside_their_subjects() -> None:

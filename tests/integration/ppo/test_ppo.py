@@ -280,7 +280,7 @@ def test_a_checkpoint_of_one_worker_goes_on_with_two(ppo_job: Job, monkeypatch: 
         moved = resume(ppo_job("moved").output_dir, LocalConsole(file=said), overrides=words)
     finally:
         ray.shutdown()
-    told = [line for line in said.getvalue().splitlines() if "exact" in line or "resuming" in line]
+    told = [line for line in said.getvalue().splitlines() if "exact" in line or "resuming" in line or "continuing with" in line]
     assert len(told) == 3 and told[0] == "ppo: continuing with learner.num_workers 2 (was 0)"
     assert told[1].startswith("ppo: resuming from step ")
     assert told[2] == "warning: resumes, not bit-exact: world size 1 -> 2"

@@ -299,7 +299,7 @@ def test_a_checkpoint_of_an_older_version_starts_over_and_says_so(
 
     drop_from_newest(run, adapter_alone)
     said = world.finish("sft-older")
-    assert "checkpoints hold the adapter alone; the run starts again from the beginning" in said
+    assert "checkpoints contain only the adapter; the run starts again from the beginning" in said
     note(29, same(untouched["sft"], run), "older SFT checkpoint: starts over, says so")
 
 

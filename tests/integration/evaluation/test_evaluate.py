@@ -147,7 +147,7 @@ def test_greedy_decoding_does_not_depend_on_the_seed(evaluation: Make, tmp_path:
     once = evaluate(evaluation(tmp_path / "a", **greedy), console)
     other = evaluate(evaluation(tmp_path / "b", seed=5, **greedy), QUIET)
     assert responses(once, "sft") == responses(other, "sft")
-    assert "no estimate of the KL" in str(console.warnings)
+    assert "do not estimate the KL" in str(console.warnings)
 
 
 def test_a_finished_evaluation_is_returned_and_another_job_is_not_answered_by_it(

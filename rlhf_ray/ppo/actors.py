@@ -35,7 +35,7 @@ def build_scorer(config: PPOConfig, on_gpu: bool) -> Scorer:
     models = assembly.finish()
     rows = config.per_device_train_batch_size
     to_texts = text_maker(assembly.base, roles.template)
-    scorer = Scorer(models, roles.build(models, rows), to_texts, config.temperature, rows, device)
+    scorer = Scorer(models, roles.build(models, rows, device), to_texts, config.temperature, rows, device)
     scorer.about = _about(assembly, device)
     return scorer
 

@@ -16,15 +16,15 @@ from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage
 from rlhf_ray.models.specs import ModelSpec, policy_source
-from rlhf_ray.rewards.build import RewardRoles
-from rlhf_ray.rewards.sources import Texts
+from rlhf_ray.rewards.build import RewardBuilder
+from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.roles.generator import Decoding
 from rlhf_ray.sampler.engine import Sampler
 
 SAMPLER_ROWS = 64
 
 
-def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardRoles]:
+def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
     """Load the base and put policy, reference, rewards and critic on it, with their lineage checked.
 
     Under `placement: split` this is the learner: reference and rewards are the scorers' affair, but for the reward that the value
@@ -32,7 +32,7 @@ def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardR
     alone = config.placement == "colocate"
     assembly, start = _base(config, device)
     template = load_template(config.template, assembly.base.tokenizer)
-    roles = RewardRoles(assembly, template, config.template)
+    roles = RewardBuilder(assembly, template, config.template)
     if start is not None:
         roles.warnings += check_lineage(start, assembly.base.identity, template, role="sft")
     assembly.add_trained_policy(start, config.lora, with_reference=alone)
@@ -54,11 +54,11 @@ def assemble_generator(config: PPOConfig, device: torch.device) -> Assembly:
     return assembly
 
 
-def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardRoles]:
+def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
     """The base with the reference and the rewards."""
     assembly, start = _base(config, device)
     assembly.add_policy("reference", start or ModelSpec("base", "base"))
-    roles = RewardRoles(assembly, load_template(config.template, assembly.base.tokenizer), config.template)
+    roles = RewardBuilder(assembly, load_template(config.template, assembly.base.tokenizer), config.template)
     for reward in config.rewards:
         roles.add(reward, reward.name)
     return assembly, roles

@@ -24,8 +24,8 @@ from rlhf_ray.models.zero3 import whole_numel
 from rlhf_ray.ppo.actors import check_and_describe
 from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, text_maker
 from rlhf_ray.ppo.prompts import load_prompts
-from rlhf_ray.rewards.build import RewardRoles
-from rlhf_ray.rewards.sources import Texts
+from rlhf_ray.rewards.build import RewardBuilder
+from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.roles.actor_collector import ActorCollector, RemoteRoles
 from rlhf_ray.roles.collector import Collector, LocalCollector
 from rlhf_ray.roles.generator import Decoding, Generator
@@ -176,14 +176,14 @@ def _own_collector(
     config: PPOConfig,
     session: Session,
     assembly: Assembly,
-    roles: RewardRoles,
+    roles: RewardBuilder,
     learner: Learner,
     to_texts: Callable[[Rollout, Sequence[Row]], Texts],
 ) -> Callable[[float], Collector]:
     """Makes collectors, by temperature, that sample and score on the learner's own models."""
     models, pad_id, rows = learner.models, assembly.base.pad_id, config.per_device_train_batch_size
     module, lockstep, max_over_ranks = learner.engine.module, learner.lockstep, learner.models.max_over_ranks
-    rewards = roles.build(module, rows, max_over_ranks)
+    rewards = roles.build(module, rows, session.device, max_over_ranks)
     forward = partial(module, "decode") if lockstep else None
     sampler = policy_sampler(config, assembly, models.stack_of("policy").model, forward)
     some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
@@ -216,7 +216,7 @@ def _value_config(models: RoleModels) -> dict[str, Any]:
 def header_lines(
     config: PPOConfig,
     setup: PPOSetup,
-    roles: RewardRoles,
+    roles: RewardBuilder,
     session: Session,
     data_lines: list[str],
     whereabouts: list[str],
@@ -265,7 +265,7 @@ def zero_3_lines(config: PPOConfig, session: Session) -> list[str]:
     return [header_line("", f"ZeRO 3: {cost}; generators of their own (placement: split) decode faster")]
 
 
-def _started_from(assembly: Assembly, roles: RewardRoles) -> list[dict[str, Any]]:
+def _started_from(assembly: Assembly, roles: RewardBuilder) -> list[dict[str, Any]]:
     """The adapters that the policy starts from, as a manifest records them."""
     known = {parent["role"] for parent in roles.parents}
     return [
@@ -276,7 +276,7 @@ def _started_from(assembly: Assembly, roles: RewardRoles) -> list[dict[str, Any]
 
 
 def _write_manifest(
-    setup: PPOSetup, assembly: Assembly, roles: RewardRoles, data: tuple[dict[str, Any], ...], session: Session
+    setup: PPOSetup, assembly: Assembly, roles: RewardBuilder, data: tuple[dict[str, Any], ...], session: Session
 ) -> None:
     """Parents: what the policy starts from, then every reward."""
     parents, identity, template = (

@@ -22,7 +22,7 @@ from rlhf_ray.data.templates import Template
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.forward import to_device
 from rlhf_ray.models.zero3 import MaxOverRanks, lockstep_batches, padding_batch
-from rlhf_ray.rewards.sources import FunctionReward, ModelReward, Texts
+from rlhf_ray.rewards.protocol import Reward, RewardInputs
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Reader:
         return to_device(Sequences(*together, real_after), self.backbone.device)
 
 
-class RetokenisedReward:
+class RetokenisedReward(Reward):
     """A whole reward model with a tokenizer of its own, by its role.
 
-    reader: of the reward model.  writer: the policy's base.  rows_per_forward: memory only.  agree: as the scorer's."""
+    reader: of the reward model.  writer: the policy's base.  rows_per_forward: memory only.  max_over_ranks: as the scorer's."""
 
     def __init__(
         self,
@@ -79,14 +79,14 @@ class RetokenisedReward:
         )
 
     @torch.no_grad()
-    def score(self, texts: Texts, rows: Sequence[Row], finished: Sequence[bool]) -> Tensor:
+    def score(self, inputs: RewardInputs) -> Tensor:
         """f32[rows]. What is longer than the reward model's context loses the start of its prompt, as in a long conversation."""
-        prompts, responses = self.reader.encode(rows, texts.completions, finished)
+        prompts, responses = self.reader.encode(inputs.rows, inputs.texts.completions, inputs.finished)
         fitted = [_fit(p, r, self.reader.backbone.context_length) for p, r in zip(prompts, responses, strict=True)]
-        found = torch.zeros(len(rows))
-        for piece in lockstep_batches(len(rows), self.rows_per_forward, self.max_over_ranks):
-            seq = self.reader.sequences([p for p, _ in fitted[piece]], [r for _, r in fitted[piece]])
-            found[piece] = self.models("rewards", self.role, seq).float().cpu()
+        found = torch.zeros(len(inputs))
+        for batch in lockstep_batches(len(inputs), self.rows_per_forward, self.max_over_ranks):
+            seq = self.reader.sequences([p for p, _ in fitted[batch]], [r for _, r in fitted[batch]])
+            found[batch] = self.models("rewards", self.role, seq).float().cpu()
         return found
 
     @torch.no_grad()
@@ -95,8 +95,9 @@ class RetokenisedReward:
         for _ in range(self.max_over_ranks(0)):
             self.models("rewards", self.role, padding_batch(self.reader.backbone.device))
 
-    def drift(self, texts: Texts) -> Tensor:
+    def drift(self, inputs: RewardInputs) -> Tensor:
         """f32[rows]: 1 where a reply's text does not encode back into the ids that were sampled, special ones aside, else 0."""
+        texts = inputs.texts
         special = set(self.writer.tokenizer.all_special_ids)
         said = [[i for i in ids if i not in special] for ids in texts.completion_ids]
         back = encode_texts(self.writer.tokenizer, texts.completions)
@@ -108,7 +109,3 @@ def _fit(prompt: list[int], response: list[int], context: int) -> tuple[list[int
     tokens = (prompt + response)[-context:]
     at = min(max(len(tokens) - len(response), 1), len(tokens) - 1)
     return tokens[:at], tokens[at:]
-
-
-Reward = ModelReward | RetokenisedReward | FunctionReward
-"""Whatever scores replies: on token ids, on text through a tokenizer of its own, or in Python on text."""

@@ -55,7 +55,7 @@ class ScoringModel:
         for start in range(0, len(fits), ROWS_PER_FORWARD):
             part = fits[start : start + ROWS_PER_FORWARD]
             seq = self.reader.sequences([prompts[i] for i in part], [responses[i] for i in part])
-            for i, value in zip(part, self.reward.score(seq).tolist()):
+            for i, value in zip(part, self.reward.score_sequences(seq).tolist()):
                 found[i] = value
         return found
 
@@ -72,7 +72,7 @@ def load_scoring_model(
     for line in check_lineage(found, backbone.identity, prompt_template, role=ROLE):
         console.warn(line)
     reader = reader_of(found, backbone, prompt_template)
-    model = ScoringModel(reader, ModelReward(source.name, source.weight, models, ROLE))
+    model = ScoringModel(reader, ModelReward(source.name, source.weight, models, ROLE, ROWS_PER_FORWARD, device))
     console.log(
         f"{found.describe()} on {backbone.identity.path} ({backbone.identity.precision}); template {prompt_template.name};"
         f" replies {'end in ' + str(backbone.tokenizer.eos_token) if reader.add_eos_token else 'end without eos'}"

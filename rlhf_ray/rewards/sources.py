@@ -8,8 +8,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,8 @@ from torch import Tensor
 from rlhf_ray.batches import Sequences
 from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
 from rlhf_ray.maths.rng import derived_seed
+from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
+from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
 from rlhf_ray.runtime.session import global_generators
 from rlhf_ray.storage.run_folder import sha256_file
 
@@ -28,28 +29,44 @@ PAUSES_S = (0.5, 2.0)
 """Before a reward function that raised is asked again: a service behind it may be back."""
 
 
-@dataclass(frozen=True)
-class Texts:
-    """What a Python reward sees of some rows: prompts and replies as text, reply ids, and the raw columns of the data file."""
+class ModelReward(Reward):
+    """A reward adapter or a reward model of its own, by its role, on token ids.
 
-    prompts: Sequence[str]
-    completions: Sequence[str]
-    completion_ids: Sequence[list[int]]
-    columns: Sequence[dict[str, Any]]
+    rows_per_forward: memory only.  device: where the models are.  max_over_ranks: see `RewardInputs.sequences`."""
 
-
-class ModelReward:
-    """A reward adapter or a reward model of its own, by its role."""
-
-    def __init__(self, name: str, weight: float, models: Callable[..., Any], role: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        weight: float,
+        models: Callable[..., Any],
+        role: str,
+        rows_per_forward: int,
+        device: torch.device,
+        max_over_ranks: MaxOverRanks = int,
+    ) -> None:
         self.name, self.weight, self.models, self.role = name, weight, models, role
+        self.rows_per_forward, self.device, self.max_over_ranks = rows_per_forward, device, max_over_ranks
 
-    def score(self, seq: Sequences) -> Tensor:
-        """f32[M]: the scalar head's output after the reply's last token, on token ids, never re-tokenised."""
-        return self.models("rewards", self.role, seq).float()
+    @torch.no_grad()
+    def score(self, inputs: RewardInputs) -> Tensor:
+        """The scalar head's output after the reply's last token, on token ids, never re-tokenised."""
+        found = torch.zeros(len(inputs))
+        for rows, seq in inputs.sequences(self.rows_per_forward, self.device, self.max_over_ranks):
+            found[rows] = self.score_sequences(seq).cpu()
+        return found
+
+    def score_sequences(self, seq: Sequences) -> Tensor:
+        """f32[M]: of one forward pass, on the models' device."""
+        scores: Tensor = self.models("rewards", self.role, seq)
+        return scores.float()
+
+    @torch.no_grad()
+    def join(self) -> None:
+        for _ in range(self.max_over_ranks(0)):
+            self.models("rewards", self.role, padding_batch(self.device))
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """A Python function with TRL's signature score(prompts, completions, **columns) -> list[float].
 
     As in TRL, columns holds every column of the data that all rows have, and completion_ids; where the data's own `prompt` is a
@@ -60,7 +77,10 @@ class FunctionReward:
         self.name, self.weight, self.spec = name, weight, spec
         self.function, self.sha256 = load_function(spec)
 
-    def score(self, texts: Texts) -> Tensor:
+    def score(self, inputs: RewardInputs) -> Tensor:
+        return self.score_texts(inputs.texts)
+
+    def score_texts(self, texts: Texts) -> Tensor:
         """f32[rows]: what the function returns, NaN where it has no number for one. If it raises it is asked again, twice.
 
         Raises Interrupted if it raises to the end, or returns anything but one number per row: it is mended, and the run goes

@@ -6,14 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rlhf_ray.batches import Rollout, Scores, Sequences
+from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.data.records import Row
-from rlhf_ray.models.forward import to_device
-from rlhf_ray.models.zero3 import MaxOverRanks, lockstep_batches, padding_batch
-from rlhf_ray.rewards.retokenised import RetokenisedReward, Reward
-from rlhf_ray.rewards.sources import ModelReward, Texts
+from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
+from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
 
 
 class Scorer:
@@ -21,7 +18,7 @@ class Scorer:
 
     rows_per_forward: memory only.  to_texts: the texts of a rollout's rows, for Python rewards.  device: where the models are.
 
-    agree: under ZeRO-3, how ranks with chunks of different sizes come to make equally many forward passes."""
+    max_over_ranks: under ZeRO-3, how ranks with chunks of different sizes come to make equally many forward passes."""
 
     def __init__(
         self,
@@ -50,26 +47,14 @@ class Scorer:
     @torch.no_grad()
     def score_at(self, rollout: Rollout, rows: Sequence[Row], temperature: float) -> Scores:
         """`score`, with the reference's log-probabilities at another temperature."""
+        inputs = RewardInputs(rollout, rows, self.to_texts)
         ref_logprobs = torch.zeros(rollout.response_mask.shape)
-        parts = {reward.name: torch.zeros(len(rollout)) for reward in self.rewards}
-        for batch in lockstep_batches(len(rollout), self.rows_per_forward, self.max_over_ranks):
-            some = rollout.rows(batch)
-            seq = to_device(Sequences.trim(some.tokens, some.prompt_mask, some.response_mask), self.device)
-            found, rewards = self._passes(seq, temperature)
-            if found is not None:
+        if self.reference is not None:
+            for batch, seq in inputs.sequences(self.rows_per_forward, self.device, self.max_over_ranks):
+                found, _ = self.models("logprobs", self.reference, seq, temperature)
                 ref_logprobs[batch, : seq.response_width] = found.float().cpu()
-            for name, values in rewards.items():
-                parts[name][batch] = values.cpu()
-        on_text = [r for r in self.rewards if not isinstance(r, ModelReward)]
-        drift = None
-        if on_text:
-            texts = self.to_texts(rollout, rows)
-            for other in on_text:
-                if isinstance(other, RetokenisedReward):
-                    parts[other.name] = other.score(texts, rows, rollout.finished.tolist())
-                    drift = other.drift(texts)
-                else:
-                    parts[other.name] = other.score(texts)
+        parts = {reward.name: reward.score(inputs) for reward in self.rewards}
+        drift = next((d for d in (reward.drift(inputs) for reward in reversed(self.rewards)) if d is not None), None)
         total = torch.zeros(len(rollout))
         for reward in self.rewards:
             total += reward.weight * parts[reward.name]
@@ -78,15 +63,8 @@ class Scorer:
     @torch.no_grad()
     def join(self) -> None:
         """Under ZeRO-3, what a rank without a rollout does while others score theirs: the same passes, over one token."""
-        for _ in range(self.max_over_ranks(0)):
-            self._passes(padding_batch(self.device), self.temperature)
-        for reward in self.rewards:
-            if isinstance(reward, RetokenisedReward):
-                reward.join()
-
-    def _passes(self, seq: Sequences, temperature: float) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Reference log-probabilities (None without a reference) and the rewards that read token ids."""
-        found = None
         if self.reference is not None:
-            found, _ = self.models("logprobs", self.reference, seq, temperature)
-        return found, {r.name: r.score(seq) for r in self.rewards if isinstance(r, ModelReward)}
+            for _ in range(self.max_over_ranks(0)):
+                self.models("logprobs", self.reference, padding_batch(self.device), self.temperature)
+        for reward in self.rewards:
+            reward.join()

@@ -24,9 +24,9 @@ from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.sources import resolve_source
 from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.ppo.models import decoding, text_maker
-from rlhf_ray.rewards.build import RewardRoles
-from rlhf_ray.rewards.retokenised import Reward
-from rlhf_ray.rewards.sources import Texts, all_finite
+from rlhf_ray.rewards.build import RewardBuilder
+from rlhf_ray.rewards.protocol import Reward, Texts
+from rlhf_ray.rewards.sources import all_finite
 from rlhf_ray.roles.checked_generator import CheckedGenerator
 from rlhf_ray.roles.collector import LocalCollector
 from rlhf_ray.roles.generator import ActiveAdapter
@@ -141,7 +141,7 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
     template = load_template(config.template, assembly.base.tokenizer)
     builder = _PolicyLoader(assembly, template)
     policies = {p.name: builder.policy(p.name, p.policy, i) for i, p in enumerate(config.policies)}
-    roles = RewardRoles(assembly, template, config.template)
+    roles = RewardBuilder(assembly, template, config.template)
     for number, reward in enumerate(config.rewards):
         roles.add(reward, f"reward_{number}", f"reward:{reward.name}")
     models = assembly.finish()
@@ -153,7 +153,7 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
         template,
         models,
         policies,
-        roles.build(models, config.per_device_eval_batch_size),
+        roles.build(models, config.per_device_eval_batch_size, session.device),
         reference,
         [*builder.parents, *roles.parents],
         [*builder.lines, *roles.lines, header_line("bases", f"{len(bases)} loaded: {', '.join(bases)}")],

@@ -20,8 +20,9 @@ from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.maths.stats import preference_metrics, standard_error, wilson_interval
 from rlhf_ray.metrics import figure
+from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.rewards.scoring_model import load_scoring_model
-from rlhf_ray.rewards.sources import FunctionReward, Texts, all_finite
+from rlhf_ray.rewards.sources import FunctionReward, all_finite
 from rlhf_ray.runtime.session import process_session
 from rlhf_ray.storage.rows_file import write_rows
 
@@ -165,7 +166,7 @@ def function_grader(source: RewardSource, template: str | None) -> Grade:
     def grade(rows: Sequence[Row], responses: Sequence[str]) -> list[float | None]:
         prompts = [prompt_template.render(row.prompt) for row in rows]
         texts = Texts(prompts, list(responses), [[] for _ in rows], [row.columns for row in rows])
-        return list(all_finite(reward.score(texts), f"reward {source.name} ({source.function})").tolist())
+        return list(all_finite(reward.score_texts(texts), f"reward {source.name} ({source.function})").tolist())
 
     return grade
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_ray.batches import Rollout
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.rewards.protocol import RewardInputs, Texts
 from rlhf_ray.rewards.retokenised import Reader, RetokenisedReward, _fit
-from rlhf_ray.rewards.sources import Texts
 
 
 @pytest.fixture
@@ -52,6 +53,22 @@ def test_what_does_not_fit_loses_the_start_of_its_prompt() -> None:
     assert _fit([1, 2], [], 10) == ([1], [2]), "a reply without tokens is read after its prompt"
 
 
+def inputs(rows: list[Row], texts: Texts, finished: list[bool]) -> RewardInputs:
+    """Replies that are read as text: their ids do not matter."""
+    count = len(rows)
+    rollout = Rollout(
+        tokens=torch.zeros(count, 2, dtype=torch.int64),
+        prompt_mask=torch.ones(count, 1, dtype=torch.bool),
+        response_mask=torch.ones(count, 1, dtype=torch.bool),
+        sample_logprobs=torch.zeros(count, 1),
+        finished=torch.tensor(finished),
+        row_id=torch.arange(count),
+        adapter_version=0,
+        adapter_sha256="",
+    )
+    return RewardInputs(rollout, rows, lambda *_: texts)
+
+
 def test_padding_and_batching_change_no_score(backbone: Backbone) -> None:
     seen: list[int] = []
 
@@ -64,9 +81,8 @@ def test_padding_and_batching_change_no_score(backbone: Backbone) -> None:
 
     def score(per_forward: int) -> torch.Tensor:
         reader = Reader(backbone, load_template("none"), True)
-        return RetokenisedReward("r", 1.0, sums, "r", reader, backbone, per_forward).score(
-            texts, rows, [True, False, False]
-        )
+        reward = RetokenisedReward("r", 1.0, sums, "r", reader, backbone, per_forward)
+        return reward.score(inputs(rows, texts, [True, False, False]))
 
     assert torch.equal(score(1), score(3))
     assert seen == [1, 1, 1, 3]
@@ -79,7 +95,7 @@ def test_drift_counts_replies_whose_text_is_other_tokens(backbone: Backbone) -> 
     broken = [tokenizer.encode("é", add_special_tokens=False)[0]]  # half of a character
     ids = [[*clean, tokenizer.eos_token_id], broken]
     texts = Texts(["", ""], [str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids], ids, [{}, {}])
-    assert reward.drift(texts).tolist() == [0.0, 1.0]
+    assert reward.drift(inputs([row("a"), row("b")], texts, [True, False])).tolist() == [0.0, 1.0]
 
 
 def test_clean_text_takes_the_same_ids_to_the_reward_model_either_way(backbone: Backbone) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
 from rlhf_ray.rewards import sources
-from rlhf_ray.rewards.sources import FunctionReward, Texts
+from rlhf_ray.rewards.protocol import Texts
+from rlhf_ray.rewards.sources import FunctionReward
 
 Make = Callable[[str], FunctionReward]
 
@@ -42,12 +43,12 @@ def test_a_trl_reward_function_runs_unchanged(make: Make) -> None:
         "    return [len(c) + a + len(i) for c, a, i in zip(completions, answer, completion_ids)]\n"
     )
     given = texts({"answer": 10, "level": 1, "only_here": 0}, {"answer": 20, "level": 2})
-    assert torch.equal(reward.score(given), torch.tensor([12.0, 25.0]))
+    assert torch.equal(reward.score_texts(given), torch.tensor([12.0, 25.0]))
 
 
 def test_a_function_without_kwargs_gets_what_it_names(make: Make) -> None:
     reward = make("def score(prompts, completions):\n    return [1, 2]\n")
-    assert reward.score(texts({"answer": 1}, {"answer": 2})).tolist() == [1.0, 2.0]
+    assert reward.score_texts(texts({"answer": 1}, {"answer": 2})).tolist() == [1.0, 2.0]
 
 
 def test_conversations_stay_conversations(make: Make) -> None:
@@ -58,7 +59,7 @@ def test_conversations_stay_conversations(make: Make) -> None:
         "    return [float(len(c[0]['content'])) for c in completions]\n"
     )
     rows = [{"prompt": [{"role": "user", "content": word}]} for word in ("hi", "there")]
-    assert reward.score(texts(*rows)).tolist() == [1.0, 3.0]
+    assert reward.score_texts(texts(*rows)).tolist() == [1.0, 3.0]
 
 
 RANDOM = """
@@ -74,14 +75,14 @@ def score(prompts, completions):
 def test_random_numbers_are_those_of_the_texts(make: Make) -> None:
     """A chunk that is scored again, elsewhere or after a restart, gets the rewards that it had."""
     reward = make(RANDOM)
-    first = reward.score(texts())
+    first = reward.score_texts(texts())
     torch.manual_seed(7)
     random.seed(7)
     before = random.getstate(), torch.get_rng_state()
-    assert torch.equal(reward.score(texts()), first) and first[0] != first[1]
+    assert torch.equal(reward.score_texts(texts()), first) and first[0] != first[1]
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
     other = Texts(["p0", "p1"], ["x", "zzz"], [[5], [6, 7]], ({}, {}))
-    assert not torch.equal(reward.score(other), first)
+    assert not torch.equal(reward.score_texts(other), first)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +107,12 @@ def test_a_bad_answer_is_named_with_the_function(
     """The bug is in the user's file, not in the package: no `a bug in rlhf_ray`."""
     monkeypatch.setattr(sources, "PAUSES_S", (0.0, 0.0))
     with pytest.raises(Interrupted, match=rf"reward mine \(.*mine.py:score\): {says}.*; fix: fix the function$"):
-        make(f"def score(prompts, completions):\n    {body}\n").score(texts())
+        make(f"def score(prompts, completions):\n    {body}\n").score_texts(texts())
 
 
 def test_a_missing_number_stays_missing(make: Make) -> None:
     """None and NaN are left for the loop to count and leave out; where none may be missing, the row is named."""
-    found = make("def score(prompts, completions):\n    return [1.0, None]\n").score(texts())
+    found = make("def score(prompts, completions):\n    return [1.0, None]\n").score_texts(texts())
     assert found[0] == 1.0 and bool(torch.isnan(found[1]))
     with pytest.raises(InvariantError, match=r"here: reward of row 1 is not finite \(1 of 2\); got nan"):
         sources.all_finite(found, "here")
@@ -127,7 +128,7 @@ def test_a_service_that_comes_back_is_asked_again(make: Make, monkeypatch: pytes
         "    if len(ASKED) < 3:\n        raise ConnectionError('503')\n"
         "    assert ASKED[0] == ASKED[2]\n    return [1, 2]\n"
     )
-    assert reward.score(texts()).tolist() == [1.0, 2.0]
+    assert reward.score_texts(texts()).tolist() == [1.0, 2.0]
 
 
 def test_what_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:

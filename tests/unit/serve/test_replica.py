@@ -133,7 +133,7 @@ def test_reward_and_kl_are_those_of_training(
     _, result, ids = alone(base_dir, policy, "alpaca_short", derived_seed(3, "serve", 0, 0))
     seq = Reader(backbone, None, False).sequences([ids], [list(result.token_ids)])  # type: ignore[arg-type]
     with torch.no_grad():
-        score = ModelReward("reward", 1.0, models, "reward").score(seq).item()
+        score = ModelReward("reward", 1.0, models, "reward", 8, torch.device("cpu")).score_sequences(seq).item()
         base = models("logprobs", "base", seq, 1.0)[0].sum().item()
     assert found["choices"][0]["reward"] == pytest.approx(score, abs=1e-4)
     assert found["choices"][0]["kl"] == pytest.approx(sum(result.logprobs) - base, abs=1e-3)

@@ -1,0 +1,80 @@
+"""What a reward is: anything that scores the replies of a rollout. A new kind is one class with `score`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.batches import Rollout, Sequences
+from rlhf_ray.data.records import Row
+from rlhf_ray.models.forward import to_device
+from rlhf_ray.models.zero3 import MaxOverRanks, lockstep_batches
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a Python reward sees of some rows: prompts and replies as text, reply ids, and the raw columns of the data file."""
+
+    prompts: Sequence[str]
+    completions: Sequence[str]
+    completion_ids: Sequence[list[int]]
+    columns: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """The replies to be scored, in whatever form a kind of reward reads them.
+
+    rows: the data rows behind the rollout's rows, in the same order.  to_texts: decodes; called once, if a reward asks for
+    `texts`."""
+
+    rollout: Rollout
+    rows: Sequence[Row]
+    to_texts: Callable[[Rollout, Sequence[Row]], Texts]
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Replies and prompts as text."""
+        return self.to_texts(self.rollout, self.rows)
+
+    @property
+    def finished(self) -> list[bool]:
+        """Whether each reply ended by itself."""
+        return list(self.rollout.finished.tolist())
+
+    def sequences(
+        self, rows_per_forward: int, device: torch.device, max_over_ranks: MaxOverRanks = int
+    ) -> Iterator[tuple[slice, Sequences]]:
+        """Token ids in forward passes of at most `rows_per_forward` rows, without columns that are padding in all of them.
+
+        max_over_ranks: under ZeRO-3, how ranks with rollouts of different sizes come to make equally many passes."""
+        for rows in lockstep_batches(len(self), rows_per_forward, max_over_ranks):
+            some = self.rollout.rows(rows)
+            yield rows, to_device(Sequences.trim(some.tokens, some.prompt_mask, some.response_mask), device)
+
+
+class Reward(ABC):
+    """name: of its metric, `reward/<name>`.  weight: its factor in the sum of a job's rewards."""
+
+    name: str
+    weight: float
+
+    @abstractmethod
+    def score(self, inputs: RewardInputs) -> Tensor:
+        """f32[rows] on the CPU, NaN where it has none for a reply."""
+
+    def join(self) -> None:  # noqa: B027  (most kinds make no collective pass)
+        """Under ZeRO-3, what a rank without a rollout does while others score theirs: the same passes, over one token."""
+
+    def drift(self, inputs: RewardInputs) -> Tensor | None:
+        """f32[rows]: 1 where what is scored is not quite what was sampled, else 0; None for rewards that see the very tokens."""
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every process that a test starts; this one: `_one_thread`
 os.environ.setdefault("RAY_worker_niceness", "0")  # as on a Ray that a job starts itself
 
 # In the background of a shell that has no job control, Ctrl-C is ignored, also by every command that a test starts.
@@ -122,6 +124,49 @@ def note() -> Callable[..., None]:
         assert held, f"fault {number} ({fault_table.FAULTS[number]}): {figure} {seconds or ''}"
 
     return note
+
+
+@pytest.fixture(scope="session")
+def ray_of() -> Iterator[Callable[..., Any]]:
+    """ray_of(num_cpus=, num_gpus=) -> `ray`, connected to a Ray of that size, which the next test that asks for the same size finds
+    as it is: a start and a stop cost 6.6 s. A test that does not ask has none (`_no_ray`)."""
+    size: dict[str, Any] = {}
+
+    def connected(**wanted: Any) -> Any:
+        import ray
+
+        wanted["path"] = os.environ.get("PYTHONPATH")  # of its workers
+        if not ray.is_initialized() or wanted != size:
+            ray.shutdown()
+            size.clear()
+            size.update(wanted)
+            resources = {k: v for k, v in wanted.items() if k != "path"}
+            ray.init(**resources, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        return ray
+
+    yield connected
+    _stop_ray()
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(request: pytest.FixtureRequest) -> None:
+    if "ray_of" not in request.fixturenames:
+        _stop_ray()
+
+
+def _stop_ray() -> None:
+    if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _processes_without_bitsandbytes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """peft imports it wherever it is installed, in every process of every Ray: 1.3 s of 7. This process sees it, and so do the
+    processes of modules with the marker `bitsandbytes` and of the unit tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "integration" in request.keywords and "bitsandbytes" not in request.keywords:
+            patch.setenv("PYTHONPATH", str(PROJECT / "tests" / "without_bitsandbytes"), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="session")

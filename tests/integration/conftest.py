@@ -37,6 +37,12 @@ def console() -> RecordingConsole:
 
 
 @pytest.fixture
+def four_cpus(ray_of: Callable[..., Any]) -> Any:
+    """A Ray for jobs of two workers."""
+    return ray_of(num_cpus=4)
+
+
+@pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[[str, Iterable[dict[str, Any]]], str]:
     """write_jsonl(name, rows) -> path of a new data file."""
 

@@ -14,7 +14,7 @@ import re
 import tarfile
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -76,17 +76,9 @@ def command(capfd: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
-@pytest.fixture(scope="module")
-def own_ray() -> Iterator[Any]:
-    import logging
-
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+@pytest.fixture
+def own_ray(ray_of: Callable[..., Any]) -> Any:
+    return ray_of(num_cpus=2)
 
 
 def elsewhere(made_on: dict[str, str]) -> dict[str, str]:

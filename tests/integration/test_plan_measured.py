@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.long, pytest.mark.bitsandbytes]
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "plan_memory.py"
 

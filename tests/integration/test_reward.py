@@ -218,7 +218,7 @@ def test_without_an_sft_model_the_header_warns(make_config: Callable[..., Reward
 
 @pytest.mark.slow
 def test_a_ray_worker_trains_what_this_process_trains(
-    make_config: Callable[..., RewardConfig], console: Any, tmp_path: Path
+    make_config: Callable[..., RewardConfig], console: Any, tmp_path: Path, four_cpus: Any
 ) -> None:
     common: dict[str, Any] = {"init_from": "base", "per_device_train_batch_size": 4, "rows": 60}
     alone = reward(make_config(output_dir=str(tmp_path / "alone"), **common), console)

@@ -340,7 +340,7 @@ def test_a_quantised_base_trains(
 
 @pytest.mark.slow
 def test_two_ray_workers_train_what_one_process_trains(
-    make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path
+    make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path, four_cpus: Any
 ) -> None:
     """The same rows in every step, one global normaliser: only rounding may differ. Rows do not fill the last step."""
     common = {"per_device_train_batch_size": 4, "rows": 53, "max_steps": -1, "num_train_epochs": 2, "lora": {"r": 4}}

@@ -333,7 +333,9 @@ def test_the_console_gets_the_table_and_three_prompts_side_by_side(
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_same_evaluation_as_one_process(evaluation: Make, chain: Any, tmp_path: Path) -> None:
+def test_two_workers_give_the_same_evaluation_as_one_process(
+    evaluation: Make, chain: Any, tmp_path: Path, four_cpus: Any
+) -> None:
     """Chunks belong to ranks in turn, and a chunk's replies do not depend on who samples it."""
     alone = evaluate(evaluation(tmp_path / "alone"), QUIET)
     group = evaluate(evaluation(tmp_path / "group", learner={"num_workers": 2, "num_threads": 1}), QUIET)

@@ -237,21 +237,15 @@ def test_too_few_prompts_say_so(ppo_job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_under_ray_with_one_and_two_workers(ppo_job: Job) -> None:
+def test_under_ray_with_one_and_two_workers(ppo_job: Job, four_cpus: Any) -> None:
     """One worker: the same bits as in this process. Two: the same rows in the same minibatches, so equal up to rounding, whether
     policy and value model go backward one after the other (ZeRO 0) or together."""
-    import ray
-
     here = run(ppo_job("here"))
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        one = run(ppo_job("one", learner={"num_workers": 1, "num_threads": 1}))
-        pairs = {
-            stage: run(ppo_job(f"two{stage}", learner={"num_workers": 2, "num_threads": 1, "zero_stage": stage}))
-            for stage in (0, 2)
-        }
-    finally:
-        ray.shutdown()
+    one = run(ppo_job("one", learner={"num_workers": 1, "num_threads": 1}))
+    pairs = {
+        stage: run(ppo_job(f"two{stage}", learner={"num_workers": 2, "num_threads": 1, "zero_stage": stage}))
+        for stage in (0, 2)
+    }
     assert same(weights(here.run_dir), weights(one.run_dir))
     assert deterministic(here.run_dir) == deterministic(one.run_dir)
     for two in pairs.values():
@@ -262,10 +256,10 @@ def test_under_ray_with_one_and_two_workers(ppo_job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_one_worker_goes_on_with_two(ppo_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_one_worker_goes_on_with_two(
+    ppo_job: Job, four_cpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the run of one worker up to rounding, and says why not to its bits."""
-    import ray
-
     common: dict[str, Any] = {"save_steps": 1, "resume": "auto"}
     here = run(ppo_job("here", **common))
     with monkeypatch.context() as patch:
@@ -274,13 +268,13 @@ def test_a_checkpoint_of_one_worker_goes_on_with_two(ppo_job: Job, monkeypatch: 
             run(ppo_job("moved", **common))
     assert not (Path(ppo_job("moved").output_dir) / "adapter").exists()
     said = io.StringIO()
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        words = ["learner.num_workers=2"]
-        moved = resume(ppo_job("moved").output_dir, LocalConsole(file=said), overrides=words)
-    finally:
-        ray.shutdown()
-    told = [line for line in said.getvalue().splitlines() if "exact" in line or "resuming" in line or "continuing with" in line]
+    words = ["learner.num_workers=2"]
+    moved = resume(ppo_job("moved").output_dir, LocalConsole(file=said), overrides=words)
+    told = [
+        line
+        for line in said.getvalue().splitlines()
+        if "exact" in line or "resuming" in line or "continuing with" in line
+    ]
     assert len(told) == 3 and told[0] == "ppo: continuing with learner.num_workers 2 (was 0)"
     assert told[1].startswith("ppo: resuming from step ")
     assert told[2] == "warning: resumes, not bit-exact: world size 1 -> 2"

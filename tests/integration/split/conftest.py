@@ -1,8 +1,10 @@
-"""Split jobs on a tiny random model, on one Ray with two declared GPUs for all tests of a module."""
+"""Split jobs on a tiny random model, on one Ray with two declared GPUs for all tests."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,25 +34,16 @@ def score(prompts, completions, **columns):
 '''
 
 
-@pytest.fixture(scope="module")
-def two_gpus() -> Iterator[Any]:
+@pytest.fixture
+def two_gpus(ray_of: Callable[..., Any]) -> Iterator[Any]:
     """A Ray of 3 CPUs and 2 declared GPUs. Afterwards everything must have been given back."""
-    import logging
-    import os
-    import time
-
-    import ray
-
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "300")
-    ray.init(num_cpus=3, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield ray
-        deadline = time.monotonic() + 20
-        while (free := _free(ray)) != (3.0, 2.0) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert free == (3.0, 2.0), "something is still reserved"
-    finally:
-        ray.shutdown()
+    ray = ray_of(num_cpus=3, num_gpus=2)
+    yield ray
+    deadline = time.monotonic() + 20
+    while (free := _free(ray)) != (3.0, 2.0) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert free == (3.0, 2.0), "something is still reserved"
 
 
 def _free(ray: Any) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from rlhf_ray.metrics import read_metrics
 from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.stages.pipeline import pipeline
 
-pytestmark = [pytest.mark.integration, pytest.mark.long]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.bitsandbytes]
 JOBS = Path(__file__).parents[3] / "jobs"
 Write = Callable[[str, Iterable[dict[str, Any]]], str]
 

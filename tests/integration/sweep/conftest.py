@@ -1,9 +1,9 @@
-"""Small sweeps on a tiny random model, on one Ray of two CPUs for all tests of a module."""
+"""Small sweeps on a tiny random model, on one Ray of two CPUs for all tests."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,9 @@ def score(prompts, completions, **columns):
 '''
 
 
-@pytest.fixture(scope="module")
-def two_cpus() -> Iterator[Any]:
-    import logging
-
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+@pytest.fixture
+def two_cpus(ray_of: Callable[..., Any]) -> Any:
+    return ray_of(num_cpus=2)
 
 
 @pytest.fixture

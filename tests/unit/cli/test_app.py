@@ -49,6 +49,7 @@ def stage(body: str) -> str:
 # ---------------------------------------------------------------- help
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     setup = (
         "import atexit\natexit.register(lambda: print(sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr))"

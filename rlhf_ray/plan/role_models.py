@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from rlhf_ray.config import EvaluateConfig, JobFields, LoraConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config import (
+    EvaluateConfig,
+    JobFields,
+    LoraConfig,
+    PipelineConfig,
+    PolicySpec,
+    PPOConfig,
+    RewardConfig,
+    RewardSource,
+    SFTConfig,
+)
 from rlhf_ray.models.adapter_files import CONFIG, AdapterFiles, check_config
 from rlhf_ray.models.adapters import add_fresh, wrap
 from rlhf_ray.models.assembly import BASE, Assembly
@@ -21,7 +32,8 @@ from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 from rlhf_ray.plan.meta_tracker import Device
 from rlhf_ray.plan.skeleton import Head, read_config, skeleton
-from rlhf_ray.ppo.models import value_init_role
+from rlhf_ray.ppo.models import add_generator_roles, add_learner_roles, add_scorer_roles
+from rlhf_ray.stages.evaluation_models import add_evaluation_roles
 from rlhf_ray.storage.files import read_json
 
 
@@ -114,28 +126,22 @@ class PlannedAssembly(Assembly):
 
 
 def learner_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
-    """As `ppo_roles.assemble`: with reference and rewards where every role is colocated."""
-    alone, assembly = job.placement == "colocate", PlannedAssembly(job, device, made)
-    assembly.add_trained_policy(_start(job, made), job.lora, with_reference=alone)
-    needed = value_init_role(job, _foreign(job, made)) if job.advantage_estimator == "gae" else None
-    _add_rewards(assembly, job, made, _names(job) if alone else {needed or ""})
-    if needed is not None:
-        assembly.add_value(needed, job.value.adapter, job.value.lora)
+    """Of a learner, with reference and rewards where every role is colocated."""
+    assembly = PlannedAssembly(job, device, made)
+    add_reward = partial(_add_reward, assembly, made)
+    add_learner_roles(assembly, job, _start(job, made), add_reward, lambda: _foreign(job, made))
     return assembly, assembly.finish()
 
 
 def generator_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
-    """As `ppo_roles.assemble_generator`."""
     assembly = PlannedAssembly(job, device, made)
-    assembly.add_trained_policy(_start(job, made), job.lora, with_reference=False)
+    add_generator_roles(assembly, job, _start(job, made))
     return assembly, assembly.finish().requires_grad_(False)
 
 
 def scorer_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
-    """As `ppo_roles.assemble_scorer`."""
     assembly = PlannedAssembly(job, device, made)
-    assembly.add_policy("reference", _start(job, made) or ModelSpec("base", "base"))
-    _add_rewards(assembly, job, made, _names(job))
+    add_scorer_roles(assembly, job, _start(job, made), partial(_add_reward, assembly, made))
     return assembly, assembly.finish()
 
 
@@ -148,30 +154,29 @@ def supervised_models(job: SFTConfig | RewardConfig, device: Device, made: Made)
 
 
 def evaluation_models(job: EvaluateConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
-    """As `panel.load_evaluation_models`: every policy and every reward, by number."""
+    """Every policy and every reward of an evaluation."""
     assembly = PlannedAssembly(job, device, made)
-    for number, policy in enumerate(job.policies):
+
+    def add_policy(role: str, policy: PolicySpec) -> None:
         source = made.source(policy.policy)
         same = source.kind == "full" and source.path == job.model_name_or_path
-        assembly.add_policy(f"policy_{number}", ModelSpec("base", "base") if same else source)
-    for number, reward in enumerate(job.rewards):
+        assembly.add_policy(role, ModelSpec("base", "base") if same else source)
+
+    def add_reward(role: str, reward: RewardSource) -> None:
         if reward.function is None:
-            assembly.add_reward(f"reward_{number}", made.source(reward.run or reward.model or "", reward=True))
+            assembly.add_reward(role, made.source(reward.run or reward.model or "", reward=True))
+
+    add_evaluation_roles(job, add_policy, add_reward)
     return assembly, assembly.finish()
-
-
-def _names(job: PPOConfig) -> set[str]:
-    return {reward.name for reward in job.rewards}
 
 
 def _start(job: PPOConfig, made: Made) -> ModelSpec | None:
     return made.source(job.sft) if job.sft is not None else None
 
 
-def _add_rewards(assembly: Assembly, job: PPOConfig, made: Made, names: Collection[str]) -> None:
-    for reward in job.rewards:
-        if reward.function is None and reward.name in names:
-            assembly.add_reward(reward.name, made.source(reward.run or reward.model or "", reward=True))
+def _add_reward(assembly: Assembly, made: Made, reward: RewardSource, load: bool) -> None:
+    if reward.function is None and load:
+        assembly.add_reward(reward.name, made.source(reward.run or reward.model or "", reward=True))
 
 
 def _foreign(job: PPOConfig, made: Made) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.batches import Rollout
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import PPOConfig, RewardSource
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ConfigError
@@ -24,44 +24,77 @@ from rlhf_ray.sampler.engine import Sampler
 SAMPLER_ROWS = 64
 
 
-def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
-    """Load the base and put policy, reference, rewards and critic on it, with their lineage checked.
+AddReward = Callable[[RewardSource, bool], None]
+"""(a reward of the job, whether this process loads it)."""
 
-    Under `placement: split` this is the learner: reference and rewards are the scorers' affair, but for the reward that the value
-    model starts from."""
-    alone = config.placement == "colocate"
+
+def add_learner_roles(
+    assembly: Assembly,
+    config: PPOConfig,
+    start: ModelSpec | None,
+    add_reward: AddReward,
+    foreign: Callable[[], Collection[str]],
+) -> None:
+    """Which models a learner has. Used on loaded models and, by `plan`, on planned ones, so that a plan cannot drift from the job.
+
+    Under `placement: split` reference and rewards are the scorers' affair, but for the reward that the value model starts from.
+    start: of the policy.  foreign: names of rewards with a tokenizer of their own."""
+    alone, has_value = config.placement == "colocate", config.advantage_estimator == "gae"
+    assembly.add_trained_policy(start, config.lora, with_reference=alone)
+    init_from = value_init_role(config, foreign()) if has_value and not alone else None
+    for reward in config.rewards:
+        add_reward(reward, alone or reward.name == init_from)
+    if has_value:
+        assembly.add_value(init_from or value_init_role(config, foreign()), config.value.adapter, config.value.lora)
+
+
+def add_generator_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec | None) -> None:
+    """An adapter of the policy's shape; its weights come with the requests."""
+    assembly.add_trained_policy(start, config.lora, with_reference=False)
+
+
+def add_scorer_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec | None, add_reward: AddReward) -> None:
+    """The reference and the rewards."""
+    assembly.add_policy("reference", start or ModelSpec("base", "base"))
+    for reward in config.rewards:
+        add_reward(reward, True)
+
+
+def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
+    """Load the base and what the learner has on it, with the lineage of each checked."""
     assembly, start = _base(config, device)
     template = load_template(config.template, assembly.base.tokenizer)
-    roles = RewardBuilder(assembly, template, config.template)
+    rewards = RewardBuilder(assembly, template, config.template)
     if start is not None:
-        roles.warnings += check_lineage(start, assembly.base.identity, template, role="sft")
-    assembly.add_trained_policy(start, config.lora, with_reference=alone)
-    needed = None
-    if config.advantage_estimator == "gae" and not alone:
-        needed = value_init_role(config, {r.name for r in config.rewards if roles.is_foreign(r)})
-    for reward in config.rewards:
-        roles.add(reward, reward.name, load=alone or reward.name == needed)
-    assembly.lineage += roles.lines
-    if config.advantage_estimator == "gae":
-        assembly.add_value(needed or value_init_role(config, roles.readers), config.value.adapter, config.value.lora)
-    return assembly, roles
+        rewards.warnings += check_lineage(start, assembly.base.identity, template, role="sft")
+
+    def add_reward(reward: RewardSource, load: bool) -> None:
+        told = len(rewards.lines)
+        rewards.add(reward, reward.name, load=load)
+        assembly.lineage += rewards.lines[told:]
+
+    def foreign() -> Collection[str]:
+        if config.placement == "colocate":
+            return rewards.readers
+        return {reward.name for reward in config.rewards if rewards.is_foreign(reward)}
+
+    add_learner_roles(assembly, config, start, add_reward, foreign)
+    return assembly, rewards
 
 
 def assemble_generator(config: PPOConfig, device: torch.device) -> Assembly:
-    """The base with an adapter of the policy's shape on it; its weights come with the requests."""
+    """Load the base and what a generator has on it."""
     assembly, start = _base(config, device)
-    assembly.add_trained_policy(start, config.lora, with_reference=False)
+    add_generator_roles(assembly, config, start)
     return assembly
 
 
 def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
-    """The base with the reference and the rewards."""
+    """Load the base and what a scorer has on it."""
     assembly, start = _base(config, device)
-    assembly.add_policy("reference", start or ModelSpec("base", "base"))
-    roles = RewardBuilder(assembly, load_template(config.template, assembly.base.tokenizer), config.template)
-    for reward in config.rewards:
-        roles.add(reward, reward.name)
-    return assembly, roles
+    rewards = RewardBuilder(assembly, load_template(config.template, assembly.base.tokenizer), config.template)
+    add_scorer_roles(assembly, config, start, lambda reward, load: rewards.add(reward, reward.name, load=load))
+    return assembly, rewards
 
 
 def policy_sampler(config: PPOConfig, assembly: Assembly, model: Any, forward: Any = None) -> Sampler:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_ray.batches import Rollout
-from rlhf_ray.config import EvaluateConfig
+from rlhf_ray.config import EvaluateConfig, PolicySpec, RewardSource
 from rlhf_ray.data.collate import Tokenised, TokenisedPrompt, tokenise_prompts
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template, load_template
@@ -133,6 +133,19 @@ class EvaluationModels:
         return Scorer(self.models, self.rewards, to_texts, temperature, rows, device, reference)
 
 
+def add_evaluation_roles(
+    config: EvaluateConfig,
+    add_policy: Callable[[str, PolicySpec], None],
+    add_reward: Callable[[str, RewardSource], None],
+) -> None:
+    """Every policy and every reward of the job under its role. Used on loaded models and, by `plan`, on planned ones. Roles are
+    numbered, since a policy's name need not be a legal adapter name."""
+    for number, policy in enumerate(config.policies):
+        add_policy(f"policy_{number}", policy)
+    for number, reward in enumerate(config.rewards):
+        add_reward(f"reward_{number}", reward)
+
+
 def load_evaluation_models(config: EvaluateConfig, session: Session, reference: str | None) -> EvaluationModels:
     """Load the base, every policy of the job and every reward, with base, tokenizer and template of each checked.
 
@@ -140,10 +153,16 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
     assembly = Assembly(config, session.device, config.seed, config.stop_token_ids)
     template = load_template(config.template, assembly.base.tokenizer)
     builder = _PolicyLoader(assembly, template)
-    policies = {p.name: builder.policy(p.name, p.policy, i) for i, p in enumerate(config.policies)}
     roles = RewardBuilder(assembly, template, config.template)
-    for number, reward in enumerate(config.rewards):
-        roles.add(reward, f"reward_{number}", f"reward:{reward.name}")
+    policies: dict[str, Policy] = {}
+
+    def add_policy(role: str, policy: PolicySpec) -> None:
+        policies[policy.name] = builder.policy(policy.name, policy.policy, role)
+
+    def add_reward(role: str, reward: RewardSource) -> None:
+        roles.add(reward, role, f"reward:{reward.name}")
+
+    add_evaluation_roles(config, add_policy, add_reward)
     models = assembly.finish()
     bases = [stack.backbone.identity.path for stack in assembly.stacks.values()]
     return EvaluationModels(
@@ -170,7 +189,7 @@ def decoding_line(config: EvaluateConfig) -> str:
 
 
 class _PolicyLoader:
-    """Puts policies on an assembly. Roles are numbered, since a policy's name need not be a legal adapter name."""
+    """Puts policies on an assembly."""
 
     def __init__(self, assembly: Assembly, template: Template) -> None:
         self.assembly, self.template = assembly, template
@@ -178,8 +197,8 @@ class _PolicyLoader:
         self.lines: list[str] = []
         self.warnings: list[str] = []
 
-    def policy(self, name: str, spec: str, number: int) -> Policy:
-        source, role = policy_source(spec), f"policy_{number}"
+    def policy(self, name: str, spec: str, role: str) -> Policy:
+        source = policy_source(spec)
         sha256 = self._check(source, f"policy:{name}")
         here = ModelSpec("base", "base") if self._is_base(source) else source
         self.assembly.add_policy(role, here)

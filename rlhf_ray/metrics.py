@@ -269,8 +269,7 @@ class MetricsWriter:
 
 
 class SamplesWriter(JsonLines):
-    """Writes `RUN/samples.jsonl`: one reply per line with `step`, `prompt`, `response` and its figures (reward, kl, length,
-    ...)."""
+    """Writes `RUN/samples.jsonl`: one reply per line with `step`, `prompt`, `reply` and its figures (reward, kl, length, ...)."""
 
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__(Path(run_dir) / "samples.jsonl")

@@ -220,7 +220,7 @@ class PPOConfig(JobFields, OptimFields):
     rewards: Annotated[tuple[RewardSource, ...], BeforeValidator(_to_tuple)] = field(
         ..., "what is maximised", min_length=1
     )
-    value: ValueConfig = field(ValueConfig(), "the critic")
+    value: ValueConfig = field(ValueConfig(), "the value model (critic)")
     placement: Literal["colocate", "split"] = field(
         "colocate",
         "colocate: every learner worker also generates and scores, on one base; split: generators and scorers are Ray"

@@ -71,7 +71,7 @@ def value_loss_sum(
     """sum_t m_t 1/2 max((V_t - R_t)^2, (V_old,t + clip(V_t - V_old,t, -c, c) - R_t)^2);   without clipping the first term alone
 
     (OpenAI baselines, PPO2; arXiv:2403.17031). The clip is in the unit of the returns: a c far below their spread stops the
-    critic.
+    value model.
 
     values (with gradient), old_values, returns: f32[B, R].   response_mask: bool[B, R].   cliprange_value: c, or None for no clip.
     Returns sum, count of real tokens, stats: clip_fraction, squared_error (V - R)^2, value V.

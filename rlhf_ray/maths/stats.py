@@ -81,7 +81,8 @@ def clip_scores(scores: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows no more than the mean, below 0 a worse one.
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect value model, 0 one that knows no more than the mean, below 0 a worse
+    one.
 
     All [B, R].   NaN if the returns do not vary.
     """

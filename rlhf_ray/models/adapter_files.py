@@ -269,7 +269,7 @@ def save_adapter(
 ) -> str:
     """Write an adapter that plain PEFT loads, replacing the one in `folder`, and return its sha256.
 
-    tensors: as `adapter_tensors` gives them.   config: as in `AdapterFiles.config`.   head: [1, D] of a reward model or critic.
+    tensors: as `adapter_tensors` gives them.   config: as in `AdapterFiles.config`.   head: [1, D] of a reward or value model.
     base_path, revision: what the adapter belongs on.   must_differ_from: sha256 before training; the adapter must have moved.
     InvariantError, with nothing written, if the adapter is empty, not finite, unchanged or, after training, has only zero B; or
     if the file read back is not what was to be saved."""

@@ -1,4 +1,4 @@
-"""Heads on the trunk's hidden states: the scalar one of reward models and critics, and the language model's own."""
+"""Heads on the trunk's hidden states: the scalar one of reward and value models, and the language model's own."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class Estimator:
         if isinstance(job, PPOConfig):
             return self._cast("learner", job, partial(learner_models, job, self.device, self.made))
         if isinstance(job, EvaluateConfig):
-            return self._cast("panel", job, partial(evaluation_models, job, self.device, self.made))
+            return self._cast("evaluation", job, partial(evaluation_models, job, self.device, self.made))
         assert isinstance(job, (SFTConfig, RewardConfig))
         return self._cast("supervised", job, partial(supervised_models, job, self.device, self.made))
 

@@ -207,7 +207,7 @@ def _optimisation_charts(run: RunFiles) -> list[Chart]:
             zero=True,
         ),
         Chart(
-            "Critic",
+            "Value model",
             "explained variance",
             [Line("explained variance", run.points("value/explained_variance"))],
             "1 is a perfect value model, 0 no better than a constant, below 0 harmful. It should rise above 0 within a few steps.",

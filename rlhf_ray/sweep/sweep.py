@@ -3,8 +3,9 @@
 Each trial is an ordinary run folder in output_dir/trials. sweep.json, the tables and the report are written from these folders,
 after every trial, so that a sweep that goes on needs nothing of Tune's: Tune's own state lives in a scratch folder and is deleted.
 
-Population-based training is not offered: it copies weights between trials, and the adapter, critic, optimizer and KL controller of
-a trial would then have been trained under several settings, so that none of them could be said to have earned its score.
+Population-based training is not offered: it copies weights between trials, and the adapter, value model, optimizer and KL
+controller of a trial would then have been trained under several settings, so that none of them could be said to have earned its
+score.
 """
 
 from __future__ import annotations

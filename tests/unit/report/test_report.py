@@ -137,7 +137,7 @@ def test_ppo_shows_its_headline_curves_samples_lineage_and_configuration(fake: S
     titles += (
         "Clipped tokens",
         "Step size",
-        "Critic",
+        "Value model",
         "Gradient norms",
         "Learning rates",
         "Time per step",

@@ -83,11 +83,11 @@ def minimal_ppo(
             for i, row in enumerate(rows)
         ]
         size = config.rollout_chunk_size
-        replies = [r for start in range(0, len(rows), size) for r in sampler.run(requests[start : start + size])]
+        responses = [r for start in range(0, len(rows), size) for r in sampler.run(requests[start : start + size])]
         prompt_ids, prompt_mask = pad_left([row.ids for row in rows], base.pad_id)
-        response_ids, mask = pad_right([reply.token_ids for reply in replies], base.pad_id)
+        response_ids, mask = pad_right([response.token_ids for response in responses], base.pad_id)
         tokens = torch.cat([prompt_ids, response_ids], dim=1)
-        finished = torch.tensor([reply.finished for reply in replies])
+        finished = torch.tensor([response.finished for response in responses])
 
         def sequences(
             index: Tensor, tokens: Tensor = tokens, prompt_mask: Tensor = prompt_mask, mask: Tensor = mask
@@ -96,7 +96,7 @@ def minimal_ppo(
             return to_device(Sequences.trim(tokens[index], prompt_mask[index], mask[index]), device)
 
         # 2. Score: a reward for each reply; log-probabilities of its tokens under the frozen reference.
-        texts = [str(base.tokenizer.decode(list(r.token_ids), skip_special_tokens=True)) for r in replies]
+        texts = [str(base.tokenizer.decode(list(r.token_ids), skip_special_tokens=True)) for r in responses]
         rewards = torch.tensor(reward([template.render(row.row.prompt) for row in rows], texts), dtype=torch.float32)
         reference = torch.zeros(mask.shape)
         with torch.no_grad():

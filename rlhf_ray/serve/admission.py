@@ -42,7 +42,7 @@ def capacity_header(config: ServeConfig) -> tuple[bytes, bytes]:
 
 
 @dataclass
-class Capacity:
+class ServiceCapacity:
     """Of one application, by its prefix.  max_requests: None until a response has told it."""
 
     max_requests: int | None = None
@@ -57,7 +57,7 @@ class Capacity:
 class Admission:
     """One request, as it counts against the capacity: `acquire` and `release` count once each, however often they are called."""
 
-    def __init__(self, capacity: Capacity) -> None:
+    def __init__(self, capacity: ServiceCapacity) -> None:
         self._capacity = capacity
         self._state = "waiting"
 
@@ -77,7 +77,7 @@ class AdmissionControl:
 
     def __init__(self, app: Any, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
-        self.capacities: dict[str, Capacity] = {}
+        self.capacities: dict[str, ServiceCapacity] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         is_http = scope["type"] == "http"
@@ -86,7 +86,7 @@ class AdmissionControl:
             await self.app(scope, receive, send)
             return
         prefix = scope["path"].removesuffix(route)
-        capacity = self.capacities.get(prefix) or Capacity()
+        capacity = self.capacities.get(prefix) or ServiceCapacity()
         if capacity.is_full:
             self.metrics.count("refused")
             await send_error(overloaded(capacity.retry_after_s), send)

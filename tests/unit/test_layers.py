@@ -162,3 +162,13 @@ def test_no_room_holds_more_than_its_share() -> None:
         sizes[room] = sizes.get(room, 0) + len(path.read_text(encoding="utf-8").splitlines())
     total = sum(sizes.values())
     assert {room: f"{size / total:.1%}" for room, size in sizes.items() if size > 0.15 * total} == {}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """One name, one concept. Private helpers (a leading underscore) are their file's own business."""
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module_name(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

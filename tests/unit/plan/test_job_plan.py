@@ -12,16 +12,20 @@ import torch
 import yaml
 
 from rlhf_ray.cli import main
-from rlhf_ray.config import LoraConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config import EvaluateConfig, LoraConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.config.load import load_any
+from rlhf_ray.console import LocalConsole
 from rlhf_ray.models.adapters import adapter_config, adapter_tensors, save_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.plan.advice import options, recommendation, smallest_change, warnings
 from rlhf_ray.plan.estimate import Estimator, changed, with_stages
 from rlhf_ray.plan.job_plan import plan, text
 from rlhf_ray.plan.memory import CARDS, GIB, Process
-from rlhf_ray.plan.role_models import Made, generator_models, learner_models, scorer_models
+from rlhf_ray.plan.role_models import Made, evaluation_models, generator_models, learner_models, scorer_models
 from rlhf_ray.ppo.models import assemble, assemble_generator, assemble_scorer
+from rlhf_ray.runtime.session import Session
+from rlhf_ray.stages.evaluation_models import load_evaluation_models
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
 LLAMA |= {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "dtype": "bfloat16"}
@@ -102,9 +106,30 @@ def test_planned_models_are_those_that_are_loaded(trained: dict[str, str], name:
         pairs.append((assemble_scorer(job, cpu)[0], scorer_models(job, "cpu", made)[0]))
     for real, planned in pairs:
         assert planned.bindings == real.bindings
-        got, wanted = planned.finish(), real.finish()
-        shapes = {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in wanted.named_parameters()}
-        assert {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in got.named_parameters()} == shapes
+        assert parameters(planned.finish()) == parameters(real.finish())
+
+
+def parameters(models: RoleModels) -> dict[str, Any]:
+    return {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in models.named_parameters()}
+
+
+def test_planned_models_of_an_evaluation_are_those_that_are_loaded(trained: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("def score(completions, **_):\n    return [0.0 for _ in completions]\n")
+    policies = {"base": "base", "sft": trained["sft"], "same": trained["base"]}
+    rewards = [{"run": trained["reward"]}, {"model": trained["judge"]}, {"function": f"{tmp_path}/f.py:score"}]
+    job = EvaluateConfig(
+        output_dir="run",
+        model_name_or_path=trained["base"],
+        data={"train": "d"},  # type: ignore[arg-type]
+        template="none",
+        policies=[{"name": name, "policy": policy} for name, policy in policies.items()],  # type: ignore[arg-type]
+        rewards=[{"name": f"r{i}", **reward} for i, reward in enumerate(rewards)],  # type: ignore[arg-type]
+    )
+    real = load_evaluation_models(job, Session(0, 1, torch.device("cpu"), 1, LocalConsole()), None)
+    planned = evaluation_models(job, "cpu", Made())[1]
+    assert planned.bindings == real.models.bindings
+    assert parameters(planned) == parameters(real.models)
+    assert [reward.name for reward in real.rewards] == ["r0", "r1", "r2"]
 
 
 def test_a_pipeline_knows_the_adapters_that_it_will_make(model: Callable[..., str]) -> None:

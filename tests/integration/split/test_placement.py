@@ -96,6 +96,7 @@ def test_two_jobs_at_the_same_moment(two_gpus: Any, split_job: Job, console: Any
 
     from rlhf_ray.launch.placement import placed
     from rlhf_ray.launch.resources import role_requests
+    from rlhf_ray.ppo.actors import BUILDERS
 
     third, over, ends = placement_group([{"GPU": 1.0}] * 2), threading.Event(), []
     assert third.wait(10)
@@ -103,7 +104,9 @@ def test_two_jobs_at_the_same_moment(two_gpus: Any, split_job: Job, console: Any
     def place(name: str) -> None:
         job = split_job(name, wait_for_resources=20.0)
         try:
-            with placed(job, role_requests(job, two_gpus.cluster_resources(), False), console) as actor_handles:
+            with placed(
+                job, role_requests(job, two_gpus.cluster_resources(), False), console, BUILDERS
+            ) as actor_handles:
                 ends.append(len(actor_handles.actors["generator"]))
                 assert over.wait(60)
         except ResourceError as error:

@@ -28,7 +28,6 @@ print(json.dumps([dataclasses.astuple(r) for r in results]))
 """
 
 
-@pytest.mark.alone  # other files of a worker may leave this process with other settings of torch than a fresh one has
 def test_the_same_chunk_gives_the_same_bits_after_other_work_and_in_another_process(llama, make_requests):
     requests = make_requests(20, stop_ids=(5,))
     sampler = Sampler(llama, PAD, max_rows=8)

@@ -170,10 +170,12 @@ def deepspeed_settings(zero_stage: int, deepspeed_json: str | None) -> dict[str,
     """DeepSpeed's configuration: ours, with the user's ZeRO and communication keys over it.
 
     Precision, batches, optimizer, schedule, clipping and the ZeRO stage are fields of the job (config/deepspeed.py).
-    There is no bf16/fp16 section, because it would cast the float32 adapters as well."""
+    There is no bf16/fp16 section, because it would cast the float32 adapters as well. Clipping is off, because its default is a
+    joint one to 1.0, after ours."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.deepspeed import OUR_KEYS
+from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.roles.deepspeed_engine import deepspeed_settings
+from rlhf_ray.roles.deepspeed_engine import ParameterGroup, TrainingEngine, deepspeed_settings
+from rlhf_ray.roles.optimizer_state import export_state
+from rlhf_ray.runtime.session import process_session
 
 
 def test_no_precision_section_because_it_would_cast_the_adapters() -> None:
@@ -50,3 +57,35 @@ def test_the_stage_is_the_jobs_and_the_file_may_only_agree(tmp_path: Path) -> No
         "fix: remove it, or set learner.zero_stage=3"
     )
     assert error.value.exit_code == 2
+
+
+def _engine(zero_stage: int, **optim: Any) -> tuple[nn.Module, TrainingEngine]:
+    """A module of two weights of 4 numbers, groups `policy` and `value`, in a group of one process."""
+    process_session(NullConsole(), num_threads=1)
+    module = nn.ModuleDict({name: nn.Linear(4, 1, bias=False) for name in ("policy", "value")})
+    groups = [ParameterGroup(name, {f"{name}.weight": module[name].weight}) for name in ("policy", "value")]
+    job = {"output_dir": "x", "model_name_or_path": "x", "data": {"train": "x"}, "rewards": [{"function": "x:y"}]}
+    return module, TrainingEngine(module, groups, PPOConfig.model_validate(job | optim), zero_stage, None, 1)
+
+
+def _gradients(engine: TrainingEngine, policy: float, value: float) -> None:
+    """Leave gradients of these norms."""
+    x = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    loss = sum(norm * engine.module.module[name](x).sum() for name, norm in (("policy", policy), ("value", value)))
+    engine.accumulate(loss, last=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("limit", "policy", "value"), [(10.0, 6.0, 3.0), (1.0, 1.0, 1.0), (4.0, 4.0, 3.0)])
+def test_each_group_is_clipped_to_max_grad_norm_and_nothing_more(
+    stage: int, limit: float, policy: float, value: float
+) -> None:
+    """Adam's mean of gradients after one step is a tenth of the gradient it was given. DeepSpeed's own default clips all groups
+    together to 1.0 after us: a policy of 1 beside a value model of 1 became 0.71, and no limit over 1 had an effect."""
+    _, engine = _engine(stage, max_grad_norm=limit)
+    _gradients(engine, 6.0, 3.0)
+    norms = engine.step({"policy": 1e-3, "value": 1e-3})
+    assert norms == pytest.approx({"policy": 6.0, "value": 3.0})
+    state = export_state(engine)
+    given = {name: 10 * float(state[f"{name}.weight::exp_avg"].norm()) for name in ("policy", "value")}
+    assert given == pytest.approx({"policy": policy, "value": value}, rel=1e-5)

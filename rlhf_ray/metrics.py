@@ -50,7 +50,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("kl/k3_per_token", "nats", "k3, mean over reply tokens"),
     ("kl/penalty_per_response", "nats", "the penalty that is active, summed over tokens, before the coefficient"),
     ("kl/coef", "", "coefficient of the KL penalty during the step"),
-    ("kl/clamped_share", "share", "tokens whose log ratio was clamped before exponentiation"),
+    ("kl/clamped_share", "share", "tokens more than 20 nats less likely than under the reference, where k3 is a straight line"),
     # Rollout: replies
     ("response/length", "tokens", "mean reply length, eos included"),
     ("response/length_max", "tokens", "longest reply of the step"),
@@ -78,7 +78,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("policy/adapter_norm", "", "norm of the adapter's weight update, all modules"),
     ("loss/policy", "", "clipped policy loss, mean over tokens", "loss/policy_avg"),
     ("loss/value", "", "value loss, mean over tokens", "loss/value_avg"),
-    ("loss/kl", "nats", "KL term of the loss (use_kl_loss), mean over tokens"),
+    ("loss/kl", "nats", "KL penalty in the loss (use_kl_loss), before the coefficient, mean over tokens"),
     ("value/explained_variance", "", "1 - variance of (returns - values) over variance of returns"),
     ("value/mean", "reward", "mean of the value model's values"),
     ("value/clip_fraction", "share", "tokens whose value was clipped", "val/clipfrac_avg"),

@@ -212,8 +212,12 @@ class ValueConfig(Section):
     )
     adapter: Literal["own", "shared"] = field("own", "own LoRA adapter, or a head on the policy's own adapter")
     lora: LoraConfig | None = field(None, "its adapter when it is fresh; default as the policy's")
-    learning_rate: Positive | None = field(None, "default: learning_rate")
-    warmup_steps: Annotated[int, Field(ge=0)] = field(0, "first PPO steps that train only the value model")
+    learning_rate: Positive | None = field(
+        None, "default: learning_rate; of its head alone where it shares the policy's adapter"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = field(
+        0, "first PPO steps that train only the value model; the policy's own warm-up starts after them"
+    )
 
 
 class PolicySpec(Section):

@@ -270,7 +270,11 @@ class PPOConfig(JobFields, OptimFields):
         field("kl", "per-token penalty against the reference; k1, k2, k3 are aliases of kl, squared_error, bregman")
     )
     kl_coef: NotNegative = field(0.05, "its coefficient at the start; 0 switches it off")
-    use_kl_loss: bool = field(False, "put the penalty into the loss instead of the reward")
+    use_kl_loss: bool = field(
+        False,
+        "put the penalty into the loss instead of the reward: squared_error pulls along KL(policy||reference), bregman along"
+        " KL(reference||policy); kl has no gradient there",
+    )
     kl_controller: Literal["fixed", "adaptive", "horizon"] = field(
         "fixed", "adaptive: AlpacaFarm's rule; horizon: TRL's rule"
     )
@@ -302,7 +306,14 @@ class PPOConfig(JobFields, OptimFields):
     cliprange_value: Positive | None = field(0.2, "value clip around the old value; null: off")
     vf_coef: NotNegative = field(0.1, "weight of the value loss")
     whiten_rewards: bool = field(False, "scale shaped rewards to unit variance, mean kept")
-    whiten_advantages: bool = field(True, "normalise advantages over the whole step")
+    whiten_advantages: bool | None = field(
+        None, "normalise advantages over the whole step; default: with gae (TRL: PPO whitens, RLOO and GRPO do not)"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = field(
+        "group",
+        "grpo: divide scores, before the KL penalty, by their spread in the group (arXiv:2402.03300), in the step, or not"
+        " (Dr. GRPO, arXiv:2503.20783); TRL's name",
+    )
     missing_eos_penalty: NotNegative | None = field(
         1.0, "subtracted from the score of a reply that did not finish; null: off"
     )
@@ -357,6 +368,12 @@ class PPOConfig(JobFields, OptimFields):
         if self.min_response_length is not None and self.min_response_length > self.response_length:
             problems.append(
                 f"min_response_length: {self.min_response_length} is over response_length {self.response_length}"
+            )
+        if self.use_kl_loss and self.kl_penalty in ("kl", "k1"):
+            problems.append(
+                f"use_kl_loss: {self.kl_penalty} has no gradient in the loss, in expectation; set kl_penalty: squared_error, which"
+                " pulls towards the policy's KL to the reference as kl does in the reward, or bregman (the reference's KL to the"
+                " policy), or use_kl_loss: false"
             )
         problems += self._zero_rules()
         names = [r.name for r in self.rewards]

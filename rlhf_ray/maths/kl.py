@@ -82,16 +82,16 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(e^-d - 1) + d: unbiased like k1, never negative, d clamped to +-20."""
+    """(e^-d - 1) + d: unbiased like k1, never negative; below d = -20 it goes on as a straight line."""
     return _bregman(_log_ratio(logprobs, ref_logprobs))
 
 
 def clamped_share(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """The share of real tokens with |d| > 20, where k3 is cut off. Anything above 0 means that policy and reference parted.
+    """The share of real tokens with d < -20, where k3 is a straight line. Anything above 0 means that policy and reference parted.
 
     All [B, R].   Returns a scalar in [0, 1]; 0 for an empty mask.
     """
-    beyond = _log_ratio(logprobs, ref_logprobs).abs() > LOG_RATIO_LIMIT
+    beyond = _log_ratio(logprobs, ref_logprobs) < -LOG_RATIO_LIMIT
     return masked_mean(beyond, response_mask)
 
 
@@ -124,8 +124,12 @@ def _log_ratio(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def _bregman(d: Tensor) -> Tensor:
-    bounded = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (torch.expm1(-bounded) + bounded).clamp_min(0.0)  # where expm1 is an ulp off, tiny d could give -1e-15
+    bounded = d.clamp_min(-LOG_RATIO_LIMIT)
+    curved = (torch.expm1(-bounded) + bounded).clamp_min(0.0)  # where expm1 is an ulp off, tiny d could give -1e-15
+    # Beyond the limit its tangent: e^-d would overflow, and a constant would have no gradient where the pull is needed most.
+    slope = math.expm1(LOG_RATIO_LIMIT)
+    tangent = slope - LOG_RATIO_LIMIT - slope * (d + LOG_RATIO_LIMIT)
+    return torch.where(d < -LOG_RATIO_LIMIT, tangent, curved)
 
 
 def _jensen_shannon(d: Tensor) -> Tensor:

@@ -103,8 +103,8 @@ def kl_loss_sum(
 ) -> tuple[Tensor, Tensor]:
     """sum_t m_t w_t k(new_t - ref_t): a KL penalty as a differentiable loss term rather than inside the reward.
 
-    On-policy and in expectation its gradient is 0 for `kl` (k1), grad KL(policy||reference) for `squared_error` (k2) and
-    grad KL(reference||policy) for `bregman` (k3). Take `squared_error` for the gradient that `kl` has in the reward.
+    On-policy and in expectation its gradient is 0 for `kl` (k1; a job is refused), grad KL(policy||reference) for `squared_error`
+    (k2) and grad KL(reference||policy) for `bregman` (k3). `squared_error` has the gradient that `kl` has in the reward.
 
     new_logprobs (with gradient), ref_logprobs: f32[B, R].   response_mask: bool[B, R].   token_weights: see `policy_loss_sum`.
     Returns sum, count of real tokens.

@@ -91,16 +91,15 @@ def gae(
     return advantages, zero_outside(advantages + values, response_mask)
 
 
-def response_scores(scores: Tensor, kl_penalty: Tensor, kl_coef: float, response_mask: Tensor) -> Tensor:
-    """R_i = s_i - beta sum_t k_it m_it: the reward of a reply taken as ONE action, as RLOO and GRPO take it here.
+def response_penalties(kl_penalty: Tensor, kl_coef: float, response_mask: Tensor) -> Tensor:
+    """p_i = beta sum_t k_it m_it: what a reply taken as ONE action pays, as RLOO and GRPO take it here.   (arXiv:2402.14740)
 
-    scores: f32[B].   kl_penalty: f32[B, R].   response_mask: bool[B, R].   Returns f32[B].   (arXiv:2402.14740)
+    kl_penalty: f32[B, R].   response_mask: bool[B, R].   Returns f32[B], exactly 0 for kl_coef 0, even where the penalty is not
+    finite.
     """
     check_mask(response_mask, kl_penalty=kl_penalty)
-    _check_rows("scores", scores, response_mask)
-    if kl_coef == 0:
-        return full_precision(scores)
-    return full_precision(scores) - kl_coef * masked_sum(kl_penalty, response_mask, dim=1)
+    total = masked_sum(kl_penalty, response_mask, dim=1)
+    return torch.zeros_like(total) if kl_coef == 0 else kl_coef * total
 
 
 def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
@@ -117,19 +116,36 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
     return (grouped - siblings).flatten().to(full_precision(scores).dtype)
 
 
-def grpo_advantages(scores: Tensor, group_size: int, scale: bool, eps: float) -> Tensor:
-    """A_i = (R_i - mean of the group) / (std of the group + eps), or without the division if not `scale`.
+def grpo_advantages(scores: Tensor, penalties: Tensor, group_size: int, scale: str, eps: float) -> Tensor:
+    """A_i = (s_i - mean of s over the group) / (std of s + eps) - (p_i - mean of p over the group)
 
-    The standard deviation is the sample one (k - 1), as in TRL. Unscaled is Dr. GRPO (arXiv:2503.20783), which does not weigh up
-    prompts on which all replies score nearly the same.
+    The spread is that of the scores alone: divided by the spread of score minus penalty, replies of equal score would learn
+    nothing but the noise of the penalty, at full size. So the coefficient in p weighs the KL against scores of spread 1, as it does
+    where GRPO has the KL in its loss. The standard deviation is the sample one (n - 1), as in TRL.
 
-    scores: f32[B], rows g*k .. g*k + k-1 answer the same prompt.   Returns f32[B].   (arXiv:2402.03300, section 4.1)
+    scale: `group`, the std of each group (arXiv:2402.03300, section 4.1); `batch`, of all scores, which does not weigh up prompts
+    on which all replies score nearly the same (arXiv:2508.08221); `none`, no division (Dr. GRPO, arXiv:2503.20783).
+    scores, penalties: f32[B], rows g*k .. g*k + k-1 answer the same prompt; penalties after the coefficient.   Returns f32[B].
     Raises ValueError if k < 2 or k does not divide B.
     """
     grouped = _groups(scores, group_size)
-    centred = grouped - grouped.mean(dim=1, keepdim=True)
-    advantages = centred / (grouped.std(dim=1, keepdim=True) + eps) if scale else centred
-    return advantages.flatten().to(full_precision(scores).dtype)
+    advantages = _centred(grouped)
+    if scale == "group":
+        advantages = advantages / (grouped.std(dim=1, keepdim=True) + eps)
+    elif scale == "batch":
+        advantages = advantages / (grouped.std() + eps)
+    elif scale != "none":
+        raise ValueError(f"scale_rewards: expected group, batch or none, got {scale!r}")
+    return (advantages - _centred(_groups(penalties, group_size))).flatten().to(full_precision(scores).dtype)
+
+
+def equal_groups(scores: Tensor, group_size: int) -> Tensor:
+    """bool[B]: True where all replies to a reply's prompt have the same score, which says nothing about any of them.
+
+    scores: f32[B], rows g*k .. g*k + k-1 answer the same prompt.   Raises ValueError as `rloo_advantages` does."""
+    grouped = _groups(scores, group_size)
+    equal = grouped.amax(dim=1) == grouped.amin(dim=1)
+    return equal[:, None].expand(grouped.shape).flatten()
 
 
 def to_tokens(advantages: Tensor, response_mask: Tensor) -> Tensor:
@@ -159,6 +175,10 @@ def whiten(values: Tensor, response_mask: Tensor, subtract_mean: bool, eps: floa
 def _check_rows(name: str, per_response: Tensor, response_mask: Tensor) -> None:
     if per_response.shape != response_mask.shape[:1]:
         raise ValueError(f"{name}: expected shape {tuple(response_mask.shape[:1])}, got {tuple(per_response.shape)}")
+
+
+def _centred(grouped: Tensor) -> Tensor:
+    return grouped - grouped.mean(dim=1, keepdim=True)
 
 
 def _groups(scores: Tensor, group_size: int) -> Tensor:

@@ -117,10 +117,13 @@ def minimal_ppo(
         # 4. Shape: each token pays for leaving the reference, the last one earns the reward; GAE; whitening over the whole step.
         per_token = zero_outside(kl.penalty(config.kl_penalty, old, reference), mask)
         scores = returns.penalise_unfinished(rewards, finished, config.missing_eos_penalty)
+        if config.bootstrap_truncated:  # what a reply that was cut off is still to earn is in the value after it
+            scores, after_end = scores.masked_fill(~finished, 0.0), after_end.masked_fill(finished, 0.0)
+        else:
+            after_end = torch.zeros_like(after_end)
         shaped = returns.shape_rewards(scores, per_token, controller.value, mask)
-        after_end = after_end.masked_fill(finished, 0.0) if config.bootstrap_truncated else torch.zeros_like(after_end)
         advantages, targets = returns.gae(shaped, old_values, mask, config.gamma, config.lam, after_end)
-        if config.whiten_advantages:
+        if config.whiten_advantages is not False:
             advantages = returns.whiten(advantages, mask, subtract_mean=True, eps=1e-8)
 
         # 5. Update: a few epochs of minibatches on the clipped losses; sums over tokens, divided by the minibatch's token count.

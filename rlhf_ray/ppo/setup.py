@@ -13,6 +13,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, response_budgets
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter
 from rlhf_ray.models.adapters import adapter_config
@@ -127,6 +128,14 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     else:
         collector = _own_collector(config, session, assembly, roles, learner, to_texts)
     total = config.max_steps if config.max_steps > 0 else prompts.schedule.steps(config.num_train_epochs)
+    if config.value.warmup_steps >= total and "value" in models.bindings:
+        raise ConfigError.at(
+            "value.warmup_steps",
+            f"the run has {total} steps, and in none of them would the policy learn",
+            f"less than {total}",
+            str(config.value.warmup_steps),
+            "lower it, or add prompts or max_steps",
+        )
     eval_every = config.eval_steps or max(total // EVALUATIONS, 1)
     listed = frozenset(config.save_steps) if isinstance(config.save_steps, tuple) else frozenset()
     save_every = config.save_steps if isinstance(config.save_steps, int) else None if listed else eval_every
@@ -197,14 +206,21 @@ def _own_collector(
 
 
 def learning_rates(config: PPOConfig, groups: Sequence[str], total_steps: int, step: int) -> dict[str, float]:
-    """Learning rate of each parameter group at `step` (from 1). The policy waits while the value model warms up."""
-    warmup = resolve_warmup(config.warmup_steps, total_steps)
-    factor = lr_multiplier(config.lr_scheduler_type, step - 1, total_steps, warmup, config.min_lr_ratio)
-    peak = {"policy": config.learning_rate, "value": config.value.learning_rate or config.learning_rate}
-    rates = {group: peak[group] * factor for group in groups}
-    if step <= config.value.warmup_steps:
-        rates["policy"] = 0.0
-    return rates
+    """Learning rate of each parameter group at `step` (from 1).
+
+    The policy waits while the value model warms up, and its own warm-up and decay fill the steps after that."""
+
+    def rate(peak: float, waits: int) -> float:
+        if step <= waits:
+            return 0.0
+        steps = total_steps - waits
+        warmup = resolve_warmup(config.warmup_steps, steps)
+        return peak * lr_multiplier(config.lr_scheduler_type, step - 1 - waits, steps, warmup, config.min_lr_ratio)
+
+    waits = config.value.warmup_steps if "value" in groups else 0
+    rates = {"policy": rate(config.learning_rate, waits)}
+    rates["value"] = rate(config.value.learning_rate or config.learning_rate, 0)
+    return {group: rates[group] for group in groups}
 
 
 def _value_config(models: RoleModels) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +57,19 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.module = self.engine
-        if zero_stage in (1, 2):
-            _link_every_group(self.engine.optimizer.optimizer)
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """Backward of one microbatch's share of the loss; `last` marks the one after which `step` follows."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    @property
+    def adam(self) -> torch.optim.Optimizer:
+        """The optimizer that steps: torch's own, around which ZeRO is wrapped."""
+        optimizer: torch.optim.Optimizer = (
+            self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
+        )
+        return optimizer
 
     def step(self, learning_rates: Mapping[str, float]) -> dict[str, float]:
         """Clip each group, step, and forget the gradients. Returns each group's gradient norm before clipping."""
@@ -75,22 +81,61 @@ class TrainingEngine:
         """Clip each group. Returns each group's gradient norm before that; not finite if one gradient is not."""
         return {group.name: self._clip(group) for group in self.groups}
 
-    def apply(self, learning_rates: Mapping[str, float]) -> None:
-        """Step, and forget the gradients."""
+    def apply(self, learning_rates: Mapping[str, float], frozen: Collection[str] = ()) -> None:
+        """Step, and forget the gradients. Groups named `frozen` keep weights, moments and step counts as they are."""
         for ours, theirs in zip(self.groups, self.engine.optimizer.param_groups):
             theirs["lr"] = learning_rates[ours.name]
-        self.engine.step()
+        self._step_without(frozen)
 
     def skip(self) -> None:
-        """Forget the gradients without a step: weights, moments and step counts stay as they are.
+        """Forget the gradients without a step: weights, moments and step counts stay as they are."""
+        self._step_without([group.name for group in self.groups])
 
-        DeepSpeed does its bookkeeping, and finds the optimizer under it asleep."""
-        inner = self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
-        inner.step = lambda *args, **kwargs: None
+    def _step_without(self, frozen: Collection[str]) -> None:
+        """DeepSpeed steps and does its bookkeeping, and finds the optimizer under it asleep for frozen groups."""
+        adam = self.adam
+        idle = [theirs for ours, theirs in zip(self.groups, self.engine.optimizer.param_groups) if ours.name in frozen]
+        step = adam.step
+
+        def step_the_others(*args: Any, **kwargs: Any) -> None:
+            every = adam.param_groups
+            adam.param_groups = [group for group in every if not any(group is other for other in idle)]
+            try:
+                if adam.param_groups:
+                    step(*args, **kwargs)
+            finally:
+                adam.param_groups = every
+
+        self._make_states()
+        adam.step = step_the_others  # type: ignore[method-assign, assignment]
         try:
             self.engine.step()
         finally:
-            del inner.step
+            del adam.step  # type: ignore[method-assign]
+
+    def flat_parameters(self) -> list[list[Tensor]]:
+        """Under ZeRO, what the optimizer under it steps: of each group, this rank's share, in one or more pieces."""
+        zero = self.engine.optimizer
+        if self.zero_stage < 3:
+            return [list(group["params"]) for group in self.adam.param_groups]
+        places = [zero.sub_group_to_group_id[i] for i in range(len(zero.fp32_partitioned_groups_flat))]
+        return [
+            [p for p, place in zip(zero.fp32_partitioned_groups_flat, places) if place == number]
+            for number in range(len(self.groups))
+        ]
+
+    def _make_states(self) -> None:
+        """Make Adam's state of all groups, where ZeRO is.
+
+        DeepSpeed 0.19 steps group by group and links optimizer state to parameters after the first group's first step, when the
+        state of the others is not there yet: their moments could then never be read for a checkpoint."""
+        if self.zero_stage == 0:
+            return
+        for p in (p for group in self.flat_parameters() for p in group):
+            if not self.adam.state[p]:
+                self.adam.state[p].update(
+                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                )
 
     def _clip(self, group: ParameterGroup) -> float:
         from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
@@ -130,23 +175,6 @@ def _compile_nothing() -> None:
     compatible = getattr(ops, "__compatible_ops__", {})
     if "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False
-
-
-def _link_every_group(optimizer: torch.optim.Optimizer) -> None:
-    """Make Adam's state for all parameter groups before the first of them steps.
-
-    DeepSpeed 0.19 steps group by group and links optimizer state to parameters after the first group's first step, when the state
-    of the others is not there yet: their moments could then never be read for a checkpoint."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def make_states(*_: Any) -> None:
-        for p in parameters:
-            if not optimizer.state[p]:
-                optimizer.state[p].update(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                )
-
-    optimizer.register_step_pre_hook(make_states)
 
 
 def build_optimizer(groups: Sequence[ParameterGroup], optim: OptimFields) -> torch.optim.Optimizer:

@@ -33,9 +33,12 @@ class Evaluation:
     bootstrap: Tensor | None
 
 
-def final_scores(scores: Scores, finished: Tensor, config: PPOConfig, moments: stats.RunningMoments) -> Tensor:
-    """f32[B]: the raw reward after eos penalty, baseline, normalisation (which takes this step in first) and clip."""
-    final = returns.penalise_unfinished(scores.reward, finished, config.missing_eos_penalty) - config.reward_baseline
+def final_scores(scores: Scores, rollout: Rollout, config: PPOConfig, moments: stats.RunningMoments) -> Tensor:
+    """f32[B]: the raw reward after eos penalty, baseline, normalisation (which takes this step in first) and clip.
+
+    A reply that its drawn budget (min_response_length) cut off is not charged for having no end: it could not know of it."""
+    at_fault = ~rollout.finished & (rollout.lengths >= config.response_length)
+    final = returns.penalise_unfinished(scores.reward, ~at_fault, config.missing_eos_penalty) - config.reward_baseline
     if config.normalize_rewards:
         moments.update(final)
         final = moments.normalise(final, subtract_mean=False, eps=WHITEN_EPS)
@@ -56,13 +59,15 @@ def make_experience(
     mask = rollout.response_mask
     per_token = zero_outside(kl.penalty(config.kl_penalty, evaluation.logprobs, scores.ref_logprobs), mask)
     in_reward = 0.0 if config.use_kl_loss else kl_coef
-    final = final_scores(scores, rollout.finished, config, moments)
+    final = final_scores(scores, rollout, config, moments)
     if config.advantage_estimator == "gae":
         advantages, targets, shaped = _gae(final, per_token, in_reward, rollout, evaluation, config)
     else:
-        shaped = returns.response_scores(final, per_token, in_reward, mask)
-        advantages, targets = _group_advantages(shaped, mask, config), torch.zeros_like(per_token)
-    if config.whiten_advantages and config.advantage_estimator == "gae":
+        penalties = returns.response_penalties(per_token, in_reward, mask)
+        shaped, targets = final - penalties, torch.zeros_like(per_token)
+        advantages = _group_advantages(final, penalties, mask, config)
+    is_gae = config.advantage_estimator == "gae"
+    if is_gae if config.whiten_advantages is None else config.whiten_advantages:
         white = returns.whiten(advantages, mask, subtract_mean=True, eps=WHITEN_EPS)
     else:
         white = advantages
@@ -77,7 +82,7 @@ def make_experience(
         returns=targets,
         token_weights=importance_weights(rollout, evaluation, config),
     )
-    metrics = step_metrics(rollout, scores, evaluation, per_token, kl_coef)
+    metrics = step_metrics(rollout, scores, evaluation, per_token, kl_coef, experience.token_weights)
     metrics |= {
         "reward/score": float(final.mean()),
         "advantage/std": float(masked_std(advantages, mask)),
@@ -114,22 +119,25 @@ def _gae(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if evaluation.values is None or evaluation.bootstrap is None:
         raise ValueError("advantage_estimator gae needs the value model's values")
-    mask = rollout.response_mask
+    mask, nothing = rollout.response_mask, torch.zeros_like(evaluation.bootstrap)
+    after_end = nothing
+    if config.bootstrap_truncated:
+        # What a reply that was cut off is still to earn is in the value after it, its score included: not both.
+        after_end = torch.where(rollout.finished, nothing, evaluation.bootstrap)
+        final = torch.where(rollout.finished, final, nothing)
     shaped = returns.shape_rewards(final, per_token, kl_coef, mask)
     if config.whiten_rewards:
         shaped = returns.whiten(shaped, mask, subtract_mean=False, eps=WHITEN_EPS)
-    after_end = torch.zeros_like(evaluation.bootstrap)
-    if config.bootstrap_truncated:
-        after_end = torch.where(rollout.finished, after_end, evaluation.bootstrap)
     advantages, targets = returns.gae(shaped, evaluation.values, mask, config.gamma, config.lam, after_end)
     return advantages, targets, shaped
 
 
-def _group_advantages(response_rewards: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
+def _group_advantages(final: Tensor, penalties: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
+    size = config.num_generations
     if config.advantage_estimator == "rloo":
-        per_response = returns.rloo_advantages(response_rewards, config.num_generations)
+        per_response = returns.rloo_advantages(final - penalties, size)
     else:
-        per_response = returns.grpo_advantages(response_rewards, config.num_generations, scale=True, eps=GROUP_EPS)
+        per_response = returns.grpo_advantages(final, penalties, size, config.scale_rewards, GROUP_EPS)
     return returns.to_tokens(per_response, mask)
 
 
@@ -138,11 +146,22 @@ def masked_std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def step_metrics(
-    rollout: Rollout, scores: Scores, evaluation: Evaluation, per_token: Tensor, kl_coef: float
+    rollout: Rollout,
+    scores: Scores,
+    evaluation: Evaluation,
+    per_token: Tensor,
+    kl_coef: float,
+    token_weights: Tensor | None = None,
 ) -> dict[str, float]:
-    """The contract's names for what was sampled: raw reward, true KL at the old policy, lengths, entropy, agreement."""
+    """The contract's names for what was sampled: raw reward, true KL at the old policy, lengths, entropy, agreement.
+
+    token_weights: as the loss has them. Tokens that an older adapter sampled estimate the KL of the newest one by the same
+    weights."""
     mask, old, ref = rollout.response_mask, evaluation.logprobs, scores.ref_logprobs
-    per_response = {name: masked_sum(f(old, ref), mask, dim=1).mean() for name, f in (("k1", kl.k1), ("k3", kl.k3))}
+    weights = torch.ones_like(old) if token_weights is None else token_weights
+    per_response = {
+        name: masked_sum(weights * f(old, ref), mask, dim=1).mean() for name, f in (("k1", kl.k1), ("k3", kl.k3))
+    }
     reward = scores.reward
     metrics: dict[str, Tensor | float] = {
         "reward/mean": reward.mean(),

@@ -72,6 +72,8 @@ class UpdateStats:
             "policy/epochs": float(self.epochs),
             "policy/skipped_updates": float(self.skipped),
         }
+        if "kl_loss" in self.sums:
+            found["loss/kl"] = self.sums["kl_loss"] / tokens
         if "value_tokens" in self.sums:
             found["loss/value"] = self.sums["value_loss"] / value_tokens
             found["value/clip_fraction"] = self.sums["value_clip_fraction"] / value_tokens
@@ -228,7 +230,7 @@ class Learner:
             self.engine.skip()
             stats.skipped, stats.left_out = stats.skipped + 1, norms
             return 0.0
-        self.engine.apply(learning_rates)
+        self.engine.apply(learning_rates, frozen=() if train_policy else ("policy",))
         stats.norms.append(norms)
         stats.maxima["ratio"] = max(stats.maxima["ratio"], ratio)
         stats.updates, stats.left_out = stats.updates + 1, {}
@@ -268,10 +270,13 @@ class Learner:
         weights = None if rows.token_weights is None else rows.token_weights[:, :width].to(new.device)
         policy, _, stats = losses.policy_loss_sum(new, old, advantages, mask, config.cliprange, weights)
         loss = policy if train_policy else policy * 0.0
-        if config.use_kl_loss and kl_coef:
-            loss = loss + kl_coef * losses.kl_loss_sum(config.kl_penalty, new, ref, mask, weights)[0]
         names = ("clip_fraction", "approx_kl", "ratio", "ratio_max", "ratio_max_deviation")
-        return loss, {"policy_loss": float(policy.detach()), **{name: float(stats[name]) for name in names}}
+        found = {"policy_loss": float(policy.detach()), **{name: float(stats[name]) for name in names}}
+        if config.use_kl_loss:
+            penalty, _ = losses.kl_loss_sum(config.kl_penalty, new, ref, mask, weights)
+            found["kl_loss"] = float(penalty.detach())
+            loss = loss + kl_coef * penalty if kl_coef else loss
+        return loss, found
 
     def _value_loss(self, values: Tensor, rows: Experience, mask: Tensor) -> tuple[Tensor, dict[str, float]]:
         config, width = self.config, values.shape[1]
@@ -307,9 +312,9 @@ class Learner:
 
 
 def trained_groups(models: RoleModels) -> list[ParameterGroup]:
-    """The policy's adapter; and the value model's adapter and head, in one group with the policy if they share the trunk.
+    """The policy's adapter; and the value model's adapter and head, or its head alone where it shares the policy's adapter.
 
-    A shared trunk's gradients cannot be told apart, so they are clipped together (the group is then called policy)."""
+    A shared adapter's gradients of both losses cannot be told apart: they belong to the policy, with its clip and its rate."""
     policy_binding = models.bindings["policy"]
     policy: dict[str, nn.Parameter] = {
         f"policy.{n}": p
@@ -319,13 +324,13 @@ def trained_groups(models: RoleModels) -> list[ParameterGroup]:
         return [ParameterGroup("policy", policy)]
     value_binding = models.bindings["value"]
     head = {f"value.head.{n}": p for n, p in models.head_of("value").named_parameters()}
-    if models.shares_trunk:
-        return [ParameterGroup("policy", policy | head)]
-    value_tensors = {
-        f"value.{n}": p
-        for n, p in adapter_parameters(models.stack_of("value").peft, str(value_binding.adapter)).items()
-    }
-    return [ParameterGroup("policy", policy), ParameterGroup("value", value_tensors | head)]
+    own: dict[str, nn.Parameter] = {}
+    if not models.shares_trunk:
+        own = {
+            f"value.{n}": p
+            for n, p in adapter_parameters(models.stack_of("value").peft, str(value_binding.adapter)).items()
+        }
+    return [ParameterGroup("policy", policy), ParameterGroup("value", own | head)]
 
 
 def _assemble(parts: list[tuple[Tensor, list[Tensor]]], rows: int, width: int) -> Evaluation:

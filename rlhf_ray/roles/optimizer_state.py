@@ -7,7 +7,7 @@ alone are not enough, Adam's step count must follow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,21 +24,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def export_state(engine: TrainingEngine) -> dict[str, Tensor]:
     """{parameter name}::{key} -> tensor on the CPU. A collective under ZeRO: every rank must call it."""
     if engine.zero_stage == 0:
-        return export_torch_state(engine.engine.optimizer, _parameters(engine))
+        return export_torch_state(engine.adam, _parameters(engine))
     found: dict[str, Tensor] = {}
-    for name, parameter in _parameters(engine).items():
-        for key, value in _zero_state(engine, parameter).items():
-            found[f"{name}::{key}"] = value.detach().cpu().clone()
+    if not engine.adam.state:
+        return found  # before the first step, where the accessors fail
+    for group, count in zip(engine.groups, _step_counts(engine)):
+        for name, parameter in group.parameters.items():
+            for key, value in _zero_state(parameter, count).items():
+                found[f"{name}::{key}"] = value.detach().cpu().clone()
     return found
 
 
 def restore_state(engine: TrainingEngine, stored: Mapping[str, Tensor]) -> None:
     """Put an exported state back. Raises ArtifactError if it names other parameters than the engine has."""
     parameters = _parameters(engine)
+    _check_names([set(group.parameters) for group in engine.groups], stored)
     if engine.zero_stage == 0:
-        restore_torch_state(engine.engine.optimizer, parameters, stored)
+        _put_torch_state(engine.adam, parameters, stored)
     else:
-        _check_names(parameters, stored)
         _restore_zero(engine, parameters, stored)
 
 
@@ -56,7 +59,13 @@ def restore_torch_state(
     optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]
 ) -> None:
     """Put back what `export_torch_state` gave. Raises ArtifactError if it names other parameters."""
-    _check_names(parameters, stored)
+    _check_names([set(parameters)], stored)
+    _put_torch_state(optimizer, parameters, stored)
+
+
+def _put_torch_state(
+    optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]
+) -> None:
     for name, parameter in parameters.items():
         prefix = f"{name}::"
         state = {k.removeprefix(prefix): v.clone() for k, v in stored.items() if k.startswith(prefix)}
@@ -70,13 +79,12 @@ def _as_it_was(key: str, value: Tensor, device: torch.device) -> Tensor | int:
     return value if value.is_floating_point() else int(value)
 
 
-def _check_names(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, Tensor]) -> None:
-    """Nothing at all is the state before the first update, where all so far were left out."""
-    if not stored:
-        return
+def _check_names(groups: Sequence[set[str]], stored: Mapping[str, Tensor]) -> None:
+    """A group of which nothing is stored has not been stepped yet: its updates were left out, or the value model warmed up."""
     names = {key.rpartition("::")[0] for key in stored}
-    if names != set(parameters):
-        different = sorted(names ^ set(parameters))
+    wanted = {name for group in groups if group & names for name in group}
+    if names != wanted:
+        different = sorted(names ^ wanted)
         raise ArtifactError.at(
             "optimizer.safetensors", f"parameters differ: {', '.join(different[:3])} ({len(different)})"
         )
@@ -86,15 +94,13 @@ def _parameters(engine: TrainingEngine) -> dict[str, torch.nn.Parameter]:
     return {name: p for group in engine.groups for name, p in group.parameters.items()}
 
 
-def _zero_state(engine: TrainingEngine, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+def _zero_state(parameter: torch.nn.Parameter, count: Tensor) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    if not engine.engine.optimizer.optimizer.state:
-        return {}  # before the first step, where the accessors fail
     state = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
     if any(v is None for v in state.values()):
         return {}
-    return {**state, "step": _zero_step(engine)}
+    return {**state, "step": count}
 
 
 def _restore_zero(
@@ -109,11 +115,12 @@ def _restore_zero(
         engine.accumulate(zero, last=True)
     engine.step({group.name: 0.0 for group in engine.groups})
     for name, parameter in parameters.items():
-        for key in MOMENTS if stored else ():  # the step above leaves moments of 0
-            _set_moment(parameter, stored[f"{name}::{key}"].to(parameter.device), key)
-    count = next((v for k, v in stored.items() if k.endswith("::step")), torch.tensor(0.0))
-    _set_zero_step(engine, count)
-    if not torch.equal(_zero_step(engine), count.float().cpu()):
+        for key in MOMENTS:
+            if f"{name}::{key}" in stored:  # else the step above leaves moments of 0
+                _set_moment(parameter, stored[f"{name}::{key}"].to(parameter.device), key)
+    counts = [stored.get(f"{next(iter(group.parameters))}::step", torch.tensor(0.0)) for group in engine.groups]
+    _set_step_counts(engine, counts)
+    if [float(count) for count in _step_counts(engine)] != [float(count) for count in counts]:
         raise ArtifactError.at("optimizer.safetensors", "this DeepSpeed does not take Adam's step count back")
 
 
@@ -135,14 +142,16 @@ def _set_moment(parameter: torch.nn.Parameter, value: Tensor, key: str) -> None:
         safe_set_full_optimizer_state(parameter, value, key)
 
 
-def _zero_step(engine: TrainingEngine) -> Tensor:
-    inner = engine.engine.optimizer.optimizer
-    counts = [torch.as_tensor(s["step"]).float().cpu() for s in inner.state.values() if "step" in s]
-    return counts[0] if counts else torch.tensor(0.0)
+def _step_counts(engine: TrainingEngine) -> list[Tensor]:
+    """Adam's step count of each group. Under ZeRO the wrapped torch optimizer holds it, for this rank's share of the group."""
+    return [
+        torch.as_tensor(engine.adam.state[group[0]]["step"]).float().cpu().clone() if group else torch.tensor(0.0)
+        for group in engine.flat_parameters()
+    ]
 
 
-def _set_zero_step(engine: TrainingEngine, count: Tensor) -> None:
-    """DeepSpeed has no public setter; under ZeRO the wrapped torch optimizer holds the count."""
-    for state in engine.engine.optimizer.optimizer.state.values():
-        if "step" in state:
+def _set_step_counts(engine: TrainingEngine, counts: Sequence[Tensor]) -> None:
+    """DeepSpeed has no public setter."""
+    for group, count in zip(engine.flat_parameters(), counts):
+        for state in (engine.adam.state[p] for p in group):
             state["step"] = count.clone() if isinstance(state["step"], Tensor) else float(count)

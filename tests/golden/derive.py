@@ -134,8 +134,11 @@ def whitening() -> dict[str, object]:
 
 def groups() -> dict[str, object]:
     scores, k, eps = [1.0, 2.0, 6.0, -0.5, 0.25, 0.25], 3, 1e-4
-    rloo, grpo, unscaled = [], [], []
-    for g in (scores[:k], scores[k:]):
+    penalties = [0.1, 0.4, 0.1, 0.0, 0.3, 0.3]
+    _, batch_var = mean_var(scores)
+    batch_std = math.sqrt(batch_var * len(scores) / (len(scores) - 1))
+    rloo, grpo, unscaled, batch, penalised = [], [], [], [], []
+    for g, p in ((scores[:k], penalties[:k]), (scores[k:], penalties[k:])):
         mean, var = mean_var(g)
         sample_std = math.sqrt(var * k / (k - 1))
         for i, own in enumerate(g):
@@ -143,7 +146,19 @@ def groups() -> dict[str, object]:
             rloo.append(own - math.fsum(others) / len(others))
             unscaled.append(own - mean)
             grpo.append((own - mean) / (sample_std + eps))
-    return {"scores": scores, "group_size": k, "eps": eps, "rloo": rloo, "grpo": grpo, "grpo_unscaled": unscaled}
+            batch.append((own - mean) / (batch_std + eps))
+            penalised.append((own - mean) / (sample_std + eps) - (p[i] - math.fsum(p) / k))
+    return {
+        "scores": scores,
+        "penalties": penalties,
+        "group_size": k,
+        "eps": eps,
+        "rloo": rloo,
+        "grpo": grpo,
+        "grpo_unscaled": unscaled,
+        "grpo_batch": batch,
+        "grpo_penalised": penalised,
+    }
 
 
 # --- losses --------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,13 @@ def share_of_ascii(prompts: Sequence[str], completions: Sequence[str]) -> list[f
 
 
 @pytest.mark.integration
-def test_two_steps_equal_those_of_the_real_loop(ppo_job: Callable[..., PPOConfig]) -> None:
-    changes = {"kl_controller": "adaptive", "bootstrap_truncated": True, "eval_on_start": False}
+@pytest.mark.parametrize(
+    "changes",
+    [{"kl_controller": "adaptive"}, {"bootstrap_truncated": True, "response_length": 40}],
+    ids=["adaptive", "bootstrap"],
+)
+def test_two_steps_equal_those_of_the_real_loop(ppo_job: Callable[..., PPOConfig], changes: dict[str, Any]) -> None:
+    changes |= {"eval_on_start": False}
     run = ppo(ppo_job("real", max_steps=2, **changes))
     adapter, metrics = minimal_ppo(ppo_job("minimal", max_steps=2, **changes), share_of_ascii, steps=2)
     real = {row["step"]: row for row in read_metrics(Path(run.run_dir) / "metrics.jsonl")}
@@ -32,7 +38,7 @@ def test_two_steps_equal_those_of_the_real_loop(ppo_job: Callable[..., PPOConfig
     assert adapter.keys() == trained.keys()
     worst = max(float((adapter[name] - tensor).abs().max()) for name, tensor in trained.items())
     moved = max(float(tensor.abs().max()) for name, tensor in trained.items() if "lora_B" in name)
-    assert worst <= 1e-7 and moved > 1e-4, "two real optimizer steps, the same ones"
+    assert worst <= 1e-6 and moved > 1e-4, "two real optimizer steps, the same ones"
 
 
 @pytest.mark.integration

@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(ppo_job: Job, stage: int, m
     [
         {"advantage_estimator": "rloo", "num_generations": 4},
         {"advantage_estimator": "grpo", "num_generations": 4, "use_kl_loss": True, "kl_penalty": "bregman"},
-        {"value": {"adapter": "shared"}, "kl_penalty": "jensen_shannon"},
+        {"value": {"adapter": "shared"}, "kl_penalty": "jensen_shannon", "load_best_model_at_end": True},
         {
             "value": {"warmup_steps": 1, "learning_rate": 5e-3},
             "kl_penalty": "squared_error",
@@ -168,6 +168,43 @@ def test_every_variant_runs(ppo_job: Job, changes: dict[str, Any]) -> None:
     assert last["ratio/first_minibatch_max_deviation"] == 0.0
     if "target_kl" in changes:
         assert last["policy/epochs"] == 1.0
+    if "use_kl_loss" in changes:
+        assert last["loss/kl"] > 0.0
+
+
+@pytest.mark.parametrize("adapter", ["own", "shared"])
+def test_while_the_value_model_warms_up_it_learns_and_the_policy_does_not(
+    ppo_job: Job, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared adapter's head has its own learning rate; the two were one group, in which the warm-up trained nothing. Adam's step
+    count of the policy starts with its first step."""
+    value = {"adapter": adapter, "warmup_steps": 1, "learning_rate": 5e-3}
+    common: dict[str, Any] = {"value": value, "save_steps": 1, "max_steps": 2, "eval_on_start": False}
+    common |= {"warmup_steps": 0, "lr_scheduler_type": "constant"}
+    done = run(ppo_job("warm", **common))
+    rows = {row["step"]: row for row in read_metrics(Path(done.run_dir) / "metrics.jsonl")}
+    assert [rows[n]["lr/policy"] for n in (1, 2)] == [0.0, 1e-3] and rows[1]["lr/value"] == 5e-3
+    first, second = (Path(done.run_dir) / "checkpoints" / f"step_00000{n}" for n in (1, 2))
+    policy = [{k: t for k, t in weights(folder).items() if "lora_B" in k} for folder in (first, second)]
+    assert not any(bool(t.any()) for t in policy[0].values()) and any(bool(t.any()) for t in policy[1].values())
+    states = [load_file(folder / "optimizer.safetensors") for folder in (first, second)]
+    assert {k for k in states[0] if not k.startswith("value.")} == set(), "Adam has not heard of the policy yet"
+    steps = {k.split(".")[0]: float(v) for k, v in states[1].items() if k.endswith("::step")}
+    assert steps == {"policy": 4.0, "value": 8.0}
+    head = "value.head.weight::exp_avg"
+    assert states[0][head].any() and rows[2]["value/explained_variance"] != rows[1]["value/explained_variance"]
+    monkeypatch.setenv("FAIL_AT_CALL", "4")  # in step 2: its checkpoint holds no state of the policy's
+    with pytest.raises(Interrupted):
+        run(ppo_job("broken", **common))
+    monkeypatch.delenv("FAIL_AT_CALL")
+    resumed = run(ppo_job("broken", **common, resume="auto"))
+    assert same(weights(done.run_dir), weights(resumed.run_dir))
+    assert same(weights(done.run_dir, "value"), weights(resumed.run_dir, "value"))
+
+
+def test_a_warm_up_that_leaves_no_step_for_the_policy_is_refused(ppo_job: Job) -> None:
+    with pytest.raises(ConfigError, match=r"value.warmup_steps: the run has 3 steps.*expected less than 3; got 3"):
+        run(ppo_job("idle", value={"warmup_steps": 3}))
 
 
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])

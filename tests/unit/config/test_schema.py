@@ -56,7 +56,7 @@ def test_required_fields_come_first_and_defaults_read_like_yaml() -> None:
     assert (rows["learning_rate"].default, rows["learning_rate"].type) == ("2e-5", "number > 0")
     assert (rows["sft"].default, rows["sft"].type) == ("null", "text or null")
     assert rows["report_to"].default == "[tensorboard]"
-    assert rows["whiten_advantages"].default == "true"
+    assert rows["eval_on_start"].default == "true"
     assert rows["kl_penalty"].type.startswith("one of kl, clamped_kl, bregman")
     assert rows["lora.r"].type == "integer from 1 to 1024"
     assert rows["data.train"].type == "text or list of texts"

@@ -135,9 +135,13 @@ def test_precision_near_zero_in_float32() -> None:
     assert (k3 - kl.k3(d.float().double(), zero.double())).abs().max() < 1e-7
 
 
-def test_clamping_of_bregman_is_bounded_and_counted() -> None:
+def test_bregman_is_a_straight_line_below_its_limit_and_nothing_is_cut_above() -> None:
     logprobs, ref = _at([-1000.0, -20.5, -20.0, 0.0, 19.9, 21.0])
-    assert kl.k3(logprobs, ref).max().item() == pytest.approx(math.expm1(20) - 20, rel=1e-12)
+    at_limit = math.expm1(20) - 20
+    expected = [at_limit + 980 * math.expm1(20), at_limit + 0.5 * math.expm1(20), at_limit]
+    assert kl.k3(logprobs, ref)[:3].tolist() == pytest.approx(expected, rel=1e-12)
+    far = kl.k3(*_at([23.22, 20.0, 100.0]))
+    assert far.tolist() == pytest.approx([22.22, 19.0, 99.0], abs=1e-8), "it was 19 from d = 20 on"
     mask = torch.tensor([True, True, True, True, True, False])
     assert kl.clamped_share(logprobs, ref, mask).item() == pytest.approx(2 / 5)
     assert kl.clamped_share(logprobs, ref, torch.zeros(6, dtype=torch.bool)).item() == 0

@@ -6,6 +6,8 @@ loss, k is differentiated at the sampled tokens: sum_v p_v grad k_v. Both sums r
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +87,15 @@ def test_in_the_reward_k3_and_js_pull_far_less_than_k1_near_the_reference(theta,
         assert pull[weak] < 0.3 * pull["kl"]
     assert 0.3 * pull["kl"] < pull["clamped_kl"] < pull["kl"]
     assert pull["none"] == 0
+
+
+def test_the_gradient_of_k3_never_dies() -> None:
+    """1 - e^-d, and its value at -20 below that. Clamped on both sides it was 0 beyond 20 nats, just where the pull is needed."""
+    at = [-50.0, -20.5, -1.0, 0.0, 1e-3, 1.0, 20.5, 50.0]
+    for dtype, close in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        d = torch.tensor(at, dtype=dtype, requires_grad=True)
+        found = _grad(kl.penalty("bregman", d, torch.zeros_like(d)).sum(), d)
+        assert found.tolist() == pytest.approx([1 - math.exp(-max(x, -20.0)) for x in at], rel=close, abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", [k for k in kl.KINDS if k != "none"])

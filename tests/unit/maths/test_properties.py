@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -156,14 +155,10 @@ def test_penalties_depend_on_the_difference_alone_and_keep_their_signs(d, base) 
     assert exact["jensen_shannon"] <= 0.5 * math.log(2) + 1e-7
 
 
-def _grouped(function: Callable[..., Tensor], *args) -> Callable[[Tensor, int], Tensor]:
-    return lambda scores, k: function(scores, k, *args)
-
-
 GROUPED = {
-    "rloo": _grouped(returns.rloo_advantages),
-    "grpo": _grouped(returns.grpo_advantages, True, 1e-4),
-    "grpo unscaled": _grouped(returns.grpo_advantages, False, 1e-4),
+    "rloo": returns.rloo_advantages,
+    "grpo": lambda scores, k: returns.grpo_advantages(scores, torch.zeros_like(scores), k, "group", 1e-4),
+    "grpo unscaled": lambda scores, k: returns.grpo_advantages(scores, torch.zeros_like(scores), k, "none", 1e-4),
 }
 
 

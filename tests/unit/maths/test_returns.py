@@ -38,7 +38,7 @@ def test_fact_8_a_coefficient_of_zero_leaves_exactly_the_score(reply_mask) -> No
     penalty = torch.tensor([[torch.inf, torch.nan, 3.0]])
     shaped = returns.shape_rewards(torch.tensor([2.0]), penalty, 0.0, reply_mask([2], 3))
     assert shaped.tolist() == [[0.0, 2.0, 0.0]]
-    assert returns.response_scores(torch.tensor([2.0]), penalty, 0.0, reply_mask([2], 3)).tolist() == [2.0]
+    assert returns.response_penalties(penalty, 0.0, reply_mask([2], 3)).tolist() == [0.0]
 
 
 def test_shaping_refuses_empty_replies_and_wrong_shapes(reply_mask) -> None:
@@ -125,18 +125,44 @@ def test_group_baselines_golden(golden) -> None:
     g = golden["groups"]
     scores = torch.tensor(g["scores"])
     assert returns.rloo_advantages(scores, 3).tolist() == pytest.approx(g["rloo"], abs=1e-6)
-    assert returns.grpo_advantages(scores, 3, True, g["eps"]).tolist() == pytest.approx(g["grpo"], abs=1e-6)
-    assert returns.grpo_advantages(scores, 3, False, g["eps"]).tolist() == pytest.approx(g["grpo_unscaled"], abs=1e-6)
+    none = torch.zeros(6)
+    for scale, name in (("group", "grpo"), ("batch", "grpo_batch"), ("none", "grpo_unscaled")):
+        found = returns.grpo_advantages(scores, none, 3, scale, g["eps"])
+        assert found.tolist() == pytest.approx(g[name], abs=1e-6), scale
+    charged = returns.grpo_advantages(scores, torch.tensor(g["penalties"]), 3, "group", g["eps"])
+    assert charged.tolist() == pytest.approx(g["grpo_penalised"], abs=1e-6)
+    with pytest.raises(ValueError, match="scale_rewards: expected group, batch or none, got 'std'"):
+        returns.grpo_advantages(scores, none, 3, "std", 1e-4)
+
+
+@pytest.mark.parametrize("kl_coef", [0.001, 0.01, 0.05])
+def test_a_group_of_equal_scores_learns_from_the_penalty_at_its_own_size(kl_coef: float) -> None:
+    """8 equal scores, KL 2 +- 0.5 nats. Divided by the spread of score minus penalty the advantages were 0.81 to 0.93, whatever the
+    coefficient; RLOO's are k / (k - 1) times the right ones."""
+    nats = 2 + 0.5 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    scores, penalties = torch.full((8,), 0.7), kl_coef * nats
+    found = returns.grpo_advantages(scores, penalties, 8, "group", 1e-4)
+    assert float(found.square().mean().sqrt()) == pytest.approx(kl_coef * float(nats.std(correction=0)), rel=1e-5)
+    torch.testing.assert_close(found * 8 / 7, returns.rloo_advantages(scores - penalties, 8), rtol=1e-4, atol=1e-6)
 
 
 def test_a_group_of_equal_scores_has_advantage_exactly_zero() -> None:
     for k in range(2, 12):  # in float32 the mean of k equal numbers is often not that number
         scores = torch.linspace(0.01, 5.0, 97).repeat_interleave(k)
         assert not returns.rloo_advantages(scores, k).any()
-        assert not returns.grpo_advantages(scores, k, True, 1e-4).any()
+        assert not returns.grpo_advantages(scores, torch.zeros_like(scores), k, "group", 1e-4).any()
+        assert returns.equal_groups(scores, k).all()
 
 
-@pytest.mark.parametrize("function", [returns.rloo_advantages, lambda s, k: returns.grpo_advantages(s, k, True, 1e-4)])
+def test_groups_of_equal_scores_are_found() -> None:
+    scores = torch.tensor([0.1, 0.1, 0.1, 0.2, 0.0, 0.0])
+    assert returns.equal_groups(scores, 2).tolist() == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [returns.rloo_advantages, lambda s, k: returns.grpo_advantages(s, torch.zeros_like(s), k, "group", 1e-4)],
+)
 def test_group_size_is_checked(function) -> None:
     for k in (1, 0):
         with pytest.raises(ValueError, match="num_generations: expected at least 2"):
@@ -148,8 +174,8 @@ def test_group_size_is_checked(function) -> None:
 def test_reply_scores_and_broadcast_to_tokens(reply_mask) -> None:
     mask = reply_mask([2, 3], 3)
     penalty = torch.tensor([[1.0, 2.0, 100.0], [1.0, 1.0, 1.0]])
-    scores = returns.response_scores(torch.tensor([1.0, 1.0]), penalty, 0.5, mask)
-    assert scores.tolist() == [-0.5, -0.5]
+    assert returns.response_penalties(penalty, 0.5, mask).tolist() == [1.5, 1.5]
+    assert returns.response_penalties(penalty * torch.inf, 0.0, mask).tolist() == [0.0, 0.0]
     assert returns.to_tokens(torch.tensor([2.0, 3.0]), mask).tolist() == [[2, 2, 0], [3, 3, 3]]
 
 

@@ -14,8 +14,9 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.deepspeed import OUR_KEYS
 from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.zero3 import gathered
 from rlhf_ray.roles.deepspeed_engine import ParameterGroup, TrainingEngine, deepspeed_settings
-from rlhf_ray.roles.optimizer_state import export_state
+from rlhf_ray.roles.optimizer_state import export_state, restore_state
 from rlhf_ray.runtime.session import process_session
 
 
@@ -68,6 +69,12 @@ def _engine(zero_stage: int, **optim: Any) -> tuple[nn.Module, TrainingEngine]:
     return module, TrainingEngine(module, groups, PPOConfig.model_validate(job | optim), zero_stage, None, 1)
 
 
+def _weights(engine: TrainingEngine) -> dict[str, torch.Tensor]:
+    parameters = {group.name: p for group in engine.groups for p in group.parameters.values()}
+    with gathered(parameters.values()):
+        return {name: p.detach().clone() for name, p in parameters.items()}
+
+
 def _gradients(engine: TrainingEngine, policy: float, value: float) -> None:
     """Leave gradients of these norms."""
     x = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
@@ -89,3 +96,59 @@ def test_each_group_is_clipped_to_max_grad_norm_and_nothing_more(
     state = export_state(engine)
     given = {name: 10 * float(state[f"{name}.weight::exp_avg"].norm()) for name in ("policy", "value")}
     assert given == pytest.approx({"policy": policy, "value": value}, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_frozen_group_is_as_if_it_had_never_been_there(stage: int) -> None:
+    """While the value model warms up. Stepped at a learning rate of 0 with gradients of 0, Adam counted steps, and the correction
+    of its start was gone when the policy's first real gradient came: its first step was up to 4 times too large."""
+    rates = {"policy": 1e-2, "value": 1e-2}
+    moved = []
+    for idle_steps in (0, 3):
+        _, engine = _engine(stage)
+        for _ in range(idle_steps):
+            _gradients(engine, 0.0, 1.0)
+            engine.clip()
+            engine.apply({**rates, "policy": 0.0}, frozen=("policy",))
+        before = _weights(engine)["policy"]
+        _gradients(engine, 0.5, 1.0)
+        engine.clip()
+        engine.apply(rates)
+        moved.append(_weights(engine)["policy"] - before)
+        state = export_state(engine)
+        assert [float(state[f"{n}.weight::step"]) for n in ("policy", "value")] == [1.0, 1.0 + idle_steps]
+    assert moved[0].abs().max() == pytest.approx(1e-2, rel=1e-3)
+    torch.testing.assert_close(moved[1], moved[0])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_state_with_a_group_that_was_never_stepped_comes_back(stage: int, steps: int) -> None:
+    """A checkpoint in the middle of the value model's warm-up, and one before any step; also from another ZeRO stage."""
+    module, engine = _engine(stage)
+    for _ in range(steps):
+        _gradients(engine, 0.5, 1.0)
+        engine.clip()
+        engine.apply({"policy": 0.0, "value": 1e-2}, frozen=("policy",))
+    stored, kept = export_state(engine), _weights(engine)
+    for other in (0, stage):
+        again_module, again = _engine(other)
+        with gathered(again_module.parameters()), torch.no_grad():
+            for name, weight in kept.items():
+                again_module[name].weight.copy_(weight)
+        restore_state(again, stored)
+        after = []
+        for one in (engine, again):
+            _gradients(one, 0.5, 1.0)
+            one.clip()
+            one.apply({"policy": 1e-2, "value": 1e-2})
+            after.append((_weights(one), export_state(one)))
+        torch.testing.assert_close(after[1][0], after[0][0])
+        assert after[1][1].keys() == after[0][1].keys()
+        for key, value in after[0][1].items():
+            torch.testing.assert_close(after[1][1][key].float(), value.float(), msg=key)
+        module, engine = _engine(stage)
+        with gathered(module.parameters()), torch.no_grad():
+            for name, weight in kept.items():
+                module[name].weight.copy_(weight)
+        restore_state(engine, stored)

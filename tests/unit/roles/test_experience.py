@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,11 @@ def parts() -> tuple[Rollout, Scores, Evaluation]:
     return rollout, scores, Evaluation(old, torch.zeros(2, 4), values, torch.tensor([9.0, 0.5]))
 
 
+def capped(*finished: bool) -> Rollout:
+    """The rollout of `parts`, with other replies finished; row 1, of 2 tokens, is not."""
+    return replace(parts()[0], finished=torch.tensor(finished or (True, False)))
+
+
 def test_gae_by_hand() -> None:
     """Row 0: rewards -0.05 x (0.2, -0.4, 0.4) and the score 1 on the last: (-.01, .02, .98), the golden row of seeds 3.3."""
     experience, metrics = make_experience(*parts(), config(kl_coef=0.05), 0.05, RunningMoments())
@@ -53,14 +59,26 @@ def test_gae_by_hand() -> None:
 
 
 def test_a_reply_that_was_cut_off_may_take_the_critics_word_for_the_rest() -> None:
+    """Its score is in that word: with a score of 2 and a value of 0.5 after it, its returns are 0.5, not 2.5."""
     plain, _ = make_experience(*parts(), config(), 0.0, RunningMoments())
-    more, _ = make_experience(*parts(), config(bootstrap_truncated=True), 0.0, RunningMoments())
-    assert torch.allclose(more.returns[1, 1] - plain.returns[1, 1], torch.tensor(0.5))
-    assert torch.equal(more.returns[0], plain.returns[0]), "a finished reply has nothing after it"
+    more, _ = make_experience(*parts(), config(bootstrap_truncated=True, lam=1.0), 0.0, RunningMoments())
+    assert plain.returns[1].tolist() == pytest.approx([1.9, 2.0, 0.0, 0.0])
+    assert more.returns[1].tolist() == pytest.approx([0.5, 0.5, 0.0, 0.0])
+    assert torch.allclose(more.returns[0, 2], plain.returns[0, 2]), "a finished reply has nothing after it"
+
+
+def test_a_critic_that_is_right_has_nothing_to_learn_from_a_cut_reply() -> None:
+    """A reply worth 1 however it goes on, and V = 1 everywhere: the targets were 2, one for the score and one for the value."""
+    rollout, _, evaluation = parts()
+    scores = Scores(torch.ones(2), torch.zeros(2, 4), torch.arange(2))
+    right = Evaluation(torch.zeros(2, 4), evaluation.entropy, MASK.float(), torch.ones(2))
+    experience, _ = make_experience(rollout, scores, right, config(bootstrap_truncated=True), 0.0, RunningMoments())
+    assert torch.equal(experience.returns, MASK.float()) and not experience.advantages.any()
 
 
 def test_kl_in_the_loss_leaves_the_reward_alone() -> None:
-    a, _ = make_experience(*parts(), config(use_kl_loss=True), 0.5, RunningMoments())
+    made = config(use_kl_loss=True, kl_penalty="squared_error")
+    a, _ = make_experience(*parts(), made, 0.5, RunningMoments())
     b, _ = make_experience(*parts(), config(), 0.0, RunningMoments())
     assert torch.equal(a.advantages, b.advantages)
 
@@ -74,14 +92,12 @@ def test_whitening_ignores_padding() -> None:
 
 
 def test_scores_in_their_order_eos_penalty_baseline_scale_clip() -> None:
-    made = config(missing_eos_penalty=1.0, reward_baseline=0.5, reward_clip=0.4)
-    assert torch.allclose(
-        final_scores(parts()[1], torch.tensor([True, False]), made, RunningMoments()), torch.tensor([0.4, 0.4])
-    )
+    made = config(missing_eos_penalty=1.0, reward_baseline=0.5, reward_clip=0.4, response_length=2)
+    assert torch.allclose(final_scores(parts()[1], capped(), made, RunningMoments()), torch.tensor([0.4, 0.4]))
     scaled = config(normalize_rewards=True)
     ten = Scores(torch.tensor([10.0, 20.0]), torch.zeros(2, 4), torch.arange(2))
-    one = final_scores(parts()[1], torch.tensor([True, True]), scaled, RunningMoments())
-    assert torch.allclose(one, final_scores(ten, torch.tensor([True, True]), scaled, RunningMoments())), (
+    one = final_scores(parts()[1], capped(True, True), scaled, RunningMoments())
+    assert torch.allclose(one, final_scores(ten, capped(True, True), scaled, RunningMoments())), (
         "F4: scale of the reward"
     )
 
@@ -95,13 +111,48 @@ def test_rloo_by_hand() -> None:
     assert experience.advantages.tolist() == [[-1, -1, -1, 0], [1, 1, 0, 0]]
 
 
+def group_of_two(score: float, **changes: Any) -> Any:
+    """Advantages and metrics of two replies of equal score to one prompt, whose penalties are 0.2 and 0."""
+    rollout, _, evaluation = parts()
+    scores = Scores(torch.full((2,), score), torch.zeros(2, 4), torch.arange(2))
+    made = config(num_generations=2, **changes)
+    alone = Evaluation(evaluation.logprobs, evaluation.entropy, None, None)
+    return make_experience(rollout, scores, alone, made, made.kl_coef, RunningMoments())
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_scores_leave_grpo_the_penalty_at_its_own_size(scale: str) -> None:
+    """Row 0 is 0.2 nats from the reference, row 1 none: 0.05 x (0.1, -0.1) whatever the scaling. It was (0.70, -0.70)."""
+    experience, _ = group_of_two(3.0, advantage_estimator="grpo", scale_rewards=scale, kl_coef=0.05)
+    assert torch.allclose(experience.advantages[:, 0], torch.tensor([-0.005, 0.005]), atol=1e-7)
+
+
+def test_group_advantages_are_whitened_where_the_job_says_so() -> None:
+    """The field had no effect with rloo and grpo."""
+    plain, _ = group_of_two(3.0, advantage_estimator="rloo", kl_coef=0.05, whiten_advantages=None)
+    white, _ = group_of_two(3.0, advantage_estimator="rloo", kl_coef=0.05, whiten_advantages=True)
+    assert torch.allclose(plain.advantages[:, 0], torch.tensor([-0.01, 0.01]), atol=1e-7)
+    real = white.advantages[MASK]
+    assert real.mean().abs() < 1e-6 and (real.std(correction=0) - 1).abs() < 1e-3
+
+
 def test_only_replies_that_were_cut_off_pay_the_missing_eos_penalty() -> None:
     """F9: decided by whether an end token was sampled, so a finished reply is never charged and a capped one always is."""
     scores = parts()[1]  # 1 and 2
-    finished = torch.tensor([True, False])
-    assert final_scores(scores, finished, config(missing_eos_penalty=1.5), RunningMoments()).tolist() == [1.0, 0.5]
-    assert final_scores(scores, ~finished, config(missing_eos_penalty=1.5), RunningMoments()).tolist() == [-0.5, 2.0]
-    assert final_scores(scores, finished, config(missing_eos_penalty=None), RunningMoments()).tolist() == [1.0, 2.0]
+    for finished, expected in (((True, False), [1.0, 0.5]), ((False, True), [-0.5, 2.0])):
+        made = config(missing_eos_penalty=1.5, response_length=2)
+        assert final_scores(scores, capped(*finished), made, RunningMoments()).tolist() == expected
+    none = config(missing_eos_penalty=None, response_length=2)
+    assert final_scores(scores, capped(), none, RunningMoments()).tolist() == [1.0, 2.0]
+
+
+def test_a_drawn_length_is_not_the_replys_fault() -> None:
+    """Row 1 was cut off after 2 of 3 tokens, by the budget that min_response_length drew for it; in the other job at the limit."""
+    scores = parts()[1]
+    drawn = config(missing_eos_penalty=1.5, min_response_length=1, response_length=3)
+    assert final_scores(scores, capped(), drawn, RunningMoments()).tolist() == [1.0, 2.0]
+    limit = config(missing_eos_penalty=1.5, min_response_length=1, response_length=2)
+    assert final_scores(scores, capped(), limit, RunningMoments()).tolist() == [1.0, 0.5]
 
 
 def test_the_true_kl_is_logged_whatever_the_penalty() -> None:
@@ -128,6 +179,8 @@ def test_tokens_of_an_older_adapter_count_by_their_truncated_ratio() -> None:
     assert torch.allclose(experience.token_weights[1], MASK[1].float())
     assert metrics["sampler/importance_weight"] == pytest.approx((float(row.sum()) + 2) / 5)
     assert metrics["sampler/importance_clipped"] == pytest.approx(1 / 5)
+    weighted = float(row[:3] @ torch.tensor([0.2, -0.4, 0.4])) / 2
+    assert metrics["kl/k1_per_response"] == pytest.approx(weighted), "k1 as the loss weighs its tokens; it was 0.1"
     fresh, without = make_experience(*parts(), config(), 0.0, RunningMoments())
     assert fresh.token_weights is None and "sampler/importance_weight" not in without
     assert torch.equal(fresh.advantages, experience.advantages), "advantages are not weighted, losses are"

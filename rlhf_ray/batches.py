@@ -171,7 +171,8 @@ class Rollout(_Rows):
 class Scores(_Rows):
     """What the scorer says of a rollout, row by row.
 
-    reward: f32[B], the weighted sum, raw.  parts: name -> f32[B], each reward before its weight.
+    reward: f32[B], the weighted sum, raw; not finite where there is none.  parts: name -> f32[B], each reward before its weight,
+    NaN where it does not apply, infinite where it is broken.
     ref_logprobs: f32[B, R], log-probabilities of the sampled tokens under the reference policy, 0 outside the mask.
     drift: f32[B], 1 where a reward model with its own tokenizer read text that is not quite the sampled ids; None without one.
     """

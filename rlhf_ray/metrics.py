@@ -124,6 +124,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("eval/entropy", "nats", "entropy per token on held-out prompts"),
     ("eval/rows", "", "held-out rows evaluated"),
     # Comparison of policies: one metric per policy, the policy's name after the last slash
+    ("reward_applies/*", "share", "replies that one reward has a number for, where that is not all"),
     ("reward_se/*", "reward", "standard error of a policy's reward"),
     ("true_reward/*", "reward", "a policy's score under the bundled task's own rule, which no training stage sees"),
     ("true_reward_se/*", "reward", "standard error of a policy's true reward"),

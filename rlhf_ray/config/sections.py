@@ -187,10 +187,12 @@ class RewardSource(Section):
     model: Path | None = field(None, "a one-label sequence-classification checkpoint (path or Hub id)")
     function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")] | None = field(
         None,
-        "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns); what it draws from"
-        " random, numpy.random or torch depends on the texts alone",
+        "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns); None for a reply that it"
+        " does not apply to; what it draws from random, numpy.random or torch depends on the texts alone",
     )
-    weight: Float = field(1.0, "factor in the sum of rewards")
+    weight: Float = field(
+        1.0, "factor in the sum of rewards; 0: measured only, it can neither stop training nor cost a reply its place"
+    )
     template: str | None = field(
         None, "prompt template of a reward model with another tokenizer; default: the one it records, else the job's"
     )

@@ -377,6 +377,8 @@ class PPOConfig(JobFields, OptimFields):
             )
         problems += self._zero_rules()
         names = [r.name for r in self.rewards]
+        if not any(r.weight for r in self.rewards):
+            problems.append("rewards: all weights are 0, so nothing is maximised; give one of them a weight")
         if len(set(names)) != len(names):
             problems.append(f"rewards: names repeat: {', '.join(names)}; give each its own name")
         if self.value.init_from and self.value.init_from != "policy" and self.value.init_from[7:] not in names:

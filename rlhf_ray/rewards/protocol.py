@@ -62,6 +62,11 @@ class RewardInputs:
             yield rows, to_device(Sequences.trim(some.tokens, some.prompt_mask, some.response_mask), device)
 
 
+def broken_as_inf(scores: Tensor) -> Tensor:
+    """`scores` of a reward that applies to every reply: what is not a number in them is a fault, not an abstention."""
+    return torch.nan_to_num(scores, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
 class Reward(ABC):
     """name: of its metric, `reward/<name>`.  weight: its factor in the sum of a job's rewards."""
 
@@ -70,7 +75,8 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, inputs: RewardInputs) -> Tensor:
-        """f32[rows] on the CPU, NaN where it has none for a reply."""
+        """f32[rows] on the CPU: NaN where the reward does not apply to a reply, infinite where it should have a number and has none
+        (`broken_as_inf`)."""
 
     def join(self) -> None:  # noqa: B027  (most kinds make no collective pass)
         """Under ZeRO-3, what a rank without a rollout does while others score theirs: the same passes, over one token."""

@@ -22,7 +22,7 @@ from rlhf_ray.data.templates import Template
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.forward import to_device
 from rlhf_ray.models.zero3 import MaxOverRanks, lockstep_batches, padding_batch
-from rlhf_ray.rewards.protocol import Reward, RewardInputs
+from rlhf_ray.rewards.protocol import Reward, RewardInputs, broken_as_inf
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class RetokenisedReward(Reward):
         for batch in lockstep_batches(len(inputs), self.rows_per_forward, self.max_over_ranks):
             seq = self.reader.sequences([p for p, _ in fitted[batch]], [r for _, r in fitted[batch]])
             found[batch] = self.models("rewards", self.role, seq).float().cpu()
-        return found
+        return broken_as_inf(found)
 
     @torch.no_grad()
     def join(self) -> None:

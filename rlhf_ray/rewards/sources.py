@@ -20,7 +20,7 @@ from rlhf_ray.batches import Sequences
 from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
-from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
+from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts, broken_as_inf
 from rlhf_ray.runtime.session import global_generators
 from rlhf_ray.storage.run_folder import sha256_file
 
@@ -53,7 +53,7 @@ class ModelReward(Reward):
         found = torch.zeros(len(inputs))
         for rows, seq in inputs.sequences(self.rows_per_forward, self.device, self.max_over_ranks):
             found[rows] = self.score_sequences(seq).cpu()
-        return found
+        return broken_as_inf(found)
 
     def score_sequences(self, seq: Sequences) -> Tensor:
         """f32[M]: of one forward pass, on the models' device."""
@@ -81,7 +81,7 @@ class FunctionReward(Reward):
         return self.score_texts(inputs.texts)
 
     def score_texts(self, texts: Texts) -> Tensor:
-        """f32[rows]: what the function returns, NaN where it has no number for one. If it raises it is asked again, twice.
+        """f32[rows]: what the function returns, NaN for None, infinite for NaN. If it raises it is asked again, twice.
 
         Raises Interrupted if it raises to the end, or returns anything but one number per row: it is mended, and the run goes
         on."""
@@ -122,7 +122,8 @@ def _spoken(texts: Texts) -> dict[str, Any]:
 
 
 def checked_rewards(got: Any, rows: int, where: str) -> Tensor:
-    """f32[rows], NaN where there is not a number: a made-up one would train on noise. Raises Interrupted for anything else.
+    """f32[rows], NaN for None (the reward does not apply to this reply, as in TRL), infinite for a NaN, which is a fault: a made-up
+    number would train on noise. Raises Interrupted for anything else.
 
     Text and dicts are refused although numbers can be read out of them: nobody can know which are meant."""
     if isinstance(got, (str, bytes, Mapping, Set)):
@@ -141,20 +142,21 @@ def _reward(value: Any, row: int, where: str) -> float:
     if isinstance(value, (str, bytes)):
         raise _no_numbers(where, f"{value[:40]!r} for reply {row}")
     try:
-        return math.nan if value is None else float(value)
+        number = math.nan if value is None else float(value)
     except OverflowError as error:
         raise _no_numbers(where, f"{type(value).__name__} over the largest float for reply {row}") from error
     except Exception as error:
         raise _no_numbers(where, f"{type(value).__name__} for reply {row}") from error
+    return math.inf if value is not None and math.isnan(number) else number
 
 
 def _no_numbers(where: str, got: str) -> Interrupted:
     return Interrupted.at(where, "did not return a list of numbers", "list[float]", got, MEND)
 
 
-def all_finite(values: Tensor, where: str) -> Tensor:
-    """`values`, f32[rows], where none may be missing. Raises InvariantError naming the first row that is not finite."""
-    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+def none_broken(values: Tensor, where: str) -> Tensor:
+    """`values`, f32[rows], NaN where the reward does not apply. Raises InvariantError naming the first row that is infinite."""
+    bad = torch.isinf(values).nonzero().flatten().tolist()
     if bad:
         what = f"reward of row {bad[0]} is not finite ({len(bad)} of {len(values)})"
         raise InvariantError.at(where, what, got=str(float(values[bad[0]])))

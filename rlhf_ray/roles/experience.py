@@ -178,7 +178,11 @@ def step_metrics(
         "tokens/generated": int(mask.sum()),
     }
     for name, part in scores.parts.items():
-        metrics[f"reward/{name}"] = part.mean()
+        applies = ~part.isnan()
+        if not bool(applies.all()):
+            metrics[f"reward_applies/{name}"] = applies.float().mean()
+        if bool(applies.any()):
+            metrics[f"reward/{name}"] = part[applies].mean()
     if scores.drift is not None:
         metrics["response/retokenised_drift"] = scores.drift.mean()
     return {name: float(value) for name, value in metrics.items()}

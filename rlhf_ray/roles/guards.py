@@ -105,13 +105,18 @@ class Guards:
 
     def _bad_rewards(self, collected: Collected, fine: Tensor, step: int, besides: str = "") -> Problem:
         bad, rows = int((~fine).sum()), len(fine)
-        names = [n for n, part in collected.scores.parts.items() if not bool(torch.isfinite(part).all())]
+        scores = collected.scores
+        names = [n for n, part in scores.parts.items() if bool(part.isinf().any())]
         first = int(collected.rollout.row_id[~fine][0])
-        who = f"reward {', '.join(names)}" if names else "the reward or reference"
+        silent = (
+            not names and bool(scores.reward[~fine].isnan().all()) and bool(torch.isfinite(scores.ref_logprobs).all())
+        )
+        who = f"reward {', '.join(names)} is not finite" if names else "the reward or reference is not finite"
+        who = "no reward applies (all say None)" if silent else who
         again = f", in {self.bad_rewards} steps in a row" if self.bad_rewards >= IN_A_ROW else ""
         return Problem(
             f"step {step}",
-            f"{who} is not finite for {bad} of {rows} replies (first row {first}){again}{besides}",
+            f"{who} for {bad} of {rows} replies (first row {first}){again}{besides}",
             f"at most {BAD_SHARE:.0%} of a step, and not in {IN_A_ROW} steps in a row",
             fix="fix the reward, then resume the run",
         )
@@ -155,12 +160,9 @@ class Guards:
 
 
 def _is_finite(collected: Collected) -> Tensor:
-    """bool[B]: reward, its parts and the reference's log-probabilities are finite."""
+    """bool[B]: the reward and the reference's log-probabilities are finite."""
     scores = collected.scores
-    fine = torch.isfinite(scores.reward) & torch.isfinite(scores.ref_logprobs).all(dim=1)
-    for part in scores.parts.values():
-        fine &= torch.isfinite(part)
-    return fine
+    return torch.isfinite(scores.reward) & torch.isfinite(scores.ref_logprobs).all(dim=1)
 
 
 def _some(ids: Tensor) -> str:

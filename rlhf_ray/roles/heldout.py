@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_ray.batches import Rollout, Scores
@@ -33,20 +34,23 @@ class HeldOut:
 
     def metrics(self) -> dict[str, float]:
         """Under the `eval/` names."""
+        reward = self.reward[torch.isfinite(self.reward)]
         found = {
-            "eval/reward": float(self.reward.mean()),
+            "eval/reward": float(reward.mean()),
             "eval/kl_k1_per_response": float(self.k1.mean()),
             "eval/kl_k3_per_response": float(self.k3.mean()),
             "eval/length": float(self.length.mean()),
             "eval/finished": float(self.finished.mean()),
             "eval/rows": float(len(self.reward)),
         }
-        if len(self.reward) > 1:
-            found["eval/reward_se"] = standard_error(self.reward)
+        if len(reward) > 1:
+            found["eval/reward_se"] = standard_error(reward)
         for name, part in self.parts.items():
-            found[f"eval/reward/{name}"] = float(part.mean())
-            if len(part) > 1:
-                found[f"eval/reward_se/{name}"] = standard_error(part)
+            known = part[torch.isfinite(part)]
+            if len(known):
+                found[f"eval/reward/{name}"] = float(known.mean())
+            if len(known) > 1:
+                found[f"eval/reward_se/{name}"] = standard_error(known)
         return found
 
 

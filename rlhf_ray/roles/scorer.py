@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.data.records import Row
 from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
+
+
+def weighted_sum(rewards: Sequence[Reward], parts: Mapping[str, Tensor]) -> Tensor:
+    """f32[B]: sum_r weight_r x part_r over the rewards that apply to a reply. NaN where none does; not finite where one is broken.
+
+    Rewards of weight 0 play no part.   parts: name -> f32[B], see `Reward.score`."""
+    total = torch.zeros(len(next(iter(parts.values()))) if parts else 0)
+    counted = [reward for reward in rewards if reward.weight]
+    applies = torch.zeros(len(total), dtype=torch.bool)
+    for reward in counted:
+        part = parts[reward.name]
+        total += torch.where(part.isnan(), 0.0, reward.weight * part)
+        applies |= ~part.isnan()
+    return total.masked_fill(~applies, math.nan) if counted else total
 
 
 class Scorer:
@@ -54,10 +70,11 @@ class Scorer:
                 found, _ = self.models("logprobs", self.reference, seq, temperature)
                 ref_logprobs[batch, : seq.response_width] = found.float().cpu()
         parts = {reward.name: reward.score(inputs) for reward in self.rewards}
-        drift = next((d for d in (reward.drift(inputs) for reward in reversed(self.rewards)) if d is not None), None)
-        total = torch.zeros(len(rollout))
+        total = weighted_sum(self.rewards, parts)
         for reward in self.rewards:
-            total += reward.weight * parts[reward.name]
+            if not reward.weight:  # it watches: where it is broken it says nothing, and the run goes on without it
+                parts[reward.name] = parts[reward.name].nan_to_num(math.nan, math.nan, math.nan)
+        drift = next((d for d in (reward.drift(inputs) for reward in reversed(self.rewards)) if d is not None), None)
         return Scores(reward=total, ref_logprobs=ref_logprobs, row_id=rollout.row_id, parts=parts, drift=drift)
 
     @torch.no_grad()

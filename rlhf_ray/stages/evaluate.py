@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor
 
 from rlhf_ray.config import EvaluateConfig, RewardSource
@@ -190,7 +191,9 @@ def has_sum(rewards: Sequence[RewardSource]) -> bool:
 
 
 def _with_error(name: str, values: Tensor) -> dict[str, float]:
-    return {name: float(values.mean()), f"{name}_se": standard_error(values)}
+    """Over the replies that a reward applies to."""
+    known = values[torch.isfinite(values)]
+    return {name: float(known.mean()), f"{name}_se": standard_error(known)}
 
 
 def write_lineage(folder: RunFolder, evaluation: EvaluationModels, rows: StageRows) -> None:

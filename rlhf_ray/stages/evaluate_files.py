@@ -7,7 +7,8 @@ results.jsonl, one line per prompt, in the order of the data:
                           "preference": null}, "ppo": {...}}}
 
 reward: the weighted sum (absent where no reward has a weight).  kl: k1 against the reference, nats.  length: tokens.
-preference: 0 draw, 1 the baseline wins, 2 the policy wins, null for the baseline itself and without a judge.
+preference: 0 draw, 1 the baseline wins, 2 the policy wins, null for the baseline itself and without a judge. A reward is null where
+it does not apply to the reply.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from rlhf_ray.config import EvaluateConfig
 from rlhf_ray.console import Console
@@ -110,16 +113,21 @@ def result_row(outcome: EvaluationOutcome, i: int) -> dict[str, Any]:
 def _response(outcome: EvaluationOutcome, name: str, i: int) -> dict[str, Any]:
     figures, texts = outcome.answers[name].figures, outcome.answers[name].texts
     comparison = outcome.comparisons.get(name)
-    scored = {"reward": float(figures.reward[i])} if outcome.has_sum else {}
+    scored = {"reward": _number(figures.reward[i])} if outcome.has_sum else {}
     return {
         "output": texts.completions[i],
         **scored,
-        "rewards": {source: float(part[i]) for source, part in figures.parts.items()},
+        "rewards": {source: _number(part[i]) for source, part in figures.parts.items()},
         "kl": float(figures.k1[i]),
         "length": int(figures.length[i]),
         "finished": bool(figures.finished[i]),
         "preference": comparison.codes[i] if comparison is not None else None,
     }
+
+
+def _number(score: Tensor) -> float | None:
+    """None where a reward does not apply."""
+    return None if bool(score.isnan()) else float(score)
 
 
 def pair_row(row: Mapping[str, Any], baseline: str, policy: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.ppo.models import decoding, text_maker
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Reward, Texts
-from rlhf_ray.rewards.sources import all_finite
+from rlhf_ray.rewards.sources import none_broken
 from rlhf_ray.roles.checked_generator import CheckedGenerator
 from rlhf_ray.roles.collector import LocalCollector
 from rlhf_ray.roles.generator import ActiveAdapter
@@ -124,7 +124,7 @@ class EvaluationModels:
         budgets = [config.response_length] * len(prompts)
         collected = collector.collect(prompts, budgets, policy.active, how, RANDOMNESS, 0)
         for reward, values in collected.scores.parts.items():
-            all_finite(values, f"policy {name}, reward {reward}")
+            none_broken(values, f"policy {name}, reward {reward}")
         return PolicyResponses(HeldOut.of(collected), to_texts(collected.rollout, [p.row for p in prompts]))
 
     def _scorer(self, to_texts: Callable[[Rollout, Sequence[Row]], Texts], rows: int) -> Scorer:

@@ -6,6 +6,7 @@ A text is scored as PPO scores replies (rewards/scoring_model.py). Runs in this 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,12 +23,13 @@ from rlhf_ray.maths.stats import preference_metrics, standard_error, wilson_inte
 from rlhf_ray.metrics import figure
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.rewards.scoring_model import load_scoring_model
-from rlhf_ray.rewards.sources import FunctionReward, all_finite
+from rlhf_ray.rewards.sources import FunctionReward, none_broken
 from rlhf_ray.runtime.session import process_session
 from rlhf_ray.storage.rows_file import write_rows
 
 CONFIDENCE = 0.95
 ONE_ROW = "--completion"
+NOT_SCORED = "too long for the model, a reply without a token, or one that the function answers with None"
 
 Grade = Callable[[Sequence[Row], Sequence[str]], list[float | None]]
 """Rewards of replies to the rows' prompts; None for a reply that cannot be scored (too long, or no token)."""
@@ -65,7 +67,7 @@ def score(
         row = Row(ONE_ROW, Prompt(prompt or ""), completion=completion, columns={"prompt": prompt or ""})
         found = [{k: v for k, v in line.items() if k != "where"} for line in score_responses([row], grade, console)]
         if not found:
-            raise DataError.at(ONE_ROW, "cannot be scored: too long for the model, or without a token")
+            raise DataError.at(ONE_ROW, f"cannot be scored: {NOT_SCORED}")
     elif read.rows[0].chosen is not None:
         found = score_pairs(read.rows, grade, console)
         console.log(pair_verdict(found))
@@ -125,9 +127,7 @@ def score_pairs(rows: Sequence[Row], grade: Grade, console: Console) -> list[dic
 
 def _tell_left_out(rows: Sequence[Row], console: Console) -> None:
     if rows:
-        console.warn(
-            f"{len(rows)} rows left out: too long for the model, or a reply without a token (first {rows[0].where})"
-        )
+        console.warn(f"{len(rows)} rows left out: {NOT_SCORED} (first {rows[0].where})")
 
 
 def pair_verdict(rows: Sequence[dict[str, Any]]) -> str:
@@ -166,7 +166,8 @@ def function_grader(source: RewardSource, template: str | None) -> Grade:
     def grade(rows: Sequence[Row], responses: Sequence[str]) -> list[float | None]:
         prompts = [prompt_template.render(row.prompt) for row in rows]
         texts = Texts(prompts, list(responses), [[] for _ in rows], [row.columns for row in rows])
-        return list(all_finite(reward.score_texts(texts), f"reward {source.name} ({source.function})").tolist())
+        found = none_broken(reward.score_texts(texts), f"reward {source.name} ({source.function})")
+        return [None if math.isnan(score) else score for score in found.tolist()]
 
     return grade
 

@@ -39,10 +39,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """codes: one per prompt that both answered, in prompt order.   outcome, at_equal_length: in percent.
+    """codes: one per prompt that both answered, in prompt order, None where the judge does not apply to both replies.
+    outcome, at_equal_length: in percent.
     difference: mean of (policy's score - baseline's score) over prompts, with the standard error of that paired mean."""
 
-    codes: tuple[int, ...]
+    codes: tuple[int | None, ...]
     outcome: WinRate
     at_equal_length: Estimate
     difference: Estimate
@@ -103,25 +104,30 @@ class Judged:
 def compare(baseline: Judged, policy: Judged, n_dropped: int) -> Comparison:
     """Judge every prompt and sum up.   n_dropped: prompts that were asked for and that neither side could answer."""
     codes = preference_codes(baseline, policy)
-    gap = (policy.scores.double() - baseline.scores.double()).flatten()
+    judged = torch.tensor([code is not None for code in codes], dtype=torch.bool)
+    gap = (policy.scores.double() - baseline.scores.double()).flatten()[judged]
     return Comparison(
         codes=tuple(codes),
         outcome=win_rate([*codes, *[None] * n_dropped]),
-        at_equal_length=length_controlled(codes, policy.lengths - baseline.lengths),
+        at_equal_length=length_controlled(
+            [code for code in codes if code is not None], (policy.lengths - baseline.lengths)[judged]
+        ),
         difference=Estimate(float(gap.mean()), standard_error(gap)),
         mean_length=float(policy.lengths.double().mean()),
         mean_length_baseline=float(baseline.lengths.double().mean()),
     )
 
 
-def preference_codes(baseline: Judged, policy: Judged) -> list[int]:
-    """0 draw, 1 the baseline wins, 2 the policy wins: the higher score does. Replies that read the same are a draw, whatever their
-    scores: two passes over equal text may differ in the last bits."""
-    codes = []
+def preference_codes(baseline: Judged, policy: Judged) -> list[int | None]:
+    """0 draw, 1 the baseline wins, 2 the policy wins: the higher score does; None where one side has no score (NaN). Replies that
+    read the same are a draw, whatever their scores: two passes over equal text may differ in the last bits."""
+    codes: list[int | None] = []
     for first, second, one, other in zip(
         baseline.scores.tolist(), policy.scores.tolist(), baseline.responses, policy.responses, strict=True
     ):
-        if one == other or first == second:
+        if math.isnan(first) or math.isnan(second):
+            codes.append(None)
+        elif one == other or first == second:
             codes.append(DRAW)
         else:
             codes.append(POLICY_WINS if second > first else BASELINE_WINS)

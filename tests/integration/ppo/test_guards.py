@@ -58,6 +58,26 @@ def test_bare_defaults_run(tmp_path: Path, tiny_llama: Callable[..., Path], rewa
     assert load_file(Path(done.run_dir) / "adapter" / "adapter_model.safetensors")
 
 
+def test_rewards_for_some_prompts_only_and_a_watcher_that_breaks(ppo_job: Job, tmp_path: Path) -> None:
+    """Two rewards, each for its kind of prompt, and a weight-0 one that says NaN: no reply is lost, and training goes on. All three
+    made the sum NaN, and the first step stopped the run."""
+    rule = tmp_path / "kinds.py"
+    rule.write_text(
+        "def odd(prompts, completions, **k):\n    return [1.0 if int(p.split()[-1][:-1]) % 2 else None for p in prompts]\n"
+        "def even(prompts, completions, **k):\n    return [None if int(p.split()[-1][:-1]) % 2 else 3.0 for p in prompts]\n"
+        "def watch(prompts, completions, **k):\n    return [float('nan')] * len(prompts)\n"
+    )
+    weights = {"odd": 1.0, "even": 0.5, "watch": 0.0}
+    rewards = [{"name": name, "function": f"{rule}:{name}", "weight": w} for name, w in weights.items()]
+    rows = rows_of(run(ppo_job("kinds", rewards=rewards)))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for row in rows[1:]:
+        share = row["reward_applies/odd"]
+        assert 0 < share < 1 and share + row["reward_applies/even"] == 1.0 and row["reward_applies/watch"] == 0.0
+        assert (row["reward/odd"], row["reward/even"]) == (1.0, 3.0) and "reward/watch" not in row
+        assert row["reward/mean"] == pytest.approx(share + 1.5 * (1 - share)) and "faults/rewards_left_out" not in row
+
+
 def test_a_short_run_leaves_its_result_and_its_last_step(ppo_job: Job) -> None:
     """F31 and F7, no final save: the ancestors saved every 100 steps and not at the end; 3 steps left nothing."""
     done = run(ppo_job("short", save_steps=100, eval_steps=100))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_ray.batches import Rollout
+from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
@@ -80,6 +81,38 @@ def test_the_scorer_takes_any_kind_beside_the_others() -> None:
     assert scores.ref_logprobs.tolist() == [[-1.0, -1.0], [-1.0, 0.0], [-1.0, -1.0]]
     assert scores.drift is not None and scores.drift.tolist() == [0.0, 1.0, 0.0]
     assert decoded == [3], "decoded once, however many rewards read text"
+
+
+class Says(Reward):
+    """What it was made with."""
+
+    def __init__(self, name: str, weight: float, *scores: float) -> None:
+        self.name, self.weight, self.scores = name, weight, scores
+
+    def score(self, inputs: RewardInputs) -> Tensor:
+        return torch.tensor(self.scores)
+
+
+def scored(*rewards: Reward) -> Scores:
+    return Scorer(models, rewards, lambda *_: None, 1.0, 2, CPU, reference=None).score(rollout(), rows())  # type: ignore[arg-type,return-value]
+
+
+NONE, BROKEN = math.nan, math.inf
+
+
+def test_a_reward_that_does_not_apply_abstains() -> None:
+    """Two rewards for two kinds of prompt: each counts where it applies; a reply is without a reward where both abstain."""
+    found = scored(Says("maths", 1.0, 2.0, NONE, NONE), Says("code", 0.5, NONE, 4.0, NONE))
+    assert found.reward[:2].tolist() == [2.0, 2.0] and bool(found.reward[2].isnan())
+    assert found.parts["maths"][0] == 2.0 and bool(found.parts["maths"][1:].isnan().all())
+
+
+def test_a_broken_reward_costs_its_replies_and_one_that_only_watches_costs_nothing() -> None:
+    found = scored(Says("maths", 1.0, 2.0, BROKEN, 3.0), Says("watcher", 0.0, BROKEN, NONE, 5.0))
+    assert found.reward.tolist() == [2.0, BROKEN, 3.0]
+    assert found.parts["maths"][1] == BROKEN, "named by the guard"
+    assert found.parts["watcher"].isnan().tolist() == [True, True, False]
+    assert scored(Says("watcher", 0.0, 1.0, 2.0, BROKEN)).reward.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_nothing_is_decoded_where_no_reward_reads_text() -> None:

@@ -110,12 +110,16 @@ def test_a_bad_answer_is_named_with_the_function(
         make(f"def score(prompts, completions):\n    {body}\n").score_texts(texts())
 
 
-def test_a_missing_number_stays_missing(make: Make) -> None:
-    """None and NaN are left for the loop to count and leave out; where none may be missing, the row is named."""
+def test_a_missing_number_stays_missing_and_none_is_an_answer(make: Make) -> None:
+    """None: the function does not apply to the reply. NaN is a fault, for the loop to count and leave out; where it may not be, the
+    row is named."""
     found = make("def score(prompts, completions):\n    return [1.0, None]\n").score_texts(texts())
     assert found[0] == 1.0 and bool(torch.isnan(found[1]))
-    with pytest.raises(InvariantError, match=r"here: reward of row 1 is not finite \(1 of 2\); got nan"):
-        sources.all_finite(found, "here")
+    sources.none_broken(found, "here")
+    broken = make("def score(prompts, completions):\n    return [1.0, float('nan')]\n").score_texts(texts())
+    assert broken.tolist() == [1.0, float("inf")]
+    with pytest.raises(InvariantError, match=r"here: reward of row 1 is not finite \(1 of 2\); got inf"):
+        sources.none_broken(broken, "here")
 
 
 def test_a_service_that_comes_back_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

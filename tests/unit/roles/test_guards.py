@@ -26,7 +26,7 @@ def collected(rows: int = 40, bad: tuple[int, ...] = (), **changes: Any) -> Coll
         row_id=torch.arange(rows),
     )
     reward = torch.arange(rows, dtype=torch.float32)
-    reward[list(bad)] = math.nan
+    reward[list(bad)] = math.inf
     scores = Scores(reward, torch.zeros(rows, 2), torch.arange(rows), {"mine": reward.clone()})
     return Collected(rollout, replace(scores, **changes), {})
 
@@ -61,6 +61,18 @@ class TestRewards:
             StopTraining, match=r"step 9: reward mine is not finite for 3 of 40 replies \(first row 1\); exp"
         ):
             Guards().sound(collected(bad=(1, 2, 3)), 1, 9)
+
+    def test_what_a_watching_reward_has_no_number_for_costs_nothing(self) -> None:
+        """Of weight 0: the scorer leaves it NaN where it is broken. It stopped training, and took replies with it."""
+        given = collected()
+        watched = replace(given, scores=replace(given.scores, parts={"watcher": torch.full((40,), math.nan)}))
+        assert Guards().sound(watched, 1, 1) is watched
+
+    def test_replies_to_which_no_reward_applies_are_counted_as_such(self) -> None:
+        none = torch.arange(40.0)
+        none[:3] = math.nan
+        with pytest.raises(StopTraining, match=r"step 1: no reward applies \(all say None\) for 3 of 40 replies"):
+            Guards().sound(collected(reward=none, parts={"mine": none}), 1, 1)
 
     def test_one_of_the_only_prompt_stops_the_run(self) -> None:
         """All replies are compared with it: none would be left."""

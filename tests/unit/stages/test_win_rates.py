@@ -28,6 +28,14 @@ def outcome_of(gaps: list[float], n_dropped: int = 0) -> Comparison:
     return compare(side([0.0] * len(gaps), tag="a"), side(gaps, tag="b"), n_dropped)
 
 
+def test_a_prompt_that_the_judge_does_not_apply_to_is_not_judged() -> None:
+    """A judge for some prompts only. What it has no number for was a win of the baseline's."""
+    nan = math.nan
+    found = compare(side([0.0, 0.0, nan, 0.0], tag="a"), side([1.0, nan, 1.0, 2.0], [3, 9, 9, 5], tag="b"), 1)
+    assert found.codes == (2, None, None, 2) and (found.outcome.n_judged, found.outcome.n_dropped) == (2, 3)
+    assert found.outcome.rate == 100.0 and found.difference.value == 1.5
+
+
 def test_win_rate_golden() -> None:
     """370 wins, 424 losses, 9 draws; an ancestor that counts draws as losses prints 46.08 (F20)."""
     found = outcome_of([1.0] * 370 + [-1.0] * 424 + [0.0] * 9)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rlhf_ray.config import explain
 from rlhf_ray.config.hints import job_of_another_stage, nearest_sibling, stage_of
 from rlhf_ray.config.paths import check_paths
-from rlhf_ray.config.pipeline import STAGES, PipelineConfig
+from rlhf_ray.config.pipeline import STAGES, PipelineConfig, held_out_conflicts
 from rlhf_ray.config.resolved import FieldChange, diff, dump_yaml, to_dict, to_yaml
 from rlhf_ray.config.schema import FieldRow, describe, shorten
 from rlhf_ray.config.sections import Section
@@ -159,6 +159,11 @@ def _stage_problems(config: PipelineConfig, values: dict[str, Any], source: JobT
         except ValidationError as error:
             where = partial(_at_stage, source, stage)
             problems += explain.problems(error, STAGES[stage], values.get(stage) or {}, where)
+    if not problems:
+        problems += [
+            Problem(source.where((stage, "data")), what, "one data.held_out_fraction along the chain", fix=fix)
+            for stage, what, fix in held_out_conflicts(config)
+        ]
     return problems
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from rlhf_ray.config.sections import _to_tuple, field, under
+from rlhf_ray.config.sections import DataConfig, _to_tuple, field, under
 from rlhf_ray.config.stages import EvaluateConfig, JobFields, PPOConfig, RewardConfig, SFTConfig
 
 STAGES: dict[str, type[JobFields]] = {
@@ -72,3 +72,25 @@ class PipelineConfig(JobFields):
                 if name in self.ppo:
                     wiring[name] = self.ppo[name]
         return wiring
+
+
+def held_out_conflicts(config: PipelineConfig) -> list[tuple[str, str, str]]:
+    """(stage, what, fix) for each stage that holds out prompts on which a stage before it trains, as far as their data sections
+    say. What only the rows can tell is found when the stage starts (training/ancestry.py)."""
+    found: list[tuple[str, str, str]] = []
+    before: dict[str, DataConfig] = {}
+    for stage in config.stages:
+        if stage == "evaluate" and "data" not in config.evaluate:
+            continue  # it has PPO's
+        data: DataConfig = config.stage_config(stage).data  # type: ignore[attr-defined]
+        for earlier, theirs in before.items():
+            same = set(data.train) & set(theirs.train)
+            held = 0.0 if theirs.eval else theirs.held_out_fraction
+            if same and not data.eval and data.held_out_fraction > held:
+                how = "data.eval" if theirs.eval else f"held_out_fraction {held:g}"
+                what = (
+                    f"holds out {data.held_out_fraction:g} of {min(same)}, of which {earlier} ({how}) trains on a part"
+                )
+                found.append((stage, what, f"set {earlier}.data and {stage}.data to the same held_out_fraction"))
+        before[stage] = data
+    return found

@@ -117,9 +117,17 @@ class DataConfig(Section):
     ] = field("auto", "row format; auto recognises it from the field names")
     columns: dict[str, str] = field({}, "renames: name in the file -> name in the format, e.g. {question: instruction}")
     max_rows: Count | None = field(None, "use only the first rows of data.train")
-    eval_max_rows: Count | None = field(None, "use only the first held-out rows in evaluations during training")
+    eval_max_rows: Count | None = field(
+        None,
+        "use only the first held-out rows in evaluations; default: 256 in PPO, which samples replies to them, else all",
+    )
     held_out_fraction: Annotated[Float, Field(ge=0, lt=1)] = field(
-        0.1, "share of prompts held out from every stage, chosen by a hash of the prompt"
+        0.1, "share of prompts held out from every stage, chosen by a hash of the last question; the same along a chain"
+    )
+    held_out_prompts: Sources | None = field(
+        None,
+        "prompt files of later stages: no training row may ask, or begin with, a prompt of their held-out share; for rows of format"
+        " text, which ask nothing themselves",
     )
     disjoint_stages: bool = field(False, "reward and PPO train on different halves of the prompts (by hash)")
     on_bad_row: Literal["stop", "skip"] = field(
@@ -168,9 +176,25 @@ class SamplingConfig(Section):
 
     @model_validator(mode="after")
     def _greedy_has_no_knobs(self) -> SamplingConfig:
-        if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
+        if not self.do_sample and (self.temperature or 1.0, self.top_p, self.top_k) != (1.0, 1.0, 0):
             raise ValueError("temperature, top_p and top_k have no effect with do_sample: false; drop them or sample")
         return self
+
+    @property
+    def estimates_kl(self) -> bool:
+        """Whether replies are drawn from the whole distribution, without which a mean of k1 over them estimates no KL."""
+        return self.do_sample and self.top_p == 1 and self.top_k == 0
+
+
+class EvalSamplingConfig(SamplingConfig):
+    """How replies to held-out prompts are decoded during PPO."""
+
+    temperature: Positive | None = field(None, "divides the logits; default: the temperature of the rollouts")  # type: ignore[assignment]
+
+    def at(self, rollouts: float) -> SamplingConfig:
+        """With the default filled in."""
+        values = self.model_dump()
+        return SamplingConfig(**{**values, "temperature": self.temperature or (rollouts if self.do_sample else 1.0)})
 
 
 RESERVED_REWARDS = ("mean", "std", "min", "max", "score", "shaped")

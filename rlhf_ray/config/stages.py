@@ -18,6 +18,7 @@ from rlhf_ray.config.sections import (
     RUN_NAME,
     Count,
     DataConfig,
+    EvalSamplingConfig,
     Float,
     Ints,
     LearnerConfig,
@@ -328,7 +329,7 @@ class PPOConfig(JobFields, OptimFields):
         None, "evaluate on held-out prompts every this many steps; default: ten times in a run"
     )
     eval_on_start: bool = field(True, "evaluate before the first update")
-    eval_sampling: SamplingConfig = field(SamplingConfig(), "decoding in evaluations")
+    eval_sampling: EvalSamplingConfig = field(EvalSamplingConfig(), "decoding in evaluations")
     save_steps: Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], BeforeValidator(_to_tuple)] | None = field(
         None,
         "checkpoint every this many steps, or at the steps listed; default: with each evaluation; always at the last step",

@@ -9,7 +9,7 @@ from rlhf_ray.config import DataConfig
 from rlhf_ray.data.counts import describe_rows
 from rlhf_ray.data.formats import RowKind
 from rlhf_ray.data.records import Row, RowSet, read_rows
-from rlhf_ray.data.splits import Half, overlap, split
+from rlhf_ray.data.splits import Half, Questions, overlap, split
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class StageRows:
     """`train` and `held_out` rows of a stage, with what the log and the manifest say about them.
 
     summary: one line per set of files, which accounts for every row.  warnings: lines that the user should see.
-    manifest: [{path, sha256, rows, used, format}] of all files.
+    manifest: [{path, sha256, rows, used, format}] of all files.  rule: how rows were held out, for the manifest.
     """
 
     train: tuple[Row, ...]
@@ -25,6 +25,25 @@ class StageRows:
     summary: tuple[str, ...]
     warnings: tuple[str, ...]
     manifest: tuple[dict[str, Any], ...]
+    rule: HeldOutRule
+
+
+@dataclass(frozen=True)
+class HeldOutRule:
+    """How a stage held out rows: a share of prompts by their hash, or separate files, beside which data.train trains in full."""
+
+    fraction: float
+    files: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: DataConfig) -> HeldOutRule:
+        return cls(0.0, tuple(config.eval)) if config.eval else cls(config.held_out_fraction)
+
+    def __str__(self) -> str:
+        return f"data.eval {', '.join(self.files)}" if self.files else f"data.held_out_fraction {self.fraction:g}"
+
+    def manifest(self) -> dict[str, Any]:
+        return {"fraction": self.fraction, "files": list(self.files), "by": "hash of the last question"}
 
 
 def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = None) -> StageRows:
@@ -38,17 +57,30 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
     separate = read_rows(config, kind, "eval") if config.eval else None
     fraction = 0.0 if separate else config.held_out_fraction
     parts = split(read.rows, fraction, disjoint_stage if config.disjoint_stages else None)
+    train, manifest = parts.train, read.manifest()
+    if config.held_out_prompts:
+        others = read_rows(DataConfig(train=config.held_out_prompts), "prompt")
+        held_elsewhere = Questions(split(others.rows, config.held_out_fraction).held_out)
+        train = tuple(row for row in train if row not in held_elsewhere)
+        manifest += others.manifest()
     warnings = [*read.warnings]
-    summary = [_account(read, {"train": len(parts.train), "held out": len(parts.held_out)}, parts.other_half)]
-    manifest = read.manifest()
+    counts = {"train": len(train), "held out": len(parts.held_out)}
+    if len(train) < len(parts.train):
+        counts["held out elsewhere"] = len(parts.train) - len(train)
+    summary = [_account(read, counts, parts.other_half)]
     held_out = parts.held_out
     if separate:
         held_out = separate.rows
-        warnings += [*separate.warnings, overlap(held_out, parts.train).warning()]
+        warnings += [*separate.warnings, overlap(held_out, train).warning()]
         summary.append(_account(separate, {"evaluation": len(held_out)}, 0))
         manifest += separate.manifest()
     return StageRows(
-        parts.train, held_out, tuple(summary), tuple(w for w in warnings if w), tuple(dict(item) for item in manifest)
+        train,
+        held_out,
+        tuple(summary),
+        tuple(w for w in warnings if w),
+        tuple(dict(item) for item in manifest),
+        HeldOutRule.of(config),
     )
 
 

@@ -1,7 +1,7 @@
 """What a policy is asked, whatever the file format it came from.
 
 A prompt is a text (an instruction, or a raw prompt) with an optional input, or a list of messages. The same request written in
-different formats is the same prompt: `canonical` maps it to one string, and the held-out rule hashes that string.
+different formats is the same prompt: `canonical` maps it to one string; the held-out rule hashes its last `question`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,19 @@ class Prompt:
             text = messages[0].content
         else:
             text = transcript(messages) if messages else self.plain()
-        return " ".join(unicodedata.normalize("NFC", text).split())
+        return in_one_line(text)
+
+    def question(self) -> str:
+        """What is asked at last: the content of the last user turn, in the form of `canonical`. The held-out rule hashes it, so
+        that a question does not stand on both sides because a system text or an earlier turn differs."""
+        turns = self.messages or parse_transcript(self.plain())
+        asked = [turn.content for turn in turns if turn.role == "user"]
+        return in_one_line(asked[-1]) if asked else self.canonical()
+
+
+def in_one_line(text: str) -> str:
+    """Unicode in form NFC, runs of white space as one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def transcript(messages: Iterable[Message]) -> str:

@@ -6,6 +6,7 @@ evaluates on, and rows that share a prompt never stand on both sides.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ Half = Literal["reward", "ppo"]
 
 
 def prompt_hash(prompt: Prompt) -> int:
-    """A 64-bit number: the first 8 bytes, big end first, of BLAKE2b over the prompt's canonical UTF-8 text."""
-    digest = hashlib.blake2b(prompt.canonical().encode("utf-8"), digest_size=8).digest()
+    """A 64-bit number: the first 8 bytes, big end first, of BLAKE2b over the prompt's last question in UTF-8."""
+    digest = hashlib.blake2b(prompt.question().encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
@@ -79,8 +80,36 @@ class Overlap:
         )
 
 
+class Questions:
+    """What some rows ask, to be looked up. Bare texts (format `text`) ask nothing: they continue whatever they begin with.
+
+    Prompts are compared by hash; a prompt and a bare text match where the text begins with the prompt."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._hashes: set[int] = set()
+        self._prompts: set[str] = set()
+        self._texts: list[str] = []
+        for row in rows:
+            self._hashes.add(prompt_hash(row.key))
+            if row.prompt.is_blank:
+                self._texts.append(row.key.canonical())
+            else:
+                self._prompts.add(row.prompt.canonical())
+        self._texts.sort()
+        self._lengths = sorted({len(prompt) for prompt in self._prompts if prompt})
+
+    def __contains__(self, row: Row) -> bool:
+        if prompt_hash(row.key) in self._hashes:
+            return True
+        text = row.key.canonical()
+        if row.prompt.is_blank:
+            return any(text[:length] in self._prompts for length in self._lengths if length < len(text))
+        at = bisect.bisect_left(self._texts, text)
+        return bool(text) and at < len(self._texts) and self._texts[at].startswith(text)
+
+
 def overlap(evaluated: Sequence[Row], trained: Iterable[Row]) -> Overlap:
-    """The rows of `evaluated` whose prompt is also in `trained`, compared by hash."""
-    known = {prompt_hash(row.key) for row in trained}
-    shared = [row for row in evaluated if prompt_hash(row.key) in known]
+    """The rows of `evaluated` whose prompt is also in `trained`, or opens a text that is."""
+    known = Questions(trained)
+    shared = [row for row in evaluated if row in known]
     return Overlap(len(shared), shared[0].where if shared else "", len(evaluated))

@@ -151,7 +151,7 @@ class PPOLoop:
                 self.setup.held_out, budgets, self.active(), self.setup.eval_decoding, "eval", 0
             )
             collected = self.state.guards.sound(collected, 1, step, counts=False)
-        metrics = HeldOut.of(collected).metrics()
+        metrics = HeldOut.of(collected).metrics(self.config.eval_sampling.estimates_kl)
         self.report.roles(collected, f"evaluation at step {step}")
         if self.state.best.offer(step, metrics["eval/reward"]) and self.config.load_best_model_at_end:
             self.state.best_policy = self.learner.published.tensors

@@ -1,30 +1,34 @@
-"""The prompts of a PPO run: which train, which are held out, and which its reward models were trained on."""
+"""The prompts of a PPO run: which train, which are held out, and which its ancestors were trained on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.config import DataConfig, PPOConfig
+from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import TokenisedPrompt, tokenise_prompts
-from rlhf_ray.data.load import StageRows, load_rows
+from rlhf_ray.data.load import HeldOutRule, load_rows
 from rlhf_ray.data.schedule import PromptSchedule
-from rlhf_ray.data.splits import overlap
 from rlhf_ray.data.templates import Template
-from rlhf_ray.errors import ConfigError, DataError, RlhfRayError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.storage.run_folder import is_run, open_run
+from rlhf_ray.training.ancestry import check_ancestors
+
+EVAL_MAX_ROWS = 256
+"""Held-out prompts of an evaluation, if the job does not say: replies are sampled to all of them."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the run samples replies to.  lines, warnings: for the header.  manifest: of the data files."""
+    """What the run samples replies to.  lines, warnings: for the header.  manifest: of the data files.  rule: how prompts were held
+    out."""
 
     schedule: PromptSchedule[TokenisedPrompt]
     held_out: list[TokenisedPrompt]
     lines: list[str]
     warnings: list[str]
     manifest: tuple[dict[str, Any], ...]
+    rule: HeldOutRule
 
 
 def load_prompts(config: PPOConfig, backbone: Backbone, template: Template) -> Prompts:
@@ -38,9 +42,9 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template) -> P
             f"below {limit} (the model's context)",
             str(config.response_length),
         )
-    shared, leaks = reward_overlap(config, rows)
+    shared, leaks = check_ancestors(rows, sources_of(config))
     lines, sides = [*rows.summary], []
-    for side in (rows.train, rows.held_out[: config.data.eval_max_rows]):
+    for side in (rows.train, rows.held_out[: config.data.eval_max_rows or EVAL_MAX_ROWS]):
         done = tokenise_prompts(
             side,
             template,
@@ -54,32 +58,11 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template) -> P
     if not sides[0]:
         raise DataError.at(", ".join(config.data.train), "no prompt is left to train on")
     schedule = PromptSchedule(sides[0], config.rollout_batch_size, config.num_generations, config.seed)
-    return Prompts(schedule, sides[1], [*lines, *shared], [*rows.warnings, *leaks], rows.manifest)
+    return Prompts(schedule, sides[1], [*lines, *shared], [*rows.warnings, *leaks], rows.manifest, rows.rule)
 
 
-def reward_overlap(config: PPOConfig, rows: StageRows) -> tuple[list[str], list[str]]:
-    """(header lines, warnings), one line per reward run whose training rows can still be read.
-
-    Training prompts may be shared. A held-out prompt that a reward model was trained on is another matter: its reward there is
-    remembered, and the evaluation looks better than it is (F29)."""
-    lines: list[str] = []
-    warnings: list[str] = []
-    for reward in config.rewards:
-        if reward.run is None or not is_run(reward.run):
-            continue
-        try:
-            job = open_run(reward.run, verify=False).config()
-            trained = load_rows(DataConfig(**job["data"]), "preference", "reward").train
-        except (RlhfRayError, OSError, ValueError, KeyError):
-            lines.append(f"{reward.name}: its training pairs can no longer be read: overlap unknown")
-            continue
-        shared, leaked = overlap(rows.train, trained), overlap(rows.held_out, trained)
-        lines.append(
-            f"{shared.count:,} of {shared.total:,} training prompts are also in the training pairs of {reward.name}"
-        )
-        if leaked.count:
-            warnings.append(
-                f"{leaked.count:,} of {leaked.total:,} held-out prompts are in the training pairs of {reward.name}: eval/reward"
-                " will look too good; use the same data.held_out_fraction in both stages"
-            )
-    return lines, warnings
+def sources_of(config: PPOConfig) -> list[tuple[str, str]]:
+    """(role, path) of the models that the run starts from or is scored by."""
+    sft = [("sft", config.sft)] if config.sft is not None else []
+    models = [(f"reward:{r.name}", r.run or r.model or "") for r in config.rewards if r.function is None]
+    return [("base", config.model_name_or_path), *sft, *models]

@@ -24,7 +24,7 @@ from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.zero3 import whole_numel
 from rlhf_ray.ppo.actors import check_and_describe
 from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, text_maker
-from rlhf_ray.ppo.prompts import load_prompts
+from rlhf_ray.ppo.prompts import Prompts, load_prompts
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.roles.actor_collector import ActorCollector, RemoteRoles
@@ -120,7 +120,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         require_room(folder.path, sum(whole_numel(p) for group in learner.groups for p in group.parameters.values()))
     to_texts = text_maker(backbone, template)
     stop_ids = backbone.eos_ids
-    eval_decoding = decoding(config.eval_sampling, stop_ids)
+    eval_decoding = decoding(config.eval_sampling.at(config.temperature), stop_ids)
     collector: Callable[[float], Collector]
     if remote_roles is not None:
         split = ActorCollector(remote_roles, session, config.rollout_chunk_size, backbone.pad_id)
@@ -167,7 +167,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     )
     whereabouts = [f"rank {rank}, {line}" for rank, line in enumerate(session.gather(session.where)) if line]
     if session.is_main:
-        _write_manifest(setup, assembly, roles, prompts.manifest, session)
+        _write_manifest(setup, assembly, roles, prompts, session)
         lines = header_lines(config, setup, roles, session, prompts.lines, whereabouts)
         if remote_roles is not None and setup.writers.roles is not None:
             found = remote_roles.introduce(loading)
@@ -292,7 +292,7 @@ def _started_from(assembly: Assembly, roles: RewardBuilder) -> list[dict[str, An
 
 
 def _write_manifest(
-    setup: PPOSetup, assembly: Assembly, roles: RewardBuilder, data: tuple[dict[str, Any], ...], session: Session
+    setup: PPOSetup, assembly: Assembly, roles: RewardBuilder, prompts: Prompts, session: Session
 ) -> None:
     """Parents: what the policy starts from, then every reward."""
     parents, identity, template = (
@@ -306,7 +306,8 @@ def _write_manifest(
         tokenizer_sha256=identity.tokenizer_sha256,
         template=template.manifest(),
         stop_token_ids=list(setup.stop_ids),
-        data=list(data),
+        data=list(prompts.manifest),
+        held_out=prompts.rule.manifest(),
         threads=session.num_threads,
         world_size=session.world_size,
     )

@@ -139,7 +139,11 @@ class Guards:
             self._check_evaluation(config.over_optimisation_patience, metrics, step)
 
     def _check_evaluation(self, patience: int, metrics: Mapping[str, float], step: int) -> None:
-        reward, kl = metrics["eval/reward"], metrics["eval/kl_k1_per_response"]
+        # Where evaluations do not sample, the KL is that of the step's rollouts.
+        reward, kl = (
+            metrics["eval/reward"],
+            metrics.get("eval/kl_k1_per_response", metrics.get("kl/k1_per_response", 0.0)),
+        )
         if reward > self.best:
             self.best, self.best_kl, self.worse = reward, kl, 0
             return

@@ -32,17 +32,21 @@ class HeldOut:
         k1, k3 = response_kl(rollout, scores)
         return cls(scores.reward, scores.parts, k1, k3, rollout.lengths.float(), rollout.finished.float())
 
-    def metrics(self) -> dict[str, float]:
-        """Under the `eval/` names."""
+    def metrics(self, estimates_kl: bool = True) -> dict[str, float]:
+        """Under the `eval/` names.   estimates_kl: false where replies are not drawn from the policy's whole distribution: the mean
+        of k1 over greedy ones, say, is not a KL, and nothing should take it for one."""
         reward = self.reward[torch.isfinite(self.reward)]
         found = {
             "eval/reward": float(reward.mean()),
-            "eval/kl_k1_per_response": float(self.k1.mean()),
-            "eval/kl_k3_per_response": float(self.k3.mean()),
             "eval/length": float(self.length.mean()),
             "eval/finished": float(self.finished.mean()),
             "eval/rows": float(len(self.reward)),
         }
+        if estimates_kl:
+            found |= {
+                "eval/kl_k1_per_response": float(self.k1.mean()),
+                "eval/kl_k3_per_response": float(self.k3.mean()),
+            }
         if len(reward) > 1:
             found["eval/reward_se"] = standard_error(reward)
         for name, part in self.parts.items():

@@ -15,13 +15,13 @@ from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
 
 
-def weighted_sum(rewards: Sequence[Reward], parts: Mapping[str, Tensor]) -> Tensor:
+def weighted_sum(rewards: Sequence[Reward], parts: Mapping[str, Tensor], rows: int) -> Tensor:
     """f32[B]: sum_r weight_r x part_r over the rewards that apply to a reply. NaN where none does; not finite where one is broken.
 
-    Rewards of weight 0 play no part.   parts: name -> f32[B], see `Reward.score`."""
-    total = torch.zeros(len(next(iter(parts.values()))) if parts else 0)
+    Rewards of weight 0 play no part; 0 where none has a weight.   parts: name -> f32[B], see `Reward.score`.   rows: B."""
+    total = torch.zeros(rows)
     counted = [reward for reward in rewards if reward.weight]
-    applies = torch.zeros(len(total), dtype=torch.bool)
+    applies = torch.zeros(rows, dtype=torch.bool)
     for reward in counted:
         part = parts[reward.name]
         total += torch.where(part.isnan(), 0.0, reward.weight * part)
@@ -70,7 +70,7 @@ class Scorer:
                 found, _ = self.models("logprobs", self.reference, seq, temperature)
                 ref_logprobs[batch, : seq.response_width] = found.float().cpu()
         parts = {reward.name: reward.score(inputs) for reward in self.rewards}
-        total = weighted_sum(self.rewards, parts)
+        total = weighted_sum(self.rewards, parts, len(rollout))
         for reward in self.rewards:
             if not reward.weight:  # it watches: where it is broken it says nothing, and the run goes on without it
                 parts[reward.name] = parts[reward.name].nan_to_num(math.nan, math.nan, math.nan)

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from rlhf_ray.stages.evaluation_models import EvaluationModels, PolicyResponses,
 from rlhf_ray.stages.win_rates import Comparison, Judged, compare, distinct_2
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, is_run
+from rlhf_ray.training.ancestry import check_ancestors
 from rlhf_ray.training.header import config_line
 from rlhf_ray.training.run_entry import discarded_on_error, enter_afresh
 
@@ -83,6 +85,8 @@ def prepare(
 
     Returns the loaded models, the prompts, and how many held-out prompts are too long to be answered."""
     rows = held_out_rows(config)
+    shared, leaks = check_ancestors(rows, sources_of(config))
+    rows = replace(rows, summary=(*rows.summary, *shared), warnings=(*rows.warnings, *leaks))
     evaluation = load_evaluation_models(config, session, reference)
     asked = rows.held_out[: config.data.eval_max_rows]
     done = evaluation.tokenise(asked, config.data.too_long)
@@ -99,6 +103,13 @@ def prepare(
             rows.warnings,
         )
     return evaluation, done.examples, len(asked) - len(done.examples)
+
+
+def sources_of(config: EvaluateConfig) -> list[tuple[str, str]]:
+    """(role, path) of every model that answers or scores."""
+    answers = [(f"policy:{p.name}", p.policy) for p in config.policies if p.policy != "base"]
+    models = [(f"reward:{r.name}", r.run or r.model or "") for r in config.rewards if r.function is None]
+    return [("base", config.model_name_or_path), *answers, *models]
 
 
 def held_out_rows(config: EvaluateConfig) -> StageRows:
@@ -148,7 +159,7 @@ def judge(
         }
     metrics: dict[str, float] = {}
     for name, found in answers.items():
-        metrics |= policy_metrics(name, found, config.rewards, n_dropped)
+        metrics |= policy_metrics(name, found, config.rewards, n_dropped, config.sampling.estimates_kl)
         if name in comparisons:
             metrics |= comparisons[name].metrics(name)
     judge_name = by.name if by is not None else None
@@ -163,11 +174,14 @@ def _judged(answers: PolicyResponses, by: RewardSource) -> Judged:
 
 
 def policy_metrics(
-    policy: str, answers: PolicyResponses, rewards: Sequence[RewardSource], n_dropped: int
+    policy: str, answers: PolicyResponses, rewards: Sequence[RewardSource], n_dropped: int, estimates_kl: bool
 ) -> dict[str, float]:
-    """A policy's figures under the names of metrics.py. Undefined ones (one prompt has no standard error) are left out."""
+    """A policy's figures under the names of metrics.py. Undefined ones are left out: one prompt has no standard error, replies that
+    are not drawn from the whole distribution no KL."""
     figures = answers.figures
-    found = _with_error("kl_k1_per_response", figures.k1) | _with_error("kl_k3_per_response", figures.k3)
+    found: dict[str, float] = {}
+    if estimates_kl:
+        found |= _with_error("kl_k1_per_response", figures.k1) | _with_error("kl_k3_per_response", figures.k3)
     found |= {
         "length": float(figures.length.mean()),
         "finished": float(figures.finished.mean()),
@@ -204,6 +218,7 @@ def write_lineage(folder: RunFolder, evaluation: EvaluationModels, rows: StageRo
         tokenizer_sha256=identity.tokenizer_sha256,
         template={"name": template.name, "sha256": template.sha256},
         data=list(rows.manifest),
+        held_out=rows.rule.manifest(),
         threads=session.num_threads,
         world_size=session.world_size,
     )
@@ -223,8 +238,5 @@ def tell(evaluation: EvaluationModels, data_lines: Sequence[str], data_warnings:
     )
     for line in [*data_warnings, *evaluation.warnings]:
         console.warn(line)
-    if not sampling.do_sample or sampling.top_p < 1 or sampling.top_k:
-        console.warn(
-            "replies are not drawn from the policies' whole distribution: KL figures describe these replies and do not"
-            " estimate the KL between the policies"
-        )
+    if not sampling.estimates_kl:
+        console.warn("replies are not drawn from the policies' whole distribution: no KL can be estimated from them")

@@ -38,7 +38,7 @@ def _section(loc: Loc, section: dict[str, Any], visit: Visit) -> None:
             section[name] = visit((*loc, name), kind, section[name])
     _template((*loc, "template"), section, visit)
     _one((*loc, "learner", "deepspeed"), section.get("learner"), "text", visit)
-    for part in ("train", "eval"):
+    for part in ("train", "eval", "held_out_prompts"):
         _one((*loc, "data", part), section.get("data"), "data", visit)
     for index, reward in enumerate(section.get("rewards") or ()):
         for name, kind in _REWARD.items():

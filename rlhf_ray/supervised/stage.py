@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from rlhf_ray.supervised.header import header_lines, warnings_about
 from rlhf_ray.supervised.task import Examples, Job, Recipe, SupervisedConfig, Task
 from rlhf_ray.supervised.trainer import SupervisedTrainer, total_steps, training_arguments, undisturbed
 from rlhf_ray.training import run_entry
+from rlhf_ray.training.ancestry import check_ancestors
 from rlhf_ray.training.run_entry import discarded_on_error
 
 RELOAD_TOLERANCE = 1e-5
@@ -61,6 +63,9 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     seed_everything(config.seed)
     rows = load_rows(config.data, recipe.kind, recipe.half)
     require_rows(config, len(rows.train))
+    sft = getattr(config, "sft", None)
+    shared, leaks = check_ancestors(rows, [("base", config.model_name_or_path), *([("sft", sft)] if sft else [])])
+    rows = replace(rows, summary=(*rows.summary, *shared), warnings=(*rows.warnings, *leaks))
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in rows.manifest])
     backbone = load_base(config, session.device)
@@ -117,6 +122,7 @@ def write_lineage(job: Job, template: Template, rows: StageRows) -> None:
         template=template.manifest(),
         stop_token_ids=list(job.task.model.backbone.eos_ids),
         data=list(rows.manifest),
+        held_out=rows.rule.manifest(),
         threads=job.session.num_threads,
         world_size=job.session.world_size,
     )

@@ -63,19 +63,31 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Pa
     made = {name: str(root / name) for name in ("sft", "reward", "ppo")}
     common: dict[str, Any] = {**job, "resume": "auto"}
     sft(
-        SFTConfig(output_dir=made["sft"], data={"train": answers}, lora=lora, learning_rate=2e-2, **small, **common),
+        SFTConfig(
+            output_dir=made["sft"],
+            data={"train": answers, "held_out_fraction": 0.4},
+            lora=lora,
+            learning_rate=2e-2,
+            **small,
+            **common,
+        ),
         quiet,
     )
     reward(
         RewardConfig(
-            output_dir=made["reward"], data={"train": pairs}, lora=lora, learning_rate=1e-2, **small, **common
+            output_dir=made["reward"],
+            data={"train": pairs, "held_out_fraction": 0.4},
+            lora=lora,
+            learning_rate=1e-2,
+            **small,
+            **common,
         ),
         quiet,
     )
     ppo(
         PPOConfig(
             output_dir=made["ppo"],
-            data={"train": prompts},
+            data={"train": prompts, "held_out_fraction": 0.4},
             sft=made["sft"],
             rewards=[{"name": "reward", "run": made["reward"]}],
             rollout_batch_size=8,

@@ -147,7 +147,8 @@ def test_greedy_decoding_does_not_depend_on_the_seed(evaluation: Make, tmp_path:
     once = evaluate(evaluation(tmp_path / "a", **greedy), console)
     other = evaluate(evaluation(tmp_path / "b", seed=5, **greedy), QUIET)
     assert responses(once, "sft") == responses(other, "sft")
-    assert "do not estimate the KL" in str(console.warnings)
+    assert "no KL can be estimated" in str(console.warnings)
+    assert not any(name.startswith("kl_") for name in once.metrics), "a mean of k1 over greedy replies is not a KL"
 
 
 def test_a_finished_evaluation_is_returned_and_another_job_is_not_answered_by_it(

@@ -202,6 +202,19 @@ def test_while_the_value_model_warms_up_it_learns_and_the_policy_does_not(
     assert same(weights(done.run_dir, "value"), weights(resumed.run_dir, "value"))
 
 
+def test_evaluations_sample_as_rollouts_do_and_greedy_ones_report_no_kl(ppo_job: Job) -> None:
+    """They sampled at 1 whatever the temperature of the rollouts; and k1 of greedy replies, which is no KL, was read by caps."""
+    found = {}
+    for name, sampling in (("rollouts'", {}), ("0.2", {"temperature": 0.2}), ("1", {"temperature": 1.0})):
+        done = run(ppo_job(name, temperature=0.2, max_steps=1, eval_sampling=sampling))
+        found[name] = deterministic(done.run_dir)[0]["eval/reward"]
+    assert found["rollouts'"] == found["0.2"] != found["1"]
+    greedy = run(ppo_job("greedy", max_steps=2, eval_sampling={"do_sample": False}, over_optimisation_patience=1))
+    rows = deterministic(greedy.run_dir)
+    assert all("eval/reward" in row and not any(k.startswith("eval/kl") for k in row) for row in rows)
+    assert all("kl/k1_per_response" in row for row in rows[1:])
+
+
 def test_a_warm_up_that_leaves_no_step_for_the_policy_is_refused(ppo_job: Job) -> None:
     with pytest.raises(ConfigError, match=r"value.warmup_steps: the run has 3 steps.*expected less than 3; got 3"):
         run(ppo_job("idle", value={"warmup_steps": 3}))

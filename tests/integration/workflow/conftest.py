@@ -30,11 +30,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 @pytest.fixture
 def run_command() -> Callable[..., None]:
-    """run_command("sft", "job.yaml", ...): the console script, which must exit 0."""
+    """run_command("sft", "job.yaml", ..., code=0): the console script, which must exit with this code."""
 
-    def run(*words: str) -> None:
-        code = main([str(word) for word in words])
-        assert code == 0, f"rlhf-ray {' '.join(map(str, words))} exited {code}"
+    def run(*words: str, code: int = 0) -> None:
+        found = main([str(word) for word in words])
+        assert found == code, f"rlhf-ray {' '.join(map(str, words))} exited {found}"
 
     return run
 

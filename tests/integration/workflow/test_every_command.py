@@ -43,7 +43,9 @@ def pipeline_job(jobs: dict[str, str], tmp_path: Path) -> str:
     read = {stage: yaml.safe_load(Path(file).read_text()) for stage, file in jobs.items()}
     job: dict[str, Any] = {k: read["ppo"][k] for k in ("model_name_or_path", "template", "learner", "report_to")}
     job |= {stage: {k: v for k, v in fields.items() if k not in PLUMBING} for stage, fields in read.items()}
-    job["evaluate"] = {"data": {**read["ppo"]["data"], "held_out_fraction": 0.3}, "response_length": 8}
+    job["evaluate"] = {"response_length": 8}
+    for stage in ("sft", "reward", "ppo"):
+        job[stage]["data"] = {**read[stage]["data"], "held_out_fraction": 0.3}
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump({"output_dir": "runs/all", **job}))
     return str(path)

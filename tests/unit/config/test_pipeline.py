@@ -121,3 +121,19 @@ def test_an_ambiguous_job_asks_for_the_stage(workdir: Path) -> None:
     ]
     assert load_any("x.yaml", stage="reward")[0] == "reward"
     assert isinstance(load_any("x.yaml", ["rewards=[{run: runs/reward}]"])[1], PPOConfig)
+
+
+def test_stages_of_one_file_hold_out_the_same_share(
+    complaints: Callable[..., list[str]], loaded: Callable[..., Any]
+) -> None:
+    """SFT held out 0.04 and PPO 0.1 of the same file, as a job of ours did: 60 % of the evaluated prompts had been trained on. Told
+    before the first stage starts. A smaller share later, or another file, hides nothing."""
+    head = "output_dir: o\nmodel_name_or_path: base\nstages: [sft, ppo, evaluate]\n"
+    ppo = "ppo: {data: {train: a.jsonl}, rewards: [{function: 'r.py:f'}]}\n"
+    assert complaints("pipeline", f"{head}sft: {{data: {{train: a.jsonl, held_out_fraction: 0.04}}}}\n{ppo}") == [
+        "error: job.yaml:5: ppo.data: holds out 0.1 of a.jsonl, of which sft (held_out_fraction 0.04) trains on a part; expected"
+        " one data.held_out_fraction along the chain; fix: set sft.data and ppo.data to the same held_out_fraction",
+    ]
+    Path("r.py").write_text("def f(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    for fine in ("a.jsonl, held_out_fraction: 0.2", "b.jsonl, held_out_fraction: 0.04", "a.jsonl"):
+        assert loaded("pipeline", f"{head}sft: {{data: {{train: {fine}}}}}\n{ppo}"), fine

@@ -14,7 +14,7 @@ from rlhf_ray.config import DataConfig
 from rlhf_ray.data.load import load_rows
 from rlhf_ray.data.prompts import Message, Prompt, parse_transcript, transcript
 from rlhf_ray.data.records import Row
-from rlhf_ray.data.splits import half_of, is_held_out, overlap, prompt_hash, split
+from rlhf_ray.data.splits import Questions, half_of, is_held_out, overlap, prompt_hash, split
 
 TALK = (Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "A bird?"))
 
@@ -22,14 +22,15 @@ TALK = (Message("user", "Hi."), Message("assistant", "Hello."), Message("user", 
 GOLDEN = [
     (Prompt("Name a bird."), "f8adb791af0917b7"),
     (Prompt("Which is odd?", "oak, pine, salmon"), "08130813e324ea4d"),
-    (Prompt(messages=TALK), "24fdb2f6e73b5bc4"),
+    (Prompt(messages=TALK), "cef4ce6742641023"),  # of its last question
     (Prompt("Écris un mot."), "61bff1a29ed917bb"),
 ]
 
 
 @pytest.mark.parametrize(("prompt", "digest"), GOLDEN)
 def test_golden_hashes(prompt: Prompt, digest: str) -> None:
-    """These must never change: what was held out from an old run would be trained on by a new one."""
+    """These must not change: what was held out from an old run would be trained on by a new one. (Conversations were hashed as
+    whole transcripts once, so that a system text moved a question to the other side.)"""
     assert f"{prompt_hash(prompt):016x}" == digest
 
 
@@ -41,12 +42,14 @@ SAME = [
     (Prompt(messages=TALK), Prompt("Human: Hi.\n\nAssistant: Hello.\n\nHuman: A bird?\n\nAssistant:")),
     (Prompt(messages=TALK), Prompt("\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: A bird?\n\nAssistant: ")),
     (Prompt("Name a bird."), Prompt("Human: Name a bird.\n\nAssistant:")),
+    (Prompt(messages=TALK), Prompt("A bird?")),
+    (Prompt("Name a bird."), Prompt(messages=(Message("system", "Be brief."), Message("user", "Name a bird.")))),
 ]
 DIFFERENT = [
     (Prompt("Name a bird."), Prompt("name a bird.")),
     (Prompt("Which?", "a"), Prompt("Which?")),
     (Prompt(messages=TALK), Prompt(messages=TALK[:1])),
-    (Prompt(messages=(Message("system", "x"), TALK[0])), Prompt(messages=(Message("user", "x"), TALK[0]))),
+    (Prompt(messages=(Message("system", "x"), TALK[0])), Prompt(messages=(Message("system", "x"), TALK[2]))),
 ]
 
 
@@ -128,6 +131,31 @@ def test_no_stage_trains_on_what_another_holds_out(write: Callable[..., str]) ->
             assert overlap(one.held_out, other.held_out).count == len(one.held_out)
     assert overlap(stages[1].train, stages[2].train).count == 0
     assert overlap(stages[1].train, stages[0].train).count == len(stages[1].train)
+
+
+def test_a_text_that_begins_with_a_prompt_overlaps_with_it() -> None:
+    """A bare text asks nothing: by hash alone no story was ever found to hold a prompt that opens it."""
+    stories = [
+        Row(f"s:{i}", Prompt(), completion=text) for i, text in enumerate(("Tom ran. He fell.", "A cat  sat. It ate."))
+    ]
+    prompts = _rows(["A cat sat.", "Tom ran", "He fell.", "Tom ran. He fell. Twice."])
+    assert [row in Questions(stories) for row in prompts] == [True, True, False, False]
+    assert [row in Questions(prompts[:1]) for row in stories] == [False, True]
+    found = overlap(prompts, stories)
+    assert (found.count, found.first, found.total) == (2, prompts[0].where, 4)
+
+
+def test_held_out_prompts_keep_texts_that_open_with_them_out_of_training(write: Callable[..., str]) -> None:
+    asked = [f"Story {i} begins." for i in range(200)]
+    prompts = write([{"prompt": text} for text in asked], "prompts.jsonl")
+    texts = write([{"text": f"{text} And ends."} for text in asked], "texts.jsonl")
+    held = load_rows(DataConfig(train=(prompts,), held_out_fraction=0.2), "prompt").held_out
+    plain = load_rows(DataConfig(train=(texts,), held_out_fraction=0.2), "sft")
+    kept = load_rows(DataConfig(train=(texts,), held_out_fraction=0.2, held_out_prompts=(prompts,)), "sft")
+    assert overlap(held, plain.train).count > 20 and overlap(held, kept.train).count == 0
+    lost = len(plain.train) - len(kept.train)
+    assert lost == overlap(held, plain.train).count and f"{lost} held out elsewhere" in kept.summary[0]
+    assert [item["path"] for item in kept.manifest] == [texts, prompts]
 
 
 def test_bare_texts_are_split_by_their_text() -> None:

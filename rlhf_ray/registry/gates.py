@@ -18,11 +18,12 @@ from typing import Any, Literal
 from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.metrics import figure
 from rlhf_ray.registry.candidate import Candidate
-from rlhf_ray.sweep.choice import CLEAR
 from rlhf_ray.sweep.results import K1, standard_error_name
 
 MAX_KL = 10.0
 """Nats per reply, well above the 1 to 5 at which the measured runs in README stand."""
+CLEAR = 2.0
+"""Standard errors of the difference by which a candidate must be above its start: one comparison, named beforehand."""
 OVERRIDE = '--force --reason "..."'
 Status = Literal["passed", "failed", "not applicable"]
 

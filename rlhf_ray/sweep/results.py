@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_ray.maths.stats import error_of_mean
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.storage.files import atomic_write_text
 from rlhf_ray.storage.run_folder import is_run, open_run
 from rlhf_ray.sweep.trials import Trial
 
-K1, K3, LENGTH = "eval/kl_k1_per_response", "eval/kl_k3_per_response", "eval/length"
+K1, K3, LENGTH, ROWS = "eval/kl_k1_per_response", "eval/kl_k3_per_response", "eval/length", "eval/rows"
 Status = Literal["done", "stopped", "failed", "waiting"]
 
 
@@ -85,6 +86,10 @@ class Setting:
     def scores(self) -> list[float]:
         return [o.last[self.metric] for o in self.outcomes]
 
+    def by_seed(self) -> dict[int, float]:
+        """Seed -> score, in the order of the seeds."""
+        return {o.trial.seed: o.last[self.metric] for o in sorted(self.outcomes, key=lambda o: o.trial.seed)}
+
     @property
     def score(self) -> float:
         return statistics.fmean(self.scores)
@@ -94,7 +99,7 @@ class Setting:
         """Standard error of `score` from the finite number of held-out prompts alone; nan if it was not recorded."""
         name = standard_error_name(self.metric)
         errors = [o.last.get(name, math.nan) for o in self.outcomes]
-        return math.hypot(*errors) / len(errors)
+        return error_of_mean(errors)
 
     def mean(self, name: str) -> float:
         return statistics.fmean(o.last.get(name, math.nan) for o in self.outcomes)

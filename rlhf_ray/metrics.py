@@ -123,6 +123,16 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("eval/finished", "share", "held-out replies that ended with a stop token"),
     ("eval/entropy", "nats", "entropy per token on held-out prompts"),
     ("eval/rows", "", "held-out rows evaluated"),
+    # The same on held-out prompts that chose nothing (confirm_held_out)
+    ("eval/confirm/reward", "reward", "raw reward on the held-out prompts that confirm"),
+    ("eval/confirm/reward_se", "reward", "standard error of eval/confirm/reward"),
+    ("eval/confirm/reward/*", "reward", "one reward source on the held-out prompts that confirm, before its weight"),
+    ("eval/confirm/reward_se/*", "reward", "standard error of eval/confirm/reward/*"),
+    ("eval/confirm/kl_k1_per_response", "nats", "k1 per reply on the held-out prompts that confirm"),
+    ("eval/confirm/kl_k3_per_response", "nats", "k3 per reply on the held-out prompts that confirm"),
+    ("eval/confirm/length", "tokens", "mean reply length on the held-out prompts that confirm"),
+    ("eval/confirm/finished", "share", "replies that ended with a stop token, on the held-out prompts that confirm"),
+    ("eval/confirm/rows", "", "held-out rows that confirm"),
     # Comparison of policies: one metric per policy, the policy's name after the last slash
     ("reward_se/*", "reward", "standard error of a policy's reward"),
     ("true_reward/*", "reward", "a policy's score under the bundled task's own rule, which no training stage sees"),
@@ -182,6 +192,11 @@ def describe(name: str) -> Metric:
         if name.startswith(prefix) and len(name) > len(prefix):
             return METRICS[prefix + "*"]
     raise KeyError(name)
+
+
+def confirm_name(name: str) -> str:
+    """`eval/reward` -> `eval/confirm/reward`: the same figure on the held-out prompts that chose nothing."""
+    return f"eval/confirm/{name.removeprefix('eval/')}"
 
 
 def clean(name: str, value: Any, step: int | None = None) -> float:

@@ -66,7 +66,7 @@ class Writers:
 
 @dataclass
 class PPOSetup:
-    """The parts of one rank. held_out: evaluation prompts, the same on every rank.
+    """The parts of one rank. held_out: evaluation prompts, the same on every rank.  confirming: which of them are reported apart.
 
     budgets, learning_rates: of a step.  save_due: (step, last step) -> whether a checkpoint is."""
 
@@ -79,6 +79,7 @@ class PPOSetup:
     eval_decoding: Decoding
     schedule: PromptSchedule[TokenisedPrompt]
     held_out: Sequence[TokenisedPrompt]
+    confirming: Sequence[bool]
     stop_ids: tuple[int, ...]
     total_steps: int
     eval_every: int
@@ -141,6 +142,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         eval_decoding=eval_decoding,
         schedule=prompts.schedule,
         held_out=prompts.held_out,
+        confirming=prompts.confirming,
         stop_ids=stop_ids,
         total_steps=total,
         eval_every=eval_every,

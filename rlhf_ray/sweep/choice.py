@@ -2,7 +2,11 @@
 
 Admitted are settings of which as many trials came to their end as of any other (a mean over survivors flatters), whose mean KL is
 within the cap and whose replies kept their length within the ratio. The winner is the admitted setting with the highest mean score
-over its seeds; what is promoted of it is its median seed, since the best seed of the best setting was picked for its luck twice.
+over its seeds. What is promoted of it is its median seed, since the best seed of the best setting was picked for its luck twice.
+
+The winner's score is too high for having been picked. Its confirmed score is that of the same trials on the half of the held-out
+prompts that picked nothing (eval/confirm/*): the luck of the prompts is not in it, and the trials that are there are as good as it
+says. The luck of the seeds is in it as far as it is read as what another seed of that setting would give.
 
 Another admitted setting is called worse only if, all admitted settings being equal, less than 5 % of sweeps would put any of them
 as far below the winner (maths/comparisons.py: the studentized range, which knows that the winner was picked because it is highest).
@@ -20,7 +24,8 @@ from typing import Literal
 
 from rlhf_ray.maths.comparisons import worse_than_best, worse_than_best_by_errors
 from rlhf_ray.maths.stats import error_of_mean, pooled_deviation
-from rlhf_ray.sweep.results import K1, ROWS, Setting, TrialOutcome
+from rlhf_ray.metrics import confirm_name, figure
+from rlhf_ray.sweep.results import K1, ROWS, Setting, TrialOutcome, standard_error_name
 
 CONFIDENCE = 0.95
 """That no setting of a sweep is called worse than the winner without being so."""
@@ -28,10 +33,24 @@ Spread = Literal["seeds as blocks", "seeds", "prompts"]
 
 
 @dataclass(frozen=True)
+class Confirmed:
+    """The winner where nothing was chosen. score: mean over its seeds.  error: its standard error, as that of `Choice.error`.
+    trial_score, trial_error: of the promoted trial, the error over prompts.  rows: prompts; the fewest of a trial."""
+
+    metric: str
+    score: float
+    error: float
+    trial_score: float
+    trial_error: float
+    rows: int
+
+
+@dataclass(frozen=True)
 class Choice:
     """winner: None if no setting is admitted.  trial: its median seed, the lower one of two.  not_worse: admitted settings that are
     not shown to be worse.  p: for each of the others the chance of such a distance if all were equal, adjusted for all comparisons.
-    excluded: (setting, why).  error: standard error of the winner's score.  by: the spread that was used."""
+    excluded: (setting, why).  error: standard error of the winner's score.  by: the spread that was used.  confirmed: the winner on
+    prompts that chose nothing; None if it was not measured there."""
 
     winner: Setting | None
     trial: TrialOutcome | None
@@ -40,6 +59,7 @@ class Choice:
     error: float
     by: Spread
     p: Mapping[str, float] = field(default_factory=dict)
+    confirmed: Confirmed | None = None
 
     @property
     def compared(self) -> int:
@@ -47,7 +67,22 @@ class Choice:
         return len(self.p) + (self.winner is not None)
 
 
-def told(choice: Choice) -> str:
+def confirmation_sentence(choice: Choice) -> str:
+    """The winner's score where nothing was chosen; empty without a winner."""
+    if choice.winner is None or choice.trial is None:
+        return ""
+    found, seed = choice.confirmed, choice.trial.trial.seed
+    if found is None:
+        return f"Not confirmed: measured only on the prompts that chose it, so its score is likely too high. Median seed: {seed}."
+    over = f"{figure(found.score)} over its seeds, " if len(choice.winner.outcomes) > 1 else ""
+    error = "" if math.isnan(found.trial_error) else f" ± {figure(found.trial_error)}"
+    return (
+        f"On {found.rows} held-out prompts that chose nothing: {over}{figure(found.trial_score)}{error} by the median seed, {seed},"
+        " which is the one to promote."
+    )
+
+
+def comparison_sentence(choice: Choice) -> str:
     """What the comparison showed, and no more, in a sentence; empty if there was nothing to compare."""
     others, left = len(choice.p), len(choice.not_worse)
     if not others:
@@ -78,8 +113,24 @@ def choose(settings: Sequence[Setting], kl_cap: float | None, length_ratio: floa
     winner, *others = admitted
     p = dict(zip((s.name for s in others), _p_values(admitted, by)[1:]))
     not_worse = tuple(s for s in others if not p[s.name] < 1 - CONFIDENCE)
-    error = score_error(winner, pooled_deviation([s.scores for s in settings]))
-    return Choice(winner, _median(winner), not_worse, tuple(excluded), error, by, p)
+    error, trial = score_error(winner, pooled_deviation([s.scores for s in settings])), _median(winner)
+    return Choice(winner, trial, not_worse, tuple(excluded), error, by, p, _confirmed(winner, trial, settings))
+
+
+def _confirmed(winner: Setting, trial: TrialOutcome, settings: Sequence[Setting]) -> Confirmed | None:
+    found = winner.confirmed()
+    if found is None:
+        return None
+    spread = pooled_deviation([s.scores for setting in settings if (s := setting.confirmed()) is not None])
+    name = found.metric
+    return Confirmed(
+        metric=name,
+        score=found.score,
+        error=score_error(found, spread),
+        trial_score=trial.last[name],
+        trial_error=trial.last.get(standard_error_name(name), math.nan),
+        rows=int(min(o.last.get(confirm_name(ROWS), 0) for o in found.outcomes)),
+    )
 
 
 def _spread(admitted: Sequence[Setting]) -> Spread:

@@ -6,12 +6,13 @@ import json
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.storage.files import atomic_write_json
-from rlhf_ray.sweep.choice import CONFIDENCE, Choice, choose, frontier
+from rlhf_ray.sweep.choice import CONFIDENCE, Choice, Confirmed, choose, frontier
 from rlhf_ray.sweep.results import (
     K1,
     K3,
@@ -122,6 +123,13 @@ def setting_row(setting: Setting, choice: Choice, settings: Sequence[Setting]) -
     }
 
 
+def _plain(confirmed: Confirmed | None) -> dict[str, Any] | None:
+    """JSON has no NaN: one prompt has no standard error."""
+    if confirmed is None:
+        return None
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(confirmed).items()}
+
+
 def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
     """The winner, the rule it won by, and how sure that is, as plain JSON."""
     rule = f"highest mean {config.metric} over the seeds, of settings with the most finished trials"
@@ -147,4 +155,5 @@ def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
         "run_dir": f"trials/{choice.trial.trial.id}",
         "not_shown_to_be_worse": [s.name for s in choice.not_worse],
         "excluded": {s.name: why for s, why in choice.excluded},
+        "confirmed": _plain(choice.confirmed),
     }

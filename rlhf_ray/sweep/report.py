@@ -17,7 +17,7 @@ from rlhf_ray.report.plane import Dots, Plane, draw_plane
 from rlhf_ray.report.render import Section, document, write_page
 from rlhf_ray.report.samples import samples_section
 from rlhf_ray.storage.run_folder import open_run
-from rlhf_ray.sweep.choice import CONFIDENCE, Choice, frontier, score_error, told
+from rlhf_ray.sweep.choice import CONFIDENCE, Choice, comparison_sentence, confirmation_sentence, frontier, score_error
 from rlhf_ray.sweep.record import Record, setting_row
 from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, row_of
 from rlhf_ray.sweep.trials import planned
@@ -94,8 +94,9 @@ def sentence(config: SweepConfig, choice: Choice) -> str:
         )
     winner = choice.winner
     text = f"{label(winner)} wins: {config.metric} {with_error(winner.score, choice.error)}, KL {shown(winner.mean(K1))} nats."
+    text += f" {confirmation_sentence(choice)}"
     if choice.p:
-        text += f" {told(choice)}"
+        text += f" {comparison_sentence(choice)}"
     if choice.not_worse:
         named = "; ".join(label(s) for s in choice.not_worse[:4])
         more = f"; and {len(choice.not_worse) - 4} more" if len(choice.not_worse) > 4 else ""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlhf_ray.maths.stats import pooled_deviation
-from rlhf_ray.sweep.choice import choose, frontier, score_error, told
+from rlhf_ray.sweep.choice import choose, comparison_sentence, confirmation_sentence, frontier, score_error
 from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, settings_of, standard_error_name
 from rlhf_ray.sweep.trials import Trial
 
@@ -57,7 +58,7 @@ def test_the_highest_score_within_the_caps_wins() -> None:
         "long": "replies became 3.1 times as long, beyond the ratio of 3",
     }
     assert choice.not_worse == () and choice.by == "seeds as blocks"
-    assert told(choice) == (
+    assert comparison_sentence(choice) == (
         "All of 1 other settings shown to be worse, 0 not shown to be worse (95% confidence for all verdicts together, 2 settings"
         " compared, each ran with the same seeds)."
     )
@@ -84,7 +85,9 @@ def test_settings_that_lost_different_seeds_are_not_in_blocks() -> None:
     t = 2 * math.sqrt(2)
     assert choice.by == "seeds"
     assert choice.p == {"low": pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-9)}
-    assert "1 not shown to be worse" in told(choice) and "seeds taken as independent" in told(choice)
+    assert "1 not shown to be worse" in comparison_sentence(
+        choice
+    ) and "seeds taken as independent" in comparison_sentence(choice)
 
 
 def test_what_is_excluded_is_not_compared() -> None:
@@ -99,19 +102,59 @@ def test_one_seed_each_is_judged_by_its_prompts() -> None:
     scores = {"a": 1.0, "b": 1.0 - 0.33, "c": 1.0 - 0.333}
     choice = choose([setting(name, [score], se=0.1) for name, score in scores.items()], None, None)
     assert choice.by == "prompts" and [s.name for s in choice.not_worse] == ["b"]
-    assert "another seed may order them otherwise" in told(choice)
+    assert "another seed may order them otherwise" in comparison_sentence(choice)
 
 
 def test_unknown_errors_show_nothing() -> None:
     choice = choose([setting("a", [1.0], se=math.nan), setting("b", [0.0], se=0.1)], None, None)
-    assert [s.name for s in choice.not_worse] == ["b"] and "no setting was shown to be worse" in told(choice)
-    assert told(choose([setting("a", [1.0])], None, None)) == "", "nothing to compare with"
+    assert [s.name for s in choice.not_worse] == ["b"] and "no setting was shown to be worse" in comparison_sentence(
+        choice
+    )
+    assert comparison_sentence(choose([setting("a", [1.0])], None, None)) == "", "nothing to compare with"
 
 
 def test_nothing_admitted() -> None:
     choice = choose([setting("a", [1.0], kl=9)], 5.0, None)
     assert choice.winner is None and choice.trial is None and len(choice.excluded) == 1
     assert choose([], None, None).winner is None
+
+
+def with_confirmed(given: Setting, scores: Sequence[float]) -> Setting:
+    """The same trials, with what prompts that chose nothing say of them."""
+    outcomes = tuple(
+        replace(o, last={**o.last, "eval/confirm/reward": s, "eval/confirm/reward_se": 0.2, "eval/confirm/rows": 20.0})
+        for o, s in zip(given.outcomes, scores)
+    )
+    return replace(given, outcomes=outcomes)
+
+
+def test_the_winner_is_confirmed_where_nothing_was_chosen() -> None:
+    """Prompts that confirm have no say: the setting that is better there does not win. There (0.5, 0.7, 0.9) and (3, 3, 3) have the
+    squares 0.08 and 0 over four degrees of freedom, so a mean of three has the error sqrt(0.02 / 3)."""
+    top = with_confirmed(setting("top", [2.0, 4.0, 3.0]), [0.5, 0.7, 0.9])
+    other = with_confirmed(setting("other", [1.0, 1.0, 1.0]), [3.0, 3.0, 3.0])
+    choice = choose([top, other], None, None)
+    assert choice.winner is top and choice.trial is top.outcomes[2], "3 is the median of 2, 4, 3"
+    found = choice.confirmed
+    assert found is not None and (found.metric, found.rows) == ("eval/confirm/reward", 20)
+    assert (found.score, found.trial_score, found.trial_error) == (pytest.approx(0.7), 0.9, 0.2)
+    assert found.error == pytest.approx(math.sqrt(0.02 / 3))
+    assert confirmation_sentence(choice) == (
+        "On 20 held-out prompts that chose nothing: 0.700 over its seeds, 0.900 ± 0.200 by the median seed, 2, which is the one to"
+        " promote."
+    )
+
+
+def test_a_winner_that_was_not_confirmed_says_so() -> None:
+    """One trial without the figure is enough: trials of a sweep of before it."""
+    top = setting("top", [2.0, 4.0, 3.0])
+    part = with_confirmed(top, [0.5, 0.7])
+    assert len(part.outcomes) == 2
+    mixed = replace(top, outcomes=(*part.outcomes, top.outcomes[2]))
+    for given in (top, mixed):
+        choice = choose([given], None, None)
+        assert choice.confirmed is None and "its score is likely too high" in confirmation_sentence(choice)
+    assert confirmation_sentence(choose([], None, None)) == ""
 
 
 def test_the_frontier_has_no_setting_that_another_beats() -> None:
@@ -132,6 +175,8 @@ def test_settings_are_made_of_finished_trials_alone() -> None:
         ("eval/reward", "eval/reward_se"),
         ("eval/reward/judge", "eval/reward_se/judge"),
         ("eval/finished", "eval/finished_se"),
+        ("eval/confirm/reward", "eval/confirm/reward_se"),
+        ("eval/confirm/reward/judge", "eval/confirm/reward_se/judge"),
     ],
 )
 def test_names_of_standard_errors(metric: str, error: str) -> None:

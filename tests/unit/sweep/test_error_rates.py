@@ -18,16 +18,20 @@ METRIC = "eval/reward"
 SETTINGS = 11
 
 
-def sweep_of(scores: torch.Tensor) -> list[Setting]:
-    """scores: f64[settings, seeds]."""
+def sweep_of(scores: torch.Tensor, confirming: torch.Tensor | None = None) -> list[Setting]:
+    """scores: f64[settings, seeds].   confirming: the same on the prompts that choose nothing."""
     same = {K1: 1.0, K3: 1.0, LENGTH: 10.0, "eval/reward_se": 0.1}
+    confirming = scores if confirming is None else confirming
     settings = []
-    for name, row in enumerate(scores.tolist()):
+    for name, row in enumerate(torch.stack([scores, confirming], dim=2).tolist()):
         outcomes = tuple(
             TrialOutcome(
-                Trial(f"c{name}", {}, seed, Path()), "done", first={LENGTH: 10.0}, last={METRIC: score, **same}
+                Trial(f"c{name}", {}, seed, Path()),
+                "done",
+                first={LENGTH: 10.0},
+                last={METRIC: score, "eval/confirm/reward": other, **same},
             )
-            for seed, score in enumerate(row)
+            for seed, (score, other) in enumerate(row)
         )
         settings.append(Setting(f"c{name}", {}, outcomes, METRIC))
     return settings
@@ -102,3 +106,23 @@ def test_the_promoted_seed_is_the_median_one() -> None:
     assert promoted is not None and promoted.last[METRIC] == 5.0
     two = choose(sweep_of(torch.tensor([[3.0, 9.0], [1.0, 1.1]], dtype=torch.float64)), None, None).trial
     assert two is not None and two.last[METRIC] == 3.0, "the lower of two"
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_confirmed_score_is_not_inflated(seeds: int) -> None:
+    """11 equal settings of value 0, measured on two halves of the prompts with noise 1. On the half that chose, the winner's score
+    lies 1.586 of its standard errors too high, the mean of the largest of 11 standard normals. On the other half neither it nor the
+    score of the promoted seed is too high."""
+    generator, count, error = torch.Generator().manual_seed(seeds), 500, 1 / math.sqrt(seeds)
+    chose, confirmed, promoted = [], [], []
+    for _ in range(count):
+        one, other = torch.randn(2, SETTINGS, seeds, generator=generator, dtype=torch.float64)
+        choice = choose(sweep_of(one, other), None, None)
+        assert choice.winner is not None and choice.confirmed is not None
+        chose.append(choice.winner.score / error)
+        confirmed.append(choice.confirmed.score / error)
+        promoted.append(choice.confirmed.trial_score)
+    tolerance = 3 / math.sqrt(count)
+    assert sum(chose) / count == pytest.approx(1.586, abs=tolerance)
+    assert sum(confirmed) / count == pytest.approx(0, abs=tolerance)
+    assert sum(promoted) / count == pytest.approx(0, abs=tolerance)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_ray.maths.stats import block_deviation, error_of_difference, pooled_deviation, standard_error
+from rlhf_ray.maths.standard_errors import block_deviation, error_of_difference, pooled_deviation, standard_error
 
 OWN_SPREAD_FROM = 3
 """Values of a mean from which on its own spread says something; that of two is a single number."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_ray.maths import hexfloat
 from rlhf_ray.maths.masks import full_precision, masked_var
+from rlhf_ray.maths.standard_errors import standard_error
 
 
 class RunningMoments:
@@ -89,58 +90,6 @@ def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -
     spread = float(masked_var(returns.double(), response_mask))
     left = float(masked_var(returns.double() - values.double(), response_mask))
     return 1 - left / spread if spread > 0 else math.nan
-
-
-def standard_error(values: Sequence[float] | Tensor) -> float:
-    """s / sqrt(n), s the sample standard deviation (n - 1).   NaN for fewer than two values."""
-    x = torch.as_tensor(values, dtype=torch.float64).flatten()
-    return float(x.std(correction=1)) / math.sqrt(x.numel()) if x.numel() > 1 else math.nan
-
-
-def error_of_difference(one: float, other: float) -> float:
-    """sqrt(e_1^2 + e_2^2): standard error of the difference (or sum) of two independent estimates.   Not negative; NaN stays NaN.
-
-    >>> error_of_difference(3.0, 4.0)
-    5.0
-    """
-    return math.hypot(one, other)
-
-
-def error_of_mean(errors: Sequence[float]) -> float:
-    """sqrt(sum_i e_i^2) / n: standard error of the mean of n independent estimates.   NaN for none."""
-    return math.hypot(*errors) / len(errors) if errors else math.nan
-
-
-def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
-    """sqrt(sum_g sum_i (x_gi - mean_g)^2 / sum_g (n_g - 1)): the spread within groups, taken as the same in all; None if no group
-    has two values.
-
-    >>> pooled_deviation([[1, 3], [2, 4]])
-    1.4142135623730951
-    """
-    freedom = sum(len(g) - 1 for g in groups)
-    if freedom == 0:
-        return None
-    squares = math.fsum((x - math.fsum(g) / len(g)) ** 2 for g in groups for x in g)
-    return math.sqrt(squares / freedom)
-
-
-def block_deviation(groups: Sequence[Sequence[float]]) -> float:
-    """sqrt(sum_gb (x_gb - mean_g - mean_b + mean)^2 / ((k - 1) (n - 1))): the spread that is left in k groups of n values when what
-    block b (value b of every group) adds to all groups is taken out: a two-way table without interaction (Fisher 1925).
-
-    Raises ValueError for fewer than two groups or blocks, or groups of unequal length.
-
-    >>> block_deviation([[0, 3], [1, 6]])
-    1.0
-    """
-    if len(groups) < 2 or len({len(g) for g in groups}) != 1 or len(groups[0]) < 2:
-        raise ValueError(
-            f"block_deviation: expected two groups or more, equally long, got lengths {[len(g) for g in groups]}"
-        )
-    x = torch.tensor(groups, dtype=torch.float64)
-    left = x - x.mean(dim=1, keepdim=True) - x.mean(dim=0, keepdim=True) + x.mean()
-    return math.sqrt(float(left.square().sum()) / ((x.shape[0] - 1) * (x.shape[1] - 1)))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf_ray.errors import ConfigError, Problem
-from rlhf_ray.maths.stats import error_of_difference
+from rlhf_ray.maths.standard_errors import error_of_difference
 from rlhf_ray.metrics import confirm_name, figure
 from rlhf_ray.registry.candidate import Candidate
 from rlhf_ray.sweep.results import K1, standard_error_name

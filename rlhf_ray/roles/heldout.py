@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.maths import kl
 from rlhf_ray.maths.masks import masked_sum
-from rlhf_ray.maths.stats import standard_error
+from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.metrics import confirm_name
 from rlhf_ray.roles.collector import Collected
 

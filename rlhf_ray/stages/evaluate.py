@@ -23,7 +23,7 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.launch.launch import launch
-from rlhf_ray.maths.stats import standard_error
+from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.models.lineage import header_line
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.evaluate_files import EvaluationOutcome, artifacts, show, write_results

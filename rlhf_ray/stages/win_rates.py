@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ray.maths.stats import WinRate, standard_error, win_rate
+from rlhf_ray.maths.standard_errors import intercept, standard_error
+from rlhf_ray.maths.stats import WinRate, win_rate
 
 DRAW, BASELINE_WINS, POLICY_WINS = 0, 1, 2
 """AlpacaFarm's preference codes, with the baseline as output_1 and the policy as output_2."""
@@ -132,7 +133,6 @@ def length_controlled(codes: Sequence[int], length_gap: Tensor) -> Estimate:
     """Win rate at equal length, in percent: w of the least-squares line
 
         x_i = w + b d_i + e_i,   x_i = 1 win, 0.5 draw, 0 loss,   d_i = length of the policy's reply - length of the baseline's
-        se(w) = s sqrt(1/n + mean(d)^2 / S),   S = sum (d_i - mean(d))^2,   s^2 = sum e_i^2 / (n - 2)
 
     An ordinary regression with the length difference as control (AlpacaEval 2 does the same with a logistic one, arXiv:2404.04475).
     w is cut to 0..100. If no pair differs in length it is the win rate itself. NaN where it cannot be known: fewer than three
@@ -141,18 +141,10 @@ def length_controlled(codes: Sequence[int], length_gap: Tensor) -> Estimate:
     codes: B of them.   length_gap: f[B], tokens."""
     x = torch.tensor([_OUTCOME[c] for c in codes], dtype=torch.float64)
     d = length_gap.double().flatten()
-    n = len(x)
-    if n and not bool(d.any()):
+    if len(x) and not bool(d.any()):
         return Estimate(100 * float(x.mean()), 100 * standard_error(x))
-    around = d - d.mean() if n else d
-    spread = float(around.square().sum())
-    if n < 3 or spread == 0:
-        return Estimate(math.nan, math.nan)
-    slope = float((around * (x - x.mean())).sum()) / spread
-    at_zero = float(x.mean()) - slope * float(d.mean())
-    left = float((x - at_zero - slope * d).square().sum())
-    se = math.sqrt(left / (n - 2) * (1 / n + float(d.mean()) ** 2 / spread))
-    return Estimate(100 * min(max(at_zero, 0.0), 1.0), 100 * se)
+    at_zero, se = intercept(x, d)
+    return Estimate(100 * min(max(at_zero, 0.0), 1.0) if math.isfinite(at_zero) else math.nan, 100 * se)
 
 
 def distinct_2(responses: Sequence[str]) -> float:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_ray.maths.comparisons import worse_than_best, worse_than_best_by_errors
-from rlhf_ray.maths.stats import error_of_mean, pooled_deviation
+from rlhf_ray.maths.standard_errors import error_of_mean, pooled_deviation
 from rlhf_ray.metrics import confirm_name, figure
 from rlhf_ray.sweep.results import K1, ROWS, Setting, TrialOutcome, standard_error_name
 

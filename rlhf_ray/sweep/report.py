@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.sweep import SweepConfig
-from rlhf_ray.maths.stats import pooled_deviation
+from rlhf_ray.maths.standard_errors import pooled_deviation
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.report.charts import Chart, Line, draw
 from rlhf_ray.report.html import Html, join, tag

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_ray.maths.stats import error_of_mean
+from rlhf_ray.maths.standard_errors import error_of_mean
 from rlhf_ray.metrics import confirm_name, read_metrics
 from rlhf_ray.storage.files import atomic_write_text
 from rlhf_ray.storage.run_folder import is_run, open_run

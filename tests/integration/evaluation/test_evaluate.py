@@ -15,7 +15,7 @@ from rlhf_ray.console import Console, NullConsole
 from rlhf_ray.data.load import load_rows
 from rlhf_ray.data.records import read_rows
 from rlhf_ray.errors import ArtifactError, ConfigError, DataError
-from rlhf_ray.maths.stats import standard_error
+from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.stages.evaluate import evaluate
 from rlhf_ray.storage.run import Run, load_run

@@ -130,28 +130,6 @@ def test_explained_variance(reply_mask) -> None:
 # --- errors and win rates ---
 
 
-def test_standard_error() -> None:
-    assert stats.standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3 / 4))
-    assert stats.standard_error(torch.tensor([[1, 2], [3, 4]])) == pytest.approx(math.sqrt(5 / 3 / 4))
-    assert math.isnan(stats.standard_error([1.0])) and math.isnan(stats.standard_error([]))
-
-
-def test_deviations_by_hand() -> None:
-    """(1, 3) and (2, 2, 5): squares 2 and 6 over 1 + 2 degrees of freedom. In blocks (0, 3) and (1, 6): the differences 1 and 3
-    have the variance 2, of which each group has half."""
-    assert stats.pooled_deviation([[1, 3], [2, 2, 5]]) == pytest.approx(math.sqrt(8 / 3))
-    assert stats.pooled_deviation([[1], [7]]) is None
-    assert stats.block_deviation([[0, 3], [1, 6]]) == pytest.approx(1.0)
-    for groups in ([[1, 2]], [[1], [2]], [[1, 2], [3]]):
-        with pytest.raises(ValueError, match="equally long"):
-            stats.block_deviation(groups)
-
-
-def test_errors_of_differences_and_means() -> None:
-    assert stats.error_of_difference(3.0, 4.0) == 5.0
-    assert stats.error_of_mean([3.0, 4.0]) == 2.5 and math.isnan(stats.error_of_mean([]))
-
-
 def test_f20_win_rate_golden_draws_count_half(golden) -> None:
     g = golden["win_rate"]
     result = stats.win_rate([2] * g["wins"] + [1] * g["losses"] + [0] * g["draws"])

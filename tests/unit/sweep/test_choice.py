@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.maths.stats import pooled_deviation
+from rlhf_ray.maths.standard_errors import pooled_deviation
 from rlhf_ray.sweep.choice import choose, comparison_sentence, confirmation_sentence, frontier, score_error
 from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, settings_of, standard_error_name
 from rlhf_ray.sweep.trials import Trial

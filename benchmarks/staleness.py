@@ -9,7 +9,6 @@ Seconds are not compared here: see placements.py.
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from stories_sentiment import job
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole
+from rlhf_ray.maths.standard_errors import error_of_difference, error_of_mean, standard_error
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.ppo.loop import ppo
 
@@ -56,12 +56,12 @@ def main() -> None:
         for age, found in runs.items()
     }
     gaps = [late["eval/reward"] - fresh["eval/reward"] for fresh, late in zip(runs[0], runs[1])]
-    errors = [math.hypot(late["eval/reward_se"], fresh["eval/reward_se"]) for fresh, late in zip(runs[0], runs[1])]
-    between = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    name = "eval/reward_se"
+    errors = [error_of_difference(late[name], fresh[name]) for fresh, late in zip(runs[0], runs[1])]
     measured["difference"] = spread(gaps)
     measured["mean_difference"] = statistics.fmean(gaps)
-    measured["standard_error_over_seeds"] = between
-    measured["standard_error_over_prompts"] = math.hypot(*errors) / len(errors)
+    measured["standard_error_over_seeds"] = standard_error(gaps)
+    measured["standard_error_over_prompts"] = error_of_mean(errors)
     settings = {
         "model": "stories260K, 260,032 parameters, float32, CPU",
         "placement": "split: 1 learner, 1 generator, 1 scorer, 1 thread each",

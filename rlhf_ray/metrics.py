@@ -123,6 +123,16 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("eval/finished", "share", "held-out replies that ended with a stop token"),
     ("eval/entropy", "nats", "entropy per token on held-out prompts"),
     ("eval/rows", "", "held-out rows evaluated"),
+    # The same on held-out prompts that chose nothing (confirm_held_out)
+    ("eval/confirm/reward", "reward", "raw reward on the held-out prompts that confirm"),
+    ("eval/confirm/reward_se", "reward", "standard error of eval/confirm/reward"),
+    ("eval/confirm/reward/*", "reward", "one reward source on the held-out prompts that confirm, before its weight"),
+    ("eval/confirm/reward_se/*", "reward", "standard error of eval/confirm/reward/*"),
+    ("eval/confirm/kl_k1_per_response", "nats", "k1 per reply on the held-out prompts that confirm"),
+    ("eval/confirm/kl_k3_per_response", "nats", "k3 per reply on the held-out prompts that confirm"),
+    ("eval/confirm/length", "tokens", "mean reply length on the held-out prompts that confirm"),
+    ("eval/confirm/finished", "share", "replies that ended with a stop token, on the held-out prompts that confirm"),
+    ("eval/confirm/rows", "", "held-out rows that confirm"),
     # Comparison of policies: one metric per policy, the policy's name after the last slash
     ("reward_applies/*", "share", "replies that one reward has a number for, where that is not all"),
     ("reward_se/*", "reward", "standard error of a policy's reward"),
@@ -130,18 +140,23 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("true_reward_se/*", "reward", "standard error of a policy's true reward"),
     ("win_rate/*", "share", "share of prompts on which a policy beats the baseline; a draw counts half"),
     ("win_rate_se/*", "share", "standard error of a policy's win rate"),
+    ("win_rate_low/*", "share", "lower end of the win rate's 95% interval (bootstrap over prompts where it is skewed)"),
+    ("win_rate_high/*", "share", "upper end of the win rate's 95% interval"),
     ("win_rate_length_controlled/*", "share", "win rate at equal length: the outcome regressed on the length difference"),
     ("win_rate_length_controlled_se/*", "share", "standard error of the win rate at equal length"),
     ("draws/*", "share", "prompts on which a policy and the baseline draw"),
     ("score_difference/*", "reward", "the judge's score of a policy minus the baseline's, mean over prompts (paired)"),
     ("score_difference_se/*", "reward", "standard error of the paired score difference"),
+    ("score_difference_low/*", "reward", "lower end of its 95% interval (paired bootstrap over prompts where it is skewed)"),
+    ("score_difference_high/*", "reward", "upper end of its 95% interval"),
     ("kl_k1_per_response/*", "nats", "k1 of a policy against the reference, per reply"),
     ("kl_k1_per_response_se/*", "nats", "standard error of a policy's k1 per reply"),
     ("kl_k3_per_response/*", "nats", "k3 of a policy against the reference, per reply"),
     ("kl_k3_per_response_se/*", "nats", "standard error of a policy's k3 per reply"),
     ("length/*", "tokens", "mean reply length of a policy"),
     ("finished/*", "share", "a policy's replies that ended with a stop token"),
-    ("distinct_2/*", "share", "different word pairs among all word pairs of a policy's replies"),
+    ("distinct_2/*", "share", "different word pairs among distinct_2_pairs drawn from a policy's replies, mean over all draws"),
+    ("distinct_2_pairs/*", "", "word pairs at which distinct_2 is taken: 1,000, or the fewest that a policy of the evaluation has"),
     ("rows/*", "", "prompts a policy was evaluated on"),
     ("dropped/*", "", "prompts left out of an evaluation because they are too long"),
     # Bookkeeping
@@ -183,6 +198,11 @@ def describe(name: str) -> Metric:
         if name.startswith(prefix) and len(name) > len(prefix):
             return METRICS[prefix + "*"]
     raise KeyError(name)
+
+
+def confirm_name(name: str) -> str:
+    """`eval/reward` -> `eval/confirm/reward`: the same figure on the held-out prompts that chose nothing."""
+    return f"eval/confirm/{name.removeprefix('eval/')}"
 
 
 def clean(name: str, value: Any, step: int | None = None) -> float:

@@ -330,6 +330,11 @@ class PPOConfig(JobFields, OptimFields):
     )
     eval_on_start: bool = field(True, "evaluate before the first update")
     eval_sampling: EvalSamplingConfig = field(EvalSamplingConfig(), "decoding in evaluations")
+    confirm_held_out: bool = field(
+        False,
+        "report half of the held-out prompts (by hash) as eval/confirm/*, apart from eval/*: what was chosen by eval/reward (a"
+        " sweep's winner, the best step) is then measured where nothing was chosen; sweeps set it",
+    )
     save_steps: Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], BeforeValidator(_to_tuple)] | None = field(
         None,
         "checkpoint every this many steps, or at the steps listed; default: with each evaluation; always at the last step",

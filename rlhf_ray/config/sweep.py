@@ -59,6 +59,8 @@ class SweepConfig(JobFields):
             problems.append("seed: a sweep has seeds; write seeds: [0, 1, 2]")
         if len(set(self.seeds)) != len(self.seeds):
             problems.append(f"seeds: repeat: {', '.join(map(str, self.seeds))}")
+        if self.metric.startswith("eval/confirm/"):
+            problems.append("metric: eval/confirm/* are the prompts that confirm the winner, and must not choose it")
         if not self.space:
             problems.append("space: is empty; name at least one field of ppo and its values")
         if problems:
@@ -69,4 +71,4 @@ class SweepConfig(JobFields):
         """What the trials' job files have in common: the shared fields that are set, and those of ppo."""
         shared = {n: getattr(self, n) for n in self.model_fields_set & set(JobFields.model_fields)}
         plain = {n: v.model_dump(exclude_unset=True) if hasattr(v, "model_dump") else v for n, v in shared.items()}
-        return {**plain, **self.ppo, "resume": "auto"}
+        return {"confirm_held_out": True, **plain, **self.ppo, "resume": "auto"}

@@ -34,6 +34,11 @@ def half_of(hashed: int) -> Half:
     return "ppo" if hashed & 1 else "reward"
 
 
+def confirms(hashed: int) -> bool:
+    """Whether a held-out prompt confirms what the others choose. The second-lowest bit decides, which no other rule reads."""
+    return bool(hashed & 2)
+
+
 @dataclass(frozen=True)
 class Split:
     """Rows in file order. `other_half` counts rows left to the other stage."""

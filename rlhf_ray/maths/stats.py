@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_ray.maths import hexfloat
 from rlhf_ray.maths.masks import full_precision, masked_var
+from rlhf_ray.maths.standard_errors import standard_error
 
 
 class RunningMoments:
@@ -89,12 +90,6 @@ def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -
     spread = float(masked_var(returns.double(), response_mask))
     left = float(masked_var(returns.double() - values.double(), response_mask))
     return 1 - left / spread if spread > 0 else math.nan
-
-
-def standard_error(values: Sequence[float] | Tensor) -> float:
-    """s / sqrt(n), s the sample standard deviation (n - 1).   NaN for fewer than two values."""
-    x = torch.as_tensor(values, dtype=torch.float64).flatten()
-    return float(x.std(correction=1)) / math.sqrt(x.numel()) if x.numel() > 1 else math.nan
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from rlhf_ray.roles import invariants
 from rlhf_ray.roles.experience import make_experience
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.guards import StopTraining
-from rlhf_ray.roles.heldout import HeldOut
+from rlhf_ray.roles.heldout import held_out_metrics
 from rlhf_ray.roles.rollouts import Rollouts, Sampled
 from rlhf_ray.runtime.session import Session, peak_memory, seed_everything
 from rlhf_ray.runtime.signals import Abandoned
@@ -151,7 +151,7 @@ class PPOLoop:
                 self.setup.held_out, budgets, self.active(), self.setup.eval_decoding, "eval", 0
             )
             collected = self.state.guards.sound(collected, 1, step, counts=False)
-        metrics = HeldOut.of(collected).metrics(self.config.eval_sampling.estimates_kl)
+        metrics = held_out_metrics(collected, self.setup.confirming, self.config.eval_sampling.estimates_kl)
         self.report.roles(collected, f"evaluation at step {step}")
         if self.state.best.offer(step, metrics["eval/reward"]) and self.config.load_best_model_at_end:
             self.state.best_policy = self.learner.published.tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import TokenisedPrompt, tokenise_prompts
 from rlhf_ray.data.load import HeldOutRule, load_rows
 from rlhf_ray.data.schedule import PromptSchedule
+from rlhf_ray.data.splits import confirms, prompt_hash
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.backbone import Backbone
@@ -20,11 +22,12 @@ EVAL_MAX_ROWS = 256
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the run samples replies to.  lines, warnings: for the header.  manifest: of the data files.  rule: how prompts were held
-    out."""
+    """What the run samples replies to.  confirming: of each held-out prompt whether it is reported apart; empty if none is.
+    lines, warnings: for the header.  manifest: of the data files.  rule: how prompts were held out."""
 
     schedule: PromptSchedule[TokenisedPrompt]
     held_out: list[TokenisedPrompt]
+    confirming: list[bool]
     lines: list[str]
     warnings: list[str]
     manifest: tuple[dict[str, Any], ...]
@@ -58,7 +61,26 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template) -> P
     if not sides[0]:
         raise DataError.at(", ".join(config.data.train), "no prompt is left to train on")
     schedule = PromptSchedule(sides[0], config.rollout_batch_size, config.num_generations, config.seed)
-    return Prompts(schedule, sides[1], [*lines, *shared], [*rows.warnings, *leaks], rows.manifest, rows.rule)
+    confirming, told, missing = confirming_half(sides[1]) if config.confirm_held_out else ([], [], [])
+    return Prompts(
+        schedule,
+        sides[1],
+        confirming,
+        [*lines, *shared, *told],
+        [*rows.warnings, *leaks, *missing],
+        rows.manifest,
+        rows.rule,
+    )
+
+
+def confirming_half(held_out: Sequence[TokenisedPrompt]) -> tuple[list[bool], list[str], list[str]]:
+    """(whether each prompt is set apart, header lines, warnings). None is if that would leave a half without prompts."""
+    apart = [confirms(prompt_hash(prompt.row.key)) for prompt in held_out]
+    count = sum(apart)
+    if 0 < count < len(apart):
+        return apart, [f"{len(apart) - count} held-out prompts choose (eval/*), {count} confirm (eval/confirm/*)"], []
+    told = f"confirm_held_out: {len(apart)} held-out prompts are too few to set some apart: nothing confirms what they choose"
+    return [], [], [told] if apart else []
 
 
 def sources_of(config: PPOConfig) -> list[tuple[str, str]]:

@@ -67,7 +67,7 @@ class Writers:
 
 @dataclass
 class PPOSetup:
-    """The parts of one rank. held_out: evaluation prompts, the same on every rank.
+    """The parts of one rank. held_out: evaluation prompts, the same on every rank.  confirming: which of them are reported apart.
 
     budgets, learning_rates: of a step.  save_due: (step, last step) -> whether a checkpoint is."""
 
@@ -80,6 +80,7 @@ class PPOSetup:
     eval_decoding: Decoding
     schedule: PromptSchedule[TokenisedPrompt]
     held_out: Sequence[TokenisedPrompt]
+    confirming: Sequence[bool]
     stop_ids: tuple[int, ...]
     total_steps: int
     eval_every: int
@@ -150,6 +151,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         eval_decoding=eval_decoding,
         schedule=prompts.schedule,
         held_out=prompts.held_out,
+        confirming=prompts.confirming,
         stop_ids=stop_ids,
         total_steps=total,
         eval_every=eval_every,

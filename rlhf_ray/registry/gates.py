@@ -2,6 +2,8 @@
 
 - integrity: hashes, the gate of models/adapter_files.py, some lora_B not zero, base, tokenizer and template on record. Whoever
   fails it never becomes a `Candidate`; nothing overrides it.
+- Policies are judged on the held-out prompts that chose nothing (eval/confirm/*) where their run set some apart, as sweeps do: what
+  was picked for its score on other prompts was picked for its luck there, too.
 - kl (policy): held-out KL (k1) to the reference, at most --max-kl, else the sweep's kl_cap, else MAX_KL.
 - reward (policy): held-out reward above that before training by more than CLEAR standard errors of the difference; or --min-reward.
 - loss (sft), accuracy (reward): held-out loss below that before training; 95% interval of the accuracy above one half.
@@ -16,13 +18,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf_ray.errors import ConfigError, Problem
-from rlhf_ray.metrics import figure
+from rlhf_ray.maths.standard_errors import error_of_difference
+from rlhf_ray.metrics import confirm_name, figure
 from rlhf_ray.registry.candidate import Candidate
-from rlhf_ray.sweep.choice import CLEAR
 from rlhf_ray.sweep.results import K1, standard_error_name
 
 MAX_KL = 10.0
 """Nats per reply, well above the 1 to 5 at which the measured runs in README stand."""
+CLEAR = 2.0
+"""Standard errors of the difference by which a candidate must be above its start: one comparison, named beforehand."""
 OVERRIDE = '--force --reason "..."'
 Status = Literal["passed", "failed", "not applicable"]
 
@@ -89,16 +93,24 @@ def kl_gate(candidate: Candidate, max_kl: float | None) -> Gate:
         if cap is not None
     )
     limit, fix = f"at most {cap:g} ({origin})", "another step or trial, a higher --max-kl"
-    value = candidate.after.get(K1)
+    name = _apart(K1, candidate)
+    value, told = candidate.after.get(name), " on prompts that chose nothing" if name != K1 else ""
     if value is None:
         return verdict("kl", False, _unmeasured(candidate), limit, None, fix)
-    return verdict("kl", value <= cap, f"{figure(value)} nats per reply", limit, value, fix)
+    return verdict("kl", value <= cap, f"{figure(value)} nats per reply{told}", limit, value, fix)
+
+
+def _apart(name: str, candidate: Candidate) -> str:
+    """The metric `name` on the held-out prompts that chose nothing, where there are any; else on all of them."""
+    confirmed = confirm_name(name)
+    return confirmed if confirmed in candidate.after else name
 
 
 def reward_gate(candidate: Candidate, min_reward: float | None) -> Gate:
-    """Held-out reward, by the sweep's metric or eval/reward. Its two standard errors are taken as independent, which is cautious:
+    """Held-out reward, by the sweep's metric or eval/reward. The two standard errors are taken as independent, which is cautious:
     the prompts are the same."""
-    metric = str((candidate.sweep or {}).get("metric", "eval/reward"))
+    chosen_by = str((candidate.sweep or {}).get("metric", "eval/reward"))
+    metric = _apart(chosen_by, candidate)
     after, before, error = candidate.after.get(metric), candidate.before.get(metric), standard_error_name(metric)
     fix = "another step or trial, --min-reward"
     if min_reward is not None:
@@ -110,9 +122,11 @@ def reward_gate(candidate: Candidate, min_reward: float | None) -> Gate:
     if after is None or before is None:
         told = _unmeasured(candidate) if after is None else f"{metric} {figure(after)}, not measured before training"
         return verdict("reward", False, told, limit, after, fix)
-    spread = math.hypot(candidate.after.get(error, math.nan), candidate.before.get(error, math.nan))
+    spread = error_of_difference(candidate.after.get(error, math.nan), candidate.before.get(error, math.nan))
     gain = after - before
     told = f"{metric} {figure(before)} -> {figure(after)}, gain {figure(gain)}"
+    if candidate.sweep is not None and metric == chosen_by:
+        told += " on the prompts that chose it"
     if math.isnan(spread):
         return verdict("reward", False, f"{told}, of too few prompts for a standard error", limit, after, fix)
     told += f" = {gain / spread:.3g} standard errors" if spread > 0 else " without spread"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_ray.maths.standard_errors import error_of_difference
 from rlhf_ray.metrics import describe
 from rlhf_ray.report.charts import interval
 from rlhf_ray.report.folder import RunFiles
@@ -149,7 +150,7 @@ def compared(policies: Sequence[str], table: Table) -> str:
     told = [f"{shown(values[p], unit)} for {p}" for p in policies if p in values]
     text = f"{HEADINGS[metric].capitalize()}: {', '.join(told[:-1])} and {told[-1]}"
     if before in errors and final in errors:
-        noise = 1.96 * (errors[before] ** 2 + errors[final] ** 2) ** 0.5
+        noise = 1.96 * error_of_difference(errors[before], errors[final])
         clear = abs(values[final] - values[before]) > noise
         text += f"; {final} {'differs clearly' if clear else 'does not differ clearly'} from {before}"
     return text + "."

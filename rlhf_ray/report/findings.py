@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rlhf_ray.maths.standard_errors import error_of_difference
 from rlhf_ray.report.folder import RunFiles, mean
 from rlhf_ray.report.numbers import shown
 from rlhf_ray.report.story import Finding
@@ -75,7 +76,7 @@ def _over_optimised(run: RunFiles) -> Finding | None:
     if len(held_out) < 3:
         return None
     fall = max(held_out) - held_out[-1]
-    noise = 2 * 2**0.5 * (errors[-1] if errors else 0.0)
+    noise = 2 * error_of_difference(errors[-1], errors[-1]) if errors else 0.0
     text = f"best {shown(max(held_out))}, last {shown(held_out[-1])}."
     if fall <= noise:
         return Finding(False, "Held-out reward ends at its best, within noise", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.maths import kl
 from rlhf_ray.maths.masks import masked_sum
-from rlhf_ray.maths.stats import standard_error
+from rlhf_ray.maths.standard_errors import standard_error
+from rlhf_ray.metrics import confirm_name
 from rlhf_ray.roles.collector import Collected
 
 
@@ -31,6 +33,11 @@ class HeldOut:
         rollout, scores = collected.rollout, collected.scores
         k1, k3 = response_kl(rollout, scores)
         return cls(scores.reward, scores.parts, k1, k3, rollout.lengths.float(), rollout.finished.float())
+
+    def where(self, mask: Tensor) -> HeldOut:
+        """The replies that `mask`, bool[B], names."""
+        parts = {name: part[mask] for name, part in self.parts.items()}
+        return HeldOut(self.reward[mask], parts, self.k1[mask], self.k3[mask], self.length[mask], self.finished[mask])
 
     def metrics(self, estimates_kl: bool = True) -> dict[str, float]:
         """Under the `eval/` names.   estimates_kl: false where replies are not drawn from the policy's whole distribution: the mean
@@ -56,6 +63,19 @@ class HeldOut:
             if len(known) > 1:
                 found[f"eval/reward_se/{name}"] = standard_error(known)
         return found
+
+
+def held_out_metrics(collected: Collected, confirming: Sequence[bool], estimates_kl: bool) -> dict[str, float]:
+    """The metrics of an evaluation: of all replies; where `confirming` says of each prompt whether it is set apart, of the others
+    under `eval/` and of those under `eval/confirm/`.   estimates_kl: see `HeldOut.metrics`."""
+    found = HeldOut.of(collected)
+    if not any(confirming):
+        return found.metrics(estimates_kl)
+    apart = torch.tensor(confirming)[collected.rollout.row_id]
+    metrics = found.where(~apart).metrics(estimates_kl)
+    if bool(apart.any()):
+        metrics |= {confirm_name(name): value for name, value in found.where(apart).metrics(estimates_kl).items()}
+    return metrics
 
 
 def response_kl(rollout: Rollout, scores: Scores) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ All policies answer the same prompts with the same random numbers, so difference
     summary.json        every figure as <what>/<policy>            (metrics.py says what each is)
     results.jsonl       one line per prompt with every policy's reply and its figures        (evaluate_files.py)
     pairs_<policy>.json {instruction, input, output_1 = baseline, output_2 = policy, preference}: AlpacaFarm's pairwise form
-    comparisons.json    wins, losses, draws, dropped, win rate, win rate at equal length, paired score difference
+    comparisons.json    wins, losses, draws, dropped, win rate, win rate at equal length, paired score difference, 95% intervals
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.launch.launch import launch
-from rlhf_ray.maths.stats import standard_error
+from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.models.lineage import header_line
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.evaluate_files import EvaluationOutcome, artifacts, show, write_results
 from rlhf_ray.stages.evaluation_models import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
-from rlhf_ray.stages.win_rates import Comparison, Judged, compare, distinct_2
+from rlhf_ray.stages.win_rates import DRAWN_PAIRS, Comparison, Judged, compare, distinct_2, pair_counts
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, is_run
 from rlhf_ray.training.ancestry import check_ancestors
@@ -155,11 +155,17 @@ def judge(
     if by is not None:
         sides = {name: _judged(a, by) for name, a in answers.items()}
         comparisons = {
-            name: compare(sides[baseline], side, n_dropped) for name, side in sides.items() if name != baseline
+            name: compare(sides[baseline], side, n_dropped, config.seed)
+            for name, side in sides.items()
+            if name != baseline
         }
     metrics: dict[str, float] = {}
+    pairs = {name: pair_counts(a.texts.completions) for name, a in answers.items()}
+    drawn = min([DRAWN_PAIRS, *(total for counts in pairs.values() if (total := counts.total()))])
     for name, found in answers.items():
         metrics |= policy_metrics(name, found, config.rewards, n_dropped, config.sampling.estimates_kl)
+        if pairs[name]:
+            metrics |= {f"distinct_2/{name}": distinct_2(pairs[name], drawn), f"distinct_2_pairs/{name}": float(drawn)}
         if name in comparisons:
             metrics |= comparisons[name].metrics(name)
     judge_name = by.name if by is not None else None
@@ -185,7 +191,6 @@ def policy_metrics(
     found |= {
         "length": float(figures.length.mean()),
         "finished": float(figures.finished.mean()),
-        "distinct_2": distinct_2(answers.texts.completions),
         "rows": float(len(figures.length)),
         "dropped": float(n_dropped),
     }

@@ -13,6 +13,7 @@ it does not apply to the reply.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter, figure
 from rlhf_ray.report import write_report
 from rlhf_ray.stages.evaluation_models import PolicyResponses
-from rlhf_ray.stages.win_rates import Comparison
+from rlhf_ray.stages.win_rates import CONFIDENCE, Comparison
 from rlhf_ray.storage.rows_file import write_rows
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, atomic_write_json
@@ -200,9 +201,12 @@ def verdict(policy: str, comparison: Comparison, outcome: EvaluationOutcome) -> 
     ]
     if level.is_known:
         parts.append(f"at equal length {level.value:.1f}% ± {level.se:.1f}")
-    if gap.is_known:
+    found = comparison.difference_interval
+    if math.isfinite(found.low):
         clear = "a clear difference" if comparison.is_clear else "no clear difference"
-        parts.append(f"score {gap.value:+.3g} ± {gap.se:.2g}, paired: {clear}")
+        by = ", bootstrap" if found.by == "bootstrap" else ""
+        ends = f"{CONFIDENCE:.0%} interval {found.low:+.3g} to {found.high:+.3g}{by}"
+        parts.append(f"score {gap.value:+.3g} ± {gap.se:.2g}, paired: {clear} ({ends})")
     return "; ".join(parts)
 
 

@@ -19,7 +19,8 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row, RowSet, read_rows
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.maths.stats import preference_metrics, standard_error, wilson_interval
+from rlhf_ray.maths.standard_errors import standard_error
+from rlhf_ray.maths.stats import preference_metrics, wilson_interval
 from rlhf_ray.metrics import figure
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.rewards.scoring_model import load_scoring_model

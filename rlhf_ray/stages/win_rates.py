@@ -7,6 +7,7 @@ of the spread of a reward, cancels.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,14 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ray.maths.stats import WinRate, standard_error, win_rate
+from rlhf_ray.maths.intervals import Interval, mean_interval
+from rlhf_ray.maths.standard_errors import intercept, standard_error
+from rlhf_ray.maths.stats import WinRate, wilson_interval, win_rate
 
 DRAW, BASELINE_WINS, POLICY_WINS = 0, 1, 2
 """AlpacaFarm's preference codes, with the baseline as output_1 and the policy as output_2."""
 
 _OUTCOME = {DRAW: 0.5, BASELINE_WINS: 0.0, POLICY_WINS: 1.0}
-CLEAR = 1.96
-"""Standard errors beyond which a difference is called clear (5 % two-sided, normal approximation)."""
+CONFIDENCE = 0.95
+"""Of the intervals; a difference is called clear if its interval leaves out 0."""
+DRAWN_PAIRS = 1_000
+"""Word pairs at which `distinct_2` is taken; the fewest that a policy has, if that is less."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Estimate:
 class Comparison:
     """codes: one per prompt that both answered, in prompt order, None where the judge does not apply to both replies.
     outcome, at_equal_length: in percent.
-    difference: mean of (policy's score - baseline's score) over prompts, with the standard error of that paired mean."""
+    difference: mean of (policy's score - baseline's score) over prompts, with the standard error of that paired mean.
+    win_interval (in percent), difference_interval: 95 %; by resampling prompts where they are too skewed for Student's."""
 
     codes: tuple[int | None, ...]
     outcome: WinRate
@@ -49,21 +55,27 @@ class Comparison:
     difference: Estimate
     mean_length: float
     mean_length_baseline: float
+    win_interval: Interval
+    difference_interval: Interval
 
     @property
     def is_clear(self) -> bool:
-        return self.difference.is_known and abs(self.difference.value) > CLEAR * self.difference.se
+        return self.difference_interval.excludes(0.0)
 
     def metrics(self, policy: str) -> dict[str, float]:
         """Under the names of metrics.py, rates as shares; undefined figures are left out."""
         found = {
             "win_rate": self.outcome.rate / 100,
             "win_rate_se": self.outcome.se / 100,
+            "win_rate_low": self.win_interval.low / 100,
+            "win_rate_high": self.win_interval.high / 100,
             "win_rate_length_controlled": self.at_equal_length.value / 100,
             "win_rate_length_controlled_se": self.at_equal_length.se / 100,
             "draws": self.outcome.draws / max(self.outcome.n_judged, 1),
             "score_difference": self.difference.value,
             "score_difference_se": self.difference.se,
+            "score_difference_low": self.difference_interval.low,
+            "score_difference_high": self.difference_interval.high,
         }
         return {f"{name}/{policy}": value for name, value in found.items() if math.isfinite(value)}
 
@@ -79,10 +91,12 @@ class Comparison:
             "draws": outcome.draws,
             "win_rate": _or_none(outcome.rate),
             "win_rate_se": _or_none(outcome.se),
+            "win_rate_interval": _interval(self.win_interval),
             "win_rate_length_controlled": _or_none(self.at_equal_length.value),
             "win_rate_length_controlled_se": _or_none(self.at_equal_length.se),
             "score_difference": _or_none(self.difference.value),
             "score_difference_se": _or_none(self.difference.se),
+            "score_difference_interval": _interval(self.difference_interval),
             "mean_length": self.mean_length,
             "mean_length_baseline": self.mean_length_baseline,
         }
@@ -90,6 +104,10 @@ class Comparison:
 
 def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _interval(found: Interval) -> dict[str, Any]:
+    return {"low": _or_none(found.low), "high": _or_none(found.high), "confidence": CONFIDENCE, "by": found.by}
 
 
 @dataclass(frozen=True)
@@ -101,21 +119,33 @@ class Judged:
     responses: Sequence[str]
 
 
-def compare(baseline: Judged, policy: Judged, n_dropped: int) -> Comparison:
-    """Judge every prompt and sum up.   n_dropped: prompts that were asked for and that neither side could answer."""
+def compare(baseline: Judged, policy: Judged, n_dropped: int, seed: int) -> Comparison:
+    """Judge every prompt and sum up.   n_dropped: prompts that were asked for and that neither side could answer.
+    seed: of the resampling, the same prompts for every policy of a job."""
     codes = preference_codes(baseline, policy)
+    known = [code for code in codes if code is not None]
     judged = torch.tensor([code is not None for code in codes], dtype=torch.bool)
     gap = (policy.scores.double() - baseline.scores.double()).flatten()[judged]
     return Comparison(
         codes=tuple(codes),
         outcome=win_rate([*codes, *[None] * n_dropped]),
-        at_equal_length=length_controlled(
-            [code for code in codes if code is not None], (policy.lengths - baseline.lengths)[judged]
-        ),
+        at_equal_length=length_controlled(known, (policy.lengths - baseline.lengths)[judged]),
         difference=Estimate(float(gap.mean()), standard_error(gap)),
         mean_length=float(policy.lengths.double().mean()),
         mean_length_baseline=float(baseline.lengths.double().mean()),
+        win_interval=win_interval(known, seed),
+        difference_interval=mean_interval(gap.tolist(), CONFIDENCE, seed),
     )
+
+
+def win_interval(codes: Sequence[int], seed: int) -> Interval:
+    """Of the win rate, in percent. Where every prompt had the same outcome, which has no spread to go by, Wilson's."""
+    x = [_OUTCOME[c] for c in codes]
+    if len(set(x)) == 1:
+        low, high = wilson_interval(sum(x), len(x), CONFIDENCE)
+        return Interval(100 * low, 100 * high, "wilson")
+    found = mean_interval(x, CONFIDENCE, seed)
+    return Interval(100 * max(found.low, 0.0), 100 * min(found.high, 1.0), found.by)
 
 
 def preference_codes(baseline: Judged, policy: Judged) -> list[int | None]:
@@ -138,7 +168,6 @@ def length_controlled(codes: Sequence[int], length_gap: Tensor) -> Estimate:
     """Win rate at equal length, in percent: w of the least-squares line
 
         x_i = w + b d_i + e_i,   x_i = 1 win, 0.5 draw, 0 loss,   d_i = length of the policy's reply - length of the baseline's
-        se(w) = s sqrt(1/n + mean(d)^2 / S),   S = sum (d_i - mean(d))^2,   s^2 = sum e_i^2 / (n - 2)
 
     An ordinary regression with the length difference as control (AlpacaEval 2 does the same with a logistic one, arXiv:2404.04475).
     w is cut to 0..100. If no pair differs in length it is the win rate itself. NaN where it cannot be known: fewer than three
@@ -147,26 +176,37 @@ def length_controlled(codes: Sequence[int], length_gap: Tensor) -> Estimate:
     codes: B of them.   length_gap: f[B], tokens."""
     x = torch.tensor([_OUTCOME[c] for c in codes], dtype=torch.float64)
     d = length_gap.double().flatten()
-    n = len(x)
-    if n and not bool(d.any()):
+    if len(x) and not bool(d.any()):
         return Estimate(100 * float(x.mean()), 100 * standard_error(x))
-    around = d - d.mean() if n else d
-    spread = float(around.square().sum())
-    if n < 3 or spread == 0:
-        return Estimate(math.nan, math.nan)
-    slope = float((around * (x - x.mean())).sum()) / spread
-    at_zero = float(x.mean()) - slope * float(d.mean())
-    left = float((x - at_zero - slope * d).square().sum())
-    se = math.sqrt(left / (n - 2) * (1 / n + float(d.mean()) ** 2 / spread))
-    return Estimate(100 * min(max(at_zero, 0.0), 1.0), 100 * se)
+    at_zero, se = intercept(x, d)
+    return Estimate(100 * min(max(at_zero, 0.0), 1.0) if math.isfinite(at_zero) else math.nan, 100 * se)
 
 
-def distinct_2(responses: Sequence[str]) -> float:
-    """Different pairs of neighbouring words over all such pairs, pooled over the replies (arXiv:1510.03055): low where a policy
-    repeats itself. Words are split at white space, case aside.   NaN if no reply has two words.
+def pair_counts(responses: Sequence[str]) -> Counter[tuple[str, str]]:
+    """How often each pair of neighbouring words is in the replies. Words are split at white space, case aside."""
+    return Counter(pair for response in responses for pair in pairwise(response.lower().split()))
 
-    >>> distinct_2(["the cat the cat", "The cat"])
+
+def distinct_2(counts: Counter[tuple[str, str]], drawn: int) -> float:
+    """Different pairs of neighbouring words among n pairs, over n: low where a policy repeats itself (arXiv:1510.03055).
+
+        sum_p (1 - C(N - N_p, n) / C(N, n)) / n,   N_p of the N pairs are p,   n = drawn
+
+    The mean over all ways to draw n of the pairs (rarefaction: Hurlbert 1971, Ecology 52). The share among all N pairs falls with N
+    whatever the policy (arXiv:2202.13587), so longer replies would look less diverse: policies compare at equal n alone.
+
+    counts: of `pair_counts`.   NaN if there are fewer pairs than `drawn`, or none is drawn.
+
+    >>> distinct_2(pair_counts(["the cat the cat", "The cat"]), 4)
     0.5
     """
-    pairs = [pair for response in responses for pair in pairwise(response.lower().split())]
-    return len(set(pairs)) / len(pairs) if pairs else math.nan
+    total = counts.total()
+    if not 0 < drawn <= total:
+        return math.nan
+    whole = _log_choose(total, drawn)
+    missed = (math.exp(_log_choose(total - c, drawn) - whole) for c in counts.values() if total - c >= drawn)
+    return (len(counts) - math.fsum(missed)) / drawn
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

@@ -2,34 +2,103 @@
 
 Admitted are settings of which as many trials came to their end as of any other (a mean over survivors flatters), whose mean KL is
 within the cap and whose replies kept their length within the ratio. The winner is the admitted setting with the highest mean score
-over its seeds. Another setting is called worse only if the difference is more than two standard errors, from the spread between
-seeds pooled over all settings (one-way analysis of variance); with one seed each, from the held-out prompts alone, which says
-nothing about what another seed would give.
+over its seeds. What is promoted of it is its median seed, since the best seed of the best setting was picked for its luck twice.
+
+The winner's score is too high for having been picked. Its confirmed score is that of the same trials on the half of the held-out
+prompts that picked nothing (eval/confirm/*): the luck of the prompts is not in it, and the trials that are there are as good as it
+says. The luck of the seeds is in it as far as it is read as what another seed of that setting would give.
+
+Another admitted setting is called worse only if, all admitted settings being equal, less than 5 % of sweeps would put any of them
+as far below the winner (maths/comparisons.py: the studentized range, which knows that the winner was picked because it is highest).
+The spread is that between seeds, after what a seed adds to all settings is taken out where they ran with the same seeds. With one
+seed each it is that of the held-out prompts alone, which says nothing about what another seed would give. A setting that is not
+called worse was not shown to be worse, which is not the same as being as good.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from rlhf_ray.sweep.results import K1, Setting, TrialOutcome
+from rlhf_ray.maths.comparisons import worse_than_best, worse_than_best_by_errors
+from rlhf_ray.maths.standard_errors import error_of_mean, pooled_deviation
+from rlhf_ray.metrics import confirm_name, figure
+from rlhf_ray.sweep.results import K1, ROWS, Setting, TrialOutcome, standard_error_name
 
-CLEAR = 2.0
-"""Standard errors of a difference that is called a difference."""
+CONFIDENCE = 0.95
+"""That no setting of a sweep is called worse than the winner without being so."""
+Spread = Literal["seeds as blocks", "seeds", "prompts"]
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """The winner where nothing was chosen. score: mean over its seeds.  error: its standard error, as that of `Choice.error`.
+    trial_score, trial_error: of the promoted trial, the error over prompts.  rows: prompts; the fewest of a trial."""
+
+    metric: str
+    score: float
+    error: float
+    trial_score: float
+    trial_error: float
+    rows: int
 
 
 @dataclass(frozen=True)
 class Choice:
-    """winner: None if no setting is admitted.  trial: its best seed.  ties: admitted settings that are not clearly worse.
-    excluded: (setting, why).  error: standard error of the winner's score.  by: what it was estimated from."""
+    """winner: None if no setting is admitted.  trial: its median seed, the lower one of two.  not_worse: admitted settings that are
+    not shown to be worse.  p: for each of the others the chance of such a distance if all were equal, adjusted for all comparisons.
+    excluded: (setting, why).  error: standard error of the winner's score.  by: the spread that was used.  confirmed: the winner on
+    prompts that chose nothing; None if it was not measured there."""
 
     winner: Setting | None
     trial: TrialOutcome | None
-    ties: tuple[Setting, ...]
+    not_worse: tuple[Setting, ...]
     excluded: tuple[tuple[Setting, str], ...]
     error: float
-    by: str
+    by: Spread
+    p: Mapping[str, float] = field(default_factory=dict)
+    confirmed: Confirmed | None = None
+
+    @property
+    def compared(self) -> int:
+        """Admitted settings, the winner among them."""
+        return len(self.p) + (self.winner is not None)
+
+
+def confirmation_sentence(choice: Choice) -> str:
+    """The winner's score where nothing was chosen; empty without a winner."""
+    if choice.winner is None or choice.trial is None:
+        return ""
+    found, seed = choice.confirmed, choice.trial.trial.seed
+    if found is None:
+        return f"Not confirmed: measured only on the prompts that chose it, so its score is likely too high. Median seed: {seed}."
+    over = f"{figure(found.score)} over its seeds, " if len(choice.winner.outcomes) > 1 else ""
+    error = "" if math.isnan(found.trial_error) else f" ± {figure(found.trial_error)}"
+    return (
+        f"On {found.rows} held-out prompts that chose nothing: {over}{figure(found.trial_score)}{error} by the median seed, {seed},"
+        " which is the one to promote."
+    )
+
+
+def comparison_sentence(choice: Choice) -> str:
+    """What the comparison showed, and no more, in a sentence; empty if there was nothing to compare."""
+    others, left = len(choice.p), len(choice.not_worse)
+    if not others:
+        return ""
+    if any(map(math.isnan, choice.p.values())):
+        return "No standard error is known: no setting was shown to be worse."
+    seeds = {
+        "seeds as blocks": "each ran with the same seeds",
+        "seeds": "seeds taken as independent",
+        "prompts": "from the prompts of one seed each; another seed may order them otherwise",
+    }[choice.by]
+    worse = "None" if left == others else "All" if not left else f"{others - left}"
+    return (
+        f"{worse} of {others} other settings shown to be worse, {left} not shown to be worse ({CONFIDENCE:.0%} confidence for all"
+        f" verdicts together, {choice.compared} settings compared, {seeds})."
+    )
 
 
 def choose(settings: Sequence[Setting], kl_cap: float | None, length_ratio: float | None) -> Choice:
@@ -38,14 +107,52 @@ def choose(settings: Sequence[Setting], kl_cap: float | None, length_ratio: floa
     excluded = [(s, why) for s in settings if (why := _objection(s, s.name in whole, kl_cap, length_ratio))]
     out = {s.name for s, _ in excluded}
     admitted = sorted((s for s in settings if s.name not in out), key=lambda s: -s.score)
-    spread = pooled_deviation([s.scores for s in settings])
-    by = "seeds" if spread is not None else "prompts"
+    by = _spread(admitted)
     if not admitted:
         return Choice(None, None, (), tuple(excluded), math.nan, by)
-    winner = admitted[0]
-    ties = [s for s in admitted[1:] if not winner.score - s.score > CLEAR * difference_error(winner, s, spread)]
-    best = max(winner.outcomes, key=lambda o: o.last[winner.metric])
-    return Choice(winner, best, tuple(ties), tuple(excluded), score_error(winner, spread), by)
+    winner, *others = admitted
+    p = dict(zip((s.name for s in others), _p_values(admitted, by)[1:]))
+    not_worse = tuple(s for s in others if not p[s.name] < 1 - CONFIDENCE)
+    error, trial = score_error(winner, pooled_deviation([s.scores for s in settings])), _median(winner)
+    return Choice(winner, trial, not_worse, tuple(excluded), error, by, p, _confirmed(winner, trial, settings))
+
+
+def _confirmed(winner: Setting, trial: TrialOutcome, settings: Sequence[Setting]) -> Confirmed | None:
+    found = winner.confirmed()
+    if found is None:
+        return None
+    spread = pooled_deviation([s.scores for setting in settings if (s := setting.confirmed()) is not None])
+    name = found.metric
+    return Confirmed(
+        metric=name,
+        score=found.score,
+        error=score_error(found, spread),
+        trial_score=trial.last[name],
+        trial_error=trial.last.get(standard_error_name(name), math.nan),
+        rows=int(min(o.last.get(confirm_name(ROWS), 0) for o in found.outcomes)),
+    )
+
+
+def _spread(admitted: Sequence[Setting]) -> Spread:
+    if not any(len(s.outcomes) > 1 for s in admitted):
+        return "prompts"
+    return "seeds as blocks" if len({tuple(s.by_seed()) for s in admitted}) == 1 else "seeds"
+
+
+def _p_values(admitted: Sequence[Setting], by: Spread) -> list[float]:
+    """In the order of `admitted`."""
+    if len(admitted) < 2:
+        return [1.0] * len(admitted)
+    if by == "prompts":
+        prompts = min(o.last.get(ROWS, math.inf) for s in admitted for o in s.outcomes)
+        scores, errors = [s.score for s in admitted], [s.prompt_error for s in admitted]
+        return worse_than_best_by_errors(scores, errors, max(prompts - 1, 1))
+    return worse_than_best([list(s.by_seed().values()) for s in admitted], by == "seeds as blocks")
+
+
+def _median(setting: Setting) -> TrialOutcome:
+    ordered = sorted(setting.outcomes, key=lambda o: o.last[setting.metric])
+    return ordered[(len(ordered) - 1) // 2]
 
 
 def _whole(settings: Sequence[Setting]) -> list[Setting]:
@@ -65,23 +172,9 @@ def _objection(setting: Setting, whole: bool, kl_cap: float | None, length_ratio
     return ""
 
 
-def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
-    """sqrt(sum_g sum_i (x_gi - mean_g)^2 / sum_g (n_g - 1)): spread between seeds, over all settings; None with one seed each."""
-    freedom = sum(len(g) - 1 for g in groups)
-    if freedom == 0:
-        return None
-    squares = math.fsum((x - math.fsum(g) / len(g)) ** 2 for g in groups for x in g)
-    return math.sqrt(squares / freedom)
-
-
 def score_error(setting: Setting, spread: float | None) -> float:
     """Standard error of a setting's mean score. spread: of `pooled_deviation`."""
-    return setting.prompt_error if spread is None else spread / math.sqrt(len(setting.outcomes))
-
-
-def difference_error(one: Setting, other: Setting, spread: float | None) -> float:
-    """Standard error of the difference of two mean scores, taken as independent."""
-    return math.hypot(score_error(one, spread), score_error(other, spread))
+    return setting.prompt_error if spread is None else error_of_mean([spread] * len(setting.outcomes))
 
 
 def frontier(settings: Sequence[Setting]) -> list[Setting]:

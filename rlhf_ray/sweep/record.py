@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.storage.files import atomic_write_json
-from rlhf_ray.sweep.choice import CLEAR, Choice, choose, frontier
+from rlhf_ray.sweep.choice import CONFIDENCE, Choice, Confirmed, choose, frontier
 from rlhf_ray.sweep.results import (
     K1,
     K3,
@@ -25,6 +27,7 @@ from rlhf_ray.sweep.results import (
 from rlhf_ray.sweep.trials import Trial, trial_of
 
 SCHEMA = 1
+NOT_WORSE = "not shown to be worse"
 
 
 class Record:
@@ -99,8 +102,8 @@ def setting_row(setting: Setting, choice: Choice, settings: Sequence[Setting]) -
         if choice.winner is not None and setting.name == choice.winner.name
         else f"excluded: {why[setting.name]}"
         if setting.name in why
-        else "no significant difference"
-        if setting.name in {s.name for s in choice.ties}
+        else NOT_WORSE
+        if setting.name in {s.name for s in choice.not_worse}
         else "worse"
     )
     return {
@@ -116,7 +119,15 @@ def setting_row(setting: Setting, choice: Choice, settings: Sequence[Setting]) -
         "length_ratio": setting.length_ratio,
         "on_frontier": setting.name in best,
         "verdict": verdict,
+        "p_equal": None if math.isnan(p := choice.p.get(setting.name, math.nan)) else p,
     }
+
+
+def _plain(confirmed: Confirmed | None) -> dict[str, Any] | None:
+    """JSON has no NaN: one prompt has no standard error."""
+    if confirmed is None:
+        return None
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(confirmed).items()}
 
 
 def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
@@ -126,7 +137,13 @@ def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
         rule += f", mean KL (k1) at most {config.kl_cap:g} nats"
     if config.length_ratio is not None:
         rule += f", reply length within {config.length_ratio:g} times of what it was"
-    told: dict[str, Any] = {"rule": rule, "clear_difference": f"{CLEAR:g} standard errors", "error_from": choice.by}
+    told: dict[str, Any] = {
+        "rule": rule,
+        "worse": "studentized range over all settings compared",
+        "confidence": CONFIDENCE,
+        "compared": choice.compared,
+        "spread_of": choice.by,
+    }
     if choice.winner is None or choice.trial is None:
         return told | {"setting": None}
     return told | {
@@ -136,6 +153,7 @@ def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
         "score_se": choice.error,
         "trial": choice.trial.trial.id,
         "run_dir": f"trials/{choice.trial.trial.id}",
-        "no_significant_difference": [s.name for s in choice.ties],
+        "not_shown_to_be_worse": [s.name for s in choice.not_worse],
         "excluded": {s.name: why for s, why in choice.excluded},
+        "confirmed": _plain(choice.confirmed),
     }

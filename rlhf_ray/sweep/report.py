@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.maths.standard_errors import pooled_deviation
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.report.charts import Chart, Line, draw
 from rlhf_ray.report.html import Html, join, tag
@@ -16,12 +17,17 @@ from rlhf_ray.report.plane import Dots, Plane, draw_plane
 from rlhf_ray.report.render import Section, document, write_page
 from rlhf_ray.report.samples import samples_section
 from rlhf_ray.storage.run_folder import open_run
-from rlhf_ray.sweep.choice import CLEAR, Choice, frontier, pooled_deviation, score_error
+from rlhf_ray.sweep.choice import CONFIDENCE, Choice, comparison_sentence, confirmation_sentence, frontier, score_error
 from rlhf_ray.sweep.record import Record, setting_row
 from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, row_of
 from rlhf_ray.sweep.trials import planned
 
 MOST_GROUPS = 12
+_SPREADS = {
+    "seeds as blocks": "the spread between seeds, pooled over settings",
+    "seeds": "the spread between seeds, pooled over settings",
+    "prompts": "the prompts of one seed",
+}
 CURVES = (
     ("Held-out reward", "", "reward"),
     ("KL to the reference", K1, "nats"),
@@ -88,13 +94,13 @@ def sentence(config: SweepConfig, choice: Choice) -> str:
         )
     winner = choice.winner
     text = f"{label(winner)} wins: {config.metric} {with_error(winner.score, choice.error)}, KL {shown(winner.mean(K1))} nats."
-    if choice.ties:
-        others = "; ".join(label(s) for s in choice.ties[:4]) + (
-            f"; and {len(choice.ties) - 4} more" if len(choice.ties) > 4 else ""
-        )
-        text += f" No significant difference to {others}."
-    else:
-        text += f" Every other admitted setting is more than {CLEAR:g} standard errors below."
+    text += f" {confirmation_sentence(choice)}"
+    if choice.p:
+        text += f" {comparison_sentence(choice)}"
+    if choice.not_worse:
+        named = "; ".join(label(s) for s in choice.not_worse[:4])
+        more = f"; and {len(choice.not_worse) - 4} more" if len(choice.not_worse) > 4 else ""
+        text += f" Not shown to be worse: {named}{more}."
     return text
 
 
@@ -165,6 +171,7 @@ def settings_table(settings: Sequence[Setting], choice: Choice) -> Html | None:
     head = [tag("th", n, scope="col") for n in names]
     head += [tag("th", n, class_="number", scope="col") for n in ("seeds", "score", *(h for _, h in figures))]
     head += [tag("th", n, scope="col") for n in ("frontier", "verdict")]
+    head.append(tag("th", "p", class_="number", scope="col"))
     body = []
     for setting, row in zip(ordered, rows):
         cells = [tag("td", _setting(row[n])) for n in names]
@@ -172,9 +179,13 @@ def settings_table(settings: Sequence[Setting], choice: Choice) -> Html | None:
         cells.append(tag("td", with_error(setting.score, score_error(setting, spread)), class_="number"))
         cells += [tag("td", shown(row[name]), class_="number") for name, _ in figures]
         cells += [tag("td", "yes" if row["on_frontier"] else ""), tag("td", row["verdict"])]
+        cells.append(tag("td", "" if row["p_equal"] is None else shown(row["p_equal"]), class_="number"))
         body.append(tag("tr", cells))
-    source = "the spread between seeds, pooled" if choice.by == "seeds" else "the prompts of one seed"
-    rule = f"Errors are standard errors, from {source}."
+    rule = (
+        f"± is one standard error of a setting's own mean, from {_SPREADS[choice.by]}. p: the share of sweeps that would put any"
+        f" setting as far below the winner if all were equal (studentized range over {choice.compared} settings)."
+        f" “worse”: p below {1 - CONFIDENCE:.2g}."
+    )
     table = tag("table", tag("thead", tag("tr", head)), tag("tbody", body))
     return tag("div", table, tag("p", rule, class_="note"), class_="wide")
 

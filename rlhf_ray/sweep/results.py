@@ -6,18 +6,21 @@ import csv
 import io
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_ray.metrics import read_metrics
+from rlhf_ray.maths.standard_errors import error_of_mean
+from rlhf_ray.metrics import confirm_name, read_metrics
 from rlhf_ray.storage.files import atomic_write_text
 from rlhf_ray.storage.run_folder import is_run, open_run
 from rlhf_ray.sweep.trials import Trial
 
-K1, K3, LENGTH = "eval/kl_k1_per_response", "eval/kl_k3_per_response", "eval/length"
+K1, K3, LENGTH, ROWS = "eval/kl_k1_per_response", "eval/kl_k3_per_response", "eval/length", "eval/rows"
+_REWARD = re.compile(r"(eval/(?:confirm/)?reward)(.*)")
 Status = Literal["done", "stopped", "failed", "waiting"]
 
 
@@ -66,9 +69,9 @@ def outcome_of(trial: Trial, stopped: str = "") -> TrialOutcome:
 
 
 def standard_error_name(metric: str) -> str:
-    """`eval/reward/judge` -> `eval/reward_se/judge`."""
-    head, slash, tail = metric.partition("eval/reward")
-    return f"eval/reward_se{tail}" if slash and not head else f"{metric}_se"
+    """`eval/reward/judge` -> `eval/reward_se/judge`, and so for `eval/confirm/`."""
+    found = _REWARD.fullmatch(metric)
+    return f"{found[1]}_se{found[2]}" if found else f"{metric}_se"
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,25 @@ class Setting:
     def scores(self) -> list[float]:
         return [o.last[self.metric] for o in self.outcomes]
 
+    def by_seed(self) -> dict[int, float]:
+        """Seed -> score, in the order of the seeds."""
+        return {o.trial.seed: o.last[self.metric] for o in sorted(self.outcomes, key=lambda o: o.trial.seed)}
+
     @property
     def score(self) -> float:
         return statistics.fmean(self.scores)
+
+    def confirmed(self) -> Setting | None:
+        """The same trials on the held-out prompts that chose nothing; None if they were not all measured there."""
+        metric = confirm_name(self.metric)
+        return replace(self, metric=metric) if all(metric in o.last for o in self.outcomes) else None
 
     @property
     def prompt_error(self) -> float:
         """Standard error of `score` from the finite number of held-out prompts alone; nan if it was not recorded."""
         name = standard_error_name(self.metric)
         errors = [o.last.get(name, math.nan) for o in self.outcomes]
-        return math.hypot(*errors) / len(errors)
+        return error_of_mean(errors)
 
     def mean(self, name: str) -> float:
         return statistics.fmean(o.last.get(name, math.nan) for o in self.outcomes)
@@ -128,6 +140,8 @@ def row_of(outcome: TrialOutcome, metric: str) -> dict[str, Any]:
         "status": outcome.status,
         "score": last.get(metric),
         "score_se": last.get(standard_error_name(metric)),
+        "confirmed": last.get(confirm_name(metric)),
+        "confirmed_se": last.get(standard_error_name(confirm_name(metric))),
         "kl_k1": last.get(K1),
         "kl_k3": last.get(K3),
         "length": last.get(LENGTH),

@@ -26,6 +26,7 @@ from rlhf_ray.stages.resume import where_it_began
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, create_run, is_run, open_run, resume_command
 from rlhf_ray.sweep.capacity import Capacity, capacity
+from rlhf_ray.sweep.choice import comparison_sentence, confirmation_sentence
 from rlhf_ray.sweep.record import Record
 from rlhf_ray.sweep.report import write_sweep_report
 from rlhf_ray.sweep.space import corners, read_space
@@ -107,13 +108,14 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
     artifacts = {"report": "report.html", "trials": "trials.csv", "settings": "settings.csv"}
     if choice.winner is not None and choice.trial is not None:
         metrics |= {"best/score": choice.winner.score, "best/score_se": choice.error}
+        if choice.confirmed is not None:
+            metrics |= {"best/confirmed": choice.confirmed.score, "best/confirmed_se": choice.confirmed.error}
         artifacts |= {"best": f"trials/{choice.trial.trial.id}"}
         named = ", ".join(f"{name} {value}" for name, value in choice.winner.settings.items())
         console.log(f"winner: {named}: {config.metric} {figure(choice.winner.score)} ± {figure(choice.error)}")
-        if choice.ties:
-            console.log(
-                f"no significant difference to {len(choice.ties)} other settings; see {record.folder / 'settings.csv'}"
-            )
+        console.log(confirmation_sentence(choice))
+        if choice.p:
+            console.log(f"{comparison_sentence(choice)} See {record.folder / 'settings.csv'}")
     else:
         console.warn("no setting keeps within the KL cap and the length ratio: no winner")
     run = Run(

@@ -15,9 +15,11 @@ from rlhf_ray.console import Console, NullConsole
 from rlhf_ray.data.load import load_rows
 from rlhf_ray.data.records import read_rows
 from rlhf_ray.errors import ArtifactError, ConfigError, DataError
-from rlhf_ray.maths.stats import standard_error
+from rlhf_ray.maths.intervals import mean_interval
+from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.stages.evaluate import evaluate
+from rlhf_ray.stages.win_rates import distinct_2, pair_counts
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.storage.run_folder import open_run
 
@@ -130,6 +132,23 @@ def test_pairwise_files_are_in_the_ancestors_form(done: Run) -> None:
     assert not Path(done.run_dir, "pairs_sft.json").exists()
     counts = json.loads(Path(done.run_dir, "comparisons.json").read_text())["policies"]["ppo.1"]
     assert counts["wins"] + counts["losses"] + counts["draws"] == counts["n_judged"] == counts["n_total"] == 16
+    gaps = [row["replies"]["ppo.1"]["reward"] - row["replies"]["sft"]["reward"] for row in results(done)]
+    interval = mean_interval(gaps, 0.95, 0)
+    told = counts["score_difference_interval"]
+    assert (told["low"], told["high"], told["by"]) == (
+        pytest.approx(interval.low, rel=1e-5),
+        pytest.approx(interval.high, rel=1e-5),
+        interval.by,
+    )
+    assert done.metrics["score_difference_low/ppo.1"] == told["low"]
+
+
+def test_diversity_is_compared_at_equal_length(done: Run) -> None:
+    pairs = {name: pair_counts(responses(done, name)) for name in ("base", "sft", "ppo.1", "again")}
+    drawn = min(counts.total() for counts in pairs.values())
+    for name, counts in pairs.items():
+        assert done.metrics[f"distinct_2_pairs/{name}"] == drawn < 1_000
+        assert done.metrics[f"distinct_2/{name}"] == pytest.approx(distinct_2(counts, drawn))
 
 
 def test_the_same_job_gives_the_same_replies_and_another_seed_others(

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole, NullConsole
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.splits import confirms, is_held_out, prompt_hash
 from rlhf_ray.errors import ConfigError, DataError, Interrupted
 from rlhf_ray.metrics import METRICS, read_metrics
 from rlhf_ray.ppo.loop import ppo
@@ -100,6 +102,33 @@ def test_the_same_job_twice_gives_the_same_bits(ppo_job: Job) -> None:
     a, b = run(ppo_job("a")), run(ppo_job("b"))
     assert same(weights(a.run_dir), weights(b.run_dir))
     assert deterministic(a.run_dir) == deterministic(b.run_dir)
+
+
+def test_prompts_that_confirm_are_measured_apart_and_change_nothing_else(ppo_job: Job, prompts_file: Path) -> None:
+    """confirm_held_out: the same replies, told in two halves by the hash of their prompts; the means join to that of all."""
+    data = {"train": str(prompts_file), "held_out_fraction": 0.2}
+    whole, halves = run(ppo_job("whole", data=data)), run(ppo_job("halves", data=data, confirm_held_out=True))
+    assert same(weights(whole.run_dir), weights(halves.run_dir))
+    texts = [json.loads(line)["instruction"] for line in prompts_file.read_text().splitlines()]
+    held_out = [h for t in texts if is_held_out(h := prompt_hash(Prompt(t)), 0.2)]
+    counts = {"eval/confirm": sum(map(confirms, held_out)), "eval": sum(not confirms(h) for h in held_out)}
+    assert min(counts.values()) > 0
+    evaluated = [[r for r in deterministic(done.run_dir) if "eval/reward" in r] for done in (whole, halves)]
+    assert len(evaluated[0]) == len(evaluated[1]) > 1
+    for alone, apart in zip(*evaluated):
+        assert {half: apart[f"{half}/rows"] for half in counts} == counts and alone["eval/rows"] == len(held_out)
+        for name in ("reward", "reward/ascii", "kl_k1_per_response", "length"):
+            joined = sum(n * apart[f"{half}/{name}"] for half, n in counts.items()) / len(held_out)
+            assert joined == pytest.approx(alone[f"eval/{name}"], abs=1e-6)
+
+
+def test_too_few_held_out_prompts_to_set_some_apart(ppo_job: Job, prompts_file: Path) -> None:
+    """One prompt can only choose: that is told, and eval/* is as ever."""
+    console = io.StringIO()
+    job = ppo_job("few", data={"train": str(prompts_file), "eval_max_rows": 1}, confirm_held_out=True)
+    done = ppo(job, LocalConsole(file=console))
+    assert "confirm_held_out: 1 held-out prompts are too few to set some apart" in console.getvalue()
+    assert "eval/reward" in done.metrics and not [name for name in done.metrics if "confirm" in name]
 
 
 def test_rows_per_forward_is_memory_only(ppo_job: Job) -> None:

@@ -37,7 +37,8 @@ def two_cpus(ray_of: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def sweep_job(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Callable[..., SweepConfig]:
-    """sweep_job("name", field=value, ...) -> two penalties at two coefficients, 3 steps of 8 short replies each."""
+    """sweep_job("name", field=value, ...) -> two penalties at two coefficients, 3 steps of 8 short replies each; of four held-out
+    prompts some choose and some confirm."""
     prompts, reward = tmp_path / "prompts.jsonl", tmp_path / "ascii_reward.py"
     rows = [{"instruction": f"Say something about number {i}.", "input": ""} for i in range(40)]
     prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -39,6 +39,10 @@ def without_seconds(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "run_dir")} for row in rows]
 
 
+def _score(row: dict[str, Any]) -> float:
+    return float(row["score"])
+
+
 def test_a_sweep_leaves_its_tables_and_ordinary_runs(two_cpus: Any, sweep_job: Job, console: Any) -> None:
     config = sweep_job("sweep", seeds=(0, 1), kl_cap=5.0)
     run = sweep(config, console)
@@ -52,6 +56,14 @@ def test_a_sweep_leaves_its_tables_and_ordinary_runs(two_cpus: Any, sweep_job: J
     assert (best / "adapter" / "adapter_model.safetensors").is_file() and (best / "report.html").is_file()
     record = json.loads((Path(run.run_dir) / "sweep.json").read_text())
     assert record["choice"]["trial"] == best.name
+    # the median seed of the winner, measured on prompts that chose nothing
+    of_winner = sorted((row for row in record["trials"] if row["setting"] == record["choice"]["setting"]), key=_score)
+    assert of_winner[0]["trial"] == best.name and len(of_winner) == 2, "the lower of two"
+    found = record["choice"]["confirmed"]
+    assert found["metric"] == "eval/confirm/reward" and found["trial_score"] == of_winner[0]["confirmed"]
+    assert found["score"] == pytest.approx(sum(row["confirmed"] for row in of_winner) / 2)
+    assert found["rows"] + load_run(best).metrics["eval/rows"] == 4
+    assert f"On {found['rows']} held-out prompts that chose nothing" in console.text
     assert "at most 5 nats" in record["choice"]["rule"]
     assert "Reward against measured KL" in (Path(run.run_dir) / "report.html").read_text()
     assert "reward" in console.text and "winner:" in console.text
@@ -67,6 +79,8 @@ def test_a_sweep_leaves_its_tables_and_ordinary_runs(two_cpus: Any, sweep_job: J
     )
     assert promoted.entry.manifest["source"]["run_dir"] == str(best)
     assert promoted.gates[1].limit == "at most 5 (kl_cap of the sweep)"
+    assert promoted.gates[1].measured.endswith("nats per reply on prompts that chose nothing")
+    assert promoted.gates[2].measured.startswith("eval/confirm/reward")
     again = sweep(config.model_copy(update={"resume": "auto"}), console)
     assert again.metrics == run.metrics and "nothing to do" in console.text
 

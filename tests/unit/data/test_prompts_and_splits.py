@@ -14,7 +14,7 @@ from rlhf_ray.config import DataConfig
 from rlhf_ray.data.load import load_rows
 from rlhf_ray.data.prompts import Message, Prompt, parse_transcript, transcript
 from rlhf_ray.data.records import Row
-from rlhf_ray.data.splits import Questions, half_of, is_held_out, overlap, prompt_hash, split
+from rlhf_ray.data.splits import Questions, confirms, half_of, is_held_out, overlap, prompt_hash, split
 
 TALK = (Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "A bird?"))
 
@@ -98,6 +98,18 @@ def test_shares_are_as_asked_and_halves_are_independent_of_the_held_out_share() 
     assert abs(len(reward.train) - 4500) < 4 * 50
     assert reward.held_out == ppo.held_out == parts.held_out
     assert reward.other_half == len(ppo.train)
+
+
+def test_prompts_that_confirm_are_half_of_every_other_part() -> None:
+    """Of those held out and of each stage's half, so no part is bent towards what confirms."""
+    hashes = [prompt_hash(Prompt(f"Question {i}?")) for i in range(10_000)]
+    for part in (
+        [h for h in hashes if is_held_out(h, 0.1)],
+        [h for h in hashes if half_of(h) == "ppo"],
+        [h for h in hashes if half_of(h) == "reward"],
+    ):
+        assert abs(sum(map(confirms, part)) - len(part) / 2) < 4 * (len(part) / 4) ** 0.5
+    assert [confirms(h) for h in (0, 1, 2, 3, 2**63)] == [False, False, True, True, False]
 
 
 def test_file_order_and_repetition_change_nothing() -> None:

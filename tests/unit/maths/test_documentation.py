@@ -14,7 +14,18 @@ from rlhf_ray import maths
 
 FOLDER = Path(maths.__file__).parent
 MODULES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
-WITH_EXAMPLES = {"hexfloat", "kl", "masks", "returns", "rng", "schedules", "stats"}
+WITH_EXAMPLES = {
+    "comparisons",
+    "hexfloat",
+    "intervals",
+    "kl",
+    "masks",
+    "returns",
+    "rng",
+    "schedules",
+    "standard_errors",
+    "stats",
+}
 
 
 def _load(name: str):

@@ -130,12 +130,6 @@ def test_explained_variance(reply_mask) -> None:
 # --- errors and win rates ---
 
 
-def test_standard_error() -> None:
-    assert stats.standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3 / 4))
-    assert stats.standard_error(torch.tensor([[1, 2], [3, 4]])) == pytest.approx(math.sqrt(5 / 3 / 4))
-    assert math.isnan(stats.standard_error([1.0])) and math.isnan(stats.standard_error([]))
-
-
 def test_f20_win_rate_golden_draws_count_half(golden) -> None:
     g = golden["win_rate"]
     result = stats.win_rate([2] * g["wins"] + [1] * g["losses"] + [0] * g["draws"])

@@ -173,10 +173,10 @@ def test_a_reward_run(registry: Registry, make_run: Make, low: float, passes: bo
 def make_sweep(make_run: Make, tmp_path: Path) -> Callable[..., RunFolder]:
     """A sweep of two trials, c1 and c2, of which c2 won."""
 
-    def make(name: str, choice: Any = "c2", status: str = "done", **config: Any) -> RunFolder:
+    def make(name: str, choice: Any = "c2", status: str = "done", rows: Any = None, **config: Any) -> RunFolder:
         sweep = create_run(tmp_path / name, "sweep", {"seed": 0, **config}, "never")
         for seed, trial in enumerate(("c1", "c2")):
-            make_run(f"{name}/trials/{trial}", seed=seed)
+            make_run(f"{name}/trials/{trial}", seed=seed, rows=rows)
         told = {"rule": "highest mean eval/reward", "setting": None}
         if choice is not None:
             told = {**told, "setting": choice, "run_dir": f"trials/{choice}"}
@@ -198,6 +198,45 @@ def test_a_sweep_gives_its_winner_under_its_cap(registry: Registry, make_sweep: 
     with pytest.raises(ConfigError, match="gate kl: failed; expected at most 2 "):
         registry.promote(str(tight.path), "tight")
     assert registry.promote(str(tight.path), "tight", max_kl=4.0).is_new
+
+
+def confirmed(step: int, reward: float, kl: float) -> dict[str, float]:
+    """An evaluation by which the adapter is good, with what the prompts that chose nothing say."""
+    chose = {"eval/reward": 0.3 + 0.04 * step, "eval/reward_se": 0.02, "eval/kl_k1_per_response": 0.25 * step}
+    apart = {"reward": reward, "reward_se": 0.02, "kl_k1_per_response": kl}
+    return {"step": step, **chose, **{f"eval/confirm/{name}": value for name, value in apart.items()}}
+
+
+@pytest.mark.parametrize(
+    ("reward", "kl", "failed", "line"),
+    [
+        (0.34, 2.0, ["reward"], "failed: eval/confirm/reward 0.300 -> 0.340, gain 0.040 = 1.41 standard errors"),
+        (
+            0.50,
+            9.0,
+            ["kl"],
+            "failed: 9.00 nats per reply on prompts that chose nothing; at most 5 (kl_cap of the sweep)",
+        ),
+        (0.50, 2.0, [], "passed: eval/confirm/reward 0.300 -> 0.500, gain 0.200 = 7.07 standard errors"),
+    ],
+)
+def test_a_winner_is_judged_where_nothing_was_chosen(
+    registry: Registry, make_sweep: Callable[..., RunFolder], reward: float, kl: float, failed: list[str], line: str
+) -> None:
+    """By the prompts that chose it, it went from 0.3 to 0.7 at 2.5 nats."""
+    sweep = make_sweep("sweep", rows=[confirmed(0, 0.3, 0.0), confirmed(10, reward, kl)], kl_cap=5.0)
+    lines = lines_of(registry, sweep.path)
+    assert [gate for gate, told in lines.items() if told.startswith("failed")] == failed
+    assert any(told.startswith(line) for told in lines.values()), lines
+
+
+def test_a_winner_of_a_sweep_that_set_no_prompts_apart(
+    registry: Registry, make_sweep: Callable[..., RunFolder]
+) -> None:
+    lines = lines_of(registry, make_sweep("sweep").path)
+    assert lines["reward"].startswith(
+        "passed: eval/reward 0.300 -> 0.700, gain 0.400 on the prompts that chose it = 14.1"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from fractions import Fraction
+from itertools import combinations
 
 import pytest
 import torch
@@ -11,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_ray.metrics import describe
-from rlhf_ray.stages.win_rates import Comparison, Judged, compare, distinct_2, length_controlled, preference_codes
+from rlhf_ray.stages.win_rates import (
+    Comparison,
+    Judged,
+    compare,
+    distinct_2,
+    length_controlled,
+    pair_counts,
+    preference_codes,
+)
 
 
 def side(
@@ -25,13 +35,13 @@ def side(
 
 
 def outcome_of(gaps: list[float], n_dropped: int = 0) -> Comparison:
-    return compare(side([0.0] * len(gaps), tag="a"), side(gaps, tag="b"), n_dropped)
+    return compare(side([0.0] * len(gaps), tag="a"), side(gaps, tag="b"), n_dropped, 0)
 
 
 def test_a_prompt_that_the_judge_does_not_apply_to_is_not_judged() -> None:
     """A judge for some prompts only. What it has no number for was a win of the baseline's."""
     nan = math.nan
-    found = compare(side([0.0, 0.0, nan, 0.0], tag="a"), side([1.0, nan, 1.0, 2.0], [3, 9, 9, 5], tag="b"), 1)
+    found = compare(side([0.0, 0.0, nan, 0.0], tag="a"), side([1.0, nan, 1.0, 2.0], [3, 9, 9, 5], tag="b"), 1, 0)
     assert found.codes == (2, None, None, 2) and (found.outcome.n_judged, found.outcome.n_dropped) == (2, 3)
     assert found.outcome.rate == 100.0 and found.difference.value == 1.5
 
@@ -65,17 +75,46 @@ def test_equal_replies_and_equal_scores_are_draws() -> None:
 
 def test_the_difference_is_paired() -> None:
     """Differences 1, 1, 2: mean 4/3, sample variance 1/3, standard error 1/3. Unpaired it would be sqrt(7/9 + 1/3)."""
-    found = compare(side([10.0, 20.0, 30.0], tag="a"), side([11.0, 21.0, 32.0], tag="b"), 0).difference
+    found = compare(side([10.0, 20.0, 30.0], tag="a"), side([11.0, 21.0, 32.0], tag="b"), 0, 0).difference
     assert found.value == pytest.approx(4 / 3)
     assert found.se == pytest.approx(1 / 3)
     unpaired = math.sqrt(100 / 3 + 331 / 9)
     assert found.se != pytest.approx(unpaired, rel=0.5)
 
 
-def test_is_clear_at_two_standard_errors() -> None:
-    assert outcome_of([1.0, 1.0, 2.0]).is_clear
+def test_clear_is_what_the_interval_leaves_out() -> None:
+    """1, 1, 2: the mean is four standard errors above 0, which t with two degrees of freedom exceeds in more than 5 % (4.30).
+    1, 1, 1, 1, 2, 2: mean 4/3, s^2 = 4/15, error sqrt(2/45), and t(5) = 2.571."""
+    few, more = outcome_of([1.0, 1.0, 2.0]), outcome_of([1.0, 1.0, 1.0, 1.0, 2.0, 2.0])
+    assert few.difference_interval.low == pytest.approx(4 / 3 - 4.3027 / 3, abs=1e-4) and not few.is_clear
+    assert more.difference_interval.low == pytest.approx(4 / 3 - 2.5706 * math.sqrt(2 / 45), abs=1e-4) and more.is_clear
     assert not outcome_of([-1.0, 1.0, 2.0]).is_clear
     assert not outcome_of([1.0]).is_clear  # one prompt shows nothing
+    assert not outcome_of([1.0] * 5).is_clear and outcome_of([1.0] * 6).is_clear  # 2 / 2^5 is above 5 %, 2 / 2^6 below
+    assert not outcome_of([0.0] * 6).is_clear
+
+
+def test_a_few_replies_that_lose_by_far_are_resampled() -> None:
+    """38 prompts a little better, two far worse. The interval reaches further down than up, is that of the job's seed, and says how
+    it was found."""
+    gaps = [0.1 + 0.01 * i for i in range(38)] + [-7.0, -7.6]
+    found, again, other = (compare(side([0.0] * 40, tag="a"), side(gaps, tag="b"), 0, seed) for seed in (1, 1, 2))
+    interval, mean = found.difference_interval, found.difference.value
+    assert interval.by == "bootstrap" and interval == again.difference_interval != other.difference_interval
+    assert mean - interval.low > 1.5 * (interval.high - mean) and not found.is_clear
+    told = found.to_json()["score_difference_interval"]
+    assert told == {"low": interval.low, "high": interval.high, "confidence": 0.95, "by": "bootstrap"}
+
+
+def test_intervals_of_win_rates() -> None:
+    """All outcomes alike have no spread: Wilson's, which for 20 of 20 begins at 20 / (20 + 1.96^2). None passes 100 %."""
+    all_won = outcome_of([1.0] * 20).win_interval
+    assert all_won.by == "wilson" and all_won.high == 100.0
+    assert all_won.low == pytest.approx(100 * 20 / (20 + 1.959964**2), abs=1e-3)
+    nearly, level = outcome_of([1.0] * 19 + [-1.0]).win_interval, outcome_of([1.0, -1.0] * 20).win_interval
+    assert nearly.by == "bootstrap" and nearly.low < 90 < nearly.high <= 100
+    assert level.by == "student" and level.low + level.high == pytest.approx(100)
+    assert level.high - 50 == pytest.approx(100 * 2.0227 * math.sqrt(0.25 / 39), abs=1e-2)
 
 
 def least_squares(x: list[Fraction], d: list[Fraction]) -> tuple[Fraction, Fraction]:
@@ -126,6 +165,8 @@ def test_one_prompt_has_no_standard_errors() -> None:
         "draws/p": 0.0,
         "score_difference/p": 1.0,
         "win_rate_length_controlled/p": 1.0,
+        "win_rate_low/p": pytest.approx(1 / (1 + 1.959964**2), abs=1e-6),
+        "win_rate_high/p": 1.0,
     }
     assert outcome_of([1.0]).to_json()["win_rate_se"] is None
 
@@ -135,7 +176,7 @@ def test_swapping_the_sides_mirrors_every_figure(gaps: list[float]) -> None:
     n = len(gaps)
     lengths = [(7 * i) % 5 + 1 for i in range(n)]
     one, other = side([0.0] * n, [3] * n, tag="a"), side(gaps, lengths, tag="b")
-    there, back = compare(one, other, 0), compare(other, one, 0)
+    there, back = compare(one, other, 0, 0), compare(other, one, 0, 0)
     assert there.outcome.rate + back.outcome.rate == pytest.approx(100)
     assert there.outcome.se == pytest.approx(back.outcome.se)
     assert there.difference.value == pytest.approx(-back.difference.value)
@@ -147,8 +188,33 @@ def test_every_metric_has_its_row() -> None:
         assert name.endswith("/ppo") and describe(name)
 
 
-def test_distinct_2() -> None:
-    assert distinct_2(["the cat the cat", "The cat"]) == 0.5
-    assert distinct_2(["love love love love love"]) == 0.25
-    assert distinct_2(["one two three", "four five"]) == 1.0
-    assert math.isnan(distinct_2(["word", ""]))
+def test_distinct_2_of_all_pairs() -> None:
+    for replies, total, expected in (
+        (["the cat the cat", "The cat"], 4, 0.5),
+        (["love love love love love"], 4, 0.25),
+        (["one two three", "four five"], 3, 1.0),
+    ):
+        counts = pair_counts(replies)
+        assert counts.total() == total and distinct_2(counts, total) == pytest.approx(expected)
+    assert pair_counts(["word", ""]).total() == 0 and math.isnan(distinct_2(pair_counts(["word"]), 1))
+    assert math.isnan(distinct_2(pair_counts(["one two"]), 2)), "more than there are"
+
+
+def test_distinct_2_is_the_mean_over_all_draws() -> None:
+    counts = pair_counts(["a b a b c", "b a b"])
+    pairs = list(counts.elements())
+    for drawn in range(1, len(pairs) + 1):
+        shares = [len(set(draw)) / drawn for draw in combinations(pairs, drawn)]
+        assert distinct_2(counts, drawn) == pytest.approx(sum(shares) / len(shares))
+
+
+def test_longer_replies_do_not_look_less_diverse() -> None:
+    """Two policies draw their words alike from 40; one says four times as much. Over all pairs it had half the share."""
+    words = random.Random(0)
+    short, long = (
+        pair_counts([" ".join(f"w{words.randrange(40)}" for _ in range(length)) for _ in range(100)])
+        for length in (11, 41)
+    )
+    assert len(long) / long.total() < 0.5 * len(short) / short.total()
+    drawn = min(short.total(), long.total())
+    assert distinct_2(long, drawn) == pytest.approx(distinct_2(short, drawn), rel=0.05)

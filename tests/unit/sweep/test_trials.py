@@ -35,6 +35,9 @@ def test_a_trial_is_the_shared_job_with_its_settings_and_seed() -> None:
     trial = planned(config(seeds=(7,)))[1]
     job = job_of(config(seeds=(7,)), trial)
     assert (job.kl_coef, job.value.warmup_steps, job.seed, job.resume) == (0.1, 1, 7, "auto")
+    assert job.confirm_held_out, "half of the held-out prompts choose nothing"
+    without = config(ppo={**config().ppo, "confirm_held_out": False})
+    assert not job_of(without, planned(without)[0]).confirm_held_out
     assert (job.learner.num_gpus, job.output_dir) == (0.5, str(trial.folder))
 
 
@@ -58,6 +61,7 @@ def test_random_settings_are_the_same_at_every_start() -> None:
         ({"ppo": {"output_dir": "x"}}, "ppo.output_dir: each trial writes"),
         ({"space": {"seed": [1, 2]}}, "ppo.seed: set seeds at the top"),
         ({"metric": "reward/mean"}, "metric"),
+        ({"metric": "eval/confirm/reward"}, "metric: eval/confirm/. are the prompts that confirm the winner"),
     ],
 )
 def test_rules(changes: dict[str, Any], message: str) -> None:

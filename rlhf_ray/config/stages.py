@@ -188,7 +188,9 @@ class SFTConfig(_SupervisedFields):
 
     learning_rate: Positive = field(2e-4, "peak learning rate")
     train_on_inputs: bool = field(False, "compute the loss on prompt tokens as well")
-    add_eos_token: bool = field(True, "end every reply with the end-of-sequence token")
+    add_eos_token: bool = field(
+        True, "end every reply with the chat template's end of turn, else the end-of-sequence token"
+    )
     group_by_length: bool = field(False, "batch rows of similar length together")
 
 
@@ -198,7 +200,7 @@ class RewardConfig(_SupervisedFields):
     learning_rate: Positive = field(1e-4, "peak learning rate")
     sft: Path | None = field(None, "SFT run or adapter that the reward adapter starts from")
     init_from: Literal["sft", "base"] = field("sft", "start as a copy of the SFT adapter, or fresh on the base")
-    add_eos_token: bool = field(True, "score replies with their end-of-sequence token, as PPO does")
+    add_eos_token: bool = field(True, "score replies with the token that ends them (see sft), as PPO does")
 
     @model_validator(mode="after")
     def _sft(self) -> RewardConfig:
@@ -263,7 +265,8 @@ class PPOConfig(JobFields, OptimFields):
     )
     temperature: Positive = field(1.0, "sampling temperature of rollouts; every log-probability is taken at it")
     stop_token_ids: Ints | None = field(
-        None, "tokens that end a reply; default: eos of tokenizer and generation config"
+        None,
+        "tokens that end a reply; default: the chat template's end of turn, eos of tokenizer and generation config",
     )
 
     kl_penalty: Literal["kl", "clamped_kl", "bregman", "jensen_shannon", "squared_error", "none", "k1", "k2", "k3"] = (
@@ -407,7 +410,8 @@ class EvaluateConfig(JobFields):
     per_device_eval_batch_size: Count = field(16, "rows per forward pass")
     sampling: SamplingConfig = field(SamplingConfig(), "decoding")
     stop_token_ids: Ints | None = field(
-        None, "tokens that end a reply; default: eos of tokenizer and generation config"
+        None,
+        "tokens that end a reply; default: the chat template's end of turn, eos of tokenizer and generation config",
     )
 
     @model_validator(mode="after")

@@ -16,13 +16,13 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -142,13 +142,17 @@ class ChatTemplate(Template):
         """Token ids in which only the template's own markers are control tokens. Raises PromptMismatch."""
         return list(self._apply(prompt, tokenize=True, sanitize_control_tokens=True, return_dict=False))
 
-    def _apply(self, prompt: Prompt, **options: Any) -> Any:
+    def render_whole(self, messages: Sequence[Message]) -> str:
+        """The text of a whole conversation, with nothing after its last turn for a reply to begin. Raises PromptMismatch."""
+        return str(self._apply(Prompt(messages=tuple(messages)), tokenize=False, add_generation_prompt=False))
+
+    def _apply(self, prompt: Prompt, *, add_generation_prompt: bool = True, **options: Any) -> Any:
         from jinja2 import TemplateError
 
         turns = [{"role": m.role, "content": m.content} for m in prompt.as_messages()]
         try:
-            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
-        except (TemplateError, ValueError) as error:
+            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, **options)
+        except (TemplateError, ValueError, TypeError) as error:
             raise PromptMismatch(f"the chat template refuses this conversation: {error}") from error
 
 

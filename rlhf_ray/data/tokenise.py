@@ -1,6 +1,6 @@
 """Rows to token ids, with the length rule applied and every row that it changes counted.
 
-A reply is encoded apart from its prompt (see encode.py) and ends in eos if `add_eos_token`; a reply that was cut does not.
+A reply is encoded apart from its prompt and ends in the end of turn (see encode.py) if `add_eos_token`; one that was cut does not.
 `too_long`: stop (all rows over the limit in one DataError), drop, or truncate. Truncating cuts replies on the right, and bare
 prompts on the left.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from rlhf_ray.data.counts import Tally
-from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts
+from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts, end_of_turn
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ConfigError, DataError, Problem
@@ -72,17 +72,16 @@ def tokenise_sft(
     train_on_inputs: bool,
     add_eos_token: bool,
 ) -> Tokenised[TokenisedRow]:
-    """Prompt and completion as one sequence of at most `max_length` tokens; the loss is on the completion and its eos.
+    """Prompt and completion as one sequence of at most `max_length` tokens; the loss is on the completion and its end.
 
-    Rows without a token to learn are dropped and counted (F30). Raises DataError, and ConfigError if the tokenizer has
-    no eos.
+    Rows without a token to learn are dropped and counted (F30). Raises DataError, and ConfigError if no token ends a reply.
     """
-    eos = _eos(tokenizer) if add_eos_token else []
+    end = _end(tokenizer, template) if add_eos_token else []
     prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
     responses = encode_texts(tokenizer, [row.completion or "" for row in rows])
     out, rule = Tokenised[TokenisedRow](), _LengthRule(max_length, too_long)
     for row, prompt, response in zip(rows, prompts, responses):
-        full = prompt + response + eos
+        full = prompt + response + end
         ids = rule.apply(row.where, full, out)
         if ids is None:
             continue
@@ -110,15 +109,15 @@ def tokenise_pairs(
     """Chosen and rejected reply behind the same prompt tokens, each sequence at most `max_length` tokens.
 
     Pairs that truncation leaves without a reply, or without a difference, are dropped and counted. Raises DataError, and
-    ConfigError if the tokenizer has no eos.
+    ConfigError if no token ends a reply.
     """
-    eos = _eos(tokenizer) if add_eos_token else []
+    end = _end(tokenizer, template) if add_eos_token else []
     prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
     chosen = encode_texts(tokenizer, [row.chosen or "" for row in rows])
     rejected = encode_texts(tokenizer, [row.rejected or "" for row in rows])
     out, rule = Tokenised[TokenisedPair](), _LengthRule(max_length, too_long)
     for row, prompt, better, worse in zip(rows, prompts, chosen, rejected):
-        first, second = prompt + better + eos, prompt + worse + eos
+        first, second = prompt + better + end, prompt + worse + end
         longer = max(first, second, key=len)
         if rule.apply(row.where, longer, out) is None:
             continue
@@ -166,12 +165,13 @@ def tokenise_prompts(
     return out
 
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.eos_token_id is None:
+def _end(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
+    end = end_of_turn(tokenizer, template)
+    if end is None:
         raise ConfigError.at(
             "add_eos_token", "the tokenizer has no eos token", fix="another tokenizer, or add_eos_token: false"
         )
-    return [tokenizer.eos_token_id]
+    return [end]
 
 
 class _LengthRule:

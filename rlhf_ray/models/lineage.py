@@ -229,6 +229,18 @@ def recorded_base(source: ModelSpec) -> tuple[str, str | None] | None:
     return str(base["path"]), base.get("revision")
 
 
+def recorded_end(source: ModelSpec) -> int | None:
+    """The token that ended the replies it was trained on: the first of the stop_token_ids in its manifest; None if it has none."""
+    if source.run is not None:
+        manifest = source.run.manifest()
+    elif source.kind == "full":
+        manifest = merged_manifest(resolve_source(source.path).folder) or {}
+    else:
+        manifest = (promoted_manifest(source.path) or {}) if source.kind == "adapter" else {}
+    ids = manifest.get("stop_token_ids") or (None,)
+    return ids[0]
+
+
 def recorded_reward(source: ModelSpec) -> dict[str, Any]:
     """What a reward run, or its merged checkpoint, records of its training: add_eos_token and fixture. Empty where nothing is."""
     if source.run is not None:

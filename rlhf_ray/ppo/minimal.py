@@ -76,7 +76,7 @@ def minimal_ppo(
                 tuple(row.ids),
                 row_seed(config.seed, "rollout", step, i),
                 config.response_length,
-                base.eos_ids,
+                base.stop_ids(template),
                 config.temperature,
                 adapter="policy",
             )

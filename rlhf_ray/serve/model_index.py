@@ -126,13 +126,13 @@ def load_entry(entry: Entry, backbone: Backbone) -> ModelCheckpoint:
     ):
         if recorded != loaded:
             raise ArtifactError.at(where, f"was trained on another {what}", f"sha256 {loaded}", f"sha256 {recorded}")
-    reward = entry.manifest.get("reward") or {}
+    reward, template = entry.manifest.get("reward") or {}, entry.template(backbone.tokenizer)
     return ModelCheckpoint(
         entry.id,
         "reward" if entry.kind == "reward" else "policy",
         _check_kind(entry.load(), entry.kind == "reward", where),
-        entry.template(backbone.tokenizer),
-        _check_stop_ids(entry.stop_token_ids, backbone, where),
+        template,
+        _check_stop_ids(entry.stop_token_ids, backbone, template, where),
         bool(reward.get("add_eos_token", True)),
         {
             "stage": entry.manifest["source"].get("stage"),
@@ -180,7 +180,7 @@ def load_run(name: str, spec: str, backbone: Backbone) -> ModelCheckpoint:
         _check_kind(files, is_reward, f"adapter {name}"),
         template,
         _check_stop_ids(
-            (source.run.manifest() if source.run is not None else {}).get("stop_token_ids"), backbone, name
+            (source.run.manifest() if source.run is not None else {}).get("stop_token_ids"), backbone, template, name
         ),
         bool(recorded_reward(source).get("add_eos_token", True)),
         lineage,
@@ -194,8 +194,8 @@ def _check_kind(files: AdapterFiles, is_reward: bool, where: str) -> AdapterFile
     return files
 
 
-def _check_stop_ids(recorded: Any, backbone: Backbone, where: str) -> tuple[int, ...]:
-    ids = tuple(recorded) if recorded is not None else backbone.eos_ids
+def _check_stop_ids(recorded: Any, backbone: Backbone, template: Template, where: str) -> tuple[int, ...]:
+    ids = tuple(recorded) if recorded is not None else backbone.stop_ids(template)
     rows = int(backbone.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if not all(isinstance(i, int) and 0 <= i < rows for i in ids):
         raise ArtifactError.at(where, "stop_token_ids are not in the vocabulary", f"0 <= id < {rows}", str(ids)[:80])

@@ -198,7 +198,7 @@ class Replica:
     async def _policy(self, model: str, resources: AsyncExitStack) -> ServedModel:
         if model == BASE:
             sha256 = self.backbone.identity.weights_sha256
-            return ServedModel(model, BASE, sha256, self.template, self.backbone.eos_ids)
+            return ServedModel(model, BASE, sha256, self.template, self.backbone.stop_ids(self.template))
         served = await self._load(model, resources)
         if served.cached is not None and served.cached.checkpoint.kind == "reward":
             raise ApiError(

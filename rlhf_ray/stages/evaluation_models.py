@@ -120,7 +120,7 @@ class EvaluationModels:
         collector = LocalCollector(
             generator, self._scorer(to_texts, rows), self.session, config.rollout_chunk_size, pad_id
         )
-        how = decoding(config.sampling, stack.backbone.eos_ids)
+        how = decoding(config.sampling, stack.backbone.stop_ids(self.template))
         budgets = [config.response_length] * len(prompts)
         collected = collector.collect(prompts, budgets, policy.active, how, RANDOMNESS, 0)
         for reward, values in collected.scores.parts.items():

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: a LoRA adapter that answers as the data do.
 
-Loss: mean of -log p over the reply's tokens and its eos (and the prompt's tokens, with train_on_inputs).
+Loss: mean of -log p over the reply's tokens and its end of turn (and the prompt's tokens, with train_on_inputs).
 """
 
 from __future__ import annotations

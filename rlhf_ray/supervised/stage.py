@@ -76,7 +76,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     job = Job(config, session, recipe, folder, task, examples, total_steps(config, len(examples.train)))
     if session.is_main:
         write_lineage(job, template, rows)
-        tell(job)
+        tell(job, template)
     return job
 
 
@@ -115,17 +115,17 @@ def write_lineage(job: Job, template: Template, rows: StageRows) -> None:
         base=identity.manifest(),
         tokenizer_sha256=identity.tokenizer_sha256,
         template=template.manifest(),
-        stop_token_ids=list(job.task.model.backbone.eos_ids),
+        stop_token_ids=list(job.task.model.backbone.stop_ids(template)),
         data=list(rows.manifest),
         threads=job.session.num_threads,
         world_size=job.session.world_size,
     )
 
 
-def tell(job: Job) -> None:
+def tell(job: Job, template: Template) -> None:
     """The header: what is about to happen, and what looks wrong with it."""
     console = job.session.console
-    console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job))
+    console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job, template))
     for line in [*job.examples.warnings, *warnings_about(job.config, job.steps)]:
         console.warn(line)
 

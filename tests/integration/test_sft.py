@@ -14,11 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlhf_ray.config import SFTConfig
+from rlhf_ray.config import SamplingConfig, SFTConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import ConfigError, DataError, Interrupted, InvariantError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import read_adapter
+from rlhf_ray.stages.generate import generate
 from rlhf_ray.stages.resume import resume
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.supervised import stage
@@ -72,6 +73,24 @@ def make_config(tiny_llama: Callable[..., Path], tmp_path: Path, write_jsonl: Wr
 
 def adapter_of(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.adapter_dir / "adapter_model.safetensors")
+
+
+def test_a_chat_model_learns_to_end_its_turn_and_is_stopped_there(
+    make_config: Callable[..., SFTConfig], chat_llama: Callable[..., Path], write_jsonl: Write
+) -> None:
+    """ChatML on a base whose eos (</s>, 2) is not what ends a turn (<|im_end|>, 261): trained, recorded, stopped on."""
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
+    job = make_config(
+        model=str(chat_llama()),
+        data={"train": write_jsonl("chat.jsonl", [{"messages": talk}] * 64), "held_out_fraction": 0.0},
+        template="chat",
+        max_steps=60,
+    )
+    run = sft(job)
+    assert run.folder.manifest()["stop_token_ids"] == [261, 2]
+    greedy = SamplingConfig(do_sample=False)
+    (said,) = generate(policies=[str(run.run_dir)], instruction="Hi", max_new_tokens=8, sampling=greedy, num_threads=1)
+    assert (said["completion"], said["length"], said["finished"]) == ("ok", 3, True)
 
 
 def test_a_run_leaves_a_complete_folder_that_plain_peft_loads(

@@ -188,6 +188,10 @@ class SFTConfig(_SupervisedFields):
 
     learning_rate: Positive = field(2e-4, "peak learning rate")
     train_on_inputs: bool = field(False, "compute the loss on prompt tokens as well")
+    train_on_turns: Literal["all", "last"] = field(
+        "all",
+        "which of the assistant's turns in a conversation (messages, sharegpt) are learnt: all of them, or the last",
+    )
     add_eos_token: bool = field(
         True, "end every reply with the chat template's end of turn, else the end-of-sequence token"
     )

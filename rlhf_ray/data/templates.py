@@ -142,6 +142,12 @@ class ChatTemplate(Template):
         """Token ids in which only the template's own markers are control tokens. Raises PromptMismatch."""
         return list(self._apply(prompt, tokenize=True, sanitize_control_tokens=True, return_dict=False))
 
+    def encode_marked(self, prompt: Prompt) -> tuple[list[int], list[bool]]:
+        """Token ids, control tokens in messages included, and which of them the template marks as the assistant's
+        ({% generation %}). Raises PromptMismatch."""
+        found = self._apply(prompt, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return list(found["input_ids"]), [bool(said) for said in found["assistant_masks"]]
+
     def render_whole(self, messages: Sequence[Message]) -> str:
         """The text of a whole conversation, with nothing after its last turn for a reply to begin. Raises PromptMismatch."""
         return str(self._apply(Prompt(messages=tuple(messages)), tokenize=False, add_generation_prompt=False))

@@ -101,7 +101,7 @@ def tokenise(
     lines, sides = list(rows.summary), []
     for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
         done = recipe.tokenise(side, template, backbone.tokenizer, limit)
-        lines += [f"{name}: {tally}" for tally in (done.dropped, done.truncated) if tally.total]
+        lines += [f"{name}: {tally}" for tally in (done.dropped, done.truncated, done.unlearnt) if tally.total]
         sides.append(done.examples[:most])
     if not sides[1]:
         notes.append("no held-out rows: nothing is evaluated (data.held_out_fraction, data.eval)")

@@ -113,7 +113,7 @@ def test_a_run_leaves_a_complete_folder_that_plain_peft_loads(
         manifest["base"]["weights_sha256"] and manifest["tokenizer_sha256"] and manifest["template"]["name"] == "none"
     )
     assert manifest["data"][0]["rows"] == 80 and manifest["parents"] == [] and manifest["threads"] == 1
-    assert manifest["sft"] == {"add_eos_token": True, "train_on_inputs": False}
+    assert manifest["sft"] == {"add_eos_token": True, "train_on_inputs": False, "train_on_turns": "all"}
 
     ids = [1, 87, 70, 100, 2]
     theirs = torch.tensor(run_without_us(LOGITS, config.model_name_or_path, str(run.adapter_dir), json.dumps(ids)))

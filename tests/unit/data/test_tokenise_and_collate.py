@@ -29,7 +29,8 @@ from rlhf_ray.errors import ConfigError, DataError
 
 BOS, EOS, PAD = 1, 2, 0
 NONE = load_template("none")
-SFT: dict[str, Any] = {"max_length": 8, "too_long": "drop", "train_on_inputs": False, "add_eos_token": True}
+SFT: dict[str, Any] = {"max_length": 8, "too_long": "drop", "train_on_inputs": False}
+SFT |= {"train_on_turns": "all", "add_eos_token": True}
 PAIRS: dict[str, Any] = {"max_length": 8, "too_long": "drop", "add_eos_token": True}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -41,6 +42,14 @@ from rlhf_ray.config.sections import (
 from rlhf_ray.config.uris import without_credentials
 
 
+def _iso(value: str) -> str:
+    try:
+        datetime.fromisoformat(value)
+    except ValueError as error:
+        raise ValueError(f"expected a date and time in ISO form, as 2026-01-31T09:00:00; got {value!r}") from error
+    return value
+
+
 class JobFields(Section):
     """Fields that every stage has."""
 
@@ -70,6 +79,11 @@ class JobFields(Section):
     template: str = field(
         "alpaca",
         "prompt template: alpaca, alpaca_legacy, alpaca_short, vigogne, none (the prompt as it is), chat, or a JSON file",
+    )
+    template_date: Annotated[str, AfterValidator(_iso)] | None = field(
+        None,
+        "what a chat template that says the date (strftime_now) takes for now, e.g. 2026-01-31T09:00:00; default: that of the run"
+        " it starts from, else when it was started; kept in the run folder",
     )
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many)] = field(
         ("tensorboard",), "trackers besides metrics.jsonl"

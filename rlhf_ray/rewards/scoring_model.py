@@ -25,6 +25,7 @@ from rlhf_ray.models.lineage import (
     DEFAULT_TEMPLATE,
     check_lineage,
     parent_of,
+    recorded_date,
     recorded_end,
     recorded_reward,
     recorded_template,
@@ -76,7 +77,8 @@ def load_scoring_model(
     Raises ConfigError, ArtifactError."""
     found = reward_source(source.run or source.model or "")
     backbone, models = _load(found, device)
-    prompt_template = load_template(template or recorded_template(found) or DEFAULT_TEMPLATE, backbone.tokenizer)
+    name = template or recorded_template(found) or DEFAULT_TEMPLATE
+    prompt_template = load_template(name, backbone.tokenizer, recorded_date(found))
     for line in check_lineage(found, backbone.identity, prompt_template, role=ROLE):
         console.warn(line)
     reader = reader_of(found, backbone, prompt_template)

@@ -66,7 +66,8 @@ class ResponseScorer:
         assert reward_model.cached is not None and reward_model.cached.head is not None
         prompt, template = generation.prompt, reward_model.template
         has_no_template = "ids" in prompt or "raw" in prompt
-        if has_no_template or template.sha256 == generation.served.template.sha256:
+        written_in = generation.served.template
+        if has_no_template or (template.sha256, template.date) == (written_in.sha256, written_in.date):
             prompt_ids = generation.prompt_ids
         else:
             prompt_ids = await self._prompt_encoder.encode(prompt, template)

@@ -151,7 +151,7 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
 
     Raises ConfigError for what does not exist, ArtifactError for what does not fit."""
     assembly = Assembly(config, session.device, config.seed, config.stop_token_ids)
-    template = load_template(config.template, assembly.base.tokenizer)
+    template = load_template(config.template, assembly.base.tokenizer, config.template_date)
     builder = _PolicyLoader(assembly, template)
     roles = RewardBuilder(assembly, template, config.template)
     policies: dict[str, Policy] = {}

@@ -285,6 +285,32 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return _cached(tmp_path_factory, "tiny_llama", build)
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path]) -> Callable[..., Path]:
+    """chat_llama(chat_template=CHATML, tokens=("<|im_start|>", "<|im_end|>"), **options of tiny_llama) -> folder of a tiny Llama
+    whose tokenizer has a chat template and special tokens, from id 260 on; its eos stays </s>, 2, as in many base models."""
+
+    def build(
+        folder: Path, *, chat_template: str = CHATML, tokens: Any = ("<|im_start|>", "<|im_end|>"), **options: Any
+    ) -> Path:
+        from transformers import AutoTokenizer
+
+        shutil.copytree(tiny_llama(vocab_size=260 + len(tokens), **options), folder, dirs_exist_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+        tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return _cached(tmp_path_factory, "chat_llama", build)
+
+
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny_gpt2(**options) -> folder of a random GPT-2: other module names, and Conv1D layers, whose weights are transposed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -42,6 +43,14 @@ from rlhf_ray.config.sections import (
 from rlhf_ray.config.uris import without_credentials
 
 
+def _iso(value: str) -> str:
+    try:
+        datetime.fromisoformat(value)
+    except ValueError as error:
+        raise ValueError(f"expected a date and time in ISO form, as 2026-01-31T09:00:00; got {value!r}") from error
+    return value
+
+
 class JobFields(Section):
     """Fields that every stage has."""
 
@@ -71,6 +80,11 @@ class JobFields(Section):
     template: str = field(
         "alpaca",
         "prompt template: alpaca, alpaca_legacy, alpaca_short, vigogne, none (the prompt as it is), chat, or a JSON file",
+    )
+    template_date: Annotated[str, AfterValidator(_iso)] | None = field(
+        None,
+        "what a chat template that says the date (strftime_now) takes for now, e.g. 2026-01-31T09:00:00; default: that of the run"
+        " it starts from, else when it was started; kept in the run folder",
     )
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many)] = field(
         ("tensorboard",), "trackers besides metrics.jsonl"
@@ -189,7 +203,13 @@ class SFTConfig(_SupervisedFields):
 
     learning_rate: Positive = field(2e-4, "peak learning rate")
     train_on_inputs: bool = field(False, "compute the loss on prompt tokens as well")
-    add_eos_token: bool = field(True, "end every reply with the end-of-sequence token")
+    train_on_turns: Literal["all", "last"] = field(
+        "all",
+        "which of the assistant's turns in a conversation (messages, sharegpt) are learnt: all of them, or the last",
+    )
+    add_eos_token: bool = field(
+        True, "end every reply with the chat template's end of turn, else the end-of-sequence token"
+    )
     group_by_length: bool = field(False, "batch rows of similar length together")
 
 
@@ -199,7 +219,7 @@ class RewardConfig(_SupervisedFields):
     learning_rate: Positive = field(1e-4, "peak learning rate")
     sft: Path | None = field(None, "SFT run or adapter that the reward adapter starts from")
     init_from: Literal["sft", "base"] = field("sft", "start as a copy of the SFT adapter, or fresh on the base")
-    add_eos_token: bool = field(True, "score replies with their end-of-sequence token, as PPO does")
+    add_eos_token: bool = field(True, "score replies with the token that ends them (see sft), as PPO does")
 
     @model_validator(mode="after")
     def _sft(self) -> RewardConfig:
@@ -264,7 +284,8 @@ class PPOConfig(JobFields, OptimFields):
     )
     temperature: Positive = field(1.0, "sampling temperature of rollouts; every log-probability is taken at it")
     stop_token_ids: Ints | None = field(
-        None, "tokens that end a reply; default: eos of tokenizer and generation config"
+        None,
+        "tokens that end a reply; default: the chat template's end of turn, eos of tokenizer and generation config",
     )
 
     kl_penalty: Literal["kl", "clamped_kl", "bregman", "jensen_shannon", "squared_error", "none", "k1", "k2", "k3"] = (
@@ -432,7 +453,8 @@ class EvaluateConfig(JobFields):
     per_device_eval_batch_size: Count = field(16, "rows per forward pass")
     sampling: SamplingConfig = field(SamplingConfig(), "decoding")
     stop_token_ids: Ints | None = field(
-        None, "tokens that end a reply; default: eos of tokenizer and generation config"
+        None,
+        "tokens that end a reply; default: the chat template's end of turn, eos of tokenizer and generation config",
     )
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Text to token ids. Text that comes from data is always encoded as text: a "</s>" in a row never becomes the control token.
 
 Prompt and reply are encoded apart and then joined, because that is what generation does: the reply's first token is chosen after
-the prompt's last one, whatever longer token the two might have formed.
+the prompt's last one, whatever longer token the two might have formed. `end_of_turn` ends a reply.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.data.templates import ChatTemplate, PromptMismatch, Template
 from rlhf_ray.errors import DataError, Problem
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SLICE = 512
+_ASKED = Message("user", "Which number comes after three?")
+_ANSWERED = Message("assistant", "The number after three is four.")
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -38,6 +40,33 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bos = tokenizer.bos_token_id
     starts = bos is not None and tokenizer("a").input_ids[:1] == [bos]
     return [bos] if starts and tokenizer("a", add_special_tokens=False).input_ids[:1] != [bos] else []
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | None:
+    """The token that ends a reply under `template`: the chat template's own, else the tokenizer's eos; None if there is neither."""
+    own = own_end_of_turn(tokenizer, template)
+    return tokenizer.eos_token_id if own is None else own
+
+
+def own_end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | None:
+    """The control token that a chat template itself puts after a reply: <|im_end|> of ChatML, <end_of_turn> of Gemma, <|end|> of
+    Phi-3, <|eot_id|> of Llama 3. None for any other template.
+
+    It is read off what the template renders: the first control token after the assistant's text, the same at the end of a
+    conversation and inside one (else it is the start of the next turn, or what ends the whole text)."""
+    if not isinstance(template, ChatTemplate):
+        return None
+    control = set(control_tokens(tokenizer).values())
+    ends = []
+    for talk in ((_ASKED, _ANSWERED), (_ASKED, _ANSWERED, _ASKED)):
+        try:
+            text = template.render_whole(talk)
+        except PromptMismatch:  # told of the first row that it refuses
+            return None
+        after = text.rpartition(_ANSWERED.content)[2].partition(_ASKED.content)[0]
+        (ids,) = _batched(tokenizer, [after], split_special_tokens=False)
+        ends.append(next((i for i in ids if i in control), None))
+    return ends[0] if ends[0] == ends[1] else None
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -12,6 +12,7 @@ Fields = Mapping[str, Any]
 
 _TYPES = {str: "string", type(None): "null", dict: "object"}
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_TOOL_TURNS = ("function_call", "observation")
 _CHAT_ROLES = {role: role for role in ROLES}
 
 
@@ -76,7 +77,7 @@ def _message(item: Any, role_key: str, text_key: str, roles: Mapping[str, str]) 
         fault = f"missing field '{key}'" if key not in item else _fault_of(f"'{key}'", item[key])
         if fault:
             return fault
-    if item.get("tool_calls"):
+    if item.get("tool_calls") or item[role_key] in _TOOL_TURNS:
         return "tool calls are not supported"
     if item[role_key] not in roles:
         return f"unknown {role_key} '{item[role_key]}'; expected one of {', '.join(roles)}"

@@ -8,13 +8,15 @@
 | ranked            | instruction, input, output: [better, worse]                        | pair       |
 | preference        | prompt, chosen, rejected: texts or message lists (TRL)             | pair       |
 | hh                | chosen, rejected: whole transcripts (Anthropic hh-rlhf)            | pair       |
-| sharegpt          | conversations, chosen, rejected: {from, value}                     | pair       |
 | prompt_completion | prompt, completion: texts or message lists (TRL)                   | completion |
 | messages          | messages: [{role, content}], the assistant last                    | completion |
+| sharegpt          | conversations: [{from, value}], the assistant last                 | completion |
+| sharegpt          | conversations, and chosen, rejected: {from, value}                 | pair       |
 | text              | text: learnt as it is; as a prompt: continued                      | completion |
 | prompt            | prompt, or instruction and input, or user_input                    |            |
 
-Every format gives prompts; a pair also gives its better reply as a completion. Further fields are kept, not read.
+Every format gives prompts; a pair also gives its better reply as a completion. Further fields are kept, not read. A prompt of
+`messages` or `sharegpt` is what precedes the assistant's last turn; its earlier turns are answers too (Parsed.is_conversation).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Literal, NamedTuple
 
 from rlhf_ray.data.fields import Fields, is_list, last_response, messages, texts, type_name
 from rlhf_ray.data.lines import BadRow
-from rlhf_ray.data.prompts import ASSISTANT_MARK, Prompt, parse_transcript
+from rlhf_ray.data.prompts import ASSISTANT_MARK, Message, Prompt, parse_transcript
 
 RowKind = Literal["sft", "preference", "prompt"]
 
@@ -44,17 +46,19 @@ class Pair(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """A row as a stage needs it; answers that the kind does not ask for are None."""
+    """A row as a stage needs it; answers that the kind does not ask for are None. is_conversation: for SFT, what the assistant says
+    in the prompt is an answer as well."""
 
     prompt: Prompt
     completion: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    is_conversation: bool = False
 
 
 @dataclass(frozen=True)
 class Format:
-    """How to read one format. `fields` must be there; `asks` are those of them that a bare prompt needs."""
+    """How to read one format. `fields` must be there, for pairs `pair_fields` too; `asks` are those that a bare prompt needs."""
 
     name: str
     fields: tuple[str, ...]
@@ -62,14 +66,20 @@ class Format:
     prompt: Callable[[Fields], Prompt]
     completion: Callable[[Fields], str] | None = None
     pair: Callable[[Fields], Pair] | None = None
+    pair_fields: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     fits: Callable[[Fields], bool] = lambda row: True
+    is_conversation: Callable[[Fields], bool] = lambda row: False
 
     def gives(self, kind: RowKind) -> bool:
         return kind == "prompt" or self.pair is not None or (kind == "sft" and self.completion is not None)
 
-    def matches(self, row: Fields) -> bool:
-        return all(name in row for name in self.fields) and self.fits(row)
+    def fields_of(self, kind: RowKind) -> tuple[str, ...]:
+        """Fields that rows of this kind have."""
+        return self.fields + self.pair_fields if kind == "preference" else self.fields
+
+    def matches(self, row: Fields, kind: RowKind) -> bool:
+        return all(name in row for name in self.fields_of(kind)) and self.fits(row)
 
     def extra(self, row: Fields) -> dict[str, object]:
         """Fields that the format does not read."""
@@ -80,7 +90,7 @@ class Format:
 
         Raises BadRow for a malformed row, Dropped for a row that the format leaves out.
         """
-        needed = self.asks if kind == "prompt" else self.fields
+        needed = self.asks if kind == "prompt" else self.fields_of(kind)
         missing = [f"missing field '{name}'" for name in needed if name not in row]
         if missing:
             raise BadRow(missing[0], "; ".join(missing))
@@ -90,7 +100,7 @@ class Format:
         if prompt.is_blank:
             raise BadRow("empty prompt")
         if kind == "sft":
-            return Parsed(prompt, completion=self._completion(row))
+            return Parsed(prompt, completion=self._completion(row), is_conversation=self.is_conversation(row))
         if kind == "preference":
             chosen, rejected = self._pair(row)
             return Parsed(prompt, chosen=chosen, rejected=rejected)
@@ -119,7 +129,7 @@ _SKIP = "data.on_bad_row: skip leaves such rows out and counts them"
 
 def detect(row: Fields, kind: RowKind) -> Format | None:
     """The first format, in the order of FORMATS, that the row has all fields of and that gives this kind."""
-    return next((f for f in FORMATS.values() if f.gives(kind) and f.matches(row)), None)
+    return next((f for f in FORMATS.values() if f.gives(kind) and f.matches(row, kind)), None)
 
 
 # Prompts
@@ -151,9 +161,18 @@ def _any_prompt(row: Fields) -> Prompt:
     return _instruction(row) if "instruction" in row else _user_input(row)
 
 
-def _before_last_response(row: Fields) -> Prompt:
-    turns = messages(row, "messages")
+def _before_last_response(turns: tuple[Message, ...]) -> Prompt:
     return Prompt(messages=turns[:-1] if turns and turns[-1].role == "assistant" else turns)
+
+
+def _has_pair(row: Fields) -> bool:
+    return row.get("chosen") is not None
+
+
+def _sharegpt_prompt(row: Fields) -> Prompt:
+    """All of the conversation where two replies to it follow, else what precedes its last reply."""
+    turns = messages(row, "conversations", sharegpt=True)
+    return Prompt(messages=turns) if _has_pair(row) else _before_last_response(turns)
 
 
 def _preference_prompt(row: Fields) -> Prompt:
@@ -235,6 +254,12 @@ def _hh_pair(row: Fields) -> Pair:
     return Pair(better, worse)
 
 
+def _sharegpt_completion(row: Fields) -> str:
+    if _has_pair(row):
+        return last_response(messages(row, "chosen", sharegpt=True), "chosen")
+    return last_response(messages(row, "conversations", sharegpt=True), "conversations")
+
+
 def _sharegpt_pair(row: Fields) -> Pair:
     chosen, rejected = (last_response(messages(row, name, sharegpt=True), name) for name in ("chosen", "rejected"))
     return Pair(chosen, rejected)
@@ -260,10 +285,14 @@ _ALL = (
     ),
     Format(
         name="sharegpt",
-        fields=("conversations", "chosen", "rejected"),
+        fields=("conversations",),
         asks=("conversations",),
-        prompt=lambda row: Prompt(messages=messages(row, "conversations", sharegpt=True)),
+        prompt=_sharegpt_prompt,
+        completion=_sharegpt_completion,
         pair=_sharegpt_pair,
+        pair_fields=("chosen", "rejected"),
+        optional=("chosen", "rejected"),
+        is_conversation=lambda row: not _has_pair(row),
     ),
     Format(
         name="preference",
@@ -279,8 +308,9 @@ _ALL = (
         name="messages",
         fields=("messages",),
         asks=("messages",),
-        prompt=_before_last_response,
+        prompt=lambda row: _before_last_response(messages(row, "messages")),
         completion=lambda row: last_response(messages(row, "messages"), "messages"),
+        is_conversation=lambda row: True,
     ),
     Format(
         name="prompt_completion",

@@ -32,6 +32,7 @@ class Row:
     """One checked row. `where` is `file:line`; `columns` are all its fields under the names of the format.
 
     completion is set for SFT, chosen and rejected for preferences. A bare text (format `text`) has an empty prompt.
+    is_conversation: the assistant's turns in the prompt are answers as well, for SFT to learn.
     """
 
     where: str
@@ -40,6 +41,7 @@ class Row:
     rejected: str | None = None
     completion: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    is_conversation: bool = False
 
     @property
     def key(self) -> Prompt:
@@ -134,7 +136,8 @@ def _read_file(name: str, config: DataConfig, kind: RowKind) -> _FileRows:
             if isinstance(row, BadRow):
                 raise row
             parsed = chosen.parse(row, kind)
-            file.rows.append(Row(where, parsed.prompt, parsed.chosen, parsed.rejected, parsed.completion, row))
+            answers = parsed.chosen, parsed.rejected, parsed.completion
+            file.rows.append(Row(where, parsed.prompt, *answers, row, parsed.is_conversation))
         except Dropped as drop:
             file.dropped.add(drop.reason, where)
         except BadRow as bad:
@@ -212,8 +215,8 @@ def _choose_format(name: str, raw: Sequence[RawRow], wanted: str, kind: RowKind)
     if not rows:
         return able[0]  # every row is malformed, and told as such
     have = list(rows[0])
-    closest = max(able, key=lambda f: sum(1 if name in have else -1 for name in f.fields))
-    missing = [name for name in closest.fields if name not in have]
+    closest = max(able, key=lambda f: sum(1 if name in have else -1 for name in f.fields_of(kind)))
+    missing = [name for name in closest.fields_of(kind) if name not in have]
     near = f"the closest format is {closest.name}, missing {', '.join(missing)}; " if missing else ""
     fix = f"{near}data.columns renames fields, data.format names a format"
     raise DataError.at(name, f"fields {', '.join(have)} fit no {kind} format", fix=fix)

@@ -3,7 +3,7 @@
 - instruction templates: two texts, with and without input. Shipped: alpaca, alpaca_legacy, alpaca_short, vigogne; or a JSON file
   of the user, {description, prompt_input, prompt_no_input, response_split} or AlpacaFarm's {prompt_inputs, prompt_noinputs};
 - none: the prompt as it is (instruction and input with a blank line between);
-- chat: the tokenizer's chat template; a text counts as one user turn.
+- chat: the tokenizer's chat template; a text counts as one user turn. Where it says the date (strftime_now), the date is the run's.
 
 A conversation under `none` becomes a transcript, "Human: ...\\n\\nAssistant:", as in hh-rlhf. Instruction templates take a
 conversation only if it is one user turn.
@@ -15,14 +15,16 @@ import difflib
 import hashlib
 import json
 import re
+import string
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ class Template(ABC):
 
     name: str
     response_split: str | None = None
+    date: str | None = None
+    """What it takes for now, in ISO form, if it says the date; None: the clock."""
 
     @abstractmethod
     def content(self) -> dict[str, str]:
@@ -63,7 +67,8 @@ class Template(ABC):
 
     def manifest(self) -> dict[str, Any]:
         """Its entry in a manifest; `template_from_manifest` makes the template again from it."""
-        return {"name": self.name, "sha256": self.sha256, "content": self.content()}
+        date = {} if self.date is None else {"date": self.date}
+        return {"name": self.name, "sha256": self.sha256, "content": self.content(), **date}
 
     def render(self, prompt: Prompt) -> str:
         """The text before the reply. An empty prompt, which stands before a bare text, renders as "".
@@ -129,8 +134,13 @@ class ChatTemplate(Template):
 
     name = "chat"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
+        """date: what the template takes for now (ISO form), should it ask; None: the clock."""
         self.tokenizer = tokenizer
+        self._dated: dict[str, Any] = {}
+        if date is not None and "strftime_now" in str(tokenizer.chat_template):
+            self.date = date
+            self._dated = {"chat_template": _clock(datetime.fromisoformat(date)) + self.content()["chat_template"]}
 
     def content(self) -> dict[str, str]:
         return {"kind": "chat", "chat_template": self.tokenizer.get_chat_template()}
@@ -142,18 +152,43 @@ class ChatTemplate(Template):
         """Token ids in which only the template's own markers are control tokens. Raises PromptMismatch."""
         return list(self._apply(prompt, tokenize=True, sanitize_control_tokens=True, return_dict=False))
 
-    def _apply(self, prompt: Prompt, **options: Any) -> Any:
+    def encode_marked(self, prompt: Prompt) -> tuple[list[int], list[bool]]:
+        """Token ids, control tokens in messages included, and which of them the template marks as the assistant's
+        ({% generation %}). Raises PromptMismatch."""
+        found = self._apply(prompt, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return list(found["input_ids"]), [bool(said) for said in found["assistant_masks"]]
+
+    def render_whole(self, messages: Sequence[Message]) -> str:
+        """The text of a whole conversation, with nothing after its last turn for a reply to begin. Raises PromptMismatch."""
+        return str(self._apply(Prompt(messages=tuple(messages)), tokenize=False, add_generation_prompt=False))
+
+    def _apply(self, prompt: Prompt, *, add_generation_prompt: bool = True, **options: Any) -> Any:
         from jinja2 import TemplateError
 
         turns = [{"role": m.role, "content": m.content} for m in prompt.as_messages()]
         try:
-            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
-        except (TemplateError, ValueError) as error:
+            return self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=add_generation_prompt, **self._dated, **options
+            )
+        except (TemplateError, ValueError, TypeError) as error:
             raise PromptMismatch(f"the chat template refuses this conversation: {error}") from error
 
 
-def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
-    """A shipped template by name, `none`, `chat` (needs the tokenizer), or a JSON file by path.
+def _clock(now: datetime) -> str:
+    """Jinja that defines `strftime_now` as a clock that stands at `now`; transformers takes no such function from callers."""
+    codes = [f"%{flag}{letter}" for letter in string.ascii_letters for flag in ("-", "")]
+    told = {code: text for code in codes if "%" not in (text := now.strftime(code))}
+    return (
+        "{% macro strftime_now(format) %}{% set said = namespace(text=format | replace('%%', '\\x00')) %}"
+        f"{{% for code, text in {json.dumps(told)}.items() %}}{{% set said.text = said.text | replace(code, text) %}}{{% endfor %}}"
+        "{{ said.text | replace('\\x00', '%') }}{% endmacro %}\n"
+    )
+
+
+def load_template(
+    name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None, date: str | None = None
+) -> Template:
+    """A shipped template by name, `none`, `chat` (needs the tokenizer), or a JSON file by path.   date: see `ChatTemplate`.
 
     Raises ConfigError: unknown name, malformed file, or a tokenizer without a chat template.
     """
@@ -166,7 +201,7 @@ def load_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase | None =
                 "the tokenizer has no chat template",
                 fix=f"one of {', '.join((*SHIPPED, 'none'))}, or a JSON file",
             )
-        return ChatTemplate(tokenizer)
+        return ChatTemplate(tokenizer, date)
     if name_or_path in SHIPPED:
         text = (files("rlhf_ray.data") / "templates" / f"{name_or_path}.json").read_text(encoding="utf-8")
         return _from_json(name_or_path, name_or_path, text)
@@ -204,7 +239,8 @@ def template_from_manifest(
     elif kind == "none":
         template = PlainTemplate()
     elif kind == "chat" and tokenizer is not None and tokenizer.chat_template is not None:
-        template = ChatTemplate(tokenizer)
+        date = record.get("date")
+        template = ChatTemplate(tokenizer, date if isinstance(date, str) else None)
     else:
         expected = "a tokenizer with a chat template" if kind == "chat" else "instruction, none or chat"
         raise ArtifactError.at(where, "the prompt template cannot be made again", expected, f"kind {kind!r}")

@@ -1,20 +1,21 @@
 """Rows to token ids, with the length rule applied and every row that it changes counted.
 
-A reply is encoded apart from its prompt (see encode.py) and ends in eos if `add_eos_token`; a reply that was cut does not.
+A reply is encoded apart from its prompt and ends in the end of turn (see encode.py) if `add_eos_token`; one that was cut does not.
 `too_long`: stop (all rows over the limit in one DataError), drop, or truncate. Truncating cuts replies on the right, and bare
 prompts on the left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from rlhf_ray.data.counts import Tally
-from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts
+from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts, end_of_turn
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
+from rlhf_ray.data.turns import Span, assistant_spans, earlier_turns
 from rlhf_ray.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -55,11 +56,12 @@ class TokenisedPrompt:
 
 @dataclass
 class Tokenised(Generic[T]):
-    """Examples in row order, and the rows that were dropped or truncated on the way."""
+    """Examples in row order, and the rows that were dropped or truncated on the way, or not learnt in full."""
 
     examples: list[T] = field(default_factory=list)
     dropped: Tally = field(default_factory=lambda: Tally("dropped"))
     truncated: Tally = field(default_factory=lambda: Tally("truncated"))
+    unlearnt: Tally = field(default_factory=lambda: Tally("not learnt in full"))
 
 
 def tokenise_sft(
@@ -70,24 +72,32 @@ def tokenise_sft(
     max_length: int,
     too_long: TooLong,
     train_on_inputs: bool,
+    train_on_turns: Literal["all", "last"],
     add_eos_token: bool,
 ) -> Tokenised[TokenisedRow]:
-    """Prompt and completion as one sequence of at most `max_length` tokens; the loss is on the completion and its eos.
+    """Prompt and completion as one sequence of at most `max_length` tokens; the loss is on the completion and its end.
 
-    Rows without a token to learn are dropped and counted (F30). Raises DataError, and ConfigError if the tokenizer has
-    no eos.
+    train_on_turns: all also learns what the assistant said earlier in a conversation, each turn with the template's own end of it;
+    last counts those turns as not learnt.
+
+    Rows without a token to learn are dropped and counted (F30). Raises DataError, and ConfigError if no token ends a reply.
     """
-    eos = _eos(tokenizer) if add_eos_token else []
+    end = _end(tokenizer, template) if add_eos_token else []
     prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
     responses = encode_texts(tokenizer, [row.completion or "" for row in rows])
     out, rule = Tokenised[TokenisedRow](), _LengthRule(max_length, too_long)
-    for row, prompt, response in zip(rows, prompts, responses):
-        full = prompt + response + eos
+    earlier: Mapping[int, list[Span]] = {}
+    if not train_on_inputs:
+        earlier = _earlier_turns(tokenizer, template, rows, prompts, bool(end), train_on_turns, out)
+    for i, (row, prompt, response) in enumerate(zip(rows, prompts, responses)):
+        full = prompt + response + end
         ids = rule.apply(row.where, full, out)
         if ids is None:
             continue
-        labels = list(ids) if train_on_inputs else [IGNORE_INDEX] * min(len(prompt), len(ids)) + ids[len(prompt) :]
-        if len(ids) <= len(prompt) < len(full):
+        said = [*earlier.get(i, ()), (len(prompt), len(full))]
+        learnt = {at for start, stop in said for at in range(start, stop)}
+        labels = [token if train_on_inputs or at in learnt else IGNORE_INDEX for at, token in enumerate(ids)]
+        if len(ids) <= said[0][0] < len(full):
             out.dropped.add(_NOTHING_LEFT, row.where, f"{len(prompt):,} prompt tokens")
         elif all(label == IGNORE_INDEX for label in labels[1:]):  # the first token is never predicted
             out.dropped.add("no token to learn", row.where)
@@ -96,6 +106,25 @@ def tokenise_sft(
             rule.count_cut(row.where, full, out)
     DataError.raise_all(rule.problems)
     return out
+
+
+def _earlier_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    rows: Sequence[Row],
+    prompts: Sequence[list[int]],
+    with_end: bool,
+    train_on_turns: Literal["all", "last"],
+    out: Tokenised[TokenisedRow],
+) -> dict[int, list[Span]]:
+    """Row -> its earlier turns that are learnt; rows whose earlier turns are left out are counted."""
+    talks = [i for i, row in enumerate(rows) if row.is_conversation and earlier_turns(row.prompt)]
+    if train_on_turns == "last":
+        for i in talks:
+            out.unlearnt.add("earlier turns of the assistant, train_on_turns: last", rows[i].where)
+        return {}
+    asked, ids, labels = [rows[i].prompt for i in talks], [prompts[i] for i in talks], [rows[i].where for i in talks]
+    return dict(zip(talks, assistant_spans(tokenizer, template, asked, ids, labels, with_end=with_end)))
 
 
 def tokenise_pairs(
@@ -110,15 +139,15 @@ def tokenise_pairs(
     """Chosen and rejected reply behind the same prompt tokens, each sequence at most `max_length` tokens.
 
     Pairs that truncation leaves without a reply, or without a difference, are dropped and counted. Raises DataError, and
-    ConfigError if the tokenizer has no eos.
+    ConfigError if no token ends a reply.
     """
-    eos = _eos(tokenizer) if add_eos_token else []
+    end = _end(tokenizer, template) if add_eos_token else []
     prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
     chosen = encode_texts(tokenizer, [row.chosen or "" for row in rows])
     rejected = encode_texts(tokenizer, [row.rejected or "" for row in rows])
     out, rule = Tokenised[TokenisedPair](), _LengthRule(max_length, too_long)
     for row, prompt, better, worse in zip(rows, prompts, chosen, rejected):
-        first, second = prompt + better + eos, prompt + worse + eos
+        first, second = prompt + better + end, prompt + worse + end
         longer = max(first, second, key=len)
         if rule.apply(row.where, longer, out) is None:
             continue
@@ -166,12 +195,13 @@ def tokenise_prompts(
     return out
 
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.eos_token_id is None:
+def _end(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
+    end = end_of_turn(tokenizer, template)
+    if end is None:
         raise ConfigError.at(
             "add_eos_token", "the tokenizer has no eos token", fix="another tokenizer, or add_eos_token: false"
         )
-    return [tokenizer.eos_token_id]
+    return [end]
 
 
 class _LengthRule:

@@ -17,6 +17,8 @@ SAMPLE = "Name a bird."
 
 def tokens(model: str, revision: str | None, template: str | None) -> Iterator[CheckResult]:
     """Tokenizer, pad, end tokens, and a prompt as the template makes it."""
+    from rlhf_ray.data.encode import own_end_of_turn
+    from rlhf_ray.data.templates import ChatTemplate
     from rlhf_ray.models.sources import check_files, resolve_source
     from rlhf_ray.models.tokenizer import choose_pad, eos_ids, tokenizer_of
 
@@ -25,6 +27,9 @@ def tokens(model: str, revision: str | None, template: str | None) -> Iterator[C
         check_files(source)
         tokenizer = tokenizer_of(source)
         ends = eos_ids(tokenizer, _generation_config(source.folder), None)
+        if template == "chat" and tokenizer.chat_template is not None:
+            own_end = own_end_of_turn(tokenizer, ChatTemplate(tokenizer))
+            ends = tuple(dict.fromkeys(i for i in (own_end, *ends) if i is not None))
         pad = choose_pad(tokenizer, ends)
     except RlhfRayError as error:
         yield from _told("model", error)

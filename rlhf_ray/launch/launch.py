@@ -55,6 +55,10 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
     builders: by role, for the actors of a split job."""
     resume = resume_command(config.output_dir)
     check_place(config.output_dir, config.resume)
+    if config.template_date is None:
+        from rlhf_ray.launch.template_date import with_template_date  # brings what reads adapters
+
+        config = with_template_date(config)
     if config.learner.num_workers == 0:
         stop = Stop()
         with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _with_the_way_on(config):

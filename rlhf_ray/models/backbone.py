@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rlhf_ray.data.encode import own_end_of_turn
+from rlhf_ray.data.templates import ChatTemplate, Template
 from rlhf_ray.errors import ArtifactError, InvariantError
 from rlhf_ray.models.heads import check_logits_head, logits_head
 from rlhf_ray.models.loading import (
@@ -77,8 +79,9 @@ class BaseIdentity:
 
 @dataclass
 class Backbone:
-    """A loaded base. model: frozen, in eval mode.  eos_ids: what ends a reply; the first one ends training data.
-    dtype: of the weights that are not quantised.  context_length: tokens it was made for.  head: of a causal language model."""
+    """A loaded base. model: frozen, in eval mode.  eos_ids: what ends a reply, whatever the template (see `stop_ids`).
+    dtype: of the weights that are not quantised.  context_length: tokens it was made for.  head: of a causal language model.
+    stop_token_ids: those that the job names, None where it leaves them to model and template."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -90,6 +93,17 @@ class Backbone:
     context_length: int
     attn_implementation: str
     head: nn.Module | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+
+    def stop_ids(self, template: Template) -> tuple[int, ...]:
+        """What ends a reply under `template`: its end of turn, which also ends training data, and `eos_ids`. If the job names stop
+        tokens: those alone."""
+        end = own_end_of_turn(self.tokenizer, template)
+        return (
+            self.eos_ids
+            if end is None or self.stop_token_ids is not None
+            else tuple(dict.fromkeys((end, *self.eos_ids)))
+        )
 
     @property
     def lm_head(self) -> nn.Module:
@@ -250,14 +264,21 @@ def _finish(
     return Backbone(
         model=model,
         tokenizer=tokenizer,
-        pad=choose_pad(tokenizer, ends),
+        pad=choose_pad(tokenizer, (*ends, *_end_of_chat(tokenizer))),
         eos_ids=ends,
         device=plan.device,
         dtype=plan.dtype,
         identity=identity,
         context_length=context_length(model.config.get_text_config(), tokenizer),
         attn_implementation=plan.attn,
+        stop_token_ids=stop_token_ids,
     )
+
+
+def _end_of_chat(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """What ends a turn of the tokenizer's chat template, whether the job uses that or not: it must not pad either."""
+    end = None if tokenizer.chat_template is None else own_end_of_turn(tokenizer, ChatTemplate(tokenizer))
+    return () if end is None else (end,)
 
 
 def context_length(config: Any, tokenizer: Any = None) -> int:

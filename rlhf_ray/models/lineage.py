@@ -31,7 +31,7 @@ PROMOTED = "manifest.json"
 
 
 class Digest(Protocol):
-    """A prompt template, as far as lineage cares."""
+    """A prompt template, as far as lineage cares; one that says the date also has a `date`."""
 
     @property
     def name(self) -> str: ...
@@ -141,7 +141,7 @@ def check_lineage(
         )
     problems += _template_difference(where, parent, template)
     ArtifactError.raise_all(problems)
-    return warnings
+    return warnings + _another_date(where, parent, template)
 
 
 def _base_differences(where: str, parent: Parent, identity: BaseIdentity) -> tuple[list[Problem], list[str]]:
@@ -190,6 +190,17 @@ def _template_difference(where: str, parent: Parent, template: Digest | None) ->
     ]
 
 
+def _another_date(where: str, parent: Parent, template: Digest | None) -> list[str]:
+    """The day alone: a template that says the hour is not known."""
+    before, now = (parent.template or {}).get("date"), getattr(template, "date", None)
+    if before is None or now is None or before[:10] == now[:10]:
+        return []
+    return [
+        f"{where}: was trained with prompts that say the date {before[:10]}, and is used with prompts that say {now[:10]}:"
+        f" template_date={before}"
+    ]
+
+
 def header_line(label: str, text: str) -> str:
     """A line of a run's header; all of them are aligned."""
     return f"{label:<10} {text}"
@@ -205,7 +216,9 @@ def describe(identity: BaseIdentity, parents: Sequence[Parent], template: Digest
         header_line("tokenizer", identity.tokenizer_sha256[:12]),
     ]
     if template is not None:
-        lines.append(header_line("template", f"{template.name} ({template.sha256[:12]})"))
+        date = getattr(template, "date", None)
+        dated = "" if date is None else f", which says that it is {date}"
+        lines.append(header_line("template", f"{template.name} ({template.sha256[:12]}){dated}"))
     lines += [header_line(p.role, f"{p.path} ({p.stage or 'no run'}, {p.sha256[:12]})") for p in parents]
     return lines
 
@@ -227,6 +240,29 @@ def recorded_base(source: ModelSpec) -> tuple[str, str | None] | None:
     if source.kind != "adapter" or (base := parent_of(source, source.kind).base) is None:
         return None
     return str(base["path"]), base.get("revision")
+
+
+def recorded_end(source: ModelSpec) -> int | None:
+    """The token that ended the replies it was trained on: the first of the stop_token_ids in its manifest; None if it has none."""
+    ids = _own_manifest(source).get("stop_token_ids") or (None,)
+    return ids[0]
+
+
+def recorded_date(source: ModelSpec) -> str | None:
+    """What its prompt template took for now; None where that says no date, or nothing is recorded."""
+    return (_own_manifest(source).get("template") or {}).get("date")
+
+
+def _own_manifest(source: ModelSpec) -> dict[str, Any]:
+    """Of a run, a merged checkpoint or a promoted adapter; empty for anything else."""
+    if source.run is not None:
+        return source.run.manifest()
+    if source.kind == "base":
+        return {}
+    read = (
+        merged_manifest(resolve_source(source.path).folder) if source.kind == "full" else promoted_manifest(source.path)
+    )
+    return read or {}
 
 
 def recorded_reward(source: ModelSpec) -> dict[str, Any]:

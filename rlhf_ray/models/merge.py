@@ -242,6 +242,7 @@ def _manifest(
         "base": {**backbone.identity.manifest(), "path": base.name, "revision": base.revision},
         "tokenizer_sha256": backbone.identity.tokenizer_sha256,
         "template": run.get("template"),
+        "stop_token_ids": run.get("stop_token_ids"),
         **_reading(run),
         "notes": notes,
         "max_abs_difference": difference,

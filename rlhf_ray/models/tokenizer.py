@@ -104,7 +104,9 @@ def eos_ids(
 ) -> tuple[int, ...]:
     """Ids that end a reply: `override`, or the tokenizer's eos followed by those of the generation config.
 
-    The first is the one that training data ends with.   rows: embedding rows of the model; default: what the tokenizer needs.
+    The first ends training data where no chat template has an end of its own (data/encode.py).
+
+    rows: embedding rows of the model; default: what the tokenizer needs.
     ConfigError for an override outside the vocabulary; ArtifactError if the model names one, or names none at all."""
     rows = vocabulary_rows(tokenizer) if rows is None else rows
     if override is not None:

@@ -46,7 +46,7 @@ def minimal_ppo(
 
     # Models: the frozen base, the policy and its frozen reference, the value model with a head that starts at zero.
     assembly = Assembly(config, device, config.seed, config.stop_token_ids)
-    base, template = assembly.base, load_template(config.template, assembly.base.tokenizer)
+    base, template = assembly.base, load_template(config.template, assembly.base.tokenizer, config.template_date)
     assembly.add_trained_policy(policy_source(config.sft) if config.sft is not None else None, config.lora)
     assembly.add_value("policy", "own", config.value.lora)
     models = assembly.finish()
@@ -76,7 +76,7 @@ def minimal_ppo(
                 tuple(row.ids),
                 row_seed(config.seed, "rollout", step, i),
                 config.response_length,
-                base.eos_ids,
+                base.stop_ids(template),
                 config.temperature,
                 adapter="policy",
             )

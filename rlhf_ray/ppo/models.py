@@ -63,7 +63,7 @@ def add_scorer_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec | N
 def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
     """Load the base and what the learner has on it, with the lineage of each checked."""
     assembly, start = _base(config, device)
-    template = load_template(config.template, assembly.base.tokenizer)
+    template = load_template(config.template, assembly.base.tokenizer, config.template_date)
     rewards = RewardBuilder(assembly, template, config.template)
     if start is not None:
         rewards.warnings += check_lineage(start, assembly.base.identity, template, role="sft")
@@ -92,7 +92,9 @@ def assemble_generator(config: PPOConfig, device: torch.device) -> Assembly:
 def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
     """Load the base and what a scorer has on it."""
     assembly, start = _base(config, device)
-    rewards = RewardBuilder(assembly, load_template(config.template, assembly.base.tokenizer), config.template)
+    rewards = RewardBuilder(
+        assembly, load_template(config.template, assembly.base.tokenizer, config.template_date), config.template
+    )
     add_scorer_roles(assembly, config, start, lambda reward, load: rewards.add(reward, reward.name, load=load))
     return assembly, rewards
 

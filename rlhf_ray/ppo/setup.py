@@ -120,7 +120,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     if session.is_main and not folder.checkpoints():
         require_room(folder.path, sum(whole_numel(p) for group in learner.groups for p in group.parameters.values()))
     to_texts = text_maker(backbone, template)
-    stop_ids = backbone.eos_ids
+    stop_ids = backbone.stop_ids(template)
     eval_decoding = decoding(config.eval_sampling.at(config.temperature), stop_ids)
     collector: Callable[[float], Collector]
     if remote_roles is not None:

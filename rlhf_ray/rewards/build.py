@@ -11,7 +11,15 @@ from rlhf_ray.config import RewardSource
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.assembly import Assembly
-from rlhf_ray.models.lineage import check_lineage, header_line, parent_of, recorded_reward, recorded_template
+from rlhf_ray.models.lineage import (
+    check_lineage,
+    header_line,
+    parent_of,
+    recorded_date,
+    recorded_end,
+    recorded_reward,
+    recorded_template,
+)
 from rlhf_ray.models.sources import resolve_source
 from rlhf_ray.models.specs import ModelSpec, reward_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
@@ -68,10 +76,16 @@ class RewardBuilder:
         self.lines.append(header_line("reward", f"{reward.name}: {source.describe()}"))
         if load:
             self.assembly.add_reward(role, source)
+        ends = self.assembly.base.stop_ids(self.template)
         if not foreign and recorded_reward(source).get("add_eos_token") is False:
             self.warnings.append(
                 f"{label}: was trained on replies without their end token, and scores sampled ones with it: train it with"
                 " add_eos_token: true"
+            )
+        elif not (foreign or self.assembly.stop_token_ids or (end := recorded_end(source)) in (None, ends[0])):
+            self.warnings.append(
+                f"{label}: was trained on replies that end with token {end}, and scores sampled ones that end with token {ends[0]}:"
+                " train it again, or set stop_token_ids"
             )
         if foreign:
             return self._retokenised(reward, source, role, load)
@@ -90,7 +104,7 @@ class RewardBuilder:
         if load:
             backbone = self.assembly.stacks[self.assembly.bindings[role].stack].backbone
             name = reward.template or recorded_template(source) or self.template_name
-            template = load_template(name, backbone.tokenizer)
+            template = load_template(name, backbone.tokenizer, recorded_date(source) or self.assembly.job.template_date)
             self.readers[role] = reader_of(source, backbone, template)
             how = f"replies are decoded, put in template {template.name}, encoded again"
             self.lines.append(header_line("", f"{reward.name} has its own tokenizer: {how}"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_ray.batches import Sequences
 from rlhf_ray.data.collate import pad_left, pad_right
-from rlhf_ray.data.encode import encode_prompts, encode_texts
+from rlhf_ray.data.encode import encode_prompts, encode_texts, end_of_turn
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
 from rlhf_ray.models.backbone import Backbone
@@ -27,11 +27,13 @@ from rlhf_ray.rewards.protocol import Reward, RewardInputs, broken_as_inf
 
 @dataclass(frozen=True)
 class Reader:
-    """How a reward model reads text.  add_eos_token: whether its training ended complete replies with the end token."""
+    """How a reward model reads text.  add_eos_token: whether its training ended complete replies with the end token.
+    end_id: that token; default: the end of turn under `template`."""
 
     backbone: Backbone
     template: Template
     add_eos_token: bool
+    end_id: int | None = None
 
     def encode(
         self, rows: Sequence[Row], responses: Sequence[str], finished: Sequence[bool] | None = None
@@ -39,7 +41,8 @@ class Reader:
         """Ids of the rows' prompts and of the replies, each complete unless `finished` says otherwise."""
         tokenizer = self.backbone.tokenizer
         prompts = encode_prompts(tokenizer, self.template, [row.prompt for row in rows], [row.where for row in rows])
-        end = [int(tokenizer.eos_token_id)] if self.add_eos_token else []  # type: ignore[arg-type]
+        end_id = end_of_turn(tokenizer, self.template) if self.end_id is None else self.end_id
+        end = [end_id] if self.add_eos_token and end_id is not None else []
         complete = finished if finished is not None else [True] * len(responses)
         return prompts, [
             ids + (end if whole else [])

@@ -1,6 +1,6 @@
 """A reward model on its own, for texts: loaded as it was trained, and asked as PPO asks it.
 
-The run's own prompt template, token ids of prompt and reply encoded apart, the reply's eos as in training, the head read after the
+The run's own prompt template, token ids of prompt and reply encoded apart, the reply's end as in training, the head read after the
 last real token.
 """
 
@@ -14,13 +14,22 @@ import torch
 
 from rlhf_ray.config import EvaluateConfig, RewardConfig, RewardSource
 from rlhf_ray.console import Console
+from rlhf_ray.data.encode import end_of_turn
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.metrics import figure
 from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
 from rlhf_ray.models.heads import ScalarHead
-from rlhf_ray.models.lineage import DEFAULT_TEMPLATE, check_lineage, parent_of, recorded_reward, recorded_template
+from rlhf_ray.models.lineage import (
+    DEFAULT_TEMPLATE,
+    check_lineage,
+    parent_of,
+    recorded_date,
+    recorded_end,
+    recorded_reward,
+    recorded_template,
+)
 from rlhf_ray.models.loading import DTYPES
 from rlhf_ray.models.merge import fixture_difference
 from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
@@ -68,14 +77,16 @@ def load_scoring_model(
     Raises ConfigError, ArtifactError."""
     found = reward_source(source.run or source.model or "")
     backbone, models = _load(found, device)
-    prompt_template = load_template(template or recorded_template(found) or DEFAULT_TEMPLATE, backbone.tokenizer)
+    name = template or recorded_template(found) or DEFAULT_TEMPLATE
+    prompt_template = load_template(name, backbone.tokenizer, recorded_date(found))
     for line in check_lineage(found, backbone.identity, prompt_template, role=ROLE):
         console.warn(line)
     reader = reader_of(found, backbone, prompt_template)
     model = ScoringModel(reader, ModelReward(source.name, source.weight, models, ROLE, ROWS_PER_FORWARD, device))
+    ending = "without eos" if reader.end_id is None else f"in {backbone.tokenizer.decode([reader.end_id])}"
     console.log(
         f"{found.describe()} on {backbone.identity.path} ({backbone.identity.precision}); template {prompt_template.name};"
-        f" replies {'end in ' + str(backbone.tokenizer.eos_token) if reader.add_eos_token else 'end without eos'}"
+        f" replies end {ending}"
     )
     gap = _fixture_gap(model, found, recorded_reward(found).get("fixture") or [])
     if gap is not None and gap > FIXTURE_TOLERANCE:
@@ -88,9 +99,14 @@ def load_scoring_model(
 def reader_of(source: ModelSpec, backbone: Backbone, template: Template) -> Reader:
     """How the reward model `source` reads text. ConfigError if its replies end with a token that its tokenizer lacks."""
     add_eos = bool(recorded_reward(source).get("add_eos_token", RewardConfig.model_fields["add_eos_token"].default))
-    if add_eos and backbone.tokenizer.eos_token_id is None:
+    if not add_eos:
+        return Reader(backbone, template, False)
+    end = recorded_end(source)
+    if end is None:  # not made here, or by a version that did not say
+        end = end_of_turn(backbone.tokenizer, template)
+    if end is None:
         raise ConfigError.at(source.path, "its tokenizer has no eos token to end replies with")
-    return Reader(backbone, template, add_eos)
+    return Reader(backbone, template, True, end)
 
 
 def _load(source: ModelSpec, device: torch.device) -> tuple[Backbone, RoleModels]:

@@ -2,7 +2,8 @@
 
 Lists of events come back, each a dict:
     {"start": {prompt_tokens, adapters: {model: {id, sha256, fingerprint}}}}     first
-    {"i": choice, "text": "...", "tokens": [[text, log-probability], ...]}      tokens only where log-probabilities are requested
+    {"i": choice, "text": "...",
+     "tokens": [[text, log-probability], ...], "bytes": [[...], ...]}            only where log-probabilities are requested
     {"i": choice, "end": "stop" or "length", "completion_tokens", "reward", "kl"}    last of a choice
     {"error": {...}}                                                            last of all
 """
@@ -63,7 +64,8 @@ class ServedModel:
 
 @dataclass(eq=False)
 class Generation:
-    """One response being written. logprob: nats, of the response so far.  end: None while it goes on."""
+    """One response being written. response_ids: every token decoded.  logprobs: theirs, nats.  end: None while it goes on.
+    stop_ids: special tokens among the request's stop strings, beside those that end a response of the model."""
 
     index: int
     served: ServedModel
@@ -72,5 +74,15 @@ class Generation:
     max_new_tokens: int
     text: ResponseText
     response_ids: list[int] = field(default_factory=list)
-    logprob: float = 0.0
+    logprobs: list[float] = field(default_factory=list)
     end: Literal["stop", "length"] | None = None
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def shown(self) -> int:
+        """How many of `response_ids` no stop string hid. What the model itself ended with counts, though it is no text."""
+        if self.text.stopped:
+            self.text.settle()
+            return len(self.text.tokens)
+        own_end = self.end != "stop" or self.response_ids[-1] in self.served.stop_ids
+        return len(self.response_ids) - (0 if own_end else 1)

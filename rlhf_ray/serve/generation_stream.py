@@ -147,7 +147,7 @@ class GenerationStream:
             raise internal_error()
         generation = self._by_ticket[token.ticket]
         generation.response_ids.append(token.token_id)
-        generation.logprob += token.logprob
+        generation.logprobs.append(token.logprob)
         generation.end = token.end
         text = generation.text.push(token.token_id) if token.end != "stop" else ""
         if token.end is not None:
@@ -158,7 +158,7 @@ class GenerationStream:
             event = events.setdefault(generation.index, {"i": generation.index, "text": ""})
             event["text"] += text
             if self.request.logprobs:
-                event.setdefault("tokens", []).append([self._decode(token.token_id), token.logprob])
+                _list_tokens(generation, event)
         if generation.end is not None:
             if token.end is None:  # a stop string, of which the decode thread knows nothing
                 self.engine.cancel(token.ticket)
@@ -199,7 +199,7 @@ class GenerationStream:
             generation.prompt_ids,
             derived_seed(seed, "serve", prompt, sample),
             generation.max_new_tokens,
-            generation.served.stop_ids,
+            (*generation.served.stop_ids, *generation.stop_ids),
             temperature=self.request.temperature or 1.0,
             top_p=self.request.top_p,
             top_k=self.request.top_k,
@@ -223,5 +223,11 @@ class GenerationStream:
             failure = error if isinstance(error, ApiError) else internal_error()
             self.buffer.put(ScoredGeneration(generation, failure), urgent=True)
 
-    def _decode(self, token_id: int) -> str:
-        return str(self.engine.backbone.tokenizer.decode([token_id]))
+
+def _list_tokens(generation: Generation, event: Event) -> None:
+    """Add those whose text has been returned since the last call."""
+    start = len(generation.text.tokens)
+    generation.text.settle()
+    for token, logprob in zip(generation.text.tokens[start:], generation.logprobs[start:]):
+        event.setdefault("tokens", []).append([token.text, logprob])
+        event.setdefault("bytes", []).append(list(token.raw))

@@ -15,7 +15,7 @@ from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.models.lineage import DEFAULT_TEMPLATE, check_lineage, recorded_reward, recorded_template
+from rlhf_ray.models.lineage import DEFAULT_TEMPLATE, check_lineage, recorded_date, recorded_reward, recorded_template
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.registry import Registry
 from rlhf_ray.registry.entry import Entry
@@ -126,13 +126,13 @@ def load_entry(entry: Entry, backbone: Backbone) -> ModelCheckpoint:
     ):
         if recorded != loaded:
             raise ArtifactError.at(where, f"was trained on another {what}", f"sha256 {loaded}", f"sha256 {recorded}")
-    reward = entry.manifest.get("reward") or {}
+    reward, template = entry.manifest.get("reward") or {}, entry.template(backbone.tokenizer)
     return ModelCheckpoint(
         entry.id,
         "reward" if entry.kind == "reward" else "policy",
         _check_kind(entry.load(), entry.kind == "reward", where),
-        entry.template(backbone.tokenizer),
-        _check_stop_ids(entry.stop_token_ids, backbone, where),
+        template,
+        _check_stop_ids(entry.stop_token_ids, backbone, template, where),
         bool(reward.get("add_eos_token", True)),
         {
             "stage": entry.manifest["source"].get("stage"),
@@ -166,7 +166,7 @@ def load_run(name: str, spec: str, backbone: Backbone) -> ModelCheckpoint:
     source = policy_source(spec)
     if source.kind != "adapter":
         raise ConfigError.at(f"adapters.{name}", "is no adapter", "a run, RUN@STEP or an adapter folder", spec)
-    template = load_template(recorded_template(source) or DEFAULT_TEMPLATE, backbone.tokenizer)
+    template = load_template(recorded_template(source) or DEFAULT_TEMPLATE, backbone.tokenizer, recorded_date(source))
     check_lineage(source, backbone.identity, template, role=name)
     files = read_adapter(source.path)
     stage = source.run.stage if source.run is not None else None
@@ -180,7 +180,7 @@ def load_run(name: str, spec: str, backbone: Backbone) -> ModelCheckpoint:
         _check_kind(files, is_reward, f"adapter {name}"),
         template,
         _check_stop_ids(
-            (source.run.manifest() if source.run is not None else {}).get("stop_token_ids"), backbone, name
+            (source.run.manifest() if source.run is not None else {}).get("stop_token_ids"), backbone, template, name
         ),
         bool(recorded_reward(source).get("add_eos_token", True)),
         lineage,
@@ -194,8 +194,8 @@ def _check_kind(files: AdapterFiles, is_reward: bool, where: str) -> AdapterFile
     return files
 
 
-def _check_stop_ids(recorded: Any, backbone: Backbone, where: str) -> tuple[int, ...]:
-    ids = tuple(recorded) if recorded is not None else backbone.eos_ids
+def _check_stop_ids(recorded: Any, backbone: Backbone, template: Template, where: str) -> tuple[int, ...]:
+    ids = tuple(recorded) if recorded is not None else backbone.stop_ids(template)
     rows = int(backbone.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if not all(isinstance(i, int) and 0 <= i < rows for i in ids):
         raise ArtifactError.at(where, "stop_token_ids are not in the vocabulary", f"0 <= id < {rows}", str(ids)[:80])

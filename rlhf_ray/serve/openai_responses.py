@@ -23,6 +23,7 @@ class PartialChoice:
 
     text: str = ""
     tokens: list[list[Any]] = field(default_factory=list)
+    bytes: list[list[int]] = field(default_factory=list)
     end: dict[str, Any] | None = None
 
 
@@ -54,6 +55,7 @@ class ResponseBuilder:
             partial = self.partials.setdefault(event["i"], PartialChoice())
             partial.text += event.get("text", "")
             partial.tokens += event.get("tokens", ())
+            partial.bytes += event.get("bytes", ())
             if "end" in event:
                 partial.end = dict(event)
 
@@ -99,7 +101,7 @@ class ResponseBuilder:
                 "logprobs": _completion_logprobs(partial.tokens, 0) if self.logprobs else None,
             }
         choice["message"] = {"role": "assistant", "content": partial.text, "refusal": None}
-        choice["logprobs"] = _chat_logprobs(partial.tokens) if self.logprobs else None
+        choice["logprobs"] = _chat_logprobs(partial.tokens, partial.bytes) if self.logprobs else None
         if self.kind == "comparison":
             choice |= {"model": self._model_of(index), "completion_tokens": end.get("completion_tokens")}
         return choice
@@ -134,10 +136,12 @@ class ResponseBuilder:
             return
         text, tokens = event.get("text", ""), event.get("tokens", [])
         if text or tokens:
-            offset = len(self.partials[event["i"]].text) - len(text)
+            listed = self.partials[event["i"]].tokens  # with those of this event
+            offset = sum(len(token[0]) for token in listed[: len(listed) - len(tokens)])
             logprobs = None
             if self.logprobs:
-                logprobs = _completion_logprobs(tokens, offset) if self.kind == "completion" else _chat_logprobs(tokens)
+                is_completion, raw = self.kind == "completion", event.get("bytes", [])
+                logprobs = _completion_logprobs(tokens, offset) if is_completion else _chat_logprobs(tokens, raw)
             yield self._chunk(event["i"], {"content": text}, logprobs=logprobs)
         if "end" in event:
             yield self._chunk(event["i"], {}, event["end"], **self._scores(event))
@@ -174,15 +178,15 @@ def _sse(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _chat_logprobs(tokens: list[list[Any]]) -> dict[str, Any]:
+def _chat_logprobs(tokens: list[list[Any]], raw: list[list[int]]) -> dict[str, Any]:
     content = [
-        {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace")), "top_logprobs": []}
-        for text, value in tokens
+        {"token": text, "logprob": value, "bytes": part, "top_logprobs": []} for (text, value), part in zip(tokens, raw)
     ]
     return {"content": content, "refusal": None}
 
 
 def _completion_logprobs(tokens: list[list[Any]], offset: int) -> dict[str, Any]:
+    """offset: characters of the text before the first of `tokens`."""
     offsets = []
     for text, _ in tokens:
         offsets.append(offset)

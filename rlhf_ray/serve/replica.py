@@ -33,7 +33,7 @@ from rlhf_ray.serve.model_index import BASE, ModelCheckpoint, ModelIndex, ModelV
 from rlhf_ray.serve.prompt_encoder import PromptEncoder
 from rlhf_ray.serve.registry_watcher import RegistryWatcher, remove_stale_status
 from rlhf_ray.serve.response_scorer import ResponseScorer
-from rlhf_ray.serve.response_text import ResponseText
+from rlhf_ray.serve.response_text import ResponseText, special_stop_ids
 
 SWITCH_INTERVAL_S = 0.001
 """The decode thread gives up Python's lock this often for the event loop; the default of 5 ms would delay every response."""
@@ -192,13 +192,15 @@ class Replica:
                 max_new_tokens = self.prompt_encoder.max_new_tokens(len(ids), request.max_tokens)
                 for _ in range(request.n):
                     text = ResponseText(self.backbone.tokenizer, request.stop_strings)
-                    generations.append(Generation(len(generations), served, prompt, ids, max_new_tokens, text))
+                    generation = Generation(len(generations), served, prompt, ids, max_new_tokens, text)
+                    generation.stop_ids = special_stop_ids(self.backbone.tokenizer, request.stop_strings)
+                    generations.append(generation)
         return generations, served_models, reward_model
 
     async def _policy(self, model: str, resources: AsyncExitStack) -> ServedModel:
         if model == BASE:
             sha256 = self.backbone.identity.weights_sha256
-            return ServedModel(model, BASE, sha256, self.template, self.backbone.eos_ids)
+            return ServedModel(model, BASE, sha256, self.template, self.backbone.stop_ids(self.template))
         served = await self._load(model, resources)
         if served.cached is not None and served.cached.checkpoint.kind == "reward":
             raise ApiError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from rlhf_ray.data.encode import encode_texts
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.forward import after_last_token
 from rlhf_ray.models.heads import ScalarHead
@@ -52,8 +53,9 @@ class ResponseScorer:
     async def scores(
         self, request: GenerationRequest, generation: Generation, reward_model: ServedModel | None
     ) -> dict[str, float | None]:
-        """{reward, kl} of a complete response, those that the request wants. A score is None if the response is empty or, with
-        its prompt, longer than the context. ApiError if the reward model's template cannot take the prompt."""
+        """{reward, kl} of a complete response without what a stop string hid, those that the request wants. A score is None if the
+        response is empty or, with its prompt, longer than the context. ApiError if the reward model's template cannot take the
+        prompt."""
         scores: dict[str, float | None] = {}
         if reward_model is not None:
             scores["reward"] = await self._reward(generation, reward_model)
@@ -66,20 +68,25 @@ class ResponseScorer:
         assert reward_model.cached is not None and reward_model.cached.head is not None
         prompt, template = generation.prompt, reward_model.template
         has_no_template = "ids" in prompt or "raw" in prompt
-        if has_no_template or template.sha256 == generation.served.template.sha256:
+        written_in = generation.served.template
+        if has_no_template or (template.sha256, template.date) == (written_in.sha256, written_in.date):
             prompt_ids = generation.prompt_ids
         else:
             prompt_ids = await self._prompt_encoder.encode(prompt, template)
-        cached = reward_model.cached
-        return await self._score(ScoringCase(prompt_ids, generation.response_ids, cached.adapter_name, cached.head))
+        cached, response_ids = reward_model.cached, generation.response_ids[: generation.shown]
+        if generation.text.is_cut:  # a stop string began within a token
+            response_ids = encode_texts(self._engine.backbone.tokenizer, [generation.text.text])[0]
+        return await self._score(ScoringCase(prompt_ids, response_ids, cached.adapter_name, cached.head))
 
     async def _kl(self, generation: Generation, temperature: float) -> float | None:
-        """The k1 estimate on this one response: log-probability under the adapter minus that under the base, nats."""
+        """The k1 estimate on this one response: log-probability under the adapter minus that under the base, nats, over the tokens
+        that are listed with it, and the one that ended it."""
         if generation.served.cached is None:
             return 0.0
-        case = ScoringCase(generation.prompt_ids, generation.response_ids, temperature=temperature)
+        shown = generation.shown
+        case = ScoringCase(generation.prompt_ids, generation.response_ids[:shown], temperature=temperature)
         base_logprob = await self._score(case)
-        return None if base_logprob is None else generation.logprob - base_logprob
+        return None if base_logprob is None else sum(generation.logprobs[:shown]) - base_logprob
 
     async def _score(self, case: ScoringCase) -> float | None:
         length = len(case.prompt_ids) + len(case.response_ids)

@@ -221,7 +221,7 @@ def write_lineage(folder: RunFolder, evaluation: EvaluationModels, rows: StageRo
         parents=evaluation.parents,
         base=identity.manifest(),
         tokenizer_sha256=identity.tokenizer_sha256,
-        template={"name": template.name, "sha256": template.sha256},
+        template={name: value for name, value in template.manifest().items() if name != "content"},
         data=list(rows.manifest),
         held_out=rows.rule.manifest(),
         threads=session.num_threads,

@@ -120,7 +120,7 @@ class EvaluationModels:
         collector = LocalCollector(
             generator, self._scorer(to_texts, rows), self.session, config.rollout_chunk_size, pad_id
         )
-        how = decoding(config.sampling, stack.backbone.eos_ids)
+        how = decoding(config.sampling, stack.backbone.stop_ids(self.template))
         budgets = [config.response_length] * len(prompts)
         collected = collector.collect(prompts, budgets, policy.active, how, RANDOMNESS, 0)
         for reward, values in collected.scores.parts.items():
@@ -151,7 +151,7 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
 
     Raises ConfigError for what does not exist, ArtifactError for what does not fit."""
     assembly = Assembly(config, session.device, config.seed, config.stop_token_ids)
-    template = load_template(config.template, assembly.base.tokenizer)
+    template = load_template(config.template, assembly.base.tokenizer, config.template_date)
     builder = _PolicyLoader(assembly, template)
     roles = RewardBuilder(assembly, template, config.template)
     policies: dict[str, Policy] = {}

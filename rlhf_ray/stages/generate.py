@@ -16,7 +16,7 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row, read_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem, RlhfRayError
-from rlhf_ray.models.lineage import header_line, parent_of, recorded_base, recorded_template
+from rlhf_ray.models.lineage import header_line, parent_of, recorded_base, recorded_date, recorded_template
 from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
 from rlhf_ray.runtime.session import process_session
 from rlhf_ray.stages.evaluate_files import prompt_columns
@@ -106,7 +106,10 @@ def plan_job(
         specs.append(PolicySpec(name=REFERENCE, policy=origin))
     base, revision = base_of(sources, model)
     template = next((found for s in sources if (found := recorded_template(s)) is not None), None)
-    given = {"template": template} | {name: value for name, value in fields.items() if value is not None}
+    date = next((found for s in sources if (found := recorded_date(s)) is not None), None)
+    given = {"template": template, "template_date": date} | {
+        name: value for name, value in fields.items() if value is not None
+    }
     config = EvaluateConfig(
         output_dir=".",
         model_name_or_path=base,

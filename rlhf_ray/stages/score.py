@@ -14,7 +14,7 @@ import torch
 
 from rlhf_ray.config import DataConfig, RewardSource
 from rlhf_ray.console import Console, LocalConsole, quiet_libraries
-from rlhf_ray.data.formats import FORMATS, RowKind
+from rlhf_ray.data.formats import RowKind, detect
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row, RowSet, read_rows
 from rlhf_ray.data.templates import load_template
@@ -82,9 +82,9 @@ def score(
 
 def _read(file: str, console: Console) -> RowSet:
     """The file's rows as pairs where it has pairs, else as replies. Raises DataError."""
-    name = read_rows(DataConfig(train=(file,)), "prompt").files[0].format
+    first = read_rows(DataConfig(train=(file,)), "prompt").rows[0]
     kinds: tuple[RowKind, ...] = ("preference", "sft")
-    kind = next((kind for kind in kinds if FORMATS[name].gives(kind)), None)
+    kind = next((kind for kind in kinds if detect(first.columns, kind) is not None), None)
     if kind is None:
         raise DataError.at(file, "has prompts and no replies to score", "pairs, or prompts with a reply each")
     read = read_rows(DataConfig(train=(file,), on_bad_row="skip"), kind)

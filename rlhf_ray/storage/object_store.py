@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 from rlhf_ray.storage.files import fsync_path
 
@@ -136,6 +138,17 @@ def copy_finished(run: Path, uri: str, tell: Tell, again: bool = True) -> bool:
         _commit(store, "final", {f"run/{n}": run / n for n in names if (run / n).is_file()})
 
     return _tried(work, f"the finished run was not copied to {uri}", tell)
+
+
+def copied_config(uri: str) -> dict[str, Any] | None:
+    """The configuration of the run that `restore` would take, None if there is no copy."""
+    store = Store(uri)
+    steps = sorted((n for n in store.folders("checkpoints") if _STEP.fullmatch(n)), key=_number, reverse=True)
+    whole = (
+        n for n in ("final", *(f"checkpoints/{step}" for step in steps)) if store.text(f"{n}/{COMMIT}") is not None
+    )
+    text = next((text for n in whole if (text := store.text(f"{n}/run/config.yaml")) is not None), None)
+    return None if text is None else dict(yaml.safe_load(text))
 
 
 def restore(uri: str, target: Path) -> str | None:

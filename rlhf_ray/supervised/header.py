@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rlhf_ray.data.encode import end_of_turn
+from rlhf_ray.data.templates import Template
 from rlhf_ray.maths.schedules import peak_multiplier, resolve_warmup
 from rlhf_ray.supervised.task import Job, SupervisedConfig
 from rlhf_ray.training.header import config_line
@@ -11,14 +13,15 @@ FULL_TUNING_RATE = 1e-5
 """Learning rates up to here belong to full fine-tuning; LoRA wants about ten times as much."""
 
 
-def header_lines(job: Job) -> list[str]:
+def header_lines(job: Job, template: Template) -> list[str]:
     config, session, backbone, steps = job.config, job.session, job.task.model.backbone, job.steps
     per_device, world, rows = config.per_device_train_batch_size, session.world_size, len(job.examples.train)
     parameters = list(job.task.model.parameters())
     trainable, total = (
         sum(p.numel() for p in part) for part in ([p for p in parameters if p.requires_grad], parameters)
     )
-    warmup = resolve_warmup(config.warmup_steps, steps)
+    warmup, end = resolve_warmup(config.warmup_steps, steps), end_of_turn(backbone.tokenizer, template)
+    ends = repr(backbone.tokenizer.convert_ids_to_tokens(end)) if end is not None and config.add_eos_token else "none"
     return [
         *job.task.lineage,
         *(f"data       {line}" for line in job.examples.lines),
@@ -30,7 +33,7 @@ def header_lines(job: Job) -> list[str]:
         f"peak lr    {peak_rate(config, steps):.3g} ({config.optim})",
         f"device     {session.device}, {session.num_threads} threads, {backbone.identity.precision}, "
         f"{backbone.attn_implementation}",
-        f"tokens     pad {backbone.pad.token!r} ({backbone.pad.why}); end {backbone.tokenizer.eos_token!r}",
+        f"tokens     pad {backbone.pad.token!r} ({backbone.pad.why}); replies end in {ends}",
         config_line(config),
     ]
 

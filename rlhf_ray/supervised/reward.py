@@ -1,7 +1,7 @@
 """Reward modelling: a LoRA adapter with a scalar head that scores the chosen reply of a pair above the rejected one.
 
 Loss: -log sigmoid(score of chosen - score of rejected) (Bradley-Terry). Both replies stand behind the same prompt tokens and end in
-eos (add_eos_token), and the score is read after the last real token: what PPO scores is what is trained here.
+the end of turn (add_eos_token), and the score is read after the last real token: what PPO scores is what is trained here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: a LoRA adapter that answers as the data do.
 
-Loss: mean of -log p over the reply's tokens and its eos (and the prompt's tokens, with train_on_inputs).
+Loss: mean of -log p over the reply's tokens and its end of turn, in a conversation over those of all the assistant's turns
+(train_on_turns), and over the prompt's tokens with train_on_inputs.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def train_sft(config: SFTConfig, session: Session) -> Run:
             max_length=max_length,
             too_long=config.data.too_long,
             train_on_inputs=config.train_on_inputs,
+            train_on_turns=config.train_on_turns,
             add_eos_token=config.add_eos_token,
         )
 
@@ -108,4 +110,5 @@ class SFTTask(Task):
         return self.model.next_token_logits(batch["input_ids"], batch["attention_mask"])
 
     def manifest(self, rows: Sequence[Any]) -> dict[str, Any]:
-        return {"sft": {"add_eos_token": self.config.add_eos_token, "train_on_inputs": self.config.train_on_inputs}}
+        names = ("add_eos_token", "train_on_inputs", "train_on_turns")
+        return {"sft": {name: getattr(self.config, name) for name in names}}

@@ -69,7 +69,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in rows.manifest])
     backbone = load_base(config, session.device)
-    template = load_template(config.template, backbone.tokenizer)
+    template = load_template(config.template, backbone.tokenizer, config.template_date)
     examples = tokenise(config, recipe, rows, template, backbone)
     require_rows(config, len(examples.train))
     task = recipe.build(backbone, template)
@@ -81,7 +81,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     job = Job(config, session, recipe, folder, task, examples, total_steps(config, len(examples.train)))
     if session.is_main:
         write_lineage(job, template, rows)
-        tell(job)
+        tell(job, template)
     return job
 
 
@@ -106,7 +106,7 @@ def tokenise(
     lines, sides = list(rows.summary), []
     for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
         done = recipe.tokenise(side, template, backbone.tokenizer, limit)
-        lines += [f"{name}: {tally}" for tally in (done.dropped, done.truncated) if tally.total]
+        lines += [f"{name}: {tally}" for tally in (done.dropped, done.truncated, done.unlearnt) if tally.total]
         sides.append(done.examples[:most])
     if not sides[1]:
         notes.append("no held-out rows: nothing is evaluated (data.held_out_fraction, data.eval)")
@@ -120,7 +120,7 @@ def write_lineage(job: Job, template: Template, rows: StageRows) -> None:
         base=identity.manifest(),
         tokenizer_sha256=identity.tokenizer_sha256,
         template=template.manifest(),
-        stop_token_ids=list(job.task.model.backbone.eos_ids),
+        stop_token_ids=list(job.task.model.backbone.stop_ids(template)),
         data=list(rows.manifest),
         held_out=rows.rule.manifest(),
         threads=job.session.num_threads,
@@ -128,10 +128,10 @@ def write_lineage(job: Job, template: Template, rows: StageRows) -> None:
     )
 
 
-def tell(job: Job) -> None:
+def tell(job: Job, template: Template) -> None:
     """The header: what is about to happen, and what looks wrong with it."""
     console = job.session.console
-    console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job))
+    console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job, template))
     for line in [*job.examples.warnings, *warnings_about(job.config, job.steps)]:
         console.warn(line)
 

@@ -14,11 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlhf_ray.config import SFTConfig
+from rlhf_ray.config import SamplingConfig, SFTConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import ConfigError, DataError, Interrupted, InvariantError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import read_adapter
+from rlhf_ray.stages.generate import generate
 from rlhf_ray.stages.resume import resume
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.supervised import stage
@@ -74,6 +75,24 @@ def adapter_of(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.adapter_dir / "adapter_model.safetensors")
 
 
+def test_a_chat_model_learns_to_end_its_turn_and_is_stopped_there(
+    make_config: Callable[..., SFTConfig], chat_llama: Callable[..., Path], write_jsonl: Write
+) -> None:
+    """ChatML on a base whose eos (</s>, 2) is not what ends a turn (<|im_end|>, 261): trained, recorded, stopped on."""
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
+    job = make_config(
+        model=str(chat_llama()),
+        data={"train": write_jsonl("chat.jsonl", [{"messages": talk}] * 64), "held_out_fraction": 0.0},
+        template="chat",
+        max_steps=60,
+    )
+    run = sft(job)
+    assert run.folder.manifest()["stop_token_ids"] == [261, 2]
+    greedy = SamplingConfig(do_sample=False)
+    (said,) = generate(policies=[str(run.run_dir)], instruction="Hi", max_new_tokens=8, sampling=greedy, num_threads=1)
+    assert (said["completion"], said["length"], said["finished"]) == ("ok", 3, True)
+
+
 def test_a_run_leaves_a_complete_folder_that_plain_peft_loads(
     make_config: Callable[..., SFTConfig], console: Any, run_without_us: Callable[..., Any]
 ) -> None:
@@ -94,7 +113,7 @@ def test_a_run_leaves_a_complete_folder_that_plain_peft_loads(
         manifest["base"]["weights_sha256"] and manifest["tokenizer_sha256"] and manifest["template"]["name"] == "none"
     )
     assert manifest["data"][0]["rows"] == 80 and manifest["parents"] == [] and manifest["threads"] == 1
-    assert manifest["sft"] == {"add_eos_token": True, "train_on_inputs": False}
+    assert manifest["sft"] == {"add_eos_token": True, "train_on_inputs": False, "train_on_turns": "all"}
 
     ids = [1, 87, 70, 100, 2]
     theirs = torch.tensor(run_without_us(LOGITS, config.model_name_or_path, str(run.adapter_dir), json.dumps(ids)))

@@ -61,6 +61,20 @@ def test_replies_of_a_file_score_alone_as_in_a_batch(chain: Any, tmp_path: Path,
     assert "of 3 replies" in console.text
 
 
+def test_a_sharegpt_file_has_replies_or_pairs(tmp_path: Path, console: Any) -> None:
+    (tmp_path / "r.py").write_text(
+        "def size(completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+    )
+    asked, said = {"from": "human", "value": "a"}, [{"from": "gpt", "value": text} for text in ("bb", "c")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"conversations": [asked, said[0]]}) + "\n")
+    (row,) = grade(console, function=f"{tmp_path / 'r.py'}:size", file=str(file))
+    assert (row["prompt"], row["completion"], row["reward"]) == ("Human: a\n\nAssistant:", "bb", 2.0)
+    file.write_text(json.dumps({"conversations": [asked], "chosen": said[0], "rejected": said[1]}) + "\n")
+    (row,) = grade(console, function=f"{tmp_path / 'r.py'}:size", file=str(file))
+    assert (row["reward_chosen"], row["reward_rejected"]) == (2.0, 1.0)
+
+
 def test_pairs_tell_how_often_the_chosen_reply_wins(chain: Any, tmp_path: Path, console: Any) -> None:
     """The run learnt that "aaaa" beats "bb": right on 3 pairs, wrong on 1 whose label is turned; the draw is told."""
     texts = [("aaaa", "bb", 1), ("bb", "aaaa", 2), ("aaaa", "bb", 1), ("aaaa", "bb", 2), ("aaaa", "bb", 0)]

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_ray.data.encode import bos_ids, control_tokens, encode_prompts, encode_texts
+from rlhf_ray.data.encode import (
+    bos_ids,
+    control_tokens,
+    encode_prompts,
+    encode_texts,
+    end_of_turn,
+    own_end_of_turn,
+)
 from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import DataError
@@ -111,3 +118,57 @@ def test_text_around_a_special_token_is_encoded_in_one_go() -> None:
     backend.normalizer = normalizers.Prepend("_")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     assert encode_texts(tokenizer, ["a</s>a"]) == [[1, 2, 3, 4, 5, 6, 2]]
+
+
+# ---------------------------------------------------------------- the end of a turn
+
+
+def _chat(turn: str, ask: str, last: str = "") -> str:
+    """turn: of every message.  ask: the generation prompt.  last: what stands after the last turn where nothing is asked."""
+    end = f"{{% if add_generation_prompt %}}{ask}{{% else %}}{last}{{% endif %}}"
+    return f"{{% for m in messages %}}{turn}{{% endfor %}}{end}"
+
+
+CHATML = _chat("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n")
+ENDS = {
+    "ChatML, eos another token": (CHATML, "<|im_end|>"),
+    "Gemma": (
+        _chat("<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n"),
+        "<end_of_turn>",
+    ),
+    "Phi-3, eos behind the last turn": (
+        _chat("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n", "</s>"),
+        "<|end|>",
+    ),
+    "Llama 2": (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
+        "</s>",
+    ),
+    "a turn ends where the next begins": (_chat("<|{{ m.role }}|>{{ m.content }}", "<|assistant|>"), None),
+    "a generation prompt that is always there": (_chat("{{ m.content }}", "<|assistant|>", "<|assistant|>"), None),
+    "the last turn ends otherwise": (
+        "{% for m in messages %}{{ m.content }}{{ '</s>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endfor %}",
+        None,
+    ),
+    "markers that are no tokens": (_chat("### {{ m.role }}\n{{ m.content }}\n### End\n", "### assistant\n"), None),
+    "a template that takes no assistant": (
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}",
+        None,
+    ),
+}
+MARKERS = ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>"]
+
+
+@pytest.mark.parametrize(("chat_template", "end"), ENDS.values(), ids=list(ENDS))
+def test_the_end_of_a_turn_is_the_chat_template_s_own(
+    load_byte_tokenizer: Callable[..., Any], chat_template: str, end: str | None
+) -> None:
+    tokenizer = load_byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
+    tokenizer.chat_template = chat_template
+    template = load_template("chat", tokenizer)
+    assert own_end_of_turn(tokenizer, template) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+    assert end_of_turn(tokenizer, template) == tokenizer.convert_tokens_to_ids(end or "</s>")
+    for plain in ("none", "alpaca"):
+        assert end_of_turn(tokenizer, load_template(plain)) == EOS

@@ -213,7 +213,7 @@ def test_row_21_completion_empty_after_truncation_is_counted(read: Read, tokeniz
     for train_on_inputs in (False, True):
         found = tokenise_sft(
             rows, load_template("none"), tokenizer,
-            max_length=41, too_long="truncate", train_on_inputs=train_on_inputs, add_eos_token=True,
+            max_length=41, too_long="truncate", train_on_inputs=train_on_inputs, train_on_turns="all", add_eos_token=True,
         )  # fmt: skip
         assert str(found.dropped) == "1 dropped: reply empty after truncation (first rows.jsonl:1, 41 prompt tokens)"
         assert [e.where for e in found.examples] == ["rows.jsonl:2"]

@@ -43,6 +43,11 @@ ROWS: list[tuple[str, dict[str, Any], Prompt, str | None, tuple[str, str] | None
     ("hh", {"chosen": HH + " Wren.", "rejected": HH + " Oak."}, TALK, "Wren.", ("Wren.", "Oak.")),
     ("sharegpt", {"conversations": [{"from": "human", "value": "Name a bird."}], "chosen": {"from": "gpt", "value": "Wren."},
                   "rejected": {"from": "gpt", "value": "Oak."}}, ASKED, "Wren.", ("Wren.", "Oak.")),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Name a bird."}, {"from": "gpt", "value": "Wren."}]},
+     ASKED, "Wren.", None),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."},
+                                    {"from": "human", "value": "A bird?"}, {"from": "gpt", "value": "Wren."}]},
+     TALK, "Wren.", None),
     ("prompt_completion", {"prompt": "Name a bird.", "completion": "Wren."}, Prompt("Name a bird."), "Wren.", None),
     ("prompt_completion", {"prompt": [USER], "completion": [WREN]}, ASKED, "Wren.", None),
     ("messages", {"messages": [USER, WREN]}, ASKED, "Wren.", None),
@@ -114,6 +119,7 @@ def test_hh_splits_at_the_last_turn_and_counts_what_it_drops(read: Read) -> None
     assert found.dropped.reasons["identical completions"].where == "rows.jsonl:3"
 
 
+SAID = [{"from": "human", "value": "Name a bird."}, {"from": "gpt", "value": "Wren."}]
 MESSAGE_FAULTS: list[tuple[Any, str]] = [
     ({"messages": "Hi."}, "'messages': expected a list of messages, got string"),
     ({"messages": [USER, "Hi."]}, "'messages'[1]: expected an object with 'role' and 'content', got string"),
@@ -125,6 +131,14 @@ MESSAGE_FAULTS: list[tuple[Any, str]] = [
     ),
     ({"messages": [USER, {**WREN, "tool_calls": [1]}]}, "'messages'[1]: tool calls are not supported"),
     ({"messages": [USER]}, "'messages': expected the assistant's message last"),
+    ({"messages": [USER, WREN, USER]}, "'messages': expected the assistant's message last"),
+    ({"conversations": SAID[:1]}, "'conversations': expected the assistant's message last"),
+    ({"conversations": [*SAID, *SAID[:1]]}, "'conversations': expected the assistant's message last"),
+    ({"conversations": [{"from": "human"}, *SAID[1:]]}, "'conversations'[0]: missing field 'value'"),
+    (
+        {"conversations": [SAID[0], {"from": "function_call", "value": "{}"}, SAID[1]]},
+        "'conversations'[1]: tool calls are not supported",
+    ),
     ({"messages": [WREN]}, "empty prompt"),
     ({"prompt": "p", "completion": [USER, WREN]}, "'completion': expected one message, got 2"),
     ({"prompt": "p", "completion": " "}, "empty completion"),
@@ -230,3 +244,29 @@ def test_prompts_that_repeat_are_dropped_unless_a_further_column_differs(read: R
     pairs = [{"user_input": "p", "completion_a": a, "completion_b": "b"} for a in ("x", "y")]
     assert len(read(pairs, "prompt").rows) == 1  # answers are ignored, so these ask the same
     assert len(read(pairs, "preference").rows) == 2
+
+
+def test_conversations_are_told_from_prompts_with_one_answer(read: Read) -> None:
+    """Whose earlier turns are answers as well, for SFT to learn: conversations; not what pairs or completions stand behind."""
+    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}, USER]
+    said = [{"from": "gpt" if m["role"] == "assistant" else "human", "value": m["content"]} for m in talk]
+    rows: list[tuple[dict[str, Any], bool]] = [
+        ({"messages": [*talk, WREN]}, True),
+        ({"conversations": [*said, SAID[1]]}, True),
+        ({"conversations": said, "chosen": SAID[1], "rejected": {"from": "gpt", "value": "Oak."}}, False),
+        ({"prompt": talk, "completion": [WREN]}, False),
+        ({"chosen": [*talk, WREN], "rejected": [*talk, OAK]}, False),
+    ]
+    for row, is_conversation in rows:
+        (found,) = read([row], "sft").rows
+        assert (found.is_conversation, len(found.prompt.messages), found.completion) == (is_conversation, 3, "Wren.")
+        assert not read([row], "prompt").rows[0].is_conversation
+
+
+def test_sharegpt_rows_without_pairs_are_no_preferences(read: Read) -> None:
+    with pytest.raises(
+        DataError, match=r"fields conversations fit no preference format.*sharegpt, missing chosen, rejected"
+    ):
+        read([{"conversations": SAID}], "preference")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: missing field 'rejected'"):
+        read([{"conversations": SAID[:1], "chosen": SAID[1]}], "preference", format="sharegpt")

@@ -91,7 +91,7 @@ def test_alpaca_rows_fit_or_are_counted(data_dir: Path) -> None:
     rows = _read(data_dir, "sft_alpaca_2000", "sft").rows[:400]
     found = tokenise_sft(
         rows, load_template("alpaca_short"), tokenizer,
-        max_length=256, too_long="drop", train_on_inputs=False, add_eos_token=True,
+        max_length=256, too_long="drop", train_on_inputs=False, train_on_turns="all", add_eos_token=True,
     )  # fmt: skip
     assert len(found.examples) + found.dropped.total == 400
     assert len(found.examples) > 150

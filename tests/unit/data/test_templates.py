@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,45 @@ def test_a_chat_template_is_the_tokenizers_and_has_to_be_the_recorded_one(chat_t
     forged = {**record, "content": {"kind": "chat", "chat_template": "{{ 7 }}"}, "sha256": "0" * 64}
     with pytest.raises(ArtifactError, match="differs from the prompt template that was recorded"):
         template_from_manifest(forged, "manifest.json", chat_tokenizer)
+
+
+NOW = "2026-01-31T09:05:07"
+DATED = [
+    "{{ strftime_now('%d %b %Y') }}|{{ messages[0].content }}",
+    "\n  {% if strftime_now is defined %}{% set d = strftime_now('%A, %-d %B %Y %H:%M:%S %% %%d %j') %}{% endif %}{{ d }}",
+    "  {%- set x = 1 %}\n{{ messages[0].content }} {{ strftime_now('%c') }}",
+    "{% macro today() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ today() }}",
+]
+
+
+@pytest.mark.parametrize("chat_template", DATED)
+def test_a_template_that_says_the_date_says_the_one_it_was_given(
+    load_byte_tokenizer: Callable[..., Any], chat_template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers renders it at that moment, on whatever day; the hash is that of the template, without the date."""
+    from transformers.utils import chat_template_utils
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.fromisoformat(NOW)
+
+    tokenizer = load_byte_tokenizer()
+    tokenizer.chat_template = chat_template
+    pinned = load_template("chat", tokenizer, NOW)
+    said = pinned.render(Prompt("hi"))
+    assert load_template("chat", tokenizer).render(Prompt("hi")) != said
+    again = template_from_manifest(json.loads(json.dumps(pinned.manifest())), "manifest.json", tokenizer)
+    assert (again.date, again.sha256, again.render(Prompt("hi"))) == (NOW, pinned.sha256, said)
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    unpinned = load_template("chat", tokenizer)
+    assert (unpinned.render(Prompt("hi")), unpinned.sha256) == (said, pinned.sha256)
+    assert unpinned.date is None and "date" not in unpinned.manifest()
+
+
+def test_a_template_without_a_date_has_none(chat_tokenizer: Any) -> None:
+    template = load_template("chat", chat_tokenizer, NOW)
+    assert template.manifest() == load_template("chat", chat_tokenizer).manifest() and template.date is None
 
 
 @pytest.mark.parametrize(

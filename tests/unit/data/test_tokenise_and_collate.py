@@ -29,7 +29,8 @@ from rlhf_ray.errors import ConfigError, DataError
 
 BOS, EOS, PAD = 1, 2, 0
 NONE = load_template("none")
-SFT: dict[str, Any] = {"max_length": 8, "too_long": "drop", "train_on_inputs": False, "add_eos_token": True}
+SFT: dict[str, Any] = {"max_length": 8, "too_long": "drop", "train_on_inputs": False}
+SFT |= {"train_on_turns": "all", "add_eos_token": True}
 PAIRS: dict[str, Any] = {"max_length": 8, "too_long": "drop", "add_eos_token": True}
 
 
@@ -173,6 +174,24 @@ def test_no_eos_is_an_error_only_where_one_is_asked_for(load_byte_tokenizer: Cal
     with pytest.raises(ConfigError, match="add_eos_token: the tokenizer has no eos token"):
         tokenise_sft([_sft("a", "b")], NONE, tokenizer, **SFT)
     assert tokenise_sft([_sft("a", "b")], NONE, tokenizer, **{**SFT, "add_eos_token": False}).examples
+
+
+def test_rows_and_pairs_end_with_the_chat_template_s_end_of_turn(load_byte_tokenizer: Callable[..., Any]) -> None:
+    """What generation stops on has to be learnt: <|im_end|>, though the tokenizer's eos is another token, or none."""
+    tokenizer = load_byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for eos in ("</s>", None):
+        tokenizer.eos_token = eos
+        template = load_template("chat", tokenizer)
+        (example,) = tokenise_sft([_sft("a", "b")], template, tokenizer, **{**SFT, "max_length": 64}).examples
+        assert [label for label in example.labels if label != IGNORE_INDEX] == [tokenizer.get_vocab()["b"], end]
+        (pair,) = tokenise_pairs([_pair("a", "b", "c")], template, tokenizer, **{**PAIRS, "max_length": 64}).examples
+        assert (pair.chosen_ids[-1], pair.rejected_ids[-1]) == (end, end)
 
 
 def test_padding_is_masked_and_never_a_label() -> None:

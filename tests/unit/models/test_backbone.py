@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, GraniteConfig
 
+from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ArtifactError, ConfigError, InvariantError, ResourceError
 from rlhf_ray.models import loading
 from rlhf_ray.models.backbone import Backbone, trunk
@@ -70,6 +71,20 @@ class TestLoading:
         assert load(tiny_llama(), stop_token_ids=(7, 2)).eos_ids == (7, 2)
         with pytest.raises(ConfigError, match="stop_token_ids"):
             load(tiny_llama(), stop_token_ids=(260,))
+
+    def test_a_reply_ends_with_the_turn_of_the_chat_template(self, load: Load, chat_llama: Make) -> None:
+        """ChatML on a base whose eos is another token: <|im_end|> (261) first, it ends training data; then eos (2)."""
+        base = load(chat_llama())
+        chat = load_template("chat", base.tokenizer)
+        assert base.eos_ids == (2,) and base.stop_ids(chat) == (261, 2)
+        assert base.stop_ids(load_template("none")) == base.stop_ids(load_template("alpaca")) == (2,)
+        assert load(chat_llama(), stop_token_ids=(7,)).stop_ids(chat) == (7,)
+
+    def test_what_ends_a_turn_does_not_pad(self, load: Load, chat_llama: Make, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(chat_llama(), tmp_path / "m"))
+        edit(folder / "tokenizer_config.json", pad_token="<|im_end|>")
+        base = load(folder)
+        assert base.tokenizer.pad_token_id == 261 and base.pad_id == 0
 
     def test_the_class_follows_the_config_not_the_path(self, load: Load, tiny_llama: Make, tmp_path: Path) -> None:
         """F36: a folder called GPT-NeoX that holds a Llama is a Llama."""

@@ -46,6 +46,23 @@ def test_finished_replies_end_as_in_training(backbone: Backbone) -> None:
     assert Reader(backbone, load_template("none"), False).encode([row("ab")], ["xy"], [True])[1] == [responses[1]]
 
 
+def test_finished_replies_end_with_the_turn_of_the_reward_model_s_own_template(chat_llama: Callable[..., Path]) -> None:
+    base = load_backbone(
+        path=str(chat_llama()),
+        revision=None,
+        dtype="float32",
+        attn_implementation="sdpa",
+        load_in_8bit=False,
+        load_in_4bit=False,
+        cpu_offload=False,
+        device="cpu",
+    )
+    chat = load_template("chat", base.tokenizer)
+    responses = Reader(base, chat, True).encode([row("ab"), row("ab")], ["xy", "xy"], [True, False])[1]
+    assert responses[0] == [*responses[1], 261]
+    assert Reader(base, chat, True, 2).encode([row("ab")], ["xy"])[1] == [[*responses[1], 2]], "as its run recorded"
+
+
 def test_what_does_not_fit_loses_the_start_of_its_prompt() -> None:
     assert _fit([1, 2, 3], [4, 5], 10) == ([1, 2, 3], [4, 5])
     assert _fit([1, 2, 3], [4, 5], 3) == ([3], [4, 5])

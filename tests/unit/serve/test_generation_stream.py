@@ -214,6 +214,25 @@ def test_a_deadline_frees_every_row() -> None:
     play(scenario)
 
 
+def test_a_special_token_among_the_stop_strings_is_stopped_on_and_not_scored() -> None:
+    """It is no text, so that no search finds it; what the model itself ends with is scored, as in training."""
+
+    async def scenario() -> None:
+        harness = Harness()
+        first, second = harness.stream.generations
+        model = ServedModel("m", "m@v0", "0", SimpleNamespace(), (2,))  # type: ignore[arg-type]
+        for generation in (first, second):
+            generation.served, generation.stop_ids = model, (8,)
+        harness.stream.submit()
+        assert [request.stop_ids for request in harness.engine.submitted] == [(2, 8), (2, 8)]
+        harness.stream.advance([DecodedToken(0, 5, -1.0, None), DecodedToken(1, 5, -1.0, None)])
+        harness.stream.advance([DecodedToken(0, 8, -1.0, "stop"), DecodedToken(1, 2, -1.0, "stop")])
+        assert [(generation.end, generation.shown) for generation in (first, second)] == [("stop", 1), ("stop", 2)]
+        harness.stream.close()
+
+    play(scenario)
+
+
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError("secret"), 500), (ApiError(400, "no such template"), 400)])
 def test_an_error_of_the_scoring_ends_the_request(error: Exception, status: int) -> None:
     async def scenario() -> None:

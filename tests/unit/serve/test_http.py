@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,25 @@ def test_the_official_client_works_unchanged(live: MakeLive) -> None:
     assert texts.choices[0].text == texts.choices[1].text and len(texts.choices[0].logprobs.token_logprobs) == 5  # type: ignore[union-attr,arg-type]
     scored = ai.chat.completions.create(model="two", messages=HELLO, extra_body={"reward": "judge", "kl": True})  # type: ignore[call-overload]
     assert {"reward", "kl"} <= scored.choices[0].model_extra.keys()
+
+
+def test_log_probabilities_join_up_to_the_reply(live: MakeLive) -> None:
+    """Texts, bytes and offsets of the tokens, in one piece and in a stream; the token that ended a reply is not among them."""
+    ai = client(live())
+    asked: dict[str, Any] = {"model": "one", "seed": 5, "max_tokens": 20}
+    chat = ai.chat.completions.create(messages=HELLO, logprobs=True, **asked).choices[0]  # type: ignore[call-overload]
+    tokens = chat.logprobs.content
+    assert "".join(token.token for token in tokens) == chat.message.content
+    text = ai.completions.create(prompt="Hello", logprobs=0, **asked).choices[0]
+    starts = [*text.logprobs.text_offset, len(text.text)]
+    assert [text.text[a:b] for a, b in pairwise(starts)] == text.logprobs.tokens
+    pieces = list(ai.completions.create(prompt="Hello", logprobs=0, stream=True, **asked))
+    streamed = [piece.choices[0].logprobs for piece in pieces if piece.choices[0].logprobs is not None]
+    assert [offset for part in streamed for offset in part.text_offset] == text.logprobs.text_offset
+    assert [token for part in streamed for token in part.tokens] == text.logprobs.tokens
+    parts = list(ai.chat.completions.create(messages=HELLO, logprobs=True, stream=True, **asked))  # type: ignore[call-overload]
+    listed = [token for part in parts if part.choices[0].logprobs for token in part.choices[0].logprobs.content]
+    assert [(token.token, token.bytes) for token in listed] == [(token.token, token.bytes) for token in tokens]
 
 
 BAD_BODIES: list[tuple[str, bytes, int]] = [

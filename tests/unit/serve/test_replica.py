@@ -145,6 +145,38 @@ def test_reward_and_kl_are_those_of_training(
     assert refused["error"]["code"] == "no_reward"
 
 
+def test_reward_and_kl_leave_out_what_a_stop_string_hid(
+    job: Callable[..., ServeConfig], tiny_run: Callable[..., Path], base_dir: Path, tmp_path: Path
+) -> None:
+    """They are those of the tokens that are listed with the reply, without those of the stop string and what came after it."""
+    policy = tiny_run(tmp_path / "policy", base_dir, stage="ppo", seed=1)
+    reward = tiny_run(tmp_path / "reward", base_dir, stage="reward", seed=5)
+    config = job(adapters={"policy": str(policy), "judge": str(reward)})
+    text, result, ids = alone(base_dir, policy, "alpaca_short", derived_seed(3, "serve", 0, 0))
+    stop = text[7:9]
+    assert text.index(stop) > 2
+
+    def ask(replica: Replica) -> Any:
+        return generate(replica, "policy", seed=3, stop_strings=(stop,), logprobs=True, reward=True, kl=True)
+
+    found = run(config, ask)["choices"][0]
+    backbone, count = load_tiny(base_dir), len(found["tokens"])
+    assert found["text"] == text[: text.index(stop)] == "".join(token for token, _ in found["tokens"])
+    assert backbone.tokenizer.decode(result.token_ids[:count], skip_special_tokens=True) == found["text"]
+    assert 0 < count < found["completion_tokens"] and found["end"] == "stop"
+    assert [value for _, value in found["tokens"]] == pytest.approx(result.logprobs[:count], abs=1e-4)
+    files = read_adapter(reward / "adapter")
+    stack = AdapterStack(backbone, wrap(backbone.model, files, "reward"))
+    stack.heads["reward"] = ScalarHead(backbone.hidden_size, files.head)
+    models = RoleModels({"s": stack}, {"reward": RoleBinding("s", "reward", "reward"), "base": RoleBinding("s", None)})
+    seq = Reader(backbone, None, False).sequences([ids], [list(result.token_ids[:count])])  # type: ignore[arg-type]
+    with torch.no_grad():
+        score = ModelReward("reward", 1.0, models, "reward", 8, torch.device("cpu")).score_sequences(seq).item()
+        base = models("logprobs", "base", seq, 1.0)[0].sum().item()
+    assert found["reward"] == pytest.approx(score, abs=1e-4)
+    assert found["kl"] == pytest.approx(sum(result.logprobs[:count]) - base, abs=1e-3)
+
+
 def test_stop_strings_log_probabilities_and_greedy(job: Callable[..., ServeConfig], base_dir: Path) -> None:
     async def body(replica: Replica) -> None:
         whole = await generate(replica, "base", seed=1, logprobs=True, max_tokens=30)

@@ -31,7 +31,7 @@ def collected(row_id: list[int], reward: list[float]) -> Collected:
 def test_the_halves_are_those_of_the_prompts_not_of_the_places() -> None:
     """Prompts 1, 3 and 4 are set apart; the reply to prompt 2 was left out for its reward."""
     found = held_out_metrics(
-        collected([0, 1, 3, 4, 5], [1.0, 2.0, 4.0, 6.0, 2.0]), [False, True, False, True, True, False]
+        collected([0, 1, 3, 4, 5], [1.0, 2.0, 4.0, 6.0, 2.0]), [False, True, False, True, True, False], True
     )
     assert found["eval/reward"] == 1.5 and found["eval/confirm/reward"] == 4.0
     assert found["eval/reward_se"] == pytest.approx(0.5)  # 1 and 2: s = 1 / sqrt(2), n = 2
@@ -46,10 +46,15 @@ def test_the_halves_are_those_of_the_prompts_not_of_the_places() -> None:
 
 @pytest.mark.parametrize("confirming", [[], [False, False]])
 def test_without_a_half_that_is_set_apart(confirming: list[bool]) -> None:
-    found = held_out_metrics(collected([0, 1], [1.0, 2.0]), confirming)
+    found = held_out_metrics(collected([0, 1], [1.0, 2.0]), confirming, True)
     assert found["eval/reward"] == 1.5 and not [name for name in found if "confirm" in name]
 
 
 def test_a_half_whose_replies_were_all_left_out_is_not_told() -> None:
-    found = held_out_metrics(collected([0, 2], [1.0, 3.0]), [False, True, False])
+    found = held_out_metrics(collected([0, 2], [1.0, 3.0]), [False, True, False], True)
     assert found["eval/reward"] == 2.0 and not [name for name in found if "confirm" in name]
+
+
+def test_replies_that_are_not_drawn_from_the_whole_distribution_have_no_kl() -> None:
+    found = held_out_metrics(collected([0, 2], [1.0, 3.0]), [True, False, False], False)
+    assert "eval/confirm/reward" in found and not [name for name in found if "kl" in name]

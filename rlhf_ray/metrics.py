@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,6 +199,20 @@ def describe(name: str) -> Metric:
         if name.startswith(prefix) and len(name) > len(prefix):
             return METRICS[prefix + "*"]
     raise KeyError(name)
+
+
+def held_out_reward(watch: str | None) -> str:
+    """The metric that says how good a policy is: of the reward that watches, which PPO does not maximise, if the job names one."""
+    return f"eval/reward/{watch}" if watch is not None else "eval/reward"
+
+
+_REWARD = re.compile(r"(eval/(?:confirm/)?reward)(.*)")
+
+
+def standard_error_name(metric: str) -> str:
+    """`eval/reward/judge` -> `eval/reward_se/judge`, and so for `eval/confirm/`."""
+    found = _REWARD.fullmatch(metric)
+    return f"{found[1]}_se{found[2]}" if found else f"{metric}_se"
 
 
 def confirm_name(name: str) -> str:

@@ -241,6 +241,11 @@ class PPOConfig(JobFields, OptimFields):
     rewards: Annotated[tuple[RewardSource, ...], BeforeValidator(_to_tuple)] = field(
         ..., "what is maximised", min_length=1
     )
+    watch: str | None = field(
+        None,
+        "name of a reward of weight 0, which PPO does not maximise, to judge by: best checkpoint, over_optimisation_patience,"
+        " sweeps, promotion and the report go by eval/reward/<name>; null: by the very reward that is maximised",
+    )
     value: ValueConfig = field(ValueConfig(), "the value model (critic)")
     placement: Literal["colocate", "split"] = field(
         "colocate",
@@ -408,6 +413,11 @@ class PPOConfig(JobFields, OptimFields):
             problems.append("rewards: all weights are 0, so nothing is maximised; give one of them a weight")
         if len(set(names)) != len(names):
             problems.append(f"rewards: names repeat: {', '.join(names)}; give each its own name")
+        watched = next((r for r in self.rewards if r.name == self.watch), None)
+        if self.watch is not None and (watched is None or watched.weight):
+            idle = ", ".join(r.name for r in self.rewards if not r.weight) or "none"
+            what = f"reward {self.watch} is maximised" if watched else f"no reward is called {self.watch!r}"
+            problems.append(f"watch: {what}; expected one of weight 0: {idle}")
         if self.value.init_from and self.value.init_from != "policy" and self.value.init_from[7:] not in names:
             problems.append(
                 f"value.init_from: no reward is called {self.value.init_from[7:]!r}; rewards: {', '.join(names)}"

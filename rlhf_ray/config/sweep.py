@@ -25,7 +25,8 @@ class SweepConfig(JobFields):
     )
     num_samples: Count = field(16, "random and optuna: settings to try, each with every seed")
     metric: Annotated[str, Field(pattern=r"^eval/")] = field(
-        "eval/reward", "what is maximised: a held-out metric, e.g. eval/reward/<name> of a judge with weight 0"
+        "eval/reward",
+        "what is maximised: a held-out metric, e.g. eval/reward/<name> of a judge with weight 0; default: that of ppo.watch",
     )
     scheduler: Literal["none", "asha", "median_stopping"] = field(
         "none", "stop trials early: asha (arXiv:1810.05934), or those below the median of the others"
@@ -38,11 +39,21 @@ class SweepConfig(JobFields):
         1, "how often a trial that fails or dies is resumed from its checkpoint"
     )
     kl_cap: Positive | None = field(
-        None, "selection: highest mean eval/kl_k1_per_response, nats, that a winner may have; null: any"
+        10.0,
+        "selection: highest mean eval/kl_k1_per_response, nats, that a winner may have; null: any",
     )
     length_ratio: Annotated[float, Field(ge=1)] | None = field(
         2.0, "selection: replies may become at most this many times longer, or shorter, than before training; null: any"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judged_by_what_watches(cls, values: Any) -> Any:
+        ppo = values.get("ppo") if isinstance(values, dict) else None
+        watch = ppo.get("watch") if isinstance(ppo, dict) else None
+        if isinstance(watch, str) and "metric" not in values:
+            return {**values, "metric": f"eval/reward/{watch}"}
+        return values
 
     @model_validator(mode="after")
     def _sweep_rules(self) -> SweepConfig:

@@ -24,6 +24,7 @@ from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.launch.launch import launch
+from rlhf_ray.metrics import held_out_reward
 from rlhf_ray.ppo.actors import BUILDERS
 from rlhf_ray.ppo.checkpoint import enter_run, finish, restore, save
 from rlhf_ray.ppo.checks import check_rollout
@@ -153,7 +154,9 @@ class PPOLoop:
             collected = self.state.guards.sound(collected, 1, step, counts=False)
         metrics = held_out_metrics(collected, self.setup.confirming, self.config.eval_sampling.estimates_kl)
         self.report.roles(collected, f"evaluation at step {step}")
-        if self.state.best.offer(step, metrics["eval/reward"]) and self.config.load_best_model_at_end:
+        judged = metrics.get(held_out_reward(self.config.watch))
+        is_best = judged is not None and self.state.best.offer(step, judged)
+        if is_best and self.config.load_best_model_at_end:
             self.state.best_policy = self.learner.published.tensors
         return {**metrics, "time/evaluate": time.perf_counter() - started}
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.maths.standard_errors import error_of_difference
-from rlhf_ray.metrics import confirm_name, figure
+from rlhf_ray.metrics import confirm_name, figure, held_out_reward, standard_error_name
 from rlhf_ray.registry.candidate import Candidate
-from rlhf_ray.sweep.results import K1, standard_error_name
+from rlhf_ray.sweep.results import K1
 
 MAX_KL = 10.0
 """Nats per reply, well above the 1 to 5 at which the measured runs in README stand."""
@@ -107,9 +107,9 @@ def _apart(name: str, candidate: Candidate) -> str:
 
 
 def reward_gate(candidate: Candidate, min_reward: float | None) -> Gate:
-    """Held-out reward, by the sweep's metric or eval/reward. The two standard errors are taken as independent, which is cautious:
-    the prompts are the same."""
-    chosen_by = str((candidate.sweep or {}).get("metric", "eval/reward"))
+    """Held-out reward, by the sweep's metric, the reward that watches, or eval/reward. The two standard errors are taken as
+    independent, which is cautious: the prompts are the same."""
+    chosen_by = str((candidate.sweep or {}).get("metric", held_out_reward(candidate.config.get("watch"))))
     metric = _apart(chosen_by, candidate)
     after, before, error = candidate.after.get(metric), candidate.before.get(metric), standard_error_name(metric)
     fix = "another step or trial, --min-reward"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlhf_ray.maths.standard_errors import error_of_difference
+from rlhf_ray.metrics import held_out_reward, standard_error_name
 from rlhf_ray.report.folder import RunFiles, mean
 from rlhf_ray.report.numbers import shown
 from rlhf_ray.report.story import Finding
@@ -72,16 +73,31 @@ def _distance(run: RunFiles) -> Finding | None:
 
 
 def _over_optimised(run: RunFiles) -> Finding | None:
-    held_out, errors = run.values("eval/reward"), run.values("eval/reward_se")
+    metric = held_out_reward(run.config.get("watch"))
+    held_out, errors = run.values(metric), run.values(standard_error_name(metric))
     if len(held_out) < 3:
         return None
     fall = max(held_out) - held_out[-1]
     noise = 2 * error_of_difference(errors[-1], errors[-1]) if errors else 0.0
-    text = f"best {shown(max(held_out))}, last {shown(held_out[-1])}."
+    text = f"best {shown(max(held_out))}, last {shown(held_out[-1])} ({metric})."
     if fall <= noise:
         return Finding(False, "Held-out reward ends at its best, within noise", text)
     meaning = " It has fallen by more than its noise: use an earlier checkpoint, or set load_best_model_at_end."
     return Finding(True, "Held-out reward is past its best", text + meaning)
+
+
+def _independent(run: RunFiles) -> Finding | None:
+    watch = run.config.get("watch")
+    if not run.values("eval/reward"):
+        return None
+    if watch is not None:
+        return Finding(False, "An independent reward was measured", f"{watch}, which PPO did not maximise.")
+    return Finding(
+        True,
+        "Nothing independent was measured",
+        "The held-out reward is the very reward that was maximised, on new prompts: it cannot show that replies got better by"
+        " another measure. Add a reward of weight 0 and name it in watch.",
+    )
 
 
 def _learned(run: RunFiles) -> Finding | None:
@@ -163,5 +179,6 @@ def _value(run: RunFiles) -> Finding | None:
 
 
 CHECKS: tuple[Callable[[RunFiles], Finding | None], ...] = (
-    _over_optimised, _learned, _flat_reward, _distance, _negative_kl, _finished, _length, _entropy, _clipping, _value, _ratio,
+    _over_optimised, _independent, _learned, _flat_reward, _distance, _negative_kl, _finished, _length, _entropy, _clipping,
+    _value, _ratio,
 )  # fmt: skip

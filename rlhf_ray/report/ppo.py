@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from rlhf_ray.console import duration
+from rlhf_ray.metrics import held_out_reward
 from rlhf_ray.report.charts import Chart, Line, constant, shares
 from rlhf_ray.report.findings import ppo_findings
 from rlhf_ray.report.folder import RunFiles
@@ -30,9 +31,10 @@ def ppo_story(run: RunFiles) -> Story:
 
 
 def _sentence(run: RunFiles) -> str:
-    name, label = (
-        ("eval/reward", "Held-out reward") if run.values("eval/reward") else ("reward/mean", "Training reward")
-    )
+    watch = run.config.get("watch")
+    name, label = held_out_reward(watch), "Held-out reward" if watch is None else f"Held-out {watch}, not maximised,"
+    if not run.values(name):
+        name, label = "reward/mean", "Training reward"
     rewards, kl = run.values(name), run.values("kl/k1_per_response")
     if not rewards:
         return "No step has been finished yet."
@@ -49,6 +51,9 @@ def _tiles(run: RunFiles) -> list[Tile]:
     if held_out:
         value = with_error(held_out[-1], errors[-1]) if errors else shown(held_out[-1])
         tiles.append(Tile("Held-out reward", value, change(held_out)))
+    watched = run.values(held_out_reward(run.config["watch"])) if run.config.get("watch") else []
+    if watched:
+        tiles.append(Tile(f"Held-out {run.config['watch']}, not maximised", shown(watched[-1]), change(watched)))
     for name, label, unit in (
         ("reward/mean", "Training reward", ""),
         ("kl/k1_per_response", "KL per reply (k1)", ""),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import InvariantError, Problem
+from rlhf_ray.metrics import held_out_reward, standard_error_name
 from rlhf_ray.roles.collector import Collected
 
 IN_A_ROW = 3
@@ -135,26 +136,27 @@ class Guards:
                 what = f"{metric} is beyond {name}: the policy runs away"
                 problem = Problem(f"step {step}", what, f"{bound} {limit:g}", f"{metrics[metric]:.4g}", fix)
                 raise StopTraining(problem, saves=True, is_limit=True)
-        if config.over_optimisation_patience is not None and "eval/reward" in metrics:
-            self._check_evaluation(config.over_optimisation_patience, metrics, step)
+        metric = held_out_reward(config.watch)
+        if config.over_optimisation_patience is not None and metric in metrics:
+            self._check_evaluation(config.over_optimisation_patience, metric, metrics, step)
 
-    def _check_evaluation(self, patience: int, metrics: Mapping[str, float], step: int) -> None:
+    def _check_evaluation(self, patience: int, metric: str, metrics: Mapping[str, float], step: int) -> None:
         # Where evaluations do not sample, the KL is that of the step's rollouts.
         reward, kl = (
-            metrics["eval/reward"],
+            metrics[metric],
             metrics.get("eval/kl_k1_per_response", metrics.get("kl/k1_per_response", 0.0)),
         )
         if reward > self.best:
             self.best, self.best_kl, self.worse = reward, kl, 0
             return
-        is_worse = reward < self.best - CLEAR * metrics.get("eval/reward_se", 0.0) and kl > self.best_kl
+        is_worse = reward < self.best - CLEAR * metrics.get(standard_error_name(metric), 0.0) and kl > self.best_kl
         self.worse = self.worse + 1 if is_worse else 0
         if self.worse >= patience:
             raise StopTraining(
                 Problem(
                     f"step {step}",
                     f"over-optimisation: {patience} evaluations in a row are clearly below the best one, at a larger KL",
-                    f"a held-out reward near {self.best:.4g} (at {self.best_kl:.3g} nats per reply)",
+                    f"{metric} near {self.best:.4g} (at {self.best_kl:.3g} nats per reply)",
                     f"{reward:.4g} at {kl:.3g} nats",
                     "take the best checkpoint, or raise kl_coef",
                 ),

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.launch.launch import launch
 from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.models.lineage import header_line
+from rlhf_ray.models.specs import policy_source
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.evaluate_files import EvaluationOutcome, artifacts, show, write_results
 from rlhf_ray.stages.evaluation_models import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
@@ -86,6 +88,7 @@ def prepare(
     Returns the loaded models, the prompts, and how many held-out prompts are too long to be answered."""
     rows = held_out_rows(config)
     shared, leaks = check_ancestors(rows, sources_of(config))
+    leaks += maximised_judge(config)
     rows = replace(rows, summary=(*rows.summary, *shared), warnings=(*rows.warnings, *leaks))
     evaluation = load_evaluation_models(config, session, reference)
     asked = rows.held_out[: config.data.eval_max_rows]
@@ -110,6 +113,36 @@ def sources_of(config: EvaluateConfig) -> list[tuple[str, str]]:
     answers = [(f"policy:{p.name}", p.policy) for p in config.policies if p.policy != "base"]
     models = [(f"reward:{r.name}", r.run or r.model or "") for r in config.rewards if r.function is None]
     return [("base", config.model_name_or_path), *answers, *models]
+
+
+def judge_of(config: EvaluateConfig) -> RewardSource | None:
+    """The reward that decides wins."""
+    return next((r for r in config.rewards if r.name == config.judge), config.rewards[0] if config.rewards else None)
+
+
+def maximised_judge(config: EvaluateConfig) -> list[str]:
+    """A warning for each policy whose PPO run maximised the very reward that judges it."""
+    judge, warnings = judge_of(config), []
+    if judge is None:
+        return []
+    for policy in config.policies:
+        run = policy_source(policy.policy).run
+        rewards = run.config().get("rewards", ()) if run is not None and run.stage == "ppo" else ()
+        maximised = [RewardSource(**values) for values in rewards]
+        if any(_is_same(judge, reward) and reward.weight for reward in maximised):
+            warnings.append(
+                f"{policy.name} maximised {judge.name}, which judges it here: what it wins may be over-optimisation; name another"
+                " reward in judge"
+            )
+    return warnings
+
+
+def _is_same(one: RewardSource, other: RewardSource) -> bool:
+    """By path, wherever it is named from."""
+    if one.function or other.function:
+        return one.function == other.function
+    places = [Path(reward.run or reward.model or "").absolute() for reward in (one, other)]
+    return places[0] == places[1]
 
 
 def held_out_rows(config: EvaluateConfig) -> StageRows:
@@ -151,7 +184,7 @@ def judge(
 ) -> EvaluationOutcome:
     """All figures of all policies. Without rewards nobody wins."""
     comparisons: dict[str, Comparison] = {}
-    by = next((r for r in config.rewards if r.name == config.judge), config.rewards[0] if config.rewards else None)
+    by = judge_of(config)
     if by is not None:
         sides = {name: _judged(a, by) for name, a in answers.items()}
         comparisons = {

@@ -24,8 +24,8 @@ from typing import Literal
 
 from rlhf_ray.maths.comparisons import worse_than_best, worse_than_best_by_errors
 from rlhf_ray.maths.standard_errors import error_of_mean, pooled_deviation
-from rlhf_ray.metrics import confirm_name, figure
-from rlhf_ray.sweep.results import K1, ROWS, Setting, TrialOutcome, standard_error_name
+from rlhf_ray.metrics import confirm_name, figure, standard_error_name
+from rlhf_ray.sweep.results import K1, ROWS, Setting, TrialOutcome
 
 CONFIDENCE = 0.95
 """That no setting of a sweep is called worse than the winner without being so."""
@@ -165,7 +165,7 @@ def _objection(setting: Setting, whole: bool, kl_cap: float | None, length_ratio
     if not whole:
         return f"fewer of its trials finished: {setting.missing}"
     kl, ratio = setting.mean(K1), setting.length_ratio
-    if kl_cap is not None and not kl <= kl_cap:
+    if kl_cap is not None and kl > kl_cap:  # NaN where evaluations are greedy, say, and no KL is known
         return f"KL {kl:.3g} nats is over the cap of {kl_cap:g}"
     if length_ratio is not None and not 1 / length_ratio <= ratio <= length_ratio:
         return f"replies became {ratio:.2g} times as long, beyond the ratio of {length_ratio:g}"

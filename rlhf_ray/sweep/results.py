@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_ray.maths.standard_errors import error_of_mean
-from rlhf_ray.metrics import confirm_name, read_metrics
+from rlhf_ray.metrics import confirm_name, read_metrics, standard_error_name
 from rlhf_ray.storage.files import atomic_write_text
 from rlhf_ray.storage.run_folder import is_run, open_run
 from rlhf_ray.sweep.trials import Trial
 
 K1, K3, LENGTH, ROWS = "eval/kl_k1_per_response", "eval/kl_k3_per_response", "eval/length", "eval/rows"
-_REWARD = re.compile(r"(eval/(?:confirm/)?reward)(.*)")
 Status = Literal["done", "stopped", "failed", "waiting"]
 
 
@@ -66,12 +64,6 @@ def outcome_of(trial: Trial, stopped: str = "") -> TrialOutcome:
         first=evaluations[0] if evaluations else {},
         last=evaluations[-1] if evaluations else {},
     )
-
-
-def standard_error_name(metric: str) -> str:
-    """`eval/reward/judge` -> `eval/reward_se/judge`, and so for `eval/confirm/`."""
-    found = _REWARD.fullmatch(metric)
-    return f"{found[1]}_se{found[2]}" if found else f"{metric}_se"
 
 
 @dataclass(frozen=True)

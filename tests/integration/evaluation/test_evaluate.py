@@ -86,6 +86,21 @@ def test_equal_policies_draw_on_every_prompt(done: Run) -> None:
     assert responses(done, "base") != responses(done, "sft")
 
 
+def test_a_judge_that_was_maximised_is_told(evaluation: Any, chain: Any, tmp_path: Path, console: Any) -> None:
+    """Wins by it are what over-optimisation looks like; another judge, or a policy that maximised nothing, is not told."""
+    policies = [{"name": "base", "policy": "base"}, {"name": "ppo.1", "policy": chain.ppo}]
+    evaluate(evaluation(tmp_path / "a", policies=policies), console)
+    (told,) = [line for line in console.warnings if "which judges it here" in line]
+    assert told.startswith("ppo.1 maximised reward")
+    rule = tmp_path / "length.py"
+    rule.write_text("def score(prompts, completions):\n    return [float(len(c)) for c in completions]\n")
+    quiet = type(console)()
+    evaluate(
+        evaluation(tmp_path / "b", policies=policies, rewards=[{"name": "length", "function": f"{rule}:score"}]), quiet
+    )
+    assert not any("maximised" in line for line in quiet.warnings)
+
+
 def test_only_held_out_prompts_are_asked(done: Run, chain: Any) -> None:
     """F29: no prompt that a stage trains on."""
     rows = load_rows(DataConfig(train=(chain.prompts,), held_out_fraction=0.4), "prompt")

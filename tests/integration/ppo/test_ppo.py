@@ -244,6 +244,24 @@ def test_evaluations_sample_as_rollouts_do_and_greedy_ones_report_no_kl(ppo_job:
     assert all("kl/k1_per_response" in row for row in rows[1:])
 
 
+def test_the_best_step_is_that_of_the_reward_that_watches(ppo_job: Job, tmp_path: Path, reward_file: str) -> None:
+    """It was that of the reward that is maximised."""
+    rule = tmp_path / "gold.py"
+    rule.write_text(
+        "def score(prompts, completions, **k):\n    return [float(hash(len(c)) % 7) for c in completions]\n"
+    )
+    gold = {"name": "gold", "function": f"{rule}:score", "weight": 0.0}
+    changes = {"rewards": [{"name": "ascii", "function": reward_file}, gold], "watch": "gold", "learning_rate": 2e-2}
+    done = run(ppo_job("watched", **changes, max_steps=4, save_steps=1, load_best_model_at_end=True))
+    rows = {row["step"]: row["eval/reward/gold"] for row in read_metrics(Path(done.run_dir) / "metrics.jsonl")}
+    best = max(rows, key=lambda step: (rows[step], -step))
+    assert (done.metrics["best/step"], done.metrics["best/eval_reward"]) == (best, rows[best])
+    told = (Path(done.run_dir) / "report.html").read_text()
+    assert "An independent reward was measured" in told and "Held-out gold, not maximised" in told
+    alone = run(ppo_job("alone", max_steps=1))
+    assert "Nothing independent was measured" in (Path(alone.run_dir) / "report.html").read_text()
+
+
 def test_a_warm_up_that_leaves_no_step_for_the_policy_is_refused(ppo_job: Job) -> None:
     with pytest.raises(ConfigError, match=r"value.warmup_steps: the run has 3 steps.*expected less than 3; got 3"):
         run(ppo_job("idle", value={"warmup_steps": 3}))

@@ -76,6 +76,25 @@ def test_a_policy_that_did_not(registry: Registry, make_run: Make, final: Any, o
     assert message in told and '--force --reason "..."' in told
 
 
+def test_a_policy_is_judged_by_the_reward_that_watches(registry: Registry, make_run: Make) -> None:
+    """What it maximised went up, what watched went down."""
+    kl = {"eval/kl_k1_per_response": 2.0}
+    rows = [
+        {
+            "step": step,
+            "eval/reward": up,
+            "eval/reward_se": 0.02,
+            "eval/reward/gold": down,
+            "eval/reward_se/gold": 0.02,
+            **kl,
+        }
+        for step, up, down in ((0, 0.3, 0.6), (10, 0.7, 0.4))
+    ]
+    told = refusal(registry, make_run("run", rows=rows, watch="gold").path)
+    assert "gate reward: failed" in told and "eval/reward/gold 0.600 -> 0.400" in told
+    assert lines_of(registry, make_run("other", rows=rows).path)["reward"].startswith("passed: eval/reward 0.300")
+
+
 def test_all_failures_are_told_at_once(registry: Registry, make_run: Make) -> None:
     told = refusal(registry, make_run("run", evals=((0, 0.3, 0.02, 0.0), (10, 0.3, 0.02, 30.0))).path)
     assert [line.split(":")[0] for line in told.splitlines()] == ["gate kl", "gate reward"]

@@ -137,6 +137,15 @@ class TestLimits:
             Guards().check(job(**limit), {metric: beyond}, 3)
         assert caught.value.saves
 
+    def test_over_optimisation_is_judged_by_the_reward_that_watches(self) -> None:
+        """What is maximised may rise and rise."""
+        rewards = [{"name": "proxy", "function": "f.py:f"}, {"name": "gold", "function": "f.py:g", "weight": 0.0}]
+        config, guards = job(over_optimisation_patience=1, rewards=rewards, watch="gold"), Guards()
+        names = ("eval/reward", "eval/reward/gold", "eval/reward_se/gold", "eval/kl_k1_per_response")
+        guards.check(config, dict(zip(names, (1.0, 0.5, 0.1, 3.0))), 1)
+        with pytest.raises(StopTraining, match=r"eval/reward/gold near 0.5 \(at 3 nats per reply\); got 0.2 at 8 nats"):
+            guards.check(config, dict(zip(names, (2.0, 0.2, 0.1, 8.0))), 2)
+
     def test_over_optimisation_is_a_worse_reward_at_a_larger_kl_again_and_again(self) -> None:
         config, guards = job(over_optimisation_patience=2), Guards()
 

@@ -41,6 +41,13 @@ def test_a_trial_is_the_shared_job_with_its_settings_and_seed() -> None:
     assert (job.learner.num_gpus, job.output_dir) == (0.5, str(trial.folder))
 
 
+def test_what_watches_judges_the_sweep_and_far_policies_do_not_win() -> None:
+    watched = config(ppo={**config().ppo, "watch": "gold"})
+    assert (config().metric, watched.metric) == ("eval/reward", "eval/reward/gold")
+    assert config(ppo={**config().ppo, "watch": "gold"}, metric="eval/reward").metric == "eval/reward"
+    assert config().kl_cap == 10.0 and config(kl_cap=None).kl_cap is None
+
+
 def test_names_follow_from_the_settings_alone() -> None:
     assert setting_name({"a": 1, "b": 2}) == setting_name({"b": 2, "a": 1}) != setting_name({"a": 1, "b": 3})
 

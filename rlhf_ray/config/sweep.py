@@ -82,4 +82,10 @@ class SweepConfig(JobFields):
         """What the trials' job files have in common: the shared fields that are set, and those of ppo."""
         shared = {n: getattr(self, n) for n in self.model_fields_set & set(JobFields.model_fields)}
         plain = {n: v.model_dump(exclude_unset=True) if hasattr(v, "model_dump") else v for n, v in shared.items()}
-        return {"confirm_held_out": True, **plain, **self.ppo, "resume": "auto"}
+        return {**plain, **self.ppo, "resume": "auto"}
+
+    def confirming(self, confirm: bool) -> SweepConfig:
+        """With ppo.confirm_held_out as given, where the job says nothing of it."""
+        if "confirm_held_out" in {**self.ppo, **self.space}:
+            return self
+        return self.model_copy(update={"ppo": {**self.ppo, "confirm_held_out": confirm}})

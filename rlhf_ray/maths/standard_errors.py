@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 
 
 def standard_error(values: Sequence[float] | Tensor) -> float:
-    """s / sqrt(n), s the sample standard deviation (n - 1).   values: of any shape.   NaN for fewer than two values."""
-    x: list[float] = _floats(values)
-    return math.sqrt(_squares(x) / (len(x) - 1) / len(x)) if len(x) > 1 else math.nan
+    """s / sqrt(n), s the sample standard deviation (n - 1).   values: of any shape.   NaN for fewer than two values.
+
+    That of a tensor is torch's sum, to the bit, since runs that go on repeat their metrics."""
+    if not isinstance(values, (list, tuple)):
+        x = values.double().flatten()  # type: ignore[union-attr]
+        return float(x.std(correction=1)) / math.sqrt(x.numel()) if x.numel() > 1 else math.nan
+    return math.sqrt(_squares(values) / (len(values) - 1) / len(values)) if len(values) > 1 else math.nan
 
 
 def error_of_difference(one: float, other: float) -> float:

@@ -43,7 +43,10 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     trials = planned(config)
     check_trials(config, trials)
     is_new = not is_run(config.output_dir)
-    folder = create_run(config.output_dir, "sweep", config.model_dump(mode="json", exclude_unset=True), config.resume)
+    values = config.confirming(True).model_dump(mode="json", exclude_unset=True)
+    folder = create_run(config.output_dir, "sweep", values, config.resume)
+    # what a sweep began with stays: its trials compare, and one of an older version set no prompts apart
+    config = config.confirming(folder.config()["ppo"].get("confirm_held_out", False))
     if folder.manifest()["status"] == "done":
         console.log(f"sweep: {config.output_dir} is finished; nothing to do")
         return Run.load(folder.path)

@@ -231,7 +231,7 @@ def test_a_half_done_pipeline_goes_on(old: Path, command: Command, answers: dict
     for stage in ("sft", "reward"):
         require_same(f"half/pipeline/{stage}", f"runs/pipeline/{stage}", answers["made_on"])
     require_same_rollout("half/pipeline/ppo", "runs/pipeline/ppo", 1, answers["made_on"])
-    assert done["metrics"].keys() == load_run("runs/pipeline").metrics.keys()
+    assert done["metrics"].keys() >= load_run("runs/pipeline").metrics.keys(), "later versions measure more"
 
 
 def test_a_half_done_split_run_goes_on(own_ray: Any, old: Path, command: Command, answers: dict[str, Any]) -> None:

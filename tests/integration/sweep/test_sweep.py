@@ -69,7 +69,9 @@ def test_a_sweep_leaves_its_tables_and_ordinary_runs(two_cpus: Any, sweep_job: J
     assert "reward" in console.text and "winner:" in console.text
     # a trial is the run that the same job gives by itself, bit for bit
     trial = planned(config)[0]
-    by_itself = job_of(config, trial).model_copy(update={"output_dir": str(Path(run.run_dir).parent / "alone")})
+    by_itself = job_of(config.confirming(True), trial).model_copy(
+        update={"output_dir": str(Path(run.run_dir).parent / "alone")}
+    )
     single = ppo(alone(by_itself, 1), console)
     name = Path("adapter") / "adapter_model.safetensors"
     assert sha256_file(Path(single.run_dir) / name) == sha256_file(trial.folder / name)

@@ -35,10 +35,17 @@ def test_a_trial_is_the_shared_job_with_its_settings_and_seed() -> None:
     trial = planned(config(seeds=(7,)))[1]
     job = job_of(config(seeds=(7,)), trial)
     assert (job.kl_coef, job.value.warmup_steps, job.seed, job.resume) == (0.1, 1, 7, "auto")
-    assert job.confirm_held_out, "half of the held-out prompts choose nothing"
-    without = config(ppo={**config().ppo, "confirm_held_out": False})
-    assert not job_of(without, planned(without)[0]).confirm_held_out
     assert (job.learner.num_gpus, job.output_dir) == (0.5, str(trial.folder))
+
+
+def test_what_the_job_says_of_confirming_stays() -> None:
+    for confirm in (True, False):
+        filled = config().confirming(confirm)
+        assert job_of(filled, planned(filled)[0]).confirm_held_out is confirm
+        given = config(ppo={**config().ppo, "confirm_held_out": not confirm})
+        assert given.confirming(confirm) is given
+    varied = config(space={"confirm_held_out": [True, False]})
+    assert varied.confirming(True) is varied
 
 
 def test_what_watches_judges_the_sweep_and_far_policies_do_not_win() -> None:

@@ -23,6 +23,7 @@ from rlhf_ray.config.sections import Section
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.config.stages import JobFields
 from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.config.unused import unused_fields
 from rlhf_ray.config.uris import hidden
 from rlhf_ray.config.yaml_reader import (
     Document,
@@ -88,7 +89,7 @@ def load(cls: type[S], path: str | Path, overrides: Sequence[str] = (), *, check
     Raises ConfigError with all problems that can be told apart, before anything heavy is imported or loaded.
     """
     values, source = _read(path, overrides)
-    return _validated(cls, values, source, check_files)
+    return _without_unused(_validated(cls, values, source, check_files), source)
 
 
 def load_any(
@@ -102,7 +103,7 @@ def load_any(
     if name not in classes:
         choices = ", ".join(classes)
         raise ConfigError.at(str(path), "cannot tell which stage this job is for", fix=f"add --stage, one of {choices}")
-    return name, _validated(classes[name], values, source, check_files)
+    return name, _without_unused(_validated(classes[name], values, source, check_files), source)
 
 
 def load_dict(cls: type[S], mapping: Mapping[str, Any], where: str = "", overrides: Sequence[str | Override] = ()) -> S:
@@ -147,6 +148,24 @@ def _validated(cls: type[S], values: dict[str, Any], source: JobText, check_file
         ConfigError.raise_all(in_order(_stage_problems(config, values, source)))
     if check_files:
         ConfigError.raise_all(in_order(check_paths(config, source.where)))
+    return config
+
+
+def _without_unused(config: S, source: JobText) -> S:
+    """`config`, unless a field is set that has no effect beside the others."""
+    stages: dict[Loc, Section] = {(): config}
+    if isinstance(config, PipelineConfig):
+        stages = {(stage,): config.stage_config(stage) for stage in config.stages}
+    ConfigError.raise_all(
+        in_order(
+            [
+                Problem(source.where((*loc, *found.field.split("."))), f"has no effect {found.why}")
+                for loc, section in stages.items()
+                if isinstance(section, JobFields)
+                for found in unused_fields(section)
+            ]
+        )
+    )
     return config
 
 

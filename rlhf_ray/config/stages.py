@@ -342,10 +342,14 @@ class PPOConfig(JobFields, OptimFields):
         " (Dr. GRPO, arXiv:2503.20783); TRL's name",
     )
     missing_eos_penalty: NotNegative | None = field(
-        1.0, "subtracted from the score of a reply that did not finish; null: off"
+        1.0,
+        "subtracted from the score of a reply that did not finish, though its budget was response_length; not with"
+        " bootstrap_truncated; null: off",
     )
     bootstrap_truncated: bool = field(
-        False, "use the value model's value after the last token of a reply that did not finish; else 0"
+        False,
+        "take the value model's value after the last token of a reply that did not finish for all that it was still to earn, its"
+        " score left out (Pardo et al. 2018, arXiv:1712.00378); else that value is 0",
     )
     reward_baseline: Float = field(0.0, "subtracted from every score")
     normalize_rewards: bool = field(False, "divide scores by their running standard deviation")

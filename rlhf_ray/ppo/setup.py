@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from rlhf_ray.batches import Rollout
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.unused import unused_fields
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, response_budgets
@@ -178,7 +179,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
             setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
             lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
         session.console.header(f"ppo  {config.output_dir}", lines)
-        for line in [*prompts.warnings, *roles.warnings]:
+        for line in [*prompts.warnings, *roles.warnings, *map(str, unused_fields(config))]:
             session.console.warn(line)
     return setup
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.config.unused import unused_fields
 from rlhf_ray.data.collate import require_batch
 from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.data.records import DataFile, check_same_data
@@ -132,7 +133,7 @@ def tell(job: Job, template: Template) -> None:
     """The header: what is about to happen, and what looks wrong with it."""
     console = job.session.console
     console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job, template))
-    for line in [*job.examples.warnings, *warnings_about(job.config, job.steps)]:
+    for line in [*job.examples.warnings, *warnings_about(job.config, job.steps), *map(str, unused_fields(job.config))]:
         console.warn(line)
 
 

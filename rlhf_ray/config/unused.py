@@ -1,0 +1,161 @@
+"""Fields that a job sets and that, beside its other fields, change nothing. A knob that is turned and not connected misleads.
+
+A job file with one is refused; a run that comes by it otherwise (a trial of a sweep over the other field, a job made in Python, an
+older run that is resumed) says so in its header. Only values other than the default count: a job file may be written out in full.
+Sections of actors beside `placement: colocate`, and dropout in PPO, are not told: one job file serves both placements, and presets
+carry a dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.config.sections import Section
+from rlhf_ray.config.stages import JobFields, PPOConfig
+
+
+@dataclass(frozen=True)
+class UnusedField:
+    """field: dotted.  why: beside what it has no effect, and what would give it one."""
+
+    field: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: has no effect {self.why}"
+
+
+def unused_fields(config: JobFields) -> list[UnusedField]:
+    """All of `config`, in the order of the rules below."""
+    rules = [*_OPTIMIZER, *_PPO] if isinstance(config, PPOConfig) else _OPTIMIZER
+    found: dict[str, UnusedField] = {}
+    for names, applies, why in rules:
+        if not _can_be_asked(config, names) or not applies(config):
+            continue
+        for name in names:
+            if _is_set(config, name):
+                found.setdefault(name, UnusedField(name, why(config) if callable(why) else why))
+    return list(found.values())
+
+
+def _can_be_asked(config: Section, names: tuple[str, ...]) -> bool:
+    return all(name.partition(".")[0] in type(config).model_fields for name in names)
+
+
+def _is_set(config: Section, name: str) -> bool:
+    """Whether the field is not its default."""
+    section: Any = config
+    *path, last = name.split(".")
+    for part in path:
+        section = getattr(section, part)
+    return bool(getattr(section, last) != type(section).model_fields[last].default)
+
+
+Rule = tuple[tuple[str, ...], Callable[[Any], bool], str | Callable[[Any], str]]
+
+
+def _no_value_model(config: PPOConfig) -> bool:
+    return config.advantage_estimator != "gae"
+
+
+def _beside_estimator(config: PPOConfig) -> str:
+    estimator = config.advantage_estimator
+    return f"with advantage_estimator {estimator}, which has no value model and no token rewards; drop it, or set gae"
+
+
+def _holds_nothing_out(config: PPOConfig) -> bool:
+    return config.data.eval is None and config.data.held_out_fraction == 0
+
+
+_OPTIMIZER: list[Rule] = [
+    (
+        ("adam_beta1", "adam_beta2", "adam_epsilon"),
+        lambda c: c.optim == "adafactor",
+        "with optim adafactor; drop it, or set adamw_torch",
+    ),
+    (
+        ("min_lr_ratio",),
+        lambda c: c.lr_scheduler_type == "constant",
+        "with lr_scheduler_type constant, which does not decay; drop it, or set linear or cosine",
+    ),
+]
+_PPO: list[Rule] = [
+    (
+        (
+            *("value.init_from", "value.adapter", "value.lora", "value.learning_rate", "value.warmup_steps", "vf_coef"),
+            *("cliprange_value", "gamma", "lam", "whiten_rewards", "bootstrap_truncated"),
+        ),
+        _no_value_model,
+        _beside_estimator,
+    ),
+    (
+        ("scale_rewards",),
+        lambda c: c.advantage_estimator != "grpo",
+        lambda c: f"with advantage_estimator {c.advantage_estimator}; drop it, or set grpo",
+    ),
+    (
+        ("reward_baseline",),
+        lambda c: _no_value_model(c) and c.reward_clip is None,
+        lambda c: f"with advantage_estimator {c.advantage_estimator}, which compares replies to one prompt; drop it",
+    ),
+    (
+        ("value.lora",),
+        lambda c: c.value.adapter == "shared",
+        "with value.adapter shared, which is the policy's; drop it, or set own",
+    ),
+    (
+        ("kl_target", "kl_step_size", "kl_horizon"),
+        lambda c: c.kl_controller == "fixed",
+        "with kl_controller fixed; drop it, or set adaptive or horizon",
+    ),
+    (("kl_horizon",), lambda c: c.kl_controller == "adaptive", "with kl_controller adaptive; drop it, or set horizon"),
+    (("kl_step_size",), lambda c: c.kl_controller == "horizon", "with kl_controller horizon; drop it, or set adaptive"),
+    (
+        ("kl_controller",),
+        lambda c: c.kl_penalty == "none" or c.kl_coef == 0,
+        lambda c: (
+            "with kl_penalty none; drop it, or name a penalty"
+            if c.kl_penalty == "none"
+            else "with kl_coef 0, which it multiplies and so never moves; set kl_coef to where it starts"
+        ),
+    ),
+    (
+        ("use_kl_loss",),
+        lambda c: c.kl_penalty == "none" or c.kl_coef == 0,
+        lambda c: f"with {'kl_penalty none' if c.kl_penalty == 'none' else 'kl_coef 0'}; drop it",
+    ),
+    (
+        ("target_kl",),
+        lambda c: c.num_ppo_epochs == 1 and c.num_mini_batches == 1,
+        "with one optimizer step per rollout, after which it would stop; drop it",
+    ),
+    (
+        ("importance_sampling_cap",),
+        lambda c: c.max_staleness == 0,
+        "with max_staleness 0; drop it, or set max_staleness: 1",
+    ),
+    (
+        ("missing_eos_penalty",),
+        lambda c: c.bootstrap_truncated and c.advantage_estimator == "gae" and c.missing_eos_penalty is not None,
+        "with bootstrap_truncated, which leaves out the score of a reply that did not finish; drop it, or bootstrap_truncated",
+    ),
+    (
+        ("max_clip_fraction",),
+        lambda c: c.num_ppo_epochs == 1 and c.num_mini_batches == 1,
+        "with one optimizer step per rollout, in which every ratio is 1; drop it",
+    ),
+    (
+        (
+            "load_best_model_at_end",
+            "over_optimisation_patience",
+            "eval_steps",
+            "eval_sampling",
+            "confirm_held_out",
+            "watch",
+        ),
+        _holds_nothing_out,
+        "where no prompt is held out (data.held_out_fraction 0, no data.eval); drop it, or hold some out",
+    ),
+]

@@ -1,0 +1,88 @@
+"""Fields that change nothing beside the others: refused in a job file, told by every other way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config import PPOConfig, SFTConfig
+from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.unused import unused_fields
+
+JOB = "output_dir: runs/ppo\nmodel_name_or_path: base\ndata: {train: prompts.jsonl}\nrewards: [{run: runs/reward}]\n"
+RLOO = "advantage_estimator: rloo\nnum_generations: 2\n"
+
+# (lines, field, words of the reason); without the first line's condition each field is fine
+UNUSED = [
+    (
+        RLOO + "value: {warmup_steps: 3}",
+        "value.warmup_steps",
+        "with advantage_estimator rloo, which has no value model",
+    ),
+    (RLOO + "value: {learning_rate: 1.0e-4}", "value.learning_rate", "rloo"),
+    (RLOO + "lam: 0.9", "lam", "no token rewards"),
+    (RLOO + "gamma: 0.9", "gamma", "rloo"),
+    (RLOO + "whiten_rewards: true", "whiten_rewards", "rloo"),
+    (RLOO + "cliprange_value: null", "cliprange_value", "rloo"),
+    (RLOO + "bootstrap_truncated: true", "bootstrap_truncated", "rloo"),
+    (RLOO + "scale_rewards: none", "scale_rewards", "set grpo"),
+    (RLOO + "reward_baseline: 1", "reward_baseline", "compares replies to one prompt"),
+    ("value: {adapter: shared, lora: {r: 4}}", "value.lora", "with value.adapter shared"),
+    ("kl_target: 3", "kl_target", "with kl_controller fixed"),
+    ("kl_controller: adaptive\nkl_horizon: 5", "kl_horizon", "with kl_controller adaptive"),
+    ("kl_controller: horizon\nkl_step_size: 0.5", "kl_step_size", "with kl_controller horizon"),
+    ("kl_controller: adaptive\nkl_coef: 0", "kl_controller", "with kl_coef 0, which it multiplies and so never moves"),
+    ("kl_controller: adaptive\nkl_penalty: none", "kl_controller", "with kl_penalty none"),
+    ("use_kl_loss: true\nkl_penalty: none", "use_kl_loss", "with kl_penalty none"),
+    ("num_ppo_epochs: 1\nnum_mini_batches: 1\ntarget_kl: 0.1", "target_kl", "one optimizer step per rollout"),
+    ("num_ppo_epochs: 1\nnum_mini_batches: 1\nmax_clip_fraction: 0.1", "max_clip_fraction", "every ratio is 1"),
+    ("importance_sampling_cap: 3", "importance_sampling_cap", "with max_staleness 0"),
+    ("bootstrap_truncated: true\nmissing_eos_penalty: 2", "missing_eos_penalty", "leaves out the score"),
+    ("data: {train: prompts.jsonl, held_out_fraction: 0}\neval_steps: 3", "eval_steps", "no prompt is held out"),
+    ("lr_scheduler_type: constant\nmin_lr_ratio: 0.5", "min_lr_ratio", "which does not decay"),
+    ("optim: adafactor\nadam_beta1: 0.8", "adam_beta1", "with optim adafactor"),
+]
+
+
+def job(lines: str) -> str:
+    return (JOB.replace("data: {train: prompts.jsonl}\n", "") if "data:" in lines else JOB) + lines + "\n"
+
+
+@pytest.mark.parametrize(("lines", "field", "why"), UNUSED, ids=[f"{f} {w}"[:40] for _, f, w in UNUSED])
+def test_a_job_file_with_a_field_that_does_nothing_is_refused(
+    lines: str, field: str, why: str, complaints: Callable[..., list[str]]
+) -> None:
+    (line,) = complaints("ppo", job(lines))
+    assert f": {field}: has no effect " in line and why in line
+
+
+@pytest.mark.parametrize(("lines", "field", "why"), UNUSED, ids=[f"{f} {w}"[:40] for _, f, w in UNUSED])
+def test_the_same_field_alone_is_fine_or_the_same_as_its_default(
+    lines: str, field: str, why: str, loaded: Callable[..., Any]
+) -> None:
+    """Written out in full, with every default, no job is refused."""
+    config = loaded("ppo", JOB + (RLOO if lines.startswith(RLOO) else ""))
+    assert unused_fields(config) == []
+    assert unused_fields(PPOConfig(**config.model_dump())) == []
+
+
+def test_what_does_not_come_from_a_file_is_told(loaded: Callable[..., Any]) -> None:
+    """A sweep over estimators has one section for the value model; a stored run is resumed as it is."""
+    values = {**loaded("ppo", JOB).model_dump(), "advantage_estimator": "rloo", "num_generations": 2, "lam": 0.5}
+    config = load_dict(PPOConfig, values)
+    assert [str(found) for found in unused_fields(config)] == [
+        "lam: has no effect with advantage_estimator rloo, which has no value model and no token rewards; drop it, or set gae"
+    ]
+
+
+def test_sft_has_the_rules_of_its_optimizer() -> None:
+    fields = {"output_dir": "x", "model_name_or_path": "m", "data": {"train": "d"}, "optim": "adafactor"}
+    assert [found.field for found in unused_fields(SFTConfig(**fields, adam_beta2=0.9))] == ["adam_beta2"]
+
+
+def test_a_stage_of_a_pipeline_is_blamed_where_it_stands(complaints: Callable[..., list[str]]) -> None:
+    text = "output_dir: o\nmodel_name_or_path: base\nstages: [ppo]\nppo:\n  data: {train: p.jsonl}\n  rewards: [{run: base}]\n"
+    (line,) = complaints("pipeline", text + "  kl_target: 3.0\n")
+    assert line.startswith("error: job.yaml:7: ppo.kl_target: has no effect with kl_controller fixed")

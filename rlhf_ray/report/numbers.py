@@ -29,8 +29,9 @@ def count(number: int, noun: str) -> str:
 
 
 def with_error(value: float, error: float, unit: str = "") -> str:
-    """`1.62 ± 0.06`: the error to one digit (two if it starts with 1), the value to the same decimals."""
-    if error <= 0 or unit in ("s", "bytes"):
+    """`1.62 ± 0.06`: the error to one digit (two if it starts with 1), the value to the same decimals.
+    An error that is not known (NaN) is left out."""
+    if not error > 0 or unit in ("s", "bytes"):
         return shown(value, unit)
     scale, suffix = (100.0, "%") if unit == "share" else (1.0, "")
     power = math.floor(math.log10(error * scale))

@@ -119,7 +119,7 @@ def setting_row(setting: Setting, choice: Choice, settings: Sequence[Setting]) -
         "length_ratio": setting.length_ratio,
         "on_frontier": setting.name in best,
         "verdict": verdict,
-        "p_equal": None if math.isnan(p := choice.p.get(setting.name, math.nan)) else p,
+        "p_equal": _known(choice.p.get(setting.name)),
     }
 
 
@@ -127,7 +127,11 @@ def _plain(confirmed: Confirmed | None) -> dict[str, Any] | None:
     """JSON has no NaN: one prompt has no standard error."""
     if confirmed is None:
         return None
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(confirmed).items()}
+    return {k: _known(v) for k, v in asdict(confirmed).items()}
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
         "setting": choice.winner.name,
         "settings": choice.winner.settings,
         "score": choice.winner.score,
-        "score_se": choice.error,
+        "score_se": _known(choice.error),
         "trial": choice.trial.trial.id,
         "run_dir": f"trials/{choice.trial.trial.id}",
         "not_shown_to_be_worse": [s.name for s in choice.not_worse],

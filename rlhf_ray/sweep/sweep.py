@@ -10,6 +10,7 @@ score.
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 
@@ -110,12 +111,14 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
     metrics = {f"trials/{status}": float(n) for status, n in counts.items()}
     artifacts = {"report": "report.html", "trials": "trials.csv", "settings": "settings.csv"}
     if choice.winner is not None and choice.trial is not None:
-        metrics |= {"best/score": choice.winner.score, "best/score_se": choice.error}
+        found = {"best/score": choice.winner.score, "best/score_se": choice.error}
         if choice.confirmed is not None:
-            metrics |= {"best/confirmed": choice.confirmed.score, "best/confirmed_se": choice.confirmed.error}
+            found |= {"best/confirmed": choice.confirmed.score, "best/confirmed_se": choice.confirmed.error}
+        metrics |= {name: value for name, value in found.items() if math.isfinite(value)}
         artifacts |= {"best": f"trials/{choice.trial.trial.id}"}
         named = ", ".join(f"{name} {value}" for name, value in choice.winner.settings.items())
-        console.log(f"winner: {named}: {config.metric} {figure(choice.winner.score)} ± {figure(choice.error)}")
+        error = f" ± {figure(choice.error)}" if math.isfinite(choice.error) else ""
+        console.log(f"winner: {named}: {config.metric} {figure(choice.winner.score)}{error}")
         console.log(confirmation_sentence(choice))
         if choice.p:
             console.log(f"{comparison_sentence(choice)} See {record.folder / 'settings.csv'}")

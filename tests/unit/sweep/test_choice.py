@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.config import SweepConfig
 from rlhf_ray.maths.standard_errors import pooled_deviation
 from rlhf_ray.sweep.choice import choose, comparison_sentence, confirmation_sentence, frontier, score_error
+from rlhf_ray.sweep.record import choice_record, setting_row
+from rlhf_ray.sweep.report import sentence, settings_table
 from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, settings_of, standard_error_name
 from rlhf_ray.sweep.trials import Trial
 
@@ -111,6 +115,20 @@ def test_unknown_errors_show_nothing() -> None:
         choice
     )
     assert comparison_sentence(choose([setting("a", [1.0])], None, None)) == "", "nothing to compare with"
+
+
+def test_errors_that_are_not_known_are_told_as_such(tmp_path: Path) -> None:
+    """One prompt has no standard error: the tables hold null, and the page leaves it out."""
+    settings = [
+        with_confirmed(setting(name, [score], se=math.nan), [score]) for name, score in (("a", 1.0), ("b", 0.5))
+    ]
+    choice = choose(settings, None, None)
+    config = SweepConfig(output_dir=str(tmp_path), model_name_or_path="m", ppo={}, space={"which": ["a", "b"]})
+    found = choice_record(choice, config)
+    rows = [setting_row(s, choice, settings) for s in settings]
+    json.dumps([found, rows], allow_nan=False)
+    assert (found["score_se"], rows[1]["p_equal"]) == (None, None)
+    assert f"wins: {METRIC} 1.00, KL" in sentence(config, choice) and "nan" not in str(settings_table(settings, choice))
 
 
 def test_nothing_admitted() -> None:

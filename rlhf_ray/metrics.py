@@ -86,6 +86,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("returns/mean", "reward", "mean return over tokens"),
     ("returns/std", "reward", "standard deviation of the returns"),
     ("advantage/mean", "reward", "mean advantage before whitening"),
+    ("advantage/equal_groups", "share", "prompts whose replies all scored the same", "frac_reward_zero_std"),
     ("advantage/std", "reward", "standard deviation of the advantage before whitening"),
     ("grad_norm/policy", "", "norm of the policy's gradient before clipping"),
     ("grad_norm/value", "", "norm of the value model's gradient before clipping"),

@@ -330,6 +330,24 @@ class PPOConfig(JobFields, OptimFields):
     gamma: Share = field(1.0, "discount")
     lam: Share = field(0.95, "GAE lambda")
     cliprange: Annotated[Float, Field(gt=0, lt=1)] = field(0.2, "PPO ratio clip")
+    cliprange_high: Positive | None = field(
+        None, "ratio clip upwards where it differs from cliprange (clip-higher, DAPO, arXiv:2503.14476: 0.28)"
+    )
+    dual_clip: Annotated[Float, Field(gt=1)] | None = field(
+        None,
+        "bound the loss of tokens with a negative advantage by this many times the advantage (arXiv:1912.09729: 3)",
+    )
+    ratio_level: Literal["token", "sequence"] = field(
+        "token", "probability ratio of each token, or one for a reply: the geometric mean (GSPO, arXiv:2507.18071)"
+    )
+    loss_aggregation: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean"] = field(
+        "token_mean",
+        "the policy loss of an optimizer step: mean over tokens (DAPO, arXiv:2503.14476), over replies of their sums, or over"
+        " replies of their means (GRPO, arXiv:2402.03300); verl's names",
+    )
+    entropy_coef: NotNegative = field(
+        0.0, "entropy bonus: weight of the policy's entropy in its loss (arXiv:1602.01783)"
+    )
     cliprange_value: Positive | None = field(0.2, "value clip around the old value; null: off")
     vf_coef: NotNegative = field(0.1, "weight of the value loss")
     whiten_rewards: bool = field(False, "scale shaped rewards to unit variance, mean kept")
@@ -345,6 +363,17 @@ class PPOConfig(JobFields, OptimFields):
         1.0,
         "subtracted from the score of a reply that did not finish, though its budget was response_length; not with"
         " bootstrap_truncated; null: off",
+    )
+    overlong_buffer: Count | None = field(
+        None, "charge replies that end within this many tokens of response_length (DAPO, arXiv:2503.14476); null: off"
+    )
+    overlong_penalty: Positive = field(
+        1.0, "overlong_buffer: what a reply of response_length pays; a shorter one in proportion"
+    )
+    filter_groups: bool = field(
+        False,
+        "learn nothing from prompts whose replies all score the same, not even the KL penalty (dynamic sampling without drawing"
+        " anew, DAPO, arXiv:2503.14476); needs num_generations >= 2",
     )
     bootstrap_truncated: bool = field(
         False,
@@ -397,6 +426,12 @@ class PPOConfig(JobFields, OptimFields):
             problems.append(
                 f"num_generations: {self.advantage_estimator} compares replies of one prompt; expected at least 2; got 1"
             )
+        if self.filter_groups and self.num_generations < 2:
+            problems.append(
+                "filter_groups: compares replies to one prompt; expected num_generations of at least 2; got 1"
+            )
+        if self.overlong_buffer is not None and self.overlong_buffer > self.response_length:
+            problems.append(f"overlong_buffer: {self.overlong_buffer} is over response_length {self.response_length}")
         if self.max_length is not None and self.response_length >= self.max_length:
             problems.append(
                 f"response_length: {self.response_length} leaves no room for a prompt in max_length {self.max_length}"

@@ -142,6 +142,11 @@ _PPO: list[Rule] = [
         "with bootstrap_truncated, which leaves out the score of a reply that did not finish; drop it, or bootstrap_truncated",
     ),
     (
+        ("overlong_penalty",),
+        lambda c: c.overlong_buffer is None,
+        "without overlong_buffer; drop it, or set the tokens over which it grows",
+    ),
+    (
         ("max_clip_fraction",),
         lambda c: c.num_ppo_epochs == 1 and c.num_mini_batches == 1,
         "with one optimizer step per rollout, in which every ratio is 1; drop it",

@@ -63,7 +63,7 @@ def chunked_token_logprobs(
     in the backward. For 64 x 300 positions and a vocabulary of 128,000 that is 0.5 GB (chunk_size 1024) in place of 10 GB.
 
     hidden: [B, R, D], column t is the state that predicts tokens[:, t].   head: maps [N, D] to logits [N, V], row by row.
-    tokens: i64[B, R].   with_entropy: also the entropy of every position, without a gradient (there is no entropy bonus).
+    tokens: i64[B, R].   with_entropy: also the entropy of every position, with a gradient where one is needed (the entropy bonus).
     min_calls: at least this many calls of `head`, in the backward too; ZeRO-3 ranks with different widths pass their common maximum
     of `chunk_calls`, because under ZeRO-3 every call is a collective.
     Returns logprobs f32[B, R] and entropy f32[B, R] or None.
@@ -80,8 +80,7 @@ def chunked_token_logprobs(
         logprobs = token_logprobs(logits, chunk_tokens, temperature)
         if not with_entropy:
             return logprobs, logprobs.new_empty(0)
-        with torch.no_grad():
-            return logprobs, entropy(logits, temperature)
+        return logprobs, entropy(logits, temperature)
 
     parts = []
     for call in range(max(min_calls, chunk_calls(positions, chunk_size))):

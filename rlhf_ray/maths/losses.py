@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlhf_ray.maths import kl
-from rlhf_ray.maths.masks import check_mask, full_precision, masked_sum, zero_outside
+from rlhf_ray.maths.masks import check_mask, full_precision, masked_mean, masked_sum, zero_outside
 
 Stats = dict[str, Tensor]
 
@@ -28,14 +28,23 @@ def policy_loss_sum(
     response_mask: Tensor,
     cliprange: float,
     token_weights: Tensor | None = None,
+    *,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Stats]:
-    """sum_t m_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - e, 1 + e)),   rho_t = exp(new_t - old_t)
+    """sum_i a_i sum_t m_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - e, 1 + e')),   rho_t = exp(new_t - old_t)
 
     (arXiv:1707.06347, equation 7). The log-ratio is clamped to +-20, so that an overflowing ratio cannot put inf x 0 into a
     gradient.
 
     new_logprobs (with gradient), old_logprobs, advantages: f32[B, R].   response_mask: bool[B, R].
-    token_weights: f32[B, R] or None for 1, from `truncated_importance_weights`; taken as constants.
+    token_weights: w, f32[B, R] or None for 1, from `truncated_importance_weights`; taken as constants.
+    cliprange_high: e', None for e (clip-higher of DAPO, arXiv:2503.14476).
+    dual_clip: c > 1: where A_t < 0 the loss is at most -c A_t, whatever the ratio (arXiv:1912.09729, equation 5); None: no bound.
+    ratio_level: `token`, or `sequence`: rho_t = exp(mean_t (new_t - old_t)) for all tokens of a reply (GSPO, arXiv:2507.18071).
+    row_weights: a, f32[B] or None for 1, from `aggregation_weights`.
     Returns sum, count of real tokens, stats:
       clip_fraction        tokens on which the clipped term is active
       approx_kl            (rho - 1) - ln rho, the k3 estimate of KL(old || new), the tokens having been drawn from old
@@ -45,24 +54,58 @@ def policy_loss_sum(
     """
     check_mask(response_mask, new_logprobs=new_logprobs, old_logprobs=old_logprobs, advantages=advantages)
     change = zero_outside(full_precision(new_logprobs) - full_precision(old_logprobs), response_mask)
-    log_ratio = change.clamp(-kl.LOG_RATIO_LIMIT, kl.LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
+    log_change = change.clamp(-kl.LOG_RATIO_LIMIT, kl.LOG_RATIO_LIMIT)
+    ratio = log_change.exp()
+    if ratio_level == "sequence":
+        mean = masked_mean(change, response_mask, dim=1).clamp(-kl.LOG_RATIO_LIMIT, kl.LOG_RATIO_LIMIT)
+        ratio = mean.exp()[:, None].expand(change.shape)
+    elif ratio_level != "token":
+        raise ValueError(f"ratio_level: expected token or sequence, got {ratio_level!r}")
     weighted = zero_outside(full_precision(advantages), response_mask)
     if token_weights is not None:
         check_mask(response_mask, token_weights=token_weights)
         weighted = weighted * zero_outside(full_precision(token_weights).detach(), response_mask)
     free = -weighted * ratio
-    clipped = -weighted * ratio.clamp(1 - cliprange, 1 + cliprange)
+    clipped = -weighted * ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high))
+    loss = torch.maximum(free, clipped)
+    if dual_clip is not None:
+        loss = torch.where(weighted < 0, torch.minimum(loss, -dual_clip * weighted), loss)
+    if row_weights is not None:
+        loss = loss * row_weights[:, None]
     with torch.no_grad():
-        deviation = (ratio - 1).abs()
+        deviation = zero_outside((ratio - 1).abs(), response_mask)
         stats = {
             "clip_fraction": masked_sum(clipped > free, response_mask),
-            "approx_kl": masked_sum(torch.expm1(log_ratio) - log_ratio, response_mask),
+            "approx_kl": masked_sum(torch.expm1(log_change) - log_change, response_mask),
             "ratio": masked_sum(ratio, response_mask),
             "ratio_max_deviation": deviation.amax() if deviation.numel() else deviation.sum(),
             "ratio_max": zero_outside(ratio, response_mask).amax() if ratio.numel() else ratio.sum(),
         }
-    return torch.maximum(free, clipped).sum(), response_mask.sum(), stats
+    return loss.sum(), response_mask.sum(), stats
+
+
+def aggregation_weights(aggregation: str, lengths: Tensor) -> Tensor | None:
+    """a_i with which sum_i a_i sum_t l_it / sum_i n_i is the loss of an optimizer step of B replies of n_i tokens; None for all 1.
+
+    token_mean           a_i = 1                   mean over tokens: long replies weigh more (DAPO, arXiv:2503.14476)
+    seq_mean_token_sum   a_i = sum_j n_j / B       mean over replies of the sum over tokens (the policy gradient of whole replies)
+    seq_mean_token_mean  a_i = sum_j n_j / (B n_i) mean over replies of the mean over tokens (GRPO, arXiv:2402.03300)
+
+    The names are verl's. lengths: [B], of all replies of the step, over all ranks.   Returns f32[B] or None. Raises ValueError.
+
+    >>> aggregation_weights("seq_mean_token_mean", torch.tensor([1, 3])).tolist()
+    [2.0, 0.6666666865348816]
+    """
+    if aggregation == "token_mean":
+        return None
+    mean = lengths.double().mean()
+    if aggregation == "seq_mean_token_sum":
+        return mean.expand(len(lengths)).float()
+    if aggregation == "seq_mean_token_mean":
+        return (mean / lengths.double()).float()
+    raise ValueError(
+        f"loss_aggregation: expected token_mean, seq_mean_token_sum or seq_mean_token_mean, got {aggregation!r}"
+    )
 
 
 def value_loss_sum(
@@ -100,14 +143,15 @@ def kl_loss_sum(
     ref_logprobs: Tensor,
     response_mask: Tensor,
     token_weights: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum_t m_t w_t k(new_t - ref_t): a KL penalty as a differentiable loss term rather than inside the reward.
+    """sum_i a_i sum_t m_t w_t k(new_t - ref_t): a KL penalty as a differentiable loss term rather than inside the reward.
 
     On-policy and in expectation its gradient is 0 for `kl` (k1; a job is refused), grad KL(policy||reference) for `squared_error`
     (k2) and grad KL(reference||policy) for `bregman` (k3). `squared_error` has the gradient that `kl` has in the reward.
 
-    new_logprobs (with gradient), ref_logprobs: f32[B, R].   response_mask: bool[B, R].   token_weights: see `policy_loss_sum`.
-    Returns sum, count of real tokens.
+    new_logprobs (with gradient), ref_logprobs: f32[B, R].   response_mask: bool[B, R].   token_weights, row_weights: w
+    and a, see `policy_loss_sum`.   Returns sum, count of real tokens.
     """
     check_mask(response_mask, new_logprobs=new_logprobs, ref_logprobs=ref_logprobs)
     new, ref = zero_outside(new_logprobs, response_mask), zero_outside(ref_logprobs, response_mask)
@@ -115,6 +159,8 @@ def kl_loss_sum(
     if token_weights is not None:
         check_mask(response_mask, token_weights=token_weights)
         penalty = penalty * zero_outside(full_precision(token_weights).detach(), response_mask)
+    if row_weights is not None:
+        penalty = penalty * row_weights[:, None]
     return penalty.sum(), response_mask.sum()
 
 

@@ -37,6 +37,20 @@ def penalise_unfinished(scores: Tensor, finished: Tensor, missing_eos_penalty: f
     return full_precision(scores) - missing_eos_penalty * (~finished).float()
 
 
+def overlong_penalties(lengths: Tensor, response_length: int, buffer: int, penalty: float) -> Tensor:
+    """o_i = p clip((n_i - (L - b)) / b, 0, 1): a reply is charged more and more in the last b tokens before the limit L
+
+    (the soft overlong punishment of DAPO, arXiv:2503.14476, equation 13, which charges the whole p to what is cut off).
+    lengths: [B], tokens.   0 < b <= L.   Returns f32[B].
+
+    >>> overlong_penalties(torch.tensor([10, 14, 20]), response_length=20, buffer=8, penalty=1.0).tolist()
+    [0.0, 0.25, 1.0]
+    """
+    if not 0 < buffer <= response_length:
+        raise ValueError(f"overlong_buffer: expected 1 to {response_length}, got {buffer}")
+    return penalty * ((lengths.float() - (response_length - buffer)) / buffer).clamp(0.0, 1.0)
+
+
 def shape_rewards(scores: Tensor, kl_penalty: Tensor, kl_coef: float, response_mask: Tensor) -> Tensor:
     """r_t = -beta k_t m_t,   then r_last += s, once.
 

@@ -167,20 +167,22 @@ class PPOLearning(Learning):
         fixed, mask = torch.zeros(shapes.rows, shapes.response, device="meta"), seq.response_mask
         weights = fixed if job.max_staleness else None
 
-        def policy(new: Tensor) -> Tensor:
+        with_entropy = job.entropy_coef > 0
+
+        def policy(new: Tensor, entropy: Tensor | None) -> Tensor:
             loss = losses.policy_loss_sum(new, fixed, fixed, mask, job.cliprange, weights)[0]
             if job.use_kl_loss:
                 loss = loss + losses.kl_loss_sum(job.kl_penalty, new, fixed, mask, weights)[0]
-            return loss
+            return loss if entropy is None else loss - entropy.sum()
 
         def value_loss(values: Tensor) -> Tensor:
             return losses.value_loss_sum(values, fixed, fixed, mask, job.cliprange_value)[0]
 
         if "value" in models.bindings and (joint or models.shares_trunk):
-            new, _, values, _ = models("both", seq, job.temperature)
-            yield policy(new) + value_loss(values)
+            new, entropy, values, _ = models("both", seq, job.temperature, with_entropy)
+            yield policy(new, entropy) + value_loss(values)
             return
-        yield policy(models("logprobs", "policy", seq, job.temperature)[0])
+        yield policy(*models("logprobs", "policy", seq, job.temperature, with_entropy))
         if "value" in models.bindings:
             yield value_loss(models("values", seq)[0])
 

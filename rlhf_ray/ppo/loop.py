@@ -32,7 +32,7 @@ from rlhf_ray.ppo.reporting import StepReport, whole_step
 from rlhf_ray.ppo.setup import PPOSetup, set_up
 from rlhf_ray.ppo.state import PPOState
 from rlhf_ray.roles import invariants
-from rlhf_ray.roles.experience import make_experience
+from rlhf_ray.roles.experience import informative_rows, make_experience
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.roles.guards import StopTraining
 from rlhf_ray.roles.heldout import held_out_metrics
@@ -100,7 +100,8 @@ class PPOLoop:
             collected = sampled.collected
 
         with phase("evaluate"):
-            evaluation = self.learner.evaluate(collected.rollout, step)
+            learnt = informative_rows(collected.scores, collected.rollout, self.config)
+            evaluation = self.learner.evaluate(collected.rollout, step, learnt)
             checked = check_rollout(self.config, self.session, self.setup, sampled, evaluation, step)
 
         with phase("experience"):
@@ -111,11 +112,12 @@ class PPOLoop:
 
         with phase("update"):
             rates = self.setup.learning_rates(step)
-            stats = self.learner.update(experience, step, rates, kl_coef, state.guards)
+            trained_on = experience if learnt is None else experience.rows(learnt)
+            stats = self.learner.update(trained_on, step, rates, kl_coef, state.guards)
 
         with phase("publish"):
             after = self.learner.publish()
-            if rates["policy"] > 0 and stats.updates and bool(experience.advantages.any()):
+            if rates["policy"] > 0 and stats.updates and bool(trained_on.advantages.any()):
                 invariants.check_adapter_changed(before.sha256, after.sha256, after.tensors, step)
             moved = self.hand_over()
             state.controller.update(metrics["kl/k1_per_response"], len(experience))

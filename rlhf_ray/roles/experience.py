@@ -33,12 +33,28 @@ class Evaluation:
     bootstrap: Tensor | None
 
 
-def final_scores(scores: Scores, rollout: Rollout, config: PPOConfig, moments: stats.RunningMoments) -> Tensor:
-    """f32[B]: the raw reward after eos penalty, baseline, normalisation (which takes this step in first) and clip.
+def penalised_scores(scores: Scores, rollout: Rollout, config: PPOConfig) -> Tensor:
+    """f32[B]: the raw reward after the penalties of replies without an end and of those near the limit.
 
     A reply that its drawn budget (min_response_length) cut off is not charged for having no end: it could not know of it."""
     at_fault = ~rollout.finished & (rollout.lengths >= config.response_length)
-    final = returns.penalise_unfinished(scores.reward, ~at_fault, config.missing_eos_penalty) - config.reward_baseline
+    found = returns.penalise_unfinished(scores.reward, ~at_fault, config.missing_eos_penalty)
+    if config.overlong_buffer is not None:
+        limit, penalty = config.response_length, config.overlong_penalty
+        found = found - returns.overlong_penalties(rollout.lengths, limit, config.overlong_buffer, penalty)
+    return found
+
+
+def informative_rows(scores: Scores, rollout: Rollout, config: PPOConfig) -> Tensor | None:
+    """bool[B], with filter_groups: False on replies to prompts whose replies all score the same. None: all rows count."""
+    if not config.filter_groups:
+        return None
+    return ~returns.equal_groups(penalised_scores(scores, rollout, config), config.num_generations)
+
+
+def final_scores(scores: Scores, rollout: Rollout, config: PPOConfig, moments: stats.RunningMoments) -> Tensor:
+    """f32[B]: the raw reward after penalties, baseline, normalisation (which takes this step in first) and clip."""
+    final = penalised_scores(scores, rollout, config) - config.reward_baseline
     if config.normalize_rewards:
         moments.update(final)
         final = moments.normalise(final, subtract_mean=False, eps=WHITEN_EPS)
@@ -83,6 +99,9 @@ def make_experience(
         token_weights=importance_weights(rollout, evaluation, config),
     )
     metrics = step_metrics(rollout, scores, evaluation, per_token, kl_coef, experience.token_weights)
+    if config.num_generations > 1:
+        equal = returns.equal_groups(penalised_scores(scores, rollout, config), config.num_generations)
+        metrics["advantage/equal_groups"] = float(equal.float().mean())
     metrics |= {
         "reward/score": float(final.mean()),
         "advantage/std": float(masked_std(advantages, mask)),

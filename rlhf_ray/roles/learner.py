@@ -16,6 +16,7 @@ from rlhf_ray.batches import Experience, Rollout, Sequences
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.maths import losses
+from rlhf_ray.maths.masks import zero_outside
 from rlhf_ray.models.adapters import adapter_parameters, adapter_tensors, load_adapter_tensors
 from rlhf_ray.models.forward import to_device
 from rlhf_ray.models.role_models import RoleModels
@@ -99,12 +100,16 @@ class Learner:
         self.version = 0
         self.published = self.publish()
 
-    def evaluate(self, rollout: Rollout, step: int) -> Evaluation:
+    def evaluate(self, rollout: Rollout, step: int, learnt: Tensor | None = None) -> Evaluation:
         """Log-probabilities, entropies and values of all rows before the step's updates.
 
-        Computed in the very rows and widths of epoch 0's microbatches, so that the first ratio is exactly 1 in any dtype."""
+        Computed in the very rows and widths of epoch 0's microbatches, so that the first ratio is exactly 1 in any dtype.
+        learnt: bool[B], the rows that the update gets; None for all."""
         found: list[tuple[Tensor, list[Tensor]]] = []
-        for minibatch in self._minibatches(step, 0, len(rollout)):
+        chosen = torch.ones(len(rollout), dtype=torch.bool) if learnt is None else learnt
+        inside, outside = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+        batches = [inside[index] for index in self._minibatches(step, 0, len(inside))] if len(inside) else []
+        for minibatch in [*batches, outside] if len(outside) else batches:
             for micro in self._microbatches(minibatch):
                 seq = self._sequences(rollout.tokens, rollout.prompt_mask, rollout.response_mask, micro)
                 with torch.no_grad():
@@ -161,7 +166,7 @@ class Learner:
         stats: UpdateStats,
         guards: Guards,
     ) -> None:
-        for epoch in range(self.config.num_ppo_epochs):
+        for epoch in range(self.config.num_ppo_epochs if len(experience) else 0):
             for number, minibatch in enumerate(self._minibatches(step, epoch, len(experience))):
                 first = epoch == 0 and number == 0
                 fault_point("learner", "minibatch", step, self.session.rank)
@@ -210,13 +215,19 @@ class Learner:
         tokens = int(experience.response_mask[minibatch].sum())
         train_policy = learning_rates["policy"] > 0
         micros = self._microbatches(minibatch)
+        lengths = experience.response_mask.sum(dim=1)
+        row_weights = torch.ones(len(experience))
+        aggregated = losses.aggregation_weights(self.config.loss_aggregation, lengths[minibatch])
+        if aggregated is not None:
+            row_weights[minibatch] = aggregated
         sums: dict[str, float] = {"tokens": float(tokens) if self.session.is_main else 0.0}
         deviation, ratio = 0.0, 0.0
         for number, micro in enumerate(micros):
             seq = self._sequences(experience.tokens, experience.prompt_mask, experience.response_mask, micro)
             rows = experience.rows(micro.index)
             mask = seq.response_mask & micro.counts.to(seq.tokens.device)[:, None]
-            for loss, found in self._losses(seq, rows, mask, kl_coef, train_policy):
+            weights = None if aggregated is None else row_weights[micro.index]
+            for loss, found in self._losses(seq, rows, mask, kl_coef, train_policy, weights):
                 loss = inject_nan("learner", "gradient", loss.reshape(1), step, self.session.rank)[0]
                 self.engine.accumulate(loss / tokens, last=number == len(micros) - 1)
                 deviation = max(deviation, found.pop("ratio_max_deviation", 0.0))
@@ -241,41 +252,71 @@ class Learner:
         return totals["approx_kl"] / tokens
 
     def _losses(
-        self, seq: Sequences, rows: Experience, mask: Tensor, kl_coef: float, train_policy: bool
+        self,
+        seq: Sequences,
+        rows: Experience,
+        mask: Tensor,
+        kl_coef: float,
+        train_policy: bool,
+        row_weights: Tensor | None,
     ) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """The microbatch's loss SUMS (the caller divides by the minibatch's token count), each with its statistics.
 
         Policy and value model together where they share a trunk; else one after the other, so that the activations of only one pass
         are alive at a time. ZeRO 1 to 3 reduce gradients in a single backward at the end of an accumulation: together as well."""
         module, temperature = self.engine.module, self.config.temperature
+        with_entropy = self.config.entropy_coef > 0
         if "value" in self.models.bindings and (self.models.shares_trunk or self.engine.zero_stage > 0):
-            new, _, values, _ = module("both", seq, temperature)
-            policy, found = self._policy_loss(new, rows, mask, kl_coef, train_policy)
+            new, entropy, values, _ = module("both", seq, temperature, with_entropy)
+            policy, found = self._policy_loss(new, entropy, rows, mask, kl_coef, train_policy, row_weights)
             value, more = self._value_loss(values, rows, mask)
             yield policy + value, found | more
             return
-        new, _ = module("logprobs", "policy", seq, temperature)
-        yield self._policy_loss(new, rows, mask, kl_coef, train_policy)
+        new, entropy = module("logprobs", "policy", seq, temperature, with_entropy)
+        yield self._policy_loss(new, entropy, rows, mask, kl_coef, train_policy, row_weights)
         if "value" in self.models.bindings:
             values, _ = module("values", seq)
             yield self._value_loss(values, rows, mask)
 
     def _policy_loss(
-        self, new: Tensor, rows: Experience, mask: Tensor, kl_coef: float, train_policy: bool
+        self,
+        new: Tensor,
+        entropy: Tensor | None,
+        rows: Experience,
+        mask: Tensor,
+        kl_coef: float,
+        train_policy: bool,
+        row_weights: Tensor | None,
     ) -> tuple[Tensor, dict[str, float]]:
         config, width = self.config, new.shape[1]
+        row_weights = None if row_weights is None else row_weights.to(new.device)
         old, ref, advantages = (
             x[:, :width].to(new.device) for x in (rows.old_logprobs, rows.ref_logprobs, rows.advantages)
         )
         weights = None if rows.token_weights is None else rows.token_weights[:, :width].to(new.device)
-        policy, _, stats = losses.policy_loss_sum(new, old, advantages, mask, config.cliprange, weights)
+        policy, _, stats = losses.policy_loss_sum(
+            new,
+            old,
+            advantages,
+            mask,
+            config.cliprange,
+            weights,
+            cliprange_high=config.cliprange_high,
+            dual_clip=config.dual_clip,
+            ratio_level=config.ratio_level,
+            row_weights=row_weights,
+        )
         loss = policy if train_policy else policy * 0.0
         names = ("clip_fraction", "approx_kl", "ratio", "ratio_max", "ratio_max_deviation")
         found = {"policy_loss": float(policy.detach()), **{name: float(stats[name]) for name in names}}
         if config.use_kl_loss:
-            penalty, _ = losses.kl_loss_sum(config.kl_penalty, new, ref, mask, weights)
+            penalty, _ = losses.kl_loss_sum(config.kl_penalty, new, ref, mask, weights, row_weights)
             found["kl_loss"] = float(penalty.detach())
             loss = loss + kl_coef * penalty if kl_coef else loss
+        if entropy is not None:
+            bonus = zero_outside(entropy, mask)
+            bonus = (bonus if row_weights is None else bonus * row_weights[:, None]).sum()
+            loss = loss - config.entropy_coef * (bonus if train_policy else bonus * 0.0)
         return loss, found
 
     def _value_loss(self, values: Tensor, rows: Experience, mask: Tensor) -> tuple[Tensor, dict[str, float]]:

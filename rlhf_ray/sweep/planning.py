@@ -18,15 +18,9 @@ _NO_MEMORY = {
     *("output_dir", "run_name", "seed", "learning_rate", "weight_decay", "warmup_steps", "min_lr_ratio", "max_steps"),
     *("kl_penalty", "kl_coef", "kl_controller", "kl_target", "kl_step_size", "kl_horizon", "target_kl", "cliprange"),
     *("cliprange_value", "vf_coef", "gamma", "lam", "whiten_rewards", "temperature", "num_ppo_epochs", "max_grad_norm"),
-    *(
-        "confirm_held_out",
-        "missing_eos_penalty",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "lr_scheduler_type",
-        "num_train_epochs",
-    ),
+    *("cliprange_high", "dual_clip", "ratio_level", "loss_aggregation", "overlong_buffer", "overlong_penalty"),
+    *("scale_rewards", "filter_groups", "confirm_held_out", "missing_eos_penalty", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "lr_scheduler_type", "num_train_epochs"),
 }
 """Fields that take no memory: trials that differ in these alone are planned once."""
 

@@ -186,6 +186,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(ppo_job: Job, stage: int, m
         {"optim": "adafactor", "kl_penalty": "clamped_kl", "whiten_rewards": True, "reward_clip": 1.0},
         {"optim": "adamw_8bit", "kl_penalty": "none", "bootstrap_truncated": True},
         {"min_response_length": 2, "target_kl": 1e-9, "save_steps": [2], "load_best_model_at_end": True},
+        {"cliprange_high": 0.28, "dual_clip": 3.0, "overlong_buffer": 4, "loss_aggregation": "seq_mean_token_sum"},
+        {
+            "advantage_estimator": "grpo",
+            "num_generations": 4,
+            "ratio_level": "sequence",
+            "loss_aggregation": "seq_mean_token_mean",
+            "filter_groups": True,
+            "entropy_coef": 0.01,
+        },
         {"gradient_checkpointing": True, "dtype": "bfloat16", "lr_scheduler_type": "cosine"},
     ],
     ids=lambda c: "-".join(map(str, c)),
@@ -260,6 +269,27 @@ def test_the_best_step_is_that_of_the_reward_that_watches(ppo_job: Job, tmp_path
     assert "An independent reward was measured" in told and "Held-out gold, not maximised" in told
     alone = run(ppo_job("alone", max_steps=1))
     assert "Nothing independent was measured" in (Path(alone.run_dir) / "report.html").read_text()
+
+
+def test_an_entropy_bonus_keeps_replies_varied(ppo_job: Job) -> None:
+    common: dict[str, Any] = {"learning_rate": 5e-3, "kl_penalty": "none", "max_steps": 6, "eval_on_start": False}
+    ends = []
+    for name, coef in (("without", 0.0), ("with", 1.0)):
+        rows = read_metrics(Path(run(ppo_job(name, entropy_coef=coef, **common)).run_dir) / "metrics.jsonl")
+        ends.append(rows[-1]["policy/entropy"])
+    assert ends[1] > ends[0] + 0.01
+
+
+def test_a_step_without_anything_to_learn_changes_nothing(ppo_job: Job, tmp_path: Path) -> None:
+    """filter_groups, where all replies to every prompt score the same: the KL penalty alone would move the policy."""
+    rule = tmp_path / "same.py"
+    rule.write_text("def score(prompts, completions, **k):\n    return [1.0] * len(completions)\n")
+    changes: dict[str, Any] = {"advantage_estimator": "grpo", "num_generations": 4, "missing_eos_penalty": None}
+    changes |= {"rewards": [{"function": f"{rule}:score"}], "max_steps": 2, "filter_groups": True}
+    done = run(ppo_job("nothing", **changes))
+    rows = read_metrics(Path(done.run_dir) / "metrics.jsonl")
+    assert all(row["advantage/equal_groups"] == 1.0 and row["policy/epochs"] == 0.0 for row in rows[1:])
+    assert not any(bool(t.any()) for k, t in weights(done.run_dir).items() if "lora_B" in k)
 
 
 def test_a_warm_up_that_leaves_no_step_for_the_policy_is_refused(ppo_job: Job) -> None:

@@ -170,6 +170,11 @@ def test_a_bad_override(
             "load_in_4bit: true\nlearner: {zero_stage: 3}",
             "job.yaml:6: learner.zero_stage: 3 cannot cut up a quantised base; expected 0, 1 or 2",
         ),
+        (
+            "filter_groups: true",
+            "job.yaml:5: filter_groups: compares replies to one prompt; expected num_generations of at least 2; got 1",
+        ),
+        ("overlong_buffer: 200", "job.yaml:5: overlong_buffer: 200 is over response_length 128"),
         ("watch: judge", "job.yaml:5: watch: no reward is called 'judge'; expected one of weight 0: none"),
         ("watch: reward", "job.yaml:5: watch: reward reward is maximised; expected one of weight 0: none"),
         ("max_steps: 0", "job.yaml:5: max_steps: expected at least 1, or -1; got 0"),

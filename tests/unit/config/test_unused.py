@@ -36,6 +36,7 @@ UNUSED = [
     ("kl_controller: adaptive\nkl_coef: 0", "kl_controller", "with kl_coef 0, which it multiplies and so never moves"),
     ("kl_controller: adaptive\nkl_penalty: none", "kl_controller", "with kl_penalty none"),
     ("use_kl_loss: true\nkl_penalty: none", "use_kl_loss", "with kl_penalty none"),
+    ("overlong_penalty: 0.5", "overlong_penalty", "without overlong_buffer"),
     ("num_ppo_epochs: 1\nnum_mini_batches: 1\ntarget_kl: 0.1", "target_kl", "one optimizer step per rollout"),
     ("num_ppo_epochs: 1\nnum_mini_batches: 1\nmax_clip_fraction: 0.1", "max_clip_fraction", "every ratio is 1"),
     ("importance_sampling_cap: 3", "importance_sampling_cap", "with max_staleness 0"),

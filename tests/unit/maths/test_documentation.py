@@ -19,6 +19,7 @@ WITH_EXAMPLES = {
     "hexfloat",
     "intervals",
     "kl",
+    "losses",
     "masks",
     "returns",
     "rng",

@@ -131,10 +131,19 @@ def test_bits_do_not_depend_on_whether_a_gradient_is_wanted() -> None:
     assert torch.equal(old, new.detach()) and new.requires_grad
 
 
-def test_entropy_carries_no_gradient() -> None:
+def test_the_gradient_of_the_entropy_is_that_of_the_whole() -> None:
+    """For the entropy bonus; dH/dz_v = -p_v (log p_v + H), in chunks or not."""
     hidden, tokens = _inputs()
-    logprobs, h = chunked_token_logprobs(hidden, Head(4, 11), tokens, 1.0, 4, with_entropy=True)
-    assert logprobs.requires_grad and not h.requires_grad
+    head = Head(4, 11)
+    _, h = chunked_token_logprobs(hidden, head, tokens, 0.7, 4, with_entropy=True)
+    (found,) = torch.autograd.grad(h.sum(), hidden)
+    logits = head(hidden)
+    (expected,) = torch.autograd.grad(entropy(logits, 0.7).sum(), hidden, retain_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    logp = (logits / 0.7).log_softmax(-1)
+    by_hand = -logp.exp() * (logp - (logp.exp() * logp).sum(-1, keepdim=True)) / 0.7
+    (same,) = torch.autograd.grad(logits, hidden, by_hand.detach())
+    torch.testing.assert_close(found, same, rtol=1e-10, atol=1e-12)
 
 
 def test_f17_logits_of_all_positions_never_live_at_once() -> None:

@@ -200,3 +200,78 @@ def test_half_precision_inputs_are_computed_in_float32(batch) -> None:
         got, want = function(half)[0], function(exact)[0]
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+# --- what 2026 adds: each from its definition, worked by hand ---
+
+
+@pytest.mark.parametrize(
+    ("advantage", "rho", "more", "expected"),
+    [
+        (1.0, 1.5, {"cliprange_high": 0.28}, -1.28),  # DAPO: clipped at 1.28, not at 1.2
+        (1.0, 1.25, {"cliprange_high": 0.28}, -1.25),
+        (-1.0, 0.5, {"cliprange_high": 0.28}, 0.8),  # downwards as before
+        (-1.0, 9.0, {"dual_clip": 3.0}, 3.0),  # 9 without a bound
+        (-1.0, 2.0, {"dual_clip": 3.0}, 2.0),
+        (-2.0, 9.0, {"dual_clip": 3.0}, 6.0),
+        (1.0, 9.0, {"dual_clip": 3.0}, -1.2),  # only where the advantage is negative
+    ],
+)
+def test_clip_higher_and_dual_clip(advantage: float, rho: float, more: dict[str, float], expected: float) -> None:
+    b = _one_token([advantage, rho])
+    b["new_logprobs"].requires_grad_()
+    total, _, _ = _policy(b, **more)
+    assert total.item() == pytest.approx(expected)
+    total.backward()
+    moves = expected == pytest.approx(-advantage * rho)  # the ratio itself, not a bound of it
+    assert (b["new_logprobs"].grad.item() != 0) is moves
+
+
+def test_the_ratio_of_a_reply_is_the_geometric_mean_of_its_tokens(reply_mask) -> None:
+    """Log-ratios 0.3 and -0.1: s = e^0.1 for both tokens, whatever stands in padding. A token's gradient of s A is s A / |y|."""
+    new = torch.tensor([[0.3, -0.1, 7.0], [0.0, 0.0, 0.2]], requires_grad=True)
+    mask, advantages = reply_mask([2, 3], 3), torch.tensor([[2.0, 2.0, 0.0], [-1.0, -1.0, -1.0]])
+    total, _, stats = losses.policy_loss_sum(new, torch.zeros(2, 3), advantages, mask, 0.2, ratio_level="sequence")
+    first, second = math.exp(0.1), math.exp(0.2 / 3)
+    assert total.item() == pytest.approx(-4 * first + 3 * second, rel=1e-6)
+    total.backward()
+    expected = torch.tensor([[-2 * first, -2 * first, 0.0], [second, second, second]])
+    torch.testing.assert_close(new.grad, expected)
+    assert stats["ratio"].item() == pytest.approx(2 * first + 3 * second, rel=1e-6)
+    assert stats["approx_kl"].item() == pytest.approx(sum(math.expm1(d) - d for d in (0.3, -0.1, 0.2)), rel=1e-5), (
+        "of the tokens"
+    )
+    with pytest.raises(ValueError, match="ratio_level: expected token or sequence, got 'reply'"):
+        losses.policy_loss_sum(new, torch.zeros(2, 3), advantages, mask, 0.2, ratio_level="reply")
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token_mean", (4 * 1.0 + 1 * 3.0) / 5),
+        ("seq_mean_token_sum", (4 * 1.0 + 3.0) / 2),
+        ("seq_mean_token_mean", (1.0 + 3.0) / 2),
+    ],
+)
+def test_losses_of_a_step_are_aggregated_as_their_names_say(aggregation: str, expected: float, reply_mask) -> None:
+    """Four tokens of loss 1 and one of loss 3: advantages -1 and -3 at a ratio of 1. In one batch or two, the same."""
+    mask, lengths = reply_mask([4, 1], 4), torch.tensor([4, 1])
+    advantages = torch.tensor([[-1.0] * 4, [-3.0, 0.0, 0.0, 0.0]])
+    weights, zero = losses.aggregation_weights(aggregation, lengths), torch.zeros(2, 4)
+    whole = losses.policy_loss_sum(zero, zero, advantages, mask, 0.2, row_weights=weights)[0] / 5
+    assert whole.item() == pytest.approx(expected)
+    parts = [
+        losses.policy_loss_sum(
+            zero[i], zero[i], advantages[i], mask[i], 0.2, row_weights=None if weights is None else weights[i]
+        )[0]
+        for i in (slice(0, 1), slice(1, 2))
+    ]
+    assert sum(parts).item() / 5 == pytest.approx(expected)
+    penalty = losses.kl_loss_sum("squared_error", zero + 1.0, zero, mask, row_weights=weights)[0] / 5
+    sums = {"token_mean": 0.5, "seq_mean_token_sum": (2.0 + 0.5) / 2, "seq_mean_token_mean": 0.5}
+    assert penalty.item() == pytest.approx(sums[aggregation])
+
+
+def test_an_unknown_aggregation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss_aggregation: expected token_mean, .*, got 'mean'"):
+        losses.aggregation_weights("mean", torch.tensor([1]))

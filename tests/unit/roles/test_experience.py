@@ -12,7 +12,7 @@ import torch
 from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.maths.stats import RunningMoments
-from rlhf_ray.roles.experience import Evaluation, final_scores, make_experience
+from rlhf_ray.roles.experience import Evaluation, final_scores, informative_rows, make_experience
 
 MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
 
@@ -125,6 +125,26 @@ def test_equal_scores_leave_grpo_the_penalty_at_its_own_size(scale: str) -> None
     """Row 0 is 0.2 nats from the reference, row 1 none: 0.05 x (0.1, -0.1) whatever the scaling. It was (0.70, -0.70)."""
     experience, _ = group_of_two(3.0, advantage_estimator="grpo", scale_rewards=scale, kl_coef=0.05)
     assert torch.allclose(experience.advantages[:, 0], torch.tensor([-0.005, 0.005]), atol=1e-7)
+
+
+def test_a_reply_near_the_limit_is_charged_in_proportion() -> None:
+    """Lengths 3 and 2 of at most 4, a buffer of 2: (3 - 2) / 2 and 0 of the penalty."""
+    made = config(overlong_buffer=2, overlong_penalty=0.4, response_length=4)
+    assert final_scores(parts()[1], capped(True, True), made, RunningMoments()).tolist() == pytest.approx([0.8, 2.0])
+
+
+def test_groups_that_say_nothing_are_found_before_the_update() -> None:
+    """By the reward with its penalties; the metric is there whether or not they are left out."""
+    _, metrics = group_of_two(3.0, advantage_estimator="rloo")
+    assert metrics["advantage/equal_groups"] == 1.0
+    rollout, scores, _ = parts()
+    made = {"advantage_estimator": "rloo", "num_generations": 2, "filter_groups": True}
+    assert informative_rows(scores, rollout, config()) is None
+    assert informative_rows(scores, rollout, config(**made)).tolist() == [True, True]  # type: ignore[union-attr]
+    equal = Scores(torch.ones(2), torch.zeros(2, 4), torch.arange(2))
+    assert informative_rows(equal, rollout, config(**made)).tolist() == [False, False]  # type: ignore[union-attr]
+    charged = config(**made, missing_eos_penalty=1.0, response_length=2)
+    assert informative_rows(equal, rollout, charged).tolist() == [True, True]  # type: ignore[union-attr]
 
 
 def test_group_advantages_are_whitened_where_the_job_says_so() -> None:

@@ -14,11 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every process that a test starts; this one: `_one_thread`
 os.environ.setdefault("RAY_worker_niceness", "0")  # as on a Ray that a job starts itself
 
-# Tests that run at the same time have cores of their own, and so has all that they start: two jobs with a thread for every core of
-# the machine mostly wait for each other's threads.
-if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None and hasattr(os, "sched_setaffinity"):
-    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.sched_setaffinity(0, set(cores[int(worker.removeprefix("gw")) % len(cores) :: workers]) or set(cores))
+# Threads of OpenMP sleep while they wait: two jobs at a time, each with a thread for every core, mostly spin for each other else.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In the background of a shell that has no job control, Ctrl-C is ignored, also by every command that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

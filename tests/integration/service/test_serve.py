@@ -209,22 +209,20 @@ def test_a_minute_at_ten_times_the_capacity(service: Service, note: Any) -> None
 
 
 def test_prometheus_finds_the_metrics(service: Service) -> None:
+    wanted = {"completion_tokens", "replies", "time_to_first_token_seconds", "rows_running", "live_version", "refused"}
+    missing: set[str] = set()
+
     def exported() -> bool:
         with urllib.request.urlopen(service.metrics_url, timeout=10) as page:
             text = page.read().decode()
-        return all(
-            f"ray_rlhf_ray_{name}" in text
-            for name in (
-                "completion_tokens",
-                "replies",
-                "time_to_first_token_seconds",
-                "rows_running",
-                "live_version",
-                "refused",
-            )
-        )
+        missing.clear()
+        missing.update(name for name in wanted if f"ray_rlhf_ray_{name}" not in text)
+        return not missing
 
-    service.wait(exported, 90)
+    try:
+        service.wait(exported, 90)
+    except AssertionError:
+        pytest.fail(f"not exported: {sorted(missing)}")
 
 
 @pytest.mark.fault

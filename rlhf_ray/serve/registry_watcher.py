@@ -82,8 +82,13 @@ class RegistryWatcher:
         self.model_index.checkpoints[version.id] = checkpoint
         self.model_index.refused.pop(version.id, None)
         self.model_index.live[version.name] = version.id
-        self.metrics.set("live_version", version.number, adapter=version.name)
+        self.export_gauges()
         log.info("serving %s as %s, sha256 %s", version.id, version.name, checkpoint.sha256)
+
+    def export_gauges(self) -> None:
+        """Again and again: Ray drops a gauge that is set once."""
+        for name, live in self.model_index.live.items():
+            self.metrics.set("live_version", self.model_index.versions[live].number, adapter=name)
 
     async def _load(self, version: ModelVersion) -> ModelCheckpoint:
         """Checked and loaded; where every adapter in memory is in use, only checked: the first request for it loads it."""

@@ -158,6 +158,7 @@ class Replica:
         self.metrics.set("rows_running", self.engine.running)
         self.metrics.set("adapters_loaded", len(self.adapter_cache.keys()))
         self.metrics.set("decode_steps", self.engine.steps)
+        self.watcher.export_gauges()
 
     # ---- from a request to generations -----------------------------------------------------------------------------------
 

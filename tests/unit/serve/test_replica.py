@@ -30,6 +30,7 @@ from rlhf_ray.rewards.sources import ModelReward
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest, DecodeResult
 from rlhf_ray.serve.generation import GenerationRequest
+from rlhf_ray.serve.metrics import NoMetrics
 from rlhf_ray.serve.replica import Replica
 
 from .conftest import load_tiny
@@ -115,6 +116,30 @@ def test_adapters_in_one_batch_respond_as_each_does_alone_under_its_own_template
     )  # the second sample is another
     assert together["start"]["choices"] == ["base", "one", "two"]
     assert together["start"]["adapters"]["one"]["sha256"] == read_adapter(one / "adapter").sha256
+
+
+def test_live_versions_are_exported_again_and_again(
+    job: Callable[..., ServeConfig], tiny_run: Callable[..., Path], base_dir: Path, tmp_path: Path
+) -> None:
+    """Ray drops a gauge that is set once, when its adapter goes live: a minute later Prometheus found no live_version."""
+
+    class Recorded(NoMetrics):
+        def __init__(self) -> None:
+            self.gauges: dict[tuple[str, str], float] = {}
+
+        def set(self, name: str, value: float, **tags: str) -> None:
+            self.gauges[name, tags.get("adapter", "")] = value
+
+    one = tiny_run(tmp_path / "one", base_dir, seed=1)
+
+    async def body(replica: Replica) -> Any:
+        later = Recorded()
+        replica.metrics = replica.watcher.metrics = later
+        replica.export_gauges()
+        return later.gauges
+
+    found = run(job(adapters={"one": str(one)}), body)
+    assert found["live_version", "one"] == 0 and ("rows_running", "") in found, "a run of the job file has no number"
 
 
 def test_reward_and_kl_are_those_of_training(

@@ -219,6 +219,9 @@ class RewardConfig(_SupervisedFields):
     learning_rate: Positive = field(1e-4, "peak learning rate")
     sft: Path | None = field(None, "SFT run or adapter that the reward adapter starts from")
     init_from: Literal["sft", "base"] = field("sft", "start as a copy of the SFT adapter, or fresh on the base")
+    center_rewards_coefficient: NotNegative = field(
+        0.0, "weight of a loss that keeps scores near 0 (arXiv:2312.09244: 0.01; TRL's name)"
+    )
     add_eos_token: bool = field(True, "score replies with the token that ends them (see sft), as PPO does")
 
     @model_validator(mode="after")

@@ -67,9 +67,11 @@ def collate_sft(examples: Sequence[TokenisedRow], pad_id: int) -> dict[str, Tens
 
 
 def collate_pairs(examples: Sequence[TokenisedPair], pad_id: int) -> dict[str, Tensor]:
-    """input_ids, attention_mask: i64[2B, T], right padded; rows 0 to B-1 are chosen, row B+i is the rejected one of row i."""
+    """input_ids, attention_mask: i64[2B, T], right padded; rows 0 to B-1 are chosen, row B+i is the rejected one of row i.
+    margin: f32[B]."""
     ids, real = pad_right([e.chosen_ids for e in examples] + [e.rejected_ids for e in examples], pad_id)
-    return {"input_ids": ids, "attention_mask": real.long()}
+    margins = torch.tensor([e.margin for e in examples], dtype=torch.float32)
+    return {"input_ids": ids, "attention_mask": real.long(), "margin": margins}
 
 
 def prompt_batch(

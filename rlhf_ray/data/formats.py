@@ -21,6 +21,7 @@ Every format gives prompts; a pair also gives its better reply as a completion. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -54,6 +55,7 @@ class Parsed(NamedTuple):
     chosen: str | None = None
     rejected: str | None = None
     is_conversation: bool = False
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Format:
             return Parsed(prompt, completion=self._completion(row), is_conversation=self.is_conversation(row))
         if kind == "preference":
             chosen, rejected = self._pair(row)
-            return Parsed(prompt, chosen=chosen, rejected=rejected)
+            return Parsed(prompt, chosen=chosen, rejected=rejected, margin=_margin(row))
         return Parsed(prompt)
 
     def _completion(self, row: Fields) -> str:
@@ -130,6 +132,16 @@ _SKIP = "data.on_bad_row: skip leaves such rows out and counts them"
 def detect(row: Fields, kind: RowKind) -> Format | None:
     """The first format, in the order of FORMATS, that the row has all fields of and that gives this kind."""
     return next((f for f in FORMATS.values() if f.gives(kind) and f.matches(row, kind)), None)
+
+
+def _margin(row: Fields) -> float | None:
+    """By how much the better reply is better, where the data say so (arXiv:2307.09288)."""
+    value = row.get("margin")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadRow(f"'margin' is {type_name(value)}, not a finite number", repr(value)[:80])
+    return float(value)
 
 
 # Prompts

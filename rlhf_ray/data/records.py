@@ -33,6 +33,7 @@ class Row:
 
     completion is set for SFT, chosen and rejected for preferences. A bare text (format `text`) has an empty prompt.
     is_conversation: the assistant's turns in the prompt are answers as well, for SFT to learn.
+    margin: by how much chosen is better, if the data say so.
     """
 
     where: str
@@ -42,6 +43,7 @@ class Row:
     completion: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     is_conversation: bool = False
+    margin: float | None = None
 
     @property
     def key(self) -> Prompt:
@@ -137,7 +139,7 @@ def _read_file(name: str, config: DataConfig, kind: RowKind) -> _FileRows:
                 raise row
             parsed = chosen.parse(row, kind)
             answers = parsed.chosen, parsed.rejected, parsed.completion
-            file.rows.append(Row(where, parsed.prompt, *answers, row, parsed.is_conversation))
+            file.rows.append(Row(where, parsed.prompt, *answers, row, parsed.is_conversation, parsed.margin))
         except Dropped as drop:
             file.dropped.add(drop.reason, where)
         except BadRow as bad:

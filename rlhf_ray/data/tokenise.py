@@ -38,12 +38,13 @@ class TokenisedRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenisedPair:
-    """Both sequences start with the same `prompt_length` prompt tokens."""
+    """Both sequences start with the same `prompt_length` prompt tokens.   margin: by how much chosen is better, 0 if not known."""
 
     chosen_ids: list[int]
     rejected_ids: list[int]
     prompt_length: int
     where: str
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def tokenise_pairs(
             reason = "identical after truncation" if len(longer) > max_length else "identical token ids"
             out.dropped.add(reason, row.where)
         else:
-            out.examples.append(TokenisedPair(first, second, len(prompt), row.where))
+            out.examples.append(TokenisedPair(first, second, len(prompt), row.where, row.margin or 0.0))
             rule.count_cut(row.where, longer, out)
     DataError.raise_all(rule.problems)
     return out

@@ -111,7 +111,7 @@ def _node(node: Node) -> Iterator[CheckResult]:
     cards = node["gpus"]
     models = ", ".join(f"{card['name']} {gib(card['bytes'])} (driver {card['driver']})" for card in cards) or "no GPU"
     if declared and len(cards) < declared:
-        told = f"Ray is told of {declared:g} GPUs, nvidia-smi shows {len(cards)}"
+        told = f"Ray has {declared:g} GPUs declared, nvidia-smi shows {len(cards)}"
         yield CheckResult(
             ABOUT, f"{name} GPU", "warn", told, "real GPUs need the driver, and in a container its runtime"
         )

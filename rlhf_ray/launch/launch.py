@@ -92,8 +92,8 @@ def _with_the_way_on(config: JobFields) -> Iterator[None]:
         if error.errno not in DISK_FULL | DISK_FAILS:
             raise
         free = shutil.disk_usage(Path(config.output_dir).absolute().parent).free
-        mend = "free some space" if error.errno in DISK_FULL else "fix the disk"
-        fix = f"{mend}, then: {resume}"
+        remedy = "free some space" if error.errno in DISK_FULL else "fix the disk"
+        fix = f"{remedy}, then: {resume}"
         where = str(error.filename or config.output_dir)
         raise Interrupted.at(where, f"cannot be written: {error.strerror}", "", f"{free:,} bytes free", fix) from error
 

@@ -180,6 +180,17 @@ def pairwise_reward_loss_sum(chosen: Tensor, rejected: Tensor, margin: Tensor | 
     return -F.logsigmoid(gap).sum(), torch.tensor(gap.numel(), device=gap.device)
 
 
+def centring_loss_sum(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i (s_chosen,i + s_rejected,i)^2: keeps the scores of a reward model near 0, which pairs alone leave free
+
+    (arXiv:2312.09244, appendix B; TRL's center_rewards_coefficient). chosen, rejected: f32[N].   Returns sum, count of pairs.
+    """
+    if chosen.shape != rejected.shape:
+        raise ValueError(f"rejected: expected the shape of chosen {tuple(chosen.shape)}, got {tuple(rejected.shape)}")
+    total = full_precision(chosen) + full_precision(rejected)
+    return total.square().sum(), torch.tensor(total.numel(), device=total.device)
+
+
 def truncated_importance_weights(
     old_logprobs: Tensor, behaviour_logprobs: Tensor, response_mask: Tensor, cap: float
 ) -> Tensor:

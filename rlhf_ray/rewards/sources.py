@@ -24,7 +24,7 @@ from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts, broken_as_inf
 from rlhf_ray.runtime.session import global_generators
 from rlhf_ray.storage.run_folder import sha256_file
 
-MEND = "fix the function"
+FIX = "fix the function"
 PAUSES_S = (0.5, 2.0)
 """Before a reward function that raised is asked again: a service behind it may be back."""
 
@@ -103,7 +103,7 @@ class FunctionReward(Reward):
             except Exception as error:
                 if pause is None:
                     what = f"raised {type(error).__name__} {len(PAUSES_S) + 1} times: {error}"
-                    raise Interrupted.at(where, what, fix=MEND) from error
+                    raise Interrupted.at(where, what, fix=FIX) from error
                 time.sleep(pause)
 
     def _accepted(self, offered: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def checked_rewards(got: Any, rows: int, where: str) -> Tensor:
         raise _no_numbers(where, type(got).__name__) from error
     values = [_reward(value, row, where) for row, value in enumerate(answers)]
     if len(values) != rows:
-        raise Interrupted.at(where, "returned the wrong number of rewards", str(rows), str(len(values)), MEND)
+        raise Interrupted.at(where, "returned the wrong number of rewards", str(rows), str(len(values)), FIX)
     return torch.tensor(values, dtype=torch.float32)
 
 
@@ -151,7 +151,7 @@ def _reward(value: Any, row: int, where: str) -> float:
 
 
 def _no_numbers(where: str, got: str) -> Interrupted:
-    return Interrupted.at(where, "did not return a list of numbers", "list[float]", got, MEND)
+    return Interrupted.at(where, "did not return a list of numbers", "list[float]", got, FIX)
 
 
 def none_broken(values: Tensor, where: str) -> Tensor:

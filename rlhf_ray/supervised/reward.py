@@ -1,7 +1,9 @@
 """Reward modelling: a LoRA adapter with a scalar head that scores the chosen reply of a pair above the rejected one.
 
-Loss: -log sigmoid(score of chosen - score of rejected) (Bradley-Terry). Both replies stand behind the same prompt tokens and end in
-the end of turn (add_eos_token), and the score is read after the last real token: what PPO scores is what is trained here.
+Loss: -log sigmoid(score of chosen - score of rejected - margin) (Bradley-Terry; the margin is 0 where the data have none), plus
+center_rewards_coefficient x (score of chosen + score of rejected)^2. Held-out figures are those of the scores alone. Both replies
+stand behind the same prompt tokens and end in the end of turn (add_eos_token), and the score is read after the last real token:
+what PPO scores is what is trained here.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.launch.launch import launch
-from rlhf_ray.maths.losses import pairwise_reward_loss_sum
+from rlhf_ray.maths.losses import centring_loss_sum, pairwise_reward_loss_sum
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
@@ -116,7 +118,9 @@ class RewardTask(Task):
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
         scores = model(batch["input_ids"], batch["attention_mask"])
         chosen, rejected = (half[batch["counts"]] for half in scores.chunk(2))
-        loss, _ = pairwise_reward_loss_sum(chosen, rejected)
+        loss, _ = pairwise_reward_loss_sum(chosen, rejected, batch["margin"][batch["counts"]])
+        if self.config.center_rewards_coefficient:
+            loss = loss + self.config.center_rewards_coefficient * centring_loss_sum(chosen, rejected)[0]
         margin = (chosen - rejected).detach()
         return loss, {"won": (margin.sign() + 1).sum() / 2, "margin": margin.sum()}
 

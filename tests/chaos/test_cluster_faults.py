@@ -171,7 +171,7 @@ def test_the_node_of_the_learner_is_drained(
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait(120) == 75, child.text
     held = f"resuming from step {step} " in child.text
-    note(12, held, "a checkpoint {} s after the notice; goes on from it on another node", took)
+    note(12, held, "a checkpoint {} s after the notice; resumes from it on another node", took)
 
 
 def test_two_percent_of_remote_calls_fail(world: Any, untouched: Path, note: Any, same: Any) -> None:

@@ -367,4 +367,4 @@ def test_a_pipeline_goes_on_inside_the_stage_that_was_stopped(
             assert code == 0, child.text
         runs[name] = world.run(folder)
     held = all(same(runs["plain"] / part, runs["killed"] / part) for part in ("sft", "reward", "ppo"))
-    note(11, held, "a pipeline inside a stage: exit 75, goes on there, same weights and metrics")
+    note(11, held, "a pipeline inside a stage: exit 75, resumes there, same weights and metrics")

@@ -75,7 +75,7 @@ def sft_run(tiny_llama: Callable[..., Path], tmp_path: Path, write_jsonl: Write,
         output_dir=str(tmp_path / "sft"),
         model_name_or_path=str(tiny_llama()),
         template="none",
-        data={"train": write_jsonl("sft.jsonl", rows), "held_out_fraction": 0.0},
+        data={"train": write_jsonl("sft.jsonl", rows), "held_out_fraction": 0.3},
         learner={"num_workers": 0, "num_threads": 1},
         lora={"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
         max_length=64,
@@ -95,6 +95,30 @@ def manifest_of(run: Run) -> dict[str, Any]:
 
 def weights_of(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.adapter_dir / "adapter_model.safetensors")
+
+
+def test_margins_of_the_data_widen_the_gap_and_centring_moves_the_scores_to_0(
+    make_config: Callable[..., RewardConfig], write_jsonl: Write, console: Any, tmp_path: Path
+) -> None:
+    wide = write_jsonl("wide.jsonl", [{**row, "margin": 3.0} for row in pairs(120)])
+    common: dict[str, Any] = {"max_steps": 12, "eval_steps": 12, "learning_rate": 2e-2}
+    runs = {
+        "plain": make_config(output_dir=str(tmp_path / "plain"), **common),
+        "wide": make_config(output_dir=str(tmp_path / "wide"), data={"train": wide}, **common),
+        "centred": make_config(output_dir=str(tmp_path / "centred"), center_rewards_coefficient=1.0, **common),
+    }
+    done = {name: reward(config, console) for name, config in runs.items()}
+    assert done["wide"].metrics["eval/margin"] > done["plain"].metrics["eval/margin"] + 0.5
+    means = {name: abs(manifest_of(run)["reward"]["held_out_scores"]["mean"]) for name, run in done.items()}
+    assert means["centred"] < means["plain"]
+
+
+def test_a_margin_that_is_no_number_is_a_row_fault(
+    make_config: Callable[..., RewardConfig], write_jsonl: Write, console: Any
+) -> None:
+    bad = write_jsonl("bad.jsonl", [{**row, "margin": "much"} for row in pairs(40)])
+    with pytest.raises(DataError, match=r"bad.jsonl:1: 'margin' is string, not a finite number"):
+        reward(make_config(data={"train": bad}), console)
 
 
 def test_it_starts_from_the_sft_adapter_and_says_so(

@@ -74,7 +74,7 @@ def test_the_script_of_local_nodes(chain: Path, tmp_path: Path) -> None:
         gpus = [f for (_, name), f in found.items() if name.endswith(" GPU")]
         assert code == 0 and len(gpus) >= 1, [f for f in found.values() if f["status"] == "fail"]
         assert (
-            all("Ray is told of 1 GPUs, nvidia-smi shows 0" in f["said"] for f in gpus)
+            all("Ray has 1 GPUs declared, nvidia-smi shows 0" in f["said"] for f in gpus)
             or "1 GPU for Ray" in gpus[0]["said"]
         )
     finally:

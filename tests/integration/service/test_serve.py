@@ -303,7 +303,7 @@ def test_a_damaged_adapter_is_promoted(service: Service, note: Any) -> None:
         assert load.responses[live.id] >= before + 20 and not load.responses[third.id]
     assert f"refused {third.id}: " in service.log.read_text()
     registry.rollback("helper", f"v{live.version}")
-    note(26, load.failed == [], "refused with the reason, no request failed, the old one goes on")
+    note(26, load.failed == [], "refused with the reason, no request failed, the old one stays")
 
 
 def test_ctrl_c_lets_requests_that_run_finish(service: Service) -> None:

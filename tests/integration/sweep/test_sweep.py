@@ -96,7 +96,7 @@ def test_a_killed_trial_goes_on_and_a_failing_one_hurts_no_other(
     died = sweep(sweep_job("died", space={"kl_coef": [0.01, 0.1]}), console)
     assert not (tmp_path / "die").exists(), "nobody died"
     done = [row["status"] for row in table(died)]
-    note(23, done == ["done", "done"], "a killed trial goes on, others finish")
+    note(23, done == ["done", "done"], "a killed trial resumes, others finish")
     # num_mini_batches 3 does not divide 8 rows, and is refused beforehand; a function that is not a number fails in the trial
     bad = f"{tmp_path / 'bad_reward.py'}:score"
     (tmp_path / "bad_reward.py").write_text(

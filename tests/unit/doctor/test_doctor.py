@@ -119,7 +119,7 @@ def test_versions_stand_side_by_side_and_differences_of_ray_and_python_fail() ->
 def test_declared_gpus_are_told_from_real_ones() -> None:
     assert named(there._node(node()), "node 10.0.0.2 GPU").status == "ok"
     found = named(there._node(node(gpus=[])), "node 10.0.0.2 GPU")
-    assert (found.status, found.said) == ("warn", "Ray is told of 2 GPUs, nvidia-smi shows 0")
+    assert (found.status, found.said) == ("warn", "Ray has 2 GPUs declared, nvidia-smi shows 0")
     assert "node 10.0.0.2 user" not in {f.name for f in there._node(node())}
     assert named(there._node(node(user=0)), "node 10.0.0.2 user").status == "warn"
 

@@ -275,3 +275,14 @@ def test_losses_of_a_step_are_aggregated_as_their_names_say(aggregation: str, ex
 def test_an_unknown_aggregation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loss_aggregation: expected token_mean, .*, got 'mean'"):
         losses.aggregation_weights("mean", torch.tensor([1]))
+
+
+def test_centring_by_hand_and_its_pull() -> None:
+    """(1 + 0.5)^2 + (-2 + 1)^2; the gradient of a pair is the same for both scores, so it moves their mean and not their gap."""
+    chosen, rejected = torch.tensor([1.0, -2.0], requires_grad=True), torch.tensor([0.5, 1.0], requires_grad=True)
+    total, count = losses.centring_loss_sum(chosen, rejected)
+    assert (total.item(), count.item()) == (3.25, 2)
+    total.backward()
+    assert chosen.grad.tolist() == rejected.grad.tolist() == [3.0, -2.0]
+    with pytest.raises(ValueError, match="rejected: expected the shape of chosen"):
+        losses.centring_loss_sum(chosen, rejected[:1])

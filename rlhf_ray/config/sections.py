@@ -217,6 +217,11 @@ class RewardSource(Section):
     weight: Float = field(
         1.0, "factor in the sum of rewards; 0: measured only, it can neither stop training nor cost a reply its place"
     )
+    normalize: bool = field(
+        False,
+        "subtract the mean and divide by the standard deviation of the reward run's held-out scores, before the weight: so rewards"
+        " of different scale weigh what their weights say",
+    )
     template: str | None = field(
         None, "prompt template of a reward model with another tokenizer; default: the one it records, else the job's"
     )
@@ -227,6 +232,8 @@ class RewardSource(Section):
             raise ValueError(f"name: {self.name} is a metric of its own; choose another name for the reward")
         if sum(x is not None for x in (self.run, self.model, self.function)) != 1:
             raise ValueError("a reward needs exactly one of run, model, function")
+        if self.normalize and self.run is None:
+            raise ValueError("normalize: needs a reward run, which records its held-out scores; drop it")
         return self
 
 

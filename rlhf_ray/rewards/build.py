@@ -9,7 +9,7 @@ import torch
 
 from rlhf_ray.config import RewardSource
 from rlhf_ray.data.templates import Template, load_template
-from rlhf_ray.errors import ArtifactError
+from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.lineage import (
     check_lineage,
@@ -27,7 +27,7 @@ from rlhf_ray.models.zero3 import MaxOverRanks
 from rlhf_ray.rewards.protocol import Reward
 from rlhf_ray.rewards.retokenised import Reader, RetokenisedReward
 from rlhf_ray.rewards.scoring_model import reader_of
-from rlhf_ray.rewards.sources import FunctionReward, ModelReward
+from rlhf_ray.rewards.sources import FunctionReward, ModelReward, NormalisedReward
 
 Maker = Callable[[Any, int, torch.device, MaxOverRanks], Reward]
 """(models, rows per forward, device, max_over_ranks) -> the reward."""
@@ -73,7 +73,8 @@ class RewardBuilder:
             same_tokenizer=not foreign,
         )
         self.parents.append(parent_of(source, label).manifest())
-        self.lines.append(header_line("reward", f"{reward.name}: {source.describe()}"))
+        spread = _spread(reward, source)
+        self.lines.append(header_line("reward", f"{reward.name}: {source.describe()}{_scale_line(reward, spread)}"))
         if load:
             self.assembly.add_reward(role, source)
         ends = self.assembly.base.stop_ids(self.template)
@@ -88,7 +89,7 @@ class RewardBuilder:
                 " train it again, or set stop_token_ids"
             )
         if foreign:
-            return self._retokenised(reward, source, role, load)
+            return _normalised(reward, spread, self._retokenised(reward, source, role, load))
         if reward.template is not None:
             raise ArtifactError.at(
                 f"rewards.{reward.name}.template",
@@ -96,8 +97,12 @@ class RewardBuilder:
                 "a template only where the reward model has another tokenizer",
                 fix="drop it",
             )
-        return lambda models, rows, device, agree: ModelReward(
-            reward.name, reward.weight, models, role, rows, device, agree
+        return _normalised(
+            reward,
+            spread,
+            lambda models, rows, device, agree: ModelReward(
+                reward.name, reward.weight, models, role, rows, device, agree
+            ),
         )
 
     def _retokenised(self, reward: RewardSource, source: ModelSpec, role: str, load: bool) -> Maker:
@@ -134,3 +139,31 @@ class RewardBuilder:
         return (
             tokenizer_sha256(tokenizer_of(resolve_source(source.path))) != self.assembly.base.identity.tokenizer_sha256
         )
+
+
+def _spread(reward: RewardSource, source: ModelSpec) -> dict[str, float]:
+    """mean and std of a reward run's held-out scores; empty where it recorded none. ConfigError if they are needed."""
+    found = recorded_reward(source).get("held_out_scores") or {}
+    if reward.normalize and not found.get("std"):
+        raise ConfigError.at(
+            f"rewards.{reward.name}.normalize",
+            "the reward run recorded no held-out scores to go by",
+            "a reward run that held pairs out",
+            fix="drop it, or train the reward model with data.held_out_fraction",
+        )
+    return dict(found)
+
+
+def _scale_line(reward: RewardSource, spread: dict[str, float]) -> str:
+    """What a reward's scores were like on held-out pairs, and what is made of them."""
+    weight = "" if reward.weight == 1 else f", weight {reward.weight:g}"
+    if not spread:
+        return weight
+    scores = f"; held-out scores {spread['mean']:.3g}, standard deviation {spread['std']:.3g}"
+    return f"{scores}, normalised to 0 and 1{weight}" if reward.normalize else f"{scores}{weight}"
+
+
+def _normalised(reward: RewardSource, spread: dict[str, float], make: Maker) -> Maker:
+    if not reward.normalize:
+        return make
+    return lambda *where: NormalisedReward(make(*where), spread["mean"], spread["std"])

@@ -66,6 +66,23 @@ class ModelReward(Reward):
             self.models("rewards", self.role, padding_batch(self.device))
 
 
+class NormalisedReward(Reward):
+    """Another reward, (score - mean) / std by the held-out scores of its training."""
+
+    def __init__(self, reward: Reward, mean: float, std: float) -> None:
+        self.reward, self.mean, self.std = reward, mean, std
+        self.name, self.weight = reward.name, reward.weight
+
+    def score(self, inputs: RewardInputs) -> Tensor:
+        return (self.reward.score(inputs) - self.mean) / self.std
+
+    def join(self) -> None:
+        self.reward.join()
+
+    def drift(self, inputs: RewardInputs) -> Tensor | None:
+        return self.reward.drift(inputs)
+
+
 class FunctionReward(Reward):
     """A Python function with TRL's signature score(prompts, completions, **columns) -> list[float].
 

@@ -13,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every process that a test starts; this one: `_one_thread`
 os.environ.setdefault("RAY_worker_niceness", "0")  # as on a Ray that a job starts itself
+# Of every Ray: its store is address space of each process that joined it, and one that has more of it than there is memory cannot
+# fork.
+os.environ.setdefault("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", str(10**9))
 
 # Threads of OpenMP sleep while they wait: two jobs at a time, each with a thread for every core, mostly spin for each other else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

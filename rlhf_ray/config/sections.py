@@ -176,7 +176,7 @@ class SamplingConfig(Section):
 
     @model_validator(mode="after")
     def _greedy_has_no_knobs(self) -> SamplingConfig:
-        if not self.do_sample and (self.temperature or 1.0, self.top_p, self.top_k) != (1.0, 1.0, 0):
+        if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
             raise ValueError("temperature, top_p and top_k have no effect with do_sample: false; drop them or sample")
         return self
 
@@ -184,17 +184,6 @@ class SamplingConfig(Section):
     def estimates_kl(self) -> bool:
         """Whether replies are drawn from the whole distribution, without which a mean of k1 over them estimates no KL."""
         return self.do_sample and self.top_p == 1 and self.top_k == 0
-
-
-class EvalSamplingConfig(SamplingConfig):
-    """How replies to held-out prompts are decoded during PPO."""
-
-    temperature: Positive | None = field(None, "divides the logits; default: the temperature of the rollouts")  # type: ignore[assignment]
-
-    def at(self, rollouts: float) -> SamplingConfig:
-        """With the default filled in."""
-        values = self.model_dump()
-        return SamplingConfig(**{**values, "temperature": self.temperature or (rollouts if self.do_sample else 1.0)})
 
 
 RESERVED_REWARDS = ("mean", "std", "min", "max", "score", "shaped")

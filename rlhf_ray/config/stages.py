@@ -19,7 +19,6 @@ from rlhf_ray.config.sections import (
     RUN_NAME,
     Count,
     DataConfig,
-    EvalSamplingConfig,
     Float,
     Ints,
     LearnerConfig,
@@ -354,8 +353,8 @@ class PPOConfig(JobFields, OptimFields):
     cliprange_value: Positive | None = field(0.2, "value clip around the old value; null: off")
     vf_coef: NotNegative = field(0.1, "weight of the value loss")
     whiten_rewards: bool = field(False, "scale shaped rewards to unit variance, mean kept")
-    whiten_advantages: bool | None = field(
-        None, "normalise advantages over the whole step; default: with gae (TRL: PPO whitens, RLOO and GRPO do not)"
+    whiten_advantages: bool = field(
+        True, "normalise advantages over the whole step; default with rloo and grpo: false, as in TRL"
     )
     scale_rewards: Literal["group", "batch", "none"] = field(
         "group",
@@ -391,7 +390,9 @@ class PPOConfig(JobFields, OptimFields):
         None, "evaluate on held-out prompts every this many steps; default: ten times in a run"
     )
     eval_on_start: bool = field(True, "evaluate before the first update")
-    eval_sampling: EvalSamplingConfig = field(EvalSamplingConfig(), "decoding in evaluations")
+    eval_sampling: SamplingConfig = field(
+        SamplingConfig(), "decoding in evaluations; its temperature is by default that of the rollouts"
+    )
     confirm_held_out: bool = field(
         False,
         "report half of the held-out prompts (by hash) as eval/confirm/*, apart from eval/*: what was chosen by eval/reward (a"
@@ -403,6 +404,24 @@ class PPOConfig(JobFields, OptimFields):
     )
     load_best_model_at_end: bool = field(False, "result = the checkpoint with the best held-out reward, not the last")
     num_samples_logged: Annotated[int, Field(ge=0)] = field(4, "replies written to samples.jsonl per step")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_depend(cls, values: Any) -> Any:
+        """Filled in, so that a run records what it did."""
+        if not isinstance(values, dict):
+            return values
+        found = dict(values)
+        if found.get("advantage_estimator") in ("rloo", "grpo"):
+            found.setdefault("whiten_advantages", False)
+        sampling = found.get("eval_sampling", {})
+        if isinstance(sampling, SamplingConfig):
+            sampling = sampling.model_dump(exclude_unset=True)
+        heat = found.get("temperature")
+        is_heat = isinstance(heat, (int, float)) and not isinstance(heat, bool) and 0 < heat < float("inf")
+        if is_heat and isinstance(sampling, dict) and sampling.get("do_sample", True) is True:
+            found["eval_sampling"] = {"temperature": heat, **sampling}
+        return found
 
     @model_validator(mode="after")
     def _ppo_rules(self) -> PPOConfig:

@@ -156,7 +156,6 @@ _PPO: list[Rule] = [
             "load_best_model_at_end",
             "over_optimisation_patience",
             "eval_steps",
-            "eval_sampling",
             "confirm_held_out",
             "watch",
         ),

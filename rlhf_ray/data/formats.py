@@ -140,7 +140,7 @@ def _margin(row: Fields) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadRow(f"'margin' is {type_name(value)}, not a finite number", repr(value)[:80])
+        raise BadRow("'margin' is not a number", f"'margin': expected a finite number, got {value!r:.60}")
     return float(value)
 
 

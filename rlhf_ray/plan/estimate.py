@@ -160,7 +160,7 @@ class Estimator:
     def _acting(self, role: str, cast: Cast, shapes: Shapes, job: PPOConfig) -> Phases:
         """What a generator, or a scorer, does."""
         if role == "generator":
-            how = job.eval_sampling.at(job.temperature)  # rollouts never truncate
+            how = job.eval_sampling.model_copy(update={"temperature": job.temperature})  # rollouts never truncate
             return {"sampling": self._peak(cast, "sampling", shapes, lambda: cast.sampling(shapes, how))}
         rewards = [r.name for r in job.rewards if r.name in cast.models.bindings]
         return {

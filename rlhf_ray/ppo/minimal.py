@@ -123,7 +123,7 @@ def minimal_ppo(
             after_end = torch.zeros_like(after_end)
         shaped = returns.shape_rewards(scores, per_token, controller.value, mask)
         advantages, targets = returns.gae(shaped, old_values, mask, config.gamma, config.lam, after_end)
-        if config.whiten_advantages is not False:
+        if config.whiten_advantages:
             advantages = returns.whiten(advantages, mask, subtract_mean=True, eps=1e-8)
 
         # 5. Update: a few epochs of minibatches on the clipped losses; sums over tokens, divided by the minibatch's token count.

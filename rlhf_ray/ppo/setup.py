@@ -122,7 +122,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         require_room(folder.path, sum(whole_numel(p) for group in learner.groups for p in group.parameters.values()))
     to_texts = text_maker(backbone, template)
     stop_ids = backbone.stop_ids(template)
-    eval_decoding = decoding(config.eval_sampling.at(config.temperature), stop_ids)
+    eval_decoding = decoding(config.eval_sampling, stop_ids)
     collector: Callable[[float], Collector]
     if remote_roles is not None:
         split = ActorCollector(remote_roles, session, config.rollout_chunk_size, backbone.pad_id)

@@ -85,6 +85,7 @@ class TrainingEngine:
         """Step, and forget the gradients. Groups named `frozen` keep weights, moments and step counts as they are."""
         for ours, theirs in zip(self.groups, self.engine.optimizer.param_groups):
             theirs["lr"] = learning_rates[ours.name]
+        self._make_states()
         self._step_without(frozen)
 
     def skip(self) -> None:
@@ -106,7 +107,6 @@ class TrainingEngine:
             finally:
                 adam.param_groups = every
 
-        self._make_states()
         adam.step = step_the_others  # type: ignore[method-assign, assignment]
         try:
             self.engine.step()

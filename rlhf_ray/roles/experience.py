@@ -82,8 +82,7 @@ def make_experience(
         penalties = returns.response_penalties(per_token, in_reward, mask)
         shaped, targets = final - penalties, torch.zeros_like(per_token)
         advantages = _group_advantages(final, penalties, mask, config)
-    is_gae = config.advantage_estimator == "gae"
-    if is_gae if config.whiten_advantages is None else config.whiten_advantages:
+    if config.whiten_advantages:
         white = returns.whiten(advantages, mask, subtract_mean=True, eps=WHITEN_EPS)
     else:
         white = advantages

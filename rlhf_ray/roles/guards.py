@@ -109,9 +109,7 @@ class Guards:
         scores = collected.scores
         names = [n for n, part in scores.parts.items() if bool(part.isinf().any())]
         first = int(collected.rollout.row_id[~fine][0])
-        silent = (
-            not names and bool(scores.reward[~fine].isnan().all()) and bool(torch.isfinite(scores.ref_logprobs).all())
-        )
+        silent = bool(scores.parts) and all(bool(part[~fine].isnan().all()) for part in scores.parts.values())
         who = f"reward {', '.join(names)} is not finite" if names else "the reward or reference is not finite"
         who = "no reward applies (all say None)" if silent else who
         again = f", in {self.bad_rewards} steps in a row" if self.bad_rewards >= IN_A_ROW else ""

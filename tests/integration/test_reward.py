@@ -117,7 +117,7 @@ def test_a_margin_that_is_no_number_is_a_row_fault(
     make_config: Callable[..., RewardConfig], write_jsonl: Write, console: Any
 ) -> None:
     bad = write_jsonl("bad.jsonl", [{**row, "margin": "much"} for row in pairs(40)])
-    with pytest.raises(DataError, match=r"bad.jsonl:1: 'margin' is string, not a finite number"):
+    with pytest.raises(DataError, match=r"bad.jsonl:1: 'margin': expected a finite number, got 'much'"):
         reward(make_config(data={"train": bad}), console)
 
 

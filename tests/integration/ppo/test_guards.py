@@ -130,8 +130,8 @@ def test_the_update_must_see_the_policy_that_was_evaluated(ppo_job: Job, monkeyp
     """F5, dropout making ratio != 1: any difference between the two passes stops the run at its first minibatch."""
     plain = Learner.evaluate
 
-    def elsewhere(self: Learner, rollout: Any, step: int) -> Evaluation:
-        found = plain(self, rollout, step)
+    def elsewhere(self: Learner, rollout: Any, step: int, learnt: Any = None) -> Evaluation:
+        found = plain(self, rollout, step, learnt)
         return replace(found, logprobs=torch.where(rollout.response_mask, found.logprobs - 5e-4, found.logprobs))
 
     monkeypatch.setattr(Learner, "evaluate", elsewhere)

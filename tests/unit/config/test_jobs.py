@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.config import STAGES, PipelineConfig, PPOConfig, ServeConfig, SweepConfig
+from rlhf_ray.config import STAGES, PipelineConfig, PPOConfig, SamplingConfig, ServeConfig, SweepConfig
 from rlhf_ray.config.load import load
 from rlhf_ray.launch.preflight import check
 from rlhf_ray.launch.resources import Node, role_requests
@@ -73,3 +73,16 @@ def test_sweeps_make_jobs_of_every_penalty(name: str) -> None:
     gpus = 2.0 if "2xa100" in name else 1.0
     found = capacity(jobs, {"CPU": 16.0, "GPU": gpus}, [Node("node", {"CPU": 16.0, "GPU": gpus})], own_ray=True)
     assert (found.in_process, found.at_once) == (True, 2)
+
+
+def test_defaults_that_depend_on_other_fields_are_written_out() -> None:
+    """So that a stored run says what it did, and a stage derived from an older pipeline is the same one."""
+    job = {"output_dir": "x", "model_name_or_path": "m", "data": {"train": "d"}, "rewards": [{"function": "f.py:f"}]}
+    plain = PPOConfig(**job)
+    assert (plain.whiten_advantages, plain.eval_sampling.temperature) == (True, 1.0)
+    sharp = PPOConfig(**job, temperature=0.7, advantage_estimator="rloo", num_generations=2)
+    assert (sharp.whiten_advantages, sharp.eval_sampling.temperature) == (False, 0.7)
+    assert PPOConfig(**sharp.model_dump()) == sharp
+    own = PPOConfig(**job, temperature=0.7, eval_sampling={"temperature": 1.0})
+    greedy = PPOConfig(**job, temperature=0.7, eval_sampling=SamplingConfig(do_sample=False))
+    assert own.eval_sampling.temperature == greedy.eval_sampling.temperature == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,18 @@ def test_the_stage_is_the_jobs_and_the_file_may_only_agree(tmp_path: Path) -> No
 
 
 def _engine(zero_stage: int, **optim: Any) -> tuple[nn.Module, TrainingEngine]:
-    """A module of two weights of 4 numbers, groups `policy` and `value`, in a group of one process."""
+    """A module of two weights of 4 numbers, groups `policy` and `value`, in a group of one process.
+
+    Buckets of DeepSpeed's own size are gigabytes of address space each, and a process that has too much of it cannot fork."""
     process_session(NullConsole(), num_threads=1)
     module = nn.ModuleDict({name: nn.Linear(4, 1, bias=False) for name in ("policy", "value")})
     groups = [ParameterGroup(name, {f"{name}.weight": module[name].weight}) for name in ("policy", "value")]
     job = {"output_dir": "x", "model_name_or_path": "x", "data": {"train": "x"}, "rewards": [{"function": "x:y"}]}
-    return module, TrainingEngine(module, groups, PPOConfig.model_validate(job | optim), zero_stage, None, 1)
+    small = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"zero_optimization": small}, file)
+        file.flush()
+        return module, TrainingEngine(module, groups, PPOConfig.model_validate(job | optim), zero_stage, file.name, 1)
 
 
 def _weights(engine: TrainingEngine) -> dict[str, torch.Tensor]:

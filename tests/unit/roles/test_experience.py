@@ -149,7 +149,7 @@ def test_groups_that_say_nothing_are_found_before_the_update() -> None:
 
 def test_group_advantages_are_whitened_where_the_job_says_so() -> None:
     """The field had no effect with rloo and grpo."""
-    plain, _ = group_of_two(3.0, advantage_estimator="rloo", kl_coef=0.05, whiten_advantages=None)
+    plain, _ = group_of_two(3.0, advantage_estimator="rloo", kl_coef=0.05)
     white, _ = group_of_two(3.0, advantage_estimator="rloo", kl_coef=0.05, whiten_advantages=True)
     assert torch.allclose(plain.advantages[:, 0], torch.tensor([-0.01, 0.01]), atol=1e-7)
     real = white.advantages[MASK]

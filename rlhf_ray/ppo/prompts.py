@@ -34,8 +34,9 @@ class Prompts:
     rule: HeldOutRule
 
 
-def load_prompts(config: PPOConfig, backbone: Backbone, template: Template) -> Prompts:
-    """Read, cut, tokenise. Raises ConfigError if no prompt could fit, DataError if none is left."""
+def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_resumed: bool = False) -> Prompts:
+    """Read, cut, tokenise. Raises ConfigError if no prompt could fit or an ancestor held out otherwise (a run that is resumed only
+    says so), DataError if none is left."""
     rows = load_rows(config.data, "prompt", "ppo")
     limit = config.max_length or backbone.context_length
     if config.response_length >= limit:
@@ -45,7 +46,7 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template) -> P
             f"below {limit} (the model's context)",
             str(config.response_length),
         )
-    shared, leaks = check_ancestors(rows, sources_of(config))
+    shared, leaks = check_ancestors(rows, sources_of(config), refuse=not is_resumed)
     lines, sides = [*rows.summary], []
     for side in (rows.train, rows.held_out[: config.data.eval_max_rows or EVAL_MAX_ROWS]):
         done = tokenise_prompts(

@@ -110,7 +110,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
     assembly, roles = assemble(config, session.device)
     backbone, template = assembly.base, roles.template
-    prompts = load_prompts(config, backbone, template)
+    prompts = load_prompts(config, backbone, template, is_resumed=bool(folder.checkpoints()))
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in prompts.manifest])
         judges, functions = roles.kinds_of_parents()

@@ -65,7 +65,8 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     rows = load_rows(config.data, recipe.kind, recipe.half)
     require_rows(config, len(rows.train))
     sft = getattr(config, "sft", None)
-    shared, leaks = check_ancestors(rows, [("base", config.model_name_or_path), *([("sft", sft)] if sft else [])])
+    sources = [("base", config.model_name_or_path), *([("sft", sft)] if sft else [])]
+    shared, leaks = check_ancestors(rows, sources, refuse=not folder.checkpoints())
     rows = replace(rows, summary=(*rows.summary, *shared), warnings=(*rows.warnings, *leaks))
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in rows.manifest])

@@ -82,11 +82,13 @@ def _parents_of_files(path: str) -> Iterable[Mapping[str, Any]]:
     return ()
 
 
-def check_ancestors(rows: StageRows, sources: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
+def check_ancestors(
+    rows: StageRows, sources: Iterable[tuple[str, str]], refuse: bool = True
+) -> tuple[list[str], list[str]]:
     """Header lines and warnings about `rows` of a stage and what the ancestors among `sources` trained on.
 
     Raises ConfigError, naming both rules, if prompts are held out here by their hash, and an ancestor held out otherwise and
-    trained on some of them."""
+    trained on some of them. refuse: false warns of it, where a run that was begun with these rows is resumed."""
     lines: list[str] = []
     warnings: list[str] = []
     for ancestor in ancestors(sources):
@@ -103,7 +105,7 @@ def check_ancestors(rows: StageRows, sources: Iterable[tuple[str, str]]) -> tupl
             lines.append(
                 f"{_of(shared, 'training')} and {_of(leaked, 'held-out')} are training rows of {ancestor.role}"
             )
-        if leaked.count and rule != rows.rule and not rows.rule.files:
+        if leaked.count and rule != rows.rule and not rows.rule.files and refuse:
             raise ConfigError.at(
                 "data.held_out_fraction",
                 f"{ancestor} held out by {rule}, this stage by {rows.rule}: {_of(leaked, 'held-out')} were trained on there"

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf_ray.config import DataConfig
+from rlhf_ray.data.load import load_rows
+from rlhf_ray.training.ancestry import check_ancestors
+
 pytestmark = pytest.mark.integration
 
 
@@ -32,6 +36,11 @@ def test_shared_prompts_are_counted_and_leaks_are_warned_about(
     said = capfd.readouterr().err
     assert "held out by data.held_out_fraction 0, this stage by data.held_out_fraction 0.1: 5 of 5 held-out" in said
     assert not Path("runs/leaky").exists()
+    rows = load_rows(
+        DataConfig(train=(yaml.safe_load(Path(jobs["ppo"]).read_text())["data"]["train"],)), "prompt", "ppo"
+    )
+    _, warnings = check_ancestors(rows, [("reward:helpful", "runs/reward")], refuse=False)
+    assert "were trained on by reward:helpful" in warnings[0], "a run that was begun before the rule can be finished"
 
     prompts = yaml.safe_load(Path(jobs["ppo"]).read_text())["data"]["train"]
     run_command("ppo", jobs["ppo"], "max_steps=1", "lora.r=4", "output_dir=runs/told", f"data.eval={prompts}")

@@ -22,10 +22,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "adaptive_kl": ("kl_controller",),
     "allow_cpu_offload": ("cpu_offload",),
     "base_model": ("model_name_or_path",),
-    "batch_size": (
-        "rollout_batch_size",
-        "train_batch_size",
-    ),
+    "batch_size": ("rollout_batch_size", "train_batch_size"),
     "bf16": ("dtype",),
     "clip_ratio": ("cliprange",),
     "clip_ratio_c": ("dual_clip",),

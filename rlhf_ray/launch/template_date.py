@@ -6,7 +6,6 @@ later stage than in the one that it stands on, and in the service than in traini
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -16,12 +15,11 @@ from rlhf_ray.config import EvaluateConfig, JobFields, PipelineConfig, PPOConfig
 from rlhf_ray.config.sections import under
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.models.lineage import recorded_date
-from rlhf_ray.models.specs import policy_source
+from rlhf_ray.models.specs import policy_source, split_step
 from rlhf_ray.storage.object_store import copied_config
 from rlhf_ray.storage.run_folder import is_run, open_run
 
 C = TypeVar("C", bound=JobFields)
-_AT_STEP = re.compile(r"@\d+$")
 
 
 def with_template_date(config: C) -> C:
@@ -65,11 +63,7 @@ def _of_parents(config: JobFields) -> Iterator[str]:
         named += [reward.run or reward.model for reward in config.rewards]
     for name in (*named, config.model_name_or_path):
         try:
-            if (
-                name is not None
-                and Path(_AT_STEP.sub("", name)).is_dir()
-                and (date := recorded_date(policy_source(name)))
-            ):
+            if name is not None and Path(split_step(name)[0]).is_dir() and (date := recorded_date(policy_source(name))):
                 yield date
         except RlhfRayError:
             continue

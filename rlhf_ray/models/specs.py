@@ -29,14 +29,20 @@ class ModelSpec:
         ]
 
 
+def split_step(spec: str) -> tuple[str, int | None]:
+    """RUN@STEP -> (RUN, STEP). (spec, None) for anything else, and for a folder that has such a name itself."""
+    found = _AT_STEP.fullmatch(spec)
+    return (found["run"], int(found["step"])) if found and not Path(spec).exists() else (spec, None)
+
+
 def policy_source(spec: str) -> ModelSpec:
     """`base`, a run folder, RUN@STEP, an adapter folder or a whole checkpoint. Raises ConfigError, ArtifactError."""
     if spec == "base":
         return ModelSpec("base", "base")
-    at_step = _AT_STEP.fullmatch(spec)
-    if at_step and not Path(spec).exists():
-        run = open_run(at_step["run"])
-        return ModelSpec("adapter", str(run.checkpoint(int(at_step["step"])).adapter_dir), run)
+    place, step = split_step(spec)
+    if step is not None:
+        run = open_run(place)
+        return ModelSpec("adapter", str(run.checkpoint(step).adapter_dir), run)
     return _folder_source(spec, "a run, RUN@STEP, an adapter folder or a checkpoint")
 
 

@@ -7,7 +7,6 @@ remembered.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rlhf_ray.data.records import Row
 from rlhf_ray.data.splits import Half, Overlap, overlap
 from rlhf_ray.errors import ConfigError, RlhfRayError
 from rlhf_ray.models.lineage import merged_manifest, promoted_manifest
+from rlhf_ray.models.specs import split_step
 from rlhf_ray.storage.run_folder import RunFolder, is_run, open_run
 
 READS: dict[str, tuple[RowKind, Half | None]] = {
@@ -28,8 +28,6 @@ READS: dict[str, tuple[RowKind, Half | None]] = {
     "ppo": ("prompt", "ppo"),
 }
 """Stage -> the rows it trains on."""
-
-_AT_STEP = re.compile(r"(.+)@\d+")
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,7 @@ def ancestors(sources: Iterable[tuple[str, str]]) -> list[Ancestor]:
 
 
 def _run_of(path: str) -> RunFolder | None:
-    at_step = _AT_STEP.fullmatch(path)
-    place = Path(at_step[1]) if at_step and not Path(path).exists() else Path(path)
+    place = Path(split_step(path)[0])
     places = [place]
     if place.name == "adapter":  # RUN/adapter, RUN/checkpoints/step_000010/adapter
         places += [place.parent, place.parent.parent.parent]

@@ -18,10 +18,9 @@ from rlhf_ray.rewards.protocol import RewardInputs, Texts
 from rlhf_ray.rewards.retokenised import Reader, RetokenisedReward, _fit
 
 
-@pytest.fixture
-def backbone(tiny_llama: Callable[..., Path]) -> Backbone:
+def load(folder: Path) -> Backbone:
     return load_backbone(
-        path=str(tiny_llama()),
+        path=str(folder),
         revision=None,
         dtype="float32",
         attn_implementation="sdpa",
@@ -30,6 +29,11 @@ def backbone(tiny_llama: Callable[..., Path]) -> Backbone:
         cpu_offload=False,
         device="cpu",
     )
+
+
+@pytest.fixture
+def backbone(tiny_llama: Callable[..., Path]) -> Backbone:
+    return load(tiny_llama())
 
 
 def row(text: str) -> Row:
@@ -47,16 +51,7 @@ def test_finished_replies_end_as_in_training(backbone: Backbone) -> None:
 
 
 def test_finished_replies_end_with_the_turn_of_the_reward_model_s_own_template(chat_llama: Callable[..., Path]) -> None:
-    base = load_backbone(
-        path=str(chat_llama()),
-        revision=None,
-        dtype="float32",
-        attn_implementation="sdpa",
-        load_in_8bit=False,
-        load_in_4bit=False,
-        cpu_offload=False,
-        device="cpu",
-    )
+    base = load(chat_llama())
     chat = load_template("chat", base.tokenizer)
     responses = Reader(base, chat, True).encode([row("ab"), row("ab")], ["xy", "xy"], [True, False])[1]
     assert responses[0] == [*responses[1], 261]

@@ -20,9 +20,7 @@ from stories_sentiment import REWARD
 
 from rlhf_ray.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.console import LocalConsole
-from rlhf_ray.ppo.loop import ppo
-from rlhf_ray.supervised.reward import reward
-from rlhf_ray.supervised.sft import sft
+from rlhf_ray.stages.start import ppo, reward, sft
 
 
 def jobs(folder: Path, data: Path, seed: int, threads: int) -> tuple[SFTConfig, RewardConfig, PPOConfig]:

@@ -18,7 +18,7 @@ from _common import data_folder, emit, parser, report, spread
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 
 REWARD = f"{Path(__file__).with_name('vader_reward.py')}:score"
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from rlhf_ray.config import STAGES, JobFields, PipelineConfig
 from rlhf_ray.config.explain import real_loc
 from rlhf_ray.config.load import dotted, load_dict
 from rlhf_ray.config.sections import Section
@@ -54,3 +55,11 @@ def _take_out(values: Any, loc: Loc) -> Any:
     for part in loc[:-1]:
         values = values[part]
     return values.pop(loc[-1])
+
+
+def config_class(stage: str) -> type[JobFields]:
+    """The configuration class of a run's stage. Raises ConfigError."""
+    classes: dict[str, Any] = {**STAGES, "pipeline": PipelineConfig, "demo": PipelineConfig}
+    if stage not in classes:
+        raise ConfigError.at("stage", "unknown", f"one of {', '.join(classes)}", stage)
+    return classes[stage]

@@ -30,12 +30,14 @@ from rlhf_ray.launch.preflight import check, check_this_machine
 from rlhf_ray.launch.ray_cluster import at_hand, cluster
 from rlhf_ray.launch.resources import ACCELERATOR, ResourceRequest, role_requests
 from rlhf_ray.launch.shared_folder import check_all_see, unseen
+from rlhf_ray.runtime.imports import imported
 from rlhf_ray.runtime.session import Session, enter, process_session, worker_session
 from rlhf_ray.runtime.signals import Signals, Stop
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import check_place, is_run, resume_command
 
-Body = Callable[[Any, Session], Run]
+Body = str | Callable[[Any, Session], Run]
+"""The function, or its name `package.module:function`, which spares this process and Ray Train's controller its imports."""
 
 DISK_FAILS = frozenset({errno.EIO, errno.ESTALE, errno.EROFS})
 """Of an OSError: the disk, or the server behind it, has failed."""
@@ -62,7 +64,7 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
     if config.learner.num_workers == 0:
         stop = Stop()
         with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _with_the_way_on(config):
-            return body(config, process_session(console, config.learner.num_threads, stop))
+            return imported(body)(config, process_session(console, config.learner.num_threads, stop))
     check_this_machine(config)
     with open_channel(Path(config.output_dir).absolute().parent) as channel:
         signals = Signals(channel.stop(), console, config.output_dir, resume, config.stop_grace_s)
@@ -217,7 +219,7 @@ def _worker(job: dict[Any, Any]) -> Any:
     session = worker_session(console, threads, job["actor_handles"], channel.stop(), attempt)
     try:
         with _with_the_way_on(config):
-            return job["body"](config, session).to_json()
+            return imported(job["body"])(config, session).to_json()
     except Exception as error:
         if world_size > 1 and is_of_a_lost_peer(error):
             raise  # Ray Train starts the group again

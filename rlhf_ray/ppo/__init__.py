@@ -12,5 +12,5 @@ import sys
 
 from rlhf_ray.callable_package import CallablePackage
 
-FUNCTION = ("rlhf_ray.ppo.loop", "ppo")
+FUNCTION = ("rlhf_ray.stages.start", "ppo")
 sys.modules[__name__].__class__ = CallablePackage

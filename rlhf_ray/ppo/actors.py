@@ -40,10 +40,6 @@ def build_scorer(config: PPOConfig, on_gpu: bool) -> Scorer:
     return scorer
 
 
-BUILDERS = {"generator": build_generator, "scorer": build_scorer}
-"""What an actor of each role builds, for `launch`."""
-
-
 def check_and_describe(actors: list[tuple[str, Any]], identity: BaseIdentity) -> list[str]:
     """Header lines, one for each actor: process, node, GPU, device, threads, bases. ArtifactError if one loaded another base than
     the learner, whose identity this is.

@@ -20,12 +20,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.config.deepspeed import read_deepspeed_json
-from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import Interrupted
-from rlhf_ray.launch.launch import launch
 from rlhf_ray.metrics import held_out_reward
-from rlhf_ray.ppo.actors import BUILDERS
 from rlhf_ray.ppo.checkpoint import enter_run, finish, restore, save
 from rlhf_ray.ppo.checks import check_rollout
 from rlhf_ray.ppo.reporting import StepReport, whole_step
@@ -43,13 +39,6 @@ from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import is_run
 from rlhf_ray.training.monitor import TrainingMonitor
 from rlhf_ray.training.run_entry import discarded_on_error
-
-
-def ppo(config: PPOConfig, console: Console | None = None) -> Run:
-    """Run PPO as `config` says and return the finished run. Raises the error tree of errors.py."""
-    if config.learner.deepspeed is not None:
-        read_deepspeed_json(config.learner.deepspeed, config.learner.zero_stage)  # refused before anything is started
-    return launch(train_ppo, config, console or LocalConsole(), BUILDERS)
 
 
 def train_ppo(config: PPOConfig, session: Session) -> Run:

@@ -17,9 +17,9 @@ from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.data.tinyworld import build_base, write_world
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.launch.launch import launch
-from rlhf_ray.ppo.actors import BUILDERS
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.pipeline import finish_pipeline, open_pipeline, run_stages, stage_configs
+from rlhf_ray.stages.start import BUILDERS
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.storage.run_folder import atomic_write_text, is_run, open_run
 from rlhf_ray.supervised.reward_metrics import accuracy_line
@@ -54,7 +54,7 @@ def demo(output_dir: str | Path = "runs/demo", fresh: bool = False, console: Con
         console.log(f"demo: {output_dir} is finished; nothing to do (--fresh starts over)")
         run = load_run(folder)
     else:
-        run = launch(run_demo, demo_config(folder), console, BUILDERS)
+        run = launch("rlhf_ray.stages.demo:run_demo", demo_config(folder), console, BUILDERS)
     if (judged := accuracy_line({k.removeprefix("reward/"): v for k, v in run.metrics.items()})) is not None:
         console.log(f"reward model: {judged}")
     tell_next(folder, console)

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.config import EvaluateConfig, RewardSource
-from rlhf_ray.console import Console, LocalConsole, quiet_libraries
+from rlhf_ray.console import quiet_libraries
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.launch.launch import launch
 from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.models.lineage import header_line
 from rlhf_ray.models.specs import policy_source
@@ -41,11 +40,6 @@ from rlhf_ray.training.run_entry import discarded_on_error, enter_afresh
 
 TRUE = "true_reward"
 """A reward source of this name is the task's own rule; its mean is published as true_reward/<policy>."""
-
-
-def evaluate(config: EvaluateConfig, console: Console | None = None) -> Run:
-    """Compare the job's policies and return the finished run. Raises the error tree of errors.py."""
-    return launch(run_evaluate, config, console or LocalConsole())
 
 
 def run_evaluate(config: EvaluateConfig, session: Session) -> Run:

@@ -21,8 +21,8 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.splits import confirms, is_held_out, prompt_hash
 from rlhf_ray.errors import ConfigError, DataError, Interrupted
 from rlhf_ray.metrics import METRICS, read_metrics
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.stages.resume import resume
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import Run, load_run
 
 pytestmark = pytest.mark.integration

@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf_ray.ppo.loop import ppo
-from rlhf_ray.stages.pipeline import pipeline
+from rlhf_ray.stages.start import pipeline, ppo, reward, sft
 from rlhf_ray.storage.run_folder import sha256_file
-from rlhf_ray.supervised.reward import reward
-from rlhf_ray.supervised.sft import sft
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 

@@ -17,7 +17,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import load_run
 from rlhf_ray.storage.run_folder import sha256_file
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.roles.collector import Collected, Collector
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import sha256_file
 

@@ -22,10 +22,11 @@ from rlhf_ray.console import NullConsole
 from rlhf_ray.maths.stats import RunningMoments
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.ppo.checkpoint import enter_run
-from rlhf_ray.ppo.loop import PPOLoop, ppo
+from rlhf_ray.ppo.loop import PPOLoop
 from rlhf_ray.ppo.setup import set_up
 from rlhf_ray.roles.experience import make_experience
 from rlhf_ray.runtime.session import process_session
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run_folder import sha256_tensors
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

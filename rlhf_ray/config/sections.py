@@ -34,6 +34,9 @@ Ints = Annotated[tuple[int, ...], BeforeValidator(_one_or_many)]
 Float = Annotated[float, BeforeValidator(_to_float), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Positive = Annotated[Float, Field(gt=0)]
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+"""Logits divided by less overflow in half precision and, at the extreme, in float32 (vLLM's floor is the same)."""
+Temperature = Annotated[Float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)]
 NotNegative = Annotated[Float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Path = Annotated[str, Field(min_length=1)]
@@ -168,7 +171,7 @@ class SamplingConfig(Section):
     """How replies are decoded outside of rollouts (rollouts always sample the full distribution at `temperature`)."""
 
     do_sample: bool = field(True, "sample; false: take the most likely token")
-    temperature: Positive = field(1.0, "divides the logits")
+    temperature: Temperature = field(1.0, "divides the logits")
     top_p: Annotated[Float, Field(gt=0, le=1)] = field(
         1.0, "keep the smallest set of tokens with this probability; 1 keeps all"
     )

@@ -16,6 +16,8 @@ from pydantic import (
 
 from rlhf_ray.config.actors import ActorsConfig
 from rlhf_ray.config.sections import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     RUN_NAME,
     Count,
     DataConfig,
@@ -32,6 +34,7 @@ from rlhf_ray.config.sections import (
     SamplingConfig,
     Section,
     Share,
+    Temperature,
     ValueConfig,
     _division,
     _one_or_many,
@@ -289,7 +292,7 @@ class PPOConfig(JobFields, OptimFields):
     importance_sampling_cap: Positive = field(
         2.0, "max_staleness 1: a token's loss is weighted by its probability now over that when sampled, at most this"
     )
-    temperature: Positive = field(1.0, "sampling temperature of rollouts; every log-probability is taken at it")
+    temperature: Temperature = field(1.0, "sampling temperature of rollouts; every log-probability is taken at it")
     stop_token_ids: Ints | None = field(
         None,
         "tokens that end a reply; default: the chat template's end of turn, eos of tokenizer and generation config",
@@ -418,7 +421,9 @@ class PPOConfig(JobFields, OptimFields):
         if isinstance(sampling, SamplingConfig):
             sampling = sampling.model_dump(exclude_unset=True)
         heat = found.get("temperature")
-        is_heat = isinstance(heat, (int, float)) and not isinstance(heat, bool) and 0 < heat < float("inf")
+        is_heat = (
+            isinstance(heat, (int, float)) and not isinstance(heat, bool) and MIN_TEMPERATURE <= heat <= MAX_TEMPERATURE
+        )
         if is_heat and isinstance(sampling, dict) and sampling.get("do_sample", True) is True:
             found["eval_sampling"] = {"temperature": heat, **sampling}
         return found

@@ -165,7 +165,7 @@ class Sampler:
         return Limits(self._vocabulary, self._context, self._router.names)
 
     def _queue(self, request: DecodeRequest) -> DecodeRow:
-        row = DecodeRow(next(self._ids), request, frozenset(request.stop_ids))
+        row = DecodeRow(next(self._ids), request, frozenset(request.stop_ids), list(request.begun))
         self._waiting.append(row)
         return row
 
@@ -220,7 +220,7 @@ class Sampler:
 
     def _read_prompts(self, rows: list[DecodeRow]) -> None:
         """Run all but the last token of some prompts, LEFT padded, equal ones under one adapter once."""
-        of_row = [(row.request.adapter, row.request.prompt_ids[:-1]) for row in rows]
+        of_row = [(row.request.adapter, row.to_read) for row in rows]
         distinct = list(dict.fromkeys(of_row))
         width = max(len(prefix) for _, prefix in distinct)
         ids = torch.tensor([(self._pad_id,) * (width - len(p)) + p for _, p in distinct]).to(self._device)

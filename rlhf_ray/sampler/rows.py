@@ -38,6 +38,11 @@ class DecodeRow:
         return len(self.request.prompt_ids) - 1 + len(self.token_ids)
 
     @property
+    def to_read(self) -> tuple[int, ...]:
+        """What goes into its cache before its first step: all but the last of the tokens it starts with."""
+        return (self.request.prompt_ids + self.request.begun)[:-1]
+
+    @property
     def next_input(self) -> int:
         return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
 

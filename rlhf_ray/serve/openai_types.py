@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from rlhf_ray.config.serve import LimitsConfig
 from rlhf_ray.serve.api_errors import ApiError
@@ -16,6 +16,31 @@ Text = Annotated[str, Field(max_length=1_000_000)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+MAX_LIST = 10_000
+"""Entries of a list that the service's limits bound further. A list ends at its first fault, and a union is told apart by its first
+entry: a megabyte of faults, in each of four forms, kept every other client waiting for 13 s."""
+
+
+def _prompt_form(prompt: Any) -> str:
+    """The form of `CompletionRequest.prompt`, by its first entry."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    if isinstance(first, list):
+        return "a-id-lists"
+    return "a-ids" if isinstance(first, int) else "a-texts" if isinstance(prompt, list) else "a-text"
+
+
+def _text_or_parts(content: Any) -> str:
+    return "a-parts" if isinstance(content, list) else "a-text"
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("a-text")]
+    | Annotated[TokenIds, Tag("a-ids")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST, fail_fast=True), Tag("a-texts")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_LIST, fail_fast=True), Tag("a-id-lists")],
+    Discriminator(_prompt_form),
+]
 
 
 class _StrictModel(BaseModel):
@@ -31,13 +56,20 @@ class ChatMessage(_StrictModel):
     """name: accepted and ignored."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=100)]
+    content: Annotated[
+        Annotated[Text, Tag("a-text")]
+        | Annotated[list[TextPart], Field(max_length=100, fail_fast=True), Tag("a-parts")],
+        Discriminator(_text_or_parts),
+    ]
     name: str | None = None
     refusal: None = None
 
     def to_dict(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+Messages = Annotated[list[ChatMessage], Field(max_length=MAX_LIST, fail_fast=True)]
 
 
 class StreamOptions(_StrictModel):
@@ -53,13 +85,13 @@ class SamplingParams(_StrictModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
+    logit_bias: dict[str, Any] | None = None
     user: str | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -115,7 +147,7 @@ class SamplingParams(_StrictModel):
 
 class ChatRequest(SamplingParams):
     model: ModelName
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Messages, Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -147,12 +179,7 @@ class ChatRequest(SamplingParams):
 
 class CompletionRequest(SamplingParams):
     model: ModelName
-    prompt: (
-        Text
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -177,16 +204,16 @@ class CompletionRequest(SamplingParams):
 class CompareRequest(SamplingParams):
     """One prompt through several models, under the same random numbers."""
 
-    models: Annotated[list[ModelName], Field(min_length=1)]
+    models: Annotated[list[ModelName], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
 
 
 class PreferenceRequest(_StrictModel):
     """Which response is better. comparison: id of the response of /v1/compare, if they come from one."""
 
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     chosen: Text
     rejected: Text
     chosen_model: ModelName | None = None

@@ -84,6 +84,13 @@ def test_every_job_in_readme_is_a_job(block: str) -> None:
         assert [config.stage_config(stage).output_dir for stage in config.stages][-1].endswith("/evaluate")
 
 
+def test_the_rewards_in_the_page_of_jobs_are_rewards() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "jobs/README.md").read_text(encoding="utf-8"), re.S)
+    values = {"output_dir": "x", "model_name_or_path": "x", "data": {"train": "x"}, **yaml.safe_load(block)}
+    config = load_dict(PPOConfig, values, "jobs/README.md")
+    assert [len(reward.members) for reward in config.rewards] == [3, 0, 0] and config.rewards[0].std_coef == 1
+
+
 @pytest.mark.parametrize("name", ["sweep", "serve"])
 def test_the_job_in_a_packages_readme_is_a_job(name: str, tmp_path: Path) -> None:
     text = (ROOT / "rlhf_ray" / name / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,6 @@ Figures are printed as the reports hold them; a list of figures is in the order 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -17,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_ray.maths.comparisons import range_p_value, worse_than_best
-from rlhf_ray.maths.standard_errors import pooled_deviation
+from rlhf_ray.maths.standard_errors import error_of_difference, error_of_mean, pooled_deviation
 from rlhf_ray.sweep.choice import CONFIDENCE
 
 HERE = Path(__file__).parent
@@ -110,7 +109,7 @@ def of_seeds(setting: dict[str, Any]) -> list[float]:
 
 def standard_error_of_a_score(m: dict[str, Any]) -> float:
     """Of the mean of three seeds: their spread, pooled over settings."""
-    return (pooled_deviation([of_seeds(s) for s in m["settings"]]) or 0.0) / math.sqrt(3)
+    return error_of_mean([pooled_deviation([of_seeds(s) for s in m["settings"]]) or 0.0] * 3)
 
 
 def crossing(m: dict[str, Any], penalty: str, axis: str, level: float) -> tuple[float, float, float] | None:
@@ -122,7 +121,7 @@ def crossing(m: dict[str, Any], penalty: str, axis: str, level: float) -> tuple[
         if start <= level <= end:
             t = (level - start) / (end - start)
             other = y0 + t * (y1 - y0) if axis == "kl_k1" else x0 + t * (x1 - x0)
-            return other, math.hypot(1 - t, t), (y1 - y0) / (x1 - x0)
+            return other, error_of_difference(1 - t, t), (y1 - y0) / (x1 - x0)
     return None
 
 
@@ -363,12 +362,12 @@ def nats_at(m: dict[str, Any], penalty: str, score: float) -> str:
 def shared_kl() -> list[str]:
     """The verdict on the bundled task: do the five penalties differ where all were measured, at one KL?
 
-    Their range is held against that of five equal means (studentized range), whose standard errors are those of the interpolated
-    scores, root mean square; the KL is taken as known. A simulation with the errors as they are gives the same p to 0.01."""
+    Their range is held against that of five equal means (studentized range), whose standard error is the mean of those of the
+    interpolated scores; the KL is taken as known. A simulation with the errors as they are gives the same p to 0.01 (a test)."""
     m = measured("kl_study_tiny")
     found = {p: found for p in PENALTIES if (found := crossing(m, p, "kl_k1", m["common_kl"])) is not None}
     scores = {penalty: score for penalty, (score, _, _) in found.items()}
-    error = standard_error_of_a_score(m) * math.sqrt(fmean(share**2 for _, share, _ in found.values()))
+    error = standard_error_of_a_score(m) * fmean(share for _, share, _ in found.values())
     freedom = 2 * len(m["settings"])
     low, high = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
     seen = scores[high] - scores[low]

@@ -20,13 +20,18 @@ def ensemble_scores(scores: Tensor, aggregate: str, std_coef: float | None = Non
 
     aggregate   mean             (1/M) sum_m s_m
                 min              min_m s_m: their worst-case optimisation (WCO)
-                mean_minus_std   mean - std_coef sqrt((1/M) sum_m (s_m - mean)^2): their uncertainty-weighted optimisation (UWO)
+                mean_minus_std   mean - std_coef `disagreement`: their uncertainty-weighted optimisation (UWO)
                                  with the standard deviation where they have the variance, so that both terms have one unit
     """
     if aggregate == "min":
         return scores.amin(dim=0)
     mean = scores.mean(dim=0)
-    return mean - (std_coef or 0.0) * scores.std(dim=0, correction=0) if aggregate == "mean_minus_std" else mean
+    return mean - (std_coef or 0.0) * disagreement(scores) if aggregate == "mean_minus_std" else mean
+
+
+def disagreement(scores: Tensor) -> Tensor:
+    """f32[B]: standard deviation over reward models, f32[M, B], of the score of each reply: sqrt((1/M) sum_m (s_m - mean)^2)."""
+    return scores.std(dim=0, correction=0)
 
 
 class RunningMoments:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf_ray.batches import Sequences
 from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
 from rlhf_ray.maths.rng import derived_seed
-from rlhf_ray.maths.stats import ensemble_scores
+from rlhf_ray.maths.stats import disagreement, ensemble_scores
 from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts, broken_as_inf
 from rlhf_ray.runtime.session import global_generators
@@ -104,7 +104,7 @@ class EnsembleReward(Reward):
         scores = torch.stack(list(each.values()))
         found = ensemble_scores(scores, self.aggregate, self.std_coef)
         found = found.masked_fill(~scores.isfinite().all(dim=0), math.inf)  # min would pass over one that is broken
-        return {self.name: found, **each, f"{self.name}/std": scores.std(dim=0, correction=0)}
+        return {self.name: found, **each, f"{self.name}/std": disagreement(scores)}
 
     def join(self) -> None:
         for member in self.members:

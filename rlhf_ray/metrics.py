@@ -43,7 +43,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("reward/max", "reward", "highest raw reward of the step"),
     ("reward/score", "reward", "mean score as PPO sees it: after baseline, scaling, clip, eos penalty"),
     ("reward/shaped", "reward", "mean over replies of score minus coefficient times KL penalty", "objective/rlhf_reward"),
-    ("reward/*", "reward", "mean of one reward source before its weight; in an evaluation, of one policy"),
+    ("reward/*", "reward", "mean of one reward source, before its weight; of an ensemble also of each member, and of their std"),
     # Rollout: distance from the reference
     ("kl/k1_per_response", "nats", "mean over replies of the summed log p - log q (k1), at the old policy", "objective/kl"),
     ("kl/k3_per_response", "nats", "the same with k3 = exp(-d) - 1 + d, which is never negative"),

@@ -484,10 +484,7 @@ class PPOConfig(JobFields, OptimFields):
             idle = ", ".join(r.name for r in self.rewards if not r.weight) or "none"
             what = f"reward {self.watch} is maximised" if watched else f"no reward is called {self.watch!r}"
             problems.append(f"watch: {what}; expected one of weight 0: {idle}")
-        if self.value.init_from and self.value.init_from != "policy" and self.value.init_from[7:] not in names:
-            problems.append(
-                f"value.init_from: no reward is called {self.value.init_from[7:]!r}; rewards: {', '.join(names)}"
-            )
+        problems += self._value_start()
         if isinstance(self.save_steps, tuple) and any(s < 1 for s in self.save_steps):
             problems.append("save_steps: steps start at 1")
         if self.sft is not None and "lora" in self.model_fields_set:
@@ -497,6 +494,17 @@ class PPOConfig(JobFields, OptimFields):
         if problems:
             raise ValueError(" | ".join(problems))
         return self
+
+    def _value_start(self) -> list[str]:
+        start = (self.value.init_from or "policy").removeprefix("reward:")
+        ensemble = next((list(r.models(r.name)) for r in self.rewards if r.name == start and r.ensemble), None)
+        if ensemble is not None:
+            which = " or ".join(f"reward:{role}" for role in ensemble)
+            return [f"value.init_from: reward {start!r} is an ensemble; expected one member of it: {which}"]
+        names = [name for r in self.rewards for name in (r.models(r.name) if r.ensemble else (r.name,))]
+        if start != "policy" and start not in names:
+            return [f"value.init_from: no reward is called {start!r}; rewards: {', '.join(names)}"]
+        return []
 
     def _zero_rules(self) -> list[str]:
         stage, problems = self.learner.zero_stage, []

@@ -162,7 +162,7 @@ class Estimator:
         if role == "generator":
             how = job.eval_sampling.model_copy(update={"temperature": job.temperature})  # rollouts never truncate
             return {"sampling": self._peak(cast, "sampling", shapes, lambda: cast.sampling(shapes, how))}
-        rewards = [r.name for r in job.rewards if r.name in cast.models.bindings]
+        rewards = [role for r in job.rewards for role in r.models(r.name) if role in cast.models.bindings]
         return {
             "scoring": self._peak(
                 cast, "scoring", shapes, lambda: cast.scoring(shapes, job.temperature, "reference", rewards)
@@ -173,7 +173,7 @@ class Estimator:
         cast = self._first(job)
         shapes = self.shapes(job, min(s.backbone.context_length for s in cast.assembly.stacks.values()))
         policies = [f"policy_{i}" for i in range(len(job.policies))]
-        rewards = [f"reward_{i}" for i, r in enumerate(job.rewards) if r.function is None]
+        rewards = [role for i, r in enumerate(job.rewards) for role in r.models(f"reward_{i}")]
         heat = job.sampling.temperature
         phases = {"load": self._peak(cast, "load", (), cast.load)}
         sampled = [

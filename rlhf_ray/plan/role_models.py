@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -163,8 +163,8 @@ def evaluation_models(job: EvaluateConfig, device: Device, made: Made) -> tuple[
         assembly.add_policy(role, ModelSpec("base", "base") if same else source)
 
     def add_reward(role: str, reward: RewardSource) -> None:
-        if reward.function is None:
-            assembly.add_reward(role, made.source(reward.run or reward.model or "", reward=True))
+        for name, path in reward.models(role).items():
+            assembly.add_reward(name, made.source(path, reward=True))
 
     add_evaluation_roles(job, add_policy, add_reward)
     return assembly, assembly.finish()
@@ -174,14 +174,15 @@ def _start(job: PPOConfig, made: Made) -> ModelSpec | None:
     return made.source(job.sft) if job.sft is not None else None
 
 
-def _add_reward(assembly: Assembly, made: Made, reward: RewardSource, load: bool) -> None:
-    if reward.function is None and load:
-        assembly.add_reward(reward.name, made.source(reward.run or reward.model or "", reward=True))
+def _add_reward(assembly: Assembly, made: Made, reward: RewardSource, load: Collection[str]) -> None:
+    for role, path in reward.models(reward.name).items():
+        if role in load:
+            assembly.add_reward(role, made.source(path, reward=True))
 
 
 def _foreign(job: PPOConfig, made: Made) -> set[str]:
     """Rewards with another tokenizer than the base's. Where a tokenizer is not on this machine it is taken for the same."""
-    models = {r.name: made.source(r.run or r.model or "", reward=True) for r in job.rewards if r.function is None}
+    models = {r.name: made.source(path, reward=True) for r in job.rewards for path in r.models(r.name).values()}
     own = _tokenizer(job.model_name_or_path)
     theirs = {name: _tokenizer(source.path) for name, source in models.items() if source.kind == "full"}
     return {name for name, sha256 in theirs.items() if own is not None and sha256 not in (None, own)}

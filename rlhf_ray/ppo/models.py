@@ -24,8 +24,8 @@ from rlhf_ray.sampler.engine import Sampler
 SAMPLER_ROWS = 64
 
 
-AddReward = Callable[[RewardSource, bool], None]
-"""(a reward of the job, whether this process loads it)."""
+AddReward = Callable[[RewardSource, Collection[str]], None]
+"""(a reward of the job, the roles of its models that this process loads)."""
 
 
 def add_learner_roles(
@@ -43,7 +43,7 @@ def add_learner_roles(
     assembly.add_trained_policy(start, config.lora, with_reference=alone)
     init_from = value_init_role(config, foreign()) if has_value and not alone else None
     for reward in config.rewards:
-        add_reward(reward, alone or reward.name == init_from)
+        add_reward(reward, [role for role in reward.models(reward.name) if alone or role == init_from])
     if has_value:
         assembly.add_value(init_from or value_init_role(config, foreign()), config.value.adapter, config.value.lora)
 
@@ -57,7 +57,7 @@ def add_scorer_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec | N
     """The reference and the rewards."""
     assembly.add_policy("reference", start or ModelSpec("base", "base"))
     for reward in config.rewards:
-        add_reward(reward, True)
+        add_reward(reward, list(reward.models(reward.name)))
 
 
 def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
@@ -68,7 +68,7 @@ def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardB
     if start is not None:
         rewards.warnings += check_lineage(start, assembly.base.identity, template, role="sft")
 
-    def add_reward(reward: RewardSource, load: bool) -> None:
+    def add_reward(reward: RewardSource, load: Collection[str]) -> None:
         told = len(rewards.lines)
         rewards.add(reward, reward.name, load=load)
         assembly.lineage += rewards.lines[told:]
@@ -108,7 +108,7 @@ def value_init_role(config: PPOConfig, foreign: Collection[str] = ()) -> str:
     """The role the value model starts from: as the job says, else the first reward model that it can start from, else the policy.
 
     foreign: rewards with a tokenizer of their own; a value model must read the policy's tokens. Raises ConfigError."""
-    models = [r.name for r in config.rewards if r.function is None and r.name not in foreign]
+    models = [role for r in config.rewards if r.name not in foreign for role in r.models(r.name)]
     if config.value.init_from is None:
         return models[0] if models and config.value.adapter == "own" else "policy"
     if config.value.init_from == "policy":

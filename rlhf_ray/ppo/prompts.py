@@ -87,5 +87,5 @@ def confirming_half(held_out: Sequence[TokenisedPrompt]) -> tuple[list[bool], li
 def sources_of(config: PPOConfig) -> list[tuple[str, str]]:
     """(role, path) of the models that the run starts from or is scored by."""
     sft = [("sft", config.sft)] if config.sft is not None else []
-    models = [(f"reward:{r.name}", r.run or r.model or "") for r in config.rewards if r.function is None]
+    models = [model for r in config.rewards for model in r.models(f"reward:{r.name}").items()]
     return [("base", config.model_name_or_path), *sft, *models]

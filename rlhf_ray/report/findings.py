@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlhf_ray.maths.standard_errors import error_of_difference
+from rlhf_ray.maths.standard_errors import error_of_difference, standard_error
 from rlhf_ray.metrics import held_out_reward, standard_error_name
 from rlhf_ray.report.folder import RunFiles, mean
 from rlhf_ray.report.numbers import shown
@@ -91,7 +91,8 @@ def _independent(run: RunFiles) -> Finding | None:
     if not run.values("eval/reward"):
         return None
     if watch is not None:
-        return Finding(False, "An independent reward was measured", f"{watch}, which PPO did not maximise.")
+        text = f"{watch}. It is as independent of what was maximised as its rule, or the data that it learnt from."
+        return Finding(False, "A reward that PPO did not maximise was measured", text)
     return Finding(
         True,
         "Nothing independent was measured",
@@ -104,11 +105,14 @@ def _learned(run: RunFiles) -> Finding | None:
     rewards = run.values("reward/mean")
     if len(rewards) < 8:
         return None
-    early, late = _early(rewards), _late(rewards)
-    text = f"{shown(early)} in the first tenth, {shown(late)} in the last quarter."
-    if late > early:
+    quarter = len(rewards) // 4
+    first, final = rewards[:quarter], rewards[-quarter:]
+    noise = 2 * error_of_difference(standard_error(first), standard_error(final))
+    text = f"{shown(mean(first))} in the first quarter, {shown(mean(final))} in the last; two standard errors {shown(noise)}."
+    if mean(final) - mean(first) > noise:
         return Finding(False, "Training reward rose", text)
-    return Finding(True, "Training reward did not rise", text + " Try a higher learning rate or a lower kl_coef.")
+    title = "Training reward did not rise" + (" beyond its noise" if mean(final) > mean(first) else "")
+    return Finding(True, title, text + " Try a higher learning rate or a lower kl_coef.")
 
 
 def _flat_reward(run: RunFiles) -> Finding | None:

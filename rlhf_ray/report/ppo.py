@@ -114,6 +114,24 @@ def _reward_charts(run: RunFiles) -> list[Chart]:
     if len(sources) > 1:
         lines = [Line(n.removeprefix("reward/"), run.points(n)) for n in sources[:6]]
         charts.append(Chart("Reward sources", "reward", lines, "Each source before its weight."))
+    return charts + _ensemble_charts(run)
+
+
+def _ensemble_charts(run: RunFiles) -> list[Chart]:
+    charts = []
+    for spread in [n for n in run.names() if n.startswith("reward/") and n.endswith("/std") and n.count("/") == 2]:
+        name = spread.split("/")[1]
+        members = [n for n in run.names() if n.startswith(f"reward/{name}/") and n != spread]
+        lines = [Line(n.rsplit("/", 1)[1], run.points(n)) for n in members[:5]]
+        charts.append(
+            Chart(
+                f"Members of ensemble {name}",
+                "reward",
+                [*lines, Line("disagreement (std)", run.points(spread), "dashed")],
+                "Each member as it is aggregated, and their standard deviation on the same reply, mean over replies. A disagreement"
+                " that grows says that replies have left what the members learnt from.",
+            )
+        )
     return charts
 
 

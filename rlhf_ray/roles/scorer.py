@@ -69,11 +69,13 @@ class Scorer:
             for batch, seq in inputs.sequences(self.rows_per_forward, self.device, self.max_over_ranks):
                 found, _ = self.models("logprobs", self.reference, seq, temperature)
                 ref_logprobs[batch, : seq.response_width] = found.float().cpu()
-        parts = {reward.name: reward.score(inputs) for reward in self.rewards}
+        parts = {name: part for reward in self.rewards for name, part in reward.parts(inputs).items()}
         total = weighted_sum(self.rewards, parts, len(rollout))
         for reward in self.rewards:
             if not reward.weight:  # it watches: where it is broken it says nothing, and the run goes on without it
-                parts[reward.name] = parts[reward.name].nan_to_num(math.nan, math.nan, math.nan)
+                for name in parts:
+                    if name == reward.name or name.startswith(f"{reward.name}/"):
+                        parts[name] = parts[name].nan_to_num(math.nan, math.nan, math.nan)
         drift = next((d for d in (reward.drift(inputs) for reward in reversed(self.rewards)) if d is not None), None)
         return Scores(reward=total, ref_logprobs=ref_logprobs, row_id=rollout.row_id, parts=parts, drift=drift)
 

@@ -105,7 +105,7 @@ def prepare(
 def sources_of(config: EvaluateConfig) -> list[tuple[str, str]]:
     """(role, path) of every model that answers or scores."""
     answers = [(f"policy:{p.name}", p.policy) for p in config.policies if p.policy != "base"]
-    models = [(f"reward:{r.name}", r.run or r.model or "") for r in config.rewards if r.function is None]
+    models = [model for r in config.rewards for model in r.models(f"reward:{r.name}").items()]
     return [("base", config.model_name_or_path), *answers, *models]
 
 
@@ -132,11 +132,11 @@ def maximised_judge(config: EvaluateConfig) -> list[str]:
 
 
 def _is_same(one: RewardSource, other: RewardSource) -> bool:
-    """By path, wherever it is named from."""
+    """By path, wherever it is named from. Ensembles that share a member are taken for the same, and so is a member."""
     if one.function or other.function:
         return one.function == other.function
-    places = [Path(reward.run or reward.model or "").absolute() for reward in (one, other)]
-    return places[0] == places[1]
+    places = [{Path(path).absolute() for path in reward.models("").values()} for reward in (one, other)]
+    return not places[0].isdisjoint(places[1])
 
 
 def held_out_rows(config: EvaluateConfig) -> StageRows:
@@ -228,6 +228,9 @@ def policy_metrics(
             found |= _with_error("true_reward", figures.parts[reward.name])
         elif len(rewards) > 1 or reward.weight != 1:  # alone and unweighted it is the sum itself
             found |= _with_error(f"reward/{reward.name}", figures.parts[reward.name])
+        for part in figures.parts:
+            if part.startswith(f"{reward.name}/"):  # an ensemble's members, and how far they are apart
+                found |= _with_error(f"reward/{part}", figures.parts[part])
     return {f"{name}/{policy}": value for name, value in found.items() if math.isfinite(value)}
 
 

@@ -152,20 +152,21 @@ def reference_of(run: RunFolder | None, console: Console) -> str | None:
 
 
 def rewards_of(run: RunFolder | None, console: Console) -> list[RewardSource]:
-    """The PPO run's reward adapters, to score replies with. Python functions are left out: no code runs because a folder names it;
-    so are whole reward models, which would be loaded beside the base."""
+    """The PPO run's reward adapters and ensembles, to score replies with. Python functions are left out: no code runs because a
+    folder names it; so are whole reward models, which would be loaded beside the base."""
     found = []
     for values in run.config().get("rewards", ()) if run is not None else ():
         reward = RewardSource(**values)
-        if run is None or reward.run is None:
+        if run is None or reward.function is not None or reward.model is not None:
             continue
         try:
-            source = reward_source(reward.run)
+            sources = {role: reward_source(path) for role, path in reward.models(reward.name).items()}
         except RlhfRayError as error:
             console.warn(f"not scored by {reward.name}: {error.problems[0]}")
             continue
-        if source.kind == "adapter":
-            _warn_if_changed(run, reward.name, source, console)
+        if all(source.kind == "adapter" for source in sources.values()):
+            for role, source in sources.items():
+                _warn_if_changed(run, role, source, console)
             found.append(reward)
     return found
 

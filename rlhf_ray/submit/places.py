@@ -59,7 +59,7 @@ _PLAIN: dict[str, Kind] = {
     "registry": "folder",
     "api_keys": "keys",
 }
-_REWARD: dict[str, Kind] = {"run": "folder", "model": "model", "function": "function"}
+_REWARD: dict[str, Kind] = {"run": "folder", "ensemble": "folder", "model": "model", "function": "function"}
 
 
 def _one(loc: Loc, section: Any, kind: Kind, visit: Visit) -> None:

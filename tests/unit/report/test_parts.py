@@ -99,6 +99,17 @@ def test_concerns_about_a_trend(name: str, start: float, end: float, title: str)
     assert concerns(rows) == [title]
 
 
+def test_a_rise_within_the_noise_of_steps_is_no_rise() -> None:
+    """First quarter 0.9, 1.1, 1.0, last one 0.95, 1.15, 1.05: 0.05 higher, and each has the error 0.1 / sqrt(3)."""
+    rows = rising(steady(**GOOD))
+    for row, value in zip(rows, [0.9, 1.1, 1.0, *[1.0] * 6, 0.95, 1.15, 1.05], strict=True):
+        row["reward/mean"] = value
+    assert concerns(rows) == ["Training reward did not rise beyond its noise"]
+    for row in rows[-3:]:
+        row["reward/mean"] += 0.2  # 0.25 higher, two standard errors are 2 sqrt(2 / 3) 0.1 = 0.163
+    assert concerns(rows) == []
+
+
 def test_over_optimisation_is_told_apart_from_noise() -> None:
     rows = rising(steady(**GOOD))
     for row, reward in zip(rows[::3], (0.0, 1.0, 1.2, 0.7), strict=True):
@@ -135,18 +146,27 @@ def test_the_table_shows_errors_beside_values_and_gaps_as_dashes() -> None:
     assert html.count("–</td>") == 1 and "reward_se" not in html
 
 
-@pytest.mark.parametrize(("gap", "words"), [(0.27, "does not differ clearly"), (0.29, "differs clearly")])
-def test_a_difference_is_clear_beyond_its_95_percent_interval(gap: float, words: str) -> None:
-    """1.96 sqrt(0.1^2 + 0.1^2) = 0.277."""
-    numbers = results(reward__base=0.0, reward__ppo=gap, reward_se__base=0.1, reward_se__ppo=0.1)
-    assert f"ppo {words} from base" in compared(*comparison(numbers, {}))
+@pytest.mark.parametrize(
+    ("low", "high", "words"), [(-0.01, 0.41, "does not differ clearly"), (0.01, 0.39, "differs clearly")]
+)
+def test_a_difference_is_clear_by_its_paired_interval(low: float, high: float, words: str) -> None:
+    """Means 0.2 apart with errors of 0.1 each would never be told apart as if of different prompts: 1.96 sqrt(0.02) = 0.277."""
+    numbers = results(reward__sft=0.0, reward__ppo=0.2, reward_se__sft=0.1, reward_se__ppo=0.1, reward__base=0.1)
+    numbers |= results(score_difference__ppo=0.2, score_difference_low__ppo=low, score_difference_high__ppo=high)
+    numbers |= results(score_difference__base=0.1)
+    config = {"rewards": [{"name": "rm"}, {"name": "rule"}]}
+    told = compared(*comparison(numbers, config), {**config, "judge": "rule"})
+    assert f"; by rule, prompt by prompt, ppo {words} from sft (0.200, 95% interval" in told
+    assert "by rm, prompt by prompt" in compared(*comparison(numbers, config), config)
+    alone = {name: value for name, value in numbers.items() if "score_difference" not in name}
+    assert "differ" not in compared(*comparison(alone, config), config), "means say nothing of a paired difference"
 
 
 def test_the_true_reward_comes_first() -> None:
     numbers = results(reward__a=1.0, reward__b=2.0, true_reward__a=5.0, true_reward__b=6.0)
     policies, table = comparison(numbers, {})
     assert list(table) == ["true_reward", "reward"]
-    assert compared(policies, table) == "True reward: 5.00 for a and 6.00 for b."
+    assert compared(policies, table, {}) == "True reward: 5.00 for a and 6.00 for b."
 
 
 def test_the_frame_all_prompts_share_is_said_once() -> None:

@@ -26,6 +26,7 @@ JOBS: dict[str, dict[str, Any]] = {
             {"name": "rule", "function": "rewards/mine.py:score"},
             {"name": "learned", "run": "runs/reward"},
             {"name": "module", "function": "pkg.deep:score"},
+            {"name": "many", "ensemble": ["runs/reward", "runs/ppo"]},
         ],
         "template": "templates/mine.json",
     },
@@ -95,6 +96,8 @@ def test_of_a_ppo_job_the_code_and_small_data_travel_and_the_rest_is_named_by_it
         ("model_name_or_path", str(folder / "models/base")),
         ("sft", str(folder / "runs/sft")),
         ("rewards[1].run", str(folder / "runs/reward")),
+        ("rewards[3].ensemble[0]", str(folder / "runs/reward")),
+        ("rewards[3].ensemble[1]", str(folder / "runs/ppo")),
     }
 
 

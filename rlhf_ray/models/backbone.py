@@ -14,6 +14,7 @@ from torch import nn
 from rlhf_ray.data.encode import own_end_of_turn
 from rlhf_ray.data.templates import ChatTemplate, Template
 from rlhf_ray.errors import ArtifactError, InvariantError
+from rlhf_ray.models.coverage import quantisation_notes
 from rlhf_ray.models.heads import check_logits_head, logits_head
 from rlhf_ray.models.loading import (
     DTYPES,
@@ -81,7 +82,8 @@ class BaseIdentity:
 class Backbone:
     """A loaded base. model: frozen, in eval mode.  eos_ids: what ends a reply, whatever the template (see `stop_ids`).
     dtype: of the weights that are not quantised.  context_length: tokens it was made for.  head: of a causal language model.
-    stop_token_ids: those that the job names, None where it leaves them to model and template."""
+    stop_token_ids: those that the job names, None where it leaves them to model and template.
+    notes: what a run should say of it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -94,6 +96,7 @@ class Backbone:
     attn_implementation: str
     head: nn.Module | None = None
     stop_token_ids: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def stop_ids(self, template: Template) -> tuple[int, ...]:
         """What ends a reply under `template`: its end of turn, which also ends training data, and `eos_ids`. If the job names stop
@@ -272,6 +275,7 @@ def _finish(
         context_length=context_length(model.config.get_text_config(), tokenizer),
         attn_implementation=plan.attn,
         stop_token_ids=stop_token_ids,
+        notes=tuple(quantisation_notes(trunk(model), plan.bits) if plan.bits else ()),
     )
 
 

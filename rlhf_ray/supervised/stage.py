@@ -24,6 +24,7 @@ from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, read_adapter, use_adapter
 from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone, trunk
+from rlhf_ray.models.context import shortened_note
 from rlhf_ray.models.coverage import adapter_notes
 from rlhf_ray.report import write_report
 from rlhf_ray.runtime.session import Session, seed_everything
@@ -105,7 +106,7 @@ def tokenise(
     limit = min(config.max_length, backbone.context_length)
     notes = list(rows.warnings)
     if limit < config.max_length:
-        notes.append(f"max_length {config.max_length} is over the model's context; {limit} is used")
+        notes.append(shortened_note(config.max_length, limit, backbone.model.config.get_text_config()))
     lines, sides = list(rows.summary), []
     for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
         done = recipe.tokenise(side, template, backbone.tokenizer, limit)

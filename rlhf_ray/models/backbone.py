@@ -14,6 +14,8 @@ from torch import nn
 from rlhf_ray.data.encode import own_end_of_turn
 from rlhf_ray.data.templates import ChatTemplate, Template
 from rlhf_ray.errors import ArtifactError, InvariantError
+from rlhf_ray.models.context import context_length, context_notes
+from rlhf_ray.models.coverage import quantisation_notes
 from rlhf_ray.models.heads import check_logits_head, logits_head
 from rlhf_ray.models.loading import (
     DTYPES,
@@ -54,11 +56,6 @@ __all__ = [
     "trunk",
 ]
 
-NO_LIMIT = 1 << 20
-"""Context of a model that states none."""
-
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
-
 
 @dataclass(frozen=True)
 class BaseIdentity:
@@ -81,7 +78,8 @@ class BaseIdentity:
 class Backbone:
     """A loaded base. model: frozen, in eval mode.  eos_ids: what ends a reply, whatever the template (see `stop_ids`).
     dtype: of the weights that are not quantised.  context_length: tokens it was made for.  head: of a causal language model.
-    stop_token_ids: those that the job names, None where it leaves them to model and template."""
+    stop_token_ids: those that the job names, None where it leaves them to model and template.
+    notes: what a run should say of it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -94,6 +92,7 @@ class Backbone:
     attn_implementation: str
     head: nn.Module | None = None
     stop_token_ids: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def stop_ids(self, template: Template) -> tuple[int, ...]:
         """What ends a reply under `template`: its end of turn, which also ends training data, and `eos_ids`. If the job names stop
@@ -261,6 +260,8 @@ def _finish(
         tokenizer_sha256(tokenizer),
         f"{plan.bits}bit" if plan.bits else str(plan.dtype).removeprefix("torch."),
     )
+    notes = quantisation_notes(trunk(model), plan.bits) if plan.bits else []
+    notes += context_notes(model.config.get_text_config())
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -272,6 +273,7 @@ def _finish(
         context_length=context_length(model.config.get_text_config(), tokenizer),
         attn_implementation=plan.attn,
         stop_token_ids=stop_token_ids,
+        notes=tuple(notes),
     )
 
 
@@ -279,16 +281,6 @@ def _end_of_chat(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """What ends a turn of the tokenizer's chat template, whether the job uses that or not: it must not pad either."""
     end = None if tokenizer.chat_template is None else own_end_of_turn(tokenizer, ChatTemplate(tokenizer))
     return () if end is None else (end,)
-
-
-def context_length(config: Any, tokenizer: Any = None) -> int:
-    """Tokens that a model was made for, by its config, else by its tokenizer; NO_LIMIT if neither says."""
-    stated = [getattr(config, name, None) for name in _CONTEXT_NAMES]
-    lengths = [n for n in stated if isinstance(n, int) and n > 0]
-    if lengths:
-        return lengths[0]
-    longest = getattr(tokenizer, "model_max_length", NO_LIMIT)
-    return longest if longest < NO_LIMIT else NO_LIMIT
 
 
 def _some(names: list[str]) -> str:

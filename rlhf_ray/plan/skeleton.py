@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.backbone import Backbone, BaseIdentity, context_length
+from rlhf_ray.models.backbone import Backbone, BaseIdentity
+from rlhf_ray.models.context import context_length
 from rlhf_ray.models.heads import ScalarHead, logits_head
 from rlhf_ray.models.loading import DTYPES, bits_of, no_dropout, quiet
 from rlhf_ray.models.sources import one_line

@@ -14,6 +14,7 @@ from rlhf_ray.data.splits import confirms, prompt_hash
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.context import rope_note, shortened_note
 from rlhf_ray.training.ancestry import check_ancestors
 
 EVAL_MAX_ROWS = 256
@@ -38,12 +39,15 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
     """Read, cut, tokenise. Raises ConfigError if no prompt could fit or an ancestor held out otherwise (a run that is resumed only
     says so), DataError if none is left."""
     rows = load_rows(config.data, "prompt", "ppo")
-    limit = config.max_length or backbone.context_length
+    limit = min(config.max_length or backbone.context_length, backbone.context_length)
+    notes = list(rows.warnings)
+    if limit < (config.max_length or 0):
+        notes.append(shortened_note(config.max_length or 0, limit, backbone.model.config.get_text_config()))
     if config.response_length >= limit:
         raise ConfigError.at(
             "response_length",
             "leaves no room for a prompt",
-            f"below {limit} (the model's context)",
+            f"below {limit} (the model's context{rope_note(backbone.model.config.get_text_config())})",
             str(config.response_length),
         )
     shared, leaks = check_ancestors(rows, sources_of(config), refuse=not is_resumed)
@@ -68,7 +72,7 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
         sides[1],
         confirming,
         [*lines, *shared, *told],
-        [*rows.warnings, *leaks, *missing],
+        [*notes, *leaks, *missing],
         rows.manifest,
         rows.rule,
     )

@@ -19,7 +19,8 @@ from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter
 from rlhf_ray.models.adapters import adapter_config
 from rlhf_ray.models.assembly import Assembly
-from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.backbone import Backbone, trunk
+from rlhf_ray.models.coverage import adapter_notes
 from rlhf_ray.models.lineage import describe, header_line
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.zero3 import whole_numel
@@ -179,7 +180,10 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
             setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
             lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
         session.console.header(f"ppo  {config.output_dir}", lines)
-        for line in [*prompts.warnings, *roles.warnings, *map(str, unused_fields(config))]:
+        notes = [*backbone.notes]
+        if config.sft is None and config.lora.target_modules == "all-linear":
+            notes += adapter_notes(trunk(policy_model), "policy")
+        for line in [*notes, *prompts.warnings, *roles.warnings, *map(str, unused_fields(config))]:
             session.console.warn(line)
     return setup
 

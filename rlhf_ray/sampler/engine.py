@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.models.context import rope_limit
 from rlhf_ray.sampler.adapter_routing import AdapterRouter
 from rlhf_ray.sampler.kv_cache import SlotCache
 from rlhf_ray.sampler.requests import (
@@ -66,7 +67,7 @@ class Sampler:
         _check_model(config, pad_id)
         self._accepted = inspect.signature(base.forward).parameters
         self._vocabulary = int(config.vocab_size)
-        self._context = int(getattr(config, "max_position_embeddings", None) or 0)
+        self._context = min(int(getattr(config, "max_position_embeddings", None) or 0), rope_limit(config)[0])
         self._device: torch.device = base.get_input_embeddings().weight.device
         self._router = AdapterRouter(model, forward)
         self._pad_id = pad_id

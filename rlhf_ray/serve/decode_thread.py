@@ -27,7 +27,7 @@ from peft import PeftModel
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.models.adapter_targets import linear_layers
+from rlhf_ray.models.adapter_targets import linear_layers, refused_by_peft
 from rlhf_ray.models.adapters import wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.sampler.engine import Sampler
@@ -270,7 +270,9 @@ class DecodeThread:
 
 
 def _with_placeholder(backbone: Backbone) -> PeftModel:
-    first = next(iter(linear_layers(backbone.model)))
+    linear = linear_layers(backbone.model)
+    refused = refused_by_peft(backbone.model, linear)
+    first = next(name for name in linear if name.rpartition(".")[2] not in refused)
     model = wrap(backbone.model, LoraConfig(r=1, lora_alpha=1.0, target_modules=(first,)), PLACEHOLDER, seed=0)
     model.requires_grad_(False)
     model.eval()

@@ -27,6 +27,7 @@ from rlhf_ray.models.loading import (
     plan_load,
 )
 from rlhf_ray.models.quantisation import keep_trainable
+from rlhf_ray.models.recurrent import unclamp_time_steps
 from rlhf_ray.models.sources import ModelSource, config_sha256, resolve_source, weights_sha256
 from rlhf_ray.models.tokenizer import (
     PadChoice,
@@ -238,6 +239,7 @@ def _finish(
         model.to(plan.device)  # type: ignore[arg-type]
     else:
         keep_trainable(model)
+    unclamp_time_steps(model)
     model.requires_grad_(False)
     model.eval()
     tokenizer = tokenizer_of(source)

@@ -7,8 +7,9 @@ prompts on the left.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from rlhf_ray.data.counts import Tally
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 TooLong = Literal["stop", "drop", "truncate"]
+OnBadRow = Literal["stop", "skip"]
 T = TypeVar("T")
+Found = TypeVar("Found")
 _NOTHING_LEFT = "reply empty after truncation"
 
 
@@ -57,12 +60,18 @@ class TokenisedPrompt:
 
 @dataclass
 class Tokenised(Generic[T]):
-    """Examples in row order, and the rows that were dropped or truncated on the way, or not learnt in full."""
+    """Examples in row order, and the rows that were skipped, dropped or truncated on the way, or not learnt in full."""
 
     examples: list[T] = field(default_factory=list)
+    skipped: Tally = field(default_factory=lambda: Tally("skipped"))
     dropped: Tally = field(default_factory=lambda: Tally("dropped"))
     truncated: Tally = field(default_factory=lambda: Tally("truncated"))
     unlearnt: Tally = field(default_factory=lambda: Tally("not learnt in full"))
+
+    @property
+    def tallies(self) -> list[Tally]:
+        """Those that have rows."""
+        return [t for t in (self.skipped, self.dropped, self.truncated, self.unlearnt) if t.total]
 
 
 def tokenise_sft(
@@ -75,6 +84,7 @@ def tokenise_sft(
     train_on_inputs: bool,
     train_on_turns: Literal["all", "last"],
     add_eos_token: bool,
+    on_bad_row: OnBadRow = "stop",
 ) -> Tokenised[TokenisedRow]:
     """Prompt and completion as one sequence of at most `max_length` tokens; the loss is on the completion and its end.
 
@@ -84,12 +94,19 @@ def tokenise_sft(
     Rows without a token to learn are dropped and counted (F30). Raises DataError, and ConfigError if no token ends a reply.
     """
     end = _end(tokenizer, template) if add_eos_token else []
-    prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
-    responses = encode_texts(tokenizer, [row.completion or "" for row in rows])
     out, rule = Tokenised[TokenisedRow](), _LengthRule(max_length, too_long)
-    earlier: Mapping[int, list[Span]] = {}
-    if not train_on_inputs:
-        earlier = _earlier_turns(tokenizer, template, rows, prompts, bool(end), train_on_turns, out)
+
+    def encode(rows: Sequence[Row]) -> tuple[list[list[int]], Mapping[int, list[Span]]]:
+        prompts = _encode(tokenizer, template, rows)
+        turns = "none" if train_on_inputs else train_on_turns
+        return prompts, _earlier_turns(tokenizer, template, rows, prompts, bool(end), turns)
+
+    rows, (prompts, earlier) = _accepted(rows, encode, on_bad_row, out)
+    if train_on_turns == "last" and not train_on_inputs:
+        for row in rows:
+            if row.is_conversation and earlier_turns(row.prompt):
+                out.unlearnt.add("earlier turns of the assistant, train_on_turns: last", row.where)
+    responses = encode_texts(tokenizer, [row.completion or "" for row in rows])
     for i, (row, prompt, response) in enumerate(zip(rows, prompts, responses)):
         full = prompt + response + end
         ids = rule.apply(row.where, full, out)
@@ -115,15 +132,12 @@ def _earlier_turns(
     rows: Sequence[Row],
     prompts: Sequence[list[int]],
     with_end: bool,
-    train_on_turns: Literal["all", "last"],
-    out: Tokenised[TokenisedRow],
+    train_on_turns: Literal["all", "last", "none"],
 ) -> dict[int, list[Span]]:
-    """Row -> its earlier turns that are learnt; rows whose earlier turns are left out are counted."""
-    talks = [i for i, row in enumerate(rows) if row.is_conversation and earlier_turns(row.prompt)]
-    if train_on_turns == "last":
-        for i in talks:
-            out.unlearnt.add("earlier turns of the assistant, train_on_turns: last", rows[i].where)
+    """Row -> its earlier turns that are learnt."""
+    if train_on_turns != "all":
         return {}
+    talks = [i for i, row in enumerate(rows) if row.is_conversation and earlier_turns(row.prompt)]
     asked, ids, labels = [rows[i].prompt for i in talks], [prompts[i] for i in talks], [rows[i].where for i in talks]
     return dict(zip(talks, assistant_spans(tokenizer, template, asked, ids, labels, with_end=with_end)))
 
@@ -136,6 +150,7 @@ def tokenise_pairs(
     max_length: int,
     too_long: TooLong,
     add_eos_token: bool,
+    on_bad_row: OnBadRow = "stop",
 ) -> Tokenised[TokenisedPair]:
     """Chosen and rejected reply behind the same prompt tokens, each sequence at most `max_length` tokens.
 
@@ -143,10 +158,10 @@ def tokenise_pairs(
     ConfigError if no token ends a reply.
     """
     end = _end(tokenizer, template) if add_eos_token else []
-    prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
+    out, rule = Tokenised[TokenisedPair](), _LengthRule(max_length, too_long)
+    rows, prompts = _accepted(rows, partial(_encode, tokenizer, template), on_bad_row, out)
     chosen = encode_texts(tokenizer, [row.chosen or "" for row in rows])
     rejected = encode_texts(tokenizer, [row.rejected or "" for row in rows])
-    out, rule = Tokenised[TokenisedPair](), _LengthRule(max_length, too_long)
     for row, prompt, better, worse in zip(rows, prompts, chosen, rejected):
         first, second = prompt + better + end, prompt + worse + end
         longer = max(first, second, key=len)
@@ -174,11 +189,12 @@ def tokenise_prompts(
     max_length: int,
     response_length: int,
     too_long: TooLong,
+    on_bad_row: OnBadRow = "stop",
 ) -> Tokenised[TokenisedPrompt]:
     """Prompts that leave room for `response_length` tokens within `max_length`. Truncation keeps a leading bos."""
-    prompts = encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
-    head = bos_ids(tokenizer)
     out = Tokenised[TokenisedPrompt]()
+    rows, prompts = _accepted(rows, partial(_encode, tokenizer, template), on_bad_row, out)
+    head = bos_ids(tokenizer)
     rule = _LengthRule(max_length - response_length, too_long, f"{max_length:,}-{response_length:,}")
     for row, prompt in zip(rows, prompts):
         if rule.apply(row.where, prompt, out) is None:
@@ -194,6 +210,29 @@ def tokenise_prompts(
         rule.count_cut(row.where, prompt, out)
     DataError.raise_all(rule.problems)
     return out
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, template: Template, rows: Sequence[Row]) -> list[list[int]]:
+    return encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
+
+
+def _accepted(
+    rows: Sequence[Row], encode: Callable[[Sequence[Row]], Found], on_bad_row: OnBadRow, out: Tokenised[T]
+) -> tuple[Sequence[Row], Found]:
+    """`encode` of the rows. on_bad_row: skip leaves out and counts those that it refuses, which the rest is then encoded without.
+
+    Raises DataError for refused rows under `stop`, and for what is wrong with no row."""
+    while True:
+        try:
+            return rows, encode(rows)
+        except DataError as error:
+            refused = {problem.where: problem for problem in error.problems}
+            if on_bad_row == "stop" or not refused.keys() <= {row.where for row in rows}:
+                raise
+            for where, problem in refused.items():
+                reason, _, detail = problem.what.partition(", got ")
+                out.skipped.add(reason, where, f"got {detail}" if detail else "")
+            rows = [row for row in rows if row.where not in refused]
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
@@ -233,7 +272,9 @@ class _LengthRule:
             out.truncated.add(f"over {self.shown}", where, f"{len(ids):,} tokens")
 
 
-def require_batch(rows: int, batch: int, where: str, fix: str) -> None:
-    """Raise DataError if there are fewer rows than one optimizer step takes: such a run would end after 0 steps."""
+def require_batch(rows: int, batch: int, where: str, fix: str, account: Sequence[str] = ()) -> None:
+    """Raise DataError if there are fewer rows than one optimizer step takes: such a run would end after 0 steps.
+
+    account: lines that say what became of the others."""
     if rows < batch:
-        raise DataError.at(where, f"{rows:,} rows < global batch {batch:,}", fix=fix)
+        raise DataError.at(where, f"{rows:,} rows < global batch {batch:,}", got="; ".join(account), fix=fix)

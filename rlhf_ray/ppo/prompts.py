@@ -56,11 +56,12 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
             max_length=limit,
             response_length=config.response_length,
             too_long=config.data.too_long,
+            on_bad_row=config.data.on_bad_row,
         )
-        lines += [str(t) for t in (done.dropped, done.truncated) if t.total]
+        lines += map(str, done.tallies)
         sides.append(done.examples)
     if not sides[0]:
-        raise DataError.at(", ".join(config.data.train), "no prompt is left to train on")
+        raise DataError.at(", ".join(config.data.train), "no prompt is left to train on", got="; ".join(lines))
     schedule = PromptSchedule(sides[0], config.rollout_batch_size, config.num_generations, config.seed)
     confirming, told, missing = confirming_half(sides[1]) if config.confirm_held_out else ([], [], [])
     return Prompts(

@@ -98,6 +98,7 @@ class EvaluationModels:
             max_length=self.limit,
             response_length=longest,
             too_long=too_long,
+            on_bad_row=self.config.data.on_bad_row,
         )
 
     def answer(self, name: str, prompts: Sequence[TokenisedPrompt]) -> PolicyResponses:

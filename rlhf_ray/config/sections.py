@@ -133,6 +133,11 @@ class DataConfig(Section):
     on_bad_row: Literal["stop", "skip"] = field(
         "stop", "a malformed row stops the job (exit 4), or is skipped and counted"
     )
+    special_tokens: Literal["text", "parse"] = field(
+        "text",
+        "what a row's text that spells a special token (<|im_start|>, </s>) is: text, with a warning that counts such rows; or, for"
+        " rows that were rendered with the model's own markers, the token (parse)",
+    )
     too_long: Literal["stop", "drop", "truncate"] = field(
         "drop",
         "rows over max_length: stop (exit 4), drop and count, or truncate (prompts left, replies right) and count",

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+from rlhf_ray.data.continuation import texts_after_prompts
 from rlhf_ray.data.counts import Tally
-from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts, end_of_turn
+from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts, end_of_turn, spelled_tokens
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
 from rlhf_ray.data.turns import Span, assistant_spans, earlier_turns
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 TooLong = Literal["stop", "drop", "truncate"]
 OnBadRow = Literal["stop", "skip"]
+SpecialTokens = Literal["text", "parse"]
 T = TypeVar("T")
 Found = TypeVar("Found")
 _NOTHING_LEFT = "reply empty after truncation"
@@ -67,11 +69,17 @@ class Tokenised(Generic[T]):
     dropped: Tally = field(default_factory=lambda: Tally("dropped"))
     truncated: Tally = field(default_factory=lambda: Tally("truncated"))
     unlearnt: Tally = field(default_factory=lambda: Tally("not learnt in full"))
+    spelled: Tally = field(default_factory=lambda: Tally("spell special tokens"))
 
     @property
     def tallies(self) -> list[Tally]:
         """Those that have rows."""
         return [t for t in (self.skipped, self.dropped, self.truncated, self.unlearnt) if t.total]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What looks wrong with the rows."""
+        return [str(self.spelled)] if self.spelled.total else []
 
 
 def tokenise_sft(
@@ -85,30 +93,37 @@ def tokenise_sft(
     train_on_turns: Literal["all", "last"],
     add_eos_token: bool,
     on_bad_row: OnBadRow = "stop",
+    special_tokens: SpecialTokens = "text",
 ) -> Tokenised[TokenisedRow]:
     """Prompt and completion as one sequence of at most `max_length` tokens; the loss is on the completion and its end.
 
     train_on_turns: all also learns what the assistant said earlier in a conversation, each turn with the template's own end of it;
     last counts those turns as not learnt.
 
+    special_tokens: parse reads what spells a control token as that token; text reads it as text, and counts the rows.
+
     Rows without a token to learn are dropped and counted (F30). Raises DataError, and ConfigError if no token ends a reply.
     """
     end = _end(tokenizer, template) if add_eos_token else []
     out, rule = Tokenised[TokenisedRow](), _LengthRule(max_length, too_long)
+    parse = special_tokens == "parse"
 
     def encode(rows: Sequence[Row]) -> tuple[list[list[int]], Mapping[int, list[Span]]]:
-        prompts = _encode(tokenizer, template, rows)
+        prompts = _encode(tokenizer, template, parse, rows)
         turns = "none" if train_on_inputs else train_on_turns
-        return prompts, _earlier_turns(tokenizer, template, rows, prompts, bool(end), turns)
+        return prompts, _earlier_turns(tokenizer, template, rows, prompts, bool(end), turns, parse)
 
     rows, (prompts, earlier) = _accepted(rows, encode, on_bad_row, out)
     if train_on_turns == "last" and not train_on_inputs:
         for row in rows:
             if row.is_conversation and earlier_turns(row.prompt):
                 out.unlearnt.add("earlier turns of the assistant, train_on_turns: last", row.where)
-    responses = encode_texts(tokenizer, [row.completion or "" for row in rows])
+    replies = texts_after_prompts(tokenizer, [row.completion or "" for row in rows])
+    texts = [row.completion or "" if row.prompt.is_blank else reply for row, reply in zip(rows, replies)]
+    responses = encode_texts(tokenizer, texts, parse)
+    _note_spelled(tokenizer, rows, parse, out)
     for i, (row, prompt, response) in enumerate(zip(rows, prompts, responses)):
-        full = prompt + response + end
+        full = prompt + response + (end if response[-1:] != end else [])
         ids = rule.apply(row.where, full, out)
         if ids is None:
             continue
@@ -133,13 +148,14 @@ def _earlier_turns(
     prompts: Sequence[list[int]],
     with_end: bool,
     train_on_turns: Literal["all", "last", "none"],
+    parse: bool,
 ) -> dict[int, list[Span]]:
     """Row -> its earlier turns that are learnt."""
     if train_on_turns != "all":
         return {}
     talks = [i for i, row in enumerate(rows) if row.is_conversation and earlier_turns(row.prompt)]
     asked, ids, labels = [rows[i].prompt for i in talks], [prompts[i] for i in talks], [rows[i].where for i in talks]
-    return dict(zip(talks, assistant_spans(tokenizer, template, asked, ids, labels, with_end=with_end)))
+    return dict(zip(talks, assistant_spans(tokenizer, template, asked, ids, labels, with_end=with_end, parse=parse)))
 
 
 def tokenise_pairs(
@@ -151,6 +167,7 @@ def tokenise_pairs(
     too_long: TooLong,
     add_eos_token: bool,
     on_bad_row: OnBadRow = "stop",
+    special_tokens: SpecialTokens = "text",
 ) -> Tokenised[TokenisedPair]:
     """Chosen and rejected reply behind the same prompt tokens, each sequence at most `max_length` tokens.
 
@@ -158,12 +175,15 @@ def tokenise_pairs(
     ConfigError if no token ends a reply.
     """
     end = _end(tokenizer, template) if add_eos_token else []
-    out, rule = Tokenised[TokenisedPair](), _LengthRule(max_length, too_long)
-    rows, prompts = _accepted(rows, partial(_encode, tokenizer, template), on_bad_row, out)
-    chosen = encode_texts(tokenizer, [row.chosen or "" for row in rows])
-    rejected = encode_texts(tokenizer, [row.rejected or "" for row in rows])
+    out, rule, parse = Tokenised[TokenisedPair](), _LengthRule(max_length, too_long), special_tokens == "parse"
+    rows, prompts = _accepted(rows, partial(_encode, tokenizer, template, parse), on_bad_row, out)
+    _note_spelled(tokenizer, rows, parse, out)
+    chosen, rejected = (
+        encode_texts(tokenizer, texts_after_prompts(tokenizer, texts), parse)
+        for texts in ([row.chosen or "" for row in rows], [row.rejected or "" for row in rows])
+    )
     for row, prompt, better, worse in zip(rows, prompts, chosen, rejected):
-        first, second = prompt + better + end, prompt + worse + end
+        first, second = (prompt + reply + (end if reply[-1:] != end else []) for reply in (better, worse))
         longer = max(first, second, key=len)
         if rule.apply(row.where, longer, out) is None:
             continue
@@ -190,10 +210,12 @@ def tokenise_prompts(
     response_length: int,
     too_long: TooLong,
     on_bad_row: OnBadRow = "stop",
+    special_tokens: SpecialTokens = "text",
 ) -> Tokenised[TokenisedPrompt]:
     """Prompts that leave room for `response_length` tokens within `max_length`. Truncation keeps a leading bos."""
-    out = Tokenised[TokenisedPrompt]()
-    rows, prompts = _accepted(rows, partial(_encode, tokenizer, template), on_bad_row, out)
+    out, parse = Tokenised[TokenisedPrompt](), special_tokens == "parse"
+    rows, prompts = _accepted(rows, partial(_encode, tokenizer, template, parse), on_bad_row, out)
+    _note_spelled(tokenizer, rows, parse, out)
     head = bos_ids(tokenizer)
     rule = _LengthRule(max_length - response_length, too_long, f"{max_length:,}-{response_length:,}")
     for row, prompt in zip(rows, prompts):
@@ -212,8 +234,21 @@ def tokenise_prompts(
     return out
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, template: Template, rows: Sequence[Row]) -> list[list[int]]:
-    return encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows])
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, template: Template, parse: bool, rows: Sequence[Row]
+) -> list[list[int]]:
+    return encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows], parse)
+
+
+def _note_spelled(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], parse: bool, out: Tokenised[T]) -> None:
+    """Count rows whose texts spell control tokens and are read as text: rows that were rendered already, perhaps."""
+    if parse:
+        return
+    texts = ["\0".join((r.prompt.plain(), r.completion or "", r.chosen or "", r.rejected or "")) for r in rows]
+    for row, tokens in zip(rows, spelled_tokens(tokenizer, texts)):
+        if tokens:
+            shown = ", ".join(map(repr, tokens[:3]))
+            out.spelled.add("read as text; data.special_tokens: parse reads them as the tokens", row.where, shown)
 
 
 def _accepted(

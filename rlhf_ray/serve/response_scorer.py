@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from rlhf_ray.data.continuation import texts_after_prompts
 from rlhf_ray.data.encode import encode_texts
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.forward import after_last_token
@@ -75,7 +76,8 @@ class ResponseScorer:
             prompt_ids = await self._prompt_encoder.encode(prompt, template)
         cached, response_ids = reward_model.cached, generation.response_ids[: generation.shown]
         if generation.text.is_cut:  # a stop string began within a token
-            response_ids = encode_texts(self._engine.backbone.tokenizer, [generation.text.text])[0]
+            tokenizer = self._engine.backbone.tokenizer
+            response_ids = encode_texts(tokenizer, texts_after_prompts(tokenizer, [generation.text.text]))[0]
         return await self._score(ScoringCase(prompt_ids, response_ids, cached.adapter_name, cached.head))
 
     async def _kl(self, generation: Generation, temperature: float) -> float | None:

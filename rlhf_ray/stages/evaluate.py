@@ -99,7 +99,7 @@ def prepare(
     if session.is_main:
         write_lineage(folder, evaluation, rows)
         lines = [f"{len(done.examples)} of {len(rows.held_out)} held-out prompts"]
-        tell(evaluation, [*rows.summary, *lines, *map(str, done.tallies)], rows.warnings)
+        tell(evaluation, [*rows.summary, *lines, *map(str, done.tallies)], (*rows.warnings, *done.warnings))
     return evaluation, done.examples, len(asked) - len(done.examples)
 
 

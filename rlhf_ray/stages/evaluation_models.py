@@ -99,6 +99,7 @@ class EvaluationModels:
             response_length=longest,
             too_long=too_long,
             on_bad_row=self.config.data.on_bad_row,
+            special_tokens=self.config.data.special_tokens,
         )
 
     def answer(self, name: str, prompts: Sequence[TokenisedPrompt]) -> PolicyResponses:

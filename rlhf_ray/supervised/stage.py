@@ -109,6 +109,7 @@ def tokenise(
     for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
         done = recipe.tokenise(side, template, backbone.tokenizer, limit)
         lines += [f"{name}: {tally}" for tally in done.tallies]
+        notes += [f"{name}: {warning}" for warning in done.warnings]
         sides.append(done.examples[:most])
     if not sides[1]:
         notes.append("no held-out rows: nothing is evaluated (data.held_out_fraction, data.eval)")

@@ -104,6 +104,48 @@ def test_log_probabilities_join_up_to_the_reply(live: MakeLive) -> None:
     assert [(token.token, token.bytes) for token in listed] == [(token.token, token.bytes) for token in tokens]
 
 
+NEUTRAL: list[dict[str, Any]] = [
+    *(
+        {"top_k": -1},
+        {"repetition_penalty": 1.0},
+        {"min_p": 0.0},
+        {"stop": ""},
+        {"stop": ["", ""]},
+        {"length_penalty": 1},
+    ),
+    *({"made_up": value} for value in (None, False, "", [], {})),
+]
+ANSWERS: list[dict[str, Any]] = [
+    {
+        "content": "A wren.",
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    },
+    {"content": "A wren.", "annotations": [], "reasoning_content": "It sings.", "provider_specific_fields": {}},
+]
+
+
+def test_what_asks_for_nothing_changes_nothing(live: MakeLive) -> None:
+    """Null, empty and neutral fields, and the assistant's messages as services return them (issue 16, inputs 08)."""
+    service = live()
+    same: dict[str, Any] = {"model": "one", "seed": 5, "max_tokens": 12}
+    plain = chat(service, **same)[1]["choices"][0]
+    for fields in NEUTRAL:
+        assert (fields, chat(service, **same, **fields)[1].get("choices")) == (fields, [plain])
+
+    def after(answer: dict[str, Any]) -> Any:
+        history = [*HELLO, {"role": "assistant", **answer}, *HELLO]
+        return chat(service, **{**same, "messages": history})[1]["choices"]
+
+    assert after(ANSWERS[0]) == after(ANSWERS[1]) == after({"content": "A wren."})
+    assert after({"content": None, "tool_calls": []}) == after({"content": ""})
+    returned = chat(service, **same)[1]["choices"][0]["message"]
+    assert after({k: v for k, v in returned.items() if k != "role"})[0]["finish_reason"] in ("stop", "length")
+
+
 BAD_BODIES: list[tuple[str, bytes, int]] = [
     ("not JSON", b"{", 400),
     ("empty", b"", 400),
@@ -134,7 +176,14 @@ BAD_FIELDS: list[tuple[dict[str, Any], int]] = [
     ({"temperature": 1e400}, 400),  # JSON has no infinity
     *[({"top_p": value}, 422) for value in (0, 1.1)],
     ({"stop": ["x"] * 100_000}, 422),
-    ({"stop": ""}, 422),
+    ({"stop": 5}, 422),
+    ({"top_k": -2}, 422),
+    ({"min_p": 0.1}, 400),
+    ({"repetition_penalty": 1.2}, 400),
+    ({"made_up": 1}, 422),
+    ({"messages": [{"role": "user", "content": None}]}, 422),
+    ({"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]}, 422),
+    ({"messages": [*HELLO, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, *HELLO]}, 422),
     ({"seed": 2**64}, 422),
     ({"messages": []}, 422),
     ({"messages": [{"role": "wizard", "content": "x"}]}, 422),

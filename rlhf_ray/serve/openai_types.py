@@ -6,6 +6,7 @@ accepted as it came, in the history of the next request."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -191,9 +192,26 @@ class CompletionRequest(SamplingParams):
 
     def unsupported(self) -> Iterator[str]:
         yield from super().unsupported()
-        yield from (n for n in ("logprobs", "echo", "suffix") if getattr(self, n))
+        yield from (n for n in ("logprobs", "echo") if getattr(self, n) and self.wants_stream)
+        if self.suffix:
+            yield "suffix"
         if self.best_of not in (None, self.n or 1):
             yield "best_of"
+
+    def to_generation_request(
+        self, limits: LimitsConfig, models: tuple[str, ...], prompts: tuple[dict[str, Any], ...]
+    ) -> GenerationRequest:
+        """See SamplingParams. With `echo` max_tokens may be 0: only the prompt is asked about."""
+        only_prompt = bool(self.echo) and self.max_tokens == 0
+        values = self.model_copy(update={"max_tokens": 1}) if only_prompt else self
+        request = super(CompletionRequest, values).to_generation_request(limits, models, prompts)
+        return replace(
+            request,
+            max_tokens=0 if only_prompt else request.max_tokens,
+            logprobs=self.logprobs is not None,
+            top_logprobs=self.logprobs or 0,
+            echo=bool(self.echo),
+        )
 
     def prompts(self) -> tuple[dict[str, Any], ...]:
         """Texts go without the adapter's template, as in OpenAI's API."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from rlhf_ray.config import DataConfig
 from rlhf_ray.data.records import read_rows
@@ -144,6 +145,43 @@ def test_what_asks_for_nothing_changes_nothing(live: MakeLive) -> None:
     assert after({"content": None, "tool_calls": []}) == after({"content": ""})
     returned = chat(service, **same)[1]["choices"][0]["message"]
     assert after({k: v for k, v in returned.items() if k != "role"})[0]["finish_reason"] in ("stop", "length")
+
+
+def test_echo_tells_of_every_token_of_prompt_and_reply(live: MakeLive, base_dir: Path) -> None:
+    """As an evaluation harness asks (issue 16, inputs 15): log p of a given text by the model itself, against transformers'."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(base_dir), AutoModelForCausalLM.from_pretrained(base_dir)
+    ids = torch.tensor([tokenizer("a b").input_ids])
+    right = model(ids).logits[0, :-1].log_softmax(-1)
+    service = live()
+
+    def complete(**fields: Any) -> Any:
+        asked = {"model": "base", "prompt": "a b", "logprobs": 1, "max_tokens": 0, "echo": True, "temperature": 0}
+        status, _, found = send(service, "POST", "/v1/completions", {**asked, **fields})
+        return (found["choices"][0], found["usage"]) if status == 200 else (status, found)
+
+    choice, usage = complete()
+    told = choice["logprobs"]
+    assert (choice["text"], choice["finish_reason"]) == ("a b", "length")
+    assert usage == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+    assert (told["tokens"], told["text_offset"]) == (["", "a", " ", "b"], [0, 0, 1, 2])
+    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    assert told["token_logprobs"][1:] == pytest.approx(right.gather(1, ids[0, 1:, None])[:, 0].tolist(), abs=1e-4)
+    assert [max(d.values()) for d in told["top_logprobs"][1:]] == pytest.approx(right.max(-1).values.tolist(), abs=1e-4)
+
+    alone, _ = complete(echo=False, max_tokens=5, logprobs=0)
+    both, _ = complete(max_tokens=5)
+    assert both["text"] == "a b" + alone["text"]
+    assert "".join(both["logprobs"]["tokens"]) == both["text"]
+    assert both["logprobs"]["token_logprobs"][4:] == pytest.approx(alone["logprobs"]["token_logprobs"], abs=1e-4)
+    only, _ = complete(echo=False, max_tokens=5, logprobs=3)
+    assert only["logprobs"]["tokens"] == alone["logprobs"]["tokens"]
+    assert {len(others) for others in only["logprobs"]["top_logprobs"]} <= {2, 3}  # two tokens may be the same text
+    assert complete(model="one")[0]["logprobs"]["token_logprobs"][1:] != told["token_logprobs"][1:]
+    assert complete(logprobs=None)[0] == {**choice, "logprobs": None}
+    assert complete(prompt=ids[0].tolist())[0]["logprobs"] == told
+    assert [complete(**wrong)[0] for wrong in ({"stream": True}, {"echo": False})] == [400, 422]
 
 
 BAD_BODIES: list[tuple[str, bytes, int]] = [

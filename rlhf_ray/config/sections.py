@@ -96,10 +96,13 @@ class DataConfig(Section):
     train: Sources = field(
         ...,
         "files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
-        " data set ids",
+        " data set ids, or folders that are laid out like one",
         min_length=1,
     )
     eval: Sources | None = field(None, "separate evaluation files; default: the held-out share of data.train")
+    name: str | None = field(
+        None, "configuration (subset) to read of a Hub data set that has several, as `main` of gsm8k"
+    )
     split: str = field("train", "split to read of a Hub data set")
     format: Literal[
         "auto",

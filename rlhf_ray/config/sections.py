@@ -100,10 +100,13 @@ class DataConfig(Section):
     train: Sources = field(
         ...,
         "files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
-        " data set ids",
+        " data set ids, or folders that are laid out like one",
         min_length=1,
     )
     eval: Sources | None = field(None, "separate evaluation files; default: the held-out share of data.train")
+    name: str | None = field(
+        None, "configuration (subset) to read of a Hub data set that has several, as `main` of gsm8k"
+    )
     split: str = field("train", "split to read of a Hub data set")
     format: Literal[
         "auto",
@@ -136,6 +139,11 @@ class DataConfig(Section):
     disjoint_stages: bool = field(False, "reward and PPO train on different halves of the prompts (by hash)")
     on_bad_row: Literal["stop", "skip"] = field(
         "stop", "a malformed row stops the job (exit 4), or is skipped and counted"
+    )
+    special_tokens: Literal["text", "parse"] = field(
+        "text",
+        "what a row's text that spells a special token (<|im_start|>, </s>) is: text, with a warning that counts such rows; or, for"
+        " rows that were rendered with the model's own markers, the token (parse)",
     )
     too_long: Literal["stop", "drop", "truncate"] = field(
         "drop",

@@ -167,7 +167,7 @@ def _raw_rows(source: DataSource, config: DataConfig) -> tuple[list[RawRow], lis
     raw: list[RawRow] = []
     try:
         if source.kind == "hub":
-            raw.extend(read_hub(source.name, config.split))
+            raw.extend(read_hub(source.name, config.split, config.name))
         else:
             with source.open() as stream:
                 raw.extend(_READERS[source.kind](source.name, stream, config.max_row_bytes))

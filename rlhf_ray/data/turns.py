@@ -53,11 +53,13 @@ def assistant_spans(
     labels: Sequence[str],
     *,
     with_end: bool,
+    parse: bool = False,
 ) -> list[list[Span]]:
     """The tokens that the assistant said in each prompt, turn by turn.
 
     ids: of the prompts, from `encode_prompts`.   labels: `file:line` of each.   with_end: a span includes the template's own end of
-    turn, which is learnt with it.   Raises DataError that tells of every prompt whose template does not show its turns."""
+    turn, which is learnt with it.   parse: as given to `encode_prompts`.   Raises DataError that tells of every prompt whose
+    template does not show its turns."""
     end = own_end_of_turn(tokenizer, template)
     found: list[list[Span]] = [[] for _ in prompts]
     turns: list[_Turn] = []
@@ -72,7 +74,9 @@ def assistant_spans(
         except PromptMismatch as error:
             problems.append(Problem(label, str(error), fix=_FIX))
     DataError.raise_all(problems)
-    starts = encode_prompts(tokenizer, template, [turn.before for turn in turns], [labels[turn.row] for turn in turns])
+    starts = encode_prompts(
+        tokenizer, template, [turn.before for turn in turns], [labels[turn.row] for turn in turns], parse
+    )
     for turn, start in zip(turns, starts):
         tokens, stop = ids[turn.row], _stop(tokenizer, ids[turn.row], len(start), turn.said, end)
         if tokens[: len(start)] == start and stop is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf_ray.batches import Sequences
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import pad_left, pad_right
+from rlhf_ray.data.continuation import decoder
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.maths import kl, losses, returns
 from rlhf_ray.maths.controllers import make_controller
@@ -96,7 +97,8 @@ def minimal_ppo(
             return to_device(Sequences.trim(tokens[index], prompt_mask[index], mask[index]), device)
 
         # 2. Score: a reward for each reply; log-probabilities of its tokens under the frozen reference.
-        texts = [str(base.tokenizer.decode(list(r.token_ids), skip_special_tokens=True)) for r in responses]
+        reply_text = decoder(base.tokenizer, template)
+        texts = [reply_text(row.ids, response.token_ids) for row, response in zip(rows, responses)]
         rewards = torch.tensor(reward([template.render(row.row.prompt) for row in rows], texts), dtype=torch.float32)
         reference = torch.zeros(mask.shape)
         with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 
 from rlhf_ray.batches import Rollout
 from rlhf_ray.config import PPOConfig, RewardSource
+from rlhf_ray.data.continuation import decoder
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ConfigError
@@ -135,11 +136,12 @@ def decoding(sampling: Any, stop_ids: tuple[int, ...]) -> Decoding:
 
 def text_maker(backbone: Backbone, template: Template) -> Callable[[Rollout, Sequence[Row]], Texts]:
     """Replies as text without special tokens, prompts as the model saw them, and the rows' raw columns."""
-    decode = backbone.tokenizer.decode
+    reply_text = decoder(backbone.tokenizer, template)
 
     def to_texts(rollout: Rollout, rows: Sequence[Row]) -> Texts:
         ids = [response[mask].tolist() for response, mask in zip(rollout.response_ids, rollout.response_mask)]
-        responses = [str(decode(i, skip_special_tokens=True)) for i in ids]
+        prompts = [prompt[mask].tolist() for prompt, mask in zip(rollout.tokens, rollout.prompt_mask)]
+        responses = list(map(reply_text, prompts, ids))
         return Texts([template.render(row.prompt) for row in rows], responses, ids, [row.columns for row in rows])
 
     return to_texts

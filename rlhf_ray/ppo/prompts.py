@@ -51,7 +51,7 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
             str(config.response_length),
         )
     shared, leaks = check_ancestors(rows, sources_of(config), refuse=not is_resumed)
-    lines, sides = [*rows.summary], []
+    lines, sides, noted = [*rows.summary], [], list[str]()
     for side in (rows.train, rows.held_out[: config.data.eval_max_rows or EVAL_MAX_ROWS]):
         done = tokenise_prompts(
             side,
@@ -60,11 +60,14 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
             max_length=limit,
             response_length=config.response_length,
             too_long=config.data.too_long,
+            on_bad_row=config.data.on_bad_row,
+            special_tokens=config.data.special_tokens,
         )
-        lines += [str(t) for t in (done.dropped, done.truncated) if t.total]
+        lines += map(str, done.tallies)
+        noted += done.warnings
         sides.append(done.examples)
     if not sides[0]:
-        raise DataError.at(", ".join(config.data.train), "no prompt is left to train on")
+        raise DataError.at(", ".join(config.data.train), "no prompt is left to train on", got="; ".join(lines))
     schedule = PromptSchedule(sides[0], config.rollout_batch_size, config.num_generations, config.seed)
     confirming, told, missing = confirming_half(sides[1]) if config.confirm_held_out else ([], [], [])
     return Prompts(
@@ -72,7 +75,7 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
         sides[1],
         confirming,
         [*lines, *shared, *told],
-        [*notes, *leaks, *missing],
+        [*notes, *noted, *leaks, *missing],
         rows.manifest,
         rows.rule,
     )

@@ -143,10 +143,8 @@ class HttpApi:
                 "invalid_value",
                 "prompt",
             )
-        logprobs = completion.logprobs is not None
         request = completion.to_generation_request(self.limits, (completion.model,), prompts)
-        request = replace(request, logprobs=logprobs)
-        builder = ResponseBuilder("completion", completion.model, logprobs, completion.wants_usage)
+        builder = ResponseBuilder("completion", completion.model, request.logprobs, completion.wants_usage)
         return await self._generate(context, body, request, builder, completion.wants_stream)
 
     async def create_comparison(self, context: RequestContext) -> Response:

@@ -88,17 +88,12 @@ def prepare(
     asked = rows.held_out[: config.data.eval_max_rows]
     done = evaluation.tokenise(asked, config.data.too_long)
     if not done.examples:
-        raise DataError.at(
-            ", ".join(config.data.eval or config.data.train), f"no prompt can be answered: {done.dropped}"
-        )
+        where = ", ".join(config.data.eval or config.data.train)
+        raise DataError.at(where, f"no prompt can be answered: {'; '.join(map(str, done.tallies))}")
     if session.is_main:
         write_lineage(folder, evaluation, rows)
         lines = [f"{len(done.examples)} of {len(rows.held_out)} held-out prompts"]
-        tell(
-            evaluation,
-            [*rows.summary, *lines, *(str(t) for t in (done.dropped, done.truncated) if t.total)],
-            rows.warnings,
-        )
+        tell(evaluation, [*rows.summary, *lines, *map(str, done.tallies)], (*rows.warnings, *done.warnings))
     return evaluation, done.examples, len(asked) - len(done.examples)
 
 

@@ -98,6 +98,8 @@ class EvaluationModels:
             max_length=self.limit,
             response_length=longest,
             too_long=too_long,
+            on_bad_row=self.config.data.on_bad_row,
+            special_tokens=self.config.data.special_tokens,
         )
 
     def answer(self, name: str, prompts: Sequence[TokenisedPrompt]) -> PolicyResponses:

@@ -47,6 +47,8 @@ def train_reward(config: RewardConfig, session: Session) -> Run:
             max_length=max_length,
             too_long=config.data.too_long,
             add_eos_token=config.add_eos_token,
+            on_bad_row=config.data.on_bad_row,
+            special_tokens=config.data.special_tokens,
         )
 
     def build(backbone: Backbone, template: Template) -> RewardTask:

@@ -41,6 +41,8 @@ def train_sft(config: SFTConfig, session: Session) -> Run:
             train_on_inputs=config.train_on_inputs,
             train_on_turns=config.train_on_turns,
             add_eos_token=config.add_eos_token,
+            on_bad_row=config.data.on_bad_row,
+            special_tokens=config.data.special_tokens,
         )
 
     def build(backbone: Backbone, template: Template) -> SFTTask:

@@ -65,7 +65,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     """Everything that can be wrong with a job is found here, before the first step; cheap checks come first."""
     seed_everything(config.seed)
     rows = load_rows(config.data, recipe.kind, recipe.half)
-    require_rows(config, len(rows.train))
+    require_rows(config, len(rows.train), rows.summary)
     sft = getattr(config, "sft", None)
     sources = [("base", config.model_name_or_path), *([("sft", sft)] if sft else [])]
     shared, leaks = check_ancestors(rows, sources, refuse=not folder.checkpoints())
@@ -75,7 +75,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     backbone = load_base(config, session.device)
     template = load_template(config.template, backbone.tokenizer, config.template_date)
     examples = tokenise(config, recipe, rows, template, backbone)
-    require_rows(config, len(examples.train))
+    require_rows(config, len(examples.train), examples.lines)
     task = recipe.build(backbone, template)
     if session.device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing:
         gradient_checkpointing(task.model.peft_model)
@@ -89,10 +89,10 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     return job
 
 
-def require_rows(config: SupervisedConfig, rows: int) -> None:
-    """DataError if there are fewer rows than one optimizer step takes."""
+def require_rows(config: SupervisedConfig, rows: int, account: Sequence[str]) -> None:
+    """DataError if there are fewer rows than one optimizer step takes.   account: what became of all rows."""
     where, fix = ", ".join(config.data.train), "add rows, or lower train_batch_size and per_device_train_batch_size"
-    require_batch(rows, config.train_batch_size, where, fix)
+    require_batch(rows, config.train_batch_size, where, fix, account)
 
 
 def load_base(config: SupervisedConfig, device: torch.device) -> Backbone:
@@ -110,7 +110,8 @@ def tokenise(
     lines, sides = list(rows.summary), []
     for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
         done = recipe.tokenise(side, template, backbone.tokenizer, limit)
-        lines += [f"{name}: {tally}" for tally in (done.dropped, done.truncated, done.unlearnt) if tally.total]
+        lines += [f"{name}: {tally}" for tally in done.tallies]
+        notes += [f"{name}: {warning}" for warning in done.warnings]
         sides.append(done.examples[:most])
     if not sides[1]:
         notes.append("no held-out rows: nothing is evaluated (data.held_out_fraction, data.eval)")

@@ -48,6 +48,22 @@ def letters(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: [vocabulary[letter] for letter in text]
 
 
+def test_rows_that_spell_special_tokens_are_counted_or_parsed(tokenizer: Any) -> None:
+    rows = [Row("x:1", Prompt(), completion="a</s>"), _sft("a", "b", 2), _sft("<s>a", "b", 3)]
+    found = tokenise_sft(rows, NONE, tokenizer, **{**SFT, "max_length": 64})
+    assert [len(e.input_ids) for e in found.examples] == [1 + 5 + 1, 4, 7]
+    told = (
+        "2 spell special tokens: read as text; data.special_tokens: parse reads them as the tokens (first x:1, '</s>')"
+    )
+    assert found.warnings == [told]
+    parsed = tokenise_sft(rows, NONE, tokenizer, special_tokens="parse", **SFT)
+    assert [len(e.input_ids) for e in parsed.examples] == [3, 4, 4]  # one </s>, one <s>
+    assert parsed.examples[0].labels == [IGNORE_INDEX, *parsed.examples[0].input_ids[1:]]
+    assert not parsed.warnings
+    (pair,) = tokenise_pairs([_pair("a", "b</s>", "c")], NONE, tokenizer, special_tokens="parse", **PAIRS).examples
+    assert (len(pair.chosen_ids), len(pair.rejected_ids)) == (4, 4)
+
+
 def test_the_loss_is_on_the_reply_and_its_eos(tokenizer: Any, letters: Callable[[str], list[int]]) -> None:
     (example,) = tokenise_sft([_sft("ab", "cd")], NONE, tokenizer, **SFT).examples
     assert example == TokenisedRow([BOS, *letters("abcd"), EOS], [IGNORE_INDEX] * 3 + [*letters("cd"), EOS], "x:1")

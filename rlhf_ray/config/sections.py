@@ -229,11 +229,13 @@ class RewardSource(Section):
     weight: Float = field(
         1.0, "factor in the sum of rewards; 0: measured only, it can neither stop training nor cost a reply its place"
     )
-    normalize: bool = field(
-        False,
+    normalize: bool | None = field(
+        None,
         "subtract the mean and divide by the standard deviation of the reward run's held-out scores, before the weight: so rewards"
-        " of different scale weigh what their weights say; an ensemble: each member by its own, before aggregate; default there:"
-        " true, since where a reward model has its zero is chance, and so would be which member is the lowest",
+        " of different scale weigh what their weights say, and kl_coef does not depend on the scale; default: wherever the run has"
+        " such scores, so never with model or function (arXiv:2009.01325 takes off the mean; OpenRLHF's --normalize_reward); an"
+        " ensemble: each member by its own, before aggregate; default there: true, since where a reward model has its zero is"
+        " chance, and so would be which member is the lowest",
     )
     template: str | None = field(
         None, "prompt template of a reward model with another tokenizer; default: the one it records, else the job's"
@@ -245,7 +247,9 @@ class RewardSource(Section):
         """Filled in, so that a run records what it did."""
         if not isinstance(values, dict) or values.get("ensemble") is None:
             return values
-        found = {"normalize": True, **values}
+        found = dict(values)
+        if found.get("normalize") is None:
+            found["normalize"] = True
         if found.get("aggregate") is None:
             found["aggregate"] = "mean_minus_std"
         if found["aggregate"] == "mean_minus_std" and found.get("std_coef") is None:
@@ -303,6 +307,10 @@ class RewardSource(Section):
         return {} if path is None else {role: path}
 
 
+VALUE_LEARNING_RATE = 5.0
+"""The value model's learning rate where none is set, times the policy's."""
+
+
 class ValueConfig(Section):
     """The value model of PPO with GAE."""
 
@@ -313,10 +321,14 @@ class ValueConfig(Section):
     adapter: Literal["own", "shared"] = field("own", "own LoRA adapter, or a head on the policy's own adapter")
     lora: LoraConfig | None = field(None, "its adapter when it is fresh; default as the policy's")
     learning_rate: Positive | None = field(
-        None, "default: learning_rate; of its head alone where it shares the policy's adapter"
+        None,
+        f"of its head alone where it shares the policy's adapter; default: {VALUE_LEARNING_RATE:g} times learning_rate (OpenRLHF: 9"
+        " times, verl: 10, TRL: 1)",
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = field(
-        0, "first PPO steps that train only the value model; the policy's own warm-up starts after them"
+    warmup_steps: NotNegative = field(
+        0.05,
+        "first PPO steps that train only the value model: a share of all steps, rounded down, if below 1, else steps; the policy's"
+        " own warm-up starts after them (OpenRLHF's freezing_actor_steps, verl's critic_warmup, both off there)",
     )
 
 

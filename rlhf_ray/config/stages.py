@@ -9,15 +9,15 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
+from rlhf_ray.config import defaults
 from rlhf_ray.config.actors import ActorsConfig
 from rlhf_ray.config.sections import (
-    MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
     RUN_NAME,
     Count,
     DataConfig,
@@ -44,6 +44,11 @@ from rlhf_ray.config.sections import (
 )
 from rlhf_ray.config.uris import without_credentials
 
+RESPONSE_LENGTH = (
+    "longest reply in tokens; default with template chat, unless max_length is below"
+    f" {defaults.ROOM_FOR_CHAT}: {defaults.CHAT_RESPONSE_LENGTH} (verl's; OpenRLHF: 1024, TRL's GRPO: 256)"
+)
+
 
 def _iso(value: str) -> str:
     try:
@@ -61,6 +66,11 @@ class JobFields(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = field(0, "root of all randomness")
     resume: Literal["never", "auto"] = field(
         "never", "never: refuse a folder that holds a run; auto: resume from its newest valid checkpoint, else start"
+    )
+    defaults_version: Annotated[int, Field(ge=1, le=defaults.VERSION)] = field(
+        defaults.VERSION,
+        "whose defaults hold for what the job leaves open (MIGRATING.md lists them); kept in the run folder, so that a run is"
+        " finished under the defaults that it was begun with",
     )
     model_name_or_path: Path = field(..., "base model: folder or Hub id of a causal language model")
     revision: str | None = field(None, "Hub revision of the base")
@@ -112,6 +122,21 @@ class JobFields(Section):
         " written, and the learner group restarts from the newest checkpoint; 0: off",
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _open_fields(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        """Defaults that are no constants are filled in, so that a run records what it did; they do not count as set."""
+        if not isinstance(values, dict):
+            return handler(values)
+        found, names = defaults.filled_in(cls, values)
+        config = handler(found)
+        for section, _, name in (name.rpartition(".") for name in names):
+            if section:
+                getattr(config, section).model_fields_set.discard(name)
+            if (section or name) not in values:
+                config.model_fields_set.discard(section or name)
+        return config
+
     @model_validator(mode="after")
     def _common_rules(self) -> JobFields:
         if self.run_name is not None and not RUN_NAME.fullmatch(self.run_name):
@@ -141,7 +166,7 @@ class OptimFields(Section):
     weight_decay: NotNegative = field(0.0, "decoupled weight decay")
     adam_beta1: Annotated[Float, Field(ge=0, lt=1)] = field(0.9, "Adam: decay of the mean of gradients")
     adam_beta2: Annotated[Float, Field(ge=0, lt=1)] = field(0.999, "Adam: decay of the mean of squared gradients")
-    adam_epsilon: Positive = field(1e-5, "Adam: added to the denominator")
+    adam_epsilon: Positive = field(1e-8, "Adam: added to the denominator (that of torch, transformers and TRL)")
     max_grad_norm: Positive = field(1.0, "clip the gradient to this norm (PPO: policy and value each)")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = field("linear", "decay after the warm-up")
     min_lr_ratio: Share = field(0.0, "learning rate at the end, as a share of the peak")
@@ -264,6 +289,10 @@ class PPOConfig(JobFields, OptimFields):
     )
 
     learning_rate: Positive = field(2e-5, "peak learning rate of the policy")
+    adam_epsilon: Positive = field(
+        1e-5,
+        "Adam: added to the denominator (that of OpenAI's PPO in baselines; OpenRLHF, verl and tinker-cookbook: 1e-8)",
+    )
     warmup_steps: NotNegative = field(
         0.05, "warm-up: a share of all steps if below 1, else steps; the first step is never 0"
     )
@@ -280,7 +309,12 @@ class PPOConfig(JobFields, OptimFields):
     max_length: Annotated[int, Field(ge=2)] | None = field(
         None, "tokens of prompt and reply together; default: the model's context"
     )
-    response_length: Count = field(128, "longest reply in tokens")
+    max_prompt_length: Count | None = field(
+        1024,
+        "prompts of more tokens are too long (data.too_long says what becomes of them); default: this (OpenRLHF's; verl: 512) where"
+        " max_length is not set, else what max_length leaves; null: no limit of its own",
+    )
+    response_length: Count = field(128, RESPONSE_LENGTH)
     min_response_length: Count | None = field(
         None, "draw each reply's budget from [this, response_length]; default: always the longest"
     )
@@ -353,7 +387,11 @@ class PPOConfig(JobFields, OptimFields):
     entropy_coef: NotNegative = field(
         0.0, "entropy bonus: weight of the policy's entropy in its loss (arXiv:1602.01783)"
     )
-    cliprange_value: Positive | None = field(0.2, "value clip around the old value; null: off")
+    cliprange_value: Positive | None = field(
+        None,
+        "value clip around the old value; null: off, since it did harm where it was measured (arXiv:2006.05990; TRL: 0.2,"
+        " OpenRLHF and verl: 0.5)",
+    )
     vf_coef: NotNegative = field(0.1, "weight of the value loss")
     whiten_rewards: bool = field(False, "scale shaped rewards to unit variance, mean kept")
     whiten_advantages: bool = field(
@@ -407,26 +445,6 @@ class PPOConfig(JobFields, OptimFields):
     )
     load_best_model_at_end: bool = field(False, "result = the checkpoint with the best held-out reward, not the last")
     num_samples_logged: Annotated[int, Field(ge=0)] = field(4, "replies written to samples.jsonl per step")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_that_depend(cls, values: Any) -> Any:
-        """Filled in, so that a run records what it did."""
-        if not isinstance(values, dict):
-            return values
-        found = dict(values)
-        if found.get("advantage_estimator") in ("rloo", "grpo"):
-            found.setdefault("whiten_advantages", False)
-        sampling = found.get("eval_sampling", {})
-        if isinstance(sampling, SamplingConfig):
-            sampling = sampling.model_dump(exclude_unset=True)
-        heat = found.get("temperature")
-        is_heat = (
-            isinstance(heat, (int, float)) and not isinstance(heat, bool) and MIN_TEMPERATURE <= heat <= MAX_TEMPERATURE
-        )
-        if is_heat and isinstance(sampling, dict) and sampling.get("do_sample", True) is True:
-            found["eval_sampling"] = {"temperature": heat, **sampling}
-        return found
 
     @model_validator(mode="after")
     def _ppo_rules(self) -> PPOConfig:
@@ -529,7 +547,7 @@ class EvaluateConfig(JobFields):
     judge: str | None = field(None, "reward that decides wins; default: the first")
     baseline: str | None = field(None, "policy that wins are counted against; default: the first")
     reference: str | None = field(None, "policy that KL is measured against; default: the baseline")
-    response_length: Count = field(128, "longest reply in tokens")
+    response_length: Count = field(128, RESPONSE_LENGTH)
     max_length: Annotated[int, Field(ge=2)] | None = field(
         None, "tokens of prompt and reply together; default: the model's context"
     )

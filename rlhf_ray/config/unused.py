@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_ray.config.defaults import usual
 from rlhf_ray.config.sections import Section
 from rlhf_ray.config.stages import JobFields, PPOConfig
 
@@ -44,13 +45,13 @@ def _can_be_asked(config: Section, names: tuple[str, ...]) -> bool:
     return all(name.partition(".")[0] in type(config).model_fields for name in names)
 
 
-def _is_set(config: Section, name: str) -> bool:
-    """Whether the field is not its default."""
+def _is_set(config: JobFields, name: str) -> bool:
+    """Whether the field is not its default, under the defaults that the job has."""
     section: Any = config
     *path, last = name.split(".")
     for part in path:
         section = getattr(section, part)
-    return bool(getattr(section, last) != type(section).model_fields[last].default)
+    return getattr(section, last) not in (type(section).model_fields[last].default, usual(config, name))
 
 
 Rule = tuple[tuple[str, ...], Callable[[Any], bool], str | Callable[[Any], str]]

@@ -23,6 +23,7 @@ from typing import Any
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
 from rlhf_ray.errors import DISK_FULL, Interrupted, Problem
+from rlhf_ray.launch.begun import with_defaults_as_begun
 from rlhf_ray.launch.channel import RunChannel, open_channel
 from rlhf_ray.launch.lost_peer import is_of_a_lost_peer
 from rlhf_ray.launch.placement import Builder, check_cluster, default_threads, placed
@@ -57,6 +58,7 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
     builders: by role, for the actors of a split job."""
     resume = resume_command(config.output_dir)
     check_place(config.output_dir, config.resume)
+    config = with_defaults_as_begun(config)
     if config.template_date is None:
         from rlhf_ray.launch.template_date import with_template_date  # brings what reads adapters
 

@@ -80,7 +80,9 @@ class Estimator:
             raise ConfigError.at(
                 "response_length", "leaves no room for a prompt", f"below {limit}", str(job.response_length)
             )
-        prompt = min(room, self.prompt or (room if job.max_length is not None else ASSUMED_PROMPT))
+        longest = job.max_prompt_length if isinstance(job, PPOConfig) else None
+        longest = longest or (room if job.max_length is not None else ASSUMED_PROMPT)
+        prompt = min(room, self.prompt or longest)
         if isinstance(job, EvaluateConfig):
             rows = job.per_device_eval_batch_size
             return Shapes(

@@ -59,6 +59,7 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
             backbone.tokenizer,
             max_length=limit,
             response_length=config.response_length,
+            max_prompt_length=config.max_prompt_length,
             too_long=config.data.too_long,
             on_bad_row=config.data.on_bad_row,
             special_tokens=config.data.special_tokens,

@@ -15,7 +15,7 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, response_budgets
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
+from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup, value_warmup
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter
 from rlhf_ray.models.adapters import adapter_config
 from rlhf_ray.models.assembly import Assembly
@@ -131,12 +131,12 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     else:
         collector = _own_collector(config, session, assembly, roles, learner, to_texts)
     total = config.max_steps if config.max_steps > 0 else prompts.schedule.steps(config.num_train_epochs)
-    if config.value.warmup_steps >= total and "value" in models.bindings:
+    if value_warmup(config.value.warmup_steps, total) >= total and "value" in models.bindings:
         raise ConfigError.at(
             "value.warmup_steps",
             f"the run has {total} steps, and in none of them would the policy learn",
             f"less than {total}",
-            str(config.value.warmup_steps),
+            f"{config.value.warmup_steps:g}",
             "lower it, or add prompts or max_steps",
         )
     eval_every = config.eval_steps or max(total // EVALUATIONS, 1)
@@ -224,10 +224,9 @@ def learning_rates(config: PPOConfig, groups: Sequence[str], total_steps: int, s
         warmup = resolve_warmup(config.warmup_steps, steps)
         return peak * lr_multiplier(config.lr_scheduler_type, step - 1 - waits, steps, warmup, config.min_lr_ratio)
 
-    waits = config.value.warmup_steps if "value" in groups else 0
-    rates = {"policy": rate(config.learning_rate, waits)}
-    rates["value"] = rate(config.value.learning_rate or config.learning_rate, 0)
-    return {group: rates[group] for group in groups}
+    waits = value_warmup(config.value.warmup_steps, total_steps) if "value" in groups else 0
+    peaks = {"policy": (config.learning_rate, waits), "value": (config.value.learning_rate or 0.0, 0)}
+    return {group: rate(*peaks[group]) for group in groups}
 
 
 def _value_config(models: RoleModels) -> dict[str, Any]:

@@ -112,8 +112,10 @@ class RewardBuilder:
             same_tokenizer=not foreign,
         )
         self.parents.append(parent_of(source, label).manifest())
-        spread = _spread(reward, source)
-        self.lines.append(header_line("reward", f"{reward.name}: {source.describe()}{_scale_line(reward, spread)}"))
+        spread, is_normalised = _spread(reward, source)
+        self.lines.append(
+            header_line("reward", f"{reward.name}: {source.describe()}{_scale_line(reward, spread, is_normalised)}")
+        )
         if load:
             self.assembly.add_reward(role, source)
         ends = self.assembly.base.stop_ids(self.template)
@@ -128,7 +130,8 @@ class RewardBuilder:
                 " train it again, or set stop_token_ids"
             )
         if foreign:
-            return _normalised(reward, spread, self._retokenised(reward, source, role, load))
+            foreign_reward = self._retokenised(reward, source, role, load)
+            return _normalised(foreign_reward, spread) if is_normalised else foreign_reward
         if reward.template is not None:
             raise ArtifactError.at(
                 f"rewards.{reward.name}.template",
@@ -136,13 +139,10 @@ class RewardBuilder:
                 "a template only where the reward model has another tokenizer",
                 fix="drop it",
             )
-        return _normalised(
-            reward,
-            spread,
-            lambda models, rows, device, agree: ModelReward(
-                reward.name, reward.weight, models, role, rows, device, agree
-            ),
+        own: Maker = lambda models, rows, device, agree: ModelReward(  # noqa: E731
+            reward.name, reward.weight, models, role, rows, device, agree
         )
+        return _normalised(own, spread) if is_normalised else own
 
     def _retokenised(self, reward: RewardSource, source: ModelSpec, role: str, load: bool) -> Maker:
         if load:
@@ -180,29 +180,30 @@ class RewardBuilder:
         )
 
 
-def _spread(reward: RewardSource, source: ModelSpec) -> dict[str, float]:
-    """mean and std of a reward run's held-out scores; empty where it recorded none. ConfigError if they are needed."""
-    found = recorded_reward(source).get("held_out_scores") or {}
-    if reward.normalize and not found.get("std"):
+def _spread(reward: RewardSource, source: ModelSpec) -> tuple[dict[str, float], bool]:
+    """mean and std of a reward run's held-out scores, empty where it recorded none; and whether the reward goes by them.
+    ConfigError if it has to and cannot."""
+    found = dict(recorded_reward(source).get("held_out_scores") or {})
+    is_known = bool(found.get("std"))
+    if reward.normalize and not is_known:
         raise ConfigError.at(
             f"rewards.{reward.name}.normalize",
             "the reward run recorded no held-out scores to go by",
             "a reward run that held pairs out",
             fix="set it to false, or train the reward model with data.held_out_fraction",
         )
-    return dict(found)
+    by_default = reward.run is not None and is_known
+    return found, by_default if reward.normalize is None else reward.normalize
 
 
-def _scale_line(reward: RewardSource, spread: dict[str, float]) -> str:
+def _scale_line(reward: RewardSource, spread: dict[str, float], is_normalised: bool) -> str:
     """What a reward's scores were like on held-out pairs, and what is made of them."""
     weight = "" if reward.weight == 1 else f", weight {reward.weight:g}"
     if not spread:
         return weight
     scores = f"; held-out scores {spread['mean']:.3g}, standard deviation {spread['std']:.3g}"
-    return f"{scores}, normalised to 0 and 1{weight}" if reward.normalize else f"{scores}{weight}"
+    return f"{scores}, normalised to 0 and 1{weight}" if is_normalised else f"{scores}{weight}"
 
 
-def _normalised(reward: RewardSource, spread: dict[str, float], make: Maker) -> Maker:
-    if not reward.normalize:
-        return make
+def _normalised(make: Maker, spread: dict[str, float]) -> Maker:
     return lambda *where: NormalisedReward(make(*where), spread["mean"], spread["std"])

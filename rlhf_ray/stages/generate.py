@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_ray.config import DataConfig, EvaluateConfig, PolicySpec, RewardSource, SamplingConfig
+from rlhf_ray.config import DataConfig, EvaluateConfig, PolicySpec, PPOConfig, RewardSource, SamplingConfig
+from rlhf_ray.config.defaults import filled_in
+from rlhf_ray.config.stored import version_of
 from rlhf_ray.console import Console, LocalConsole, quiet_libraries
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
@@ -154,10 +156,13 @@ def reference_of(run: RunFolder | None, console: Console) -> str | None:
 def rewards_of(run: RunFolder | None, console: Console) -> list[RewardSource]:
     """The PPO run's reward adapters and ensembles, to score replies with. Python functions are left out: no code runs because a
     folder names it; so are whole reward models, which would be loaded beside the base."""
-    found = []
-    for values in run.config().get("rewards", ()) if run is not None else ():
-        reward = RewardSource(**values)
-        if run is None or reward.function is not None or reward.model is not None:
+    found: list[RewardSource] = []
+    if run is None:
+        return found
+    stored = run.config()
+    values, _ = filled_in(PPOConfig, {**stored, "defaults_version": version_of(stored)})
+    for reward in (RewardSource(**source) for source in values.get("rewards", ())):
+        if reward.function is not None or reward.model is not None:
             continue
         try:
             sources = {role: reward_source(path) for role, path in reward.models(reward.name).items()}
@@ -178,7 +183,8 @@ def _warn_if_changed(run: RunFolder, role: str, source: ModelSpec, console: Cons
 
 
 def _named_rewards(specs: Sequence[str]) -> list[RewardSource]:
-    return [RewardSource(name=f"reward_{i}", run=spec) for i, spec in enumerate(specs, start=1)]
+    """With their scores as they are, which is what `score` says."""
+    return [RewardSource(name=f"reward_{i}", run=spec, normalize=False) for i, spec in enumerate(specs, start=1)]
 
 
 def _rows(instruction: str | None, input: str, file: str | None, console: Console) -> tuple[Row, ...]:

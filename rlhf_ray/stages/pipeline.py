@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_ray.config import JobFields, PipelineConfig
 from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.resolved import written_out
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.ppo import checkpoint as ppo_checkpoint
 from rlhf_ray.ppo.loop import train_ppo
@@ -59,7 +60,7 @@ def stage_configs(config: PipelineConfig) -> dict[str, JobFields]:
 def open_pipeline(config: PipelineConfig, session: Session, stage: str, held: ExitStack) -> RunFolder:
     """Make (rank 0) and open the folder that holds the stages' folders, locked for as long as `held` lasts."""
     if session.is_main:
-        folder = create_run(config.output_dir, stage, config.model_dump(mode="json"), config.resume)
+        folder = create_run(config.output_dir, stage, written_out(config), config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.manifest()["status"] == "done":
             copy_from_now_on(folder, config.copy_to, session.console.warn)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import JobFields
-from rlhf_ray.config.load import load_dict
-from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml
+from rlhf_ray.config.defaults import follows
+from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml, written_out
 from rlhf_ray.config.stored import load_stored, split_known
 from rlhf_ray.console import Console
 from rlhf_ray.data.templates import Template
@@ -89,6 +89,8 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
     Going on under other settings would be a third run, which no configuration describes: ConfigError with every difference."""
     stored = load_stored(type(config), folder.config(), str(folder.path / "config.yaml"))
     changes = other_settings(to_dict(stored), to_dict(config))
+    refused = {name: change for name, change in changes.items() if not name.startswith(may_change)}
+    causes = {name: change for name, change in refused.items() if not follows(config, name)}
     kind = "a finished run" if folder.manifest()["status"] == "done" else "a run"
     ConfigError.raise_all(
         Problem(
@@ -98,8 +100,7 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
             json.dumps(new),
             "put it back, or choose another output_dir",
         )
-        for name, (old, new) in changes.items()
-        if not name.startswith(may_change)
+        for name, (old, new) in (causes or refused).items()
     )
     return changes
 
@@ -137,7 +138,7 @@ def require_same_as_saved(
     if saved is None:
         return
     known, _ = split_known(type(config), saved)  # of what is gone, config.yaml has been asked already
-    then = to_dict(load_dict(type(config), known, str(checkpoint)))
+    then = to_dict(load_stored(type(config), known, str(checkpoint)))
     ConfigError.raise_all(
         Problem(
             name,
@@ -166,7 +167,7 @@ def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...
 def keep_config(folder: RunFolder, config: JobFields) -> None:
     """Write config.yaml anew where it says otherwise; the run keeps the name that it was given, and its `resume`."""
     before = folder.config()
-    values = {**to_dict(config), **{name: before[name] for name in KEPT if name in before}}
+    values = {**written_out(config), **{name: before[name] for name in KEPT if name in before}}
     if values != before:
         atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
 

@@ -310,15 +310,27 @@ class PPOConfig(JobFields, OptimFields):
     kl_controller: Literal["fixed", "adaptive", "horizon"] = field(
         "fixed", "adaptive: AlpacaFarm's rule; horizon: TRL's rule"
     )
-    kl_target: Positive = field(6.0, "adaptive controllers: wanted k1 per response, nats")
+    kl_target: Positive = field(
+        6.0,
+        "adaptive controllers: wanted k1 per response, nats, against the reference as it then is (ref_model_sync_steps)",
+    )
     kl_step_size: Positive = field(0.1, "adaptive: step size (k_beta)")
     kl_horizon: Positive = field(10000.0, "horizon: samples over which the coefficient adapts")
+    ref_model_sync_steps: Count | None = field(
+        None,
+        "after every so many PPO steps the policy as it then is becomes the reference of the KL penalty (ProRL, arXiv:2505.24864;"
+        " TRL's name); evaluations, max_kl and the report keep to the policy that the run started from; null: never",
+    )
+    ref_model_sync_resets_optimizer: bool = field(
+        False, "forget the moments of the policy's optimizer with each of these resets, as ProRL does"
+    )
     target_kl: Positive | None = field(
         None, "end a step's epochs once approx_kl of new against old exceeds 1.5 times this"
     )
 
     max_kl: Positive | None = field(
-        None, "stop (exit 75) once k1 against the reference, nats per reply, exceeds this; null: off"
+        None,
+        "stop (exit 75) once k1 against the policy that the run started from, nats per reply, exceeds this; null: off",
     )
     max_clip_fraction: Annotated[Float, Field(gt=0, le=1)] | None = field(
         None, "stop (exit 75) once a larger share of tokens than this is clipped in a step; null: off"

@@ -122,9 +122,14 @@ _PPO: list[Rule] = [
         ),
     ),
     (
-        ("use_kl_loss",),
+        ("use_kl_loss", "ref_model_sync_steps"),
         lambda c: c.kl_penalty == "none" or c.kl_coef == 0,
         lambda c: f"with {'kl_penalty none' if c.kl_penalty == 'none' else 'kl_coef 0'}; drop it",
+    ),
+    (
+        ("ref_model_sync_resets_optimizer",),
+        lambda c: c.ref_model_sync_steps is None,
+        "without ref_model_sync_steps; drop it, or set the steps after which the reference is reset",
     ),
     (
         ("target_kl",),

@@ -24,7 +24,7 @@ from rlhf_ray.roles.deepspeed_engine import ParameterGroup, TrainingEngine
 from rlhf_ray.roles.experience import Evaluation
 from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.minibatches import Microbatch, microbatches, minibatches
-from rlhf_ray.roles.optimizer_state import export_state, restore_state
+from rlhf_ray.roles.optimizer_state import export_state, forget_state, restore_state
 from rlhf_ray.roles.trained_weights import TrainedWeights, load_weights, read_weights
 from rlhf_ray.runtime.fault_injection import fault_point, inject_nan
 from rlhf_ray.runtime.session import Session
@@ -194,6 +194,10 @@ class Learner:
     def optimizer_state(self) -> dict[str, Tensor]:
         """By parameter name, whatever the ZeRO stage and world size. Every rank calls it."""
         return export_state(self.engine)
+
+    def forget_optimizer(self, group: str) -> None:
+        """Begin anew with the moments and the step count of a parameter group. Every rank calls it."""
+        forget_state(self.engine, group)
 
     def restore(self, weights: TrainedWeights, optimizer: dict[str, Tensor], version: int) -> None:
         """Put back `weights` and `optimizer_state`, and publish the policy as `version`. Every rank calls it."""

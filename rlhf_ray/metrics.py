@@ -82,6 +82,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("loss/policy", "", "clipped policy loss, mean over tokens", "loss/policy_avg"),
     ("loss/value", "", "value loss, mean over tokens", "loss/value_avg"),
     ("loss/kl", "nats", "KL penalty in the loss (use_kl_loss), before the coefficient, mean over tokens"),
+    ("loss/ptx", "nats", "supervised loss in the policy's (ptx_coef), before the coefficient, mean over learnt tokens"),
     ("value/explained_variance", "", "1 - variance of (returns - values) over variance of returns"),
     ("value/mean", "reward", "mean of the value model's values"),
     ("value/clip_fraction", "share", "tokens whose value was clipped", "val/clipfrac_avg"),

@@ -365,6 +365,14 @@ class PPOConfig(JobFields, OptimFields):
     entropy_coef: NotNegative = field(
         0.0, "entropy bonus: weight of the policy's entropy in its loss (arXiv:1602.01783)"
     )
+    ptx_coef: NotNegative = field(
+        0.0,
+        "weight of a supervised loss in the policy's, mean over the tokens of as many rows of ptx_data as an optimizer step has"
+        " replies (PPO-ptx, arXiv:2203.02155; OpenRLHF's name, there 0.05)",
+    )
+    ptx_data: DataConfig | None = field(
+        None, "rows of that loss, as data of an sft job; none that asks a prompt which data holds out is learnt"
+    )
     cliprange_value: Positive | None = field(0.2, "value clip around the old value; null: off")
     vf_coef: NotNegative = field(0.1, "weight of the value loss")
     whiten_rewards: bool = field(False, "scale shaped rewards to unit variance, mean kept")
@@ -485,7 +493,7 @@ class PPOConfig(JobFields, OptimFields):
                 " pulls towards the policy's KL to the reference as kl does in the reward, or bregman (the reference's KL to the"
                 " policy), or use_kl_loss: false"
             )
-        problems += self._zero_rules()
+        problems += [*self._ptx_rules(), *self._zero_rules()]
         names = [r.name for r in self.rewards]
         if not any(r.weight for r in self.rewards):
             problems.append("rewards: all weights are 0, so nothing is maximised; give one of them a weight")
@@ -517,6 +525,16 @@ class PPOConfig(JobFields, OptimFields):
         if start != "policy" and start not in names:
             return [f"value.init_from: no reward is called {start!r}; rewards: {', '.join(names)}"]
         return []
+
+    def _ptx_rules(self) -> list[str]:
+        if self.ptx_data is None:
+            lacks = "ptx_coef: there are no rows to learn from; set ptx_data, as data of an sft job, or ptx_coef: 0"
+            return [lacks] if self.ptx_coef else []
+        idle = [name for name in ("eval", "eval_max_rows", "disjoint_stages") if getattr(self.ptx_data, name)]
+        return [
+            f"ptx_data.{name}: has no effect: nothing is evaluated on ptx_data, all of it trains; drop it"
+            for name in idle
+        ]
 
     def _zero_rules(self) -> list[str]:
         stage, problems = self.learner.zero_stage, []

@@ -137,6 +137,11 @@ _PPO: list[Rule] = [
         "with one optimizer step per rollout, after which it would stop; drop it",
     ),
     (
+        ("ptx_data",),
+        lambda c: c.ptx_coef == 0,
+        "with ptx_coef 0; drop it, or set the weight of its loss",
+    ),
+    (
         ("importance_sampling_cap",),
         lambda c: c.max_staleness == 0,
         "with max_staleness 0; drop it, or set max_staleness: 1",

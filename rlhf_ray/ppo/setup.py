@@ -35,6 +35,7 @@ from rlhf_ray.roles.generator import Decoding, Generator
 from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.loaded_adapter import LoadedAdapter
+from rlhf_ray.roles.ptx import PtxRows
 from rlhf_ray.roles.roles_log import RolesLog
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.runtime.session import Session
@@ -122,7 +123,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         check_same_models(folder, backbone.identity, template, [*_started_from(assembly, roles), *judges])
         roles.warnings += mended_functions(folder, functions)
     models = assembly.finish()
-    learner = Learner(models, config, session)
+    learner = Learner(models, config, session, PtxRows(prompts.ptx, config, backbone.pad_id) if prompts.ptx else None)
     synced = synced_reference(models)
     if session.is_main and not folder.checkpoints():
         require_room(folder.path, sum(whole_numel(p) for group in learner.groups for p in group.parameters.values()))
@@ -286,11 +287,19 @@ def header_lines(
             f"{config.num_mini_batches} minibatches of {per_step} replies; {len(setup.held_out)} held-out prompts",
         ),
         header_line("KL penalty", f"{penalty}, {config.kl_controller} coefficient{resets}"),
+        *ptx_lines(config, learner.ptx),
         header_line(
             "tokens", f"pad {backbone.pad.token!r} ({backbone.pad.why}); replies end at {list(setup.stop_ids)}"
         ),
         config_line(config),
     ]
+
+
+def ptx_lines(config: PPOConfig, ptx: PtxRows | None) -> list[str]:
+    if ptx is None:
+        return []
+    rows = f"{ptx.per_minibatch} of {len(ptx.passes.rows):,} rows in each optimizer step"
+    return [header_line("ptx", f"{config.ptx_coef:g} x supervised loss, {rows}")]
 
 
 def reference_resets(config: PPOConfig, total_steps: int) -> str:

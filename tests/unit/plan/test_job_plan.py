@@ -201,6 +201,7 @@ def test_moments_and_masters_by_hand(model: Callable[..., str]) -> None:
         ({"lora": {"r": 64}}, "load"),
         ({"ref_model_sync_steps": 5}, "load"),
         ({"gradient_checkpointing": False}, "update"),
+        ({"ptx_coef": 0.1, "ptx_data": {"train": "d"}}, "update"),
     ],
 )
 def test_more_takes_more(model: Callable[..., str], fields: dict[str, Any], phase: str) -> None:

@@ -200,6 +200,8 @@ class SamplingConfig(Section):
 
 RESERVED_REWARDS = ("mean", "std", "min", "max", "score", "shaped")
 """reward/<name> with one of these names is a metric of the step."""
+RESERVED_MODELS = ("policy", "reference", "synced_reference", "value")
+"""Roles of PPO, beside which a reward model is a role of its name."""
 
 
 class RewardSource(Section):
@@ -260,6 +262,8 @@ class RewardSource(Section):
     def _exactly_one(self) -> RewardSource:
         if self.name in RESERVED_REWARDS:
             raise ValueError(f"name: {self.name} is a metric of its own; choose another name for the reward")
+        if self.name in RESERVED_MODELS and self.function is None:
+            raise ValueError(f"name: {self.name} is another model of PPO; choose another name for the reward")
         if sum(x is not None for x in (self.run, self.ensemble, self.model, self.function)) != 1:
             raise ValueError("a reward needs exactly one of run, ensemble, model, function")
         if self.normalize and self.run is None and self.ensemble is None:

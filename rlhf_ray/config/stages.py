@@ -344,15 +344,27 @@ class PPOConfig(JobFields, OptimFields):
     kl_controller: Literal["fixed", "adaptive", "horizon"] = field(
         "fixed", "adaptive: AlpacaFarm's rule; horizon: TRL's rule"
     )
-    kl_target: Positive = field(6.0, "adaptive controllers: wanted k1 per response, nats")
+    kl_target: Positive = field(
+        6.0,
+        "adaptive controllers: wanted k1 per response, nats, against the reference as it then is (ref_model_sync_steps)",
+    )
     kl_step_size: Positive = field(0.1, "adaptive: step size (k_beta)")
     kl_horizon: Positive = field(10000.0, "horizon: samples over which the coefficient adapts")
+    ref_model_sync_steps: Count | None = field(
+        None,
+        "after every so many PPO steps the policy as it then is becomes the reference of the KL penalty (ProRL, arXiv:2505.24864;"
+        " TRL's name); evaluations, max_kl and the report keep to the policy that the run started from; null: never",
+    )
+    ref_model_sync_resets_optimizer: bool = field(
+        False, "forget the moments of the policy's optimizer with each of these resets, as ProRL does"
+    )
     target_kl: Positive | None = field(
         None, "end a step's epochs once approx_kl of new against old exceeds 1.5 times this"
     )
 
     max_kl: Positive | None = field(
-        None, "stop (exit 75) once k1 against the reference, nats per reply, exceeds this; null: off"
+        None,
+        "stop (exit 75) once k1 against the policy that the run started from, nats per reply, exceeds this; null: off",
     )
     max_clip_fraction: Annotated[Float, Field(gt=0, le=1)] | None = field(
         None, "stop (exit 75) once a larger share of tokens than this is clipped in a step; null: off"
@@ -386,6 +398,14 @@ class PPOConfig(JobFields, OptimFields):
     )
     entropy_coef: NotNegative = field(
         0.0, "entropy bonus: weight of the policy's entropy in its loss (arXiv:1602.01783)"
+    )
+    ptx_coef: NotNegative = field(
+        0.0,
+        "weight of a supervised loss in the policy's, mean over the tokens of as many rows of ptx_data as an optimizer step has"
+        " replies (PPO-ptx, arXiv:2203.02155; OpenRLHF's name, there 0.05)",
+    )
+    ptx_data: DataConfig | None = field(
+        None, "rows of that loss, as data of an sft job; none that asks a prompt which data holds out is learnt"
     )
     cliprange_value: Positive | None = field(
         None,
@@ -491,7 +511,7 @@ class PPOConfig(JobFields, OptimFields):
                 " pulls towards the policy's KL to the reference as kl does in the reward, or bregman (the reference's KL to the"
                 " policy), or use_kl_loss: false"
             )
-        problems += self._zero_rules()
+        problems += [*self._ptx_rules(), *self._zero_rules()]
         names = [r.name for r in self.rewards]
         if not any(r.weight for r in self.rewards):
             problems.append("rewards: all weights are 0, so nothing is maximised; give one of them a weight")
@@ -523,6 +543,16 @@ class PPOConfig(JobFields, OptimFields):
         if start != "policy" and start not in names:
             return [f"value.init_from: no reward is called {start!r}; rewards: {', '.join(names)}"]
         return []
+
+    def _ptx_rules(self) -> list[str]:
+        if self.ptx_data is None:
+            lacks = "ptx_coef: there are no rows to learn from; set ptx_data, as data of an sft job, or ptx_coef: 0"
+            return [lacks] if self.ptx_coef else []
+        idle = [name for name in ("eval", "eval_max_rows", "disjoint_stages") if getattr(self.ptx_data, name)]
+        return [
+            f"ptx_data.{name}: has no effect: nothing is evaluated on ptx_data, all of it trains; drop it"
+            for name in idle
+        ]
 
     def _zero_rules(self) -> list[str]:
         stage, problems = self.learner.zero_stage, []

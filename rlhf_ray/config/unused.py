@@ -123,14 +123,24 @@ _PPO: list[Rule] = [
         ),
     ),
     (
-        ("use_kl_loss",),
+        ("use_kl_loss", "ref_model_sync_steps"),
         lambda c: c.kl_penalty == "none" or c.kl_coef == 0,
         lambda c: f"with {'kl_penalty none' if c.kl_penalty == 'none' else 'kl_coef 0'}; drop it",
+    ),
+    (
+        ("ref_model_sync_resets_optimizer",),
+        lambda c: c.ref_model_sync_steps is None,
+        "without ref_model_sync_steps; drop it, or set the steps after which the reference is reset",
     ),
     (
         ("target_kl",),
         lambda c: c.num_ppo_epochs == 1 and c.num_mini_batches == 1,
         "with one optimizer step per rollout, after which it would stop; drop it",
+    ),
+    (
+        ("ptx_data",),
+        lambda c: c.ptx_coef == 0,
+        "with ptx_coef 0; drop it, or set the weight of its loss",
     ),
     (
         ("importance_sampling_cap",),

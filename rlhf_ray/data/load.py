@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_ray.config import DataConfig
@@ -82,6 +83,16 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
         tuple(dict(item) for item in manifest),
         HeldOutRule.of(config),
     )
+
+
+def load_ptx_rows(config: DataConfig, held_out: Sequence[Row]) -> StageRows:
+    """The rows of the supervised loss that PPO mixes in (ptx_data): as SFT's, without those that ask, or begin with, a prompt of
+    `held_out`, on which the run is evaluated. Raises as `load_rows`."""
+    rows, held = load_rows(config, "sft"), Questions(held_out)
+    train = tuple(row for row in rows.train if row not in held)
+    left_out = len(rows.train) - len(train)
+    lines = [*rows.summary, *([f"{left_out:,} of them ask what data holds out, and are left out"] if left_out else [])]
+    return replace(rows, train=train, summary=tuple(lines))
 
 
 def _account(rows: RowSet, parts: dict[str, int], other_half: int) -> str:

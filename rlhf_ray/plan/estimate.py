@@ -34,6 +34,7 @@ _SHAPE_FIELDS = {
         "copy_to",
         "report_to",
         "data",
+        "ptx_data",
         "rollout_batch_size",
         "rollout_chunk_size",
     ),
@@ -105,6 +106,8 @@ class Estimator:
         if isinstance(job, (PPOConfig, EvaluateConfig)):
             shapes = self.shapes(job, base.context_length)
             facts.append(f"prompts of {shapes.prompt} and replies of {shapes.response} tokens, {shapes.chunk} at once")
+            if isinstance(job, PPOConfig) and job.ptx_coef:
+                facts.append(f"rows of ptx_data of {shapes.prompt + shapes.response} tokens")
         else:
             assert isinstance(job, (SFTConfig, RewardConfig))
             facts.append(f"rows of {min(job.max_length, base.context_length)} tokens")

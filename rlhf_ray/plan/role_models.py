@@ -102,8 +102,8 @@ class PlannedAssembly(Assembly):
         config: Any = self.stacks[stack].peft.peft_config[source]
         self.put(stack, target, LoraConfig(r=config.r, target_modules=tuple(config.target_modules)), trainable=False)
 
-    def _fresh(self, stack: str, name: str, lora: LoraConfig) -> None:
-        self.put(stack, name, lora, trainable=True)
+    def _fresh(self, stack: str, name: str, lora: LoraConfig, trained: bool = True) -> None:
+        self.put(stack, name, lora, trainable=trained)
 
     def put(self, stack: str, name: str, lora: LoraConfig, trainable: bool) -> None:
         """An adapter of this shape. PEFT moves only a layer's first adapter to the meta device, so all are made there."""

@@ -13,13 +13,15 @@ from rlhf_ray.data.continuation import decoder
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.assembly import Assembly
+from rlhf_ray.models.assembly import SYNCED_REFERENCE, Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage
+from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.roles.generator import Decoding
+from rlhf_ray.roles.loaded_adapter import LoadedAdapter
 from rlhf_ray.sampler.engine import Sampler
 
 SAMPLER_ROWS = 64
@@ -42,6 +44,8 @@ def add_learner_roles(
     start: of the policy.  foreign: names of rewards with a tokenizer of their own."""
     alone, has_value = config.placement == "colocate", config.advantage_estimator == "gae"
     assembly.add_trained_policy(start, config.lora, with_reference=alone)
+    if alone and config.ref_model_sync_steps is not None:
+        assembly.add_synced_reference(config.lora)
     init_from = value_init_role(config, foreign()) if has_value and not alone else None
     for reward in config.rewards:
         add_reward(reward, [role for role in reward.models(reward.name) if alone or role == init_from])
@@ -55,8 +59,10 @@ def add_generator_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec 
 
 
 def add_scorer_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec | None, add_reward: AddReward) -> None:
-    """The reference and the rewards."""
+    """The reference, with room for the adapter that replaces it, and the rewards."""
     assembly.add_policy("reference", start or ModelSpec("base", "base"))
+    if config.ref_model_sync_steps is not None:
+        assembly.add_synced_reference(config.lora)
     for reward in config.rewards:
         add_reward(reward, list(reward.models(reward.name)))
 
@@ -103,6 +109,13 @@ def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, 
 def policy_sampler(config: PPOConfig, assembly: Assembly, model: Any, forward: Any = None) -> Sampler:
     """The sampler of rollouts and evaluations. model: the base with its adapters.  forward: see `Sampler`."""
     return Sampler(model, assembly.base.pad_id, max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size), forward=forward)
+
+
+def synced_reference(models: RoleModels) -> LoadedAdapter | None:
+    """What takes the policy's weights when the reference is reset; None where this process holds no such adapter."""
+    if SYNCED_REFERENCE not in models.bindings:
+        return None
+    return LoadedAdapter(models.stack_of(SYNCED_REFERENCE).peft, SYNCED_REFERENCE, "scorer")
 
 
 def value_init_role(config: PPOConfig, foreign: Collection[str] = ()) -> str:

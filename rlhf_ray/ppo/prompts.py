@@ -1,4 +1,4 @@
-"""The prompts of a PPO run: which train, which are held out, and which its ancestors were trained on."""
+"""The data of a PPO run: which prompts train, which are held out, which its ancestors were trained on; and the rows of ptx_data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.data.collate import TokenisedPrompt, tokenise_prompts
+from rlhf_ray.data.collate import TokenisedPrompt, TokenisedRow, tokenise_prompts
 from rlhf_ray.data.load import HeldOutRule, load_rows
 from rlhf_ray.data.schedule import PromptSchedule
 from rlhf_ray.data.splits import confirms, prompt_hash
@@ -15,6 +15,7 @@ from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.context import rope_note, shortened_note
+from rlhf_ray.ppo.ptx import load_ptx
 from rlhf_ray.training.ancestry import check_ancestors
 
 EVAL_MAX_ROWS = 256
@@ -24,7 +25,8 @@ EVAL_MAX_ROWS = 256
 @dataclass(frozen=True)
 class Prompts:
     """What the run samples replies to.  confirming: of each held-out prompt whether it is reported apart; empty if none is.
-    lines, warnings: for the header.  manifest: of the data files.  rule: how prompts were held out."""
+    lines, warnings: for the header.  manifest: of the data files.  rule: how prompts were held out.  ptx: rows of the supervised
+    loss that is mixed in; empty without one."""
 
     schedule: PromptSchedule[TokenisedPrompt]
     held_out: list[TokenisedPrompt]
@@ -33,6 +35,7 @@ class Prompts:
     warnings: list[str]
     manifest: tuple[dict[str, Any], ...]
     rule: HeldOutRule
+    ptx: Sequence[TokenisedRow] = ()
 
 
 def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_resumed: bool = False) -> Prompts:
@@ -70,15 +73,17 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
     if not sides[0]:
         raise DataError.at(", ".join(config.data.train), "no prompt is left to train on", got="; ".join(lines))
     schedule = PromptSchedule(sides[0], config.rollout_batch_size, config.num_generations, config.seed)
+    ptx = load_ptx(config, backbone, template, rows.held_out)
     confirming, told, missing = confirming_half(sides[1]) if config.confirm_held_out else ([], [], [])
     return Prompts(
         schedule,
         sides[1],
         confirming,
-        [*lines, *shared, *told],
-        [*notes, *noted, *leaks, *missing],
-        rows.manifest,
+        [*lines, *ptx.lines, *shared, *told],
+        [*notes, *noted, *ptx.warnings, *leaks, *missing],
+        (*rows.manifest, *ptx.manifest),
         rows.rule,
+        ptx.rows,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlhf_ray.maths.standard_errors import error_of_difference, standard_error
-from rlhf_ray.metrics import held_out_reward, standard_error_name
+from rlhf_ray.metrics import START_KL, held_out_reward, standard_error_name, start_kl
 from rlhf_ray.report.folder import RunFiles, mean
 from rlhf_ray.report.numbers import shown
 from rlhf_ray.report.story import Finding
@@ -61,15 +61,16 @@ def _negative_kl(run: RunFiles) -> Finding | None:
 
 
 def _distance(run: RunFiles) -> Finding | None:
-    kl, length = run.values("kl/k1_per_response"), run.values("response/length")
+    kl, length = run.values(start_kl(run.names())), run.values("response/length")
     if not kl or not length:
         return None
     per_token = _late(kl) / max(_late(length), 1.0)
     text = f"{shown(per_token)} nats per token in the last quarter."
+    origin = "where it started" if run.values(START_KL) else "its reference"
     if per_token <= KL_PER_TOKEN:
-        return Finding(False, "The policy stays near its reference", text)
+        return Finding(False, f"The policy stays near {origin}", text)
     meaning = f" Beyond about {KL_PER_TOKEN}, replies often get worse while reward still rises: raise kl_coef or stop earlier."
-    return Finding(True, "The policy is far from its reference", text + meaning)
+    return Finding(True, f"The policy is far from {origin}", text + meaning)
 
 
 def _over_optimised(run: RunFiles) -> Finding | None:

@@ -38,8 +38,9 @@ def _section(loc: Loc, section: dict[str, Any], visit: Visit) -> None:
             section[name] = visit((*loc, name), kind, section[name])
     _template((*loc, "template"), section, visit)
     _one((*loc, "learner", "deepspeed"), section.get("learner"), "text", visit)
-    for part in ("train", "eval", "held_out_prompts"):
-        _one((*loc, "data", part), section.get("data"), "data", visit)
+    for rows in ("data", "ptx_data"):
+        for part in ("train", "eval", "held_out_prompts"):
+            _one((*loc, rows, part), section.get(rows), "data", visit)
     for index, reward in enumerate(section.get("rewards") or ()):
         for name, kind in _REWARD.items():
             _one((*loc, "rewards", index, name), reward, kind, visit)

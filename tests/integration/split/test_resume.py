@@ -24,7 +24,7 @@ from rlhf_ray.storage.run_folder import sha256_file
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 Job = Callable[..., PPOConfig]
 COLOCATE: dict[str, Any] = {"placement": "colocate", "learner": {"num_workers": 0, "num_threads": 1}}
-STEPS: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "eval_steps": 3}
+STEPS: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "eval_steps": 3, "ref_model_sync_steps": 1}
 
 
 def result(folder: str) -> dict[str, Any]:

@@ -96,8 +96,11 @@ def test_one_and_two_ranks_and_all_stages_learn_the_same(zero_job: Job, experien
 
 
 def test_a_whole_run_gives_the_adapter_and_the_replies_of_stage_0(zero_job: Job) -> None:
-    """Sampling, scoring, evaluation and updates in lockstep, with replies that end at different steps and unequal prompts."""
-    plain, sharded, alone = zero_job("plain", 0), zero_job("sharded", 3), zero_job("alone", 0, learner=HERE)
+    """Sampling, scoring, evaluation and updates in lockstep, with replies that end at different steps and unequal prompts, and a
+    reference that is reset after step 1."""
+    resets = {"ref_model_sync_steps": 1, "ref_model_sync_resets_optimizer": True}
+    plain, sharded = zero_job("plain", 0, **resets), zero_job("sharded", 3, **resets)
+    alone = zero_job("alone", 0, learner=HERE, **resets)
     ranks = on_ranks(2, train, [plain, sharded], 7)
     assert ranks[0] == ranks[1], "every rank published the same adapter"
     said = responses(sharded)

@@ -177,6 +177,14 @@ def test_a_bad_override(
             "filter_groups: true",
             "job.yaml:5: filter_groups: compares replies to one prompt; expected num_generations of at least 2; got 1",
         ),
+        (
+            "ptx_coef: 0.1",
+            "job.yaml:5: ptx_coef: there are no rows to learn from; set ptx_data, as data of an sft job, or ptx_coef: 0",
+        ),
+        (
+            "ptx_coef: 0.1\nptx_data: {train: sft.jsonl, eval_max_rows: 4}",
+            "job.yaml:6: ptx_data.eval_max_rows: has no effect: nothing is evaluated on ptx_data, all of it trains; drop it",
+        ),
         ("overlong_buffer: 200", "job.yaml:5: overlong_buffer: 200 is over response_length 128"),
         ("watch: judge", "job.yaml:5: watch: no reward is called 'judge'; expected one of weight 0: none"),
         ("watch: reward", "job.yaml:5: watch: reward reward is maximised; expected one of weight 0: none"),

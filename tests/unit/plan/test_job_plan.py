@@ -92,6 +92,8 @@ JOBS: dict[str, dict[str, Any]] = {
         "rewards": [{"ensemble": ["reward", "other"], "normalize": False}],
         "value": {"init_from": "reward:reward/2"},
     },
+    "resets of the reference": {"sft": "sft", "ref_model_sync_steps": 5},
+    "split, resets": {"placement": "split", "ref_model_sync_steps": 5, "lora": {"r": 2}},
     "split, critic of its own": {"placement": "split", "rewards": [{"model": "judge"}], "value": {"lora": {"r": 3}}},
 }
 
@@ -197,7 +199,9 @@ def test_moments_and_masters_by_hand(model: Callable[..., str]) -> None:
         ({"max_length": 160}, "evaluation"),
         ({"dtype": "float32"}, "load"),
         ({"lora": {"r": 64}}, "load"),
+        ({"ref_model_sync_steps": 5}, "load"),
         ({"gradient_checkpointing": False}, "update"),
+        ({"ptx_coef": 0.1, "ptx_data": {"train": "d"}}, "update"),
     ],
 )
 def test_more_takes_more(model: Callable[..., str], fields: dict[str, Any], phase: str) -> None:

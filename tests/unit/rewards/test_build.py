@@ -82,6 +82,14 @@ def test_rewards_are_normalised_by_the_held_out_scores_of_their_run(
         assert any("held-out scores 3, standard deviation 2" in line and told in line for line in builder.lines)
 
 
+@pytest.mark.parametrize("name", ["policy", "reference", "synced_reference", "value"])
+def test_a_reward_model_is_not_called_like_another_model_of_ppo(name: str) -> None:
+    """It would take that one's place, and did until the first forward pass failed."""
+    with pytest.raises(ValueError, match=f"name: {name} is another model of PPO"):
+        RewardSource(name=name, model="judge")
+    assert RewardSource(name=name, function="f.py:score").name == name
+
+
 def test_only_a_reward_run_can_be_normalised() -> None:
     with pytest.raises(ValueError, match="normalize: needs a reward run"):
         RewardSource(function="f.py:score", normalize=True)

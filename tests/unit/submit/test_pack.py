@@ -21,6 +21,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "reward": {"data": {"train": "data/pairs.jsonl"}, "sft": "runs/sft"},
     "ppo": {
         "data": {"train": ["data/small.jsonl", "org/prompts"]},
+        "ptx_coef": 0.1,
+        "ptx_data": {"train": "data/pairs.jsonl"},
         "sft": "runs/sft",
         "rewards": [
             {"name": "rule", "function": "rewards/mine.py:score"},
@@ -87,7 +89,7 @@ def parcel(kind: str, *overrides: str, **options: Any) -> Parcel:
 def test_of_a_ppo_job_the_code_and_small_data_travel_and_the_rest_is_named_by_its_path(folder: Path) -> None:
     made = parcel("ppo")
     code = {"rewards/mine.py", "helper.py", "helper_of_helper.py", "pkg/__init__.py", "pkg/deep.py"}
-    assert set(made.files) == code | {"data/small.jsonl", "templates/mine.json"}
+    assert set(made.files) == code | {"data/small.jsonl", "data/pairs.jsonl", "templates/mine.json"}
     assert made.values["data"]["train"] == ["data/small.jsonl", "org/prompts"]
     assert made.values["rewards"][0]["function"] == "rewards/mine.py:score"
     assert made.values["sft"] == str(folder / "runs/sft") and made.output_dir == str(folder / "runs/new")

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.logging import warning_once
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.backbone import trunk
@@ -38,6 +41,32 @@ _WIDTHS = re.compile(r"(hidden|embedding)_(size|dim)$|head_?dim$|d_head$|d_ssm$|
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
+def check_models(jobs: Iterable[Any]) -> None:
+    """`check_model` of the bases of jobs (anything with model_name_or_path and revision), each once."""
+    for path, revision in dict.fromkeys((job.model_name_or_path, job.revision) for job in jobs):
+        check_model(path, revision)
+
+
+def check_model(path: str, revision: str | None = None) -> None:
+    """`check_family` of the model in a folder, or of a Hub id. What cannot be read is told by whoever loads it."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers import AutoConfig
+
+    folder = Path(path).expanduser()
+    try:
+        file = folder / "config.json" if folder.is_dir() else Path(_from_hub(path, revision))
+        config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False)
+    except (HfHubHTTPError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    check_family(config)
+
+
+def _from_hub(name: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(name, "config.json", revision=revision)
+
+
 def check_family(config: Any, where: str = "model_name_or_path") -> None:
     """ConfigError if models of this config's kind would be sampled or scored wrong.   where: the job field that names the model.
 
@@ -46,23 +75,23 @@ def check_family(config: Any, where: str = "model_name_or_path") -> None:
     layer_types(config)
     if not _keeps_state(config):
         return
-    model = tiny_model(config)
-    if model is None:
-        return
     got = ""
     try:
-        off = {what: value for what, value in differences(model).items() if not value <= TOLERANCE}
-        if off:
-            got = "; ".join(f"{what}: off by {value:.2g}" for what, value in off.items())
+        with quiet():
+            model = tiny_model(config)
+            found = {} if model is None else differences(model)
+        off = {what: value for what, value in found.items() if not value <= TOLERANCE}
+        got = "; ".join(f"{what}: off by {value:.2g}" for what, value in off.items())
     except ConfigError as error:
-        got = error.problems[0].what
+        got = error.problems[0].what.removeprefix("cannot be decoded here: ")
     except Exception as error:  # whatever a model does with a cache that it does not know
         got = f"{type(error).__name__}: {one_line(error)}"
+    warning_once.cache_clear()  # what was kept quiet here is told where the model itself is slow
     if got:
         raise ConfigError.at(
             where,
-            f"models of type {config.model_type} cannot be used here: tried on a tiny copy of its config",
-            f"log-probabilities of the sampler and of padded rows as in a plain forward pass (to {TOLERANCE:g})",
+            f"models of type {config.model_type} cannot be used here (tried on a tiny copy of its config)",
+            "log-probabilities of sampler and padded rows as in a plain forward pass",
             got,
             "choose a model of another family",
         )

@@ -217,8 +217,8 @@ class _LinearCache:
 def elsewhere(model_type: str) -> ConfigError:
     return ConfigError.at(
         f"model type {model_type}",
-        "cannot be decoded here: it keeps its state inside its own modules",
-        "states in a cache of transformers",
+        "cannot be decoded here: its state is kept inside its own modules",
+        "states in a cache of transformers, where each row has its own",
     )
 
 

@@ -21,6 +21,7 @@ from rlhf_ray.errors import ConfigError, DataError, Problem, RlhfRayError
 from rlhf_ray.models.lineage import header_line, parent_of, recorded_base, recorded_date, recorded_template
 from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
 from rlhf_ray.runtime.session import process_session
+from rlhf_ray.sampler.probe import check_model
 from rlhf_ray.stages.evaluate_files import prompt_columns
 from rlhf_ray.stages.evaluation_models import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
 from rlhf_ray.storage.rows_file import write_rows
@@ -107,6 +108,7 @@ def plan_job(
     if origin is not None:
         specs.append(PolicySpec(name=REFERENCE, policy=origin))
     base, revision = base_of(sources, model)
+    check_model(base, revision)
     template = next((found for s in sources if (found := recorded_template(s)) is not None), None)
     date = next((found for s in sources if (found := recorded_date(s)) is not None), None)
     given = {"template": template, "template_date": date} | {

@@ -131,6 +131,11 @@ class Rollout(_Rows):
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
     @property
+    def prompt_ids(self) -> Tensor:
+        """i64[B, P]."""
+        return self.tokens[:, : self.prompt_width]
+
+    @property
     def response_ids(self) -> Tensor:
         """i64[B, R]."""
         return self.tokens[:, self.prompt_width :]

@@ -153,7 +153,7 @@ def text_maker(backbone: Backbone, template: Template) -> Callable[[Rollout, Seq
 
     def to_texts(rollout: Rollout, rows: Sequence[Row]) -> Texts:
         ids = [response[mask].tolist() for response, mask in zip(rollout.response_ids, rollout.response_mask)]
-        prompts = [prompt[mask].tolist() for prompt, mask in zip(rollout.tokens, rollout.prompt_mask)]
+        prompts = [prompt[mask].tolist() for prompt, mask in zip(rollout.prompt_ids, rollout.prompt_mask)]
         responses = list(map(reply_text, prompts, ids))
         return Texts([template.render(row.prompt) for row in rows], responses, ids, [row.columns for row in rows])
 

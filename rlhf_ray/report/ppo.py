@@ -43,7 +43,19 @@ def _sentence(run: RunFiles) -> str:
         return f"{label} is {shown(rewards[0])} {when}."
     origin = "the policy it started from" if run.values(START_KL) else "the reference"
     distance = f", at {shown(kl[-1])} nats of KL per reply from {origin}" if kl else ""
-    return f"{label} went from {shown(rewards[0])} to {shown(rewards[-1])} in {count(run.steps, 'step')}{distance}."
+    went = f"{label} went from {shown(rewards[0])} to {shown(rewards[-1])} in {count(run.steps, 'step')}{distance}."
+    return went + _kept(run, name)
+
+
+def _kept(run: RunFiles, name: str) -> str:
+    """Which adapter is the result, where that is not the last step's."""
+    best = run.results.get("best/step") if run.config.get("load_best_model_at_end") else None
+    if best is None or best == run.steps:
+        return ""
+    there = dict(run.points(name)).get(best)
+    several = f": the highest of {len(run.values(name))}, and so likely too high"
+    measured = f", where it was {shown(there)}{several}" if there is not None else ""
+    return f" The adapter that was kept is that of step {best:.0f}{measured}."
 
 
 def _tiles(run: RunFiles) -> list[Tile]:

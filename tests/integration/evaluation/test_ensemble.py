@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 
 from rlhf_ray.config import EvaluateConfig, PPOConfig, RewardConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.ppo.loop import ppo
-from rlhf_ray.stages.evaluate import evaluate
 from rlhf_ray.stages.generate import generate
+from rlhf_ray.stages.start import evaluate, ppo, reward
 from rlhf_ray.storage.run import load_run
-from rlhf_ray.supervised.reward import reward
 
 from .conftest import Chain
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from rlhf_ray.report.compare import compared, comparison, comparison_table
 from rlhf_ray.report.findings import ppo_findings
 from rlhf_ray.report.folder import RunFiles, read_folder
 from rlhf_ray.report.html import Html, join, tag
+from rlhf_ray.report.ppo import ppo_story
 from rlhf_ray.report.samples import samples_section
 from rlhf_ray.report.supervised import reward_story, sft_story
 
@@ -108,6 +110,17 @@ def test_a_rise_within_the_noise_of_steps_is_no_rise() -> None:
     for row in rows[-3:]:
         row["reward/mean"] += 0.2  # 0.25 higher, two standard errors are 2 sqrt(2 / 3) 0.1 = 0.163
     assert concerns(rows) == []
+
+
+def test_the_report_says_which_adapter_was_kept() -> None:
+    rows = [{"step": s, "eval/reward": r} for s, r in ((0, 0.1), (4, 0.9), (8, 0.5))]
+    ended = replace(run_with(rows), config={"load_best_model_at_end": True}, summary={"metrics": {"best/step": 4.0}})
+    told = ppo_story(ended).sentence
+    assert told.endswith(
+        "The adapter that was kept is that of step 4, where it was 0.900: the highest of 3, and so likely too high."
+    )
+    assert "kept" not in ppo_story(replace(ended, config={})).sentence
+    assert "kept" not in ppo_story(replace(ended, summary={"metrics": {"best/step": 8.0}})).sentence
 
 
 def test_over_optimisation_is_told_apart_from_noise() -> None:

@@ -116,6 +116,39 @@ def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+def causal_class(config: Any) -> Any:
+    """The Auto class of language models for this config; models that also see are image-text models where there is no other."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def classifier_config(config: Any, where: str) -> Any:
+    """The config of a one-label sequence classifier with the trunk of the causal language model that `config` stands for: `config`,
+    or that of its text decoder where the language model is one (Qwen3.5).
+
+    ArtifactError, before any weight is read, if transformers has no sequence-classification class for it."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
+
+    text = config.get_text_config()
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if text is not config and causal is not None and causal.config_class is type(text):
+        config = text
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ArtifactError.at(
+            where,
+            f"transformers has no sequence-classification class for model type {config.model_type}",
+            "a model type that has one, for a reward model with weights of its own",
+            fix="use the reward run itself, an adapter with a head, wherever a reward is asked for",
+        )
+    config.num_labels = 1
+    return config
+
+
 def from_pretrained(auto: Any, source: ModelSource, plan: LoadPlan) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as an Auto class makes it, and its report of missing and unexpected weights. A library's errors become ours."""
     arguments: dict[str, Any] = {

@@ -74,10 +74,11 @@ _CHECKED = {
 _WITHOUT_MEANING = {"peft_version", "inference_mode", "auto_mapping", "megatron_core", "qalora_group_size"}
 
 _BYSTANDERS = re.compile(
-    r".*\.(md|txt|json|jsonl|jinja|model|yaml)|\.gitattributes|LATEST"
-    r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin"
+    r".*\.(md|txt|json|jsonl|jinja|model|yaml)|\.gitattributes|LATEST|latest|zero_to_fp32\.py|events\.out\.tfevents\..*"
+    r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin|random_states_\d+\.pkl"
 )
-"""Files that may lie beside an adapter (a model card, a tokenizer, a Trainer's own state) and are never opened."""
+"""Files that may lie beside an adapter (a model card, a tokenizer, the state of a Trainer, of accelerate or of DeepSpeed, events of
+TensorBoard) and are never opened."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from rlhf_ray.models.loading import (
     no_dropout,
     plan_load,
 )
-from rlhf_ray.models.quantisation import keep_trainable
+from rlhf_ray.models.quantisation import dequantised, keep_trainable
 from rlhf_ray.models.recurrent import unclamp_time_steps
 from rlhf_ray.models.sources import ModelSource, config_sha256, resolve_source, weights_sha256
 from rlhf_ray.models.tokenizer import (
@@ -217,6 +217,8 @@ def load_exact(
     missing = set(info["missing_keys"]) - ({"score.weight"} if head is not None else set())
     if missing:
         raise ArtifactError.at(str(source.folder), "weights are missing", got=_some(sorted(missing)))
+    if getattr(model, "is_quantized", False):
+        model = dequantised(model, plan.dtype, str(source.folder))
     if head is not None:
         with torch.no_grad():
             model.score.weight.copy_(head)  # type: ignore[union-attr,operator]
@@ -240,10 +242,11 @@ def _finish(
     model: PreTrainedModel, source: ModelSource, plan: LoadPlan, stop_token_ids: tuple[int, ...] | None
 ) -> Backbone:
     """Freeze, move, and compare with the tokenizer."""
-    if plan.bits is None:
-        model.to(plan.device)  # type: ignore[arg-type]
-    else:
+    bits = plan.bits or bits_of(*(bool(getattr(model, f"is_loaded_in_{n}bit", False)) for n in (8, 4)))
+    if getattr(model, "is_quantized", False):
         keep_trainable(model)
+    else:
+        model.to(plan.device)  # type: ignore[arg-type]
     unclamp_time_steps(model)
     model.requires_grad_(False)
     model.eval()
@@ -265,9 +268,9 @@ def _finish(
         config_sha256(source.folder),
         weights_sha256(source.folder),
         tokenizer_sha256(tokenizer),
-        f"{plan.bits}bit" if plan.bits else str(plan.dtype).removeprefix("torch."),
+        f"{bits}bit" if bits else str(plan.dtype).removeprefix("torch."),
     )
-    notes = quantisation_notes(trunk(model), plan.bits) if plan.bits else []
+    notes = quantisation_notes(trunk(model), bits) if bits else []
     notes += context_notes(model.config.get_text_config())
     return Backbone(
         model=model,

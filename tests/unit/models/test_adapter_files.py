@@ -218,6 +218,9 @@ class TestReading:
             "optimizer.pt",
             "rng_state_0.pth",
             "training_args.bin",
+            "latest",
+            "zero_to_fp32.py",
+            "events.out.tfevents.1764412345.host.17.0",
             "tokenizer.json",
             "chat_template.jinja",
         ):

@@ -39,6 +39,10 @@ def resolve_targets(model: nn.Module, targets: str | tuple[str, ...] | list[str]
         Problem("lora.target_modules", f"{t}: {refused[_last(t)]}", expected, t) for t in wanted if _last(t) in refused
     ]
     ConfigError.raise_all(problems)
+    chosen = [name for name in linear if any(matches(t, name) for t in wanted)]
+    beyond = (name for name, _ in model.named_modules() if name not in linear and ".lora_" not in name)
+    if any(matches(t, name) for name in beyond for t in wanted):  # as in a vision tower
+        return _shortest_names(model, chosen)
     return sorted(set(wanted))
 
 
@@ -134,7 +138,8 @@ def own_key(model: nn.Module, key: str) -> str:
     """The key under which `model` keeps the tensor: adapters of a bare trunk lack the trunk's name (`model.`, `transformer.`)."""
     module = module_of(key)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    prefix = f"{base.base_model_prefix}."
-    if trunk(base) is not base and not module.startswith(prefix):
-        return key.replace(module, prefix + module, 1)
+    body = trunk(base)
+    path = next(name for name, part in base.named_modules() if part is body)
+    if path and not module.startswith(f"{path}."):
+        return key.replace(module, f"{path}.{module}", 1)
     return key

@@ -22,7 +22,7 @@ from rlhf_ray.config import (
     RewardSource,
     SFTConfig,
 )
-from rlhf_ray.models.adapter_files import CONFIG, AdapterFiles, check_config
+from rlhf_ray.models.adapter_files import CONFIG, AdapterFiles, check_config, targets_of
 from rlhf_ray.models.adapters import add_fresh, wrap
 from rlhf_ray.models.assembly import BASE, Assembly
 from rlhf_ray.models.backbone import Backbone
@@ -67,13 +67,11 @@ class Made:
         source = policy_source(path) if not (Path(path) / CONFIG).is_file() else ModelSpec("adapter", path)
         file = Path(source.path) / CONFIG
         config = check_config(read_json(file), str(file))
-        targets = config["target_modules"]
+        targets = targets_of(Path(source.path), config["target_modules"])
         return LoraConfig(
             r=config["r"],
             lora_alpha=config["lora_alpha"],
-            target_modules=targets
-            if targets == "all-linear"
-            else tuple([targets] if isinstance(targets, str) else targets),
+            target_modules="all-linear" if isinstance(targets, str) else tuple(targets),
             use_rslora=config["use_rslora"],
         )
 

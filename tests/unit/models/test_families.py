@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
@@ -18,8 +19,13 @@ from rlhf_ray.models.adapter_targets import resolve_targets
 from rlhf_ray.models.adapters import adapter_config, adapter_parameters, adapter_tensors, wrap
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.coverage import adapter_notes
+from rlhf_ray.models.heads import LogitsHead
+from rlhf_ray.models.loading import causal_class
+from rlhf_ray.models.merge import merge_run
+from rlhf_ray.models.tokenizer import load_tokenizer, tokenizer_sha256
+from rlhf_ray.sampler.engine import DecodeRequest, Sampler
 
-from .conftest import logits
+from .conftest import hidden, logits
 
 COMMON: dict[str, Any] = {
     "vocab_size": 300,
@@ -82,16 +88,145 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+TEXT = {**{k: v for k, v in COMMON.items() if not k.endswith("_token_id")}, "pad_token_id": 0}
+SIGHT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**TEXT, "model_type": "gemma3_text", "sliding_window": 64},
+        "vision_config": {**SIGHT, "model_type": "siglip_vision_model", "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+    "mistral3": {
+        "text_config": {**TEXT, "model_type": "mistral"},
+        "vision_config": {**SIGHT, "model_type": "pixtral", "patch_size": 14, "head_dim": 8},
+    },
+    "qwen3_vl": {
+        "text_config": {
+            **TEXT,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "depth": 1,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+        },
+    },
+}
+
+
 def tiny(family: str, **changes: Any) -> nn.Module:
     """A random model whose logits are far from uniform."""
-    values = {**COMMON, **FAMILIES.get(family, {}), **changes}
+    values = {**(WRAPPERS.get(family) or {**COMMON, **FAMILIES.get(family, {})}), **changes}
     if "kv_lora_rank" in values:
         del values["head_dim"]
     known = AutoConfig.for_model(family)
     config = AutoConfig.for_model(family, **{k: v for k, v in values.items() if hasattr(known, k)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+        return causal_class(config).from_config(config).eval()
+
+
+@pytest.fixture
+def written(tiny_llama: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """written(family, **changes of its config): the folder of `tiny`, with a byte tokenizer."""
+
+    def write(family: str, **changes: Any) -> Path:
+        folder = tmp_path / family
+        tiny(family, **changes).save_pretrained(folder)  # type: ignore[operator]
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_llama() / file, folder)
+        return folder
+
+    return write
+
+
+HEADS: dict[str, tuple[dict[str, Any], tuple[float, float | None]]] = {
+    "falcon_h1": ({"lm_head_multiplier": 0.5}, (0.5, None)),
+    "hyperclovax": ({"logits_scaling": 8.0}, (8.0, None)),
+    "recurrent_gemma": ({"logits_soft_cap": 2.0, "attention_window_size": 64, "lru_width": 32}, (1.0, 2.0)),
+    "minicpm3": ({**LATENT, "dim_model_base": 8}, (0.25, None)),
+}
+
+
+class TestHeads:
+    @pytest.mark.parametrize("family", HEADS)
+    def test_logits_that_are_scaled_or_capped(self, family: str, written: Callable[..., Path], load: Any) -> None:
+        changes, (scale, cap) = HEADS[family]
+        base = load(written(family, **changes))
+        assert isinstance(base.lm_head, LogitsHead)
+        assert (base.lm_head.scale, base.lm_head.cap) == (pytest.approx(scale, rel=1e-5), cap)
+        with torch.no_grad():
+            torch.testing.assert_close(base.lm_head(hidden(base.model)), logits(base.model), atol=1e-4, rtol=1e-4)
+
+    def test_a_trunk_under_another_name(self, written: Callable[..., Path], load: Any) -> None:
+        base = load(written("llama4_text"))
+        assert trunk(base.model) is base.model.model
+        names = {k.split(".lora")[0] for k in adapter_parameters(wrap(base.model, LoraConfig(r=2), "policy"), "policy")}
+        assert all(name.startswith("base_model.model.model.layers.") for name in names)
+
+    def test_a_head_narrower_than_the_layers(
+        self, written: Callable[..., Path], load: Any, save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        """OPT-350M: layers of 32, states of 16 (word_embed_proj_dim). Reward heads and value heads read those."""
+        folder = written("opt", ffn_dim=48, word_embed_proj_dim=16, init_std=0.1)
+        base = load(folder)
+        assert base.hidden_size == hidden(base.model).shape[-1] == 16
+        save_trained(folder, tmp_path / "reward", head=torch.linspace(-1, 1, 16)[None])
+        assert merge_run(tmp_path / "reward").is_dir()
+
+    def test_a_reward_model_that_no_class_could_hold(
+        self, written: Callable[..., Path], save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        save_trained(written("granite"), tmp_path / "reward", head=torch.linspace(-1, 1, 32)[None])
+        with pytest.raises(ArtifactError, match=r"no sequence-classification class for model type granite.*reward run"):
+            merge_run(tmp_path / "reward")
+
+
+class TestWrappers:
+    @pytest.mark.parametrize("family", WRAPPERS)
+    def test_the_decoder_of_a_model_that_sees(
+        self, family: str, written: Callable[..., Path], load: Any, save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        """It loads, all-linear and plain names adapt the text decoder alone, and it merges."""
+        folder = written(family)
+        base = load(folder)
+        for targets in ("all-linear", ("q_proj", "v_proj")):
+            model = wrap(load(folder).model, LoraConfig(r=2, target_modules=targets), "policy")
+            keys = list(adapter_parameters(model, "policy"))
+            assert keys and all("language_model.layers." in key for key in keys)
+        with torch.no_grad():
+            torch.testing.assert_close(base.lm_head(hidden(base.model)), logits(base.model), atol=1e-4, rtol=1e-4)
+        requests = [DecodeRequest(p, 0, 6, (), greedy=True) for p in ((5, 9, 33, 17, 8), (7, 7), (44, 9, 3))]
+        for request, result in zip(requests, Sampler(base.model, 0, max_rows=2).run(requests)):
+            plain = logits(base.model, torch.tensor([request.prompt_ids + result.token_ids]))[0].argmax(-1).tolist()
+            assert plain[len(request.prompt_ids) - 1 : -1] == list(result.token_ids)
+        save_trained(folder, tmp_path / "policy")
+        merged = load(merge_run(tmp_path / "policy"))
+        assert (logits(merged.model) - logits(base.model)).abs().max() > 1e-3
+
+    def test_a_wrapper_that_is_loaded_as_its_decoder(
+        self, written: Callable[..., Path], load: Any, save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        """Qwen3.5: policies and rewards become checkpoints of the text model, whose model type reads the tokenizer's files by
+        another class."""
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        config = AutoConfig.for_model(
+            "qwen3_5",
+            text_config={**TEXT, "layer_types": ["full_attention"] * 2, "rope_parameters": rope},
+            vision_config=WRAPPERS["qwen3_vl"]["vision_config"],
+        )
+        folder = written("llama4_text")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+        base = load(folder)
+        for name, head in (("policy", None), ("reward", torch.linspace(-1, 1, 32)[None])):
+            save_trained(folder, tmp_path / name, head=head)
+            merged = merge_run(tmp_path / name)
+            assert tokenizer_sha256(load_tokenizer(str(merged))) == base.identity.tokenizer_sha256
 
 
 class TestAllLinear:

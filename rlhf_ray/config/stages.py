@@ -210,6 +210,16 @@ class SFTConfig(_SupervisedFields):
         True, "end every reply with the chat template's end of turn, else the end-of-sequence token"
     )
     group_by_length: bool = field(False, "batch rows of similar length together")
+    sft: Path | None = field(
+        None,
+        "SFT or PPO run, or adapter, that training goes on from: a copy of it is trained (default: a fresh adapter)",
+    )
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> SFTConfig:
+        if self.sft is not None and "lora" in self.model_fields_set:
+            raise ValueError("lora: the adapter named by sft has its own r, alpha and targets; drop lora")
+        return self
 
 
 class RewardConfig(_SupervisedFields):

@@ -32,6 +32,7 @@ from rlhf_ray.training.environment import environment, warn_of_differences
 BEST = "best.safetensors"
 MAY_CHANGE = (
     *run_entry.MAY_CHANGE,
+    *run_entry.LENGTH,
     *("placement", "generator.", "scorer.", "probe_steps"),
     *("max_kl", "max_clip_fraction", "min_finished", "over_optimisation_patience"),
 )
@@ -106,6 +107,7 @@ def restore(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOStat
     values = json.loads((checkpoint.path / "state.json").read_text())
     run_entry.require_same_as_saved(checkpoint.path, values.get("config"), config, MAY_CHANGE)
     state.load_state_dict(values)
+    run_entry.require_steps_left(state.step, setup.total_steps)
     if (checkpoint.path / BEST).is_file():
         state.best_policy = load_file(checkpoint.path / BEST)
     weights = read_weights(checkpoint.path, has_value=bool(setup.value_config))

@@ -85,6 +85,10 @@ class JobFields(Section):
         "what a chat template that says the date (strftime_now) takes for now, e.g. 2026-01-31T09:00:00; default: that of the run"
         " it starts from, else when it was started; kept in the run folder",
     )
+    chat_template_kwargs: dict[str, Any] = field(
+        {},
+        "further variables of the chat template, e.g. {enable_thinking: false}; kept with the template in the run folder",
+    )
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many)] = field(
         ("tensorboard",), "trackers besides metrics.jsonl"
     )

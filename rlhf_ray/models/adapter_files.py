@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,18 +40,21 @@ HEAD_KEY = "base_model.model.score.weight"
 KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<half>[AB])\.weight")
 MAX_R = 1024
 MAX_TARGETS = 1024
+MAX_PATTERN = 10_000
+BY_TENSORS = "by tensors"
+"""`target_modules` of a configuration whose modules only the tensors beside it tell."""
 MAX_CONFIG_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,256}")
 _DTYPES = {"F32", "F16", "BF16"}
+_MERGE = "merge it with PEFT, and use the result as model_name_or_path"
 _REFUSED = {
-    "use_dora": "DoRA makes a token's result depend on the whole weight, which mixed-adapter batches cannot do",
+    "use_dora": f"DoRA makes a token's result depend on the whole weight, which mixed-adapter batches cannot do; {_MERGE}",
     "layer_replication": "it changes the base",
-    "trainable_token_indices": "it changes the base's embeddings",
+    "trainable_token_indices": f"it changes the base's embeddings; {_MERGE}",
     "megatron_config": "it belongs to another trainer",
-    "target_parameters": "only linear layers are adapted",
-    "rank_pattern": "one rank for all layers is expected",
-    "alpha_pattern": "one scale for all layers is expected",
-    "layers_to_transform": "all layers are adapted",
+    "target_parameters": f"only linear layers are adapted; {_MERGE}",
+    "rank_pattern": f"one rank for all layers is expected; {_MERGE}",
+    "alpha_pattern": f"one scale for all layers is expected; {_MERGE}",
 }
 _INIT = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base alone. PiSSA, OLoRA, CorDA and LoftQ rewrite it, and all adapters here share one base."""
@@ -71,6 +74,8 @@ _CHECKED = {
     "base_model_name_or_path",
     "revision",
 }
+_WHICH = {"layers_to_transform", "layers_pattern", "exclude_modules"}
+"""Like a regular expression as target: which modules they mean, the file's tensors say. None of them is ever evaluated."""
 _WITHOUT_MEANING = {"peft_version", "inference_mode", "auto_mapping", "megatron_core", "qalora_group_size"}
 
 _BYSTANDERS = re.compile(
@@ -104,8 +109,15 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
     _check_folder(folder)
     config = check_config(read_json(folder / CONFIG), str(folder / CONFIG))
     tensors = _read_tensors(folder / WEIGHTS, config)
+    if config["target_modules"] == BY_TENSORS:
+        config["target_modules"] = modules_of(tensors)
     head = tensors.pop(HEAD_KEY, None)
     return AdapterFiles(config, tensors, head, adapter_sha256(tensors, head), str(folder))
+
+
+def modules_of(keys: Iterable[str]) -> list[str]:
+    """The modules that an adapter with these tensors adapts, by their whole names."""
+    return sorted({key["module"] for name in keys if (key := KEY.fullmatch(name))})
 
 
 def adapter_sha256(tensors: Mapping[str, Tensor], head: Tensor | None = None) -> str:
@@ -143,6 +155,8 @@ def check_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     problems = _value_problems(raw, where) + _meaning_problems(raw, where)
     ArtifactError.raise_all(problems)
     targets = raw["target_modules"]
+    if (isinstance(targets, str) and targets != "all-linear") or any(raw.get(name) for name in _WHICH):
+        targets = BY_TENSORS
     return {
         "r": raw["r"],
         "lora_alpha": float(raw["lora_alpha"]),
@@ -178,10 +192,15 @@ def _value_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
     targets = raw.get("target_modules")
     is_list = isinstance(targets, list) and 0 < len(targets) <= MAX_TARGETS
     names = is_list and all(isinstance(t, str) and _NAME.fullmatch(t) for t in targets)  # type: ignore[union-attr]
-    check("target_modules", names or targets == "all-linear", "a list of module names (no regular expression)")
+    is_pattern = isinstance(targets, str) and 0 < len(targets) <= MAX_PATTERN
+    check("target_modules", names or is_pattern, "a list of module names, or a regular expression as PEFT takes it")
     saved = raw.get("modules_to_save") or []
     allowed = {"score", "classifier"} if raw.get("task_type") == "SEQ_CLS" else set()
-    check("modules_to_save", isinstance(saved, list) and set(map(str, saved)) <= allowed, "score, for SEQ_CLS only")
+    check(
+        "modules_to_save",
+        isinstance(saved, list) and set(map(str, saved)) <= allowed,
+        f"score, for SEQ_CLS only; {_MERGE}",
+    )
     return problems
 
 
@@ -193,7 +212,7 @@ def _meaning_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
     problems = []
     for name, value in raw.items():
         if (
-            name in _CHECKED
+            name in _CHECKED | _WHICH
             or name in _WITHOUT_MEANING
             or not value
             or value == defaults.get(name, dataclasses.MISSING)

@@ -26,6 +26,7 @@ from rlhf_ray.models.adapter_files import (
     HEAD_KEY,
     AdapterFiles,
     adapter_sha256,
+    modules_of,
     peft_config,
     read_adapter,
     save_adapter,
@@ -248,6 +249,8 @@ def _plan(model: nn.Module, source: LoraConfig | AdapterFiles) -> tuple[dict[str
     targets = source.config["target_modules"]
     if targets == "all-linear":
         targets = resolve_targets(base, targets)
+    elif targets == modules_of(source.tensors):  # whole names, which this base may have under another prefix
+        targets = sorted({module_of(key) for key in given})
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in linear.items():
         if any(matches(t, name) for t in targets):

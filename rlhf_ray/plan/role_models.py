@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 
 from rlhf_ray.config import (
     EvaluateConfig,
@@ -22,7 +23,7 @@ from rlhf_ray.config import (
     RewardSource,
     SFTConfig,
 )
-from rlhf_ray.models.adapter_files import CONFIG, AdapterFiles, check_config
+from rlhf_ray.models.adapter_files import BY_TENSORS, CONFIG, WEIGHTS, AdapterFiles, check_config, modules_of
 from rlhf_ray.models.adapters import add_fresh, wrap
 from rlhf_ray.models.assembly import BASE, Assembly
 from rlhf_ray.models.backbone import Backbone
@@ -66,6 +67,9 @@ class Made:
         file = Path(source.path) / CONFIG
         config = check_config(read_json(file), str(file))
         targets = config["target_modules"]
+        if targets == BY_TENSORS:
+            with safe_open(Path(source.path) / WEIGHTS, framework="pt") as tensors:
+                targets = modules_of(tensors.keys())
         return LoraConfig(
             r=config["r"],
             lora_alpha=config["lora_alpha"],

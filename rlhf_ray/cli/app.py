@@ -192,6 +192,7 @@ def merge(
     run: RunDir,
     output_dir: Annotated[str | None, typer.Option(help="default: <run>-adapter-merged")] = None,
     dtype: Annotated[str | None, typer.Option(help="precision of the merged checkpoint; default: the base's")] = None,
+    model: Annotated[str | None, typer.Option(help="the base, where it does not lie where the adapter says")] = None,
     debug: Debug = False,
 ) -> None:
     """Fold a run's adapter into its base. A stand-alone checkpoint, verified against the unmerged outputs."""
@@ -201,7 +202,7 @@ def merge(
     from rlhf_ray.models.merge import merge_run
 
     with stdout_kept():
-        merged = merge_run(run, output_dir, dtype, log=lambda line: print(line, file=sys.stderr))
+        merged = merge_run(run, output_dir, dtype, model=model, log=lambda line: print(line, file=sys.stderr))
     print(merged)
 
 

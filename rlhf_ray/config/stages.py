@@ -98,6 +98,10 @@ class JobFields(Section):
         "what a chat template that says the date (strftime_now) takes for now, e.g. 2026-01-31T09:00:00; default: that of the run"
         " it starts from, else when it was started; kept in the run folder",
     )
+    chat_template_kwargs: dict[str, Any] = field(
+        {},
+        "further variables of the chat template, e.g. {enable_thinking: false}; kept with the template in the run folder",
+    )
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many)] = field(
         ("tensorboard",), "trackers besides metrics.jsonl"
     )
@@ -238,6 +242,16 @@ class SFTConfig(_SupervisedFields):
         True, "end every reply with the chat template's end of turn, else the end-of-sequence token"
     )
     group_by_length: bool = field(False, "batch rows of similar length together")
+    sft: Path | None = field(
+        None,
+        "SFT or PPO run, or adapter, that training goes on from: a copy of it is trained (default: a fresh adapter)",
+    )
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> SFTConfig:
+        if self.sft is not None and "lora" in self.model_fields_set:
+            raise ValueError("lora: the adapter named by sft has its own r, alpha and targets; drop lora")
+        return self
 
 
 class RewardConfig(_SupervisedFields):

@@ -72,6 +72,11 @@ def _holds_nothing_out(config: PPOConfig) -> bool:
 
 _OPTIMIZER: list[Rule] = [
     (
+        ("chat_template_kwargs",),
+        lambda job: job.template != "chat",
+        lambda job: f"with template {job.template}; drop it, or set template: chat",
+    ),
+    (
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
         lambda c: c.optim == "adafactor",
         "with optim adafactor; drop it, or set adamw_torch",

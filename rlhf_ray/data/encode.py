@@ -136,6 +136,46 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
+def _spells(control: re.Pattern[str], message: Message, said: frozenset[str]) -> bool:
+    """Whether a message spells a control token; what the assistant may say (`speakable_tokens`) is none in its own turns."""
+    found = set(control.findall(message.content + message.extra))
+    return bool(found - said if message.role == "assistant" else found)
+
+
+def speakable_tokens(tokenizer: PreTrainedTokenizerBase, template: Template) -> frozenset[str]:
+    """Tokens that a model writes itself within its turn, as <think> and <tool_call>: added tokens that are not special, and that
+    the chat template does not write around turns. In a reply they are those tokens, as if the model had written it."""
+    if not isinstance(template, ChatTemplate):
+        return frozenset()
+    added = {t.content for t in tokenizer.added_tokens_decoder.values() if not t.special}
+    try:
+        turns = template.render_whole((_ASKED, _ANSWERED, _ASKED))
+    except PromptMismatch:
+        return frozenset()
+    special = set(tokenizer.all_special_tokens)
+    return frozenset(token for token in added - special if token not in turns)
+
+
+def encode_replies(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    texts: Sequence[str],
+    parse: bool,
+    rendered: Sequence[str] = (),
+) -> list[list[int]]:
+    """`encode_texts` of replies, in which tokens that a model may say are those tokens.   rendered: texts with markers that the
+    template wrote, and none that the data spell."""
+    ids = encode_texts(tokenizer, texts, parse)
+    if parse:
+        return ids
+    said, control, written = speakable_tokens(tokenizer, template), _any_of(control_tokens(tokenizer)), set(rendered)
+    spelled = [set(control.findall(text)) for text in texts]
+    again = [i for i, text in enumerate(texts) if text in written or (spelled[i] and spelled[i] <= said)]
+    for i, row in zip(again, _batched(tokenizer, [texts[i] for i in again], split_special_tokens=False)):
+        ids[i] = row
+    return ids
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
@@ -172,12 +212,13 @@ def _encode_chats(
     """The template's own markers become control tokens; where messages contain such markers, theirs are encoded as text, unless
     `parse`."""
     bos, control = bos_ids(tokenizer), _any_of(control_tokens(tokenizer))
+    said = speakable_tokens(tokenizer, template)
     encoded = _batched(tokenizer, texts, split_special_tokens=False)
     problems = []
     for i, prompt in enumerate(prompts):
         if prompt.is_blank:
             encoded[i] = list(bos)
-        elif not parse and any(control.search(m.content) for m in prompt.as_messages()):
+        elif not parse and any(_spells(control, m, said) for m in prompt.as_messages()):
             try:
                 encoded[i] = template.encode_safely(prompt)
             except PromptMismatch as error:

@@ -69,6 +69,8 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
     if len(train) < len(parts.train):
         counts["held out elsewhere"] = len(parts.train) - len(train)
     summary = [_account(read, counts, parts.other_half)]
+    if read.unread:
+        summary.append(f"nothing reads {', '.join(read.unread)}")
     held_out = parts.held_out
     if separate:
         held_out = separate.rows

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from rlhf_ray.data.continuation import texts_after_prompts
 from rlhf_ray.data.counts import Tally
-from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts, end_of_turn, spelled_tokens
+from rlhf_ray.data.encode import (
+    bos_ids,
+    encode_prompts,
+    encode_replies,
+    end_of_turn,
+    speakable_tokens,
+    spelled_tokens,
+)
 from rlhf_ray.data.records import Row
-from rlhf_ray.data.templates import Template
+from rlhf_ray.data.replies import Reply, ReplyWriter
+from rlhf_ray.data.templates import PromptMismatch, Template
 from rlhf_ray.data.turns import Span, assistant_spans, earlier_turns
 from rlhf_ray.errors import ConfigError, DataError, Problem
 
@@ -70,6 +78,8 @@ class Tokenised(Generic[T]):
     truncated: Tally = field(default_factory=lambda: Tally("truncated"))
     unlearnt: Tally = field(default_factory=lambda: Tally("not learnt in full"))
     spelled: Tally = field(default_factory=lambda: Tally("spell special tokens"))
+    noted: Tally = field(default_factory=lambda: Tally("replies"))
+    differing: Tally = field(default_factory=lambda: Tally("differ from the conversation rendered whole"))
 
     @property
     def tallies(self) -> list[Tally]:
@@ -79,7 +89,7 @@ class Tokenised(Generic[T]):
     @property
     def warnings(self) -> list[str]:
         """What looks wrong with the rows."""
-        return [str(self.spelled)] if self.spelled.total else []
+        return [str(tally) for tally in (self.spelled, self.noted, self.differing) if tally.total]
 
 
 def tokenise_sft(
@@ -108,20 +118,23 @@ def tokenise_sft(
     out, rule = Tokenised[TokenisedRow](), _LengthRule(max_length, too_long)
     parse = special_tokens == "parse"
 
-    def encode(rows: Sequence[Row]) -> tuple[list[list[int]], Mapping[int, list[Span]]]:
+    writer = ReplyWriter(tokenizer, template)
+
+    def encode(rows: Sequence[Row]) -> tuple[list[list[int]], list[Reply], Mapping[int, list[Span]]]:
         prompts = _encode(tokenizer, template, parse, rows)
         turns = "none" if train_on_inputs else train_on_turns
-        return prompts, _earlier_turns(tokenizer, template, rows, prompts, bool(end), turns, parse)
+        replies = _written(writer, rows, "completion")
+        return prompts, replies, _earlier_turns(tokenizer, template, rows, prompts, bool(end), turns, parse)
 
-    rows, (prompts, earlier) = _accepted(rows, encode, on_bad_row, out)
-    if train_on_turns == "last" and not train_on_inputs:
-        for row in rows:
-            if row.is_conversation and earlier_turns(row.prompt):
-                out.unlearnt.add("earlier turns of the assistant, train_on_turns: last", row.where)
-    replies = texts_after_prompts(tokenizer, [row.completion or "" for row in rows])
-    texts = [row.completion or "" if row.prompt.is_blank else reply for row, reply in zip(rows, replies)]
-    responses = encode_texts(tokenizer, texts, parse)
-    _note_spelled(tokenizer, rows, parse, out)
+    rows, (prompts, replies, earlier) = _accepted(rows, encode, on_bad_row, out)
+    for row in rows if not train_on_inputs else ():
+        if train_on_turns == "last" and row.is_conversation and earlier_turns(row.prompt):
+            out.unlearnt.add("earlier turns of the assistant, train_on_turns: last", row.where)
+        if row.is_conversation and not all(message.is_learnt for message in row.prompt.messages):
+            out.unlearnt.add("messages with weight: 0", row.where)
+    responses = _reply_ids(tokenizer, template, rows, replies, "completion", parse)
+    _note_replies(rows, replies, out)
+    _note_spelled(tokenizer, template, rows, parse, out)
     for i, (row, prompt, response) in enumerate(zip(rows, prompts, responses)):
         full = prompt + response + (end if response[-1:] != end else [])
         ids = rule.apply(row.where, full, out)
@@ -176,12 +189,20 @@ def tokenise_pairs(
     """
     end = _end(tokenizer, template) if add_eos_token else []
     out, rule, parse = Tokenised[TokenisedPair](), _LengthRule(max_length, too_long), special_tokens == "parse"
-    rows, prompts = _accepted(rows, partial(_encode, tokenizer, template, parse), on_bad_row, out)
-    _note_spelled(tokenizer, rows, parse, out)
+    writer = ReplyWriter(tokenizer, template)
+
+    def encode(rows: Sequence[Row]) -> tuple[list[list[int]], list[Reply], list[Reply]]:
+        prompts = _encode(tokenizer, template, parse, rows)
+        return prompts, _written(writer, rows, "chosen"), _written(writer, rows, "rejected")
+
+    rows, (prompts, *pair) = _accepted(rows, encode, on_bad_row, out)
+    _note_spelled(tokenizer, template, rows, parse, out)
     chosen, rejected = (
-        encode_texts(tokenizer, texts_after_prompts(tokenizer, texts), parse)
-        for texts in ([row.chosen or "" for row in rows], [row.rejected or "" for row in rows])
+        _reply_ids(tokenizer, template, rows, replies, name, parse)
+        for replies, name in zip(pair, ("chosen", "rejected"))
     )
+    for replies in pair:
+        _note_replies(rows, replies, out)
     for row, prompt, better, worse in zip(rows, prompts, chosen, rejected):
         first, second = (prompt + reply + (end if reply[-1:] != end else []) for reply in (better, worse))
         longer = max(first, second, key=len)
@@ -217,7 +238,7 @@ def tokenise_prompts(
     keeps a leading bos."""
     out, parse = Tokenised[TokenisedPrompt](), special_tokens == "parse"
     rows, prompts = _accepted(rows, partial(_encode, tokenizer, template, parse), on_bad_row, out)
-    _note_spelled(tokenizer, rows, parse, out)
+    _note_spelled(tokenizer, template, rows, parse, out)
     head = bos_ids(tokenizer)
     rule = _LengthRule(max_length - response_length, too_long, f"{max_length:,}-{response_length:,}")
     if max_prompt_length is not None and max_prompt_length < rule.limit:
@@ -244,13 +265,58 @@ def _encode(
     return encode_prompts(tokenizer, template, [row.prompt for row in rows], [row.where for row in rows], parse)
 
 
-def _note_spelled(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], parse: bool, out: Tokenised[T]) -> None:
+def _written(
+    writer: ReplyWriter, rows: Sequence[Row], name: Literal["completion", "chosen", "rejected"]
+) -> list[Reply]:
+    """The rows' answers as they stand behind their prompts. Raises DataError telling every row whose answer cannot be written."""
+    found: list[Reply] = []
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            found.append(writer.write(row.prompt, getattr(row, name) or "", row.replies.get(name)))
+        except PromptMismatch as error:
+            problems.append(Problem(row.where, str(error), fix=error.fix))
+    DataError.raise_all(problems)
+    return found
+
+
+def _reply_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    rows: Sequence[Row],
+    replies: Sequence[Reply],
+    name: str,
+    parse: bool,
+) -> list[list[int]]:
+    """Ids of answers. Markers that the template wrote into them are tokens, unless the data spell some as well."""
+    plain = texts_after_prompts(tokenizer, [reply.text for reply in replies])
+    whole = [reply.is_rendered or row.prompt.is_blank for row, reply in zip(rows, replies)]
+    texts = [reply.text if as_it_is else text for reply, as_it_is, text in zip(replies, whole, plain)]
+    said = speakable_tokens(tokenizer, template)
+    given = [getattr(row, name) + (row.replies[name].extra if name in row.replies else "") for row in rows]
+    spelled = spelled_tokens(tokenizer, given)
+    rendered = [r.text for r, tokens in zip(replies, spelled) if r.is_rendered and said.issuperset(tokens)]
+    return encode_replies(tokenizer, template, texts, parse, rendered)
+
+
+def _note_replies(rows: Sequence[Row], replies: Sequence[Reply], out: Tokenised[T]) -> None:
+    for row, reply in zip(rows, replies):
+        if reply.note:
+            out.noted.add(reply.note, row.where)
+        if reply.differs:
+            out.differing.add("chat_template_kwargs may mend that", row.where, reply.differs)
+
+
+def _note_spelled(
+    tokenizer: PreTrainedTokenizerBase, template: Template, rows: Sequence[Row], parse: bool, out: Tokenised[T]
+) -> None:
     """Count rows whose texts spell control tokens and are read as text: rows that were rendered already, perhaps."""
     if parse:
         return
     texts = ["\0".join((r.prompt.plain(), r.completion or "", r.chosen or "", r.rejected or "")) for r in rows]
-    for row, tokens in zip(rows, spelled_tokens(tokenizer, texts)):
-        if tokens:
+    said = speakable_tokens(tokenizer, template)
+    for row, spelled in zip(rows, spelled_tokens(tokenizer, texts)):
+        if tokens := [token for token in spelled if token not in said]:
             shown = ", ".join(map(repr, tokens[:3]))
             out.spelled.add("read as text; data.special_tokens: parse reads them as the tokens", row.where, shown)
 

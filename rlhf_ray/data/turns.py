@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,11 +38,15 @@ class _Turn(NamedTuple):
 
 
 def earlier_turns(prompt: Prompt) -> list[int]:
-    """Indices of the messages in which the assistant has answered already; an empty one, or one that nothing precedes, is none."""
+    """Indices of the messages in which the assistant has answered already; an empty one, one that nothing precedes, and one that is
+    not to be learnt, is none."""
     return [
         i
         for i, message in enumerate(prompt.messages)
-        if message.role == "assistant" and message.content.strip() and not Prompt(messages=prompt.messages[:i]).is_blank
+        if message.role == "assistant"
+        and message.is_learnt
+        and (message.content.strip() or message.extra)
+        and not Prompt(messages=prompt.messages[:i]).is_blank
     ]
 
 
@@ -66,7 +71,7 @@ def assistant_spans(
     problems: list[Problem] = []
     for row, (prompt, tokens, label) in enumerate(zip(prompts, ids, labels, strict=True)):
         try:
-            marked = _marked(template, prompt, tokens)
+            marked = _marked(template, prompt, tokens) if all(m.is_learnt for m in prompt.messages) else None
             if marked is None:
                 turns += _turns(template, row, prompt, "" if end is None else str(tokenizer.decode([end])))
             else:
@@ -116,7 +121,7 @@ def _turns(template: Template, row: int, prompt: Prompt, end: str) -> Iterable[_
     whole = template.render(prompt)
     found = []
     for i in earlier_turns(prompt):
-        before, said = Prompt(messages=prompt.messages[:i]), prompt.messages[i].content.strip()
+        before, said = replace(prompt, messages=prompt.messages[:i]), prompt.messages[i].content.strip()
         asked = template.render(before)
         rest = whole[len(asked) :] if whole.startswith(asked) else ""
         at = rest.find(said)

@@ -41,7 +41,7 @@ HEAD_KEY = "base_model.model.score.weight"
 KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<half>[AB])\.weight")
 MAX_R = 1024
 MAX_TARGETS = 1024
-MAX_REGEX = 4096
+MAX_REGEX = 10_000
 MAX_CONFIG_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,256}")
 _DTYPES = {"F32", "F16", "BF16"}
@@ -207,7 +207,11 @@ def _value_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
         check(name, good, "numbers above 0 by module name (other regular expressions are not run)")
     saved = raw.get("modules_to_save") or []
     allowed = {"score", "classifier"} if raw.get("task_type") == "SEQ_CLS" else set()
-    check("modules_to_save", isinstance(saved, list) and set(map(str, saved)) <= allowed, "score, for SEQ_CLS only")
+    check(
+        "modules_to_save",
+        isinstance(saved, list) and set(map(str, saved)) <= allowed,
+        f"score, for SEQ_CLS only; else {WAY_OUT}",
+    )
     return problems
 
 

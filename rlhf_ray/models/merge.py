@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.models.adapters import lora_layers, use_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_exact, trunk
@@ -52,11 +53,13 @@ def merge_run(
     output_dir: Path | str | None = None,
     dtype: str | None = None,
     *,
+    model: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Merge the adapter of a run (RUN or RUN@STEP) or adapter folder into its base and return the new checkpoint's folder.
 
     output_dir: default `<run_dir>-adapter-merged` beside it.   dtype: number format of the result; default: the base's own.
+    model: the base, where it does not lie where the adapter says; what the adapter's run recorded of it has to hold of this one.
     log: called with a line for each warning and for the measured difference.
     The same merge, already there, is verified and returned as it is. ConfigError if something else is there; ArtifactError if the
     adapter does not fit its base, changes nothing, or the merged outputs are not the unmerged ones."""
@@ -64,7 +67,7 @@ def merge_run(
     if source.kind != "adapter":
         raise ConfigError.at(str(run_dir), "holds no adapter to merge", "a run or an adapter folder")
     files = read_adapter(source.path)
-    base = _base_of(source, files)
+    base = _base_of(source, files) if model is None else resolve_source(model, None)
     target = Path(output_dir).absolute() if output_dir is not None else _default_target(source)
     if target.exists():
         return _reuse(target, files, base, dtype)
@@ -92,11 +95,17 @@ def _base_of(source: ModelSpec, files: AdapterFiles) -> ModelSource:
     path = recorded.get("path") or files.config["base_model_name_or_path"]
     revision = recorded.get("revision") or files.config["revision"]
     if not path:
-        raise ArtifactError.at(source.path, "does not record its base model", "base_model_name_or_path")
+        raise ArtifactError.at(source.path, "does not record its base model", "base_model_name_or_path", fix="--model")
     beside = Path(source.path) / path
     if not Path(path).exists() and beside.is_dir():
         path = str(beside)
-    return resolve_source(path, revision)
+    try:
+        return resolve_source(path, revision)
+    except RlhfRayError as error:
+        problem = error.problems[0]
+        raise type(error)(
+            [replace(problem, fix="name the base where it lies now: --model"), *error.problems[1:]]
+        ) from error
 
 
 def _default_target(source: ModelSpec) -> Path:

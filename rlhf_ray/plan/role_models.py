@@ -49,9 +49,7 @@ class Made:
         made = cls(shapes)
         for stage in job.stages:
             config = job.stage_config(stage)
-            if isinstance(config, SFTConfig):
-                shapes[config.output_dir] = config.lora
-            elif isinstance(config, (RewardConfig, PPOConfig)):
+            if isinstance(config, (SFTConfig, RewardConfig, PPOConfig)):
                 shapes[config.output_dir] = made.lora_of(config.sft) if config.sft else config.lora
         return made
 
@@ -146,7 +144,7 @@ def scorer_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly,
 def supervised_models(job: SFTConfig | RewardConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
     """The base with adapter `trained` on it."""
     assembly = PlannedAssembly(job, device, made)
-    lora = made.lora_of(job.sft) if isinstance(job, RewardConfig) and job.sft is not None else job.lora
+    lora = made.lora_of(job.sft) if job.sft is not None else job.lora
     assembly.put(BASE, "trained", lora, trainable=True)
     return assembly, assembly.finish()
 

@@ -41,6 +41,7 @@ BEST = "best.safetensors"
 REFERENCE = "reference.safetensors"
 MAY_CHANGE = (
     *run_entry.MAY_CHANGE,
+    *run_entry.LENGTH,
     *("placement", "generator.", "scorer.", "probe_steps"),
     *("max_kl", "max_clip_fraction", "min_finished", "over_optimisation_patience"),
 )
@@ -119,6 +120,7 @@ def restore(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOStat
     values = json.loads((checkpoint.path / "state.json").read_text())
     run_entry.require_same_as_saved(checkpoint.path, values.get("config"), config, MAY_CHANGE)
     state.load_state_dict(values)
+    run_entry.require_steps_left(state.step, setup.total_steps)
     if (checkpoint.path / BEST).is_file():
         state.best_policy = load_file(checkpoint.path / BEST)
     if values.get("reference_version") is not None:

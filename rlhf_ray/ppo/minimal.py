@@ -47,7 +47,8 @@ def minimal_ppo(
 
     # Models: the frozen base, the policy and its frozen reference, the value model with a head that starts at zero.
     assembly = Assembly(config, device, config.seed, config.stop_token_ids)
-    base, template = assembly.base, load_template(config.template, assembly.base.tokenizer, config.template_date)
+    base, told = assembly.base, (config.template_date, config.chat_template_kwargs)
+    template = load_template(config.template, base.tokenizer, *told)
     assembly.add_trained_policy(policy_source(config.sft) if config.sft is not None else None, config.lora)
     assembly.add_value("policy", "own", config.value.lora)
     models = assembly.finish()

@@ -70,7 +70,9 @@ def add_scorer_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec | N
 def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
     """Load the base and what the learner has on it, with the lineage of each checked."""
     assembly, start = _base(config, device)
-    template = load_template(config.template, assembly.base.tokenizer, config.template_date)
+    template = load_template(
+        config.template, assembly.base.tokenizer, config.template_date, config.chat_template_kwargs
+    )
     rewards = RewardBuilder(assembly, template, config.template)
     if start is not None:
         rewards.warnings += check_lineage(start, assembly.base.identity, template, role="sft")
@@ -100,7 +102,9 @@ def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, 
     """Load the base and what a scorer has on it."""
     assembly, start = _base(config, device)
     rewards = RewardBuilder(
-        assembly, load_template(config.template, assembly.base.tokenizer, config.template_date), config.template
+        assembly,
+        _template(config, assembly),
+        config.template,
     )
     add_scorer_roles(assembly, config, start, lambda reward, load: rewards.add(reward, reward.name, load=load))
     return assembly, rewards
@@ -158,6 +162,11 @@ def text_maker(backbone: Backbone, template: Template) -> Callable[[Rollout, Seq
         return Texts([template.render(row.prompt) for row in rows], responses, ids, [row.columns for row in rows])
 
     return to_texts
+
+
+def _template(config: PPOConfig, assembly: Assembly) -> Template:
+    told = config.template_date, config.chat_template_kwargs
+    return load_template(config.template, assembly.base.tokenizer, *told)
 
 
 def _base(config: PPOConfig, device: torch.device) -> tuple[Assembly, ModelSpec | None]:

@@ -17,6 +17,7 @@ from rlhf_ray.models.lineage import (
     parent_of,
     recorded_date,
     recorded_end,
+    recorded_kwargs,
     recorded_reward,
     recorded_template,
 )
@@ -148,7 +149,8 @@ class RewardBuilder:
         if load:
             backbone = self.assembly.stacks[self.assembly.bindings[role].stack].backbone
             name = reward.template or recorded_template(source) or self.template_name
-            template = load_template(name, backbone.tokenizer, recorded_date(source) or self.assembly.job.template_date)
+            date = recorded_date(source) or self.assembly.job.template_date
+            template = load_template(name, backbone.tokenizer, date, recorded_kwargs(source))
             self.readers[role] = reader_of(source, backbone, template)
             how = f"replies are decoded, put in template {template.name}, encoded again"
             self.lines.append(header_line("", f"{reward.name} has its own tokenizer: {how}"))

@@ -27,6 +27,7 @@ from rlhf_ray.models.lineage import (
     parent_of,
     recorded_date,
     recorded_end,
+    recorded_kwargs,
     recorded_reward,
     recorded_template,
 )
@@ -79,7 +80,7 @@ def load_scoring_model(
     found = reward_source(path)
     backbone, models = _load(found, device)
     name = template or recorded_template(found) or DEFAULT_TEMPLATE
-    prompt_template = load_template(name, backbone.tokenizer, recorded_date(found))
+    prompt_template = load_template(name, backbone.tokenizer, recorded_date(found), recorded_kwargs(found))
     for line in check_lineage(found, backbone.identity, prompt_template, role=ROLE):
         console.warn(line)
     reader = reader_of(found, backbone, prompt_template)

@@ -18,7 +18,14 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row, read_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem, RlhfRayError
-from rlhf_ray.models.lineage import header_line, parent_of, recorded_base, recorded_date, recorded_template
+from rlhf_ray.models.lineage import (
+    header_line,
+    parent_of,
+    recorded_base,
+    recorded_date,
+    recorded_kwargs,
+    recorded_template,
+)
 from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
 from rlhf_ray.runtime.session import process_session
 from rlhf_ray.sampler.probe import check_model
@@ -111,9 +118,9 @@ def plan_job(
     check_model(base, revision)
     template = next((found for s in sources if (found := recorded_template(s)) is not None), None)
     date = next((found for s in sources if (found := recorded_date(s)) is not None), None)
-    given = {"template": template, "template_date": date} | {
-        name: value for name, value in fields.items() if value is not None
-    }
+    kwargs = next((given for s in sources if (given := recorded_kwargs(s))), None)
+    recorded: dict[str, Any] = {"template": template, "template_date": date, "chat_template_kwargs": kwargs}
+    values = recorded | {name: value for name, value in fields.items() if value is not None}
     config = EvaluateConfig(
         output_dir=".",
         model_name_or_path=base,
@@ -121,7 +128,7 @@ def plan_job(
         data=DataConfig(train=("-",)),
         policies=tuple(specs),
         rewards=tuple(_named_rewards(rewards) or rewards_of(trained, console)),
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in values.items() if value is not None},
     )
     return config, REFERENCE if origin is not None else None
 

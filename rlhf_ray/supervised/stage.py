@@ -73,7 +73,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in rows.manifest])
     backbone = load_base(config, session.device)
-    template = load_template(config.template, backbone.tokenizer, config.template_date)
+    template = load_template(config.template, backbone.tokenizer, config.template_date, config.chat_template_kwargs)
     examples = tokenise(config, recipe, rows, template, backbone)
     require_rows(config, len(examples.train), examples.lines)
     task = recipe.build(backbone, template)

@@ -33,6 +33,9 @@ MAY_CHANGE = (
 )
 """Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""
 
+LENGTH = ("num_train_epochs", "max_steps")
+"""An unfinished run may be given another length; learning rates follow the schedule of that length from there on."""
+
 KEPT = ("output_dir", "resume")
 """Of these, what a start says holds for that start alone."""
 
@@ -89,20 +92,36 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
     Going on under other settings would be a third run, which no configuration describes: ConfigError with every difference."""
     stored = load_stored(type(config), folder.config(), str(folder.path / "config.yaml"))
     changes = other_settings(to_dict(stored), to_dict(config))
-    refused = {name: change for name, change in changes.items() if not name.startswith(may_change)}
+    is_done = folder.manifest()["status"] == "done"
+    refused = {n: c for n, c in changes.items() if not n.startswith(may_change) or (n in LENGTH and is_done)}
     causes = {name: change for name, change in refused.items() if not follows(config, name)}
-    kind = "a finished run" if folder.manifest()["status"] == "done" else "a run"
+    kind = "a finished run" if is_done else "a run"
     ConfigError.raise_all(
         Problem(
             name,
             f"{folder.path} holds {kind} with another value",
             json.dumps(old),
             json.dumps(new),
-            "put it back, or choose another output_dir",
+            _another_run(folder) if name in LENGTH else "put it back, or choose another output_dir",
         )
         for name, (old, new) in (causes or refused).items()
     )
     return changes
+
+
+def _another_run(folder: RunFolder) -> str:
+    """How to train further from a finished run."""
+    if folder.stage == "reward":
+        return "put it back, or train another run with it"
+    return f"go on from it in another run: rlhf-ray {folder.stage} JOB sft={folder.path} output_dir=..."
+
+
+def require_steps_left(step: int, steps: int) -> None:
+    """ConfigError if a run that has made `step` steps is given a length of fewer."""
+    if steps < step:
+        raise ConfigError.at(
+            "max_steps", f"the run has made {step:,} steps already", f"at least {step:,}", f"{steps:,}"
+        )
 
 
 def other_settings(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -158,6 +177,9 @@ def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...
     if folder.manifest()["status"] == "done":
         copy_from_now_on(folder, config.copy_to, console.warn)
         return
+    if "max_steps" in changes and changes["max_steps"][1] > 0:  # a refusal must come before it is kept
+        done = max((checkpoint.step for checkpoint in folder.checkpoints()), default=0)
+        require_steps_left(done, changes["max_steps"][1])
     for name, (old, new) in changes.items():
         if name not in KEPT:
             console.log(f"{folder.stage}: continuing with {name} {json.dumps(new)} (was {json.dumps(old)})")

@@ -91,6 +91,7 @@ class TestReading:
             ("lora_dropout", 1),
             ("peft_type", "LOHA"),
             ("task_type", "SEQ_2_SEQ_LM"),
+            ("target_modules", ["(a+)+$"]),
             ("target_modules", ["q_proj", "(a|a)*"]),
             ("target_modules", []),
             ("target_modules", None),
@@ -116,6 +117,27 @@ class TestReading:
             read_adapter(folder)
         assert len(e.value.problems) == 1 and field in e.value.problems[0].where and e.value.exit_code == 5
         assert time.monotonic() - start < 1  # a hostile regular expression is never run
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"target_modules": r".*self_attn\.(q|v)_proj"},
+            {"target_modules": "(a+)+$"},  # never run: the tensors tell
+            {"target_modules": "." * 5_000},
+            {"layers_to_transform": [0]},
+            {"exclude_modules": "lm_head"},
+        ],
+        ids=["regex", "hostile", "long", "layers", "excluded"],
+    )
+    def test_which_modules_are_meant_is_read_off_the_tensors(self, folder: Path, fields: dict[str, Any]) -> None:
+        """As PEFT's users write them (issue 16, inputs 19); the whole names stand for what the pattern matched."""
+        modules = sorted(
+            {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in read_adapter(folder).tensors}
+        )
+        change_config(folder, **fields)
+        start = time.monotonic()
+        assert read_adapter(folder).config["target_modules"] == modules
+        assert time.monotonic() - start < 1
 
     def test_all_problems_at_once(self, folder: Path) -> None:
         change_config(folder, r=0, lora_alpha=-1, use_dora=True)

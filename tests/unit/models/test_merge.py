@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.models import merge
 from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
@@ -125,6 +125,30 @@ class TestPolicies:
         backbone = load(moved)
         assert backbone.eos_ids == (2,) and fixture_difference(moved, backbone) == 0.0
         assert fixture_difference(base, backbone) is None
+
+    def test_a_base_that_has_moved_is_named(
+        self, tiny_llama: Make, save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        base = Path(shutil.copytree(tiny_llama(), tmp_path / "base"))
+        save_trained(base, tmp_path / "adapter")
+        expected = load_file(merge_run(tmp_path / "adapter") / "model.safetensors")
+        base.rename(tmp_path / "moved")
+        with pytest.raises(RlhfRayError, match="name the base where it lies now: --model"):
+            merge_run(tmp_path / "adapter", tmp_path / "again")
+        merged = load_file(
+            merge_run(tmp_path / "adapter", tmp_path / "again", model=str(tmp_path / "moved")) / "model.safetensors"
+        )
+        assert all(torch.equal(expected[name], tensor) for name, tensor in merged.items())
+
+    def test_a_regular_expression_as_target_merges_what_it_matched(
+        self, tiny_llama: Make, save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        save_trained(tiny_llama(), tmp_path / "names", target_modules=("q_proj", "v_proj"))
+        shutil.copytree(tmp_path / "names", tmp_path / "regex")
+        file = tmp_path / "regex" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": r".*self_attn\.(q|v)_proj"}))
+        by_name, by_regex = (load_file(merge_run(tmp_path / n) / "model.safetensors") for n in ("names", "regex"))
+        assert all(torch.equal(by_name[name], tensor) for name, tensor in by_regex.items())
 
     def test_one_checkpoint_of_a_run(self, load: Load, tiny_llama: Make, make_run: Callable[..., RunFolder]) -> None:
         run = make_run("ppo", tiny_llama())

@@ -19,7 +19,7 @@ from transformers.utils.logging import warning_once
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.loading import no_dropout, quiet
-from rlhf_ray.models.recurrent import hidden_states, is_recurrent, layer_types, unclamp_time_steps
+from rlhf_ray.models.recurrent import hidden_states, is_recurrent, layer_types, one_recurrence
 from rlhf_ray.models.sources import one_line
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest
@@ -131,7 +131,7 @@ def tiny_model(config: Any) -> nn.Module | None:
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1 and name.endswith("weight") and "norm" not in name:
                     nn.init.normal_(parameter, std=0.1)  # logits far from uniform
-        unclamp_time_steps(model)
+        one_recurrence(model)
         return model.eval()
     return None
 

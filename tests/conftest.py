@@ -371,13 +371,13 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def tiny_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny_hybrid(model_type=one of HYBRIDS, **options) -> folder of a random model whose layers keep states: a gated delta net,
-    short convolutions or Mamba 2, around one layer of attention."""
+    short convolutions or Mamba 2, around one layer of attention. Other families with the fields they need."""
 
     def build(folder: Path, *, model_type: str, seed: int = 0, **config: Any) -> Path:
         from transformers import AutoConfig
 
         write_byte_tokenizer(folder)
-        values = {**HYBRID, **HYBRIDS[model_type], **config}
+        values = {**HYBRID, **HYBRIDS.get(model_type, {}), **config}
         return _write_model(folder, AutoConfig.for_model(model_type, **values), seed, "float32", 0.1)
 
     return _cached(tmp_path_factory, "tiny_hybrid", build)
@@ -386,7 +386,7 @@ def tiny_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 @pytest.fixture(scope="session")
 def tiny_run() -> Callable[..., Path]:
     """tiny_run(folder, base, stage="sft", seed=0, ...) -> a finished run as training leaves it, with a random adapter on `base`,
-    which says something else for every seed; stage "reward" has a random head. Options: template, r, scale of B."""
+    which says something else for every seed; stage "reward" has a random head. Options: template, r, scale of B, targets."""
 
     def make(
         folder: Path,
@@ -396,6 +396,7 @@ def tiny_run() -> Callable[..., Path]:
         template: str = "alpaca_short",
         r: int = 4,
         scale: float = 0.3,
+        targets: Any = "all-linear",
     ) -> Path:
         import torch
 
@@ -409,7 +410,7 @@ def tiny_run() -> Callable[..., Path]:
         how: dict[str, Any] = {"dtype": "float32", "attn_implementation": "auto", "load_in_8bit": False}
         how |= {"load_in_4bit": False, "cpu_offload": False, "device": "cpu"}
         backbone = load_backbone(path=str(base), revision=None, **how)
-        model = wrap(backbone.model, LoraConfig(r=r, lora_alpha=2.0 * r), "ad", seed=seed)
+        model = wrap(backbone.model, LoraConfig(r=r, lora_alpha=2.0 * r, target_modules=targets), "ad", seed=seed)
         draw = torch.Generator().manual_seed(seed)
         tensors = {
             key: torch.randn(t.shape, generator=draw) * scale if "lora_B" in key else t

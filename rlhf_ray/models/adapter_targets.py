@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 from rlhf_ray.models.adapter_files import KEY
 from rlhf_ray.models.backbone import trunk
+from rlhf_ray.models.recurrent import is_read_past
 
 
 def resolve_targets(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> list[str]:
@@ -85,7 +86,7 @@ def matches(target: str, module_name: str) -> bool:
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{qualified name in `model`: linear layer} of the trunk; a layer that carries LoRA counts as the linear layer it wraps.
 
-    Routers of experts that are linear layers and answer with more than their product are left out."""
+    Left out are routers of experts that answer with more than their product, and what a mixer reads past an adapter."""
     body = trunk(model)
     prefix = next(name for name, module in model.named_modules() if module is body)
     found: dict[str, nn.Module] = {}
@@ -93,6 +94,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in body.named_modules():
         inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
         if not isinstance(inner, (nn.Linear, Conv1D)) or name.endswith(".base_layer") or ".lora_" in f".{name}":
+            continue
+        if is_read_past(name, body):
             continue
         if type(inner) not in answers:
             answers[type(inner)] = _answers_with_a_product(inner)

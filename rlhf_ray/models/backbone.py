@@ -29,7 +29,7 @@ from rlhf_ray.models.loading import (
     plan_load,
 )
 from rlhf_ray.models.quantisation import dequantised, keep_trainable
-from rlhf_ray.models.recurrent import unclamp_time_steps
+from rlhf_ray.models.recurrent import one_recurrence
 from rlhf_ray.models.sources import ModelSource, config_sha256, resolve_source, weights_sha256
 from rlhf_ray.models.tokenizer import (
     PadChoice,
@@ -247,7 +247,7 @@ def _finish(
         keep_trainable(model)
     else:
         model.to(plan.device)  # type: ignore[arg-type]
-    unclamp_time_steps(model)
+    one_recurrence(model)
     model.requires_grad_(False)
     model.eval()
     tokenizer = tokenizer_of(source)

@@ -8,6 +8,7 @@ a merge that changes nothing is refused.
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,7 @@ def _merge(backbone: Backbone, files: AdapterFiles, ids: Tensor) -> tuple[Tensor
     peft_model = wrap(backbone.model, files, NAME)
     with use_adapter(peft_model, None):
         before = fixture_outputs(backbone, ids)
+    _refuse_shared_weights(peft_model, files.path)
     adapted = fixture_outputs(backbone, ids)
     changed = sum(_fold(layer) for _, layer in lora_layers(peft_model))
     if changed == 0:
@@ -187,6 +189,26 @@ def _merge(backbone: Backbone, files: AdapterFiles, ids: Tensor) -> tuple[Tensor
         )
     _unload(peft_model)
     return before, adapted, fixture_outputs(backbone, ids)
+
+
+def _refuse_shared_weights(peft_model: PeftModel, where: str) -> None:
+    """ArtifactError if adapted layers have one weight in common, as in Zamba's shared blocks: it cannot hold all their updates."""
+    places: defaultdict[int, list[str]] = defaultdict(list)
+    for name, layer in lora_layers(peft_model):
+        places[id(layer.get_base_layer().weight)].append(name.removeprefix("base_model.model."))
+    shared = next((names for names in places.values() if len(names) > 1), None)
+    if shared is not None:
+        free, taken = (
+            {n.rpartition(".")[2] for names in places.values() if (len(names) == 1) is alone for n in names}
+            for alone in (True, False)
+        )
+        raise ArtifactError.at(
+            where,
+            f"cannot be merged: {len(shared)} layers have one weight and an adapter each",
+            "layers with weights of their own",
+            f"{shared[0]}, {shared[1]}",
+            f"use the adapter unmerged (serve, generate), or train with lora.target_modules=[{', '.join(sorted(free - taken))}]",
+        )
 
 
 @torch.no_grad()

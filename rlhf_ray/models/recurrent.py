@@ -60,13 +60,26 @@ def hidden_states(trunk: Any, tokens: Tensor, mask: Tensor, last: int | None = N
     return states[torch.arange(len(tokens), device=tokens.device)[:, None], back]
 
 
-def unclamp_time_steps(model: nn.Module) -> None:
-    """Drop the smallest time step of Mamba 2 mixers, where they have one.
+def one_recurrence(model: nn.Module) -> None:
+    """Make layers with a state compute the same where they are trained, where they read a prompt and where they decode.
 
-    transformers keeps to it where it reads many tokens at once (Zamba 2 and Nemotron-H: 0.001) and not where it decodes one, nor
-    do the kernels of mamba_ssm; so it would be one model that replies and another that is trained."""
+    Mamba 2 mixers lose their smallest time step, where they have one: transformers keeps to it where it reads many tokens at once
+    (Zamba 2 and Nemotron-H: 0.001) and not where it decodes one, nor do the kernels of mamba_ssm. And mixers always run as in
+    evaluation: in training a fused kernel reads the weights of out_proj and x_proj, past any adapter on them."""
     module: Any
     for module in model.modules():
         low, high = getattr(module, "time_step_limit", (0.0, 0.0))
         if low > 0 and high == float("inf"):
             module.time_step_limit = (0.0, high)
+        if hasattr(module, "A_log"):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, args: Any) -> None:
+    module.training = False
+
+
+def is_read_past(name: str, model: nn.Module) -> bool:
+    """Whether a linear layer's weight is read by its Mamba mixer itself, so that an adapter on it would do nothing: dt_proj."""
+    parent, _, last = name.rpartition(".")
+    return last == "dt_proj" and hasattr(model.get_submodule(parent), "A_log")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers.utils.logging import warning_once
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.loading import no_dropout, quiet
-from rlhf_ray.models.recurrent import hidden_states, is_recurrent, layer_types, unclamp_time_steps
+from rlhf_ray.models.recurrent import hidden_states, is_recurrent, layer_types, one_recurrence
 from rlhf_ray.models.sources import one_line
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest
@@ -41,30 +40,15 @@ _WIDTHS = re.compile(r"(hidden|embedding)_(size|dim)$|head_?dim$|d_head$|d_ssm$|
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def check_models(jobs: Iterable[Any]) -> None:
-    """`check_model` of the bases of jobs (anything with model_name_or_path and revision), each once."""
-    for path, revision in dict.fromkeys((job.model_name_or_path, job.revision) for job in jobs):
-        check_model(path, revision)
-
-
-def check_model(path: str, revision: str | None = None) -> None:
-    """`check_family` of the model in a folder, or of a Hub id. What cannot be read is told by whoever loads it."""
-    from huggingface_hub.errors import HfHubHTTPError
+def check_config(file: Path) -> None:
+    """`check_family` of a config.json. What cannot be read is told by whoever loads the model."""
     from transformers import AutoConfig
 
-    folder = Path(path).expanduser()
     try:
-        file = folder / "config.json" if folder.is_dir() else Path(_from_hub(path, revision))
         config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False)
-    except (HfHubHTTPError, OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     check_family(config)
-
-
-def _from_hub(name: str, revision: str | None) -> str:
-    from huggingface_hub import hf_hub_download
-
-    return hf_hub_download(name, "config.json", revision=revision)
 
 
 def check_family(config: Any, where: str = "model_name_or_path") -> None:
@@ -147,7 +131,7 @@ def tiny_model(config: Any) -> nn.Module | None:
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1 and name.endswith("weight") and "norm" not in name:
                     nn.init.normal_(parameter, std=0.1)  # logits far from uniform
-        unclamp_time_steps(model)
+        one_recurrence(model)
         return model.eval()
     return None
 

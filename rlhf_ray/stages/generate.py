@@ -18,6 +18,7 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row, read_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem, RlhfRayError
+from rlhf_ray.launch.model_families import check_model
 from rlhf_ray.models.lineage import (
     header_line,
     parent_of,
@@ -28,7 +29,6 @@ from rlhf_ray.models.lineage import (
 )
 from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
 from rlhf_ray.runtime.session import process_session
-from rlhf_ray.sampler.probe import check_model
 from rlhf_ray.stages.evaluate_files import prompt_columns
 from rlhf_ray.stages.evaluation_models import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
 from rlhf_ray.storage.rows_file import write_rows

@@ -4,6 +4,7 @@ nothing, rows keep their states when they move, adapters share a batch."""
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_ray.batches import Sequences
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapters import lora_layers
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.forward import response_states
-from rlhf_ray.models.recurrent import hidden_states, unclamp_time_steps
+from rlhf_ray.models.merge import merge_run
+from rlhf_ray.models.recurrent import hidden_states, one_recurrence
 from rlhf_ray.sampler import probe
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest
@@ -119,7 +121,7 @@ def make():
                     torch.nn.init.normal_(parameter, std=0.1)
                 elif name.endswith("bias") and "dt" not in name:
                     torch.nn.init.normal_(parameter, std=0.3)  # what padding would put into a state
-            unclamp_time_steps(model)
+            one_recurrence(model)
             made[family] = model
         return made[family]
 
@@ -207,6 +209,38 @@ def test_rows_of_different_adapters_share_a_batch(family, make, make_requests, a
         peft_model.unload()
 
 
+@pytest.mark.parametrize("family", ["jamba", "falcon_mamba", "zamba2"])
+def test_adapters_merge(family, tiny_hybrid, tiny_run, tmp_path):
+    """Mamba reads dt_proj past an adapter, which a merge would have put into effect; Zamba's blocks share one weight, which cannot
+    hold the updates of all places."""
+    model_type, fields = FAMILIES[family]
+    base = tiny_hybrid(model_type=model_type, **{k: v for k, v in fields.items() if k != "vocab_size"})
+    run = tiny_run(tmp_path / "run", base)
+    if family == "zamba2":
+        with pytest.raises(
+            ArtifactError, match=r"2 layers have one weight and an adapter each.*in_proj, linear, out_proj"
+        ) as told:
+            merge_run(run, tmp_path / "refused")
+        assert "\n" not in str(told.value)
+        run = tiny_run(tmp_path / "unshared", base, targets=("in_proj", "out_proj"))
+    else:
+        assert "dt_proj" not in (run / "adapter" / "adapter_config.json").read_text()
+    assert (merge_run(run, tmp_path / "merged") / "model.safetensors").is_file()
+
+
+def test_training_does_not_go_past_adapters(make, monkeypatch):
+    """mamba_ssm's fused kernel takes the weight of out_proj as it is; a layer in training mode would call it."""
+    model = make("granitemoehybrid")
+    monkeypatch.setattr(
+        sys.modules[type(model).__module__], "mamba2_split_conv1d_scan_combined", lambda *args, **kwargs: pytest.fail()
+    )
+    try:
+        model.train()(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+        assert model.model.layers[1].training and not model.model.layers[0].mamba.training
+    finally:
+        model.eval()
+
+
 @every_family
 def test_the_probe_lets_through_what_works(family):
     probe.check_family(config_of(family))
@@ -234,5 +268,5 @@ def test_the_probe_finds_a_decoding_step_that_is_not_the_forward_pass(make):
         mixer.time_step_limit = (0.5, float("inf"))
     off = probe.differences(model)
     assert off["the sampler"] > 10 * probe.TOLERANCE > 100 * off["padded rows"]
-    unclamp_time_steps(model)
+    one_recurrence(model)
     assert max(probe.differences(model).values()) < probe.TOLERANCE / 10

@@ -123,8 +123,8 @@ class Assembly:
         else:
             stack = self._full(source, "classifier")
             classifier: Any = self.stacks[stack].backbone.model
-            score = classifier.score.weight.detach()
-            self._head(stack, role, score)
+            score = classifier.score
+            self._head(stack, role, score.weight.detach(), 0.0 if score.bias is None else float(score.bias))
             self.bindings[role] = RoleBinding(stack, None, role)
 
     def add_value(self, init_from: str, adapter: str, lora: LoraConfig | None) -> None:
@@ -230,11 +230,10 @@ class Assembly:
     def _mark_trained(self, stack: str, name: str) -> None:
         self.trained.setdefault(stack, []).append(name)
 
-    def _head(self, stack: str, name: str, weight: torch.Tensor | None) -> None:
+    def _head(self, stack: str, name: str, weight: torch.Tensor | None, offset: float = 0.0) -> None:
         holder = self.stacks[stack]
-        holder.heads[name] = ScalarHead(
-            holder.backbone.hidden_size, None if weight is None else weight.float().cpu()
-        ).to(self.device)
+        weight = None if weight is None else weight.float().cpu()
+        holder.heads[name] = ScalarHead(holder.backbone.hidden_size, weight, offset).to(self.device)
 
     def _full(self, source: ModelSpec, kind: str) -> str:
         """The stack of a whole checkpoint, loaded once however many roles name it."""

@@ -115,7 +115,7 @@ class PlannedAssembly(Assembly):
         if trainable:
             self._mark_trained(stack, name)
 
-    def _head(self, stack: str, name: str, weight: torch.Tensor | None) -> None:
+    def _head(self, stack: str, name: str, weight: torch.Tensor | None, offset: float = 0.0) -> None:
         holder = self.stacks[stack]
         holder.heads[name] = Head(holder.backbone.hidden_size).to("meta")
 

@@ -187,7 +187,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
             setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
             lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
         session.console.header(f"ppo  {config.output_dir}", lines)
-        notes = [*backbone.notes]
+        notes = [note for stack in assembly.stacks.values() for note in stack.backbone.notes]
         if config.sft is None and config.lora.target_modules == "all-linear":
             notes += adapter_notes(trunk(policy_model), "policy")
         for line in [*notes, *prompts.warnings, *roles.warnings, *map(str, unused_fields(config))]:

@@ -70,6 +70,10 @@ class LoraConfig(Section):
     target_modules: Literal["all-linear"] | Strings = field(
         "all-linear", "module names to adapt (names, not a regular expression), or all-linear"
     )
+    target_parameters: Strings = field(
+        (),
+        "stacked expert weights to adapt beside target_modules, by name: mlp.experts.gate_up_proj, mlp.experts.down_proj",
+    )
     use_rslora: bool = field(False, "rank-stabilised scale lora_alpha / sqrt(r) (arXiv:2312.03732)")
 
     @model_validator(mode="before")
@@ -89,6 +93,11 @@ class LoraConfig(Section):
         for name in self.target_modules if not isinstance(self.target_modules, str) else ():
             if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
                 raise ValueError(f"target_modules takes module names, not a regular expression: {name!r}")
+        for name in self.target_parameters:
+            if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
+                raise ValueError(f"target_parameters takes parameter names, not a regular expression: {name!r}")
+        if self.target_parameters and self.lora_dropout:
+            raise ValueError("target_parameters: PEFT has no dropout on stacked weights: set lora_dropout to 0")
         if not self.target_modules:
             raise ValueError("target_modules is empty: name at least one module, or all-linear")
         return self

@@ -50,7 +50,6 @@ _REFUSED = {
     "layer_replication": "it changes the base",
     "trainable_token_indices": "it changes the base's embeddings",
     "megatron_config": "it belongs to another trainer",
-    "target_parameters": "only linear layers are adapted",
 }
 WAY_OUT = (
     "merge it into its base with PEFT (merge_and_unload, save_pretrained), and use the result as model_name_or_path"
@@ -78,6 +77,7 @@ _CHECKED = {
     "revision",
     "rank_pattern",
     "alpha_pattern",
+    "target_parameters",
     *_CHOICES,
 }
 _WITHOUT_MEANING = {"peft_version", "inference_mode", "auto_mapping", "megatron_core", "qalora_group_size"}
@@ -167,6 +167,7 @@ def check_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         "lora_alpha": float(raw["lora_alpha"]),
         "lora_dropout": float(raw.get("lora_dropout", 0.0)),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_parameters": sorted(raw.get("target_parameters") or ()),
         "use_rslora": bool(raw.get("use_rslora", False)),
         "fan_in_fan_out": bool(raw.get("fan_in_fan_out", False)),
         "task_type": raw.get("task_type"),
@@ -197,14 +198,24 @@ def _value_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
     targets = raw.get("target_modules")
     is_list = isinstance(targets, list) and 0 < len(targets) <= MAX_TARGETS
     names = is_list and all(isinstance(t, str) and _NAME.fullmatch(t) for t in targets)  # type: ignore[union-attr]
-    is_regex = isinstance(targets, str) and 0 < len(targets) <= MAX_REGEX
-    check("target_modules", names or is_regex, "a list of module names, or a regular expression")
+    is_regex = isinstance(targets, str) and 0 < len(targets) <= MAX_REGEX and targets != "all-linear"
+    check(
+        "target_modules",
+        names or is_regex or targets == "all-linear",
+        "a list of module names, or a regular expression",
+    )
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = raw.get(name) or {}
         good = isinstance(pattern, dict) and all(
             _plain_name(key) and _is_number(value) and value > 0 for key, value in pattern.items()
         )
         check(name, good, "numbers above 0 by module name (other regular expressions are not run)")
+    stacked = raw.get("target_parameters") or []
+    plain = isinstance(stacked, list) and all(isinstance(t, str) and _NAME.fullmatch(t) for t in stacked)
+    alone = not any(raw.get(name) for name in (*_CHOICES, "rank_pattern", "alpha_pattern")) and not is_regex
+    check(
+        "target_parameters", plain and (alone or not stacked), "a list of names, beside a list of target_modules alone"
+    )
     saved = raw.get("modules_to_save") or []
     allowed = {"score", "classifier"} if raw.get("task_type") == "SEQ_CLS" else set()
     check(
@@ -297,7 +308,8 @@ def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
             kinds = {name: s.get_dtype() for name, s in slices.items()}
             shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
             r = None if config["ranks_differ"] else config["r"]
-            problems = tensor_problems(shapes, r, str(path), allow_head=config["task_type"] == "SEQ_CLS")
+            stacked = bool(config["target_parameters"])
+            problems = tensor_problems(shapes, r, str(path), config["task_type"] == "SEQ_CLS", stacked)
             problems += [
                 Problem(f"{path}: {n}", "wrong number format", "F32, BF16 or F16", k)
                 for n, k in kinds.items()
@@ -313,11 +325,12 @@ def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def tensor_problems(
-    shapes: Mapping[str, tuple[int, ...]], r: int | None, where: str, allow_head: bool
+    shapes: Mapping[str, tuple[int, ...]], r: int | None, where: str, allow_head: bool, stacked: bool = False
 ) -> list[Problem]:
     """What is wrong with the names and shapes of an adapter's tensors: A is [r, in], B is [out, r], in pairs.
 
-    r: None where modules have ranks of their own, the same in both halves."""
+    r: None where modules have ranks of their own, the same in both halves.   stacked: some are on weights of E experts, whose
+    factors have r E rows and columns; how many is known by the model alone."""
     halves: dict[str, set[str]] = {}
     problems = []
     for name, shape in shapes.items():
@@ -332,6 +345,8 @@ def tensor_problems(
             rank = shape[0 if key["half"] == "A" else 1] if len(shape) == 2 else None
             down = shapes.get(f"base_model.model.{key['module']}.lora_A.weight", ())
             wanted = r if r is not None else min(down[0], MAX_R) if down else 0
+            if rank is not None and stacked and wanted:
+                rank = wanted if rank and rank % wanted == 0 else rank
             if rank != wanted or 0 in shape:
                 form = f"({wanted}, in)" if key["half"] == "A" else f"(out, {wanted})"
                 problems.append(Problem(f"{where}: {name}", "wrong shape", form, str(shape)))
@@ -392,7 +407,7 @@ def _check_saveable(
     import torch
 
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    problems = tensor_problems(shapes, config["r"], str(folder), allow_head=False)
+    problems = tensor_problems(shapes, config["r"], str(folder), False, bool(config.get("target_parameters")))
     bad = [
         n for n, t in {**tensors, **({} if head is None else {HEAD_KEY: head})}.items() if not torch.isfinite(t).all()
     ]
@@ -431,6 +446,7 @@ def peft_config(config: Mapping[str, Any]) -> Any:
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=config["lora_dropout"],
         target_modules=targets if isinstance(targets, str) else list(targets),
+        target_parameters=list(config.get("target_parameters") or ()) or None,
         use_rslora=config["use_rslora"],
         fan_in_fan_out=config["fan_in_fan_out"],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 from rlhf_ray.models.adapter_files import KEY
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.recurrent import is_read_past
+from rlhf_ray.models.zero3 import whole_shape
 
 
 def resolve_targets(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> list[str]:
@@ -76,6 +78,64 @@ def refused_by_peft(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def resolve_parameters(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Names for PEFT's `target_parameters`, each of which matches stacked weights [experts, .., ..] of the trunk.
+
+    ConfigError listing the names there are if one matches none."""
+    stacked = stacked_parameters(model)
+    there = sorted({re.sub(r"^(.*\.)?\d+\.", "", name) for name in stacked})
+    wanted = sorted(set(names))
+    ConfigError.raise_all(
+        Problem(
+            "lora.target_parameters",
+            f"{name} matches no stacked weights of the model",
+            f"some of {', '.join(there)}" if there else "nothing: all its matrices are linear layers",
+            name,
+        )
+        for name in wanted
+        if not any(matches(name, one) for one in stacked)
+    )
+    return wanted
+
+
+def stacked_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    """{qualified name in `model`: (its module, parameter)} of the trunk's weights [experts, .., ..], in the model's order;
+    names are as without adapters."""
+    body = trunk(model)
+    prefix = next(name for name, module in model.named_modules() if module is body)
+    found = {}
+    for path, module in body.named_modules():
+        whole = ".".join(part for part in f"{prefix}.{path}".split(".") if part and part != "base_layer")
+        for own, parameter in module.named_parameters(recurse=False):
+            if (
+                len(whole_shape(parameter)) == 3
+                and not isinstance(module, (nn.Conv1d, nn.Conv2d))
+                and ".lora_" not in whole
+            ):
+                found[f"{whole}.{own}"] = (module, parameter)
+    return found
+
+
+def parameter_shapes(model: nn.Module, names: Iterable[str], r: int) -> dict[str, tuple[int, ...]]:
+    """{plain PEFT key: shape} of an adapter of rank r on stacked weights: A [r E, in], B [out, r E].
+
+    PEFT wraps a module once for each of its weights, the first one innermost, and calls all but the outermost `base_layer`."""
+    wanted = list(names)
+    by_module: dict[str, list[tuple[nn.Module, nn.Parameter]]] = {}
+    for name, found in stacked_parameters(model).items():
+        if any(matches(one, name) for one in wanted):
+            by_module.setdefault(name.rpartition(".")[0], []).append(found)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, parameters in by_module.items():
+        for outside, (module, parameter) in enumerate(reversed(parameters)):
+            experts, first, second = whole_shape(parameter)
+            n_in, n_out = (first, second) if getattr(module, "is_transposed", False) else (second, first)
+            key = f"base_model.model.{path}{'.base_layer' * outside}"
+            shapes[f"{key}.lora_A.weight"] = (r * experts, n_in)
+            shapes[f"{key}.lora_B.weight"] = (n_out, r * experts)
+    return shapes
 
 
 def matches(target: str, module_name: str) -> bool:

@@ -5,6 +5,7 @@ Any causal language model that the Auto classes know; dropout 0, eval mode, no g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from rlhf_ray.data.templates import ChatTemplate, Template
 from rlhf_ray.errors import ArtifactError, InvariantError
 from rlhf_ray.models.context import context_length, context_notes
 from rlhf_ray.models.coverage import quantisation_notes
-from rlhf_ray.models.heads import logits_head
+from rlhf_ray.models.heads import logits_head, score_layer
 from rlhf_ray.models.loading import (
     DTYPES,
     LoadPlan,
@@ -27,6 +28,7 @@ from rlhf_ray.models.loading import (
     from_pretrained,
     no_dropout,
     plan_load,
+    read_tensor,
 )
 from rlhf_ray.models.quantisation import dequantised, keep_trainable
 from rlhf_ray.models.recurrent import one_recurrence
@@ -153,6 +155,7 @@ def load_backbone(
         )
     backbone = _finish(model, source, plan, stop_token_ids)
     backbone.head = logits_head(model, trunk(model))
+    backbone.notes += tuple(unused_notes(info["unexpected_keys"], model))
     return backbone
 
 
@@ -167,10 +170,11 @@ def load_classifier(
     cpu_offload: bool,
     device: torch.device | str,
 ) -> Backbone:
-    """Load a one-label sequence-classification model, a reward model, like `load_backbone`.
+    """Load a sequence-classification model of one or two labels, a reward model, like `load_backbone`.
 
+    Its `score` is a linear layer D -> 1 (`heads.score_layer`), with the bias that the checkpoint may have.
     ArtifactError if its score head is not among its weights (a causal language model given as a reward model would score at
-    random), if it has more than one label, or if its head is not a bias-free linear layer called `score`."""
+    random), if it has more labels, or if it is no decoder with a linear head called `score`."""
     source = resolve_source(path, revision)
     plan = plan_load(source, dtype, attn_implementation, bits_of(load_in_8bit, load_in_4bit), cpu_offload, device)
     from transformers import AutoModelForSequenceClassification
@@ -185,17 +189,33 @@ def load_classifier(
             f"{plan.config.architectures or 'no architecture'}, without {_some(missing)}",
             "give a reward run, or a merged one (rlhf-ray merge)",
         )
-    if model.config.num_labels != 1:
-        raise ArtifactError.at(str(source.folder), "has several labels", "num_labels 1", str(model.config.num_labels))
     head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear):
         raise ArtifactError.at(
             str(source.folder),
             "no score head that can be read",
-            "a linear layer `score` without bias",
-            type(head).__name__,
+            "a decoder with a linear layer `score`",
+            type(model).__name__,
+            "give an encoder (BERT, DeBERTa) as a Python reward function: it reads the whole text at once",
         )
-    return _finish(model, source, plan, None)
+    unexpected = set(info["unexpected_keys"])
+    # transformers' classes have no bias, and drop that of a checkpoint.
+    bias = read_tensor(source.folder, "score.bias") if "score.bias" in unexpected else head.bias
+    model.score = score_layer(head.weight.detach(), None if bias is None else bias.detach())
+    backbone = _finish(model, source, plan, None)
+    notes = unused_notes(unexpected - {"score.bias"}, model)
+    if len(head.weight) == 2:
+        notes.append(f"{source.name} has two labels: a reward is the logit of label 1 minus that of label 0")
+    backbone.notes += tuple(notes)
+    return backbone
+
+
+def unused_notes(keys: Iterable[str], model: nn.Module) -> list[str]:
+    """A line if tensors of a checkpoint have no place in the model that was made of it."""
+    names = sorted(str(key) for key in keys)
+    if not names:
+        return []
+    return [f"{type(model).__name__} does not use {len(names)} of the checkpoint's tensors: {_some(names)}"]
 
 
 def load_exact(

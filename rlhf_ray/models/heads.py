@@ -11,12 +11,14 @@ from rlhf_ray.errors import ArtifactError
 
 
 class ScalarHead(nn.Linear):
-    """h [..., D] -> w . h [...], in float32 whatever the trunk's precision. `weight` is [1, D].
+    """h [..., D] -> w . h + offset [...], in float32 whatever the trunk's precision. `weight` is [1, D].
 
-    Zero at the start (a value model that knows nothing yet says 0 everywhere), or a copy of `weight`."""
+    Zero at the start (a value model that knows nothing yet says 0 everywhere), or a copy of `weight`.
+    offset: the bias of a reward model by others; ours have none."""
 
-    def __init__(self, hidden_size: int, weight: Tensor | None = None) -> None:
+    def __init__(self, hidden_size: int, weight: Tensor | None = None, offset: float = 0.0) -> None:
         super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
+        self.offset = offset
         if weight is not None and tuple(weight.shape) != (1, hidden_size):
             raise ArtifactError.at("head", "wrong shape", f"(1, {hidden_size})", str(tuple(weight.shape)))
         with torch.no_grad():
@@ -24,7 +26,35 @@ class ScalarHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.float()).squeeze(-1)
+            return super().forward(hidden.float()).squeeze(-1) + self.offset
+
+
+def score_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """The score head of a classifier as one linear layer D -> 1. weight: [labels, D].   bias: [labels].
+
+    Two labels: the log-odds of label 1, which are the difference of their logits. ArtifactError for more."""
+    if len(weight) == 2:
+        weight, bias = weight[1:] - weight[:1], None if bias is None else bias[1:] - bias[:1]
+    if len(weight) != 1:
+        raise ArtifactError.at(
+            "score",
+            "has several labels",
+            "one label, or two",
+            str(len(weight)),
+            "give it as a Python reward function, which says what its labels are worth",
+        )
+    layer = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer
+
+
+def scalar_head(score: nn.Linear) -> ScalarHead:
+    """A copy of a classifier's score layer D -> 1."""
+    offset = 0.0 if score.bias is None else float(score.bias)
+    return ScalarHead(score.in_features, score.weight.detach().float().cpu(), offset)
 
 
 class LogitsHead(nn.Module):

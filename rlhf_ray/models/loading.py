@@ -109,6 +109,16 @@ def checkpoint_dtype(folder: Path, config: Any) -> torch.dtype:
         raise ArtifactError.at(str(path), f"is damaged: {one_line(e)}") from e
 
 
+def read_tensor(folder: Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint's safetensors files. ArtifactError if none of them has it."""
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118
+                    return file.get_tensor(name)
+    raise ArtifactError.at(str(folder), f"{name} cannot be read", "safetensors files that hold it")
+
+
 def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """auto: flash-attn where it is installed and fits, else torch's own scaled dot product attention."""
     fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
@@ -214,7 +215,7 @@ def _refuse_shared_weights(peft_model: PeftModel, where: str) -> None:
 @torch.no_grad()
 def _fold(layer: Any) -> bool:
     """Add the adapter's update to the layer's weight, in float32, rounding once. Whether any weight changed."""
-    weight = layer.get_base_layer().weight
+    weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
     merged = (weight.float() + layer.get_delta_weight(NAME).float()).to(weight.dtype)
     if not bool(torch.isfinite(merged).all()):
         raise ArtifactError.at("merge", "a merged weight is not finite", f"values that fit {weight.dtype}")

@@ -70,6 +70,7 @@ class Made:
             r=config["r"],
             lora_alpha=config["lora_alpha"],
             target_modules="all-linear" if isinstance(targets, str) else tuple(targets),
+            target_parameters=tuple(config["target_parameters"]),
             use_rslora=config["use_rslora"],
         )
 
@@ -96,7 +97,9 @@ class PlannedAssembly(Assembly):
 
     def _copy(self, stack: str, source: str, target: str) -> None:
         config: Any = self.stacks[stack].peft.peft_config[source]
-        self.put(stack, target, LoraConfig(r=config.r, target_modules=tuple(config.target_modules)), trainable=False)
+        modules, parameters = tuple(config.target_modules), tuple(config.target_parameters or ())
+        lora = LoraConfig(r=config.r, target_modules=modules, target_parameters=parameters)
+        self.put(stack, target, lora, trainable=False)
 
     def _fresh(self, stack: str, name: str, lora: LoraConfig, trained: bool = True) -> None:
         self.put(stack, name, lora, trainable=trained)
@@ -112,7 +115,7 @@ class PlannedAssembly(Assembly):
         if trainable:
             self._mark_trained(stack, name)
 
-    def _head(self, stack: str, name: str, weight: torch.Tensor | None) -> None:
+    def _head(self, stack: str, name: str, weight: torch.Tensor | None, offset: float = 0.0) -> None:
         holder = self.stacks[stack]
         holder.heads[name] = Head(holder.backbone.hidden_size).to("meta")
 

@@ -188,7 +188,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
             lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
         session.console.header(f"ppo  {config.output_dir}", lines)
         _, never = reference_resets(config, total)
-        notes = [*backbone.notes]
+        notes = [note for stack in assembly.stacks.values() for note in stack.backbone.notes]
         if config.sft is None and config.lora.target_modules == "all-linear":
             notes += adapter_notes(trunk(policy_model), "policy")
         for line in [*notes, *prompts.warnings, *roles.warnings, *map(str, unused_fields(config)), *never]:

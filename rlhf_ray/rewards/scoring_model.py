@@ -20,7 +20,7 @@ from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.metrics import figure
 from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
-from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.heads import ScalarHead, scalar_head
 from rlhf_ray.models.lineage import (
     DEFAULT_TEMPLATE,
     check_lineage,
@@ -115,19 +115,19 @@ def _load(source: ModelSpec, device: torch.device) -> tuple[Backbone, RoleModels
     if source.kind == "full":
         backbone = load_classifier(source.path, revision=None, **_how(None, device))
         head: Any = backbone.model.score
-        stack, binding, weight = AdapterStack(backbone, None), RoleBinding(STACK, None, ROLE), head.weight.detach()
+        stack, binding, score = AdapterStack(backbone, None), RoleBinding(STACK, None, ROLE), scalar_head(head)
     else:
         base, files = parent_of(source, ROLE).base, read_adapter(source.path)
         if files.head is None:
             raise ArtifactError.at(source.path, "has no reward head", "the adapter of a reward run", "a policy adapter")
         if base is None:
             raise ArtifactError.at(source.path, "does not record its base model", "base_model_name_or_path")
-        weight = files.head
         backbone = load_backbone(
             path=str(base["path"]), revision=base.get("revision"), **_how(base.get("precision"), device)
         )
         stack, binding = AdapterStack(backbone, wrap(backbone.model, files, ROLE)), RoleBinding(STACK, ROLE, ROLE)
-    stack.heads[ROLE] = ScalarHead(backbone.hidden_size, weight.float().cpu()).to(device)
+        score = ScalarHead(backbone.hidden_size, files.head.float().cpu())
+    stack.heads[ROLE] = score.to(device)
     models = RoleModels({STACK: stack}, {ROLE: binding})
     models.requires_grad_(False)
     models.eval()

@@ -181,7 +181,14 @@ class Sampler:
         return self._decode()
 
     def _stage(self, count: int) -> None:
-        rows = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        """The next rows of the queue, up to one whose adapter cannot share a forward with those before it: it waits for them."""
+        rows: list[DecodeRow] = []
+        adapters = {row.request.adapter for row in (*live(self._rows), *self._staged)}
+        while self._waiting and len(rows) < count:
+            adapters.add(self._waiting[0].request.adapter)
+            if not self._router.together(adapters):
+                break
+            rows.append(self._waiting.popleft())
         self._staged.extend(rows)
         mixed = self._router.mixes(row.request.adapter for row in rows)
         self._to_read.extend(prompt_groups(rows, mixed, padded=not self._caches.recurrent))

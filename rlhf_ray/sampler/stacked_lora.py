@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from rlhf_ray.errors import InvariantError
@@ -200,6 +201,8 @@ def can_stack(peft_model: PeftModel, name: str) -> bool:
 
 
 def _is_plain(layer: LoraLayer, name: str) -> bool:
+    if isinstance(layer, ParamWrapper) and name in layer.lora_A:
+        return False
     if name in layer.lora_embedding_A or name in layer.lora_variant:
         return False
     if name not in layer.lora_A:

@@ -22,7 +22,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("28 of an ancestor", "noptepochs: 4", "noptepochs", "unknown key; fix: write num_ppo_epochs"),
     ("38 under another name", "kl_estimator: k4", "kl_estimator", "unknown key; fix: write kl_penalty"),
     ("28 in a section", "lora: {rank: 8}", "lora.rank", "unknown key; fix: remove it; fields here: preset, r, lora_alpha, "
-     "lora_dropout, target_modules, use_rslora"),
+     "lora_dropout, target_modules, target_parameters, use_rslora"),
     ("28 elsewhere", "zero_stage: 2", "zero_stage", "unknown key; fix: write learner.zero_stage: it does not belong to the top"),
     ("28 other stage", "train_on_inputs: true", "train_on_inputs", "unknown key; fix: it is a field of sft jobs; remove it"),
     ("29 text", 'kl_coef: "1e-4"', "kl_coef", "wrong type; expected number >= 0; got '1e-4'; fix: write it without quotes"),

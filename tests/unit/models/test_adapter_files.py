@@ -32,6 +32,7 @@ CONFIG = {
     "lora_alpha": 8.0,
     "lora_dropout": 0.0,
     "target_modules": ["q_proj"],
+    "target_parameters": [],
     "use_rslora": False,
     "fan_in_fan_out": False,
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,15 @@ from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapter_files import read_adapter, save_adapter
 from rlhf_ray.models.adapter_targets import resolve_targets
-from rlhf_ray.models.adapters import adapter_config, adapter_parameters, adapter_tensors, wrap
+from rlhf_ray.models.adapters import (
+    adapter_config,
+    adapter_parameters,
+    adapter_tensors,
+    add_fresh,
+    copy_adapter,
+    remove_adapter,
+    wrap,
+)
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.coverage import adapter_notes
 from rlhf_ray.models.heads import LogitsHead
@@ -25,7 +34,7 @@ from rlhf_ray.models.merge import merge_run
 from rlhf_ray.models.tokenizer import load_tokenizer, tokenizer_sha256
 from rlhf_ray.sampler.engine import DecodeRequest, Sampler
 
-from .conftest import hidden, logits
+from .conftest import IDS, hidden, logits
 
 COMMON: dict[str, Any] = {
     "vocab_size": 300,
@@ -84,6 +93,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 48},
     "qwen3_moe": {**EXPERTS, "num_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "sliding_window": 64},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
 }
 
@@ -260,5 +270,64 @@ class TestAllLinear:
         model = wrap(tiny("qwen3_moe"), LoraConfig(r=4), "policy", seed=1)
         (line,) = adapter_notes(trunk(model), "policy")
         assert line.startswith("all-linear adapts 33% of the decoder's weights, and not mlp.experts.gate_up_proj (44%)")
-        assert "mlp.experts.down_proj (22%), mlp.gate (1%)" in line
+        assert (
+            "mlp.experts.down_proj (22%), mlp.gate (1%); lora.target_parameters=[mlp.experts.down_proj, mlp.exp" in line
+        )
         assert adapter_notes(trunk(wrap(tiny("qwen3"), LoraConfig(r=4), "policy")), "policy") == []
+
+
+STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""Names of the stacked weights of all families here."""
+
+
+class TestStackedExperts:
+    """lora.target_parameters, PEFT's LoRA on the weights of all experts."""
+
+    @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+    def test_they_train_are_saved_merge_and_are_sampled(
+        self, family: str, written: Callable[..., Path], load: Any, train: Callable[..., None], tmp_path: Path
+    ) -> None:
+        folder, lora = written(family), LoraConfig(r=4, target_parameters=STACKED)
+        model = wrap(load(folder).model, lora, "policy", seed=1)
+        train(model, "policy")
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        parameters = adapter_parameters(model, "policy")
+        experts = {key: p for key, p in parameters.items() if ".experts." in key}
+        assert {p.shape[0] for key, p in experts.items() if "lora_A" in key} == {4 * 4}  # rank 4, 4 experts
+        assert all(p.grad is not None and bool(p.grad.any()) for p in experts.values())
+        expected, tensors, config = logits(model), adapter_tensors(model, "policy"), adapter_config(model, "policy")
+        save_adapter(tmp_path / "a", tensors, config, "CAUSAL_LM", None, str(folder))
+
+        again = wrap(load(folder).model, read_adapter(tmp_path / "a"), "policy")
+        assert torch.equal(logits(again), expected)
+        theirs = peft.PeftModel.from_pretrained(load(folder).model, str(tmp_path / "a")).eval()
+        torch.testing.assert_close(logits(theirs), expected)
+        torch.testing.assert_close(logits(load(merge_run(tmp_path / "a")).model), expected, atol=1e-4, rtol=1e-4)
+
+        copy_adapter(again, "policy", "value")
+        add_fresh(again, "fresh", LoraConfig(r=2), seed=3)
+        names = ("policy", None, "fresh", "value", "policy")
+        requests = [DecodeRequest((5 + i, 9, 7), 0, 6, (), adapter=name, greedy=True) for i, name in enumerate(names)]
+        sampler = Sampler(again, 0, max_rows=8)
+        alone = [sampler.run([request])[0].token_ids for request in requests]
+        assert [result.token_ids for result in sampler.run(requests)] == alone
+        remove_adapter(again, "value")
+        assert torch.equal(logits(again), expected)
+
+    def test_names_that_match_nothing_and_sets_that_differ(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"mlp.experts.w1 matches no stacked.*some of mlp.experts.down_proj, mlp.exp"
+        ):
+            wrap(tiny("qwen3_moe"), LoraConfig(target_parameters=("mlp.experts.w1",)), "policy")
+        with pytest.raises(ConfigError, match="all its matrices are linear layers"):
+            wrap(tiny("qwen3"), LoraConfig(target_parameters=STACKED), "policy")
+        with pytest.raises(ValueError, match="set lora_dropout to 0"):
+            LoraConfig(target_parameters=STACKED, lora_dropout=0.1)
+        model = wrap(tiny("qwen3_moe"), LoraConfig(target_parameters=STACKED), "policy")
+        with pytest.raises(ConfigError, match="target_parameters: differ from those of adapter policy"):
+            add_fresh(model, "other", LoraConfig(target_parameters=STACKED[:1]))
+
+    def test_nothing_is_left_to_tell(self) -> None:
+        model = wrap(tiny("qwen3_moe"), LoraConfig(r=4, target_parameters=STACKED), "policy")
+        (line,) = adapter_notes(trunk(model), "policy")
+        assert line.startswith("all-linear adapts 99% of the decoder's weights, and not mlp.gate (1%)")

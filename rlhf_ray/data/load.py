@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_ray.config import DataConfig
@@ -101,6 +101,16 @@ def _by_file(read: RowSet, train: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     for row in train:
         files[of[id(row)]][1].append(row)
     return files
+
+
+def load_ptx_rows(config: DataConfig, held_out: Sequence[Row]) -> StageRows:
+    """The rows of the supervised loss that PPO mixes in (ptx_data): as SFT's, without those that ask, or begin with, a prompt of
+    `held_out`, on which the run is evaluated. Raises as `load_rows`."""
+    rows, held = load_rows(config, "sft"), Questions(held_out)
+    train = tuple(row for row in rows.train if row not in held)
+    left_out = len(rows.train) - len(train)
+    lines = [*rows.summary, *([f"{left_out:,} of them ask what data holds out, and are left out"] if left_out else [])]
+    return replace(rows, train=train, summary=tuple(lines))
 
 
 def _account(rows: RowSet, parts: dict[str, int], other_half: int) -> str:

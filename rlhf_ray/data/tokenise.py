@@ -232,13 +232,17 @@ def tokenise_prompts(
     too_long: TooLong,
     on_bad_row: OnBadRow = "stop",
     special_tokens: SpecialTokens = "text",
+    max_prompt_length: int | None = None,
 ) -> Tokenised[TokenisedPrompt]:
-    """Prompts that leave room for `response_length` tokens within `max_length`. Truncation keeps a leading bos."""
+    """Prompts of at most `max_prompt_length` tokens that leave room for `response_length` tokens within `max_length`. Truncation
+    keeps a leading bos."""
     out, parse = Tokenised[TokenisedPrompt](), special_tokens == "parse"
     rows, prompts = _accepted(rows, partial(_encode, tokenizer, template, parse), on_bad_row, out)
     _note_spelled(tokenizer, template, rows, parse, out)
     head = bos_ids(tokenizer)
     rule = _LengthRule(max_length - response_length, too_long, f"{max_length:,}-{response_length:,}")
+    if max_prompt_length is not None and max_prompt_length < rule.limit:
+        rule = _LengthRule(max_prompt_length, too_long, f"max_prompt_length {max_prompt_length:,}", "max_prompt_length")
     for row, prompt in zip(rows, prompts):
         if rule.apply(row.where, prompt, out) is None:
             continue
@@ -346,13 +350,13 @@ def _end(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
 
 
 class _LengthRule:
-    """What happens to sequences of more than `limit` tokens; `shown` is the limit as messages write it."""
+    """What happens to sequences of more than `limit` tokens; `shown` is the limit as messages write it, `field` what sets it."""
 
-    def __init__(self, limit: int, too_long: TooLong, shown: str = "") -> None:
+    def __init__(self, limit: int, too_long: TooLong, shown: str = "", field: str = "max_length") -> None:
         if limit < 1:
             raise ConfigError.at("max_length", f"no room for a prompt: {shown or limit}", expected="at least 1 token")
         self.limit, self.too_long, self.shown = limit, too_long, shown or f"max_length {limit:,}"
-        self.problems: list[Problem] = []
+        self.field, self.problems = field, list[Problem]()
 
     def apply(self, where: str, ids: list[int], out: Tokenised[T]) -> list[int] | None:
         """The ids, cut on the right if too long and `truncate`; None if the row is not to be used."""
@@ -363,7 +367,7 @@ class _LengthRule:
         if self.too_long == "drop":
             out.dropped.add(f"over {self.shown}", where, f"{len(ids):,} tokens")
         else:
-            fix = "data.too_long: drop or truncate, or a longer max_length"
+            fix = f"data.too_long: drop or truncate, or a longer {self.field}"
             self.problems.append(Problem(where, f"{len(ids):,} tokens > {self.shown}", fix=fix))
         return None
 

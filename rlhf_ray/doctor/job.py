@@ -21,8 +21,10 @@ def tokens(model: str, revision: str | None, template: str | None) -> Iterator[C
     from rlhf_ray.data.templates import ChatTemplate
     from rlhf_ray.models.sources import check_files, resolve_source
     from rlhf_ray.models.tokenizer import choose_pad, eos_ids, tokenizer_of
+    from rlhf_ray.sampler.probe import check_model
 
     try:
+        check_model(model, revision)
         source = resolve_source(model, revision)
         check_files(source)
         tokenizer = tokenizer_of(source)

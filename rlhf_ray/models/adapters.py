@@ -26,7 +26,6 @@ from rlhf_ray.models.adapter_files import (
     HEAD_KEY,
     AdapterFiles,
     adapter_sha256,
-    modules_of,
     peft_config,
     read_adapter,
     save_adapter,
@@ -36,6 +35,7 @@ from rlhf_ray.models.adapter_targets import (
     matches,
     module_of,
     own_key,
+    refused_by_peft,
     resolve_targets,
     width_in_out,
 )
@@ -249,8 +249,9 @@ def _plan(model: nn.Module, source: LoraConfig | AdapterFiles) -> tuple[dict[str
     targets = source.config["target_modules"]
     if targets == "all-linear":
         targets = resolve_targets(base, targets)
-    elif targets == modules_of(source.tensors):  # whole names, which this base may have under another prefix
-        targets = sorted({module_of(key) for key in given})
+    refused = refused_by_peft(base, targets)
+    fix = "merge it into its base with PEFT, and use the result as model_name_or_path"
+    ArtifactError.raise_all(Problem(source.path, f"target {name}: {why}", fix=fix) for name, why in refused.items())
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in linear.items():
         if any(matches(t, name) for t in targets):

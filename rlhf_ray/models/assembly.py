@@ -32,6 +32,7 @@ from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.models.specs import ModelSpec
 
 BASE = "base"
+SYNCED_REFERENCE = "synced_reference"
 
 
 class Assembly:
@@ -95,6 +96,17 @@ class Assembly:
                 "set model_name_or_path to it and drop sft: the policy is then a fresh adapter on it",
             )
         self.bindings["policy"] = RoleBinding(BASE, "policy")
+
+    def add_synced_reference(self, lora: LoraConfig) -> None:
+        """`synced_reference`, frozen, of the policy's shape: holds the policy as it was when the reference was reset.
+
+        lora: of the policy, where it is fresh. The policy, or the reference that it starts from, must be there."""
+        binding = self.bindings.get("policy") or self.bindings["reference"]
+        if binding.adapter is not None:
+            self._copy(BASE, binding.adapter, SYNCED_REFERENCE)
+        else:
+            self._fresh(BASE, SYNCED_REFERENCE, lora, trained=False)
+        self.bindings[SYNCED_REFERENCE] = RoleBinding(BASE, SYNCED_REFERENCE)
 
     def add_reward(self, role: str, source: ModelSpec) -> None:
         """A reward model: an adapter with a scalar head on the base, or a classifier of its own."""
@@ -170,7 +182,7 @@ class Assembly:
         names = ("r", "lora_alpha", "target_modules", "use_rslora")
         return LoraConfig(**{name: config[name] for name in names})
 
-    def _fresh(self, stack: str, name: str, lora: LoraConfig) -> None:
+    def _fresh(self, stack: str, name: str, lora: LoraConfig, trained: bool = True) -> None:
         # Dropout in PPO would make the ratio of the very first minibatch differ from 1.
         lora = lora.model_copy(update={"lora_dropout": 0.0})
         holder = self.stacks[stack]
@@ -178,7 +190,8 @@ class Assembly:
             add_fresh(self.stacks[stack].peft, name, lora, seed=self.seed)
         else:
             self._wrapped(stack, wrap(holder.backbone.model, lora, name, seed=self.seed))
-        self._mark_trained(stack, name)
+        if trained:
+            self._mark_trained(stack, name)
 
     def _load(self, stack: str, name: str, files: AdapterFiles, trainable: bool) -> None:
         self.files[name] = files

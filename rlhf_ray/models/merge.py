@@ -26,6 +26,7 @@ from rlhf_ray.models.lineage import MERGED, check_lineage, merged_manifest
 from rlhf_ray.models.loading import quiet
 from rlhf_ray.models.sources import ModelSource, resolve_source, weights_sha256
 from rlhf_ray.models.specs import ModelSpec, policy_source
+from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 from rlhf_ray.storage.checkpoints import SCHEMA
 from rlhf_ray.storage.files import disk_errors, temporary_beside
 from rlhf_ray.storage.run_folder import atomic_replace_folder, atomic_write_json, describe_files, verify_files
@@ -297,6 +298,9 @@ def _write(folder: Path, backbone: Backbone, dropout: dict[str, float], base: Mo
     for name in _COPIED:
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, folder / name)
+    if tokenizer_sha256(tokenizer_of(ModelSource(folder, str(folder)))) != backbone.identity.tokenizer_sha256:
+        # Of a wrapper that merges as its decoder (Qwen3.5): the model type decided what class reads the files.
+        backbone.tokenizer.save_pretrained(folder)
 
 
 def _read_back(folder: Path, manifest: dict[str, Any], answers: Tensor) -> None:

@@ -41,6 +41,12 @@ class Shapes:
     prompt: int
     response: int
 
+    def texts(self, rows: int) -> Sequences:
+        """Rows of ptx_data: every token but the first is predicted, as `PtxBatch` has them."""
+        tokens = torch.zeros(rows, self.prompt + self.response, dtype=torch.int64, device="meta")
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        return Sequences(tokens, mask, mask[:, 1:])
+
     def sequences(self, rows: int) -> Sequences:
         tokens = torch.zeros(rows, self.prompt + self.response, dtype=torch.int64, device="meta")
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -166,6 +172,10 @@ class PPOLearning(Learning):
         models, seq = self.models, shapes.sequences(shapes.rows)
         fixed, mask = torch.zeros(shapes.rows, shapes.response, device="meta"), seq.response_mask
         weights = fixed if job.max_staleness else None
+
+        if job.ptx_coef:
+            texts = shapes.texts(shapes.rows)
+            yield losses.ptx_loss_sum(models("logprobs", "policy", texts, 1.0)[0], texts.response_mask)[0]
 
         with_entropy = job.entropy_coef > 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 
 from rlhf_ray.config import (
     EvaluateConfig,
@@ -23,7 +22,7 @@ from rlhf_ray.config import (
     RewardSource,
     SFTConfig,
 )
-from rlhf_ray.models.adapter_files import BY_TENSORS, CONFIG, WEIGHTS, AdapterFiles, check_config, modules_of
+from rlhf_ray.models.adapter_files import CONFIG, AdapterFiles, check_config, targets_of
 from rlhf_ray.models.adapters import add_fresh, wrap
 from rlhf_ray.models.assembly import BASE, Assembly
 from rlhf_ray.models.backbone import Backbone
@@ -66,16 +65,11 @@ class Made:
         source = policy_source(path) if not (Path(path) / CONFIG).is_file() else ModelSpec("adapter", path)
         file = Path(source.path) / CONFIG
         config = check_config(read_json(file), str(file))
-        targets = config["target_modules"]
-        if targets == BY_TENSORS:
-            with safe_open(Path(source.path) / WEIGHTS, framework="pt") as tensors:
-                targets = modules_of(tensors.keys())
+        targets = targets_of(Path(source.path), config["target_modules"])
         return LoraConfig(
             r=config["r"],
             lora_alpha=config["lora_alpha"],
-            target_modules=targets
-            if targets == "all-linear"
-            else tuple([targets] if isinstance(targets, str) else targets),
+            target_modules="all-linear" if isinstance(targets, str) else tuple(targets),
             use_rslora=config["use_rslora"],
         )
 
@@ -104,8 +98,8 @@ class PlannedAssembly(Assembly):
         config: Any = self.stacks[stack].peft.peft_config[source]
         self.put(stack, target, LoraConfig(r=config.r, target_modules=tuple(config.target_modules)), trainable=False)
 
-    def _fresh(self, stack: str, name: str, lora: LoraConfig) -> None:
-        self.put(stack, name, lora, trainable=True)
+    def _fresh(self, stack: str, name: str, lora: LoraConfig, trained: bool = True) -> None:
+        self.put(stack, name, lora, trainable=trained)
 
     def put(self, stack: str, name: str, lora: LoraConfig, trainable: bool) -> None:
         """An adapter of this shape. PEFT moves only a layer's first adapter to the meta device, so all are made there."""
@@ -165,8 +159,8 @@ def evaluation_models(job: EvaluateConfig, device: Device, made: Made) -> tuple[
         assembly.add_policy(role, ModelSpec("base", "base") if same else source)
 
     def add_reward(role: str, reward: RewardSource) -> None:
-        if reward.function is None:
-            assembly.add_reward(role, made.source(reward.run or reward.model or "", reward=True))
+        for name, path in reward.models(role).items():
+            assembly.add_reward(name, made.source(path, reward=True))
 
     add_evaluation_roles(job, add_policy, add_reward)
     return assembly, assembly.finish()
@@ -176,14 +170,15 @@ def _start(job: PPOConfig, made: Made) -> ModelSpec | None:
     return made.source(job.sft) if job.sft is not None else None
 
 
-def _add_reward(assembly: Assembly, made: Made, reward: RewardSource, load: bool) -> None:
-    if reward.function is None and load:
-        assembly.add_reward(reward.name, made.source(reward.run or reward.model or "", reward=True))
+def _add_reward(assembly: Assembly, made: Made, reward: RewardSource, load: Collection[str]) -> None:
+    for role, path in reward.models(reward.name).items():
+        if role in load:
+            assembly.add_reward(role, made.source(path, reward=True))
 
 
 def _foreign(job: PPOConfig, made: Made) -> set[str]:
     """Rewards with another tokenizer than the base's. Where a tokenizer is not on this machine it is taken for the same."""
-    models = {r.name: made.source(r.run or r.model or "", reward=True) for r in job.rewards if r.function is None}
+    models = {r.name: made.source(path, reward=True) for r in job.rewards for path in r.models(r.name).values()}
     own = _tokenizer(job.model_name_or_path)
     theirs = {name: _tokenizer(source.path) for name, source in models.items() if source.kind == "full"}
     return {name for name, sha256 in theirs.items() if own is not None and sha256 not in (None, own)}

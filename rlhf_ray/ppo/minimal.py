@@ -62,7 +62,7 @@ def minimal_ppo(
     betas = (config.adam_beta1, config.adam_beta2)
     groups = [{"params": policy, "lr": 0.0}, {"params": value, "lr": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay)
-    peaks = (config.learning_rate, config.value.learning_rate or config.learning_rate)
+    peaks = (config.learning_rate, config.value.learning_rate or 0.0)
     total = config.max_steps if config.max_steps > 0 else prompts.steps(config.num_train_epochs)
     warmup = resolve_warmup(config.warmup_steps, total)
     controller = make_controller(

@@ -76,7 +76,8 @@ def load_scoring_model(
     """The reward model that `source` names, at the precision it was trained at where this machine can; its fixture is checked.
 
     Raises ConfigError, ArtifactError."""
-    found = reward_source(source.run or source.model or "")
+    (path,) = source.models(ROLE).values()
+    found = reward_source(path)
     backbone, models = _load(found, device)
     name = template or recorded_template(found) or DEFAULT_TEMPLATE
     prompt_template = load_template(name, backbone.tokenizer, recorded_date(found), recorded_kwargs(found))

@@ -12,6 +12,7 @@ from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.context import rope_note
 from rlhf_ray.serve.api_errors import ApiError
 
 LONG_PROMPT = 20_000
@@ -66,7 +67,7 @@ class PromptEncoder:
         if prompt_tokens + max_tokens > context:
             message = (
                 f"The prompt has {prompt_tokens} tokens and up to {max_tokens} are asked for;"
-                f" this model has room for {context} together."
+                f" this model has room for {context} together{rope_note(self.backbone.model.config.get_text_config())}."
             )
             raise ApiError(400, message, "context_length_exceeded", "messages")
         return max_tokens

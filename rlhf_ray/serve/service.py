@@ -76,6 +76,7 @@ def run_service(
 
 def _resolve(config: ServeConfig) -> ServeConfig:
     """The config with absolute paths and thread counts. Whatever can be refused before Ray starts is refused here."""
+    from rlhf_ray.sampler.probe import check_models
     from rlhf_ray.serve.api_keys import ApiKeys
 
     if config.api_keys is not None:
@@ -93,6 +94,7 @@ def _resolve(config: ServeConfig) -> ServeConfig:
             raise ResourceError.at(
                 "port", f"cannot listen on {where}: {error.strerror}", "a free port", fix="port=8001"
             ) from None
+    check_models([config])
     folder = Path(config.output_dir)
     (folder / "replicas").mkdir(parents=True, exist_ok=True)
     for old in (folder / "replicas").glob("*.json"):

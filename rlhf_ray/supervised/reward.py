@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.config import RewardConfig
-from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.data.collate import Tokenised, TokenisedPair, collate_pairs, tokenise_pairs
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ConfigError, Problem
-from rlhf_ray.launch.launch import launch
 from rlhf_ray.maths.losses import centring_loss_sum, pairwise_reward_loss_sum
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.backbone import Backbone
@@ -34,11 +32,6 @@ from rlhf_ray.supervised.start import copy_of, fresh
 from rlhf_ray.supervised.task import Recipe, Task
 from rlhf_ray.supervised.trained_model import RewardModel
 from rlhf_ray.supervised.trainer import Batch, Sums
-
-
-def reward(config: RewardConfig, console: Console | None = None) -> Run:
-    """Train a reward model as `config` says and return the finished run. Raises the error tree of errors.py."""
-    return launch(train_reward, config, console or LocalConsole())
 
 
 def train_reward(config: RewardConfig, session: Session) -> Run:

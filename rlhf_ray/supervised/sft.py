@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.config import SFTConfig
-from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.data.collate import IGNORE_INDEX, Tokenised, TokenisedRow, collate_sft, tokenise_sft
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
-from rlhf_ray.launch.launch import launch
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import describe
 from rlhf_ray.runtime.session import Session
@@ -28,11 +26,6 @@ from rlhf_ray.supervised.start import copy_of, fresh
 from rlhf_ray.supervised.task import Recipe, Task
 from rlhf_ray.supervised.trained_model import LanguageModel
 from rlhf_ray.supervised.trainer import Batch, Sums
-
-
-def sft(config: SFTConfig, console: Console | None = None) -> Run:
-    """Fine-tune as `config` says and return the finished run. Raises the error tree of errors.py."""
-    return launch(train_sft, config, console or LocalConsole())
 
 
 def train_sft(config: SFTConfig, session: Session) -> Run:

@@ -23,7 +23,9 @@ from rlhf_ray.errors import InvariantError
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, read_adapter, use_adapter
 from rlhf_ray.models.assembly import load_options
-from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.backbone import Backbone, load_backbone, trunk
+from rlhf_ray.models.context import shortened_note
+from rlhf_ray.models.coverage import adapter_notes
 from rlhf_ray.report import write_report
 from rlhf_ray.runtime.session import Session, seed_everything
 from rlhf_ray.storage.checkpoints import require_room
@@ -104,7 +106,7 @@ def tokenise(
     limit = min(config.max_length, backbone.context_length)
     notes = list(rows.warnings)
     if limit < config.max_length:
-        notes.append(f"max_length {config.max_length} is over the model's context; {limit} is used")
+        notes.append(shortened_note(config.max_length, limit, backbone.model.config.get_text_config()))
     lines, sides = list(rows.summary), []
     for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
         done = recipe.tokenise(side, template, backbone.tokenizer, limit)
@@ -135,7 +137,16 @@ def tell(job: Job, template: Template) -> None:
     """The header: what is about to happen, and what looks wrong with it."""
     console = job.session.console
     console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job, template))
-    for line in [*job.examples.warnings, *warnings_about(job.config, job.steps), *map(str, unused_fields(job.config))]:
+    model, is_fresh = job.task.model, getattr(job.config, "sft", None) is None
+    notes = [*model.backbone.notes]
+    if is_fresh and job.config.lora.target_modules == "all-linear":
+        notes += adapter_notes(trunk(model.peft_model), job.task.adapter)
+    for line in [
+        *notes,
+        *job.examples.warnings,
+        *warnings_about(job.config, job.steps),
+        *map(str, unused_fields(job.config)),
+    ]:
         console.warn(line)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import JobFields
-from rlhf_ray.config.load import load_dict
-from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml
+from rlhf_ray.config.defaults import follows
+from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml, written_out
 from rlhf_ray.config.stored import load_stored, split_known
 from rlhf_ray.console import Console
 from rlhf_ray.data.templates import Template
@@ -93,6 +93,8 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
     stored = load_stored(type(config), folder.config(), str(folder.path / "config.yaml"))
     changes = other_settings(to_dict(stored), to_dict(config))
     is_done = folder.manifest()["status"] == "done"
+    refused = {n: c for n, c in changes.items() if not n.startswith(may_change) or (n in LENGTH and is_done)}
+    causes = {name: change for name, change in refused.items() if not follows(config, name)}
     kind = "a finished run" if is_done else "a run"
     ConfigError.raise_all(
         Problem(
@@ -102,8 +104,7 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
             json.dumps(new),
             _another_run(folder) if name in LENGTH else "put it back, or choose another output_dir",
         )
-        for name, (old, new) in changes.items()
-        if not name.startswith(may_change) or (name in LENGTH and is_done)
+        for name, (old, new) in (causes or refused).items()
     )
     return changes
 
@@ -156,7 +157,7 @@ def require_same_as_saved(
     if saved is None:
         return
     known, _ = split_known(type(config), saved)  # of what is gone, config.yaml has been asked already
-    then = to_dict(load_dict(type(config), known, str(checkpoint)))
+    then = to_dict(load_stored(type(config), known, str(checkpoint)))
     ConfigError.raise_all(
         Problem(
             name,
@@ -188,7 +189,7 @@ def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...
 def keep_config(folder: RunFolder, config: JobFields) -> None:
     """Write config.yaml anew where it says otherwise; the run keeps the name that it was given, and its `resume`."""
     before = folder.config()
-    values = {**to_dict(config), **{name: before[name] for name in KEPT if name in before}}
+    values = {**written_out(config), **{name: before[name] for name in KEPT if name in before}}
     if values != before:
         atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
 

@@ -21,9 +21,9 @@ from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import read_adapter
 from rlhf_ray.stages.generate import generate
 from rlhf_ray.stages.resume import resume
+from rlhf_ray.stages.start import sft
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.supervised import stage
-from rlhf_ray.supervised.sft import sft
 
 pytestmark = pytest.mark.integration
 Write = Callable[[str, Iterable[dict[str, Any]]], str]

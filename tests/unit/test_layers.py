@@ -105,7 +105,7 @@ def test_imports_run_downward(path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "module", "climbs"),
     [
-        ("from rlhf_ray.ppo.loop import ppo", "rlhf_ray.maths.kl", True),
+        ("from rlhf_ray.stages.start import ppo", "rlhf_ray.maths.kl", True),
         ("def f():\n    import rlhf_ray.cli", "rlhf_ray.roles.learner", True),
         ("from rlhf_ray import roles", "rlhf_ray.models.heads", True),
         ("from rlhf_ray import merge", "rlhf_ray.stages.demo", True),

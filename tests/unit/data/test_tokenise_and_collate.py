@@ -184,6 +184,19 @@ def test_long_prompts_are_counted_alike_in_training_and_evaluation(
         tokenise_prompts(rows, NONE, tokenizer, too_long="drop", max_length=4, response_length=4)
 
 
+def test_a_prompt_is_too_long_from_max_prompt_length_on(tokenizer: Any) -> None:
+    """If that is less than what max_length leaves: 3 of 5 prompts are over 7 tokens, <s> included, and 2 over 12 - 4."""
+    rows = [Row(f"x:{n}", Prompt("abcdefghijklmnop"[:n])) for n in (1, 6, 7, 8, 9)]
+    for most, told in (
+        (7, "3 dropped: over max_prompt_length 7 (first x:7, 8 tokens)"),
+        (9, "2 dropped: over 12-4 (first x:8, 9 tokens)"),
+    ):
+        options: dict[str, Any] = {"max_length": 12, "response_length": 4, "max_prompt_length": most}
+        assert str(tokenise_prompts(rows, NONE, tokenizer, too_long="drop", **options).dropped) == told
+    with pytest.raises(DataError, match=r"8 tokens > max_prompt_length 7; fix: .*or a longer max_prompt_length"):
+        tokenise_prompts(rows, NONE, tokenizer, too_long="stop", **{**options, "max_prompt_length": 7})
+
+
 def test_no_eos_is_an_error_only_where_one_is_asked_for(load_byte_tokenizer: Callable[..., Any]) -> None:
     tokenizer = load_byte_tokenizer()
     tokenizer.eos_token = None

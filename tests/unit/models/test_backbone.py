@@ -194,12 +194,12 @@ class TestHeads:
 
         plain = LlamaForCausalLM.forward
 
-        def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def squared(self: Any, *args: Any, **kwargs: Any) -> Any:
             out = plain(self, *args, **kwargs)
-            out.logits = out.logits * 2
+            out.logits = out.logits**2
             return out
 
-        monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+        monkeypatch.setattr(LlamaForCausalLM, "forward", squared)
         with pytest.raises(ArtifactError, match="its logits are not its output layer"):
             load(tiny_llama())
 

@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from rlhf_ray.cli.cluster import add_cluster_commands
+from rlhf_ray.cli.data import data
 from rlhf_ray.cli.output import stdout_kept
 from rlhf_ray.cli.registry import add_registry_commands, policy_path
 from rlhf_ray.cli.serve import add_serve_commands
@@ -298,6 +299,7 @@ def score(
 
 importers = typer.Typer(help="Take over artefacts of AlpacaFarm-LoRA and Alpaca-LoRA-RLHF.", rich_markup_mode=None)
 app.add_typer(importers, name="import")
+app.add_typer(data, name="data")
 
 
 @importers.command("loralib")

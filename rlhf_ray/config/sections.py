@@ -112,6 +112,14 @@ class DataConfig(Section):
         " data set ids, or folders that are laid out like one",
         min_length=1,
     )
+    weights: Annotated[tuple[Positive, ...], BeforeValidator(_to_tuple)] | None = field(
+        None,
+        "share of the training rows that each entry of data.train gets, e.g. [0.7, 0.3]: the most rows in these shares, none twice;"
+        " default: all rows of all files",
+    )
+    mix_seed: Annotated[int, Field(ge=0)] = field(
+        0, "which rows are taken of a file of which data.weights leaves some out"
+    )
     eval: Sources | None = field(None, "separate evaluation files; default: the held-out share of data.train")
     name: str | None = field(
         None, "configuration (subset) to read of a Hub data set that has several, as `main` of gsm8k"
@@ -159,6 +167,12 @@ class DataConfig(Section):
         "rows over max_length: stop (exit 4), drop and count, or truncate (prompts left, replies right) and count",
     )
     max_row_bytes: Count = field(1_000_000, "a longer row is malformed")
+
+    @model_validator(mode="after")
+    def _one_weight_for_each_file(self) -> DataConfig:
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.train)} entries of train; give one for each")
+        return self
 
 
 class LearnerConfig(Section):

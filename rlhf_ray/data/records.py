@@ -106,7 +106,8 @@ def read_rows(config: DataConfig, kind: RowKind, part: Literal["train", "eval"] 
     if not rows.rows:
         counted = "; ".join(str(tally) for tally in (rows.skipped, rows.dropped) if tally.total)
         raise DataError.at(", ".join(file.path for file in rows.files), f"no usable rows: {counted}")
-    return _first_rows(rows, config.max_rows) if part == "train" and config.max_rows else rows
+    is_cut = part == "train" and config.max_rows and config.weights is None  # a mixture is cut as a whole
+    return _first_rows(rows, config.max_rows) if is_cut and config.max_rows else rows
 
 
 def _check_format(name: str, kind: RowKind) -> None:

@@ -296,7 +296,9 @@ def score(
         _print_rows(rows, as_json)
 
 
-importers = typer.Typer(help="Take over artefacts of AlpacaFarm-LoRA and Alpaca-LoRA-RLHF.", rich_markup_mode=None)
+importers = typer.Typer(
+    help="Take over GGUF files, and artefacts of AlpacaFarm-LoRA and Alpaca-LoRA-RLHF.", rich_markup_mode=None
+)
 app.add_typer(importers, name="import")
 
 
@@ -340,6 +342,28 @@ def import_peft(
     from rlhf_ray.models.importers import import_peft as run_import
 
     print(run_import(adapter, output_dir))
+
+
+@importers.command("gguf")
+def import_gguf(
+    file: Annotated[str, typer.Argument(help="a .gguf file of llama.cpp")],
+    output_dir: Annotated[str, typer.Option("--output-dir", "--output", help="output folder for the checkpoint")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the file's, bfloat16 if quantised")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="folder with the model's tokenizer.json, instead of the file's tokenizer")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """A model of llama.cpp: quantised weights are dequantised; checked by a greedy reply."""
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype: expected float32, bfloat16 or float16; got {dtype}")
+    from rlhf_ray.models.importers import import_gguf as run_import
+
+    with stdout_kept():
+        written = run_import(file, output_dir, dtype, tokenizer, log=lambda line: print(line, file=sys.stderr))
+    print(written)
 
 
 @app.command()

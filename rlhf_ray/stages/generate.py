@@ -103,13 +103,18 @@ def generate(
 
 
 def plan_job(
-    policies: Sequence[str], rewards: Sequence[str], model: str | None, fields: Mapping[str, Any], console: Console
+    policies: Sequence[str],
+    rewards: Sequence[str],
+    model: str | None,
+    fields: Mapping[str, Any],
+    console: Console,
+    scored: bool = True,
 ) -> tuple[EvaluateConfig, str | None]:
     """The same as an evaluation job, with what was not given filled in from the policies; and the reference's name among them.
 
-    fields: further fields of the job; None is not given."""
+    fields: further fields of the job; None is not given.   scored: false leaves out what a PPO run's replies are measured by."""
     sources = [policy_source(spec) for spec in policies]
-    trained = next((s.run for s in sources if s.run is not None and s.run.stage == "ppo"), None)
+    trained = next((s.run for s in sources if scored and s.run is not None and s.run.stage == "ppo"), None)
     specs = [PolicySpec(name=f"policy_{i}", policy=spec) for i, spec in enumerate(policies)]
     origin = reference_of(trained, console)
     if origin is not None:

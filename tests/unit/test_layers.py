@@ -38,6 +38,7 @@ FLOORS = {
     "sweep": 13,
     "registry": 13,
     "serve": 13,
+    "chat": 13,
     "submit": 13,
     "doctor": 13,
     "cli": 14,

@@ -51,9 +51,7 @@ _REFUSED = {
     "trainable_token_indices": "it changes the base's embeddings",
     "megatron_config": "it belongs to another trainer",
 }
-WAY_OUT = (
-    "merge it into its base with PEFT (merge_and_unload, save_pretrained), and use the result as model_name_or_path"
-)
+WAY_OUT = "merge it into its base, and use the result as model_name_or_path: rlhf-ray merge, or PEFT's merge_and_unload"
 BY_TENSORS = "the modules that have tensors"
 """`target_modules` of a configuration that chooses modules otherwise than by a list of names: by a regular expression, which is not
 run, or by layers. What it chose has tensors in the file."""
@@ -111,7 +109,7 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
     ArtifactError, with every problem found, for: files that are not plain files, pickled weights, unknown files, a configuration
     outside the schema, no tensors, unexpected or unpaired tensors, wrong shapes or dtypes, values that are not finite."""
     folder = Path(folder)
-    _check_folder(folder)
+    check_folder(folder)
     config = check_config(read_json(folder / CONFIG), str(folder / CONFIG))
     alphas = config.pop("alphas")
     tensors = _read_tensors(folder / WEIGHTS, config)
@@ -127,7 +125,8 @@ def adapter_sha256(tensors: Mapping[str, Tensor], head: Tensor | None = None) ->
     return sha256_tensors({name: t.float() for name, t in named.items()})
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """ArtifactError unless `folder` holds an adapter's two files, plain ones, and nothing that does not belong beside them."""
     if not folder.is_dir():
         raise ArtifactError.at(str(folder), "is not a folder", "an adapter folder")
     problems = []
@@ -243,6 +242,10 @@ def _meaning_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
         reason = _REFUSED.get(name, "not a plain LoRA option")
         problems.append(Problem(f"{where}: {name}", f"is not supported: {reason}", "null", repr(value)[:80], WAY_OUT))
     return problems
+
+
+def is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def _plain_name(key: Any) -> str | None:

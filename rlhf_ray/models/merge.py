@@ -26,6 +26,7 @@ from rlhf_ray.models.backbone import Backbone, load_exact, trunk
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import MERGED, check_lineage, merged_manifest
 from rlhf_ray.models.loading import quiet
+from rlhf_ray.models.merge_by_peft import OPTIONS, merge_by_peft, read_for_merge
 from rlhf_ray.models.sources import ModelSource, resolve_source, weights_sha256
 from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
@@ -68,7 +69,7 @@ def merge_run(
     source = policy_source(str(run_dir))
     if source.kind != "adapter":
         raise ConfigError.at(str(run_dir), "holds no adapter to merge", "a run or an adapter folder")
-    files = read_adapter(source.path)
+    files = (read_for_merge(source.path) if source.run is None else None) or read_adapter(source.path)
     base = _base_of(source, files) if model is None else resolve_source(model, None)
     target = Path(output_dir).absolute() if output_dir is not None else _default_target(source)
     if target.exists():
@@ -146,7 +147,9 @@ def _merge_into(
     backbone, dropout = load_exact(
         path=str(base.folder), revision=None, dtype=dtype, classifier=files.head is not None, head=files.head
     )
-    notes = check_lineage(source, backbone.identity, None, role=source.run.stage if source.run else "adapter")
+    notes = []
+    if files.config.keys().isdisjoint(OPTIONS):  # others hold no hash of their base
+        notes += check_lineage(source, backbone.identity, None, role=source.run.stage if source.run else "adapter")
     ids = _fixture_ids(backbone)
     before, adapted, merged = _merge(backbone, files, ids)
     difference = _compare(adapted, merged, backbone.dtype, source.path)
@@ -178,6 +181,8 @@ def fixture_outputs(backbone: Backbone, ids: Tensor) -> Tensor:
 
 def _merge(backbone: Backbone, files: AdapterFiles, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Merge in place. Returns the fixture's outputs of the base, of base and adapter, and of the merged model."""
+    if not files.config.keys().isdisjoint(OPTIONS):
+        return _merge_more_than_lora(backbone, files, ids)
     peft_model = wrap(backbone.model, files, NAME)
     with use_adapter(peft_model, None):
         before = fixture_outputs(backbone, ids)
@@ -210,6 +215,16 @@ def _refuse_shared_weights(peft_model: PeftModel, where: str) -> None:
             f"{shared[0]}, {shared[1]}",
             f"use the adapter unmerged (serve, generate), or train with lora.target_modules=[{', '.join(sorted(free - taken))}]",
         )
+
+
+def _merge_more_than_lora(backbone: Backbone, files: AdapterFiles, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(model: Any) -> Tensor:
+        return fixture_outputs(replace(backbone, model=model), ids)
+
+    backbone.model, before, adapted, merged = merge_by_peft(backbone.model, files, outputs)
+    if torch.equal(before, merged):
+        raise ArtifactError.at(files.path, "merging it changes nothing", "an adapter that was trained")
+    return before, adapted, merged
 
 
 @torch.no_grad()

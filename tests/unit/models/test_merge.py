@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -346,3 +347,30 @@ class TestRefusals:
         config = tmp_path / "a" / "adapter_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../base"}))
         assert merge_run(tmp_path / "a").is_dir()
+
+
+class TestMoreThanLora:
+    """Adapters that no role can have, saved by PEFT: their merge answers as they do."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            {"target_modules": r".*self_attn\.(q|v)_proj", "use_dora": True},
+        ],
+        ids=["DoRA", "saved modules", "embeddings", "DoRA by expression"],
+    )
+    def test_they_merge(self, tiny_llama: Make, tmp_path: Path, load: Load, options: dict[str, Any]) -> None:
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama())
+        theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)).eval()
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        theirs.save_pretrained(tmp_path / "theirs")
+        merged = load(merge_run(tmp_path / "theirs", model=str(tiny_llama())))
+        torch.testing.assert_close(logits(merged.model), logits(theirs), atol=1e-4, rtol=1e-4)
+        with pytest.raises(ArtifactError):
+            read_adapter(tmp_path / "theirs")

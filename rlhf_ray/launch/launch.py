@@ -59,7 +59,6 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
     resume = resume_command(config.output_dir)
     check_place(config.output_dir, config.resume)
     config = with_defaults_as_begun(config)
-    _check_models(config)
     if config.template_date is None:
         from rlhf_ray.launch.template_date import with_template_date  # brings what reads adapters
 
@@ -67,6 +66,7 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
     if config.learner.num_workers == 0:
         stop = Stop()
         with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _with_the_way_on(config):
+            _check_models(config)
             return imported(body)(config, process_session(console, config.learner.num_threads, stop))
     check_this_machine(config)
     with open_channel(Path(config.output_dir).absolute().parent) as channel:
@@ -83,7 +83,9 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
 
 
 def _check_models(config: JobFields) -> None:
-    """ConfigError, before any stage runs, if some stage's base is of a kind that does not work here."""
+    """ConfigError, before any stage runs, if some stage's base is of a kind that does not work here.
+
+    In the process that runs it: trying a model imports what the stage imports."""
     from rlhf_ray.sampler.probe import check_models
 
     if isinstance(config, PipelineConfig):
@@ -232,6 +234,7 @@ def _worker(job: dict[Any, Any]) -> Any:
     session = worker_session(console, threads, job["actor_handles"], channel.stop(), attempt)
     try:
         with _with_the_way_on(config):
+            _check_models(config)
             return imported(job["body"])(config, session).to_json()
     except Exception as error:
         if world_size > 1 and is_of_a_lost_peer(error):

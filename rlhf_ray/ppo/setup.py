@@ -187,10 +187,11 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
             setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
             lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
         session.console.header(f"ppo  {config.output_dir}", lines)
+        _, never = reference_resets(config, total)
         notes = [*backbone.notes]
         if config.sft is None and config.lora.target_modules == "all-linear":
             notes += adapter_notes(trunk(policy_model), "policy")
-        for line in [*notes, *prompts.warnings, *roles.warnings, *map(str, unused_fields(config))]:
+        for line in [*notes, *prompts.warnings, *roles.warnings, *map(str, unused_fields(config)), *never]:
             session.console.warn(line)
     return setup
 
@@ -267,7 +268,7 @@ def header_lines(
     share = ", ".join(f"{name} {count:,}" for name, count in trained.items())
     per_step, world = config.rollout_batch_size // config.num_mini_batches, session.world_size
     penalty = "none" if config.kl_penalty == "none" else f"{config.kl_coef:g} x {config.kl_penalty}"
-    resets = "" if config.ref_model_sync_steps is None else f"; {reference_resets(config, setup.total_steps)}"
+    resets, _ = reference_resets(config, setup.total_steps)
     return [
         *describe(backbone.identity, (), roles.template),
         *roles.assembly.describe(),
@@ -285,7 +286,7 @@ def header_lines(
             f"{setup.total_steps} of {config.rollout_batch_size} replies; {config.num_ppo_epochs} epochs x "
             f"{config.num_mini_batches} minibatches of {per_step} replies; {len(setup.held_out)} held-out prompts",
         ),
-        header_line("KL penalty", f"{penalty}, {config.kl_controller} coefficient{resets}"),
+        header_line("KL penalty", "; ".join([f"{penalty}, {config.kl_controller} coefficient", *resets])),
         *ptx_lines(config, learner.ptx),
         header_line(
             "tokens", f"pad {backbone.pad.token!r} ({backbone.pad.why}); replies end at {list(setup.stop_ids)}"
@@ -301,13 +302,17 @@ def ptx_lines(config: PPOConfig, ptx: PtxRows | None) -> list[str]:
     return [header_line("ptx", f"{config.ptx_coef:g} x supervised loss, {rows}")]
 
 
-def reference_resets(config: PPOConfig, total_steps: int) -> str:
-    """How often the reference becomes the policy as it then is; said plainly where that is never."""
-    every = config.ref_model_sync_steps or total_steps
+def reference_resets(config: PPOConfig, total_steps: int) -> tuple[list[str], list[str]]:
+    """(for the header: how often the reference becomes the policy; a warning where that would be after the last step)."""
+    every = config.ref_model_sync_steps
+    if every is None:
+        return [], []
     if every >= total_steps:
-        return f"ref_model_sync_steps {every} is not below the run's {total_steps} steps: the reference stays"
+        return [], [
+            f"ref_model_sync_steps: {every} is not below the run's {total_steps} steps: the reference is never reset"
+        ]
     forgets = ", the policy's optimizer with it" if config.ref_model_sync_resets_optimizer else ""
-    return f"the reference is reset to the policy after every {every} steps{forgets}"
+    return [f"the reference is reset to the policy after every {every} steps{forgets}"], []
 
 
 def zero_3_lines(config: PPOConfig, session: Session) -> list[str]:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.config.defaults import follows
@@ -18,7 +18,6 @@ from rlhf_ray.config.stored import load_stored, split_known
 from rlhf_ray.console import Console
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
-from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.runtime.watchdog import forget_stacks
 from rlhf_ray.storage import object_store
@@ -26,6 +25,9 @@ from rlhf_ray.storage.checkpoints import delete_checkpoint
 from rlhf_ray.storage.lock import WAIT_S
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.storage.run_folder import RunFolder, atomic_write_text, config_changes, create_run, is_run, open_run
+
+if TYPE_CHECKING:
+    from rlhf_ray.models.backbone import BaseIdentity
 
 MAY_CHANGE = (
     *("output_dir", "resume", "run_name", "report_to", "learner.", "wait_for_resources", "stop_grace_s", "watchdog_s"),

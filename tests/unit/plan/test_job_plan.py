@@ -311,7 +311,7 @@ def test_the_command_prints_a_table(job: str, capfd: pytest.CaptureFixture[str])
         "GiB per GPU: learner",
         "what fits a card of",
         "split, ZeRO 3, 2 learners",
-        "note: max_length is not set: prompts of 512 tokens are assumed",
+        "note: max_length is not set: prompts of 1024 tokens are assumed",
         "recommended: GPUs of 16 GB",
         "cannot be placed: learner.num_gpus: no node has 1 GPU",
     ):

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_ray.cli.app import main
 
-BASE: dict[str, Any] = {"model_name_or_path": "base", "template": "none", "learner": {"num_workers": 1, "num_gpus": 0}}
+BASE: dict[str, Any] = {"model_name_or_path": "base", "template": "none", "learner": {"num_workers": 0}}
 ROWS = {"data": {"train": "rows.jsonl"}}
 REWARDS = {"rewards": [{"function": "rewards.py:score"}]}
 JOBS: dict[str, dict[str, Any]] = {

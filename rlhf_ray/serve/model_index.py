@@ -173,8 +173,8 @@ def load_run(name: str, spec: str, backbone: Backbone) -> ModelCheckpoint:
     source = policy_source(spec)
     if source.kind != "adapter":
         raise ConfigError.at(f"adapters.{name}", "is no adapter", "a run, RUN@STEP or an adapter folder", spec)
-    name, told = recorded_template(source) or DEFAULT_TEMPLATE, (recorded_date(source), recorded_kwargs(source))
-    template = load_template(name, backbone.tokenizer, *told)
+    written_in, told = recorded_template(source) or DEFAULT_TEMPLATE, (recorded_date(source), recorded_kwargs(source))
+    template = load_template(written_in, backbone.tokenizer, *told)
     check_lineage(source, backbone.identity, template, role=name)
     files = read_adapter(source.path)
     stage = source.run.stage if source.run is not None else None

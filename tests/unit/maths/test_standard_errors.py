@@ -23,6 +23,8 @@ NO_ERRORS = {
     "rlhf_ray/supervised/reward_metrics.py": "the spread of scores, a correlation",
     "rlhf_ray/supervised/reward.py": "how a head starts",
     "rlhf_ray/roles/experience.py": "the spread of rewards and advantages",
+    "benchmarks/_kl_analysis.py": "a KL, and the range of two that is a t",
+    "benchmarks/_kl_figure.py": "the scale of an axis",
 }
 """Files that take roots or deviations of something else."""
 

@@ -263,6 +263,8 @@ class TestClassifiers:
             found = scalar_head(base.model.score)(hidden(base.model)[:, -1])  # type: ignore[arg-type]
         torch.testing.assert_close(found, both[:, 1] - both[:, 0])
         assert "the logit of label 1 minus that of label 0" in base.notes[0]
+
+    def test_three_labels_are_no_reward(self, load_reward: Load, reward_model: Make) -> None:
         with pytest.raises(ArtifactError, match=r"several labels; expected one label, or two; got 3.*reward function"):
             load_reward(reward_model(num_labels=3))
 

@@ -241,7 +241,7 @@ class Sampler:
         forward = self._router.forward([adapter for adapter, _ in distinct], "prompts")
         mask = None if self._caches.recurrent else positions >= 0
         self._logits(forward, ids, mask, positions.clamp(min=0), cache)
-        self._caches.check_read(cache)
+        self._caches.finish_read(cache)
         number = {key: i for i, key in enumerate(distinct)}
         for row, key in zip(rows, of_row):
             row.prefix = cache, number[key]

@@ -81,6 +81,31 @@ class SlotStates(LinearAttentionLayer):
     clear = start
 
 
+class SlotBlock(SlotStates):
+    """States that a block of RG-LRU (recurrent Gemma) keeps on itself: lent to it for a step, and taken back."""
+
+    def __init__(self, block: Any, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self._block = block
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        _lend(self._block, self.conv_states[0], self.recurrent_states[0])
+
+    def end_step(self) -> None:
+        _take_back(self._block, self)
+        super().end_step()
+
+
+def _lend(block: Any, conv: Tensor | None, recurrent: Tensor | None) -> None:
+    block.conv1d_state, block.rg_lru.recurrent_states = conv, recurrent
+
+
+def _take_back(block: Any, layer: LinearAttentionLayer) -> None:
+    layer.conv_states[0], layer.recurrent_states[0] = block.conv1d_state, block.rg_lru.recurrent_states
+    _lend(block, None, None)
+
+
 class SlotHybrid(SlotStates, SlotLayer):  # type: ignore[override]  # as transformers' own layers of both kinds
     """Attention and a recurrence side by side in one layer."""
 
@@ -142,6 +167,9 @@ class Caches:
         self._counts = _numbers_of_states(text) if self.recurrent else []
         self._model_type = base.config.model_type
         self._own = _own_class(base)
+        blocks = [module for module in base.modules() if hasattr(module, "rg_lru")]
+        places = [i for i, kind in enumerate(self._types) if kind in STATE]
+        self._blocks = dict(zip(places, blocks)) if blocks else {}  # by layer
 
     def slots(self, max_slots: int, max_tokens: int) -> SlotCache:
         if not self.recurrent:
@@ -152,10 +180,13 @@ class Caches:
             "neither": SlotNothing,
             "attention": SlotLayer,
         }
+
+        def layers(geometry: Geometry) -> list[Any]:
+            made = (kinds[kind](geometry, number_of_states=n) for kind, n in self._layers())
+            return [SlotBlock(self._blocks[i], geometry) if i in self._blocks else m for i, m in enumerate(made)]
+
         cache = self._made_as(SlotCache)
-        SlotCache.__init__(
-            cache, max_slots, max_tokens, lambda g: [kinds[k](g, number_of_states=n) for k, n in self._layers()]
-        )
+        SlotCache.__init__(cache, max_slots, max_tokens, layers)
         return cache
 
     def prompts(self) -> Cache:
@@ -168,12 +199,16 @@ class Caches:
             "neither": DummyLayer,
             "attention": DynamicLayer,
         }
+        for block in self._blocks.values():
+            _lend(block, None, None)
         cache = self._made_as(_PromptCache)
         _PromptCache.__init__(cache, layers=[kinds[k](number_of_states=n) for k, n in self._layers()])
         return cache
 
-    def check_read(self, cache: Cache) -> None:
-        """ConfigError if the model has read a prompt and left no state here: it keeps it in its own modules."""
+    def finish_read(self, cache: Cache) -> None:
+        """Of a cache of `prompts`. ConfigError if the model has read a prompt and left no state: it keeps it in its own modules."""
+        for i, block in self._blocks.items():
+            _take_back(block, cache.layers[i])  # type: ignore[arg-type]
         for layer in cache.layers if self.recurrent else ():
             if isinstance(layer, LinearAttentionLayer) and not _held(layer):
                 raise elsewhere(self._model_type)

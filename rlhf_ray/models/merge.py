@@ -201,7 +201,7 @@ def _refuse_shared_weights(peft_model: PeftModel, where: str) -> None:
     """ArtifactError if adapted layers have one weight in common, as in Zamba's shared blocks: it cannot hold all their updates."""
     places: defaultdict[int, list[str]] = defaultdict(list)
     for name, layer in lora_layers(peft_model):
-        places[id(layer.get_base_layer().weight)].append(name.removeprefix("base_model.model."))
+        places[id(_weight_of(layer))].append(name.removeprefix("base_model.model."))
     shared = next((names for names in places.values() if len(names) > 1), None)
     if shared is not None:
         free, taken = (
@@ -230,13 +230,19 @@ def _merge_more_than_lora(backbone: Backbone, files: AdapterFiles, ids: Tensor) 
 @torch.no_grad()
 def _fold(layer: Any) -> bool:
     """Add the adapter's update to the layer's weight, in float32, rounding once. Whether any weight changed."""
-    weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+    weight = _weight_of(layer)
     merged = (weight.float() + layer.get_delta_weight(NAME).float()).to(weight.dtype)
     if not bool(torch.isfinite(merged).all()):
         raise ArtifactError.at("merge", "a merged weight is not finite", f"values that fit {weight.dtype}")
     changed = not torch.equal(merged, weight)
     weight.copy_(merged)
     return changed
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """What a LoRA layer adapts: of a linear layer its weight, of stacked experts one of their parameters."""
+    weight: Tensor = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+    return weight
 
 
 def _unload(peft_model: PeftModel) -> nn.Module:

@@ -45,7 +45,8 @@ def read_for_merge(folder: Path | str) -> AdapterFiles | None:
             on_embeddings = any("lora_embedding_" in key for key in file.keys())  # noqa: SIM118
     except SafetensorError:  # read_adapter says so
         return None
-    if not any(raw.get(name) for name in OPTIONS) and not on_embeddings:
+    is_reward = raw.get("task_type") == "SEQ_CLS"  # whose saved module is its head
+    if is_reward or not (on_embeddings or any(raw.get(name) for name in OPTIONS)):
         return None
     tensors = load_file(folder / WEIGHTS)
     where = str(folder / CONFIG)
@@ -53,7 +54,7 @@ def read_for_merge(folder: Path | str) -> AdapterFiles | None:
     saved = raw.get("modules_to_save") or []
     problems = []
     if config["ranks_differ"] or config["alphas"] or raw.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(Problem(where, "rank_pattern, alpha_pattern or a reward head beside DoRA or saved modules"))
+        problems.append(Problem(where, "rank_pattern, alpha_pattern or another task beside DoRA or saved modules"))
     if not isinstance(saved, list) or not all(map(is_plain_name, saved)):
         problems.append(Problem(f"{where}: modules_to_save", "bad value", "a list of module names", repr(saved)[:80]))
     bad = [key for key, t in tensors.items() if not t.is_floating_point() or not bool(torch.isfinite(t).all())]

@@ -75,7 +75,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     backbone = load_base(config, session.device)
     template = load_template(config.template, backbone.tokenizer, config.template_date, config.chat_template_kwargs)
     examples = tokenise(config, recipe, rows, template, backbone)
-    require_rows(config, len(examples.train), examples.lines)
+    require_rows(config, len(examples.train), [*context_warnings(config, backbone), *examples.lines])
     task = recipe.build(backbone, template)
     if session.device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing:
         gradient_checkpointing(task.model.peft_model)
@@ -104,9 +104,7 @@ def tokenise(
 ) -> Examples:
     """Both sides as token ids, no longer than the model's context."""
     limit = min(config.max_length, backbone.context_length)
-    notes = list(rows.warnings)
-    if limit < config.max_length:
-        notes.append(shortened_note(config.max_length, limit, backbone.model.config.get_text_config()))
+    notes = [*rows.warnings, *context_warnings(config, backbone)]
     lines, sides = list(rows.summary), []
     for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
         done = recipe.tokenise(side, template, backbone.tokenizer, limit)
@@ -116,6 +114,14 @@ def tokenise(
     if not sides[1]:
         notes.append("no held-out rows: nothing is evaluated (data.held_out_fraction, data.eval)")
     return Examples(sides[0], sides[1], lines, notes)
+
+
+def context_warnings(config: SupervisedConfig, backbone: Backbone) -> list[str]:
+    """A line if the model cannot read rows of max_length."""
+    limit = backbone.context_length
+    if limit >= config.max_length:
+        return []
+    return [shortened_note(config.max_length, limit, backbone.model.config.get_text_config())]
 
 
 def write_lineage(job: Job, template: Template, rows: StageRows) -> None:

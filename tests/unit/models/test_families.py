@@ -275,6 +275,14 @@ class TestAllLinear:
         )
         assert adapter_notes(trunk(wrap(tiny("qwen3"), LoraConfig(r=4), "policy")), "policy") == []
 
+    def test_so_it_is_for_a_quantised_load(self, written: Callable[..., Path], load: Any) -> None:
+        pytest.importorskip("bitsandbytes")
+        (line,) = load(written("qwen3_moe"), load_in_4bit=True).notes
+        assert line.startswith(
+            "load_in_4bit quantises 33% of the decoder's weights, and not mlp.experts.gate_up_proj (44%)"
+        )
+        assert load(written("qwen3"), load_in_4bit=True).notes == ()
+
 
 STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 """Names of the stacked weights of all families here."""

@@ -10,9 +10,7 @@ import typer
 from rlhf_ray.cli.output import stdout_kept
 
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-importers = typer.Typer(
-    help="Take over GGUF files, and artefacts of AlpacaFarm-LoRA and Alpaca-LoRA-RLHF.", rich_markup_mode=None
-)
+importers = typer.Typer(help="Take over GGUF files, and artefacts of two older systems.", rich_markup_mode=None)
 
 
 @importers.command("loralib")

@@ -241,7 +241,8 @@ class _OutputShapes:
 
     def __call__(self, **inputs: Any) -> Any:
         ids = inputs["input_ids"]
-        if ids.shape[1] == 1 and inputs["attention_mask"].shape[1] < self.longest:
+        cache = next(inputs[name] for name in ("past_key_values", "cache_params") if name in inputs)
+        if ids.shape[1] == 1 and cache.get_seq_length() + 1 < self.longest:
             dtype = next(self.model.parameters()).dtype
             return SimpleNamespace(logits=torch.empty(len(ids), 1, self.vocabulary, dtype=dtype, device="meta"))
         return self.model(**inputs)

@@ -359,3 +359,17 @@ def test_the_jobs_that_come_along(model: Callable[..., str]) -> None:
         _, config = load_any(file, [f"model_name_or_path={small}", *rewards])
         found = plan(config, "cuda")
         assert all(stage.processes for stage in found.stages) and "recommended" in text(found)
+
+
+def test_states_do_not_grow_with_replies_and_keys_do(model: Callable[..., str]) -> None:
+    """Mamba has states alone: sampling 512 tokens takes what 32 take. One of LFM2's two layers has keys and values."""
+    small = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "state_size": 8}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    kinds = {"falcon_mamba": {}, "lfm2": {"layer_types": ["conv", "full_attention"]}}
+    for kind, fields in kinds.items():
+        path = model(kind, {"model_type": kind, **small, **fields})
+        short, long = (
+            sum(only(ppo(path, response_length=n, max_length=n + 24), prompt=24).phases["sampling"].values())
+            for n in (32, 512)
+        )
+        assert short < long if kind == "lfm2" else short == long

@@ -186,7 +186,8 @@ def rewards_of(run: RunFolder | None, console: Console) -> list[RewardSource]:
         if all(source.kind == "adapter" for source in sources.values()):
             for role, source in sources.items():
                 _warn_if_changed(run, role, source, console)
-            found.append(reward)
+            # One run scores as it is, which is what `score` says; members of an ensemble only compare when normalised.
+            found.append(reward.model_copy(update={"normalize": False}) if reward.run is not None else reward)
     return found
 
 

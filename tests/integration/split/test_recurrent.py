@@ -16,7 +16,7 @@ import pytest
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run_folder import sha256_file
 
 pytestmark = pytest.mark.integration

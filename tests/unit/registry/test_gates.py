@@ -292,9 +292,9 @@ def poison(run: RunFolder) -> None:
     run.seal()
 
 
-def regex_target(run: RunFolder) -> None:
+def no_target(run: RunFolder) -> None:
     path = run.adapter_dir / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": "(a+)+$"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": []}))
     run.seal()
 
 
@@ -311,7 +311,7 @@ def another_template(run: RunFolder) -> None:
     [
         (spoil_weights, "file has changed"),
         (poison, "holds values that are not finite"),
-        (regex_target, "a list of module names"),
+        (no_target, "a list of module names"),
         (lambda run: (run.adapter_dir / "adapter_model.safetensors").unlink(), "file is missing"),
         (forget(base=None), "base.weights_sha256 is not recorded: the adapter could not be matched to its base"),
         (forget(tokenizer_sha256=None), "tokenizer_sha256 is not recorded"),

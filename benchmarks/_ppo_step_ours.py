@@ -51,6 +51,7 @@ config = PPOConfig(
     missing_eos_penalty=None,
     num_samples_logged=0,
     report_to=[],
+    defaults_version=1,  # as the results were measured
 )
 run = stage.ppo(config, LocalConsole(quiet=True))
 seconds = [row["time/step"] for row in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "time/step" in row]

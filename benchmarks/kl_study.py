@@ -62,12 +62,11 @@ from rlhf_ray.data.splits import is_held_out, prompt_hash
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.runtime.session import process_session
 from rlhf_ray.stages.evaluation_models import EvaluationModels, load_evaluation_models
+from rlhf_ray.stages.start import ppo, reward
 from rlhf_ray.storage.files import atomic_write_text
 from rlhf_ray.storage.run_folder import git_commit, versions
-from rlhf_ray.supervised.reward import reward
 
 ROWS = RESULTS / "kl_study_gold.jsonl"
 FIGURE = Path(__file__).with_name("kl_study_gold.svg")
@@ -171,6 +170,7 @@ class Block:
             "model_name_or_path": str(data / "models" / "stories260K"),
             "template": "none",
             "dtype": "float32",
+            "defaults_version": 1,
             "seed": seed,
             "learner": {"num_workers": 0, "num_threads": 1},
             "report_to": [],

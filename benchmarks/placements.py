@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 
 ROLE = {"num_actors": 1, "num_threads": 1, "num_cpus": 0.5}
 PLACEMENTS: dict[str, dict[str, Any]] = {

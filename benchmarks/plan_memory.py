@@ -166,6 +166,7 @@ def main() -> None:
                 "model_name_or_path": "policy",
                 "template": "none",
                 "report_to": [],
+                "defaults_version": 1,  # as the results were measured
                 **(PPO if stage == "ppo" else {}),
             }
             held_out = 0.0 if stage == "ppo" else 0.3

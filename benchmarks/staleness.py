@@ -22,7 +22,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.maths.standard_errors import error_of_difference, error_of_mean, standard_error
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 
 ROLE = {"num_actors": 1, "num_threads": 1, "num_cpus": 0.5}
 

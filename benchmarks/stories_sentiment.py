@@ -18,7 +18,7 @@ from _common import data_folder, emit, parser, report, spread
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 
 REWARD = f"{Path(__file__).with_name('vader_reward.py')}:score"
 
@@ -45,6 +45,7 @@ def job(folder: Path, data: Path, seed: int, steps: int, threads: int) -> PPOCon
         kl_coef=0.03,
         missing_eos_penalty=None,
         report_to=[],
+        defaults_version=1,  # as the results were measured
     )
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from rlhf_ray.maths.comparisons import worse_than_best
+from rlhf_ray.maths.comparisons import range_p_value, worse_than_best
+from rlhf_ray.maths.standard_errors import error_of_difference, error_of_mean, pooled_deviation
 from rlhf_ray.sweep.choice import CONFIDENCE
 
 HERE = Path(__file__).parent
@@ -32,6 +35,11 @@ def measured(name: str) -> Any:
 def mid(figure: dict[str, Any]) -> str:
     """The median."""
     return f"{figure['median']:g}"
+
+
+def scattered(figure: dict[str, Any]) -> str:
+    """The median, and the lowest and highest of the repeats."""
+    return f"{mid(figure)} ({figure['min']:g} to {figure['max']:g})"
 
 
 def each(figure: dict[str, Any]) -> str:
@@ -58,7 +66,8 @@ def sentiment() -> str:
 def chain() -> str:
     m = measured("stories_chain")
     return (
-        f"VADER compound, which PPO never sees: SFT {each(m['true_reward/sft'])}, PPO {each(m['true_reward/ppo'])}, at "
+        f"VADER compound, by whose lexicon the pairs were ranked: SFT {each(m['true_reward/sft'])}, PPO "
+        f"{each(m['true_reward/ppo'])}, at "
         f"{each(m['kl_k1_per_response/ppo'])} nats per reply; held-out accuracy of the reward model "
         f"{each(m['reward_model/accuracy'])}; {each(m['seconds'])} s"
     )
@@ -88,9 +97,32 @@ def not_shown_to_be_worse(m: dict[str, Any]) -> int:
     recorded lowest, mean and highest score of three seeds, from which the middle one follows, but not whose it is: no blocks."""
     if "not_shown_to_be_worse" in m["choice"]:
         return len(m["choice"]["not_shown_to_be_worse"])
-    ends = [(s["score_low"], s["score"], s["score_high"]) for s in m["settings"]]
-    p = worse_than_best([[low, 3 * mean - low - high, high] for low, mean, high in ends], blocks=False)
+    p = worse_than_best([of_seeds(s) for s in m["settings"]], blocks=False)
     return sum(not value < 1 - CONFIDENCE for value in p) - 1
+
+
+def of_seeds(setting: dict[str, Any]) -> list[float]:
+    """The scores of three seeds, lowest first."""
+    low, mean, high = setting["score_low"], setting["score"], setting["score_high"]
+    return [low, 3 * mean - low - high, high]
+
+
+def standard_error_of_a_score(m: dict[str, Any]) -> float:
+    """Of the mean of three seeds: their spread, pooled over settings."""
+    return error_of_mean([pooled_deviation([of_seeds(s) for s in m["settings"]]) or 0.0] * 3)
+
+
+def crossing(m: dict[str, Any], penalty: str, axis: str, level: float) -> tuple[float, float, float] | None:
+    """Where the straight lines through a penalty's settings, in the order of their KL, reach `level` on `axis` (kl_k1 or score):
+    the other coordinate there; the standard error of the line's height, in those of a score; its slope. None if they do not."""
+    points = sorted((s["kl_k1"], s["score"]) for s in m["settings"] if s["kl_penalty"] == penalty)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        start, end = (x0, x1) if axis == "kl_k1" else (y0, y1)
+        if start <= level <= end:
+            t = (level - start) / (end - start)
+            other = y0 + t * (y1 - y0) if axis == "kl_k1" else x0 + t * (x1 - x0)
+            return other, error_of_difference(1 - t, t), (y1 - y0) / (x1 - x0)
+    return None
 
 
 def gold_study() -> str:
@@ -116,7 +148,9 @@ def study(name: str) -> str:
         else f"all {others} other settings shown to be worse"
     )
     unpenalized = "" if won is free else f"; no penalty {at(free)}"
-    return f"highest score: {name_of(won)}, {at(won)}, {told}{unpenalized} ([details](#five-kl-penalties-at-equal-kl))"
+    return (
+        f"highest score: {name_of(won)}, {at(won)}, {told}{unpenalized} ([details](#five-kl-penalties-and-measured-kl))"
+    )
 
 
 def sweeping() -> str:
@@ -133,7 +167,8 @@ def submitting() -> str:
     return (
         "first step after {:g} s, {:g} s and {:g} s; ".format(*first)
         + "end after {:g} s, {:g} s and {:g} s: ".format(*whole)
-        + f"checking the nodes costs {first[1] - first[2]:.2f} s of the first and {whole[1] - whole[2]:.2f} s of the second"
+        + f"checking the nodes costs {first[1] - first[2]:.2f} s of the first; ends scatter too much to say "
+        + f"({m['submitted/whole_seconds']['min']:g} to {m['submitted/whole_seconds']['max']:g} s with it)"
     )
 
 
@@ -147,17 +182,18 @@ def placed() -> str:
 def trl() -> str:
     m = measured("ppo_step_vs_trl")
     return (
-        f"{mid(m['ours/episodes_per_second'])} episodes a second, TRL {mid(m['trl/episodes_per_second'])}: no difference; peak "
-        f"memory {mid(m['ours/peak_mib'])} MiB, TRL {mid(m['trl/peak_mib'])} ([details](#a-ppo-step-against-trl))"
+        f"{mid(m['ours/episodes_per_second'])} episodes a second, TRL {mid(m['trl/episodes_per_second'])}: "
+        f"{scattered(m['ours_over_trl/episodes_per_second'])} times TRL, so no difference was seen; peak memory "
+        f"{mid(m['ours/peak_mib'])} MiB, TRL {mid(m['trl/peak_mib'])} ([details](#a-ppo-step-against-trl))"
     )
 
 
 def sampler() -> str:
     m = measured("sampler_vs_generate")
     return (
-        f"{mid(m['sampler/tokens_per_second'])} tokens a second, generate {mid(m['generate/tokens_per_second'])} "
-        f"({mid(m['sampler/times_generate_wall'])} times); in the chunks of a rollout "
-        f"{mid(m['sampler_in_chunks/tokens_per_second'])} ({mid(m['sampler_in_chunks/times_generate_wall'])} times)"
+        f"{mid(m['sampler/tokens_per_second'])} tokens a second, generate {mid(m['generate/tokens_per_second'])}: "
+        f"{scattered(m['sampler/times_generate_wall'])} times; in the chunks of a rollout "
+        f"{mid(m['sampler_in_chunks/tokens_per_second'])}: {scattered(m['sampler_in_chunks/times_generate_wall'])} times"
     )
 
 
@@ -165,10 +201,10 @@ def mixed(name: str) -> str:
     m = measured(name)
     counts = (1, 32, 128)
     speed = "{}, {} and {}".format(*(mid(m[f"tokens_per_second/{n}"]) for n in counts))
-    share = " and ".join(mid(m[f"share_of_one_adapter/{n}"]) for n in counts[1:])
+    share = " and ".join(scattered(m[f"share_of_one_adapter/{n}"]) for n in counts[1:])
     differ = sum(value for key, f in m.items() if key.startswith("replies_that_differ") for value in f["values"])
     return (
-        f"{speed} tokens a second: {share} of one adapter; {mid(m['times_switching/32'])} times switching among 32 adapters; "
+        f"{speed} tokens a second: {share} of one adapter; {scattered(m['times_switching/32'])} times switching among 32 adapters; "
         + ("all replies equal" if not differ else f"{differ:g} replies differ")
     )
 
@@ -176,9 +212,9 @@ def mixed(name: str) -> str:
 def service() -> str:
     m = measured("serve_load")
     return (
-        f"tokens a second: {mid(m['rlhf_ray, base']['tokens_per_second'])}; {mid(m['times transformers serve'])} times "
-        f"`transformers serve`, {mid(m['times FastAPI + generate'])} times FastAPI and `generate`, {mid(m['times vLLM'])} times "
-        "vLLM ([details](#the-service))"
+        f"tokens a second: {mid(m['rlhf_ray, base']['tokens_per_second'])}; {scattered(m['times transformers serve'])} times "
+        f"`transformers serve`, {scattered(m['times FastAPI + generate'])} times FastAPI and `generate`, "
+        f"{scattered(m['times vLLM'])} times vLLM ([details](#the-service))"
     )
 
 
@@ -202,9 +238,15 @@ def planned() -> str:
 
 STORIES, TINY, BUSY = "stories260K, 260,032 parameters", "bundled Llama, 0.66 M parameters", "other work on the machine"
 OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
-    ("PPO on a VADER reward, 24 steps of 128 replies, three seeds", STORIES, sentiment, "stories_sentiment"),
     (
-        f"The whole chain: SFT on stories, reward model on 990 sentiment pairs, PPO on the learned reward, three seeds ({BUSY})",
+        "PPO on a VADER reward, 24 steps of 128 replies, three seeds; what is told is that reward on held-out prompts",
+        STORIES,
+        sentiment,
+        "stories_sentiment",
+    ),
+    (
+        f"The whole chain: SFT on stories, reward model on 990 sentiment pairs, PPO on the learned reward, three seeds ({BUSY}; "
+        "SFT had read stories that open with most of the held-out prompts, which the script leaves out since)",
         STORIES,
         chain,
         "stories_chain",
@@ -226,6 +268,12 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         TINY,
         lambda: study("kl_study_tiny"),
         "kl_study_tiny",
+    ),
+    (
+        f"The same sweep on a VADER reward, which is also the score, two coefficients each, 33 trials ({BUSY})",
+        STORIES,
+        lambda: study("kl_study_stories"),
+        "kl_study_stories",
     ),
     (
         "Four PPO jobs of two steps: as four commands, as a sweep in one process, as a sweep with two at a time",
@@ -319,7 +367,8 @@ def gold_table() -> list[str]:
 
 
 def penalties(name: str) -> list[str]:
-    """A row per penalty: score at measured KL, by coefficient."""
+    """A row per penalty: score at measured KL, by coefficient; and compared where that can be done: at a KL that several penalties
+    reach, else where they reach the same score."""
     m = measured(name)
     common, rows = {k: v for k, v in m["score_at_common_kl"].items() if v is not None}, []
     shared = len(common) > 1  # else there is no KL that several penalties reach
@@ -329,10 +378,62 @@ def penalties(name: str) -> list[str]:
             f"{s['score']:.3f} at {s['kl_k1']:.3f}" + (f" ({s['kl_coef']:g})" if s["kl_coef"] else "") for s in told
         ]
         length = min(s["length_ratio"] for s in told)
-        between = [f"{common[penalty]:.3f}" if penalty in common else ""] if shared else []
-        rows.append([penalty, ", ".join(cells), *between, f"{length:.2f}"])
-    column = f"at {m['common_kl']:.1f} nats, interpolated | " if shared else ""
-    return table(f"penalty | score at KL (coefficient) | {column}shortest replies, times the length before PPO", rows)
+        between = (f"{common[penalty]:.3f}" if penalty in common else "") if shared else nats_at(m, penalty, SAME_SCORE)
+        rows.append([penalty, ", ".join(cells), between, f"{length:.2f}"])
+    column = (
+        f"at {m['common_kl']:.1f} nats, interpolated" if shared else f"nats at a score of {SAME_SCORE:g}, interpolated"
+    )
+    return table(
+        f"penalty | score at KL (coefficient) | {column} | shortest replies, times the length before PPO", rows
+    )
+
+
+SAME_SCORE = 0.65
+"""About the middle of the scores that all five penalties reach in the VADER study."""
+
+
+def nats_at(m: dict[str, Any], penalty: str, score: float) -> str:
+    """KL where a penalty reaches a score, with what the score's standard error makes of it; the KL's own was not recorded."""
+    found = crossing(m, penalty, "score", score)
+    if found is None:
+        return ""
+    kl, share, slope = found
+    return f"{kl:.1f} ± {share * standard_error_of_a_score(m) / slope:.1f}"
+
+
+def shared_kl() -> list[str]:
+    """The verdict on the bundled task: do the five penalties differ where all were measured, at one KL?
+
+    Their range is held against that of five equal means (studentized range), whose standard error is the mean of those of the
+    interpolated scores; the KL is taken as known. A simulation with the errors as they are gives the same p to 0.01 (a test)."""
+    m = measured("kl_study_tiny")
+    found = {p: found for p in PENALTIES if (found := crossing(m, p, "kl_k1", m["common_kl"])) is not None}
+    scores = {penalty: score for penalty, (score, _, _) in found.items()}
+    error = standard_error_of_a_score(m) * fmean(share for _, share, _ in found.values())
+    freedom = 2 * len(m["settings"])
+    low, high = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
+    seen = scores[high] - scores[low]
+    p = range_p_value(seen / error, len(scores), freedom)
+    least = next(d / 1000 for d in range(1, 1000) if range_p_value(d / 1000 / error, len(scores), freedom) < 0.05)
+    return [
+        f"At {m['common_kl']:.1f} nats the {len(scores)} penalties lie within {seen:.3f} of each other ({low} {scores[low]:.3f},",
+        f"{high} {scores[high]:.3f}). **No difference between them was detected**: if all were equal,",
+        f"a range as large would come in {p:.0%} of studies (range test, p = {p:.2g}). Nor were they shown to be equal: a range",
+        f"below {least:.3f} could not have been told from chance.",
+    ]
+
+
+def no_shared_kl() -> list[str]:
+    """The verdict on the VADER study: which KLs each penalty was measured at."""
+    m = measured("kl_study_stories")
+    ends = {p: [s["kl_k1"] for s in m["settings"] if s["kl_penalty"] == p] for p in PENALTIES if p != "none"}
+    if max(map(min, ends.values())) <= min(map(max, ends.values())):
+        raise ValueError("kl_study_stories: the penalties have a KL in common; compare them there")
+    told = [f"{p} {min(v):.1f} to {max(v):.1f}" for p, v in sorted(ends.items(), key=lambda item: min(item[1]))]
+    return [
+        f"No KL lies in the range of all {len(told)} ({', '.join(told[:3])},",
+        f"{', '.join(told[3:])} nats): **which of them scores higher at equal KL is not known** from this study.",
+    ]
 
 
 def placements() -> list[str]:
@@ -473,8 +574,11 @@ def conditions() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "overview": overview,
-    "study-tiny": lambda: penalties("kl_study_tiny"),
     "study-gold": gold_table,
+    "study-tiny": lambda: penalties("kl_study_tiny"),
+    "study-tiny-verdict": shared_kl,
+    "study-stories-verdict": no_shared_kl,
+    "study-stories": lambda: penalties("kl_study_stories"),
     "placements": placements,
     "trl": against_trl,
     "adapters": adapters,

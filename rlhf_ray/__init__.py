@@ -28,16 +28,16 @@ if TYPE_CHECKING:  # what type checkers see; tests/unit/test_public_names.py hol
     from rlhf_ray.errors import ResourceError as ResourceError
     from rlhf_ray.errors import RlhfRayError as RlhfRayError
     from rlhf_ray.models.merge import merge_run as merge  # noqa: F401
-    from rlhf_ray.ppo.loop import ppo as ppo
-    from rlhf_ray.stages.evaluate import evaluate as evaluate
     from rlhf_ray.stages.generate import generate as generate
-    from rlhf_ray.stages.pipeline import pipeline as pipeline
     from rlhf_ray.stages.resume import resume as resume
     from rlhf_ray.stages.score import score as score
+    from rlhf_ray.stages.start import evaluate as evaluate
+    from rlhf_ray.stages.start import pipeline as pipeline
+    from rlhf_ray.stages.start import ppo as ppo
+    from rlhf_ray.stages.start import reward as reward
+    from rlhf_ray.stages.start import sft as sft
     from rlhf_ray.storage.run import Run as Run
     from rlhf_ray.storage.run import load_run as load_run
-    from rlhf_ray.supervised.reward import reward as reward
-    from rlhf_ray.supervised.sft import sft as sft
     from rlhf_ray.sweep.sweep import sweep as sweep
 
     __version__: str
@@ -47,14 +47,11 @@ _PUBLIC = {
     "errors": "ArtifactError ConfigError DataError Interrupted InvariantError LimitReached ResourceError RlhfRayError",
     "models.merge": "merge=merge_run",
     "ppo": "ppo=",
-    "stages.evaluate": "evaluate",
     "stages.generate": "generate",
-    "stages.pipeline": "pipeline",
     "stages.resume": "resume",
     "stages.score": "score",
+    "stages.start": "evaluate pipeline reward sft",
     "storage.run": "Run load_run",
-    "supervised.reward": "reward",
-    "supervised.sft": "sft",
     "sweep": "sweep=",
 }
 """Module -> the public names in it. `a=b` is b under the name a; `a=` is the module itself, which is called like a function."""

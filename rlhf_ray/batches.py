@@ -131,6 +131,11 @@ class Rollout(_Rows):
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
     @property
+    def prompt_ids(self) -> Tensor:
+        """i64[B, P]."""
+        return self.tokens[:, : self.prompt_width]
+
+    @property
     def response_ids(self) -> Tensor:
         """i64[B, R]."""
         return self.tokens[:, self.prompt_width :]
@@ -174,6 +179,8 @@ class Scores(_Rows):
     reward: f32[B], the weighted sum, raw; not finite where there is none.  parts: name -> f32[B], each reward before its weight,
     NaN where it does not apply, infinite where it is broken.
     ref_logprobs: f32[B, R], log-probabilities of the sampled tokens under the reference policy, 0 outside the mask.
+    start_logprobs: the same under the policy that the run started from, where that is no longer the reference; else None.
+    reference_sha256: of the adapter that was the reference then (ref_model_sync_steps); "" for the one that the run started from.
     drift: f32[B], 1 where a reward model with its own tokenizer read text that is not quite the sampled ids; None without one.
     """
 
@@ -182,6 +189,13 @@ class Scores(_Rows):
     row_id: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     drift: Tensor | None = None
+    start_logprobs: Tensor | None = None
+    reference_sha256: str = ""
+
+    @property
+    def start(self) -> Tensor:
+        """f32[B, R]: log-probabilities under the policy that the run started from."""
+        return self.ref_logprobs if self.start_logprobs is None else self.start_logprobs
 
     def __post_init__(self) -> None:
         b = int(self.reward.shape[0])
@@ -192,22 +206,34 @@ class Scores(_Rows):
             _check(f"parts[{name}]", part, torch.float32, (b,))
         if self.drift is not None:
             _check("drift", self.drift, torch.float32, (b,))
+        if self.start_logprobs is not None:
+            _check("start_logprobs", self.start_logprobs, torch.float32, tuple(self.ref_logprobs.shape))
 
     @classmethod
     def concat(cls, parts: Sequence[Scores]) -> Scores:
-        """All rows of `parts`, ordered by row_id; reference log-probabilities are padded to the widest."""
+        """All rows of `parts`, ordered by row_id; log-probabilities are padded to the widest; references must agree."""
         _require(len(parts) > 0, "concat: no scores")
-        width = max(p.ref_logprobs.shape[1] for p in parts)
-        row_id = torch.cat([p.row_id for p in parts])
-        order = torch.argsort(row_id)
+        references = {p.reference_sha256 for p in parts}
+        _require(len(references) == 1, f"concat: scores are against different references: {sorted(references)}")
+        order = torch.argsort(torch.cat([p.row_id for p in parts]))
+
+        def joined(name: str) -> Any:
+            every = [getattr(p, name) for p in parts]
+            if any(t is None for t in every):
+                return None
+            if every[0].ndim == 2:
+                width = max(t.shape[1] for t in every)
+                every = [_pad(t, 0, width - t.shape[1], 0.0) for t in every]
+            return torch.cat(every)[order]
+
         return cls(
-            reward=torch.cat([p.reward for p in parts])[order],
-            ref_logprobs=torch.cat([_pad(p.ref_logprobs, 0, width - p.ref_logprobs.shape[1], 0.0) for p in parts])[
-                order
-            ],
-            row_id=row_id[order],
+            reward=joined("reward"),
+            ref_logprobs=joined("ref_logprobs"),
+            row_id=joined("row_id"),
             parts={name: torch.cat([p.parts[name] for p in parts])[order] for name in parts[0].parts},
-            drift=None if parts[0].drift is None else torch.cat([p.drift for p in parts if p.drift is not None])[order],
+            drift=joined("drift"),
+            start_logprobs=joined("start_logprobs"),
+            reference_sha256=parts[0].reference_sha256,
         )
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -43,10 +43,12 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("reward/max", "reward", "highest raw reward of the step"),
     ("reward/score", "reward", "mean score as PPO sees it: after baseline, scaling, clip, eos penalty"),
     ("reward/shaped", "reward", "mean over replies of score minus coefficient times KL penalty", "objective/rlhf_reward"),
-    ("reward/*", "reward", "mean of one reward source before its weight; in an evaluation, of one policy"),
+    ("reward/*", "reward", "mean of one reward source, before its weight; of an ensemble also of each member, and of their std"),
     # Rollout: distance from the reference
     ("kl/k1_per_response", "nats", "mean over replies of the summed log p - log q (k1), at the old policy", "objective/kl"),
-    ("kl/k3_per_response", "nats", "the same with k3 = exp(-d) - 1 + d, which is never negative"),
+    ("kl/start_k1_per_response", "nats", "the same against the policy that the run started from (ref_model_sync_steps)"),
+    ("kl/reference_step", "steps", "step after which the reference was the policy; 0: the policy that the run started from"),
+    ("kl/k3_per_response", "nats", "k1_per_response with k3 = exp(-d) - 1 + d, which is never negative"),
     ("kl/k1_per_token", "nats", "k1, mean over reply tokens"),
     ("kl/k3_per_token", "nats", "k3, mean over reply tokens"),
     ("kl/penalty_per_response", "nats", "the penalty that is active, summed over tokens, before the coefficient"),
@@ -80,6 +82,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("loss/policy", "", "clipped policy loss, mean over tokens", "loss/policy_avg"),
     ("loss/value", "", "value loss, mean over tokens", "loss/value_avg"),
     ("loss/kl", "nats", "KL penalty in the loss (use_kl_loss), before the coefficient, mean over tokens"),
+    ("loss/ptx", "nats", "supervised loss in the policy's (ptx_coef), before the coefficient, mean over learnt tokens"),
     ("value/explained_variance", "", "1 - variance of (returns - values) over variance of returns"),
     ("value/mean", "reward", "mean of the value model's values"),
     ("value/clip_fraction", "share", "tokens whose value was clipped", "val/clipfrac_avg"),
@@ -119,7 +122,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("eval/reward_se", "reward", "standard error of eval/reward"),
     ("eval/reward/*", "reward", "one reward source on held-out prompts, before its weight"),
     ("eval/reward_se/*", "reward", "standard error of eval/reward/*"),
-    ("eval/kl_k1_per_response", "nats", "k1 per reply on held-out prompts"),
+    ("eval/kl_k1_per_response", "nats", "k1 per reply on held-out prompts, against the policy that the run started from"),
     ("eval/kl_k3_per_response", "nats", "k3 per reply on held-out prompts"),
     ("eval/length", "tokens", "mean reply length on held-out prompts"),
     ("eval/finished", "share", "held-out replies that ended with a stop token"),
@@ -205,6 +208,16 @@ def describe(name: str) -> Metric:
 def held_out_reward(watch: str | None) -> str:
     """The metric that says how good a policy is: of the reward that watches, which PPO does not maximise, if the job names one."""
     return f"eval/reward/{watch}" if watch is not None else "eval/reward"
+
+
+START_KL = "kl/start_k1_per_response"
+
+
+def start_kl(names: Container[str]) -> str:
+    """The metric that says how far the policy is from the one that the run started from, which is the reference unless it is reset.
+
+    names: of the metrics that there are."""
+    return START_KL if START_KL in names else "kl/k1_per_response"
 
 
 _REWARD = re.compile(r"(eval/(?:confirm/)?reward)(.*)")

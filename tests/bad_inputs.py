@@ -66,7 +66,7 @@ TESTS: dict[str, tuple[int, ...]] = {
     UNIT + "models/test_backbone.py::*::test_more_tokens_than_embeddings": (53,),
     UNIT + "models/test_backbone.py::*::test_what_a_cpu_cannot_do*": (44,),
     UNIT + "models/test_backbone.py::*::test_a_causal_lm_is_no_reward_model": (54,),
-    UNIT + "models/test_backbone.py::*::test_two_labels_are_no_reward": (54,),
+    UNIT + "models/test_backbone.py::*::test_three_labels_are_no_reward": (54,),
     UNIT + "storage/test_run_folder.py::*::test_foreign_folders_and_files*": (55,),
     UNIT + "storage/test_run_folder.py::*::test_an_unwritable_place*": (55,),
     UNIT + "storage/test_run_folder.py::*::test_a_checkpoint_of_another_run*": (57,),

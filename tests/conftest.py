@@ -333,10 +333,60 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return _cached(tmp_path_factory, "tiny_gpt2", build)
 
 
+HYBRID: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_auto_adjust_ff_dim": False},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 96,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_hybrid(model_type=one of HYBRIDS, **options) -> folder of a random model whose layers keep states: a gated delta net,
+    short convolutions or Mamba 2, around one layer of attention. Other families with the fields they need."""
+
+    def build(folder: Path, *, model_type: str, seed: int = 0, **config: Any) -> Path:
+        from transformers import AutoConfig
+
+        write_byte_tokenizer(folder)
+        values = {**HYBRID, **HYBRIDS.get(model_type, {}), **config}
+        return _write_model(folder, AutoConfig.for_model(model_type, **values), seed, "float32", 0.1)
+
+    return _cached(tmp_path_factory, "tiny_hybrid", build)
+
+
 @pytest.fixture(scope="session")
 def tiny_run() -> Callable[..., Path]:
     """tiny_run(folder, base, stage="sft", seed=0, ...) -> a finished run as training leaves it, with a random adapter on `base`,
-    which says something else for every seed; stage "reward" has a random head. Options: template, r, scale of B."""
+    which says something else for every seed; stage "reward" has a random head. Options: template, r, scale of B, targets."""
 
     def make(
         folder: Path,
@@ -346,6 +396,7 @@ def tiny_run() -> Callable[..., Path]:
         template: str = "alpaca_short",
         r: int = 4,
         scale: float = 0.3,
+        targets: Any = "all-linear",
     ) -> Path:
         import torch
 
@@ -359,7 +410,7 @@ def tiny_run() -> Callable[..., Path]:
         how: dict[str, Any] = {"dtype": "float32", "attn_implementation": "auto", "load_in_8bit": False}
         how |= {"load_in_4bit": False, "cpu_offload": False, "device": "cpu"}
         backbone = load_backbone(path=str(base), revision=None, **how)
-        model = wrap(backbone.model, LoraConfig(r=r, lora_alpha=2.0 * r), "ad", seed=seed)
+        model = wrap(backbone.model, LoraConfig(r=r, lora_alpha=2.0 * r, target_modules=targets), "ad", seed=seed)
         draw = torch.Generator().manual_seed(seed)
         tensors = {
             key: torch.randn(t.shape, generator=draw) * scale if "lora_B" in key else t

@@ -1,7 +1,8 @@
 """The console script `rlhf-ray`: one screen, no logic. Arguments come in, exit codes go out.
 
 Every command imports what it runs inside itself, so that help and refusals cost no torch. `app.py` is the root command and the only
-place where errors become exit codes; `registry.py`, `serve.py` and `cluster.py` add their groups of commands to it.
+place where errors become exit codes; `chat.py`, `importers.py`, `registry.py`, `serve.py` and `cluster.py` add
+theirs to it.
 """
 
 from rlhf_ray.cli.app import app, main

@@ -18,9 +18,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from rlhf_ray.cli.chat import (
+    Greedy,
+    In4Bit,
+    In8Bit,
+    MaxNewTokens,
+    Model,
+    Policies,
+    Seed,
+    Temperature,
+    TemplateName,
+    TopK,
+    TopP,
+    add_chat_command,
+    named_policies,
+    sampling_of,
+)
 from rlhf_ray.cli.cluster import add_cluster_commands
+from rlhf_ray.cli.data import data
+from rlhf_ray.cli.importers import add_import_commands
 from rlhf_ray.cli.output import stdout_kept
-from rlhf_ray.cli.registry import add_registry_commands, policy_path
+from rlhf_ray.cli.registry import add_registry_commands
 from rlhf_ray.cli.serve import add_serve_commands
 from rlhf_ray.errors import DISK_FULL, ConfigError, Interrupted, RlhfRayError
 
@@ -192,6 +210,7 @@ def merge(
     run: RunDir,
     output_dir: Annotated[str | None, typer.Option(help="default: <run>-adapter-merged")] = None,
     dtype: Annotated[str | None, typer.Option(help="precision of the merged checkpoint; default: the base's")] = None,
+    model: Annotated[str | None, typer.Option(help="the base, where it does not lie where the adapter says")] = None,
     debug: Debug = False,
 ) -> None:
     """Fold a run's adapter into its base. A stand-alone checkpoint, verified against the unmerged outputs."""
@@ -201,46 +220,38 @@ def merge(
     from rlhf_ray.models.merge import merge_run
 
     with stdout_kept():
-        merged = merge_run(run, output_dir, dtype, log=lambda line: print(line, file=sys.stderr))
+        merged = merge_run(run, output_dir, dtype, model=model, log=lambda line: print(line, file=sys.stderr))
     print(merged)
 
 
 @app.command()
 def generate(
-    policy: Annotated[list[str], typer.Option(help="base, RUN, RUN@STEP, registry:NAME or a folder; may be repeated")],
+    policy: Policies,
     instruction: Annotated[str | None, typer.Option(help="one instruction to answer")] = None,
     input: Annotated[str, typer.Option(help="its input")] = "",
     file: Annotated[str | None, typer.Option(help="answer every row of this file instead")] = None,
     out: Annotated[str | None, typer.Option(help="write JSON lines here instead of printing")] = None,
-    model: Annotated[str | None, typer.Option(help="base model; default: the one the first run was trained on")] = None,
-    template: Annotated[str | None, typer.Option(help="prompt template; default: the runs' own")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="longest reply in tokens")] = None,
-    temperature: Annotated[float | None, typer.Option(help="divides the logits")] = None,
-    top_p: Annotated[float | None, typer.Option(help="keep the smallest set of tokens with this probability")] = None,
-    top_k: Annotated[int | None, typer.Option(help="keep this many tokens; 0 keeps all")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="take the most likely token, do not sample")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="root of the randomness")] = 0,
+    model: Model = None,
+    template: TemplateName = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    greedy: Greedy = False,
+    seed: Seed = 0,
     reward: Annotated[
         list[str] | None, typer.Option(help="score replies with this reward run; may be repeated")
     ] = None,
     show_prompt: Annotated[bool, typer.Option("--show-prompt", help="print the prompt as the model reads it")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="quantise the base to 8 bits")] = False,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="quantise the base to 4 bits")] = False,
+    load_in_8bit: In8Bit = False,
+    load_in_4bit: In4Bit = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON lines")] = False,
     debug: Debug = False,
 ) -> None:
     """Answer instructions with several policies side by side. One instruction or a file; base, SFT, merged, PPO."""
     _exactly_one({"--instruction": instruction, "--file": file})
-    from rlhf_ray.config import SamplingConfig
-    from rlhf_ray.config.load import load_dict
-
-    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "do_sample": False if greedy else None}
-    sampling = load_dict(SamplingConfig, {k: v for k, v in asked.items() if v is not None}, "generate")
-    from rlhf_ray.models.specs import policy_source
-
-    policies = [policy_path(each) for each in policy]
-    for each in policies:  # refused before anything heavy is imported
-        policy_source(each)
+    sampling = sampling_of(temperature, top_p, top_k, greedy, "generate")
+    policies = named_policies(policy)
     from rlhf_ray.stages.generate import generate as run_generate
 
     with stdout_kept():
@@ -261,6 +272,9 @@ def generate(
         )
     if out is None:
         _print_rows(rows, as_json, hidden=() if show_prompt else ("prompt",))
+
+
+add_chat_command(app)
 
 
 @app.command()
@@ -295,50 +309,8 @@ def score(
         _print_rows(rows, as_json)
 
 
-importers = typer.Typer(help="Take over artefacts of AlpacaFarm-LoRA and Alpaca-LoRA-RLHF.", rich_markup_mode=None)
-app.add_typer(importers, name="import")
-
-
-@importers.command("loralib")
-def import_loralib(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint-N folder, or its pytorch_model.bin")],
-    base: Annotated[str, typer.Option(help="what the policy belongs on: the recovered SFT model")],
-    lora_alpha: Annotated[float, typer.Option(help="not in the file; 64 for the published checkpoints")],
-    output_dir: Annotated[str, typer.Option(help="output folder for adapter/ (policy) and value/ (value model)")],
-    value_base: Annotated[str | None, typer.Option(help="base of the value model; default: --base")] = None,
-    debug: Debug = False,
-) -> None:
-    """A LoRA PPO checkpoint of AlpacaFarm-LoRA."""
-    from rlhf_ray.models.importers import import_loralib as run_import
-
-    print(run_import(checkpoint, base, lora_alpha, output_dir, value_base))
-
-
-@importers.command("weight-diff")
-def import_weight_diff(
-    diff: Annotated[str, typer.Argument(help="folder of the published differences")],
-    raw: Annotated[str, typer.Option(help="folder of the raw LLaMA in transformers' format")],
-    output_dir: Annotated[str, typer.Option(help="output folder for the recovered model")],
-    debug: Debug = False,
-) -> None:
-    """A model that AlpacaFarm published as differences from LLaMA; checked by its published sum."""
-    from rlhf_ray.models.importers import import_weight_diff as run_import
-
-    with stdout_kept():
-        written = run_import(diff, raw, output_dir)
-    print(written)
-
-
-@importers.command("peft")
-def import_peft(
-    adapter: Annotated[str, typer.Argument(help="folder with adapter_config.json and adapter_model.bin")],
-    output_dir: Annotated[str, typer.Option(help="output folder for the same adapter as safetensors")],
-    debug: Debug = False,
-) -> None:
-    """A PEFT adapter whose weights are pickled."""
-    from rlhf_ray.models.importers import import_peft as run_import
-
-    print(run_import(adapter, output_dir))
+app.add_typer(data, name="data")
+add_import_commands(app)
 
 
 @app.command()

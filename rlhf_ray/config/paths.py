@@ -80,6 +80,8 @@ def _named_folders(config: Section) -> Iterator[tuple[Loc, str, bool]]:
     for i, reward in enumerate(getattr(config, "rewards", ())):
         if reward.run is not None:
             yield ("rewards", i, "run"), reward.run, False
+        for member, path in enumerate(reward.ensemble or ()):
+            yield ("rewards", i, "ensemble", member), path, False
         if reward.model is not None:
             yield ("rewards", i, "model"), reward.model, True
     for i, spec in enumerate(getattr(config, "policies", ())):

@@ -16,6 +16,8 @@ STAGES: dict[str, type[JobFields]] = {
     "ppo": PPOConfig,
     "evaluate": EvaluateConfig,
 }
+SOURCES = {"run", "ensemble", "model", "function"}
+"""A reward has one of these; in ppo.rewards of a pipeline one without is that of the reward stage."""
 
 
 class PipelineConfig(JobFields):
@@ -27,7 +29,10 @@ class PipelineConfig(JobFields):
     ] = field(tuple(STAGES), "stages to run, in this order")
     sft: dict[str, Any] = field({}, "fields of SFTConfig")
     reward: dict[str, Any] = field({}, "fields of RewardConfig")
-    ppo: dict[str, Any] = field({}, "fields of PPOConfig")
+    ppo: dict[str, Any] = field(
+        {},
+        "fields of PPOConfig; of its rewards, one that names no run, ensemble, model or function is that of the reward stage",
+    )
     evaluate: dict[str, Any] = field({}, "fields of EvaluateConfig")
 
     @model_validator(mode="after")
@@ -48,26 +53,36 @@ class PipelineConfig(JobFields):
     def stage_config(self, stage: str) -> JobFields:
         """The configuration of one stage, wired to the stages before it. Raises pydantic's ValidationError."""
         shared = {name: getattr(self, name) for name in self.model_fields_set & set(JobFields.model_fields)}
-        wiring, own = self._wiring(stage), getattr(self, stage)
+        wiring, own = self.wiring(stage), getattr(self, stage)
         wired = {**shared, **wiring, **own, "output_dir": f"{self.output_dir}/{stage}"}
         if self.copy_to is not None and "copy_to" not in own:
             wired["copy_to"] = under(self.copy_to, stage)
+        if stage == "ppo" and "rewards" in wiring:
+            wired["rewards"] = wiring["rewards"]
         if stage == "evaluate":  # what PPO maximised is always compared; the job may add judges of its own
             wired["rewards"] = [*wiring["rewards"], *own.get("rewards", ())]
         return STAGES[stage](**wired)
 
-    def _wiring(self, stage: str) -> dict[str, Any]:
-        made = {s: f"{self.output_dir}/{s}" for s in self.stages}
-        rewards = [{"name": "reward", "run": made["reward"]}] if "reward" in made else None
-        wiring: dict[str, Any] = {}
+    def _rewards(self, made: dict[str, str]) -> list[Any] | None:
+        """PPO's: as the job has them, those that name no reward taken for the reward stage's; that one alone if it names none."""
+        given = self.ppo.get("rewards", None if "reward" not in made else [{}])
+        if "reward" not in made or not isinstance(given, (list, tuple)):
+            return given  # type: ignore[no-any-return]
+        own = {"name": "reward", "run": made["reward"]}
+        return [{**own, **r} if isinstance(r, dict) and not r.keys() & SOURCES else r for r in given]
+
+    def wiring(self, stage: str) -> dict[str, Any]:
+        """What a stage has of those before it, where it says nothing else."""
+        made: dict[str, str] = {s: f"{self.output_dir}/{s}" for s in self.stages}
+        rewards, wiring = self._rewards(made), dict[str, Any]()
         if "sft" in made and (stage == "ppo" or (stage == "reward" and self.reward.get("init_from") != "base")):
             wiring["sft"] = made["sft"]
-        if stage == "ppo" and rewards:
+        if stage == "ppo" and rewards is not None:
             wiring["rewards"] = rewards
         if stage == "evaluate":
             wiring["policies"] = [{"name": "base", "policy": "base"}]
             wiring["policies"] += [{"name": s, "policy": made[s]} for s in ("sft", "ppo") if s in made]
-            wiring["rewards"] = self.ppo.get("rewards", rewards or [])
+            wiring["rewards"] = rewards or []
             for name in ("response_length", "max_length", "stop_token_ids", "rollout_chunk_size", "data"):
                 if name in self.ppo:
                     wiring[name] = self.ppo[name]

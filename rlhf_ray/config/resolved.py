@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
+from rlhf_ray.config.defaults import FOLLOWS
+from rlhf_ray.config.pipeline import PipelineConfig
 from rlhf_ray.config.sections import Section
+from rlhf_ray.config.stages import JobFields
 from rlhf_ray.config.yaml_reader import JobLoader
 
 
@@ -36,6 +39,31 @@ _JobDumper.add_representer(str, _represent_text)
 def to_dict(config: Section) -> dict[str, Any]:
     """Every field with its value, in the order of the class, as JSON types. `type(config)` accepts it and gives an equal object."""
     return config.model_dump(mode="json")
+
+
+def written_out(config: JobFields) -> dict[str, Any]:
+    """Every field with its value, as `to_dict`; of a pipeline also those of its stages."""
+    values = to_dict(config)
+    if isinstance(config, PipelineConfig):
+        for stage in config.stages:
+            values[stage] = stage_values(config.stage_config(stage), values[stage], config.wiring(stage))
+    return values
+
+
+def stage_values(config: Section, given: Mapping[str, Any], left: Collection[str]) -> dict[str, Any]:
+    """The section of a larger job that makes `config`: what it has now (`given`), and defaults that are constants for the rest.
+
+    left: fields that stay as they are given. So do those that all stages have, and those whose default follows from another
+    field, which may yet change."""
+    values = to_dict(config)
+    for name in FOLLOWS:
+        section, _, inner = name.rpartition(".")
+        if section in values and inner not in (given.get(section) or {}):
+            values[section].pop(inner, None)
+    open_ones = values.keys() - given.keys()
+    as_given = set(left) | {name for name in open_ones if name in JobFields.model_fields or name in FOLLOWS}
+    kept = {name: value for name, value in values.items() if name not in as_given}
+    return {**kept, **{name: value for name, value in given.items() if name in as_given}}
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,9 @@ Ints = Annotated[tuple[int, ...], BeforeValidator(_one_or_many)]
 Float = Annotated[float, BeforeValidator(_to_float), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Positive = Annotated[Float, Field(gt=0)]
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+"""Logits divided by less overflow in half precision and, at the extreme, in float32 (vLLM's floor is the same)."""
+Temperature = Annotated[Float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)]
 NotNegative = Annotated[Float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Path = Annotated[str, Field(min_length=1)]
@@ -66,6 +70,10 @@ class LoraConfig(Section):
     target_modules: Literal["all-linear"] | Strings = field(
         "all-linear", "module names to adapt (names, not a regular expression), or all-linear"
     )
+    target_parameters: Strings = field(
+        (),
+        "stacked expert weights to adapt beside target_modules, by name: mlp.experts.gate_up_proj, mlp.experts.down_proj",
+    )
     use_rslora: bool = field(False, "rank-stabilised scale lora_alpha / sqrt(r) (arXiv:2312.03732)")
 
     @model_validator(mode="before")
@@ -85,6 +93,11 @@ class LoraConfig(Section):
         for name in self.target_modules if not isinstance(self.target_modules, str) else ():
             if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
                 raise ValueError(f"target_modules takes module names, not a regular expression: {name!r}")
+        for name in self.target_parameters:
+            if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
+                raise ValueError(f"target_parameters takes parameter names, not a regular expression: {name!r}")
+        if self.target_parameters and self.lora_dropout:
+            raise ValueError("target_parameters: PEFT has no dropout on stacked weights: set lora_dropout to 0")
         if not self.target_modules:
             raise ValueError("target_modules is empty: name at least one module, or all-linear")
         return self
@@ -96,10 +109,21 @@ class DataConfig(Section):
     train: Sources = field(
         ...,
         "files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
-        " data set ids",
+        " data set ids, or folders that are laid out like one",
         min_length=1,
     )
+    weights: Annotated[tuple[Positive, ...], BeforeValidator(_to_tuple)] | None = field(
+        None,
+        "share of the training rows that each entry of data.train gets, e.g. [0.7, 0.3]: the most rows in these shares, none twice;"
+        " default: all rows of all files",
+    )
+    mix_seed: Annotated[int, Field(ge=0)] = field(
+        0, "which rows are taken of a file of which data.weights leaves some out"
+    )
     eval: Sources | None = field(None, "separate evaluation files; default: the held-out share of data.train")
+    name: str | None = field(
+        None, "configuration (subset) to read of a Hub data set that has several, as `main` of gsm8k"
+    )
     split: str = field("train", "split to read of a Hub data set")
     format: Literal[
         "auto",
@@ -133,11 +157,22 @@ class DataConfig(Section):
     on_bad_row: Literal["stop", "skip"] = field(
         "stop", "a malformed row stops the job (exit 4), or is skipped and counted"
     )
+    special_tokens: Literal["text", "parse"] = field(
+        "text",
+        "what a row's text that spells a special token (<|im_start|>, </s>) is: text, with a warning that counts such rows; or, for"
+        " rows that were rendered with the model's own markers, the token (parse)",
+    )
     too_long: Literal["stop", "drop", "truncate"] = field(
         "drop",
         "rows over max_length: stop (exit 4), drop and count, or truncate (prompts left, replies right) and count",
     )
     max_row_bytes: Count = field(1_000_000, "a longer row is malformed")
+
+    @model_validator(mode="after")
+    def _one_weight_for_each_file(self) -> DataConfig:
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.train)} entries of train; give one for each")
+        return self
 
 
 class LearnerConfig(Section):
@@ -168,7 +203,7 @@ class SamplingConfig(Section):
     """How replies are decoded outside of rollouts (rollouts always sample the full distribution at `temperature`)."""
 
     do_sample: bool = field(True, "sample; false: take the most likely token")
-    temperature: Positive = field(1.0, "divides the logits")
+    temperature: Temperature = field(1.0, "divides the logits")
     top_p: Annotated[Float, Field(gt=0, le=1)] = field(
         1.0, "keep the smallest set of tokens with this probability; 1 keeps all"
     )
@@ -188,15 +223,28 @@ class SamplingConfig(Section):
 
 RESERVED_REWARDS = ("mean", "std", "min", "max", "score", "shaped")
 """reward/<name> with one of these names is a metric of the step."""
+RESERVED_MODELS = ("policy", "reference", "synced_reference", "value")
+"""Roles of PPO, beside which a reward model is a role of its name."""
 
 
 class RewardSource(Section):
-    """One reward: a reward run, a sequence-classification checkpoint, or a Python function. Set exactly one of the three."""
+    """One reward: a reward run, an ensemble, a sequence-classification checkpoint or a Python function. Set exactly one of them."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")] = field(
         "reward", "how metrics and value.init_from call it"
     )
     run: Path | None = field(None, "folder of a reward run, or of its merged checkpoint")
+    ensemble: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] | None = field(
+        None,
+        "folders of at least two reward runs on the job's base that score together, e.g. of different seeds (Coste et al. 2023,"
+        " arXiv:2310.02743); metrics call them <name>/1, <name>/2, ... and their disagreement (standard deviation) <name>/std",
+    )
+    aggregate: Literal["mean_minus_std", "min", "mean"] | None = field(
+        None,
+        "ensemble: the mean of its members less std_coef times their standard deviation over members (population, 1/n; UWO of"
+        " arXiv:2310.02743 takes off the variance), the lowest member (WCO there), or the mean; default: mean_minus_std",
+    )
+    std_coef: Positive | None = field(None, "aggregate mean_minus_std: its factor; default: 1")
     model: Path | None = field(None, "a one-label sequence-classification checkpoint (path or Hub id)")
     function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")] | None = field(
         None,
@@ -206,39 +254,108 @@ class RewardSource(Section):
     weight: Float = field(
         1.0, "factor in the sum of rewards; 0: measured only, it can neither stop training nor cost a reply its place"
     )
-    normalize: bool = field(
-        False,
+    normalize: bool | None = field(
+        None,
         "subtract the mean and divide by the standard deviation of the reward run's held-out scores, before the weight: so rewards"
-        " of different scale weigh what their weights say",
+        " of different scale weigh what their weights say, and kl_coef does not depend on the scale; default: wherever the run has"
+        " such scores, so never with model or function (arXiv:2009.01325 takes off the mean; OpenRLHF's --normalize_reward); an"
+        " ensemble: each member by its own, before aggregate; default there: true, since where a reward model has its zero is"
+        " chance, and so would be which member is the lowest",
     )
     template: str | None = field(
         None, "prompt template of a reward model with another tokenizer; default: the one it records, else the job's"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_an_ensemble(cls, values: Any) -> Any:
+        """Filled in, so that a run records what it did."""
+        if not isinstance(values, dict) or values.get("ensemble") is None:
+            return values
+        found = dict(values)
+        if found.get("normalize") is None:
+            found["normalize"] = True
+        if found.get("aggregate") is None:
+            found["aggregate"] = "mean_minus_std"
+        if found["aggregate"] == "mean_minus_std" and found.get("std_coef") is None:
+            found["std_coef"] = 1.0
+        return found
+
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardSource:
         if self.name in RESERVED_REWARDS:
             raise ValueError(f"name: {self.name} is a metric of its own; choose another name for the reward")
-        if sum(x is not None for x in (self.run, self.model, self.function)) != 1:
-            raise ValueError("a reward needs exactly one of run, model, function")
-        if self.normalize and self.run is None:
+        if self.name in RESERVED_MODELS and self.function is None:
+            raise ValueError(f"name: {self.name} is another model of PPO; choose another name for the reward")
+        if sum(x is not None for x in (self.run, self.ensemble, self.model, self.function)) != 1:
+            raise ValueError("a reward needs exactly one of run, ensemble, model, function")
+        if self.normalize and self.run is None and self.ensemble is None:
             raise ValueError("normalize: needs a reward run, which records its held-out scores; drop it")
+        self._check_ensemble()
         return self
+
+    def _check_ensemble(self) -> None:
+        if self.ensemble is None:
+            for name in ("aggregate", "std_coef"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: only an ensemble has one; drop it")
+            return
+        if len(self.ensemble) < 2:
+            raise ValueError(
+                f"ensemble: expected at least 2 reward runs; got {len(self.ensemble)}; name more, or use run"
+            )
+        places = [os.path.abspath(path) for path in self.ensemble]
+        for path, place in zip(self.ensemble, places):
+            if places.count(place) > 1:
+                raise ValueError(
+                    f"ensemble: {path} is named {places.count(place)} times; expected different reward runs"
+                )
+        if self.std_coef is not None and self.aggregate != "mean_minus_std":
+            raise ValueError(
+                f"std_coef: has no effect with aggregate {self.aggregate}; drop it, or set aggregate: mean_minus_std"
+            )
+        if self.template is not None:
+            raise ValueError("template: an ensemble reads the policy's own tokens; drop it")
+
+    @property
+    def members(self) -> tuple[RewardSource, ...]:
+        """An ensemble's runs as rewards of weight 1, <name>/1, <name>/2, ...; empty for any other reward."""
+        alone = {"ensemble": None, "aggregate": None, "std_coef": None, "weight": 1.0}
+        return tuple(
+            self.model_copy(update={**alone, "name": f"{self.name}/{number}", "run": path})
+            for number, path in enumerate(self.ensemble or (), start=1)
+        )
+
+    def models(self, role: str) -> dict[str, str]:
+        """The models that it loads: the role of each, for a reward of role `role`, and its path. None for a function."""
+        if self.ensemble is not None:
+            return {f"{role}/{number}": path for number, path in enumerate(self.ensemble, start=1)}
+        path = self.run or self.model
+        return {} if path is None else {role: path}
+
+
+VALUE_LEARNING_RATE = 5.0
+"""The value model's learning rate where none is set, times the policy's."""
 
 
 class ValueConfig(Section):
     """The value model of PPO with GAE."""
 
-    init_from: Annotated[str, Field(pattern=r"^(policy|reward:[A-Za-z0-9_-]+)$")] | None = field(
-        None, "policy, or reward:<name>; default the first reward run, policy if there is none"
+    init_from: Annotated[str, Field(pattern=r"^(policy|reward:[A-Za-z0-9_-]+(/[1-9]\d*)?)$")] | None = field(
+        None,
+        "policy, or reward:<name>, of an ensemble reward:<name>/1, /2, ...; default the first reward run, policy if there is none",
     )
     adapter: Literal["own", "shared"] = field("own", "own LoRA adapter, or a head on the policy's own adapter")
     lora: LoraConfig | None = field(None, "its adapter when it is fresh; default as the policy's")
     learning_rate: Positive | None = field(
-        None, "default: learning_rate; of its head alone where it shares the policy's adapter"
+        None,
+        f"of its head alone where it shares the policy's adapter; default: {VALUE_LEARNING_RATE:g} times learning_rate (OpenRLHF: 9"
+        " times, verl: 10, TRL: 1)",
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = field(
-        0, "first PPO steps that train only the value model; the policy's own warm-up starts after them"
+    warmup_steps: NotNegative = field(
+        0.05,
+        "first PPO steps that train only the value model: a share of all steps, rounded down, if below 1, else steps; the policy's"
+        " own warm-up starts after them (OpenRLHF's freezing_actor_steps, verl's critic_warmup, both off there)",
     )
 
 

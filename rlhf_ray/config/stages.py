@@ -9,11 +9,13 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
+from rlhf_ray.config import defaults
 from rlhf_ray.config.actors import ActorsConfig
 from rlhf_ray.config.sections import (
     RUN_NAME,
@@ -32,6 +34,7 @@ from rlhf_ray.config.sections import (
     SamplingConfig,
     Section,
     Share,
+    Temperature,
     ValueConfig,
     _division,
     _one_or_many,
@@ -40,6 +43,11 @@ from rlhf_ray.config.sections import (
     field,
 )
 from rlhf_ray.config.uris import without_credentials
+
+RESPONSE_LENGTH = (
+    "longest reply in tokens; default with template chat, unless max_length is below"
+    f" {defaults.ROOM_FOR_CHAT}: {defaults.CHAT_RESPONSE_LENGTH} (verl's; OpenRLHF: 1024, TRL's GRPO: 256)"
+)
 
 
 def _iso(value: str) -> str:
@@ -58,6 +66,11 @@ class JobFields(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = field(0, "root of all randomness")
     resume: Literal["never", "auto"] = field(
         "never", "never: refuse a folder that holds a run; auto: resume from its newest valid checkpoint, else start"
+    )
+    defaults_version: Annotated[int, Field(ge=1, le=defaults.VERSION)] = field(
+        defaults.VERSION,
+        "whose defaults hold for what the job leaves open (MIGRATING.md lists them); kept in the run folder, so that a run is"
+        " finished under the defaults that it was begun with",
     )
     model_name_or_path: Path = field(..., "base model: folder or Hub id of a causal language model")
     revision: str | None = field(None, "Hub revision of the base")
@@ -85,6 +98,10 @@ class JobFields(Section):
         "what a chat template that says the date (strftime_now) takes for now, e.g. 2026-01-31T09:00:00; default: that of the run"
         " it starts from, else when it was started; kept in the run folder",
     )
+    chat_template_kwargs: dict[str, Any] = field(
+        {},
+        "further variables of the chat template, e.g. {enable_thinking: false}; kept with the template in the run folder",
+    )
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many)] = field(
         ("tensorboard",), "trackers besides metrics.jsonl"
     )
@@ -108,6 +125,21 @@ class JobFields(Section):
         "a phase counts as hanging after ten times its median and at least this many seconds: stacks of all ranks are"
         " written, and the learner group restarts from the newest checkpoint; 0: off",
     )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _open_fields(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        """Defaults that are no constants are filled in, so that a run records what it did; they do not count as set."""
+        if not isinstance(values, dict):
+            return handler(values)
+        found, names = defaults.filled_in(cls, values)
+        config = handler(found)
+        for section, _, name in (name.rpartition(".") for name in names):
+            if section:
+                getattr(config, section).model_fields_set.discard(name)
+            if (section or name) not in values:
+                config.model_fields_set.discard(section or name)
+        return config
 
     @model_validator(mode="after")
     def _common_rules(self) -> JobFields:
@@ -138,7 +170,7 @@ class OptimFields(Section):
     weight_decay: NotNegative = field(0.0, "decoupled weight decay")
     adam_beta1: Annotated[Float, Field(ge=0, lt=1)] = field(0.9, "Adam: decay of the mean of gradients")
     adam_beta2: Annotated[Float, Field(ge=0, lt=1)] = field(0.999, "Adam: decay of the mean of squared gradients")
-    adam_epsilon: Positive = field(1e-5, "Adam: added to the denominator")
+    adam_epsilon: Positive = field(1e-8, "Adam: added to the denominator (that of torch, transformers and TRL)")
     max_grad_norm: Positive = field(1.0, "clip the gradient to this norm (PPO: policy and value each)")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = field("linear", "decay after the warm-up")
     min_lr_ratio: Share = field(0.0, "learning rate at the end, as a share of the peak")
@@ -210,6 +242,16 @@ class SFTConfig(_SupervisedFields):
         True, "end every reply with the chat template's end of turn, else the end-of-sequence token"
     )
     group_by_length: bool = field(False, "batch rows of similar length together")
+    sft: Path | None = field(
+        None,
+        "SFT or PPO run, or adapter, that training goes on from: a copy of it is trained (default: a fresh adapter)",
+    )
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> SFTConfig:
+        if self.sft is not None and "lora" in self.model_fields_set:
+            raise ValueError("lora: the adapter named by sft has its own r, alpha and targets; drop lora")
+        return self
 
 
 class RewardConfig(_SupervisedFields):
@@ -261,6 +303,10 @@ class PPOConfig(JobFields, OptimFields):
     )
 
     learning_rate: Positive = field(2e-5, "peak learning rate of the policy")
+    adam_epsilon: Positive = field(
+        1e-5,
+        "Adam: added to the denominator (that of OpenAI's PPO in baselines; OpenRLHF, verl and tinker-cookbook: 1e-8)",
+    )
     warmup_steps: NotNegative = field(
         0.05, "warm-up: a share of all steps if below 1, else steps; the first step is never 0"
     )
@@ -277,7 +323,12 @@ class PPOConfig(JobFields, OptimFields):
     max_length: Annotated[int, Field(ge=2)] | None = field(
         None, "tokens of prompt and reply together; default: the model's context"
     )
-    response_length: Count = field(128, "longest reply in tokens")
+    max_prompt_length: Count | None = field(
+        1024,
+        "prompts of more tokens are too long (data.too_long says what becomes of them); default: this (OpenRLHF's; verl: 512) where"
+        " max_length is not set, else what max_length leaves; null: no limit of its own",
+    )
+    response_length: Count = field(128, RESPONSE_LENGTH)
     min_response_length: Count | None = field(
         None, "draw each reply's budget from [this, response_length]; default: always the longest"
     )
@@ -289,7 +340,7 @@ class PPOConfig(JobFields, OptimFields):
     importance_sampling_cap: Positive = field(
         2.0, "max_staleness 1: a token's loss is weighted by its probability now over that when sampled, at most this"
     )
-    temperature: Positive = field(1.0, "sampling temperature of rollouts; every log-probability is taken at it")
+    temperature: Temperature = field(1.0, "sampling temperature of rollouts; every log-probability is taken at it")
     stop_token_ids: Ints | None = field(
         None,
         "tokens that end a reply; default: the chat template's end of turn, eos of tokenizer and generation config",
@@ -307,15 +358,27 @@ class PPOConfig(JobFields, OptimFields):
     kl_controller: Literal["fixed", "adaptive", "horizon"] = field(
         "fixed", "adaptive: AlpacaFarm's rule; horizon: TRL's rule"
     )
-    kl_target: Positive = field(6.0, "adaptive controllers: wanted k1 per response, nats")
+    kl_target: Positive = field(
+        6.0,
+        "adaptive controllers: wanted k1 per response, nats, against the reference as it then is (ref_model_sync_steps)",
+    )
     kl_step_size: Positive = field(0.1, "adaptive: step size (k_beta)")
     kl_horizon: Positive = field(10000.0, "horizon: samples over which the coefficient adapts")
+    ref_model_sync_steps: Count | None = field(
+        None,
+        "after every so many PPO steps the policy as it then is becomes the reference of the KL penalty (ProRL, arXiv:2505.24864;"
+        " TRL's name); evaluations, max_kl and the report keep to the policy that the run started from; null: never",
+    )
+    ref_model_sync_resets_optimizer: bool = field(
+        False, "forget the moments of the policy's optimizer with each of these resets, as ProRL does"
+    )
     target_kl: Positive | None = field(
         None, "end a step's epochs once approx_kl of new against old exceeds 1.5 times this"
     )
 
     max_kl: Positive | None = field(
-        None, "stop (exit 75) once k1 against the reference, nats per reply, exceeds this; null: off"
+        None,
+        "stop (exit 75) once k1 against the policy that the run started from, nats per reply, exceeds this; null: off",
     )
     max_clip_fraction: Annotated[Float, Field(gt=0, le=1)] | None = field(
         None, "stop (exit 75) once a larger share of tokens than this is clipped in a step; null: off"
@@ -350,7 +413,19 @@ class PPOConfig(JobFields, OptimFields):
     entropy_coef: NotNegative = field(
         0.0, "entropy bonus: weight of the policy's entropy in its loss (arXiv:1602.01783)"
     )
-    cliprange_value: Positive | None = field(0.2, "value clip around the old value; null: off")
+    ptx_coef: NotNegative = field(
+        0.0,
+        "weight of a supervised loss in the policy's, mean over the tokens of as many rows of ptx_data as an optimizer step has"
+        " replies (PPO-ptx, arXiv:2203.02155; OpenRLHF's name, there 0.05)",
+    )
+    ptx_data: DataConfig | None = field(
+        None, "rows of that loss, as data of an sft job; none that asks a prompt which data holds out is learnt"
+    )
+    cliprange_value: Positive | None = field(
+        None,
+        "value clip around the old value; null: off, since it did harm where it was measured (arXiv:2006.05990; TRL: 0.2,"
+        " OpenRLHF and verl: 0.5)",
+    )
     vf_coef: NotNegative = field(0.1, "weight of the value loss")
     whiten_rewards: bool = field(False, "scale shaped rewards to unit variance, mean kept")
     whiten_advantages: bool = field(
@@ -405,24 +480,6 @@ class PPOConfig(JobFields, OptimFields):
     load_best_model_at_end: bool = field(False, "result = the checkpoint with the best held-out reward, not the last")
     num_samples_logged: Annotated[int, Field(ge=0)] = field(4, "replies written to samples.jsonl per step")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_that_depend(cls, values: Any) -> Any:
-        """Filled in, so that a run records what it did."""
-        if not isinstance(values, dict):
-            return values
-        found = dict(values)
-        if found.get("advantage_estimator") in ("rloo", "grpo"):
-            found.setdefault("whiten_advantages", False)
-        sampling = found.get("eval_sampling", {})
-        if isinstance(sampling, SamplingConfig):
-            sampling = sampling.model_dump(exclude_unset=True)
-        heat = found.get("temperature")
-        is_heat = isinstance(heat, (int, float)) and not isinstance(heat, bool) and 0 < heat < float("inf")
-        if is_heat and isinstance(sampling, dict) and sampling.get("do_sample", True) is True:
-            found["eval_sampling"] = {"temperature": heat, **sampling}
-        return found
-
     @model_validator(mode="after")
     def _ppo_rules(self) -> PPOConfig:
         problems = []
@@ -468,7 +525,7 @@ class PPOConfig(JobFields, OptimFields):
                 " pulls towards the policy's KL to the reference as kl does in the reward, or bregman (the reference's KL to the"
                 " policy), or use_kl_loss: false"
             )
-        problems += self._zero_rules()
+        problems += [*self._ptx_rules(), *self._zero_rules()]
         names = [r.name for r in self.rewards]
         if not any(r.weight for r in self.rewards):
             problems.append("rewards: all weights are 0, so nothing is maximised; give one of them a weight")
@@ -479,10 +536,7 @@ class PPOConfig(JobFields, OptimFields):
             idle = ", ".join(r.name for r in self.rewards if not r.weight) or "none"
             what = f"reward {self.watch} is maximised" if watched else f"no reward is called {self.watch!r}"
             problems.append(f"watch: {what}; expected one of weight 0: {idle}")
-        if self.value.init_from and self.value.init_from != "policy" and self.value.init_from[7:] not in names:
-            problems.append(
-                f"value.init_from: no reward is called {self.value.init_from[7:]!r}; rewards: {', '.join(names)}"
-            )
+        problems += self._value_start()
         if isinstance(self.save_steps, tuple) and any(s < 1 for s in self.save_steps):
             problems.append("save_steps: steps start at 1")
         if self.sft is not None and "lora" in self.model_fields_set:
@@ -492,6 +546,27 @@ class PPOConfig(JobFields, OptimFields):
         if problems:
             raise ValueError(" | ".join(problems))
         return self
+
+    def _value_start(self) -> list[str]:
+        start = (self.value.init_from or "policy").removeprefix("reward:")
+        ensemble = next((list(r.models(r.name)) for r in self.rewards if r.name == start and r.ensemble), None)
+        if ensemble is not None:
+            which = " or ".join(f"reward:{role}" for role in ensemble)
+            return [f"value.init_from: reward {start!r} is an ensemble; expected one member of it: {which}"]
+        names = [name for r in self.rewards for name in (r.models(r.name) if r.ensemble else (r.name,))]
+        if start != "policy" and start not in names:
+            return [f"value.init_from: no reward is called {start!r}; rewards: {', '.join(names)}"]
+        return []
+
+    def _ptx_rules(self) -> list[str]:
+        if self.ptx_data is None:
+            lacks = "ptx_coef: there are no rows to learn from; set ptx_data, as data of an sft job, or ptx_coef: 0"
+            return [lacks] if self.ptx_coef else []
+        idle = [name for name in ("eval", "eval_max_rows", "disjoint_stages") if getattr(self.ptx_data, name)]
+        return [
+            f"ptx_data.{name}: has no effect: nothing is evaluated on ptx_data, all of it trains; drop it"
+            for name in idle
+        ]
 
     def _zero_rules(self) -> list[str]:
         stage, problems = self.learner.zero_stage, []
@@ -516,7 +591,7 @@ class EvaluateConfig(JobFields):
     judge: str | None = field(None, "reward that decides wins; default: the first")
     baseline: str | None = field(None, "policy that wins are counted against; default: the first")
     reference: str | None = field(None, "policy that KL is measured against; default: the baseline")
-    response_length: Count = field(128, "longest reply in tokens")
+    response_length: Count = field(128, RESPONSE_LENGTH)
     max_length: Annotated[int, Field(ge=2)] | None = field(
         None, "tokens of prompt and reply together; default: the model's context"
     )

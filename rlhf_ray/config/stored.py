@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from rlhf_ray.config import STAGES, JobFields, PipelineConfig
 from rlhf_ray.config.explain import real_loc
 from rlhf_ray.config.load import dotted, load_dict
 from rlhf_ray.config.sections import Section
@@ -21,8 +22,9 @@ S = TypeVar("S", bound=Section)
 def load_stored(cls: type[S], values: Mapping[str, Any], where: str, overrides: Sequence[str | Override] = ()) -> S:
     """`values`, read from the file `where`, with `overrides` (`a.b=c`), as a `cls`.
 
-    A field that is not there came later: the run had its default. One that this version has no more is passed over if it was off
-    (null, false, 0, empty). Otherwise ConfigError names it: the run would be another one without it."""
+    A field that is not there came later: the run had its default, under the defaults that the run was begun with. One that this
+    version has no more is passed over if it was off (null, false, 0, empty). Otherwise ConfigError names it: the run would be
+    another one without it."""
     known, gone = split_known(cls, values)
     ConfigError.raise_all(
         Problem(
@@ -34,7 +36,12 @@ def load_stored(cls: type[S], values: Mapping[str, Any], where: str, overrides: 
         for loc, value in gone
         if value
     )
-    return load_dict(cls, known, where, overrides)
+    return load_dict(cls, {"defaults_version": version_of(known), **known}, where, overrides)
+
+
+def version_of(values: Mapping[str, Any]) -> Any:
+    """The `defaults_version` of a job that a run has on disk."""
+    return values.get("defaults_version", 1)
 
 
 def split_known(cls: type[Section], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[Loc, Any]]]:
@@ -54,3 +61,11 @@ def _take_out(values: Any, loc: Loc) -> Any:
     for part in loc[:-1]:
         values = values[part]
     return values.pop(loc[-1])
+
+
+def config_class(stage: str) -> type[JobFields]:
+    """The configuration class of a run's stage. Raises ConfigError."""
+    classes: dict[str, Any] = {**STAGES, "pipeline": PipelineConfig, "demo": PipelineConfig}
+    if stage not in classes:
+        raise ConfigError.at("stage", "unknown", f"one of {', '.join(classes)}", stage)
+    return classes[stage]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_ray.config.defaults import usual
 from rlhf_ray.config.sections import Section
 from rlhf_ray.config.stages import JobFields, PPOConfig
 
@@ -44,13 +45,13 @@ def _can_be_asked(config: Section, names: tuple[str, ...]) -> bool:
     return all(name.partition(".")[0] in type(config).model_fields for name in names)
 
 
-def _is_set(config: Section, name: str) -> bool:
-    """Whether the field is not its default."""
+def _is_set(config: JobFields, name: str) -> bool:
+    """Whether the field is not its default, under the defaults that the job has."""
     section: Any = config
     *path, last = name.split(".")
     for part in path:
         section = getattr(section, part)
-    return bool(getattr(section, last) != type(section).model_fields[last].default)
+    return getattr(section, last) not in (type(section).model_fields[last].default, usual(config, name))
 
 
 Rule = tuple[tuple[str, ...], Callable[[Any], bool], str | Callable[[Any], str]]
@@ -70,6 +71,11 @@ def _holds_nothing_out(config: PPOConfig) -> bool:
 
 
 _OPTIMIZER: list[Rule] = [
+    (
+        ("chat_template_kwargs",),
+        lambda job: job.template != "chat",
+        lambda job: f"with template {job.template}; drop it, or set template: chat",
+    ),
     (
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
         lambda c: c.optim == "adafactor",
@@ -122,14 +128,24 @@ _PPO: list[Rule] = [
         ),
     ),
     (
-        ("use_kl_loss",),
+        ("use_kl_loss", "ref_model_sync_steps"),
         lambda c: c.kl_penalty == "none" or c.kl_coef == 0,
         lambda c: f"with {'kl_penalty none' if c.kl_penalty == 'none' else 'kl_coef 0'}; drop it",
+    ),
+    (
+        ("ref_model_sync_resets_optimizer",),
+        lambda c: c.ref_model_sync_steps is None,
+        "without ref_model_sync_steps; drop it, or set the steps after which the reference is reset",
     ),
     (
         ("target_kl",),
         lambda c: c.num_ppo_epochs == 1 and c.num_mini_batches == 1,
         "with one optimizer step per rollout, after which it would stop; drop it",
+    ),
+    (
+        ("ptx_data",),
+        lambda c: c.ptx_coef == 0,
+        "with ptx_coef 0; drop it, or set the weight of its loss",
     ),
     (
         ("importance_sampling_cap",),

@@ -1,4 +1,5 @@
-"""Text to token ids. Text that comes from data is always encoded as text: a "</s>" in a row never becomes the control token.
+"""Text to token ids. Text that comes from data is encoded as text: a "</s>" in a row becomes the control token only where the
+caller asks for it (`parse`), for texts that are written with the model's own markers.
 
 Prompt and reply are encoded apart and then joined, because that is what generation does: the reply's first token is chosen after
 the prompt's last one, whatever longer token the two might have formed. `end_of_turn` ends a reply.
@@ -42,6 +43,12 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if starts and tokenizer("a", add_special_tokens=False).input_ids[:1] != [bos] else []
 
 
+def after_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """`ids` with `bos_ids` before them, unless they begin with that already."""
+    bos = bos_ids(tokenizer)
+    return ids if bos and ids[:1] == bos else bos + ids
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | None:
     """The token that ends a reply under `template`: the chat template's own, else the tokenizer's eos; None if there is neither."""
     own = own_end_of_turn(tokenizer, template)
@@ -69,13 +76,23 @@ def own_end_of_turn(tokenizer: PreTrainedTokenizerBase, template: Template) -> i
     return ends[0] if ends[0] == ends[1] else None
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def spelled_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[str]]:
+    """The control tokens that each text spells, each once, in order."""
+    control = _any_of(control_tokens(tokenizer))
+    return [list(dict.fromkeys(control.findall(text))) for text in texts]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], parse: bool = False) -> list[list[int]]:
     """Ids of each text, without bos or eos and without any control token. One batched call.
+
+    parse: what spells a control token becomes that token.
 
     Raises DataError if the tokenizer cannot tell a control token from ordinary text.
     """
     if not texts:
         return []
+    if parse:
+        return _batched(tokenizer, texts, split_special_tokens=False)
     ids = _plain(tokenizer, texts)
     control = control_tokens(tokenizer)
     forbidden = frozenset(control.values())
@@ -119,13 +136,57 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
+def _spells(control: re.Pattern[str], message: Message, said: frozenset[str]) -> bool:
+    """Whether a message spells a control token; what the assistant may say (`speakable_tokens`) is none in its own turns."""
+    found = set(control.findall(message.content + message.extra))
+    return bool(found - said if message.role == "assistant" else found)
+
+
+def speakable_tokens(tokenizer: PreTrainedTokenizerBase, template: Template) -> frozenset[str]:
+    """Tokens that a model writes itself within its turn, as <think> and <tool_call>: added tokens that are not special, and that
+    the chat template does not write around turns. In a reply they are those tokens, as if the model had written it."""
+    if not isinstance(template, ChatTemplate):
+        return frozenset()
+    added = {t.content for t in tokenizer.added_tokens_decoder.values() if not t.special}
+    try:
+        turns = template.render_whole((_ASKED, _ANSWERED, _ASKED))
+    except PromptMismatch:
+        return frozenset()
+    special = set(tokenizer.all_special_tokens)
+    return frozenset(token for token in added - special if token not in turns)
+
+
+def encode_replies(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    texts: Sequence[str],
+    parse: bool,
+    rendered: Sequence[str] = (),
+) -> list[list[int]]:
+    """`encode_texts` of replies, in which tokens that a model may say are those tokens.   rendered: texts with markers that the
+    template wrote, and none that the data spell."""
+    ids = encode_texts(tokenizer, texts, parse)
+    if parse:
+        return ids
+    said, control, written = speakable_tokens(tokenizer, template), _any_of(control_tokens(tokenizer)), set(rendered)
+    spelled = [set(control.findall(text)) for text in texts]
+    again = [i for i, text in enumerate(texts) if text in written or (spelled[i] and spelled[i] <= said)]
+    for i, row in zip(again, _batched(tokenizer, [texts[i] for i in again], split_special_tokens=False)):
+        ids[i] = row
+    return ids
+
+
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, template: Template, prompts: Sequence[Prompt], labels: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    prompts: Sequence[Prompt],
+    labels: Sequence[str] = (),
+    parse: bool = False,
 ) -> list[list[int]]:
     """Ids of each prompt under the template, with bos where the tokenizer (or the chat template) sets one. No eos.
 
-    An empty prompt is bos alone. Raises DataError telling every prompt that the template cannot render; `labels` (one per
-    prompt, `file:line`) say where they stand.
+    An empty prompt is bos alone.   labels: one per prompt, `file:line`.   parse: see `encode_texts`; a bos that the text begins
+    with is not set twice.   Raises DataError telling every prompt that the template cannot render.
     """
     names = labels or [f"prompt {i}" for i in range(1, len(prompts) + 1)]
     texts, problems = [], []
@@ -136,9 +197,8 @@ def encode_prompts(
             problems.append(Problem(name, str(error), fix=error.fix))
     DataError.raise_all(problems)
     if isinstance(template, ChatTemplate):
-        return _encode_chats(tokenizer, template, prompts, texts, names)
-    bos = bos_ids(tokenizer)
-    return [bos + ids for ids in encode_texts(tokenizer, texts)]
+        return _encode_chats(tokenizer, template, prompts, texts, names, parse)
+    return [after_bos(tokenizer, ids) for ids in encode_texts(tokenizer, texts, parse)]
 
 
 def _encode_chats(
@@ -147,15 +207,18 @@ def _encode_chats(
     prompts: Sequence[Prompt],
     texts: Sequence[str],
     names: Sequence[str],
+    parse: bool,
 ) -> list[list[int]]:
-    """The template's own markers become control tokens; where messages contain such markers, theirs are encoded as text."""
+    """The template's own markers become control tokens; where messages contain such markers, theirs are encoded as text, unless
+    `parse`."""
     bos, control = bos_ids(tokenizer), _any_of(control_tokens(tokenizer))
+    said = speakable_tokens(tokenizer, template)
     encoded = _batched(tokenizer, texts, split_special_tokens=False)
     problems = []
     for i, prompt in enumerate(prompts):
         if prompt.is_blank:
             encoded[i] = list(bos)
-        elif any(control.search(m.content) for m in prompt.as_messages()):
+        elif not parse and any(_spells(control, m, said) for m in prompt.as_messages()):
             try:
                 encoded[i] = template.encode_safely(prompt)
             except PromptMismatch as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,18 @@ from rlhf_ray.data.prompts import ROLES, Message
 Fields = Mapping[str, Any]
 
 _TYPES = {str: "string", type(None): "null", dict: "object"}
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_TOOL_TURNS = ("function_call", "observation")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+EXTRA = ("reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "name")
+"""What chat templates read of a message beside role and content."""
+KNOWN = (*EXTRA, "role", "content", "from", "value", "weight", "train")
 _CHAT_ROLES = {role: role for role in ROLES}
 
 
@@ -73,19 +84,94 @@ def _message(item: Any, role_key: str, text_key: str, roles: Mapping[str, str]) 
     """One message, or what is wrong with it."""
     if not isinstance(item, dict):
         return f"expected an object with '{role_key}' and '{text_key}', got {type_name(item)}"
+    extra = {key: item[key] for key in EXTRA if item.get(key) not in (None, "", [])}
+    text = _joined(item.get(text_key))
+    if text is None and ("tool_calls" in extra or (text_key not in item and "reasoning_content" in extra)):
+        text = ""
+    values = {role_key: item.get(role_key), text_key: text}
     for key in (role_key, text_key):
-        fault = f"missing field '{key}'" if key not in item else _fault_of(f"'{key}'", item[key])
+        fault = (
+            f"missing field '{key}'" if key not in item and values[key] is None else _fault_of(f"'{key}'", values[key])
+        )
         if fault:
             return fault
-    if item.get("tool_calls") or item[role_key] in _TOOL_TURNS:
-        return "tool calls are not supported"
-    if item[role_key] not in roles:
-        return f"unknown {role_key} '{item[role_key]}'; expected one of {', '.join(roles)}"
-    return Message(roles[item[role_key]], item[text_key])
+    role = item[role_key]
+    if role not in roles:
+        return f"unknown {role_key} '{role}'; expected one of {', '.join(roles)}"
+    if role == "function_call":
+        extra["tool_calls"], text = text, ""
+    if "tool_calls" in extra:
+        calls = _tool_calls(extra["tool_calls"])
+        if isinstance(calls, str):
+            return calls
+        extra["tool_calls"] = calls
+    if faults := [
+        fault for key, value in extra.items() if key != "tool_calls" and (fault := _fault_of(f"'{key}'", value))
+    ]:
+        return faults[0]
+    is_learnt = item.get("weight") not in (0, 0.0) and item.get("train") is not False
+    return Message(roles[role], str(text), json.dumps(extra, sort_keys=True) if extra else "", is_learnt)
 
 
-def last_response(turns: tuple[Message, ...], name: str) -> str:
+def _joined(content: Any) -> Any:
+    """The text of a content that is a list of text parts; anything else as it is."""
+    is_parts = isinstance(content, list) and content
+    if is_parts and all(
+        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
+    ):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]] | str:
+    """In OpenAI's form, with arguments as an object, which templates write as JSON; or what is wrong with them. ShareGPT has one
+    call, {name, arguments} as JSON text."""
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls)
+        except ValueError:
+            return "the function call is not JSON"
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            return "malformed tool call: expected {name, arguments}"
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                return "malformed tool call: its arguments are not JSON"
+        of_call = {k: v for k, v in call.items() if k in ("id", "type") and isinstance(v, str)}
+        found.append({"type": "function", **of_call, "function": {"name": function["name"], "arguments": arguments}})
+    return found or "malformed tool call: there is none"
+
+
+def given_json(row: Fields, name: str, kind: type) -> str:
+    """A field that holds JSON of one kind (list, dict), or a text of it, in one form; "" where it is not there, or empty."""
+    value = row.get(name)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f"'{name}' is not JSON", f"'{name}' is not JSON: {error}") from error
+    if not value:
+        return ""
+    if not isinstance(value, kind):
+        raise BadRow(f"'{name}': expected {kind.__name__}, got {type_name(value)}")
+    return json.dumps(value, sort_keys=True)
+
+
+def unread_keys(row: Fields, name: str) -> list[str]:
+    """Keys of a field's messages that nothing reads, as `messages[].key`."""
+    items = row.get(name)
+    items = items if isinstance(items, list) else [items]
+    keys = dict.fromkeys(key for item in items if isinstance(item, dict) for key in item if key not in KNOWN)
+    return [f"{name}[].{key}" for key in keys]
+
+
+def last_response(turns: tuple[Message, ...], name: str) -> Message:
     """What the assistant says last. Raises BadRow if someone else has the last word."""
     if not turns or turns[-1].role != "assistant":
         raise BadRow(f"'{name}': expected the assistant's message last")
-    return turns[-1].content
+    return turns[-1]

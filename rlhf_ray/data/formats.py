@@ -17,16 +17,19 @@
 
 Every format gives prompts; a pair also gives its better reply as a completion. Further fields are kept, not read. A prompt of
 `messages` or `sharegpt` is what precedes the assistant's last turn; its earlier turns are answers too (Parsed.is_conversation).
+
+Beside conversations `tools` and `chat_template_kwargs` are read, for the chat template. SFT learns no rows with `label: false` and
+no messages with `weight: 0`. Fields that nothing reads are told.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from rlhf_ray.data.fields import Fields, is_list, last_response, messages, texts, type_name
+from rlhf_ray.data.fields import Fields, given_json, is_list, last_response, messages, texts, type_name, unread_keys
 from rlhf_ray.data.lines import BadRow
 from rlhf_ray.data.prompts import ASSISTANT_MARK, Message, Prompt, parse_transcript
 
@@ -42,13 +45,15 @@ class Dropped(Exception):
 
 
 class Pair(NamedTuple):
-    chosen: str
-    rejected: str
+    """Texts, or messages."""
+
+    chosen: str | Message
+    rejected: str | Message
 
 
 class Parsed(NamedTuple):
     """A row as a stage needs it; answers that the kind does not ask for are None. is_conversation: for SFT, what the assistant says
-    in the prompt is an answer as well."""
+    in the prompt is an answer as well.   replies: answers by name that are more than a text, with reasoning and tool calls."""
 
     prompt: Prompt
     completion: str | None = None
@@ -56,6 +61,7 @@ class Parsed(NamedTuple):
     rejected: str | None = None
     is_conversation: bool = False
     margin: float | None = None
+    replies: Mapping[str, Message] = {}
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Format:
     fields: tuple[str, ...]
     asks: tuple[str, ...]
     prompt: Callable[[Fields], Prompt]
-    completion: Callable[[Fields], str] | None = None
+    completion: Callable[[Fields], str | Message] | None = None
     pair: Callable[[Fields], Pair] | None = None
     pair_fields: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -87,6 +93,16 @@ class Format:
         """Fields that the format does not read."""
         return {name: value for name, value in row.items() if name not in self.fields and name not in self.optional}
 
+    def unread(self, row: Fields, kind: RowKind) -> list[str]:
+        """Fields, and keys of messages, that nothing reads. A reward function may read any column beside a prompt."""
+        messages = [
+            name
+            for name in ("messages", "conversations", "prompt", "completion", *self.pair_fields)
+            if is_list(row.get(name))
+        ]
+        inner = [key for name in messages for key in unread_keys(row, name)]
+        return inner if kind == "prompt" else [name for name in self.extra(row) if name not in READ_BESIDE] + inner
+
     def parse(self, row: Fields, kind: RowKind) -> Parsed:
         """The row's prompt and the answers that `kind` asks for.
 
@@ -97,36 +113,81 @@ class Format:
         if missing:
             raise BadRow(missing[0], "; ".join(missing))
         if self.name == "text" and kind == "sft":
-            return Parsed(Prompt(), completion=self._completion(row))
-        prompt = self.prompt(row)
+            (text,) = _told(completion=self._completion(row))[0].values()
+            return Parsed(Prompt(), completion=text)
+        prompt = _with_tools(self.prompt(row), row)
         if prompt.is_blank:
             raise BadRow("empty prompt")
         if kind == "sft":
-            return Parsed(prompt, completion=self._completion(row), is_conversation=self.is_conversation(row))
+            if row.get("label") is False or row.get("label") in _BAD:
+                raise Dropped("label: false, a reply that is not to be learnt")
+            is_conversation, reply = self.is_conversation(row), self._completion(row)
+            if isinstance(reply, Message) and not reply.is_learnt:
+                prompt, reply = _up_to_the_last_learnt(prompt, is_conversation)
+            texts_of, replies = _told(completion=reply)
+            return Parsed(prompt, texts_of["completion"], is_conversation=is_conversation, replies=replies)
         if kind == "preference":
             chosen, rejected = self._pair(row)
-            return Parsed(prompt, chosen=chosen, rejected=rejected, margin=_margin(row))
+            texts_of, replies = _told(chosen=chosen, rejected=rejected)
+            return Parsed(prompt, None, texts_of["chosen"], texts_of["rejected"], margin=_margin(row), replies=replies)
         return Parsed(prompt)
 
-    def _completion(self, row: Fields) -> str:
+    def _completion(self, row: Fields) -> str | Message:
         if self.completion is not None:
-            text = self.completion(row)
+            reply = self.completion(row)
         else:
-            text = self.pair(row).chosen if self.pair is not None else ""
-        if not text.strip():
+            reply = self.pair(row).chosen if self.pair is not None else ""
+        if not _says_something(reply):
             raise BadRow("empty completion", fix=_SKIP)
-        return text
+        return reply
 
     def _pair(self, row: Fields) -> Pair:
         if self.pair is None:
             raise BadRow(f"format '{self.name}' has no pairs")
         pair = self.pair(row)
-        if pair.chosen.strip() == pair.rejected.strip():
+        if _compared(pair.chosen) == _compared(pair.rejected):
             raise BadRow("identical completions", fix=_SKIP)
         return pair
 
 
 _SKIP = "data.on_bad_row: skip leaves such rows out and counts them"
+
+
+_BAD = ("false", "False", "FALSE")
+"""`label` of a bad reply (KTO's data), of a file that has no booleans; 0 and 1 may be classes."""
+READ_BESIDE = ("label", "margin", "tools", "chat_template_kwargs")
+"""Columns of any format that are read where they are there."""
+
+
+def _says_something(reply: str | Message) -> bool:
+    return bool(reply.content.strip() or reply.extra if isinstance(reply, Message) else reply.strip())
+
+
+def _compared(reply: str | Message) -> tuple[str, str]:
+    return (reply.content.strip(), reply.extra) if isinstance(reply, Message) else (reply.strip(), "")
+
+
+def _told(**named: str | Message) -> tuple[dict[str, str], dict[str, Message]]:
+    """The texts of answers, and the messages of those that are more than a text."""
+    replies = {name: reply for name, reply in named.items() if isinstance(reply, Message) and reply.extra}
+    return {n: reply.content if isinstance(reply, Message) else reply for n, reply in named.items()}, replies
+
+
+def _with_tools(prompt: Prompt, row: Fields) -> Prompt:
+    """With what the row gives to the chat template beside its messages."""
+    if not prompt.messages:
+        return prompt
+    tools, kwargs = given_json(row, "tools", list), given_json(row, "chat_template_kwargs", dict)
+    return replace(prompt, tools=tools, template_kwargs=kwargs) if tools or kwargs else prompt
+
+
+def _up_to_the_last_learnt(prompt: Prompt, is_conversation: bool) -> tuple[Prompt, Message]:
+    """A conversation whose last answer is not to be learnt, up to the last one that is."""
+    turns = prompt.messages if is_conversation else ()
+    last = max((i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.is_learnt), default=0)
+    if last == 0:
+        raise Dropped("no answer that is to be learnt (weight: 0)")
+    return replace(prompt, messages=turns[:last]), turns[last]
 
 
 def detect(row: Fields, kind: RowKind) -> Format | None:
@@ -209,7 +270,7 @@ def _hh_prompt(row: Fields) -> Prompt:
 # Answers
 
 
-def _completion_field(row: Fields) -> str:
+def _completion_field(row: Fields) -> str | Message:
     if not is_list(row["completion"]):
         return texts(row, "completion")[0]
     turns = messages(row, "completion")
@@ -266,7 +327,7 @@ def _hh_pair(row: Fields) -> Pair:
     return Pair(better, worse)
 
 
-def _sharegpt_completion(row: Fields) -> str:
+def _sharegpt_completion(row: Fields) -> Message:
     if _has_pair(row):
         return last_response(messages(row, "chosen", sharegpt=True), "chosen")
     return last_response(messages(row, "conversations", sharegpt=True), "conversations")

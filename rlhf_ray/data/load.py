@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_ray.config import DataConfig
 from rlhf_ray.data.counts import describe_rows
 from rlhf_ray.data.formats import RowKind
+from rlhf_ray.data.mixture import mixture
 from rlhf_ray.data.records import Row, RowSet, read_rows
 from rlhf_ray.data.splits import Half, Questions, overlap, split
 
@@ -63,11 +65,18 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
         held_elsewhere = Questions(split(others.rows, config.held_out_fraction).held_out)
         train = tuple(row for row in train if row not in held_elsewhere)
         manifest += others.manifest()
-    warnings = [*read.warnings]
     counts = {"train": len(train), "held out": len(parts.held_out)}
     if len(train) < len(parts.train):
         counts["held out elsewhere"] = len(parts.train) - len(train)
-    summary = [_account(read, counts, parts.other_half)]
+    warnings, mixed = [*read.warnings], list[str]()
+    if config.weights is not None:
+        of_all = len(train)
+        train, line = mixture(_by_file(read, train), config.weights, config.mix_seed, config.max_rows)
+        mixed, counts = [line], {"train": len(train), **{k: n for k, n in counts.items() if k != "train"}}
+        counts["beyond the mixture"] = of_all - len(train)
+    summary = [_account(read, counts, parts.other_half), *mixed]
+    if read.unread:
+        summary.append(f"nothing reads {', '.join(read.unread)}")
     held_out = parts.held_out
     if separate:
         held_out = separate.rows
@@ -82,6 +91,26 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
         tuple(dict(item) for item in manifest),
         HeldOutRule.of(config),
     )
+
+
+def _by_file(read: RowSet, train: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The training rows of each file."""
+    files: list[tuple[str, list[Row]]] = [(file.path, []) for file in read.files]
+    numbers = [i for i, file in enumerate(read.files) for _ in range(file.used)]
+    of = {id(row): number for row, number in zip(read.rows, numbers, strict=True)}
+    for row in train:
+        files[of[id(row)]][1].append(row)
+    return files
+
+
+def load_ptx_rows(config: DataConfig, held_out: Sequence[Row]) -> StageRows:
+    """The rows of the supervised loss that PPO mixes in (ptx_data): as SFT's, without those that ask, or begin with, a prompt of
+    `held_out`, on which the run is evaluated. Raises as `load_rows`."""
+    rows, held = load_rows(config, "sft"), Questions(held_out)
+    train = tuple(row for row in rows.train if row not in held)
+    left_out = len(rows.train) - len(train)
+    lines = [*rows.summary, *([f"{left_out:,} of them ask what data holds out, and are left out"] if left_out else [])]
+    return replace(rows, train=train, summary=tuple(lines))
 
 
 def _account(rows: RowSet, parts: dict[str, int], other_half: int) -> str:

@@ -6,10 +6,12 @@ different formats is the same prompt: `canonical` maps it to one string; the hel
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
 ROLES = tuple(SPEAKERS)
@@ -19,15 +21,27 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `role` is one of ROLES."""
+    """One turn of a conversation; `role` is one of ROLES.
+
+    extra: what else the chat template is given of it, as JSON: reasoning_content, tool_calls, tool_call_id, name; "" if nothing.
+    is_learnt: false where the data say that the turn is not to be learnt (`weight: 0`)."""
 
     role: str
     content: str
+    extra: str = ""
+    is_learnt: bool = True
+
+    def fields(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.extra) if self.extra else {})}
 
 
 @dataclass(frozen=True)
 class Prompt:
     """`text` with an optional `input` (instruction formats), or `messages`; exactly one of text and messages is used.
+
+    tools: JSON schemas of functions that the assistant may call, as a JSON list; "" if there are none.   template_kwargs: further
+    variables that the row gives to the chat template, as a JSON object.
 
     A prompt with neither is empty: it stands before a bare text that is learnt as it is (format `text`).
     """
@@ -35,6 +49,8 @@ class Prompt:
     text: str = ""
     input: str = ""
     messages: tuple[Message, ...] = ()
+    tools: str = ""
+    template_kwargs: str = ""
 
     @property
     def is_blank(self) -> bool:

@@ -12,7 +12,7 @@ from rlhf_ray.data.counts import Tally
 from rlhf_ray.data.formats import FORMATS, Dropped, Format, RowKind, detect
 from rlhf_ray.data.jsonrows import read_json, read_jsonl
 from rlhf_ray.data.lines import BadRow, RawRow
-from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.data.sources import DataSource, find
 from rlhf_ray.data.tables import read_csv, read_hub, read_parquet, sha256_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem
@@ -34,6 +34,7 @@ class Row:
     completion is set for SFT, chosen and rejected for preferences. A bare text (format `text`) has an empty prompt.
     is_conversation: the assistant's turns in the prompt are answers as well, for SFT to learn.
     margin: by how much chosen is better, if the data say so.
+    replies: completion, chosen or rejected as messages, where they are more than a text (reasoning, tool calls).
     """
 
     where: str
@@ -44,6 +45,7 @@ class Row:
     columns: dict[str, Any] = field(default_factory=dict)
     is_conversation: bool = False
     margin: float | None = None
+    replies: Mapping[str, Message] = field(default_factory=dict)
 
     @property
     def key(self) -> Prompt:
@@ -71,6 +73,8 @@ class RowSet:
     dropped: Tally
     skipped: Tally
     warnings: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    """Fields that nothing reads, most frequent first, with how many rows have them where that is not all."""
 
     @property
     def total(self) -> int:
@@ -102,7 +106,8 @@ def read_rows(config: DataConfig, kind: RowKind, part: Literal["train", "eval"] 
     if not rows.rows:
         counted = "; ".join(str(tally) for tally in (rows.skipped, rows.dropped) if tally.total)
         raise DataError.at(", ".join(file.path for file in rows.files), f"no usable rows: {counted}")
-    return _first_rows(rows, config.max_rows) if part == "train" and config.max_rows else rows
+    is_cut = part == "train" and config.max_rows and config.weights is None  # a mixture is cut as a whole
+    return _first_rows(rows, config.max_rows) if is_cut and config.max_rows else rows
 
 
 def _check_format(name: str, kind: RowKind) -> None:
@@ -122,6 +127,7 @@ class _FileRows:
     problems: list[Problem] = field(default_factory=list)
     dropped: Tally = field(default_factory=lambda: Tally("dropped"))
     skipped: Tally = field(default_factory=lambda: Tally("skipped"))
+    unread: Counter[str] = field(default_factory=Counter)
 
 
 def _read_file(name: str, config: DataConfig, kind: RowKind) -> _FileRows:
@@ -139,7 +145,9 @@ def _read_file(name: str, config: DataConfig, kind: RowKind) -> _FileRows:
                 raise row
             parsed = chosen.parse(row, kind)
             answers = parsed.chosen, parsed.rejected, parsed.completion
-            file.rows.append(Row(where, parsed.prompt, *answers, row, parsed.is_conversation, parsed.margin))
+            more = parsed.is_conversation, parsed.margin, parsed.replies
+            file.rows.append(Row(where, parsed.prompt, *answers, row, *more))
+            file.unread.update(chosen.unread(row, kind))
         except Dropped as drop:
             file.dropped.add(drop.reason, where)
         except BadRow as bad:
@@ -167,7 +175,7 @@ def _raw_rows(source: DataSource, config: DataConfig) -> tuple[list[RawRow], lis
     raw: list[RawRow] = []
     try:
         if source.kind == "hub":
-            raw.extend(read_hub(source.name, config.split))
+            raw.extend(read_hub(source.name, config.split, config.name))
         else:
             with source.open() as stream:
                 raw.extend(_READERS[source.kind](source.name, stream, config.max_row_bytes))
@@ -238,7 +246,9 @@ def _joined(files: Sequence[_FileRows], kind: RowKind) -> RowSet:
             warnings.append(warning)
         rows += kept
         records.append(DataFile(file.source.name, file.sha256, file.total, len(kept), file.format.name))
-    return RowSet(tuple(rows), tuple(records), dropped, skipped, tuple(warnings))
+    unread = sum((file.unread for file in files), Counter[str]())
+    told = [name if n == len(rows) else f"{name} ({n:,} rows)" for name, n in unread.most_common()]
+    return RowSet(tuple(rows), tuple(records), dropped, skipped, tuple(warnings), tuple(told))
 
 
 def _without_repeats(file: _FileRows, seen: set[str], dropped: Tally) -> Iterator[Row]:
@@ -267,7 +277,7 @@ def _first_rows(rows: RowSet, max_rows: int) -> RowSet:
         used = min(left, file.used)
         left -= used
         files.append(DataFile(file.path, file.sha256, file.rows, used, file.format))
-    return RowSet(rows.rows[:max_rows], tuple(files), rows.dropped, rows.skipped, rows.warnings)
+    return RowSet(rows.rows[:max_rows], tuple(files), rows.dropped, rows.skipped, rows.warnings, rows.unread)
 
 
 def check_same_data(recorded: Iterable[Mapping[str, Any]], current: Iterable[DataFile]) -> None:

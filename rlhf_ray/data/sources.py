@@ -59,7 +59,7 @@ class DataSource:
 
 
 def find(name: str) -> DataSource:
-    """The source that `name` means: a URI, an existing file, else a Hub id.
+    """The source that `name` means: a URI, an existing file, a folder that is laid out like a Hub data set, else a Hub id.
 
     Raises DataError: no such file (with the nearest name there is), not a regular file, an unknown type, or content that
     contradicts the name.
@@ -80,6 +80,8 @@ def find(name: str) -> DataSource:
         raise DataError.at(name, f"{_not_a(kind)}: {error.strerror}") from error
     except ValueError as error:  # a NUL character in the name
         raise DataError.at(repr(name), f"not a file name: {error}") from error
+    if stat.S_ISDIR(mode) and kind is None and _has_data(path):
+        return DataSource(name, "hub")
     if not stat.S_ISREG(mode):
         what = "it is a directory" if stat.S_ISDIR(mode) else "it is not a regular file"
         raise DataError.at(name, f"{_not_a(kind)}: {what}")
@@ -111,6 +113,12 @@ def _kind_of(name: str) -> tuple[Kind | None, bool]:
 def _may_be_hub_id(name: str, path: Path) -> bool:
     in_a_folder = "/" in name and path.parent.is_dir()
     return _HUB_ID.fullmatch(name) is not None and not in_a_folder and not path.is_symlink()
+
+
+def _has_data(folder: Path) -> bool:
+    """A data set as the Hub has it, that lies here: data files in it, or one level below."""
+    files = (*folder.glob("*"), *folder.glob("*/*"))
+    return any(_kind_of(file.name)[0] is not None and file.is_file() for file in files)
 
 
 def _not_a(kind: Kind | None) -> str:

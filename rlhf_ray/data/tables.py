@@ -89,8 +89,10 @@ def read_parquet(name: str, stream: BinaryIO, max_row_bytes: int) -> Iterator[Ra
         raise DataError.at(name, f"not a readable Parquet file: {_first_line(error)}") from error
 
 
-def read_hub(name: str, split: str) -> Iterator[RawRow]:
-    """(id:row n, row) of one split of a Hub data set, through the `datasets` library.
+def read_hub(name: str, split: str, config: str | None = None) -> Iterator[RawRow]:
+    """(id:row n, row) of one split of a Hub data set, or of a folder laid out like one, through the `datasets` library.
+
+    config: which of several configurations (subsets) of the data set.
 
     HF_HUB_OFFLINE, HF_HOME and HF_TOKEN are honoured by that library. Raises DataError where the data set cannot be had.
     """
@@ -99,7 +101,7 @@ def read_hub(name: str, split: str) -> Iterator[RawRow]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, config, split=split)
     except DatasetNotFoundError as error:
         fix = "hf auth login, once access is granted on its page" if "gated" in str(error) else nearest(name)
         raise DataError.at(name, "no such file, and no such data set on the Hub", fix=fix) from error
@@ -109,7 +111,10 @@ def read_hub(name: str, split: str) -> Iterator[RawRow]:
             raise DataError.at(
                 name, f"no such file, and the Hub cannot be reached: {offline}", fix=nearest(name)
             ) from error
-        raise DataError.at(name, f"cannot be loaded: {_first_line(error)}") from error
+        whole = _whole(error)
+        fixes = {"Config name is missing": "data.name", "BuilderConfig": "data.name", "Unknown split": "data.split"}
+        fix = next((f"{field}: one of them" for text, field in fixes.items() if text in whole), "")
+        raise DataError.at(name, f"cannot be loaded: {whole}", fix=fix) from error
     for number, row in enumerate(rows, start=1):
         yield f"{name}:row {number}", dict(row)
 
@@ -120,6 +125,15 @@ def sha256_rows(rows: Iterable[dict[str, Any]]) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode("ascii") + b"\n")
     return digest.hexdigest()
+
+
+def _whole(error: BaseException) -> str:
+    """What an error and its causes say, in one line: that of `datasets` often says nothing that its cause does not."""
+    said, at = dict[str, None](), error
+    while at is not None:
+        said.setdefault(" ".join(str(at).split()) or type(at).__name__)
+        at = at.__cause__  # type: ignore[assignment]
+    return "; ".join(said)
 
 
 def _first_line(error: BaseException) -> str:

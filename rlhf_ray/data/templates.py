@@ -18,6 +18,7 @@ import re
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from importlib.resources import files
@@ -36,6 +37,34 @@ _SEED_2_KEYS = ("description", "prompt_input", "prompt_no_input", "response_spli
 _SEED_1_KEYS = ("prompt_inputs", "prompt_noinputs")
 
 
+RESERVED = (
+    frozenset(
+        (
+            "conversation",
+            "messages",
+            "tools",
+            "chat_template",
+            "add_generation_prompt",
+            "continue_final_message",
+            "tokenize",
+            "padding",
+        )
+    )
+    | frozenset(
+        (
+            "truncation",
+            "max_length",
+            "return_tensors",
+            "return_dict",
+            "return_assistant_tokens_mask",
+            "tokenizer_kwargs",
+        )
+    )
+    | {"sanitize_control_tokens"}
+)
+"""Names in `chat_template_kwargs` that would change how, and not what, transformers renders."""
+
+
 class PromptMismatch(ValueError):
     """This template cannot render this prompt; `fix` says what could."""
 
@@ -45,6 +74,17 @@ class PromptMismatch(ValueError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+_OTHER = "template: chat, with a tokenizer whose chat template does; without that, drop the field"
+
+
+def _unwritten(prompt: Prompt, text: str) -> str | None:
+    """The first function that `prompt` offers or calls and `text` does not name: it would be learnt as if it were not there."""
+    offered = json.loads(prompt.tools) if prompt.tools else []
+    calls = [call for m in prompt.messages if m.extra for call in m.fields().get("tool_calls", [])]
+    named = [tool.get("function", tool).get("name") for tool in (*offered, *calls) if isinstance(tool, dict)]
+    return next((str(name) for name in named if name and str(name) not in text), None)
 
 
 class Template(ABC):
@@ -75,7 +115,12 @@ class Template(ABC):
 
         Raises PromptMismatch.
         """
-        return "" if prompt.is_blank else self._render(prompt)
+        if prompt.is_blank:
+            return ""
+        text = self._render(prompt)
+        if (name := _unwritten(prompt, text)) is not None:
+            raise PromptMismatch(f"template '{self.name}' does not write tools or tool calls ({name})", _OTHER)
+        return text
 
     @abstractmethod
     def _render(self, prompt: Prompt) -> str: ...
@@ -134,16 +179,19 @@ class ChatTemplate(Template):
 
     name = "chat"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
-        """date: what the template takes for now (ISO form), should it ask; None: the clock."""
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, date: str | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """date: what the template takes for now (ISO form), should it ask; None: the clock.   kwargs: further variables for it."""
+        self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
         self._dated: dict[str, Any] = {}
         if date is not None and "strftime_now" in str(tokenizer.chat_template):
             self.date = date
             self._dated = {"chat_template": _clock(datetime.fromisoformat(date)) + self.content()["chat_template"]}
 
     def content(self) -> dict[str, str]:
-        return {"kind": "chat", "chat_template": self.tokenizer.get_chat_template()}
+        given = {"kwargs": json.dumps(self.kwargs, sort_keys=True)} if self.kwargs else {}
+        return {"kind": "chat", "chat_template": self.tokenizer.get_chat_template(), **given}
 
     def _render(self, prompt: Prompt) -> str:
         return str(self._apply(prompt, tokenize=False))
@@ -158,17 +206,26 @@ class ChatTemplate(Template):
         found = self._apply(prompt, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return list(found["input_ids"]), [bool(said) for said in found["assistant_masks"]]
 
-    def render_whole(self, messages: Sequence[Message]) -> str:
-        """The text of a whole conversation, with nothing after its last turn for a reply to begin. Raises PromptMismatch."""
-        return str(self._apply(Prompt(messages=tuple(messages)), tokenize=False, add_generation_prompt=False))
+    def render_whole(self, messages: Sequence[Message], like: Prompt | None = None) -> str:
+        """The text of a whole conversation, with nothing after its last turn for a reply to begin.   like: has the tools and
+        variables of the row.   Raises PromptMismatch."""
+        whole = replace(like or Prompt(), text="", input="", messages=tuple(messages))
+        return str(self._apply(whole, tokenize=False, add_generation_prompt=False))
 
     def _apply(self, prompt: Prompt, *, add_generation_prompt: bool = True, **options: Any) -> Any:
         from jinja2 import TemplateError
 
-        turns = [{"role": m.role, "content": m.content} for m in prompt.as_messages()]
+        turns = [message.fields() for message in prompt.as_messages()]
+        given = {**self.kwargs, **(json.loads(prompt.template_kwargs) if prompt.template_kwargs else {})}
+        if reserved := given.keys() & RESERVED:
+            raise PromptMismatch(f"chat_template_kwargs: {', '.join(sorted(reserved))} cannot be given to a template")
         try:
             return self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, **self._dated, **options
+                turns,
+                tools=json.loads(prompt.tools) if prompt.tools else None,
+                add_generation_prompt=add_generation_prompt,
+                **{**given, **self._dated},
+                **options,
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise PromptMismatch(f"the chat template refuses this conversation: {error}") from error
@@ -186,9 +243,12 @@ def _clock(now: datetime) -> str:
 
 
 def load_template(
-    name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None, date: str | None = None
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    date: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Template:
-    """A shipped template by name, `none`, `chat` (needs the tokenizer), or a JSON file by path.   date: see `ChatTemplate`.
+    """A shipped template by name, `none`, `chat` (needs the tokenizer), or a JSON file by path.   date, kwargs: see `ChatTemplate`.
 
     Raises ConfigError: unknown name, malformed file, or a tokenizer without a chat template.
     """
@@ -201,7 +261,7 @@ def load_template(
                 "the tokenizer has no chat template",
                 fix=f"one of {', '.join((*SHIPPED, 'none'))}, or a JSON file",
             )
-        return ChatTemplate(tokenizer, date)
+        return ChatTemplate(tokenizer, date, kwargs)
     if name_or_path in SHIPPED:
         text = (files("rlhf_ray.data") / "templates" / f"{name_or_path}.json").read_text(encoding="utf-8")
         return _from_json(name_or_path, name_or_path, text)
@@ -240,7 +300,8 @@ def template_from_manifest(
         template = PlainTemplate()
     elif kind == "chat" and tokenizer is not None and tokenizer.chat_template is not None:
         date = record.get("date")
-        template = ChatTemplate(tokenizer, date if isinstance(date, str) else None)
+        kwargs = json.loads(str(content.get("kwargs", "{}"))) if isinstance(content, Mapping) else {}
+        template = ChatTemplate(tokenizer, date if isinstance(date, str) else None, kwargs)
     else:
         expected = "a tokenizer with a chat template" if kind == "chat" else "instruction, none or chat"
         raise ArtifactError.at(where, "the prompt template cannot be made again", expected, f"kind {kind!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,11 +38,15 @@ class _Turn(NamedTuple):
 
 
 def earlier_turns(prompt: Prompt) -> list[int]:
-    """Indices of the messages in which the assistant has answered already; an empty one, or one that nothing precedes, is none."""
+    """Indices of the messages in which the assistant has answered already; an empty one, one that nothing precedes, and one that is
+    not to be learnt, is none."""
     return [
         i
         for i, message in enumerate(prompt.messages)
-        if message.role == "assistant" and message.content.strip() and not Prompt(messages=prompt.messages[:i]).is_blank
+        if message.role == "assistant"
+        and message.is_learnt
+        and (message.content.strip() or message.extra)
+        and not Prompt(messages=prompt.messages[:i]).is_blank
     ]
 
 
@@ -53,18 +58,20 @@ def assistant_spans(
     labels: Sequence[str],
     *,
     with_end: bool,
+    parse: bool = False,
 ) -> list[list[Span]]:
     """The tokens that the assistant said in each prompt, turn by turn.
 
     ids: of the prompts, from `encode_prompts`.   labels: `file:line` of each.   with_end: a span includes the template's own end of
-    turn, which is learnt with it.   Raises DataError that tells of every prompt whose template does not show its turns."""
+    turn, which is learnt with it.   parse: as given to `encode_prompts`.   Raises DataError that tells of every prompt whose
+    template does not show its turns."""
     end = own_end_of_turn(tokenizer, template)
     found: list[list[Span]] = [[] for _ in prompts]
     turns: list[_Turn] = []
     problems: list[Problem] = []
     for row, (prompt, tokens, label) in enumerate(zip(prompts, ids, labels, strict=True)):
         try:
-            marked = _marked(template, prompt, tokens)
+            marked = _marked(template, prompt, tokens) if all(m.is_learnt for m in prompt.messages) else None
             if marked is None:
                 turns += _turns(template, row, prompt, "" if end is None else str(tokenizer.decode([end])))
             else:
@@ -72,7 +79,9 @@ def assistant_spans(
         except PromptMismatch as error:
             problems.append(Problem(label, str(error), fix=_FIX))
     DataError.raise_all(problems)
-    starts = encode_prompts(tokenizer, template, [turn.before for turn in turns], [labels[turn.row] for turn in turns])
+    starts = encode_prompts(
+        tokenizer, template, [turn.before for turn in turns], [labels[turn.row] for turn in turns], parse
+    )
     for turn, start in zip(turns, starts):
         tokens, stop = ids[turn.row], _stop(tokenizer, ids[turn.row], len(start), turn.said, end)
         if tokens[: len(start)] == start and stop is not None:
@@ -112,7 +121,7 @@ def _turns(template: Template, row: int, prompt: Prompt, end: str) -> Iterable[_
     whole = template.render(prompt)
     found = []
     for i in earlier_turns(prompt):
-        before, said = Prompt(messages=prompt.messages[:i]), prompt.messages[i].content.strip()
+        before, said = replace(prompt, messages=prompt.messages[:i]), prompt.messages[i].content.strip()
         asked = template.render(before)
         rest = whole[len(asked) :] if whole.startswith(asked) else ""
         at = rest.find(said)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.doctor.checks import CheckResult, gib, room
+from rlhf_ray.errors import ResourceError
+from rlhf_ray.launch.ray_cluster import check_socket_paths
 from rlhf_ray.plan.memory import GIB
 from rlhf_ray.submit import probe
 from rlhf_ray.submit.client import TOKEN_FILE
@@ -26,6 +28,7 @@ def machine() -> Iterator[CheckResult]:
     yield from _python()
     yield from _gpus()
     yield from _room()
+    yield _ray_folder()
     yield _flash_attention()
     yield bitsandbytes()
     yield from _token()
@@ -97,6 +100,15 @@ def _room() -> Iterator[CheckResult]:
         shared = shutil.disk_usage("/dev/shm").free
         fix = "Ray keeps objects there; in a container: --shm-size=2g"
         yield room(HERE, "shared memory", shared, 0.05 * GIB, 1 * GIB, fix)
+
+
+def _ray_folder() -> CheckResult:
+    try:
+        check_socket_paths()
+    except ResourceError as error:
+        problem = error.problems[0]
+        return CheckResult(HERE, problem.where, "fail", f"{problem.what} ({problem.expected})", problem.fix)
+    return CheckResult(HERE, "Ray's folder", "ok", os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
 
 
 def _flash_attention() -> CheckResult:

@@ -19,10 +19,12 @@ def tokens(model: str, revision: str | None, template: str | None) -> Iterator[C
     """Tokenizer, pad, end tokens, and a prompt as the template makes it."""
     from rlhf_ray.data.encode import own_end_of_turn
     from rlhf_ray.data.templates import ChatTemplate
+    from rlhf_ray.launch.model_families import check_model
     from rlhf_ray.models.sources import check_files, resolve_source
     from rlhf_ray.models.tokenizer import choose_pad, eos_ids, tokenizer_of
 
     try:
+        check_model(model, revision)
         source = resolve_source(model, revision)
         check_files(source)
         tokenizer = tokenizer_of(source)

@@ -23,19 +23,23 @@ from typing import Any
 from rlhf_ray.config import JobFields
 from rlhf_ray.console import Console, FileConsole, Follower
 from rlhf_ray.errors import DISK_FULL, Interrupted, Problem
+from rlhf_ray.launch.begun import with_defaults_as_begun
 from rlhf_ray.launch.channel import RunChannel, open_channel
 from rlhf_ray.launch.lost_peer import is_of_a_lost_peer
+from rlhf_ray.launch.model_families import check_models
 from rlhf_ray.launch.placement import Builder, check_cluster, default_threads, placed
 from rlhf_ray.launch.preflight import check, check_this_machine
 from rlhf_ray.launch.ray_cluster import at_hand, cluster
 from rlhf_ray.launch.resources import ACCELERATOR, ResourceRequest, role_requests
 from rlhf_ray.launch.shared_folder import check_all_see, unseen
+from rlhf_ray.runtime.imports import imported
 from rlhf_ray.runtime.session import Session, enter, process_session, worker_session
 from rlhf_ray.runtime.signals import Signals, Stop
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import check_place, is_run, resume_command
 
-Body = Callable[[Any, Session], Run]
+Body = str | Callable[[Any, Session], Run]
+"""The function, or its name `package.module:function`, which spares this process and Ray Train's controller its imports."""
 
 DISK_FAILS = frozenset({errno.EIO, errno.ESTALE, errno.EROFS})
 """Of an OSError: the disk, or the server behind it, has failed."""
@@ -55,6 +59,8 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
     builders: by role, for the actors of a split job."""
     resume = resume_command(config.output_dir)
     check_place(config.output_dir, config.resume)
+    config = with_defaults_as_begun(config)
+    check_models(config)
     if config.template_date is None:
         from rlhf_ray.launch.template_date import with_template_date  # brings what reads adapters
 
@@ -62,7 +68,7 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
     if config.learner.num_workers == 0:
         stop = Stop()
         with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _with_the_way_on(config):
-            return body(config, process_session(console, config.learner.num_threads, stop))
+            return imported(body)(config, process_session(console, config.learner.num_threads, stop))
     check_this_machine(config)
     with open_channel(Path(config.output_dir).absolute().parent) as channel:
         signals = Signals(channel.stop(), console, config.output_dir, resume, config.stop_grace_s)
@@ -217,7 +223,7 @@ def _worker(job: dict[Any, Any]) -> Any:
     session = worker_session(console, threads, job["actor_handles"], channel.stop(), attempt)
     try:
         with _with_the_way_on(config):
-            return job["body"](config, session).to_json()
+            return imported(job["body"])(config, session).to_json()
     except Exception as error:
         if world_size > 1 and is_of_a_lost_peer(error):
             raise  # Ray Train starts the group again

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,12 +22,14 @@ from rlhf_ray.errors import ResourceError
 from rlhf_ray.launch import autoscaling
 from rlhf_ray.launch.preflight import check, nodes_of
 from rlhf_ray.launch.resources import Node, ResourceRequest, described, processes, split_job
+from rlhf_ray.runtime.imports import call_imported
 from rlhf_ray.runtime.session import usable_cores
 
 WAIT_LONGER = "wait for the other job to end, or start again with --wait-for-resources 600"
 ASK_LESS = "ask for less, or raise the maxima of the cluster's node types"
-Builder = Callable[..., Any]
-"""build(config, on_gpu=...): what an actor of a role is. The rooms above know what a role loads; this one only places it."""
+Builder = str
+"""`package.module:build` of a build(config, on_gpu=...): what an actor of a role is, by name, imported there. The rooms above know
+what a role loads; this one only places it."""
 LOOK_S = 2.0
 """Seconds between two looks at what the autoscaler says of a request."""
 PART_S = 2.0
@@ -195,7 +197,7 @@ def _start(
         specs.append(
             ActorSpec(
                 role=request.role,
-                build=partial(builders[request.role], config, on_gpu=request.each.get("GPU", 0.0) > 0),
+                build=partial(call_imported, builders[request.role], config, on_gpu=request.each.get("GPU", 0.0) > 0),
                 resources=request.each,
                 num_threads=settings.num_threads or default_threads(config),
                 bundles=range(first, first + request.count),

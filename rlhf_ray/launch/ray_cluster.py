@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from rlhf_ray.errors import Interrupted
+from rlhf_ray.errors import Interrupted, ResourceError
 from rlhf_ray.launch.placement import cluster_nodes
 from rlhf_ray.launch.preflight import given_address, is_given_a_cluster, nodes_of
 from rlhf_ray.launch.ray_join import cannot_join, check_is_there
@@ -27,6 +27,10 @@ GCS_GONE_S = 20
 """After so many seconds without Ray's control service the processes of a Ray of our own end."""
 GIVEN_GONE_S = 45.0
 """The same of a cluster that the job was given, whose service may come back; Ray itself gives up after a minute."""
+SOCKET_PATH = 107
+"""Bytes of a Unix socket's path, without the NUL that ends it."""
+SESSION_SOCKET = "/ray/session_2026-01-31_09-00-00_000000_/sockets/plasma_store"
+"""What Ray puts behind its temporary folder, without the number of the process."""
 POLL_S = 2.0
 AGENTS = 2
 """Of a node: that of the dashboard and that of runtime environments."""
@@ -53,6 +57,22 @@ def at_hand() -> Iterator[tuple[Mapping[str, float], list[Node], bool]]:
         yield ray.cluster_resources(), cluster_nodes() or nodes_of(ray.nodes()), own_ray
 
 
+def check_socket_paths() -> None:
+    """ResourceError if the sockets of a Ray of our own would have longer paths than a Unix socket can (107 bytes): it keeps them in
+    a folder of its session below RAY_TMPDIR, else TMPDIR, else /tmp."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name, "/tmp")
+    longest = SOCKET_PATH - len(SESSION_SOCKET) - len(str(os.getpid()))
+    if len(os.fsencode(folder)) > longest:
+        raise ResourceError.at(
+            name,
+            "too long: the paths of Ray's sockets begin with it",
+            f"at most {longest} letters",
+            f"{len(os.fsencode(folder))}: {folder}",
+            "RAY_TMPDIR=/tmp, for Ray alone",
+        )
+
+
 @contextlib.contextmanager
 def cluster(again: str) -> Iterator[bool]:
     """A Ray to run on: the one this process or its environment is connected to, else one of our own for the length of the job.
@@ -71,6 +91,7 @@ def cluster(again: str) -> Iterator[bool]:
     if given:
         check_is_there(given_address())
     else:
+        check_socket_paths()
         # Nobody starts the control service of our own Ray again: workers that have lost it end after 20 s, not after a minute.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_GONE_S))
     options: dict[str, Any] = {} if given else {"include_dashboard": False}

@@ -164,6 +164,15 @@ def kl_loss_sum(
     return penalty.sum(), response_mask.sum()
 
 
+def ptx_loss_sum(logprobs: Tensor, learnt: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_t m_t (-log p_t): the supervised loss that PPO-ptx mixes into the policy's (arXiv:2203.02155, equation 2)
+
+    logprobs: f32[B, R], with gradient, at temperature 1.   learnt: m, bool[B, R].   Returns sum, count of learnt tokens.
+    """
+    check_mask(learnt, logprobs=logprobs)
+    return -zero_outside(full_precision(logprobs), learnt).sum(), learnt.sum()
+
+
 def pairwise_reward_loss_sum(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """sum_i -log sigmoid(s_chosen,i - s_rejected,i - margin_i)   (Bradley-Terry; arXiv:2203.02155, eq. 1; margin: arXiv:2307.09288)
 

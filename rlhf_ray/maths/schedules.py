@@ -20,6 +20,17 @@ def resolve_warmup(warmup_steps: float, total_steps: int) -> int:
     return math.ceil(total_steps * warmup_steps) if warmup_steps < 1 else int(warmup_steps)
 
 
+def value_warmup(warmup_steps: float, total_steps: int) -> int:
+    """Steps that train the value model alone: floor(share x total_steps) for a number below 1, else the number itself.
+
+    Rounded down, unlike `resolve_warmup`: in a short run the policy waits for nothing.
+
+    >>> value_warmup(0.05, 19), value_warmup(0.05, 100), value_warmup(3, 100)
+    (0, 5, 3)
+    """
+    return math.floor(total_steps * warmup_steps) if warmup_steps < 1 else int(warmup_steps)
+
+
 def lr_multiplier(kind: str, step: int, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
     """The factor on the peak learning rate for the update after `step` updates.
 

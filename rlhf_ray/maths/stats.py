@@ -15,6 +15,25 @@ from rlhf_ray.maths.masks import full_precision, masked_var
 from rlhf_ray.maths.standard_errors import standard_error
 
 
+def ensemble_scores(scores: Tensor, aggregate: str, std_coef: float | None = None) -> Tensor:
+    """f32[B]: one score of several reward models, f32[M, B], for each reply (Coste et al. 2023, arXiv:2310.02743).
+
+    aggregate   mean             (1/M) sum_m s_m
+                min              min_m s_m: their worst-case optimisation (WCO)
+                mean_minus_std   mean - std_coef `disagreement`: their uncertainty-weighted optimisation (UWO)
+                                 with the standard deviation where they have the variance, so that both terms have one unit
+    """
+    if aggregate == "min":
+        return scores.amin(dim=0)
+    mean = scores.mean(dim=0)
+    return mean - (std_coef or 0.0) * disagreement(scores) if aggregate == "mean_minus_std" else mean
+
+
+def disagreement(scores: Tensor) -> Tensor:
+    """f32[B]: standard deviation over reward models, f32[M, B], of the score of each reply: sqrt((1/M) sum_m (s_m - mean)^2)."""
+    return scores.std(dim=0, correction=0)
+
+
 class RunningMoments:
     """Count, mean and biased variance of all values seen, merged batch by batch in float64 (Chan, Golub, LeVeque 1979).
 

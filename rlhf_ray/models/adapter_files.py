@@ -1,7 +1,8 @@
 """Adapter folders in plain PEFT form: the gate that every adapter passes before PEFT sees it, and the save that checks itself.
 
 PEFT trusts adapter files: a regular expression as target can hang the process, and NaN, missing tensors or a foreign base load with
-a warning at most. So files are read here, strictly, and PEFT only ever gets a configuration made from checked values.
+a warning at most. So files are read here, strictly, no expression is run, and PEFT only ever gets a configuration made from checked
+values.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ HEAD_KEY = "base_model.model.score.weight"
 KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<half>[AB])\.weight")
 MAX_R = 1024
 MAX_TARGETS = 1024
+MAX_REGEX = 10_000
 MAX_CONFIG_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,256}")
 _DTYPES = {"F32", "F16", "BF16"}
@@ -48,11 +50,12 @@ _REFUSED = {
     "layer_replication": "it changes the base",
     "trainable_token_indices": "it changes the base's embeddings",
     "megatron_config": "it belongs to another trainer",
-    "target_parameters": "only linear layers are adapted",
-    "rank_pattern": "one rank for all layers is expected",
-    "alpha_pattern": "one scale for all layers is expected",
-    "layers_to_transform": "all layers are adapted",
 }
+WAY_OUT = "merge it into its base, and use the result as model_name_or_path: rlhf-ray merge, or PEFT's merge_and_unload"
+BY_TENSORS = "the modules that have tensors"
+"""`target_modules` of a configuration that chooses modules otherwise than by a list of names: by a regular expression, which is not
+run, or by layers. What it chose has tensors in the file."""
+_CHOICES = ("layers_to_transform", "layers_pattern", "exclude_modules")
 _INIT = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base alone. PiSSA, OLoRA, CorDA and LoftQ rewrite it, and all adapters here share one base."""
 
@@ -70,14 +73,19 @@ _CHECKED = {
     "modules_to_save",
     "base_model_name_or_path",
     "revision",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    *_CHOICES,
 }
 _WITHOUT_MEANING = {"peft_version", "inference_mode", "auto_mapping", "megatron_core", "qalora_group_size"}
 
 _BYSTANDERS = re.compile(
-    r".*\.(md|txt|json|jsonl|jinja|model|yaml)|\.gitattributes|LATEST"
-    r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin"
+    r".*\.(md|txt|json|jsonl|jinja|model|yaml)|\.gitattributes|LATEST|latest|zero_to_fp32\.py|events\.out\.tfevents\..*"
+    r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin|random_states_\d+\.pkl"
 )
-"""Files that may lie beside an adapter (a model card, a tokenizer, a Trainer's own state) and are never opened."""
+"""Files that may lie beside an adapter (a model card, a tokenizer, the state of a Trainer, of accelerate or of DeepSpeed, events of
+TensorBoard) and are never opened."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,8 @@ class AdapterFiles:
     """An adapter that has passed the gate.
 
     config: checked values r, lora_alpha, lora_dropout, target_modules, use_rslora, fan_in_fan_out, task_type,
-    base_model_name_or_path, revision.   tensors: plain PEFT key -> float32 on the CPU.   head: f32[1, D] of a reward adapter.
-    sha256: over the tensors, head included."""
+    base_model_name_or_path, revision.   tensors: plain PEFT key -> float32 on the CPU, of one rank and one scale (`_uniform`).
+    head: f32[1, D] of a reward adapter.   sha256: over the tensors, head included."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -101,10 +109,13 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
     ArtifactError, with every problem found, for: files that are not plain files, pickled weights, unknown files, a configuration
     outside the schema, no tensors, unexpected or unpaired tensors, wrong shapes or dtypes, values that are not finite."""
     folder = Path(folder)
-    _check_folder(folder)
+    check_folder(folder)
     config = check_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    alphas = config.pop("alphas")
     tensors = _read_tensors(folder / WEIGHTS, config)
     head = tensors.pop(HEAD_KEY, None)
+    config["target_modules"] = _resolved(config["target_modules"], tensors)
+    _uniform(tensors, config, alphas)
     return AdapterFiles(config, tensors, head, adapter_sha256(tensors, head), str(folder))
 
 
@@ -114,7 +125,8 @@ def adapter_sha256(tensors: Mapping[str, Tensor], head: Tensor | None = None) ->
     return sha256_tensors({name: t.float() for name, t in named.items()})
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """ArtifactError unless `folder` holds an adapter's two files, plain ones, and nothing that does not belong beside them."""
     if not folder.is_dir():
         raise ArtifactError.at(str(folder), "is not a folder", "an adapter folder")
     problems = []
@@ -139,15 +151,22 @@ def _check_folder(folder: Path) -> None:
 
 
 def check_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of `raw` that matter here, checked. ArtifactError, all problems at once, for what would be read differently."""
+    """The values of `raw` that matter here, checked. ArtifactError, all problems at once, for what would be read differently.
+
+    target_modules may be BY_TENSORS.   ranks_differ, alphas: by `rank_pattern`, and alpha by module name."""
     problems = _value_problems(raw, where) + _meaning_problems(raw, where)
     ArtifactError.raise_all(problems)
     targets = raw["target_modules"]
+    if any(raw.get(name) for name in _CHOICES) or (isinstance(targets, str) and targets != "all-linear"):
+        targets = BY_TENSORS
     return {
         "r": raw["r"],
+        "ranks_differ": bool(raw.get("rank_pattern")),
+        "alphas": {_plain_name(k) or k: float(alpha) for k, alpha in (raw.get("alpha_pattern") or {}).items()},
         "lora_alpha": float(raw["lora_alpha"]),
         "lora_dropout": float(raw.get("lora_dropout", 0.0)),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_parameters": sorted(raw.get("target_parameters") or ()),
         "use_rslora": bool(raw.get("use_rslora", False)),
         "fan_in_fan_out": bool(raw.get("fan_in_fan_out", False)),
         "task_type": raw.get("task_type"),
@@ -178,10 +197,31 @@ def _value_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
     targets = raw.get("target_modules")
     is_list = isinstance(targets, list) and 0 < len(targets) <= MAX_TARGETS
     names = is_list and all(isinstance(t, str) and _NAME.fullmatch(t) for t in targets)  # type: ignore[union-attr]
-    check("target_modules", names or targets == "all-linear", "a list of module names (no regular expression)")
+    is_regex = isinstance(targets, str) and 0 < len(targets) <= MAX_REGEX and targets != "all-linear"
+    check(
+        "target_modules",
+        names or is_regex or targets == "all-linear",
+        "a list of module names, or a regular expression",
+    )
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = raw.get(name) or {}
+        good = isinstance(pattern, dict) and all(
+            _plain_name(key) and _is_number(value) and value > 0 for key, value in pattern.items()
+        )
+        check(name, good, "numbers above 0 by module name (other regular expressions are not run)")
+    stacked = raw.get("target_parameters") or []
+    plain = isinstance(stacked, list) and all(isinstance(t, str) and _NAME.fullmatch(t) for t in stacked)
+    alone = not any(raw.get(name) for name in (*_CHOICES, "rank_pattern", "alpha_pattern")) and not is_regex
+    check(
+        "target_parameters", plain and (alone or not stacked), "a list of names, beside a list of target_modules alone"
+    )
     saved = raw.get("modules_to_save") or []
     allowed = {"score", "classifier"} if raw.get("task_type") == "SEQ_CLS" else set()
-    check("modules_to_save", isinstance(saved, list) and set(map(str, saved)) <= allowed, "score, for SEQ_CLS only")
+    check(
+        "modules_to_save",
+        isinstance(saved, list) and set(map(str, saved)) <= allowed,
+        f"score, for SEQ_CLS only; else {WAY_OUT}",
+    )
     return problems
 
 
@@ -200,8 +240,61 @@ def _meaning_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
         ):
             continue
         reason = _REFUSED.get(name, "not a plain LoRA option")
-        problems.append(Problem(f"{where}: {name}", f"is not supported: {reason}", "null", repr(value)[:80]))
+        problems.append(Problem(f"{where}: {name}", f"is not supported: {reason}", "null", repr(value)[:80], WAY_OUT))
     return problems
+
+
+def is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def _plain_name(key: Any) -> str | None:
+    """The module name that a key of PEFT's patterns stands for, by itself or as a regular expression: `q_proj`,
+    `.*\\.self_attn\\.q_proj`, `^model\\.layers\\.0\\.mlp\\.up_proj`. None for any other expression."""
+    if not isinstance(key, str):
+        return None
+    name = re.sub(r"^\^?(\(\.\*\\\.\)\?|\.\*\\?\.)?", "", key.removesuffix("$")).replace("\\.", ".")
+    return name if _NAME.fullmatch(name) else None
+
+
+def _resolved(targets: str | list[str], tensors: Mapping[str, Any]) -> str | list[str]:
+    """`targets`, or the full names of the modules that have tensors."""
+    if targets != BY_TENSORS:
+        return targets
+    return sorted({match["module"] for key in tensors if (match := KEY.fullmatch(key)) is not None})
+
+
+def targets_of(folder: Path, targets: str | list[str]) -> str | list[str]:
+    """`target_modules` of a checked configuration, with BY_TENSORS resolved from the header of the weights in `folder`."""
+    if targets != BY_TENSORS:
+        return targets
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return _resolved(targets, dict.fromkeys(file.keys()))
+
+
+def _uniform(tensors: dict[str, Tensor], config: dict[str, Any], alphas: Mapping[str, float]) -> None:
+    """Bring modules of different ranks and scales to one rank and one scale, in place: B A is the same.
+
+    A and B are filled up with zeros to the largest rank R; B is multiplied by the module's own scale over that of all,
+    lora_alpha / R (rsLoRA: / sqrt(R))."""
+    import torch
+
+    downs = {match["module"]: key for key in tensors if (match := KEY.fullmatch(key)) and match["half"] == "A"}
+    ranks = {module: len(tensors[key]) for module, key in downs.items()}
+    if not config.pop("ranks_differ") and not alphas:
+        return
+    largest, alpha = max(ranks.values()), config["lora_alpha"]
+
+    def divisor(r: int) -> float:
+        return math.sqrt(r) if config["use_rslora"] else float(r)
+
+    for module, key in downs.items():
+        own = next((a for name, a in alphas.items() if module == name or module.endswith(f".{name}")), alpha)
+        up, missing = key.replace("lora_A", "lora_B"), largest - ranks[module]
+        factor = (own / divisor(ranks[module])) / (alpha / divisor(largest))
+        tensors[key] = torch.nn.functional.pad(tensors[key], (0, 0, 0, missing))
+        tensors[up] = torch.nn.functional.pad(tensors[up], (0, missing)) * factor
+    config["r"] = largest
 
 
 def _is_number(value: Any) -> bool:
@@ -217,7 +310,9 @@ def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             kinds = {name: s.get_dtype() for name, s in slices.items()}
             shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-            problems = tensor_problems(shapes, config["r"], str(path), allow_head=config["task_type"] == "SEQ_CLS")
+            r = None if config["ranks_differ"] else config["r"]
+            stacked = bool(config["target_parameters"])
+            problems = tensor_problems(shapes, r, str(path), config["task_type"] == "SEQ_CLS", stacked)
             problems += [
                 Problem(f"{path}: {n}", "wrong number format", "F32, BF16 or F16", k)
                 for n, k in kinds.items()
@@ -232,8 +327,13 @@ def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def tensor_problems(shapes: Mapping[str, tuple[int, ...]], r: int, where: str, allow_head: bool) -> list[Problem]:
-    """What is wrong with the names and shapes of an adapter's tensors: A is [r, in], B is [out, r], in pairs."""
+def tensor_problems(
+    shapes: Mapping[str, tuple[int, ...]], r: int | None, where: str, allow_head: bool, stacked: bool = False
+) -> list[Problem]:
+    """What is wrong with the names and shapes of an adapter's tensors: A is [r, in], B is [out, r], in pairs.
+
+    r: None where modules have ranks of their own, the same in both halves.   stacked: some are on weights of E experts, whose
+    factors have r E rows and columns; how many is known by the model alone."""
     halves: dict[str, set[str]] = {}
     problems = []
     for name, shape in shapes.items():
@@ -246,8 +346,12 @@ def tensor_problems(shapes: Mapping[str, tuple[int, ...]], r: int, where: str, a
         else:
             halves.setdefault(key["module"], set()).add(key["half"])
             rank = shape[0 if key["half"] == "A" else 1] if len(shape) == 2 else None
-            if rank != r or 0 in shape:
-                form = f"({r}, in)" if key["half"] == "A" else f"(out, {r})"
+            down = shapes.get(f"base_model.model.{key['module']}.lora_A.weight", ())
+            wanted = r if r is not None else min(down[0], MAX_R) if down else 0
+            if rank is not None and stacked and wanted:
+                rank = wanted if rank and rank % wanted == 0 else rank
+            if rank != wanted or 0 in shape:
+                form = f"({wanted}, in)" if key["half"] == "A" else f"(out, {wanted})"
                 problems.append(Problem(f"{where}: {name}", "wrong shape", form, str(shape)))
     for module, found in halves.items():
         for half in sorted({"A", "B"} - found):
@@ -306,7 +410,7 @@ def _check_saveable(
     import torch
 
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    problems = tensor_problems(shapes, config["r"], str(folder), allow_head=False)
+    problems = tensor_problems(shapes, config["r"], str(folder), False, bool(config.get("target_parameters")))
     bad = [
         n for n, t in {**tensors, **({} if head is None else {HEAD_KEY: head})}.items() if not torch.isfinite(t).all()
     ]
@@ -345,6 +449,7 @@ def peft_config(config: Mapping[str, Any]) -> Any:
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=config["lora_dropout"],
         target_modules=targets if isinstance(targets, str) else list(targets),
+        target_parameters=list(config.get("target_parameters") or ()) or None,
         use_rslora=config["use_rslora"],
         fan_in_fan_out=config["fan_in_fan_out"],
     )

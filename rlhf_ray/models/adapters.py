@@ -35,6 +35,9 @@ from rlhf_ray.models.adapter_targets import (
     matches,
     module_of,
     own_key,
+    parameter_shapes,
+    refused_by_peft,
+    resolve_parameters,
     resolve_targets,
     width_in_out,
 )
@@ -151,6 +154,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         "lora_alpha": float(config.lora_alpha),
         "lora_dropout": float(config.lora_dropout),
         "target_modules": sorted(config.target_modules),
+        "target_parameters": sorted(config.target_parameters or ()),
         "use_rslora": bool(config.use_rslora),
         "fan_in_fan_out": bool(config.fan_in_fan_out),
         "task_type": None,
@@ -240,6 +244,7 @@ def _plan(model: nn.Module, source: LoraConfig | AdapterFiles) -> tuple[dict[str
             "lora_alpha": source.lora_alpha,
             "lora_dropout": source.lora_dropout,
             "target_modules": targets,
+            "target_parameters": resolve_parameters(base, source.target_parameters),
             "use_rslora": source.use_rslora,
             "fan_in_fan_out": all(isinstance(m, Conv1D) for m in chosen),
         }
@@ -248,14 +253,18 @@ def _plan(model: nn.Module, source: LoraConfig | AdapterFiles) -> tuple[dict[str
     targets = source.config["target_modules"]
     if targets == "all-linear":
         targets = resolve_targets(base, targets)
+    refused = refused_by_peft(base, targets)
+    fix = "merge it into its base with PEFT, and use the result as model_name_or_path"
+    ArtifactError.raise_all(Problem(source.path, f"target {name}: {why}", fix=fix) for name, why in refused.items())
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in linear.items():
         if any(matches(t, name) for t in targets):
             n_in, n_out = width_in_out(layer)
             shapes[f"base_model.model.{name}.lora_A.weight"] = (source.config["r"], n_in)
             shapes[f"base_model.model.{name}.lora_B.weight"] = (n_out, source.config["r"])
+    shapes |= parameter_shapes(base, source.config.get("target_parameters") or (), source.config["r"])
     _compare(shapes, given, source.path)
-    chosen = [linear[module_of(key)] for key in given]
+    chosen = [linear[module] for key in given if (module := module_of(key)) in linear]
     conv = all(isinstance(m, Conv1D) for m in chosen)
     return {**source.config, "target_modules": targets, "lora_dropout": 0.0, "fan_in_fan_out": conv}, given
 
@@ -281,10 +290,24 @@ def _inject(model: nn.Module, name: str, config: dict[str, Any], seed: int | Non
     check_adapter_name(name)
     if name in as_peft(model).peft_config:
         raise InvariantError.at(f"adapter {name}", "there is one of this name already")
+    _check_same_parameters(model, config)
     training = {n for n in as_peft(model).peft_config if _trains(model, n)}
     with _seeded(seed):
         as_peft(model).add_adapter(name, peft_config(config), autocast_adapter_dtype=True)
     set_trainable(model, tuple(sorted(training | ({name} if trainable else set()))))
+
+
+def _check_same_parameters(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """ConfigError for what PEFT cannot do: adapters of different stacked weights on one base."""
+    wanted = set(config.get("target_parameters") or ())
+    peft_configs: Any = as_peft(model).peft_config
+    for name, other in peft_configs.items():
+        theirs = set(getattr(other, "target_parameters", None) or ())
+        if wanted and theirs and wanted != theirs:
+            expected, got = ", ".join(sorted(theirs)), ", ".join(sorted(wanted))
+            raise ConfigError.at(
+                "target_parameters", f"differ from those of adapter {name} on the same base", expected, got
+            )
 
 
 def _trains(model: nn.Module, name: str) -> bool:

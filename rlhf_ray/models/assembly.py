@@ -6,6 +6,7 @@ model, or a policy that is a whole checkpoint, brings a base of its own; two rol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.models.specs import ModelSpec
 
 BASE = "base"
+SYNCED_REFERENCE = "synced_reference"
 
 
 class Assembly:
@@ -96,6 +98,17 @@ class Assembly:
             )
         self.bindings["policy"] = RoleBinding(BASE, "policy")
 
+    def add_synced_reference(self, lora: LoraConfig) -> None:
+        """`synced_reference`, frozen, of the policy's shape: holds the policy as it was when the reference was reset.
+
+        lora: of the policy, where it is fresh. The policy, or the reference that it starts from, must be there."""
+        binding = self.bindings.get("policy") or self.bindings["reference"]
+        if binding.adapter is not None:
+            self._copy(BASE, binding.adapter, SYNCED_REFERENCE)
+        else:
+            self._fresh(BASE, SYNCED_REFERENCE, lora, trained=False)
+        self.bindings[SYNCED_REFERENCE] = RoleBinding(BASE, SYNCED_REFERENCE)
+
     def add_reward(self, role: str, source: ModelSpec) -> None:
         """A reward model: an adapter with a scalar head on the base, or a classifier of its own."""
         if source.kind == "adapter":
@@ -110,8 +123,8 @@ class Assembly:
         else:
             stack = self._full(source, "classifier")
             classifier: Any = self.stacks[stack].backbone.model
-            score = classifier.score.weight.detach()
-            self._head(stack, role, score)
+            score = classifier.score
+            self._head(stack, role, score.weight.detach(), 0.0 if score.bias is None else float(score.bias))
             self.bindings[role] = RoleBinding(stack, None, role)
 
     def add_value(self, init_from: str, adapter: str, lora: LoraConfig | None) -> None:
@@ -167,27 +180,41 @@ class Assembly:
 
     def _policy_shape(self) -> LoraConfig:
         config = adapter_config(self.stacks[BASE].peft, "policy")
-        names = ("r", "lora_alpha", "target_modules", "use_rslora")
+        names = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora")
         return LoraConfig(**{name: config[name] for name in names})
 
-    def _fresh(self, stack: str, name: str, lora: LoraConfig) -> None:
+    def _fresh(self, stack: str, name: str, lora: LoraConfig, trained: bool = True) -> None:
         # Dropout in PPO would make the ratio of the very first minibatch differ from 1.
         lora = lora.model_copy(update={"lora_dropout": 0.0})
+        self._check_stacked(lora.target_parameters)
         holder = self.stacks[stack]
         if isinstance(holder.model, PeftModel):
             add_fresh(self.stacks[stack].peft, name, lora, seed=self.seed)
         else:
             self._wrapped(stack, wrap(holder.backbone.model, lora, name, seed=self.seed))
-        self._mark_trained(stack, name)
+        if trained:
+            self._mark_trained(stack, name)
 
     def _load(self, stack: str, name: str, files: AdapterFiles, trainable: bool) -> None:
         self.files[name] = files
+        self._check_stacked(files.config.get("target_parameters") or ())
         if isinstance(self.stacks[stack].model, PeftModel):
             add_from_files(self.stacks[stack].peft, name, files, trainable)
         else:
             self._wrapped(stack, wrap(self.stacks[stack].backbone.model, files, name))
         if trainable:
             self._mark_trained(stack, name)
+
+    def _check_stacked(self, names: Sequence[str]) -> None:
+        """ConfigError for adapters of stacked weights that will be cut up: PEFT adds their product to whole weights."""
+        learner = getattr(self.job, "learner", None)
+        if names and getattr(learner, "zero_stage", 0) == 3:
+            raise ConfigError.at(
+                "lora.target_parameters",
+                "cannot be combined with ZeRO 3",
+                "learner.zero_stage 0, 1 or 2",
+                ", ".join(names),
+            )
 
     def _wrapped(self, stack: str, model: PeftModel) -> None:
         heads = self.stacks[stack].heads
@@ -203,11 +230,10 @@ class Assembly:
     def _mark_trained(self, stack: str, name: str) -> None:
         self.trained.setdefault(stack, []).append(name)
 
-    def _head(self, stack: str, name: str, weight: torch.Tensor | None) -> None:
+    def _head(self, stack: str, name: str, weight: torch.Tensor | None, offset: float = 0.0) -> None:
         holder = self.stacks[stack]
-        holder.heads[name] = ScalarHead(
-            holder.backbone.hidden_size, None if weight is None else weight.float().cpu()
-        ).to(self.device)
+        weight = None if weight is None else weight.float().cpu()
+        holder.heads[name] = ScalarHead(holder.backbone.hidden_size, weight, offset).to(self.device)
 
     def _full(self, source: ModelSpec, kind: str) -> str:
         """The stack of a whole checkpoint, loaded once however many roles name it."""

@@ -5,6 +5,7 @@ Any causal language model that the Auto classes know; dropout 0, eval mode, no g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,23 @@ from torch import nn
 from rlhf_ray.data.encode import own_end_of_turn
 from rlhf_ray.data.templates import ChatTemplate, Template
 from rlhf_ray.errors import ArtifactError, InvariantError
-from rlhf_ray.models.heads import check_logits_head, logits_head
+from rlhf_ray.models.context import context_length, context_notes
+from rlhf_ray.models.coverage import quantisation_notes
+from rlhf_ray.models.heads import logits_head, score_layer
 from rlhf_ray.models.loading import (
     DTYPES,
     LoadPlan,
     bits_of,
+    causal_class,
     checkpoint_dtype,
+    classifier_config,
     from_pretrained,
     no_dropout,
     plan_load,
+    read_tensor,
 )
-from rlhf_ray.models.quantisation import keep_trainable
+from rlhf_ray.models.quantisation import dequantised, keep_trainable
+from rlhf_ray.models.recurrent import one_recurrence
 from rlhf_ray.models.sources import ModelSource, config_sha256, resolve_source, weights_sha256
 from rlhf_ray.models.tokenizer import (
     PadChoice,
@@ -54,11 +61,6 @@ __all__ = [
     "trunk",
 ]
 
-NO_LIMIT = 1 << 20
-"""Context of a model that states none."""
-
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
-
 
 @dataclass(frozen=True)
 class BaseIdentity:
@@ -81,7 +83,8 @@ class BaseIdentity:
 class Backbone:
     """A loaded base. model: frozen, in eval mode.  eos_ids: what ends a reply, whatever the template (see `stop_ids`).
     dtype: of the weights that are not quantised.  context_length: tokens it was made for.  head: of a causal language model.
-    stop_token_ids: those that the job names, None where it leaves them to model and template."""
+    stop_token_ids: those that the job names, None where it leaves them to model and template.
+    notes: what a run should say of it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -94,6 +97,7 @@ class Backbone:
     attn_implementation: str
     head: nn.Module | None = None
     stop_token_ids: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def stop_ids(self, template: Template) -> tuple[int, ...]:
         """What ends a reply under `template`: its end of turn, which also ends training data, and `eos_ids`. If the job names stop
@@ -118,7 +122,9 @@ class Backbone:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.model.config.get_text_config().hidden_size)
+        """Width of the trunk's states: of what the head reads, which in OPT-350M is not what the layers have."""
+        head = self.model.get_output_embeddings() if self.head is not None else getattr(self.model, "score", None)
+        return int(getattr(head, "in_features", None) or self.model.config.get_text_config().hidden_size)
 
 
 def load_backbone(
@@ -139,9 +145,7 @@ def load_backbone(
     CPU, bitsandbytes), ArtifactError if the model is damaged, incomplete or does not fit its tokenizer."""
     source = resolve_source(path, revision)
     plan = plan_load(source, dtype, attn_implementation, bits_of(load_in_8bit, load_in_4bit), cpu_offload, device)
-    from transformers import AutoModelForCausalLM
-
-    model, info = from_pretrained(AutoModelForCausalLM, source, plan)
+    model, info = from_pretrained(causal_class(plan.config), source, plan)
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise ArtifactError.at(
@@ -150,8 +154,8 @@ def load_backbone(
             got=f"missing {_some(missing)}",
         )
     backbone = _finish(model, source, plan, stop_token_ids)
-    backbone.head = logits_head(model)
-    check_logits_head(model, trunk(model), backbone.head)
+    backbone.head = logits_head(model, trunk(model))
+    backbone.notes += tuple(unused_notes(info["unexpected_keys"], model))
     return backbone
 
 
@@ -166,10 +170,11 @@ def load_classifier(
     cpu_offload: bool,
     device: torch.device | str,
 ) -> Backbone:
-    """Load a one-label sequence-classification model, a reward model, like `load_backbone`.
+    """Load a sequence-classification model of one or two labels, a reward model, like `load_backbone`.
 
+    Its `score` is a linear layer D -> 1 (`heads.score_layer`), with the bias that the checkpoint may have.
     ArtifactError if its score head is not among its weights (a causal language model given as a reward model would score at
-    random), if it has more than one label, or if its head is not a bias-free linear layer called `score`."""
+    random), if it has more labels, or if it is no decoder with a linear head called `score`."""
     source = resolve_source(path, revision)
     plan = plan_load(source, dtype, attn_implementation, bits_of(load_in_8bit, load_in_4bit), cpu_offload, device)
     from transformers import AutoModelForSequenceClassification
@@ -184,17 +189,33 @@ def load_classifier(
             f"{plan.config.architectures or 'no architecture'}, without {_some(missing)}",
             "give a reward run, or a merged one (rlhf-ray merge)",
         )
-    if model.config.num_labels != 1:
-        raise ArtifactError.at(str(source.folder), "has several labels", "num_labels 1", str(model.config.num_labels))
     head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear):
         raise ArtifactError.at(
             str(source.folder),
             "no score head that can be read",
-            "a linear layer `score` without bias",
-            type(head).__name__,
+            "a decoder with a linear layer `score`",
+            type(model).__name__,
+            "give an encoder (BERT, DeBERTa) as a Python reward function: it reads the whole text at once",
         )
-    return _finish(model, source, plan, None)
+    unexpected = set(info["unexpected_keys"])
+    # transformers' classes have no bias, and drop that of a checkpoint.
+    bias = read_tensor(source.folder, "score.bias") if "score.bias" in unexpected else head.bias
+    model.score = score_layer(head.weight.detach(), None if bias is None else bias.detach())
+    backbone = _finish(model, source, plan, None)
+    notes = unused_notes(unexpected - {"score.bias"}, model)
+    if len(head.weight) == 2:
+        notes.append(f"{source.name} has two labels: a reward is the logit of label 1 minus that of label 0")
+    backbone.notes += tuple(notes)
+    return backbone
+
+
+def unused_notes(keys: Iterable[str], model: nn.Module) -> list[str]:
+    """A line if tensors of a checkpoint have no place in the model that was made of it."""
+    names = sorted(str(key) for key in keys)
+    if not names:
+        return []
+    return [f"{type(model).__name__} does not use {len(names)} of the checkpoint's tensors: {_some(names)}"]
 
 
 def load_exact(
@@ -204,18 +225,20 @@ def load_exact(
 
     dtype: None is the checkpoint's own.   classifier: as a one-label sequence-classification model; its score head must be among
     the weights, unless `head` [1, D] is given.   Also returns the dropout rates of its config, to be restored before saving."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     source = resolve_source(path, revision)
     plan = plan_load(source, "float32", "auto", None, False, "cpu")
     plan.dtype = DTYPES[dtype] if dtype else checkpoint_dtype(source.folder, plan.config)
     if classifier:
-        plan.config.num_labels = 1
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        plan.config = classifier_config(plan.config, str(source.folder))
+    auto = AutoModelForSequenceClassification if classifier else causal_class(plan.config)
     model, info = from_pretrained(auto, source, plan)
     missing = set(info["missing_keys"]) - ({"score.weight"} if head is not None else set())
     if missing:
         raise ArtifactError.at(str(source.folder), "weights are missing", got=_some(sorted(missing)))
+    if getattr(model, "is_quantized", False):
+        model = dequantised(model, plan.dtype, str(source.folder))
     if head is not None:
         with torch.no_grad():
             model.score.weight.copy_(head)  # type: ignore[union-attr,operator]
@@ -223,22 +246,28 @@ def load_exact(
 
 
 def trunk(model: nn.Module) -> nn.Module:
-    """The module whose output is `last_hidden_state`: the model without its head, LoRA layers and all.
+    """The module whose output is `last_hidden_state`: the model without its head, LoRA layers and all. Of a model that also sees
+    or hears, its text decoder.
 
     `model` may be wrapped by PEFT; pass a DeepSpeed engine's `.module`."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # type: ignore[operator]
-    return model.base_model  # type: ignore[return-value]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    body: Any = base.base_model if base.config.get_text_config() is base.config else base.get_decoder()
+    if body.get_output_embeddings() is None:
+        return body  # type: ignore[no-any-return]
+    # A language model inside a wrapper, or one whose class gives its trunk another name (Llama 4).
+    return next(child for child in body.children() if hasattr(child, "get_input_embeddings"))  # type: ignore[no-any-return]
 
 
 def _finish(
     model: PreTrainedModel, source: ModelSource, plan: LoadPlan, stop_token_ids: tuple[int, ...] | None
 ) -> Backbone:
     """Freeze, move, and compare with the tokenizer."""
-    if plan.bits is None:
-        model.to(plan.device)  # type: ignore[arg-type]
-    else:
+    bits = plan.bits or bits_of(*(bool(getattr(model, f"is_loaded_in_{n}bit", False)) for n in (8, 4)))
+    if getattr(model, "is_quantized", False):
         keep_trainable(model)
+    else:
+        model.to(plan.device)  # type: ignore[arg-type]
+    one_recurrence(model)
     model.requires_grad_(False)
     model.eval()
     tokenizer = tokenizer_of(source)
@@ -259,8 +288,10 @@ def _finish(
         config_sha256(source.folder),
         weights_sha256(source.folder),
         tokenizer_sha256(tokenizer),
-        f"{plan.bits}bit" if plan.bits else str(plan.dtype).removeprefix("torch."),
+        f"{bits}bit" if bits else str(plan.dtype).removeprefix("torch."),
     )
+    notes = quantisation_notes(trunk(model), bits) if bits else []
+    notes += context_notes(model.config.get_text_config())
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -272,6 +303,7 @@ def _finish(
         context_length=context_length(model.config.get_text_config(), tokenizer),
         attn_implementation=plan.attn,
         stop_token_ids=stop_token_ids,
+        notes=tuple(notes),
     )
 
 
@@ -279,16 +311,6 @@ def _end_of_chat(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """What ends a turn of the tokenizer's chat template, whether the job uses that or not: it must not pad either."""
     end = None if tokenizer.chat_template is None else own_end_of_turn(tokenizer, ChatTemplate(tokenizer))
     return () if end is None else (end,)
-
-
-def context_length(config: Any, tokenizer: Any = None) -> int:
-    """Tokens that a model was made for, by its config, else by its tokenizer; NO_LIMIT if neither says."""
-    stated = [getattr(config, name, None) for name in _CONTEXT_NAMES]
-    lengths = [n for n in stated if isinstance(n, int) and n > 0]
-    if lengths:
-        return lengths[0]
-    longest = getattr(tokenizer, "model_max_length", NO_LIMIT)
-    return longest if longest < NO_LIMIT else NO_LIMIT
 
 
 def _some(names: list[str]) -> str:

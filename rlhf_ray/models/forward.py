@@ -15,23 +15,17 @@ from torch import Tensor, nn
 
 from rlhf_ray.batches import Sequences
 from rlhf_ray.maths.logprobs import chunk_calls, chunked_token_logprobs
-from rlhf_ray.maths.masks import position_ids, zero_outside
+from rlhf_ray.maths.masks import zero_outside
+from rlhf_ray.models.recurrent import hidden_states
 from rlhf_ray.models.zero3 import MaxOverRanks
 
 LOGITS_AT_ONCE = 2**26
 """Logits alive at any time in a log-probability pass: 256 MB in float32, whatever the vocabulary."""
 
 
-def response_states(trunk: Callable[..., object], seq: Sequences) -> Tensor:
+def response_states(trunk: nn.Module, seq: Sequences) -> Tensor:
     """Hidden states [M, R+1, D] of columns P-1 .. T-1, under whichever adapter is active."""
-    attention_mask = seq.attention_mask
-    output = trunk(
-        input_ids=seq.tokens,
-        attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    )
-    return output.last_hidden_state[:, -(seq.response_width + 1) :]  # type: ignore[attr-defined]
+    return hidden_states(trunk, seq.tokens, seq.attention_mask, seq.response_width + 1)
 
 
 def response_logprobs(

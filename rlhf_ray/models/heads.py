@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,14 @@ from rlhf_ray.errors import ArtifactError
 
 
 class ScalarHead(nn.Linear):
-    """h [..., D] -> w . h [...], in float32 whatever the trunk's precision. `weight` is [1, D].
+    """h [..., D] -> w . h + offset [...], in float32 whatever the trunk's precision. `weight` is [1, D].
 
-    Zero at the start (a value model that knows nothing yet says 0 everywhere), or a copy of `weight`."""
+    Zero at the start (a value model that knows nothing yet says 0 everywhere), or a copy of `weight`.
+    offset: the bias of a reward model by others; ours have none."""
 
-    def __init__(self, hidden_size: int, weight: Tensor | None = None) -> None:
+    def __init__(self, hidden_size: int, weight: Tensor | None = None, offset: float = 0.0) -> None:
         super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
+        self.offset = offset
         if weight is not None and tuple(weight.shape) != (1, hidden_size):
             raise ArtifactError.at("head", "wrong shape", f"(1, {hidden_size})", str(tuple(weight.shape)))
         with torch.no_grad():
@@ -22,13 +26,41 @@ class ScalarHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.float()).squeeze(-1)
+            return super().forward(hidden.float()).squeeze(-1) + self.offset
+
+
+def score_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """The score head of a classifier as one linear layer D -> 1. weight: [labels, D].   bias: [labels].
+
+    Two labels: the log-odds of label 1, which are the difference of their logits. ArtifactError for more."""
+    if len(weight) == 2:
+        weight, bias = weight[1:] - weight[:1], None if bias is None else bias[1:] - bias[:1]
+    if len(weight) != 1:
+        raise ArtifactError.at(
+            "score",
+            "has several labels",
+            "one label, or two",
+            str(len(weight)),
+            "give it as a Python reward function, which says what its labels are worth",
+        )
+    layer = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer
+
+
+def scalar_head(score: nn.Linear) -> ScalarHead:
+    """A copy of a classifier's score layer D -> 1."""
+    offset = 0.0 if score.bias is None else float(score.bias)
+    return ScalarHead(score.in_features, score.weight.detach().float().cpu(), offset)
 
 
 class LogitsHead(nn.Module):
     """h [..., D] -> logits [..., V] of architectures that rescale or cap what their output layer says.
 
-    logits = cap * tanh(scale * (W h) / cap): Gemma caps, Cohere and Granite scale. `out_features` is V."""
+    logits = cap * tanh(scale * (W h) / cap): Gemma caps; Cohere, Granite and Falcon-H1 scale. `out_features` is V."""
 
     def __init__(self, output_layer: nn.Module, scale: float, cap: float | None) -> None:
         super().__init__()
@@ -40,31 +72,68 @@ class LogitsHead(nn.Module):
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-def logits_head(model: nn.Module) -> nn.Module:
-    """The language-model head of `model`: its output layer, wrapped where its config says that logits are scaled or capped."""
-    layer = model.get_output_embeddings()  # type: ignore[operator]
-    if layer is None:
-        raise ArtifactError.at(type(model).__name__, "has no output layer", "a causal language model")
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-    if cap is None and scale == divisor:
-        return layer
-    return LogitsHead(layer, scale / divisor, cap)
+TOLERANCE = 1e-3
+"""Largest difference between the head's logits and the model's own, relative to the largest logit: roundings of half precision."""
 
 
 @torch.no_grad()
-def check_logits_head(model: nn.Module, trunk: nn.Module, head: nn.Module) -> None:
-    """ArtifactError unless `head` on the trunk's hidden states gives the model's own logits: log-probabilities are taken so."""
-    ids = torch.arange(4, device=next(model.parameters()).device)[None]
-    whole = model(input_ids=ids, use_cache=False).logits.float()
-    parts = head(trunk(input_ids=ids, use_cache=False).last_hidden_state).float()
-    worst = float((whole - parts).abs().max())
-    if not worst <= 1e-3 * max(float(whole.abs().max()), 1.0):
-        raise ArtifactError.at(
-            type(model).__name__,
-            "its logits are not its output layer on its last hidden state, and how they differ is not known here",
-            "a difference below 0.1 %",
-            f"{worst:.3g}",
-        )
+def logits_head(model: nn.Module, trunk: nn.Module) -> nn.Module:
+    """The language-model head of `model`: its output layer, wrapped where the model's logits are that layer's scaled or capped.
+
+    Whether and by how much is measured on four tokens, since architectures name it differently, or not at all; where the config
+    holds the very number, that is taken. ArtifactError if neither explains the logits: log-probabilities are taken from the head.
+    On the meta device nothing can be measured: the first number of the config that could be meant stands for its shape."""
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    if layer is None:
+        raise ArtifactError.at(type(model).__name__, "has no output layer", "a causal language model")
+    scales, caps = _numbers_of(model.config.get_text_config())  # type: ignore[union-attr,operator]
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return LogitsHead(layer, scales[0] if scales else 1.0, caps[0] if caps else None) if scales or caps else layer
+    ids = torch.arange(4, device=device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits
+    plain = layer(trunk(input_ids=ids, use_cache=False).last_hidden_state)
+    size = max(float(logits.float().abs().max()), 1.0)
+    worst = float((logits - plain).float().abs().max())
+    if worst <= TOLERANCE * size and not caps:
+        return layer
+    for cap in (*caps, None):
+        measured = _scale(logits.double(), plain.double(), cap)
+        named = [s for s in (1.0, *scales) if abs(s - measured) <= 1e-2 * abs(measured)]
+        for scale in (*named, measured):
+            head = LogitsHead(layer, scale, cap)
+            found = float((head(trunk(input_ids=ids, use_cache=False).last_hidden_state) - logits).float().abs().max())
+            if found <= TOLERANCE * size:
+                return layer if scale == 1.0 and cap is None else head
+            worst = min(worst, found)
+    raise ArtifactError.at(
+        type(model).__name__,
+        "its logits are not its output layer on its last hidden state, nor that scaled or capped",
+        "a difference below 0.1 %",
+        f"{worst:.3g}",
+    )
+
+
+def _scale(logits: Tensor, plain: Tensor, cap: float | None) -> float:
+    """The factor between the output layer and the logits before their cap, by least squares."""
+    if cap is not None:
+        ratio = (logits / cap).clamp(-0.999, 0.999)
+        logits = cap * torch.atanh(ratio)
+        inside = ratio.abs() < 0.99
+        logits, plain = logits[inside], plain[inside]
+    square = float((plain * plain).sum())
+    return float((logits * plain).sum()) / square if square else 1.0
+
+
+def _numbers_of(config: Any) -> tuple[list[float], list[float]]:
+    """Numbers of a config that could scale logits, themselves or as divisors, and that could cap them."""
+    scales: list[float] = []
+    caps: list[float] = []
+    for name, value in config.to_dict().items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+            continue
+        if "logit" in name and "cap" in name and "attn" not in name:
+            caps.append(float(value))
+        elif ("logit" in name or "lm_head" in name) and ("scal" in name or "multiplier" in name) and value != 1:
+            scales += [float(value), 1.0 / float(value)]
+    return scales, caps

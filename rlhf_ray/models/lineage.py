@@ -8,6 +8,7 @@ it cannot say is told as a warning.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def _template_difference(where: str, parent: Parent, template: Digest | None) ->
             "was trained with another prompt template",
             f"{parent.template.get('name')}, sha256 {parent.template.get('sha256')}",
             f"{template.name}, sha256 {template.sha256}",
-            f"set template={parent.template.get('name')}",
+            f"set template={parent.template.get('name')}{_with_kwargs(parent.template)}",
         )
     ]
 
@@ -246,6 +247,18 @@ def recorded_end(source: ModelSpec) -> int | None:
     """The token that ended the replies it was trained on: the first of the stop_token_ids in its manifest; None if it has none."""
     ids = _own_manifest(source).get("stop_token_ids") or (None,)
     return ids[0]
+
+
+def _with_kwargs(template: Mapping[str, Any]) -> str:
+    """The further variables of a recorded chat template, as they are set."""
+    kwargs = (template.get("content") or {}).get("kwargs")
+    return f" chat_template_kwargs={kwargs}" if kwargs else ""
+
+
+def recorded_kwargs(source: ModelSpec) -> dict[str, Any]:
+    """The further variables of its chat template (`chat_template_kwargs`); {} where nothing is recorded."""
+    content = (_own_manifest(source).get("template") or {}).get("content") or {}
+    return dict(json.loads(content.get("kwargs", "{}")))
 
 
 def recorded_date(source: ModelSpec) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf_ray.errors import ArtifactError, ResourceError
 from rlhf_ray.models.quantisation import quantised_kwargs
-from rlhf_ray.models.sources import ModelSource, check_files, load_error, one_line, weight_files
+from rlhf_ray.models.sources import ModelSource, are_pickled, check_files, load_error, one_line, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +68,7 @@ def plan_load(
         config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise load_error(source, e) from e
+    config.__dict__.pop("auto_map", None)  # transformers knows the type, else check_files would have refused it
     dropout = no_dropout(config)
     chosen = _dtype(source, config, dtype, where)
     kernel = _attention(attn, where, chosen)
@@ -95,6 +98,8 @@ def checkpoint_dtype(folder: Path, config: Any) -> torch.dtype:
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     path = weight_files(folder)[0]
+    if path.suffix == ".bin":
+        return torch.float32
     try:
         with safe_open(path, framework="pt") as file:
             slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
@@ -102,6 +107,16 @@ def checkpoint_dtype(folder: Path, config: Any) -> torch.dtype:
             return DTYPES[_STORED.get(largest.get_dtype(), "float32")]
     except (SafetensorError, ValueError) as e:
         raise ArtifactError.at(str(path), f"is damaged: {one_line(e)}") from e
+
+
+def read_tensor(folder: Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint's safetensors files. ArtifactError if none of them has it."""
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118
+                    return file.get_tensor(name)
+    raise ArtifactError.at(str(folder), f"{name} cannot be read", "safetensors files that hold it")
 
 
 def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -116,28 +131,67 @@ def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+def causal_class(config: Any) -> Any:
+    """The Auto class of language models for this config; models that also see are image-text models where there is no other."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def classifier_config(config: Any, where: str) -> Any:
+    """The config of a one-label sequence classifier with the trunk of the causal language model that `config` stands for: `config`,
+    or that of its text decoder where the language model is one (Qwen3.5).
+
+    ArtifactError, before any weight is read, if transformers has no sequence-classification class for it."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
+
+    text = config.get_text_config()
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if text is not config and causal is not None and causal.config_class is type(text):
+        config = text
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ArtifactError.at(
+            where,
+            f"transformers has no sequence-classification class for model type {config.model_type}",
+            "a model type that has one, for a reward model with weights of its own",
+            fix="use the reward run itself, an adapter with a head, wherever a reward is asked for",
+        )
+    config.num_labels = 1
+    return config
+
+
 def from_pretrained(auto: Any, source: ModelSource, plan: LoadPlan) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as an Auto class makes it, and its report of missing and unexpected weights. A library's errors become ours."""
     arguments: dict[str, Any] = {
         "config": copy.deepcopy(plan.config),
         "dtype": plan.dtype,
-        "attn_implementation": plan.attn,
-        "use_safetensors": True,
+        "use_safetensors": not are_pickled(source.folder),
+        "weights_only": True,
         "trust_remote_code": False,
         "output_loading_info": True,
         **plan.extra,
     }
     try:
         with quiet():
-            try:
-                return auto.from_pretrained(str(source.folder), **arguments)
-            except ValueError as e:
-                if not (plan.attn_may_fall_back and plan.attn == "sdpa" and "scaled_dot_product_attention" in str(e)):
-                    raise
-                plan.attn = "eager"
-                return auto.from_pretrained(str(source.folder), **{**arguments, "attn_implementation": "eager"})
+            while True:
+                try:
+                    return auto.from_pretrained(str(source.folder), attn_implementation=plan.attn, **arguments)
+                except (ValueError, ImportError) as e:
+                    slower = {"flash_attention_2": "sdpa", "sdpa": "eager"}.get(plan.attn)
+                    about_attention = re.search("attention|flash|sdpa", str(e), re.IGNORECASE)
+                    if slower is None or not (plan.attn_may_fall_back and about_attention):
+                        raise
+                    plan.attn = slower
     except torch.cuda.OutOfMemoryError as e:
         raise ResourceError.at(str(source.folder), f"does not fit into GPU memory: {one_line(e)}") from e
+    except pickle.UnpicklingError as e:
+        raise ArtifactError.at(
+            str(source.folder), "the pickled weights hold more than tensors", "tensors alone", one_line(e)
+        ) from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as e:
         raise load_error(source, e) from e
 

@@ -8,23 +8,28 @@ a merge that changes nothing is refused.
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.models.adapters import lora_layers, use_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_exact, trunk
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import MERGED, check_lineage, merged_manifest
 from rlhf_ray.models.loading import quiet
+from rlhf_ray.models.merge_by_peft import OPTIONS, merge_by_peft, read_for_merge
 from rlhf_ray.models.sources import ModelSource, resolve_source, weights_sha256
 from rlhf_ray.models.specs import ModelSpec, policy_source
+from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 from rlhf_ray.storage.checkpoints import SCHEMA
 from rlhf_ray.storage.files import disk_errors, temporary_beside
 from rlhf_ray.storage.run_folder import atomic_replace_folder, atomic_write_json, describe_files, verify_files
@@ -51,19 +56,21 @@ def merge_run(
     output_dir: Path | str | None = None,
     dtype: str | None = None,
     *,
+    model: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Merge the adapter of a run (RUN or RUN@STEP) or adapter folder into its base and return the new checkpoint's folder.
 
     output_dir: default `<run_dir>-adapter-merged` beside it.   dtype: number format of the result; default: the base's own.
+    model: the base, where it does not lie where the adapter says; what the adapter's run recorded of it has to hold of this one.
     log: called with a line for each warning and for the measured difference.
     The same merge, already there, is verified and returned as it is. ConfigError if something else is there; ArtifactError if the
     adapter does not fit its base, changes nothing, or the merged outputs are not the unmerged ones."""
     source = policy_source(str(run_dir))
     if source.kind != "adapter":
         raise ConfigError.at(str(run_dir), "holds no adapter to merge", "a run or an adapter folder")
-    files = read_adapter(source.path)
-    base = _base_of(source, files)
+    files = (read_for_merge(source.path) if source.run is None else None) or read_adapter(source.path)
+    base = _base_of(source, files) if model is None else resolve_source(model, None)
     target = Path(output_dir).absolute() if output_dir is not None else _default_target(source)
     if target.exists():
         return _reuse(target, files, base, dtype)
@@ -91,11 +98,17 @@ def _base_of(source: ModelSpec, files: AdapterFiles) -> ModelSource:
     path = recorded.get("path") or files.config["base_model_name_or_path"]
     revision = recorded.get("revision") or files.config["revision"]
     if not path:
-        raise ArtifactError.at(source.path, "does not record its base model", "base_model_name_or_path")
+        raise ArtifactError.at(source.path, "does not record its base model", "base_model_name_or_path", fix="--model")
     beside = Path(source.path) / path
     if not Path(path).exists() and beside.is_dir():
         path = str(beside)
-    return resolve_source(path, revision)
+    try:
+        return resolve_source(path, revision)
+    except RlhfRayError as error:
+        problem = error.problems[0]
+        raise type(error)(
+            [replace(problem, fix="name the base where it lies now: --model"), *error.problems[1:]]
+        ) from error
 
 
 def _default_target(source: ModelSpec) -> Path:
@@ -134,7 +147,9 @@ def _merge_into(
     backbone, dropout = load_exact(
         path=str(base.folder), revision=None, dtype=dtype, classifier=files.head is not None, head=files.head
     )
-    notes = check_lineage(source, backbone.identity, None, role=source.run.stage if source.run else "adapter")
+    notes = []
+    if files.config.keys().isdisjoint(OPTIONS):  # others hold no hash of their base
+        notes += check_lineage(source, backbone.identity, None, role=source.run.stage if source.run else "adapter")
     ids = _fixture_ids(backbone)
     before, adapted, merged = _merge(backbone, files, ids)
     difference = _compare(adapted, merged, backbone.dtype, source.path)
@@ -166,9 +181,12 @@ def fixture_outputs(backbone: Backbone, ids: Tensor) -> Tensor:
 
 def _merge(backbone: Backbone, files: AdapterFiles, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Merge in place. Returns the fixture's outputs of the base, of base and adapter, and of the merged model."""
+    if not files.config.keys().isdisjoint(OPTIONS):
+        return _merge_more_than_lora(backbone, files, ids)
     peft_model = wrap(backbone.model, files, NAME)
     with use_adapter(peft_model, None):
         before = fixture_outputs(backbone, ids)
+    _refuse_shared_weights(peft_model, files.path)
     adapted = fixture_outputs(backbone, ids)
     changed = sum(_fold(layer) for _, layer in lora_layers(peft_model))
     if changed == 0:
@@ -179,16 +197,52 @@ def _merge(backbone: Backbone, files: AdapterFiles, ids: Tensor) -> tuple[Tensor
     return before, adapted, fixture_outputs(backbone, ids)
 
 
+def _refuse_shared_weights(peft_model: PeftModel, where: str) -> None:
+    """ArtifactError if adapted layers have one weight in common, as in Zamba's shared blocks: it cannot hold all their updates."""
+    places: defaultdict[int, list[str]] = defaultdict(list)
+    for name, layer in lora_layers(peft_model):
+        places[id(_weight_of(layer))].append(name.removeprefix("base_model.model."))
+    shared = next((names for names in places.values() if len(names) > 1), None)
+    if shared is not None:
+        free, taken = (
+            {n.rpartition(".")[2] for names in places.values() if (len(names) == 1) is alone for n in names}
+            for alone in (True, False)
+        )
+        raise ArtifactError.at(
+            where,
+            f"cannot be merged: {len(shared)} layers have one weight and an adapter each",
+            "layers with weights of their own",
+            f"{shared[0]}, {shared[1]}",
+            f"use the adapter unmerged (serve, generate), or train with lora.target_modules=[{', '.join(sorted(free - taken))}]",
+        )
+
+
+def _merge_more_than_lora(backbone: Backbone, files: AdapterFiles, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(model: Any) -> Tensor:
+        return fixture_outputs(replace(backbone, model=model), ids)
+
+    backbone.model, before, adapted, merged = merge_by_peft(backbone.model, files, outputs)
+    if torch.equal(before, merged):
+        raise ArtifactError.at(files.path, "merging it changes nothing", "an adapter that was trained")
+    return before, adapted, merged
+
+
 @torch.no_grad()
 def _fold(layer: Any) -> bool:
     """Add the adapter's update to the layer's weight, in float32, rounding once. Whether any weight changed."""
-    weight = layer.get_base_layer().weight
+    weight = _weight_of(layer)
     merged = (weight.float() + layer.get_delta_weight(NAME).float()).to(weight.dtype)
     if not bool(torch.isfinite(merged).all()):
         raise ArtifactError.at("merge", "a merged weight is not finite", f"values that fit {weight.dtype}")
     changed = not torch.equal(merged, weight)
     weight.copy_(merged)
     return changed
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """What a LoRA layer adapts: of a linear layer its weight, of stacked experts one of their parameters."""
+    weight: Tensor = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+    return weight
 
 
 def _unload(peft_model: PeftModel) -> nn.Module:
@@ -288,6 +342,9 @@ def _write(folder: Path, backbone: Backbone, dropout: dict[str, float], base: Mo
     for name in _COPIED:
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, folder / name)
+    if tokenizer_sha256(tokenizer_of(ModelSource(folder, str(folder)))) != backbone.identity.tokenizer_sha256:
+        # Of a wrapper that merges as its decoder (Qwen3.5): the model type decided what class reads the files.
+        backbone.tokenizer.save_pretrained(folder)
 
 
 def _read_back(folder: Path, manifest: dict[str, Any], answers: Tensor) -> None:

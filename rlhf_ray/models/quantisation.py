@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_ray.errors import ResourceError
+from rlhf_ray.errors import ArtifactError, ResourceError
 
 
 def quantised_kwargs(bits: int, device: torch.device, cpu_offload: bool) -> dict[str, Any]:
@@ -43,3 +43,31 @@ def keep_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def dequantised(model: Any, dtype: torch.dtype, where: str) -> Any:
+    """A model whose checkpoint is quantised, with whole weights. ArtifactError where transformers cannot do that."""
+    method = getattr(model.config.quantization_config, "quant_method", "quantised")
+    try:
+        whole = model.dequantize().to(dtype)
+    except (NotImplementedError, ValueError, RuntimeError, AttributeError) as e:
+        raise ArtifactError.at(
+            where,
+            f"its weights are quantised ({getattr(method, 'value', method)}), and transformers cannot make them whole again",
+            "whole weights to merge into",
+            fix="merge into the checkpoint that it was quantised from, and quantise the result",
+        ) from e
+    if hasattr(whole.config, "quantization_config"):
+        del whole.config.quantization_config
+    # What reads quantised tensors has no way back, and saving would look for one.
+    conversions = getattr(whole, "_weight_conversions", None) or ()
+    whole._weight_conversions = [c for c in conversions if _has_a_way_back(c)]
+    return whole
+
+
+def _has_a_way_back(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True

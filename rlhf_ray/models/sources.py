@@ -1,6 +1,7 @@
 """From what a job file calls its model to a folder of safetensors, JSON and a tokenizer: found, or refused in one line.
 
-Code that a checkpoint brings along is never run, and pickled weights are never opened.
+Code that a checkpoint brings along is never run; pickled weights are read by torch's weights-only loader, which makes tensors and
+nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from rlhf_ray.errors import ArtifactError, ConfigError, Problem, RlhfRayError
 from rlhf_ray.storage.files import read_json, sha256_file, sha256_text
 
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _NOT_WANTED = ["*/*", "consolidated*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
@@ -138,17 +141,20 @@ def _from_hub(where: str, name: str, revision: str | None) -> ModelSource:
 def check_files(source: ModelSource) -> dict[str, Any]:
     """The model's config.json, after checking that its files are complete and safe to load.
 
-    ArtifactError if the model wants to run code of its own (auto_map), points at other weight files, has only pickled weights,
-    or lacks a shard."""
+    ArtifactError if the model needs code of its own (auto_map, of a type that transformers does not know: otherwise transformers'
+    code is used), points at other weight files, or lacks a shard."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     folder = source.folder
     config = read_json(folder / "config.json")
+    own_code = [] if config.get("model_type") in CONFIG_MAPPING else ["auto_map"]
     problems = [
         Problem(str(folder / "config.json"), f"{key} is refused: a model may not choose code or files to load")
-        for key in ("auto_map", "transformers_weights")
+        for key in (*own_code, "transformers_weights")
         if config.get(key)
     ]
     tokenizer_config = folder / "tokenizer_config.json"
-    if tokenizer_config.exists() and read_json(tokenizer_config).get("auto_map"):
+    if own_code and tokenizer_config.exists() and read_json(tokenizer_config).get("auto_map"):
         problems.append(Problem(str(tokenizer_config), "auto_map is refused: a tokenizer may not bring its own code"))
     ArtifactError.raise_all(problems)
     weight_files(folder)
@@ -156,34 +162,33 @@ def check_files(source: ModelSource) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights, in order. ArtifactError if one is missing or there are only pickles."""
-    index = folder / INDEX
-    if index.exists():
-        table = read_json(index).get("weight_map")
-        if not isinstance(table, dict) or not table:
-            raise ArtifactError.at(str(index), "weight_map is missing or empty")
-        names = sorted({str(name) for name in table.values()})
-        ArtifactError.raise_all(_shard_problems(folder, names))
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-    if pickled:
-        raise ArtifactError.at(
-            str(folder),
-            "the weights are pickled, and a pickle can run code",
-            "*.safetensors",
-            ", ".join(pickled[:3]),
-            "save the model again with transformers: save_pretrained writes safetensors",
-        )
-    raise ArtifactError.at(str(folder), "no weights", f"model.safetensors, or {INDEX} with its shards")
+    """The files that hold the weights, in order: safetensors, or pytorch_model.bin where there are none. ArtifactError if one is
+    missing."""
+    for index, whole in ((INDEX, "model.safetensors"), (PICKLED_INDEX, PICKLED)):
+        if (folder / index).exists():
+            table = read_json(folder / index).get("weight_map")
+            if not isinstance(table, dict) or not table:
+                raise ArtifactError.at(str(folder / index), "weight_map is missing or empty")
+            names = sorted({str(name) for name in table.values()})
+            ArtifactError.raise_all(_shard_problems(folder, index, names))
+            return [folder / name for name in names]
+        if (folder / whole).exists():
+            return [folder / whole]
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    expected = f"model.safetensors, or {INDEX} with its shards; or {PICKLED}"
+    raise ArtifactError.at(str(folder), "no weights", expected, ", ".join(others[:3]) or "none")
 
 
-def _shard_problems(folder: Path, names: list[str]) -> list[Problem]:
-    problems = []
+def are_pickled(folder: Path) -> bool:
+    """Whether the weights are in the format that torch.save writes."""
+    return weight_files(folder)[0].suffix == ".bin"
+
+
+def _shard_problems(folder: Path, index: str, names: list[str]) -> list[Problem]:
+    problems, suffix = [], ".safetensors" if index == INDEX else ".bin"
     for name in names:
-        if os.sep in name or not name.endswith(".safetensors"):
-            problems.append(Problem(str(folder / INDEX), f"refused weight file {name!r}", "a .safetensors file here"))
+        if os.sep in name or not name.endswith(suffix):
+            problems.append(Problem(str(folder / index), f"refused weight file {name!r}", f"a {suffix} file here"))
         elif not (folder / name).exists():
             problems.append(Problem(str(folder / name), "shard is missing"))
     return problems

@@ -69,6 +69,11 @@ def attention(
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         zero = torch.zeros((), dtype=query.dtype, device=query.device)
         attn_mask = torch.where(attn_mask.logical_not(), zero, zero)
+    if device == "cpu" and (key.shape[-1] != value.shape[-1] or (attn_mask is not None and attn_mask.requires_grad)):
+        # Latent attention, masks that are learnt: torch's fused kernel of the CPU takes neither.
+        return _aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
     if device == "cpu":
         out: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale

@@ -34,6 +34,7 @@ _SHAPE_FIELDS = {
         "copy_to",
         "report_to",
         "data",
+        "ptx_data",
         "rollout_batch_size",
         "rollout_chunk_size",
     ),
@@ -80,7 +81,9 @@ class Estimator:
             raise ConfigError.at(
                 "response_length", "leaves no room for a prompt", f"below {limit}", str(job.response_length)
             )
-        prompt = min(room, self.prompt or (room if job.max_length is not None else ASSUMED_PROMPT))
+        longest = job.max_prompt_length if isinstance(job, PPOConfig) else None
+        longest = longest or (room if job.max_length is not None else ASSUMED_PROMPT)
+        prompt = min(room, self.prompt or longest)
         if isinstance(job, EvaluateConfig):
             rows = job.per_device_eval_batch_size
             return Shapes(
@@ -103,6 +106,8 @@ class Estimator:
         if isinstance(job, (PPOConfig, EvaluateConfig)):
             shapes = self.shapes(job, base.context_length)
             facts.append(f"prompts of {shapes.prompt} and replies of {shapes.response} tokens, {shapes.chunk} at once")
+            if isinstance(job, PPOConfig) and job.ptx_coef:
+                facts.append(f"rows of ptx_data of {shapes.prompt + shapes.response} tokens")
         else:
             assert isinstance(job, (SFTConfig, RewardConfig))
             facts.append(f"rows of {min(job.max_length, base.context_length)} tokens")
@@ -162,7 +167,7 @@ class Estimator:
         if role == "generator":
             how = job.eval_sampling.model_copy(update={"temperature": job.temperature})  # rollouts never truncate
             return {"sampling": self._peak(cast, "sampling", shapes, lambda: cast.sampling(shapes, how))}
-        rewards = [r.name for r in job.rewards if r.name in cast.models.bindings]
+        rewards = [role for r in job.rewards for role in r.models(r.name) if role in cast.models.bindings]
         return {
             "scoring": self._peak(
                 cast, "scoring", shapes, lambda: cast.scoring(shapes, job.temperature, "reference", rewards)
@@ -173,7 +178,7 @@ class Estimator:
         cast = self._first(job)
         shapes = self.shapes(job, min(s.backbone.context_length for s in cast.assembly.stacks.values()))
         policies = [f"policy_{i}" for i in range(len(job.policies))]
-        rewards = [f"reward_{i}" for i, r in enumerate(job.rewards) if r.function is None]
+        rewards = [role for i, r in enumerate(job.rewards) for role in r.models(f"reward_{i}")]
         heat = job.sampling.temperature
         phases = {"load": self._peak(cast, "load", (), cast.load)}
         sampled = [

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rlhf_ray.config import JobFields, PipelineConfig, PPOConfig
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.launch.launch import placement_of
+from rlhf_ray.launch.model_families import check_models
 from rlhf_ray.plan.advice import Option, as_written, options, recommendation, warnings
 from rlhf_ray.plan.estimate import Estimator, with_stages
 from rlhf_ray.plan.memory import CARDS, CPU_IMPORTS, GIB, PARTS, Device, Process, gpus
@@ -107,7 +108,9 @@ def plan(
 ) -> Plan:
     """Estimate every stage of `job`. gpu_gib: memory of the GPUs to fit; default: of those here, if there are any.
 
-    Raises ConfigError if a model's config.json cannot be had, ArtifactError if it cannot be read."""
+    Raises ConfigError if a model's config.json cannot be had or is of a kind that does not work here, ArtifactError if it cannot
+    be read."""
+    check_models(job)
     chosen = _device(job) if device == "auto" else device
     estimator = Estimator(chosen, prompt=prompt_tokens)
     if isinstance(job, PipelineConfig):

@@ -41,6 +41,12 @@ class Shapes:
     prompt: int
     response: int
 
+    def texts(self, rows: int) -> Sequences:
+        """Rows of ptx_data: every token but the first is predicted, as `PtxBatch` has them."""
+        tokens = torch.zeros(rows, self.prompt + self.response, dtype=torch.int64, device="meta")
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        return Sequences(tokens, mask, mask[:, 1:])
+
     def sequences(self, rows: int) -> Sequences:
         tokens = torch.zeros(rows, self.prompt + self.response, dtype=torch.int64, device="meta")
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -167,6 +173,10 @@ class PPOLearning(Learning):
         fixed, mask = torch.zeros(shapes.rows, shapes.response, device="meta"), seq.response_mask
         weights = fixed if job.max_staleness else None
 
+        if job.ptx_coef:
+            texts = shapes.texts(shapes.rows)
+            yield losses.ptx_loss_sum(models("logprobs", "policy", texts, 1.0)[0], texts.response_mask)[0]
+
         with_entropy = job.entropy_coef > 0
 
         def policy(new: Tensor, entropy: Tensor | None) -> Tensor:
@@ -231,7 +241,8 @@ class _OutputShapes:
 
     def __call__(self, **inputs: Any) -> Any:
         ids = inputs["input_ids"]
-        if ids.shape[1] == 1 and inputs["attention_mask"].shape[1] < self.longest:
+        cache = next(inputs[name] for name in ("past_key_values", "cache_params") if name in inputs)
+        if ids.shape[1] == 1 and cache.get_seq_length() + 1 < self.longest:
             dtype = next(self.model.parameters()).dtype
             return SimpleNamespace(logits=torch.empty(len(ids), 1, self.vocabulary, dtype=dtype, device="meta"))
         return self.model(**inputs)

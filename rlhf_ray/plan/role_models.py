@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from rlhf_ray.config import (
     RewardSource,
     SFTConfig,
 )
-from rlhf_ray.models.adapter_files import CONFIG, AdapterFiles, check_config
+from rlhf_ray.models.adapter_files import CONFIG, AdapterFiles, check_config, targets_of
 from rlhf_ray.models.adapters import add_fresh, wrap
 from rlhf_ray.models.assembly import BASE, Assembly
 from rlhf_ray.models.backbone import Backbone
@@ -49,9 +49,7 @@ class Made:
         made = cls(shapes)
         for stage in job.stages:
             config = job.stage_config(stage)
-            if isinstance(config, SFTConfig):
-                shapes[config.output_dir] = config.lora
-            elif isinstance(config, (RewardConfig, PPOConfig)):
+            if isinstance(config, (SFTConfig, RewardConfig, PPOConfig)):
                 shapes[config.output_dir] = made.lora_of(config.sft) if config.sft else config.lora
         return made
 
@@ -67,13 +65,12 @@ class Made:
         source = policy_source(path) if not (Path(path) / CONFIG).is_file() else ModelSpec("adapter", path)
         file = Path(source.path) / CONFIG
         config = check_config(read_json(file), str(file))
-        targets = config["target_modules"]
+        targets = targets_of(Path(source.path), config["target_modules"])
         return LoraConfig(
             r=config["r"],
             lora_alpha=config["lora_alpha"],
-            target_modules=targets
-            if targets == "all-linear"
-            else tuple([targets] if isinstance(targets, str) else targets),
+            target_modules="all-linear" if isinstance(targets, str) else tuple(targets),
+            target_parameters=tuple(config["target_parameters"]),
             use_rslora=config["use_rslora"],
         )
 
@@ -100,10 +97,12 @@ class PlannedAssembly(Assembly):
 
     def _copy(self, stack: str, source: str, target: str) -> None:
         config: Any = self.stacks[stack].peft.peft_config[source]
-        self.put(stack, target, LoraConfig(r=config.r, target_modules=tuple(config.target_modules)), trainable=False)
+        modules, parameters = tuple(config.target_modules), tuple(config.target_parameters or ())
+        lora = LoraConfig(r=config.r, target_modules=modules, target_parameters=parameters)
+        self.put(stack, target, lora, trainable=False)
 
-    def _fresh(self, stack: str, name: str, lora: LoraConfig) -> None:
-        self.put(stack, name, lora, trainable=True)
+    def _fresh(self, stack: str, name: str, lora: LoraConfig, trained: bool = True) -> None:
+        self.put(stack, name, lora, trainable=trained)
 
     def put(self, stack: str, name: str, lora: LoraConfig, trainable: bool) -> None:
         """An adapter of this shape. PEFT moves only a layer's first adapter to the meta device, so all are made there."""
@@ -116,7 +115,7 @@ class PlannedAssembly(Assembly):
         if trainable:
             self._mark_trained(stack, name)
 
-    def _head(self, stack: str, name: str, weight: torch.Tensor | None) -> None:
+    def _head(self, stack: str, name: str, weight: torch.Tensor | None, offset: float = 0.0) -> None:
         holder = self.stacks[stack]
         holder.heads[name] = Head(holder.backbone.hidden_size).to("meta")
 
@@ -148,7 +147,7 @@ def scorer_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly,
 def supervised_models(job: SFTConfig | RewardConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
     """The base with adapter `trained` on it."""
     assembly = PlannedAssembly(job, device, made)
-    lora = made.lora_of(job.sft) if isinstance(job, RewardConfig) and job.sft is not None else job.lora
+    lora = made.lora_of(job.sft) if job.sft is not None else job.lora
     assembly.put(BASE, "trained", lora, trainable=True)
     return assembly, assembly.finish()
 
@@ -163,8 +162,8 @@ def evaluation_models(job: EvaluateConfig, device: Device, made: Made) -> tuple[
         assembly.add_policy(role, ModelSpec("base", "base") if same else source)
 
     def add_reward(role: str, reward: RewardSource) -> None:
-        if reward.function is None:
-            assembly.add_reward(role, made.source(reward.run or reward.model or "", reward=True))
+        for name, path in reward.models(role).items():
+            assembly.add_reward(name, made.source(path, reward=True))
 
     add_evaluation_roles(job, add_policy, add_reward)
     return assembly, assembly.finish()
@@ -174,14 +173,15 @@ def _start(job: PPOConfig, made: Made) -> ModelSpec | None:
     return made.source(job.sft) if job.sft is not None else None
 
 
-def _add_reward(assembly: Assembly, made: Made, reward: RewardSource, load: bool) -> None:
-    if reward.function is None and load:
-        assembly.add_reward(reward.name, made.source(reward.run or reward.model or "", reward=True))
+def _add_reward(assembly: Assembly, made: Made, reward: RewardSource, load: Collection[str]) -> None:
+    for role, path in reward.models(reward.name).items():
+        if role in load:
+            assembly.add_reward(role, made.source(path, reward=True))
 
 
 def _foreign(job: PPOConfig, made: Made) -> set[str]:
     """Rewards with another tokenizer than the base's. Where a tokenizer is not on this machine it is taken for the same."""
-    models = {r.name: made.source(r.run or r.model or "", reward=True) for r in job.rewards if r.function is None}
+    models = {r.name: made.source(path, reward=True) for r in job.rewards for path in r.models(r.name).values()}
     own = _tokenizer(job.model_name_or_path)
     theirs = {name: _tokenizer(source.path) for name, source in models.items() if source.kind == "full"}
     return {name for name, sha256 in theirs.items() if own is not None and sha256 not in (None, own)}

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.backbone import Backbone, BaseIdentity, context_length
+from rlhf_ray.models.backbone import Backbone, BaseIdentity, trunk
+from rlhf_ray.models.context import context_length
 from rlhf_ray.models.heads import ScalarHead, logits_head
-from rlhf_ray.models.loading import DTYPES, bits_of, no_dropout, quiet
+from rlhf_ray.models.loading import DTYPES, bits_of, causal_class, classifier_config, no_dropout, quiet
 from rlhf_ray.models.sources import one_line
 from rlhf_ray.models.tokenizer import PadChoice
 from rlhf_ray.plan.attention import fused
@@ -74,12 +75,12 @@ def precision(job: JobFields, config: Any, device: Device) -> torch.dtype:
 def skeleton(job: JobFields, path: str, config: Any, device: Device, classifier: bool = False) -> Backbone:
     """The base at `path` as a job on `device` would load it; its model is on the meta device. Make it inside a
     `MetaMemoryTracker`."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    auto: Any = AutoModelForSequenceClassification if classifier else causal_class(config)
     config = copy.deepcopy(config)  # from_config writes the precision into it
     if classifier:
-        config.num_labels = 1
+        config = classifier_config(config, path)
     dtype, bits = precision(job, config, device), bits_of(job.load_in_8bit, job.load_in_4bit)
     kernel = "eager" if job.attn_implementation == "eager" else "sdpa"
     with torch.device("meta"), quiet():
@@ -105,7 +106,7 @@ def skeleton(job: JobFields, path: str, config: Any, device: Device, classifier:
         identity=BaseIdentity(path, None, "", "", "", f"{bits}bit" if bits else str(dtype).removeprefix("torch.")),
         context_length=context_length(model.config.get_text_config()),
         attn_implementation=kernel,
-        head=None if classifier else logits_head(model),
+        head=None if classifier else logits_head(model, trunk(model)),
     )
 
 

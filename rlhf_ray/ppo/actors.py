@@ -11,7 +11,7 @@ from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.models.lineage import header_line
-from rlhf_ray.ppo.models import assemble_generator, assemble_scorer, policy_sampler, text_maker
+from rlhf_ray.ppo.models import assemble_generator, assemble_scorer, policy_sampler, synced_reference, text_maker
 from rlhf_ray.roles.loading_generator import LoadingGenerator
 from rlhf_ray.roles.scorer import Scorer
 
@@ -35,13 +35,10 @@ def build_scorer(config: PPOConfig, on_gpu: bool) -> Scorer:
     models = assembly.finish()
     rows = config.per_device_train_batch_size
     to_texts = text_maker(assembly.base, roles.template)
-    scorer = Scorer(models, roles.build(models, rows, device), to_texts, config.temperature, rows, device)
+    rewards, synced = roles.build(models, rows, device), synced_reference(models)
+    scorer = Scorer(models, rewards, to_texts, config.temperature, rows, device, synced=synced)
     scorer.about = _about(assembly, device)
     return scorer
-
-
-BUILDERS = {"generator": build_generator, "scorer": build_scorer}
-"""What an actor of each role builds, for `launch`."""
 
 
 def check_and_describe(actors: list[tuple[str, Any]], identity: BaseIdentity) -> list[str]:

@@ -1,8 +1,9 @@
 """What a PPO run keeps on disk: its folder, its checkpoints, its result. The loop does not know files.
 
 A checkpoint is taken at one point only, the end of a step: adapters, head, optimizer state by parameter name, `PPOState`, the
-rollout that waits for the next step if there is one, the lengths of metrics.jsonl and samples.jsonl, the configuration, and what
-bits depend on beside it. Sampling and schedules have no state (maths/rng.py).
+reference if it was reset (ref_model_sync_steps), the rollout that waits for the next step if there is one, the lengths of
+metrics.jsonl and samples.jsonl, the configuration, and what bits depend on beside it. Sampling and schedules have no state
+(maths/rng.py).
 """
 
 from __future__ import annotations
@@ -21,17 +22,26 @@ from rlhf_ray.ppo.pending_rollout import load_pending, save_pending
 from rlhf_ray.ppo.setup import PPOSetup
 from rlhf_ray.ppo.state import PPOState
 from rlhf_ray.report import write_report
+from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.rollouts import Sampled
 from rlhf_ray.roles.trained_weights import TrainedWeights
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.storage.run import Run
-from rlhf_ray.storage.run_folder import RunFolder, atomic_save_tensors, atomic_write_json, write_checkpoint
+from rlhf_ray.storage.run_folder import (
+    RunFolder,
+    atomic_save_tensors,
+    atomic_write_json,
+    sha256_tensors,
+    write_checkpoint,
+)
 from rlhf_ray.training import run_entry
 from rlhf_ray.training.environment import environment, warn_of_differences
 
 BEST = "best.safetensors"
+REFERENCE = "reference.safetensors"
 MAY_CHANGE = (
     *run_entry.MAY_CHANGE,
+    *run_entry.LENGTH,
     *("placement", "generator.", "scorer.", "probe_steps"),
     *("max_kl", "max_clip_fraction", "min_finished", "over_optimisation_patience"),
 )
@@ -53,6 +63,8 @@ def save(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOState, 
             **state.state_dict(),
             "adapter_version": setup.learner.published.version,
             "adapter_sha256": setup.learner.published.sha256,
+            "reference_version": None if state.reference is None else state.reference.version,
+            "reference_sha256": None if state.reference is None else state.reference.sha256,
             "rollout_waits": pending is not None,
             "metrics_bytes": setup.writers.metrics.bytes,
             "samples_bytes": setup.writers.samples.bytes,
@@ -68,6 +80,8 @@ def save(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOState, 
                 save_pending(pending, folder)
             if state.best_policy is not None:
                 atomic_save_tensors(folder / BEST, state.best_policy)
+            if state.reference is not None:
+                atomic_save_tensors(folder / REFERENCE, state.reference.tensors)
 
         keep = config.save_total_limit
         protect = {state.best.step, *setup.listed_saves}
@@ -106,8 +120,11 @@ def restore(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOStat
     values = json.loads((checkpoint.path / "state.json").read_text())
     run_entry.require_same_as_saved(checkpoint.path, values.get("config"), config, MAY_CHANGE)
     state.load_state_dict(values)
+    run_entry.require_steps_left(state.step, setup.total_steps)
     if (checkpoint.path / BEST).is_file():
         state.best_policy = load_file(checkpoint.path / BEST)
+    if values.get("reference_version") is not None:
+        state.reference = _read_reference(checkpoint.path, values["reference_version"], values["reference_sha256"])
     weights = read_weights(checkpoint.path, has_value=bool(setup.value_config))
     optimizer = load_file(checkpoint.path / "optimizer.safetensors")
     setup.learner.restore(weights, optimizer, values["adapter_version"])
@@ -119,6 +136,13 @@ def restore(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOStat
         session.console.log(f"ppo: resuming from step {state.step} ({checkpoint.path})")
     warn_of_differences(values, session, setup.backbone)
     return pending
+
+
+def _read_reference(folder: Path, version: int, sha256: str) -> PublishedAdapter:
+    tensors = load_file(folder / REFERENCE)
+    if (found := sha256_tensors(tensors)) != sha256:
+        raise ArtifactError.at(str(folder / REFERENCE), "is not the reference that was saved", sha256, found)
+    return PublishedAdapter(version, sha256, tensors)
 
 
 def _cut_logs(session: Session, setup: PPOSetup, step: int, metrics_bytes: int, samples_bytes: int) -> None:

@@ -8,7 +8,8 @@ One step, on every rank (arXiv:1909.08593; details: arXiv:2403.17031):
     3  evaluate  the learner's own log-probabilities and values of the same tokens, before any update
     4  shape     reward - kl_coef x KL penalty per token; advantages; whitening              (roles/experience.py)
     5  update    num_ppo_epochs x num_mini_batches optimizer steps on the clipped losses     (roles/learner.py)
-    6  publish   the new adapter gets a version and a hash; the KL coefficient moves once
+    6  publish   the new adapter gets a version and a hash; the KL coefficient moves once; every ref_model_sync_steps steps the
+                 reference becomes the policy as it is now (arXiv:2505.24864)
 
 With max_staleness 1 the next step's 1 and 2 go on meanwhile, by the adapter from before 5 (roles/rollouts.py).
 """
@@ -20,12 +21,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.config.deepspeed import read_deepspeed_json
-from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import Interrupted
-from rlhf_ray.launch.launch import launch
 from rlhf_ray.metrics import held_out_reward
-from rlhf_ray.ppo.actors import BUILDERS
+from rlhf_ray.models.assembly import SYNCED_REFERENCE
 from rlhf_ray.ppo.checkpoint import enter_run, finish, restore, save
 from rlhf_ray.ppo.checks import check_rollout
 from rlhf_ray.ppo.reporting import StepReport, whole_step
@@ -43,13 +41,6 @@ from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import is_run
 from rlhf_ray.training.monitor import TrainingMonitor
 from rlhf_ray.training.run_entry import discarded_on_error
-
-
-def ppo(config: PPOConfig, console: Console | None = None) -> Run:
-    """Run PPO as `config` says and return the finished run. Raises the error tree of errors.py."""
-    if config.learner.deepspeed is not None:
-        read_deepspeed_json(config.learner.deepspeed, config.learner.zero_stage)  # refused before anything is started
-    return launch(train_ppo, config, console or LocalConsole(), BUILDERS)
 
 
 def train_ppo(config: PPOConfig, session: Session) -> Run:
@@ -120,6 +111,8 @@ class PPOLoop:
             if rates["policy"] > 0 and stats.updates and bool(trained_on.advantages.any()):
                 invariants.check_adapter_changed(before.sha256, after.sha256, after.tensors, step)
             moved = self.hand_over()
+            if self.resets_reference_after(step):
+                self.reset_reference()
             state.controller.update(metrics["kl/k1_per_response"], len(experience))
             state.tokens += int(metrics["tokens/generated"])
 
@@ -133,7 +126,7 @@ class PPOLoop:
     def _sampled(self, step: int) -> Sampled:
         """The rollout of `step`, without replies whose reward or reference is not finite."""
         try:
-            sampled = self.rollouts.take(step, self.learner.published)
+            sampled = self.rollouts.take(step, self.learner.published, self.reference())
         except Interrupted:  # no generator is left, a reward cannot be had: the step before is whole
             if self.session.world_size == 1 and self.config.max_staleness == 0:
                 self.save_if_new()
@@ -167,6 +160,33 @@ class PPOLoop:
         name = self.learner.models.bindings["policy"].adapter
         return ActiveAdapter(name, self.learner.published.version, self.learner.published.sha256)
 
+    def reference(self) -> ActiveAdapter | None:
+        """The policy to which the reference was reset; None while it is the one that the run started from."""
+        kept = self.state.reference
+        return None if kept is None else ActiveAdapter(SYNCED_REFERENCE, kept.version, kept.sha256)
+
+    def resets_reference_after(self, step: int) -> bool:
+        every = self.config.ref_model_sync_steps
+        return every is not None and step % every == 0 and step < self.setup.total_steps
+
+    def reset_reference(self) -> None:
+        """From the next rollout that is begun on, the reference is the policy as it is now. What is measured against the start
+        (evaluations, max_kl) goes on so."""
+        self.state.reference = self.learner.published
+        self.hand_over_reference()
+        if self.config.ref_model_sync_resets_optimizer:
+            self.learner.forget_optimizer("policy")
+
+    def hand_over_reference(self) -> None:
+        """Let whoever scores have the reference, if it was reset."""
+        active = self.reference()
+        if active is None or self.state.reference is None:
+            return
+        if self.setup.remote_roles is not None:
+            self.setup.remote_roles.sync_reference(self.state.reference)
+        elif self.setup.synced_reference is not None:
+            self.setup.synced_reference.load(active, self.state.reference.tensors)
+
     def hand_over(self) -> int:
         """Let the samplers have the published adapter; its size in bytes. Where they use the learner's model nothing moves."""
         if self.setup.remote_roles is None:
@@ -191,6 +211,7 @@ class PPOLoop:
         """With evaluations and checkpoints where they are due."""
         state, setup = self.state, self.setup
         self.hand_over()
+        self.hand_over_reference()
         if state.step == 0 and self.config.eval_on_start:
             self.report.metrics(0, self.evaluate(0))
         checkpoint_time: dict[str, float] = {}  # told with the step after the one it was spent on

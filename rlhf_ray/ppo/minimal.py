@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf_ray.batches import Sequences
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import pad_left, pad_right
+from rlhf_ray.data.continuation import decoder
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.maths import kl, losses, returns
 from rlhf_ray.maths.controllers import make_controller
@@ -46,7 +47,8 @@ def minimal_ppo(
 
     # Models: the frozen base, the policy and its frozen reference, the value model with a head that starts at zero.
     assembly = Assembly(config, device, config.seed, config.stop_token_ids)
-    base, template = assembly.base, load_template(config.template, assembly.base.tokenizer, config.template_date)
+    base, told = assembly.base, (config.template_date, config.chat_template_kwargs)
+    template = load_template(config.template, base.tokenizer, *told)
     assembly.add_trained_policy(policy_source(config.sft) if config.sft is not None else None, config.lora)
     assembly.add_value("policy", "own", config.value.lora)
     models = assembly.finish()
@@ -60,7 +62,7 @@ def minimal_ppo(
     betas = (config.adam_beta1, config.adam_beta2)
     groups = [{"params": policy, "lr": 0.0}, {"params": value, "lr": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay)
-    peaks = (config.learning_rate, config.value.learning_rate or config.learning_rate)
+    peaks = (config.learning_rate, config.value.learning_rate or 0.0)
     total = config.max_steps if config.max_steps > 0 else prompts.steps(config.num_train_epochs)
     warmup = resolve_warmup(config.warmup_steps, total)
     controller = make_controller(
@@ -96,7 +98,8 @@ def minimal_ppo(
             return to_device(Sequences.trim(tokens[index], prompt_mask[index], mask[index]), device)
 
         # 2. Score: a reward for each reply; log-probabilities of its tokens under the frozen reference.
-        texts = [str(base.tokenizer.decode(list(r.token_ids), skip_special_tokens=True)) for r in responses]
+        reply_text = decoder(base.tokenizer, template)
+        texts = [reply_text(row.ids, response.token_ids) for row, response in zip(rows, responses)]
         rewards = torch.tensor(reward([template.render(row.row.prompt) for row in rows], texts), dtype=torch.float32)
         reference = torch.zeros(mask.shape)
         with torch.no_grad():

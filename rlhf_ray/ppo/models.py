@@ -9,23 +9,26 @@ import torch
 
 from rlhf_ray.batches import Rollout
 from rlhf_ray.config import PPOConfig, RewardSource
+from rlhf_ray.data.continuation import decoder
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.assembly import Assembly
+from rlhf_ray.models.assembly import SYNCED_REFERENCE, Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage
+from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.roles.generator import Decoding
+from rlhf_ray.roles.loaded_adapter import LoadedAdapter
 from rlhf_ray.sampler.engine import Sampler
 
 SAMPLER_ROWS = 64
 
 
-AddReward = Callable[[RewardSource, bool], None]
-"""(a reward of the job, whether this process loads it)."""
+AddReward = Callable[[RewardSource, Collection[str]], None]
+"""(a reward of the job, the roles of its models that this process loads)."""
 
 
 def add_learner_roles(
@@ -41,9 +44,11 @@ def add_learner_roles(
     start: of the policy.  foreign: names of rewards with a tokenizer of their own."""
     alone, has_value = config.placement == "colocate", config.advantage_estimator == "gae"
     assembly.add_trained_policy(start, config.lora, with_reference=alone)
+    if alone and config.ref_model_sync_steps is not None:
+        assembly.add_synced_reference(config.lora)
     init_from = value_init_role(config, foreign()) if has_value and not alone else None
     for reward in config.rewards:
-        add_reward(reward, alone or reward.name == init_from)
+        add_reward(reward, [role for role in reward.models(reward.name) if alone or role == init_from])
     if has_value:
         assembly.add_value(init_from or value_init_role(config, foreign()), config.value.adapter, config.value.lora)
 
@@ -54,21 +59,25 @@ def add_generator_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec 
 
 
 def add_scorer_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec | None, add_reward: AddReward) -> None:
-    """The reference and the rewards."""
+    """The reference, with room for the adapter that replaces it, and the rewards."""
     assembly.add_policy("reference", start or ModelSpec("base", "base"))
+    if config.ref_model_sync_steps is not None:
+        assembly.add_synced_reference(config.lora)
     for reward in config.rewards:
-        add_reward(reward, True)
+        add_reward(reward, list(reward.models(reward.name)))
 
 
 def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
     """Load the base and what the learner has on it, with the lineage of each checked."""
     assembly, start = _base(config, device)
-    template = load_template(config.template, assembly.base.tokenizer, config.template_date)
+    template = load_template(
+        config.template, assembly.base.tokenizer, config.template_date, config.chat_template_kwargs
+    )
     rewards = RewardBuilder(assembly, template, config.template)
     if start is not None:
         rewards.warnings += check_lineage(start, assembly.base.identity, template, role="sft")
 
-    def add_reward(reward: RewardSource, load: bool) -> None:
+    def add_reward(reward: RewardSource, load: Collection[str]) -> None:
         told = len(rewards.lines)
         rewards.add(reward, reward.name, load=load)
         assembly.lineage += rewards.lines[told:]
@@ -93,7 +102,9 @@ def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, 
     """Load the base and what a scorer has on it."""
     assembly, start = _base(config, device)
     rewards = RewardBuilder(
-        assembly, load_template(config.template, assembly.base.tokenizer, config.template_date), config.template
+        assembly,
+        _template(config, assembly),
+        config.template,
     )
     add_scorer_roles(assembly, config, start, lambda reward, load: rewards.add(reward, reward.name, load=load))
     return assembly, rewards
@@ -104,11 +115,18 @@ def policy_sampler(config: PPOConfig, assembly: Assembly, model: Any, forward: A
     return Sampler(model, assembly.base.pad_id, max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size), forward=forward)
 
 
+def synced_reference(models: RoleModels) -> LoadedAdapter | None:
+    """What takes the policy's weights when the reference is reset; None where this process holds no such adapter."""
+    if SYNCED_REFERENCE not in models.bindings:
+        return None
+    return LoadedAdapter(models.stack_of(SYNCED_REFERENCE).peft, SYNCED_REFERENCE, "scorer")
+
+
 def value_init_role(config: PPOConfig, foreign: Collection[str] = ()) -> str:
     """The role the value model starts from: as the job says, else the first reward model that it can start from, else the policy.
 
     foreign: rewards with a tokenizer of their own; a value model must read the policy's tokens. Raises ConfigError."""
-    models = [r.name for r in config.rewards if r.function is None and r.name not in foreign]
+    models = [role for r in config.rewards if r.name not in foreign for role in r.models(r.name)]
     if config.value.init_from is None:
         return models[0] if models and config.value.adapter == "own" else "policy"
     if config.value.init_from == "policy":
@@ -135,14 +153,20 @@ def decoding(sampling: Any, stop_ids: tuple[int, ...]) -> Decoding:
 
 def text_maker(backbone: Backbone, template: Template) -> Callable[[Rollout, Sequence[Row]], Texts]:
     """Replies as text without special tokens, prompts as the model saw them, and the rows' raw columns."""
-    decode = backbone.tokenizer.decode
+    reply_text = decoder(backbone.tokenizer, template)
 
     def to_texts(rollout: Rollout, rows: Sequence[Row]) -> Texts:
         ids = [response[mask].tolist() for response, mask in zip(rollout.response_ids, rollout.response_mask)]
-        responses = [str(decode(i, skip_special_tokens=True)) for i in ids]
+        prompts = [prompt[mask].tolist() for prompt, mask in zip(rollout.prompt_ids, rollout.prompt_mask)]
+        responses = list(map(reply_text, prompts, ids))
         return Texts([template.render(row.prompt) for row in rows], responses, ids, [row.columns for row in rows])
 
     return to_texts
+
+
+def _template(config: PPOConfig, assembly: Assembly) -> Template:
+    told = config.template_date, config.chat_template_kwargs
+    return load_template(config.template, assembly.base.tokenizer, *told)
 
 
 def _base(config: PPOConfig, device: torch.device) -> tuple[Assembly, ModelSpec | None]:

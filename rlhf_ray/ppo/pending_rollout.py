@@ -13,11 +13,13 @@ from torch import Tensor
 from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.roles.collector import Collected
+from rlhf_ray.roles.generator import ActiveAdapter
 from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.rollouts import Sampled
 from rlhf_ray.storage.files import atomic_save_tensors, atomic_write_json, sha256_tensors
 
 FOLDER = "waiting"
+_PERHAPS = ("drift", "start_logprobs")
 _ROLLOUT = tuple(f.name for f in fields(Rollout) if not f.name.startswith("adapter_"))
 
 
@@ -28,14 +30,16 @@ def save_pending(sampled: Sampled, checkpoint: Path) -> None:
     tensors: dict[str, Tensor] = {f"rollout.{name}": getattr(collected.rollout, name) for name in _ROLLOUT}
     tensors |= {"scores.reward": scores.reward, "scores.ref_logprobs": scores.ref_logprobs}
     tensors |= {f"scores.parts.{name}": part for name, part in scores.parts.items()}
-    if scores.drift is not None:
-        tensors["scores.drift"] = scores.drift
+    for name in _PERHAPS:
+        if (there := getattr(scores, name)) is not None:
+            tensors[f"scores.{name}"] = there
     atomic_save_tensors(folder / "rollout.safetensors", {name: t.contiguous() for name, t in tensors.items()})
     atomic_save_tensors(folder / "adapter.safetensors", sampled.adapter.tensors)
     account = {
         "step": sampled.step,
         "adapter_version": sampled.adapter.version,
         "adapter_sha256": sampled.adapter.sha256,
+        "reference": None if sampled.reference is None else vars(sampled.reference),
         "parts": list(scores.parts),
         "seconds": collected.seconds,
         "busy": collected.busy,
@@ -59,12 +63,14 @@ def load_pending(checkpoint: Path) -> Sampled:
         adapter_version=adapter.version,
         adapter_sha256=adapter.sha256,
     )
+    reference = ActiveAdapter(**account["reference"]) if account.get("reference") else None
     scores = Scores(
         reward=tensors["scores.reward"],
         ref_logprobs=tensors["scores.ref_logprobs"],
         row_id=rollout.row_id,
         parts={name: tensors[f"scores.parts.{name}"] for name in account["parts"]},
-        drift=tensors.get("scores.drift"),
+        reference_sha256=reference.sha256 if reference is not None else "",
+        **{name: tensors.get(f"scores.{name}") for name in _PERHAPS},
     )
     collected = Collected(rollout, scores, account["seconds"], account["busy"], account["faults"])
-    return Sampled(account["step"], collected, adapter)
+    return Sampled(account["step"], collected, adapter, reference)

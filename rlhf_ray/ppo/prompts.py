@@ -1,4 +1,4 @@
-"""The prompts of a PPO run: which train, which are held out, and which its ancestors were trained on."""
+"""The data of a PPO run: which prompts train, which are held out, which its ancestors were trained on; and the rows of ptx_data."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.data.collate import TokenisedPrompt, tokenise_prompts
+from rlhf_ray.data.collate import TokenisedPrompt, TokenisedRow, tokenise_prompts
 from rlhf_ray.data.load import HeldOutRule, load_rows
 from rlhf_ray.data.schedule import PromptSchedule
 from rlhf_ray.data.splits import confirms, prompt_hash
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.context import rope_note, shortened_note
+from rlhf_ray.ppo.ptx import load_ptx
 from rlhf_ray.training.ancestry import check_ancestors
 
 EVAL_MAX_ROWS = 256
@@ -23,7 +25,8 @@ EVAL_MAX_ROWS = 256
 @dataclass(frozen=True)
 class Prompts:
     """What the run samples replies to.  confirming: of each held-out prompt whether it is reported apart; empty if none is.
-    lines, warnings: for the header.  manifest: of the data files.  rule: how prompts were held out."""
+    lines, warnings: for the header.  manifest: of the data files.  rule: how prompts were held out.  ptx: rows of the supervised
+    loss that is mixed in; empty without one."""
 
     schedule: PromptSchedule[TokenisedPrompt]
     held_out: list[TokenisedPrompt]
@@ -32,22 +35,26 @@ class Prompts:
     warnings: list[str]
     manifest: tuple[dict[str, Any], ...]
     rule: HeldOutRule
+    ptx: Sequence[TokenisedRow] = ()
 
 
 def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_resumed: bool = False) -> Prompts:
     """Read, cut, tokenise. Raises ConfigError if no prompt could fit or an ancestor held out otherwise (a run that is resumed only
     says so), DataError if none is left."""
     rows = load_rows(config.data, "prompt", "ppo")
-    limit = config.max_length or backbone.context_length
+    limit = min(config.max_length or backbone.context_length, backbone.context_length)
+    notes = list(rows.warnings)
+    if limit < (config.max_length or 0):
+        notes.append(shortened_note(config.max_length or 0, limit, backbone.model.config.get_text_config()))
     if config.response_length >= limit:
         raise ConfigError.at(
             "response_length",
             "leaves no room for a prompt",
-            f"below {limit} (the model's context)",
+            f"below {limit} (the model's context{rope_note(backbone.model.config.get_text_config())})",
             str(config.response_length),
         )
     shared, leaks = check_ancestors(rows, sources_of(config), refuse=not is_resumed)
-    lines, sides = [*rows.summary], []
+    lines, sides, noted = [*rows.summary], [], list[str]()
     for side in (rows.train, rows.held_out[: config.data.eval_max_rows or EVAL_MAX_ROWS]):
         done = tokenise_prompts(
             side,
@@ -55,22 +62,28 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
             backbone.tokenizer,
             max_length=limit,
             response_length=config.response_length,
+            max_prompt_length=config.max_prompt_length,
             too_long=config.data.too_long,
+            on_bad_row=config.data.on_bad_row,
+            special_tokens=config.data.special_tokens,
         )
-        lines += [str(t) for t in (done.dropped, done.truncated) if t.total]
+        lines += map(str, done.tallies)
+        noted += done.warnings
         sides.append(done.examples)
     if not sides[0]:
-        raise DataError.at(", ".join(config.data.train), "no prompt is left to train on")
+        raise DataError.at(", ".join(config.data.train), "no prompt is left to train on", got="; ".join(lines))
     schedule = PromptSchedule(sides[0], config.rollout_batch_size, config.num_generations, config.seed)
+    ptx = load_ptx(config, backbone, template, rows.held_out)
     confirming, told, missing = confirming_half(sides[1]) if config.confirm_held_out else ([], [], [])
     return Prompts(
         schedule,
         sides[1],
         confirming,
-        [*lines, *shared, *told],
-        [*rows.warnings, *leaks, *missing],
-        rows.manifest,
+        [*lines, *ptx.lines, *shared, *told],
+        [*notes, *noted, *ptx.warnings, *leaks, *missing],
+        (*rows.manifest, *ptx.manifest),
         rows.rule,
+        ptx.rows,
     )
 
 
@@ -87,5 +100,5 @@ def confirming_half(held_out: Sequence[TokenisedPrompt]) -> tuple[list[bool], li
 def sources_of(config: PPOConfig) -> list[tuple[str, str]]:
     """(role, path) of the models that the run starts from or is scored by."""
     sft = [("sft", config.sft)] if config.sft is not None else []
-    models = [(f"reward:{r.name}", r.run or r.model or "") for r in config.rewards if r.function is None]
+    models = [model for r in config.rewards for model in r.models(f"reward:{r.name}").items()]
     return [("base", config.model_name_or_path), *sft, *models]

@@ -15,16 +15,17 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, response_budgets
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
+from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup, value_warmup
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter
 from rlhf_ray.models.adapters import adapter_config
 from rlhf_ray.models.assembly import Assembly
-from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.backbone import Backbone, trunk
+from rlhf_ray.models.coverage import adapter_notes
 from rlhf_ray.models.lineage import describe, header_line
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.zero3 import whole_numel
 from rlhf_ray.ppo.actors import check_and_describe
-from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, text_maker
+from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, synced_reference, text_maker
 from rlhf_ray.ppo.prompts import Prompts, load_prompts
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
@@ -33,6 +34,8 @@ from rlhf_ray.roles.collector import Collector, LocalCollector
 from rlhf_ray.roles.generator import Decoding, Generator
 from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.learner import Learner
+from rlhf_ray.roles.loaded_adapter import LoadedAdapter
+from rlhf_ray.roles.ptx import PtxRows
 from rlhf_ray.roles.roles_log import RolesLog
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.runtime.session import Session
@@ -70,12 +73,15 @@ class Writers:
 class PPOSetup:
     """The parts of one rank. held_out: evaluation prompts, the same on every rank.  confirming: which of them are reported apart.
 
-    budgets, learning_rates: of a step.  save_due: (step, last step) -> whether a checkpoint is."""
+    budgets, learning_rates: of a step.  save_due: (step, last step) -> whether a checkpoint is.
+
+    synced_reference: this rank's own, where it scores; None without resets of the reference."""
 
     folder: RunFolder
     backbone: Backbone
     learner: Learner
     remote_roles: RemoteRoles | None
+    synced_reference: LoadedAdapter | None
     collector: Collector
     eval_collector: Collector
     eval_decoding: Decoding
@@ -117,7 +123,8 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         check_same_models(folder, backbone.identity, template, [*_started_from(assembly, roles), *judges])
         roles.warnings += mended_functions(folder, functions)
     models = assembly.finish()
-    learner = Learner(models, config, session)
+    learner = Learner(models, config, session, PtxRows(prompts.ptx, config, backbone.pad_id) if prompts.ptx else None)
+    synced = synced_reference(models)
     if session.is_main and not folder.checkpoints():
         require_room(folder.path, sum(whole_numel(p) for group in learner.groups for p in group.parameters.values()))
     to_texts = text_maker(backbone, template)
@@ -128,14 +135,14 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         split = ActorCollector(remote_roles, session, config.rollout_chunk_size, backbone.pad_id)
         collector = lambda temperature: split  # noqa: E731  # scorers take the temperature with each request
     else:
-        collector = _own_collector(config, session, assembly, roles, learner, to_texts)
+        collector = _own_collector(config, session, assembly, roles, learner, to_texts, synced)
     total = config.max_steps if config.max_steps > 0 else prompts.schedule.steps(config.num_train_epochs)
-    if config.value.warmup_steps >= total and "value" in models.bindings:
+    if value_warmup(config.value.warmup_steps, total) >= total and "value" in models.bindings:
         raise ConfigError.at(
             "value.warmup_steps",
             f"the run has {total} steps, and in none of them would the policy learn",
             f"less than {total}",
-            str(config.value.warmup_steps),
+            f"{config.value.warmup_steps:g}",
             "lower it, or add prompts or max_steps",
         )
     eval_every = config.eval_steps or max(total // EVALUATIONS, 1)
@@ -147,6 +154,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         backbone=backbone,
         learner=learner,
         remote_roles=remote_roles,
+        synced_reference=synced,
         collector=collector(config.temperature),
         eval_collector=collector(eval_decoding.temperature),
         eval_decoding=eval_decoding,
@@ -179,7 +187,11 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
             setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
             lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
         session.console.header(f"ppo  {config.output_dir}", lines)
-        for line in [*prompts.warnings, *roles.warnings, *map(str, unused_fields(config))]:
+        _, never = reference_resets(config, total)
+        notes = [note for stack in assembly.stacks.values() for note in stack.backbone.notes]
+        if config.sft is None and config.lora.target_modules == "all-linear":
+            notes += adapter_notes(trunk(policy_model), "policy")
+        for line in [*notes, *prompts.warnings, *roles.warnings, *map(str, unused_fields(config)), *never]:
             session.console.warn(line)
     return setup
 
@@ -191,6 +203,7 @@ def _own_collector(
     roles: RewardBuilder,
     learner: Learner,
     to_texts: Callable[[Rollout, Sequence[Row]], Texts],
+    synced: LoadedAdapter | None,
 ) -> Callable[[float], Collector]:
     """Makes collectors, by temperature, that sample and score on the learner's own models."""
     models, pad_id, rows = learner.models, assembly.base.pad_id, config.per_device_train_batch_size
@@ -202,7 +215,16 @@ def _own_collector(
     generator = Generator(sampler, pad_id, config.seed, some_rank_decodes)
 
     def collector(temperature: float) -> Collector:
-        scorer = Scorer(module, rewards, to_texts, temperature, rows, session.device, max_over_ranks=max_over_ranks)
+        scorer = Scorer(
+            module,
+            rewards,
+            to_texts,
+            temperature,
+            rows,
+            session.device,
+            max_over_ranks=max_over_ranks,
+            synced=synced,
+        )
         return LocalCollector(generator, scorer, session, config.rollout_chunk_size, pad_id, lockstep)
 
     return collector
@@ -220,10 +242,9 @@ def learning_rates(config: PPOConfig, groups: Sequence[str], total_steps: int, s
         warmup = resolve_warmup(config.warmup_steps, steps)
         return peak * lr_multiplier(config.lr_scheduler_type, step - 1 - waits, steps, warmup, config.min_lr_ratio)
 
-    waits = config.value.warmup_steps if "value" in groups else 0
-    rates = {"policy": rate(config.learning_rate, waits)}
-    rates["value"] = rate(config.value.learning_rate or config.learning_rate, 0)
-    return {group: rates[group] for group in groups}
+    waits = value_warmup(config.value.warmup_steps, total_steps) if "value" in groups else 0
+    peaks = {"policy": (config.learning_rate, waits), "value": (config.value.learning_rate or 0.0, 0)}
+    return {group: rate(*peaks[group]) for group in groups}
 
 
 def _value_config(models: RoleModels) -> dict[str, Any]:
@@ -247,6 +268,7 @@ def header_lines(
     share = ", ".join(f"{name} {count:,}" for name, count in trained.items())
     per_step, world = config.rollout_batch_size // config.num_mini_batches, session.world_size
     penalty = "none" if config.kl_penalty == "none" else f"{config.kl_coef:g} x {config.kl_penalty}"
+    resets, _ = reference_resets(config, setup.total_steps)
     return [
         *describe(backbone.identity, (), roles.template),
         *roles.assembly.describe(),
@@ -264,12 +286,33 @@ def header_lines(
             f"{setup.total_steps} of {config.rollout_batch_size} replies; {config.num_ppo_epochs} epochs x "
             f"{config.num_mini_batches} minibatches of {per_step} replies; {len(setup.held_out)} held-out prompts",
         ),
-        header_line("KL penalty", f"{penalty}, {config.kl_controller} coefficient"),
+        header_line("KL penalty", "; ".join([f"{penalty}, {config.kl_controller} coefficient", *resets])),
+        *ptx_lines(config, learner.ptx),
         header_line(
             "tokens", f"pad {backbone.pad.token!r} ({backbone.pad.why}); replies end at {list(setup.stop_ids)}"
         ),
         config_line(config),
     ]
+
+
+def ptx_lines(config: PPOConfig, ptx: PtxRows | None) -> list[str]:
+    if ptx is None:
+        return []
+    rows = f"{ptx.per_minibatch} of {len(ptx.passes.rows):,} rows in each optimizer step"
+    return [header_line("ptx", f"{config.ptx_coef:g} x supervised loss, {rows}")]
+
+
+def reference_resets(config: PPOConfig, total_steps: int) -> tuple[list[str], list[str]]:
+    """(for the header: how often the reference becomes the policy; a warning where that would be after the last step)."""
+    every = config.ref_model_sync_steps
+    if every is None:
+        return [], []
+    if every >= total_steps:
+        return [], [
+            f"ref_model_sync_steps: {every} is not below the run's {total_steps} steps: the reference is never reset"
+        ]
+    forgets = ", the policy's optimizer with it" if config.ref_model_sync_resets_optimizer else ""
+    return [f"the reference is reset to the policy after every {every} steps{forgets}"], []
 
 
 def zero_3_lines(config: PPOConfig, session: Session) -> list[str]:

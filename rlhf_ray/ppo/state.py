@@ -13,6 +13,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.maths.controllers import KLController, make_controller
 from rlhf_ray.maths.stats import RunningMoments
 from rlhf_ray.roles.guards import Guards
+from rlhf_ray.roles.learner import PublishedAdapter
 
 
 @dataclass
@@ -35,7 +36,8 @@ class PPOState:
     """controller: of the KL coefficient.  moments: of the rewards (normalize_rewards).  guards: what the limits must remember.
 
     step: the last whole one.  tokens: generated so far.  seconds: of training.  first, last: every metric's first and last value.
-    best_policy: what load_best_model_at_end ends with; its tensors are a file of their own."""
+    best_policy: what load_best_model_at_end ends with.  reference: the policy to which the reference was reset last, None before
+    that. The tensors of both are files of their own."""
 
     controller: KLController
     moments: RunningMoments
@@ -47,6 +49,7 @@ class PPOState:
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     best_policy: dict[str, Tensor] | None = None
+    reference: PublishedAdapter | None = None
 
     @classmethod
     def of(cls, config: PPOConfig, guards: Guards) -> PPOState:

@@ -83,7 +83,7 @@ def read_candidate(source: str, step: int | None = None) -> Candidate:
             folder, f"a run of stage {run.stage} has no adapter", "a run of ppo, sft, reward or sweep", "", fix
         )
     manifest, config = run.manifest(), run.config()
-    adapter_dir, step = _adapter_of(run, folder, step, config)
+    adapter_dir, step = _adapter_of(run, folder, step)
     files = read_adapter(adapter_dir)
     _check_whole(run, files, manifest)
     manifest["template"] = _with_content(run, manifest["template"], config)
@@ -122,7 +122,7 @@ def _chosen(sweep: RunFolder, where: str) -> tuple[RunFolder, dict[str, Any]]:
     return open_run(sweep.path / choice["run_dir"]), told
 
 
-def _adapter_of(run: RunFolder, where: str, step: int | None, config: Mapping[str, Any]) -> tuple[Path, int]:
+def _adapter_of(run: RunFolder, where: str, step: int | None) -> tuple[Path, int]:
     """Folder and step. Without a step the run's result, which may be that of its best step."""
     if step is not None:
         return run.checkpoint(step).adapter_dir, step
@@ -130,9 +130,7 @@ def _adapter_of(run: RunFolder, where: str, step: int | None, config: Mapping[st
         steps = [c.step for c in run.checkpoints()]
         fix = f"rlhf-ray resume {where}" + (f", or --step with one of {', '.join(map(str, steps))}" if steps else "")
         raise ConfigError.at(where, "the run has not finished", "a finished run, or a step", "", fix)
-    summary = run.summary()
-    best = summary["metrics"].get("best/step")
-    return run.adapter_dir, int(best) if config.get("load_best_model_at_end") and best is not None else summary["steps"]
+    return run.adapter_dir, run.result_step()
 
 
 def _check_whole(run: RunFolder, files: AdapterFiles, manifest: Mapping[str, Any]) -> None:

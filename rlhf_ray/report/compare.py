@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_ray.maths.standard_errors import error_of_difference
 from rlhf_ray.metrics import describe
 from rlhf_ray.report.charts import interval
 from rlhf_ray.report.folder import RunFiles
@@ -68,7 +67,10 @@ def comparison_table(policies: Sequence[str], table: Table) -> Html:
             cells += [tag("td", _strip(metric, policy, table), class_="strip")] if metric == drawn else []
         rows.append(tag("tr", cells))
     body = tag("table", tag("thead", tag("tr", head)), tag("tbody", rows), class_="comparison")
-    note = "± is one standard error. Intervals that overlap widely do not separate two policies."
+    note = (
+        "± is one standard error of a mean over prompts. All policies answered the same prompts, so a difference can be clear where"
+        " intervals overlap: score_difference, below, is taken prompt by prompt."
+    )
     return join(
         tag("div", body, tag("p", note, class_="note") if drawn else None, class_="wide"), _all_figures(policies, table)
     )
@@ -133,24 +135,33 @@ def _strip(metric: str, policy: str, table: Table) -> Html | None:
 def evaluate_story(run: RunFiles) -> Story:
     policies, table = comparison(run.results, run.config)
     return Story(
-        compared(policies, table) or "The evaluation has not finished yet.",
+        compared(policies, table, run.config) or "The evaluation has not finished yet.",
         tables=[comparison_table(policies, table)],
     )
 
 
-def compared(policies: Sequence[str], table: Table) -> str:
-    """The policies in one sentence, and whether the last differs from the one before it; empty if there is nothing to compare."""
+def compared(policies: Sequence[str], table: Table, config: Mapping[str, Any]) -> str:
+    """The policies in one sentence, and whether the last differs from the baseline; empty if there is nothing to compare.
+
+    config: of the evaluation."""
     metric = next((m for m in ("true_reward", "reward", "win_rate") if len(table.get(m, {})) > 1), None)
     if metric is None or len(policies) < 2:
         return ""
-    values, errors, unit = table[metric], table.get(f"{metric}_se", {}), _unit(metric)
-    before, final = policies[-2], policies[-1]
-    if before not in values or final not in values:
-        return ""
+    values, unit = table[metric], _unit(metric)
     told = [f"{shown(values[p], unit)} for {p}" for p in policies if p in values]
-    text = f"{HEADINGS[metric].capitalize()}: {', '.join(told[:-1])} and {told[-1]}"
-    if before in errors and final in errors:
-        noise = 1.96 * error_of_difference(errors[before], errors[final])
-        clear = abs(values[final] - values[before]) > noise
-        text += f"; {final} {'differs clearly' if clear else 'does not differ clearly'} from {before}"
-    return text + "."
+    return f"{HEADINGS[metric].capitalize()}: {', '.join(told[:-1])} and {told[-1]}{_paired(policies, table, config)}."
+
+
+def _paired(policies: Sequence[str], table: Table, config: Mapping[str, Any]) -> str:
+    """Whether the last policy differs from the baseline, by the interval of the mean difference over prompts: both answered the
+    same ones, and what these have in common is in both means. Nothing where no judge compared the two."""
+    final, gaps = policies[-1], table.get("score_difference", {})
+    baselines = [policy for policy in policies if policy not in gaps]
+    low, high = (table.get(f"score_difference_{end}", {}).get(final) for end in ("low", "high"))
+    if final not in gaps or low is None or high is None or len(baselines) != 1:
+        return ""
+    rewards = config.get("rewards") or ()
+    judge = config.get("judge") or next((r.get("name") for r in rewards if isinstance(r, dict)), None) or "the judge"
+    verdict = "differs clearly" if low > 0 or high < 0 else "does not differ clearly"
+    sizes = f"{shown(gaps[final])}, 95% interval {shown(low)} to {shown(high)}"
+    return f"; by {judge}, prompt by prompt, {final} {verdict} from {baselines[0]} ({sizes})"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlhf_ray.maths.standard_errors import error_of_difference
-from rlhf_ray.metrics import held_out_reward, standard_error_name
+from rlhf_ray.maths.standard_errors import error_of_difference, standard_error
+from rlhf_ray.metrics import START_KL, held_out_reward, standard_error_name, start_kl
 from rlhf_ray.report.folder import RunFiles, mean
 from rlhf_ray.report.numbers import shown
 from rlhf_ray.report.story import Finding
@@ -61,15 +61,16 @@ def _negative_kl(run: RunFiles) -> Finding | None:
 
 
 def _distance(run: RunFiles) -> Finding | None:
-    kl, length = run.values("kl/k1_per_response"), run.values("response/length")
+    kl, length = run.values(start_kl(run.names())), run.values("response/length")
     if not kl or not length:
         return None
     per_token = _late(kl) / max(_late(length), 1.0)
     text = f"{shown(per_token)} nats per token in the last quarter."
+    origin = "where it started" if run.values(START_KL) else "its reference"
     if per_token <= KL_PER_TOKEN:
-        return Finding(False, "The policy stays near its reference", text)
+        return Finding(False, f"The policy stays near {origin}", text)
     meaning = f" Beyond about {KL_PER_TOKEN}, replies often get worse while reward still rises: raise kl_coef or stop earlier."
-    return Finding(True, "The policy is far from its reference", text + meaning)
+    return Finding(True, f"The policy is far from {origin}", text + meaning)
 
 
 def _over_optimised(run: RunFiles) -> Finding | None:
@@ -91,7 +92,8 @@ def _independent(run: RunFiles) -> Finding | None:
     if not run.values("eval/reward"):
         return None
     if watch is not None:
-        return Finding(False, "An independent reward was measured", f"{watch}, which PPO did not maximise.")
+        text = f"{watch}. It is as independent of what was maximised as its rule, or the data that it learnt from."
+        return Finding(False, "A reward that PPO did not maximise was measured", text)
     return Finding(
         True,
         "Nothing independent was measured",
@@ -104,11 +106,14 @@ def _learned(run: RunFiles) -> Finding | None:
     rewards = run.values("reward/mean")
     if len(rewards) < 8:
         return None
-    early, late = _early(rewards), _late(rewards)
-    text = f"{shown(early)} in the first tenth, {shown(late)} in the last quarter."
-    if late > early:
+    quarter = len(rewards) // 4
+    first, final = rewards[:quarter], rewards[-quarter:]
+    noise = 2 * error_of_difference(standard_error(first), standard_error(final))
+    text = f"{shown(mean(first))} in the first quarter, {shown(mean(final))} in the last; two standard errors {shown(noise)}."
+    if mean(final) - mean(first) > noise:
         return Finding(False, "Training reward rose", text)
-    return Finding(True, "Training reward did not rise", text + " Try a higher learning rate or a lower kl_coef.")
+    title = "Training reward did not rise" + (" beyond its noise" if mean(final) > mean(first) else "")
+    return Finding(True, title, text + " Try a higher learning rate or a lower kl_coef.")
 
 
 def _flat_reward(run: RunFiles) -> Finding | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rlhf_ray.console import duration
-from rlhf_ray.metrics import held_out_reward
+from rlhf_ray.metrics import START_KL, held_out_reward, start_kl
 from rlhf_ray.report.charts import Chart, Line, constant, shares
 from rlhf_ray.report.findings import ppo_findings
 from rlhf_ray.report.folder import RunFiles
@@ -35,14 +35,27 @@ def _sentence(run: RunFiles) -> str:
     name, label = held_out_reward(watch), "Held-out reward" if watch is None else f"Held-out {watch}, not maximised,"
     if not run.values(name):
         name, label = "reward/mean", "Training reward"
-    rewards, kl = run.values(name), run.values("kl/k1_per_response")
+    rewards, kl = run.values(name), run.values(start_kl(run.names()))
     if not rewards:
         return "No step has been finished yet."
     if len(rewards) == 1:
         when = f"after {count(run.steps, 'step')}" if run.steps else "before the first update"
         return f"{label} is {shown(rewards[0])} {when}."
-    distance = f", at {shown(kl[-1])} nats of KL per reply from the reference" if kl else ""
-    return f"{label} went from {shown(rewards[0])} to {shown(rewards[-1])} in {count(run.steps, 'step')}{distance}."
+    origin = "the policy it started from" if run.values(START_KL) else "the reference"
+    distance = f", at {shown(kl[-1])} nats of KL per reply from {origin}" if kl else ""
+    went = f"{label} went from {shown(rewards[0])} to {shown(rewards[-1])} in {count(run.steps, 'step')}{distance}."
+    return went + _kept(run, name)
+
+
+def _kept(run: RunFiles, name: str) -> str:
+    """Which adapter is the result, where that is not the last step's."""
+    best = run.results.get("best/step") if run.config.get("load_best_model_at_end") else None
+    if best is None or best == run.steps:
+        return ""
+    there = dict(run.points(name)).get(best)
+    several = f": the highest of {len(run.values(name))}, and so likely too high"
+    measured = f", where it was {shown(there)}{several}" if there is not None else ""
+    return f" The adapter that was kept is that of step {best:.0f}{measured}."
 
 
 def _tiles(run: RunFiles) -> list[Tile]:
@@ -56,6 +69,7 @@ def _tiles(run: RunFiles) -> list[Tile]:
         tiles.append(Tile(f"Held-out {run.config['watch']}, not maximised", shown(watched[-1]), change(watched)))
     for name, label, unit in (
         ("reward/mean", "Training reward", ""),
+        (START_KL, "KL per reply from the start (k1)", ""),
         ("kl/k1_per_response", "KL per reply (k1)", ""),
         ("response/length", "Reply length", ""),
         ("response/finished", "Finished", "share"),
@@ -65,7 +79,9 @@ def _tiles(run: RunFiles) -> list[Tile]:
             tiles.append(Tile(label, shown(values[-1], unit), change(values, unit)))
     k3, times = run.values("kl/k3_per_response"), run.values("time/step")
     for i, tile in enumerate(tiles):
-        if tile.label.startswith("KL"):
+        if tile.label == "KL per reply from the start (k1)":
+            tiles[i] = Tile(tile.label, f"{tile.value} nats", tile.detail)
+        if tile.label == "KL per reply (k1)":
             tiles[i] = Tile(tile.label, f"{tile.value} nats", f"k3 {shown(k3[-1])} nats" if k3 else tile.detail)
         if tile.label == "Reply length":
             tiles[i] = Tile(tile.label, f"{tile.value} tokens", tile.detail)
@@ -81,6 +97,7 @@ def _tiles(run: RunFiles) -> list[Tile]:
 
 def _reward_charts(run: RunFiles) -> list[Chart]:
     held_out, errors = run.points("eval/reward"), dict(run.points("eval/reward_se"))
+    moved = bool(run.values(START_KL))
     low = [(x, y - 2 * errors[x]) for x, y in held_out] if all(x in errors for x, _ in held_out) else []
     high = [(x, y + 2 * errors[x]) for x, y in held_out] if low else []
     charts = [
@@ -98,9 +115,14 @@ def _reward_charts(run: RunFiles) -> list[Chart]:
         Chart(
             "KL from the reference",
             "nats per reply",
-            [Line("k1", run.points("kl/k1_per_response")), Line("k3", run.points("kl/k3_per_response"), "dashed")],
+            [
+                Line("k1", run.points("kl/k1_per_response")),
+                Line("k3", run.points("kl/k3_per_response"), "dashed"),
+                *([Line("k1 from the start", run.points(START_KL))] if moved else []),
+            ],
             "How far the policy has moved, summed over a reply. k1 is unbiased and noisy, k3 never negative; both estimate the"
-            " same distance, so a lasting gap, or a clearly negative k1, means sampling and scoring disagree.",
+            " same distance, so a lasting gap, or a clearly negative k1, means sampling and scoring disagree."
+            + (" Each reset of the reference takes both back to 0, and the start stays where it is." if moved else ""),
             zero=True,
         ),
         _frontier(run),
@@ -114,6 +136,24 @@ def _reward_charts(run: RunFiles) -> list[Chart]:
     if len(sources) > 1:
         lines = [Line(n.removeprefix("reward/"), run.points(n)) for n in sources[:6]]
         charts.append(Chart("Reward sources", "reward", lines, "Each source before its weight."))
+    return charts + _ensemble_charts(run)
+
+
+def _ensemble_charts(run: RunFiles) -> list[Chart]:
+    charts = []
+    for spread in [n for n in run.names() if n.startswith("reward/") and n.endswith("/std") and n.count("/") == 2]:
+        name = spread.split("/")[1]
+        members = [n for n in run.names() if n.startswith(f"reward/{name}/") and n != spread]
+        lines = [Line(n.rsplit("/", 1)[1], run.points(n)) for n in members[:5]]
+        charts.append(
+            Chart(
+                f"Members of ensemble {name}",
+                "reward",
+                [*lines, Line("disagreement (std)", run.points(spread), "dashed")],
+                "Each member as it is aggregated, and their standard deviation on the same reply, mean over replies. A disagreement"
+                " that grows says that replies have left what the members learnt from.",
+            )
+        )
     return charts
 
 
@@ -124,7 +164,7 @@ def _frontier(run: RunFiles) -> Chart:
     """Reward over KL: on held-out prompts where both were measured, else in training."""
     names = ("eval/kl_k1_per_response", "eval/reward")
     if len(run.points(names[0])) < 2:
-        names = ("kl/k1_per_response", "reward/mean")
+        names = (start_kl(run.names()), "reward/mean")
     kl, reward = dict(run.points(names[0])), dict(run.points(names[1]))
     steps = [step for step in sorted(kl) if step in reward]
     where = "held-out" if names[0].startswith("eval") else "training"

@@ -127,8 +127,9 @@ def _fine_print(run: RunFiles) -> Html:
 def _cover(run: RunFiles) -> list[Section]:
     """The comparison first, then what each stage did, then replies of all policies side by side."""
     evaluation = run.children.get("evaluate")
-    policies, table = comparison(_evaluated(run), evaluation.config if evaluation else {})
-    sentence = compared(policies, table) or "The stages so far, in the order they run."
+    job = evaluation.config if evaluation else {}
+    policies, table = comparison(_evaluated(run), job)
+    sentence = compared(policies, table, job) or "The stages so far, in the order they run."
     stages = [
         (f"stage-{name}", title_of(child), _stage_on_cover(name, child))
         for name, child in run.children.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rlhf_ray.models.lineage import (
     parent_of,
     recorded_date,
     recorded_end,
+    recorded_kwargs,
     recorded_reward,
     recorded_template,
 )
@@ -27,7 +28,7 @@ from rlhf_ray.models.zero3 import MaxOverRanks
 from rlhf_ray.rewards.protocol import Reward
 from rlhf_ray.rewards.retokenised import Reader, RetokenisedReward
 from rlhf_ray.rewards.scoring_model import reader_of
-from rlhf_ray.rewards.sources import FunctionReward, ModelReward, NormalisedReward
+from rlhf_ray.rewards.sources import EnsembleReward, FunctionReward, ModelReward, NormalisedReward
 
 Maker = Callable[[Any, int, torch.device, MaxOverRanks], Reward]
 """(models, rows per forward, device, max_over_ranks) -> the reward."""
@@ -48,19 +49,58 @@ class RewardBuilder:
         self.lines: list[str] = []
         self.warnings: list[str] = []
 
-    def add(self, reward: RewardSource, role: str, label: str | None = None, load: bool = True) -> None:
+    def add(
+        self, reward: RewardSource, role: str, label: str | None = None, load: Collection[str] | None = None
+    ) -> None:
         """Load it as `role` and check its lineage. Raises ConfigError, ArtifactError.
 
-        label: how a manifest's parents call it; default: `role`.   load: false checks and records it, another process scores."""
-        add = self._add_function if reward.function is not None else self._add_model
-        self._makers.append(add(reward, role, label or role, load))
+        label: how a manifest's parents call it; default: `role`.   load: which roles of `RewardSource.models` this process loads,
+        default all; the others are checked and recorded, another process scores."""
+        if reward.function is not None:
+            make = self._add_function(reward, label or role)
+        elif reward.ensemble is not None:
+            make = self._add_ensemble(reward, role, label or role, load)
+        else:
+            make = self._add_model(reward, role, label or role, load is None or role in load)
+        self._makers.append(make)
 
-    def _add_function(self, reward: RewardSource, role: str, label: str, load: bool) -> Maker:
+    def _add_function(self, reward: RewardSource, label: str) -> Maker:
         function = FunctionReward(reward.name, reward.weight, reward.function or "")
         self._functions.add(function.spec)
         self.parents.append({"role": label, "path": function.spec, "sha256": function.sha256})
         self.lines.append(header_line("reward", f"{reward.name}: Python function {function.spec}"))
         return lambda *_: function
+
+    def _add_ensemble(self, reward: RewardSource, role: str, label: str, load: Collection[str] | None) -> Maker:
+        less = f"mean minus {reward.std_coef or 0:g} standard deviations over members (1/n)"
+        how = {"mean_minus_std": less, "min": "the lowest member", "mean": "mean"}[reward.aggregate or "mean"]
+        weight = "" if reward.weight == 1 else f", weight {reward.weight:g}"
+        self.lines.append(header_line("reward", f"{reward.name}: ensemble of {len(reward.members)}: {how}{weight}"))
+        makers: list[Maker] = []
+        known: dict[str, str] = {}
+        for (role_of, path), label_of, member in zip(
+            reward.models(role).items(), reward.models(label), reward.members, strict=True
+        ):
+            if reward_source(path).kind != "adapter":
+                raise ArtifactError.at(
+                    f"rewards.{reward.name}.ensemble",
+                    "a member is a whole checkpoint",
+                    "reward runs, which are adapters on the job's base",
+                    path,
+                )
+            makers.append(self._add_model(member, role_of, label_of, load is None or role_of in load))
+            sha256 = self.parents[-1]["sha256"]
+            if sha256 in known:
+                raise ArtifactError.at(
+                    f"rewards.{reward.name}.ensemble",
+                    f"{known[sha256]} and {path} hold the same adapter",
+                    "different reward models, e.g. of different seeds",
+                    f"sha256 {sha256} twice",
+                )
+            known[sha256] = path
+        return lambda *where: EnsembleReward(
+            reward.name, reward.weight, [make(*where) for make in makers], reward.aggregate or "mean", reward.std_coef
+        )
 
     def _add_model(self, reward: RewardSource, role: str, label: str, load: bool) -> Maker:
         source = reward_source(reward.run or reward.model or "")
@@ -73,8 +113,10 @@ class RewardBuilder:
             same_tokenizer=not foreign,
         )
         self.parents.append(parent_of(source, label).manifest())
-        spread = _spread(reward, source)
-        self.lines.append(header_line("reward", f"{reward.name}: {source.describe()}{_scale_line(reward, spread)}"))
+        spread, is_normalised = _spread(reward, source)
+        self.lines.append(
+            header_line("reward", f"{reward.name}: {source.describe()}{_scale_line(reward, spread, is_normalised)}")
+        )
         if load:
             self.assembly.add_reward(role, source)
         ends = self.assembly.base.stop_ids(self.template)
@@ -89,7 +131,8 @@ class RewardBuilder:
                 " train it again, or set stop_token_ids"
             )
         if foreign:
-            return _normalised(reward, spread, self._retokenised(reward, source, role, load))
+            foreign_reward = self._retokenised(reward, source, role, load)
+            return _normalised(foreign_reward, spread) if is_normalised else foreign_reward
         if reward.template is not None:
             raise ArtifactError.at(
                 f"rewards.{reward.name}.template",
@@ -97,19 +140,17 @@ class RewardBuilder:
                 "a template only where the reward model has another tokenizer",
                 fix="drop it",
             )
-        return _normalised(
-            reward,
-            spread,
-            lambda models, rows, device, agree: ModelReward(
-                reward.name, reward.weight, models, role, rows, device, agree
-            ),
+        own: Maker = lambda models, rows, device, agree: ModelReward(  # noqa: E731
+            reward.name, reward.weight, models, role, rows, device, agree
         )
+        return _normalised(own, spread) if is_normalised else own
 
     def _retokenised(self, reward: RewardSource, source: ModelSpec, role: str, load: bool) -> Maker:
         if load:
             backbone = self.assembly.stacks[self.assembly.bindings[role].stack].backbone
             name = reward.template or recorded_template(source) or self.template_name
-            template = load_template(name, backbone.tokenizer, recorded_date(source) or self.assembly.job.template_date)
+            date = recorded_date(source) or self.assembly.job.template_date
+            template = load_template(name, backbone.tokenizer, date, recorded_kwargs(source))
             self.readers[role] = reader_of(source, backbone, template)
             how = f"replies are decoded, put in template {template.name}, encoded again"
             self.lines.append(header_line("", f"{reward.name} has its own tokenizer: {how}"))
@@ -130,7 +171,7 @@ class RewardBuilder:
 
     def is_foreign(self, reward: RewardSource) -> bool:
         """Whether it reads text through a tokenizer of its own. Loads nothing."""
-        return reward.function is None and self._has_own_tokenizer(reward_source(reward.run or reward.model or ""))
+        return any(self._has_own_tokenizer(reward_source(path)) for path in reward.models("").values())
 
     def _has_own_tokenizer(self, source: ModelSpec) -> bool:
         """A whole checkpoint with another tokenizer; an adapter stands on the job's base, so it reads what that reads."""
@@ -141,29 +182,30 @@ class RewardBuilder:
         )
 
 
-def _spread(reward: RewardSource, source: ModelSpec) -> dict[str, float]:
-    """mean and std of a reward run's held-out scores; empty where it recorded none. ConfigError if they are needed."""
-    found = recorded_reward(source).get("held_out_scores") or {}
-    if reward.normalize and not found.get("std"):
+def _spread(reward: RewardSource, source: ModelSpec) -> tuple[dict[str, float], bool]:
+    """mean and std of a reward run's held-out scores, empty where it recorded none; and whether the reward goes by them.
+    ConfigError if it has to and cannot."""
+    found = dict(recorded_reward(source).get("held_out_scores") or {})
+    is_known = bool(found.get("std"))
+    if reward.normalize and not is_known:
         raise ConfigError.at(
             f"rewards.{reward.name}.normalize",
             "the reward run recorded no held-out scores to go by",
             "a reward run that held pairs out",
-            fix="drop it, or train the reward model with data.held_out_fraction",
+            fix="set it to false, or train the reward model with data.held_out_fraction",
         )
-    return dict(found)
+    by_default = reward.run is not None and is_known
+    return found, by_default if reward.normalize is None else reward.normalize
 
 
-def _scale_line(reward: RewardSource, spread: dict[str, float]) -> str:
+def _scale_line(reward: RewardSource, spread: dict[str, float], is_normalised: bool) -> str:
     """What a reward's scores were like on held-out pairs, and what is made of them."""
     weight = "" if reward.weight == 1 else f", weight {reward.weight:g}"
     if not spread:
         return weight
     scores = f"; held-out scores {spread['mean']:.3g}, standard deviation {spread['std']:.3g}"
-    return f"{scores}, normalised to 0 and 1{weight}" if reward.normalize else f"{scores}{weight}"
+    return f"{scores}, normalised to 0 and 1{weight}" if is_normalised else f"{scores}{weight}"
 
 
-def _normalised(reward: RewardSource, spread: dict[str, float], make: Maker) -> Maker:
-    if not reward.normalize:
-        return make
+def _normalised(make: Maker, spread: dict[str, float]) -> Maker:
     return lambda *where: NormalisedReward(make(*where), spread["mean"], spread["std"])

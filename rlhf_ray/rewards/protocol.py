@@ -78,6 +78,10 @@ class Reward(ABC):
         """f32[rows] on the CPU: NaN where the reward does not apply to a reply, infinite where it should have a number and has none
         (`broken_as_inf`)."""
 
+    def parts(self, inputs: RewardInputs) -> dict[str, Tensor]:
+        """Its score under its name, f32[rows], and whatever it is made of under `<name>/...`: each is a metric of its own."""
+        return {self.name: self.score(inputs)}
+
     def join(self) -> None:  # noqa: B027  (most kinds make no collective pass)
         """Under ZeRO-3, what a rank without a rollout does while others score theirs: the same passes, over one token."""
 

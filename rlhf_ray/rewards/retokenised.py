@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_ray.batches import Sequences
 from rlhf_ray.data.collate import pad_left, pad_right
+from rlhf_ray.data.continuation import texts_after_prompts
 from rlhf_ray.data.encode import encode_prompts, encode_texts, end_of_turn
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
@@ -46,7 +47,9 @@ class Reader:
         complete = finished if finished is not None else [True] * len(responses)
         return prompts, [
             ids + (end if whole else [])
-            for ids, whole in zip(encode_texts(tokenizer, responses), complete, strict=True)
+            for ids, whole in zip(
+                encode_texts(tokenizer, texts_after_prompts(tokenizer, responses)), complete, strict=True
+            )
         ]
 
     def sequences(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Sequences:
@@ -103,7 +106,8 @@ class RetokenisedReward(Reward):
         texts = inputs.texts
         special = set(self.writer.tokenizer.all_special_ids)
         said = [[i for i in ids if i not in special] for ids in texts.completion_ids]
-        back = encode_texts(self.writer.tokenizer, texts.completions)
+        tokenizer = self.writer.tokenizer
+        back = encode_texts(tokenizer, texts_after_prompts(tokenizer, texts.completions))
         return torch.tensor([float(a != b) for a, b in zip(said, back, strict=True)])
 
 

@@ -20,13 +20,14 @@ from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.metrics import figure
 from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
-from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.heads import ScalarHead, scalar_head
 from rlhf_ray.models.lineage import (
     DEFAULT_TEMPLATE,
     check_lineage,
     parent_of,
     recorded_date,
     recorded_end,
+    recorded_kwargs,
     recorded_reward,
     recorded_template,
 )
@@ -75,10 +76,11 @@ def load_scoring_model(
     """The reward model that `source` names, at the precision it was trained at where this machine can; its fixture is checked.
 
     Raises ConfigError, ArtifactError."""
-    found = reward_source(source.run or source.model or "")
+    (path,) = source.models(ROLE).values()
+    found = reward_source(path)
     backbone, models = _load(found, device)
     name = template or recorded_template(found) or DEFAULT_TEMPLATE
-    prompt_template = load_template(name, backbone.tokenizer, recorded_date(found))
+    prompt_template = load_template(name, backbone.tokenizer, recorded_date(found), recorded_kwargs(found))
     for line in check_lineage(found, backbone.identity, prompt_template, role=ROLE):
         console.warn(line)
     reader = reader_of(found, backbone, prompt_template)
@@ -113,19 +115,19 @@ def _load(source: ModelSpec, device: torch.device) -> tuple[Backbone, RoleModels
     if source.kind == "full":
         backbone = load_classifier(source.path, revision=None, **_how(None, device))
         head: Any = backbone.model.score
-        stack, binding, weight = AdapterStack(backbone, None), RoleBinding(STACK, None, ROLE), head.weight.detach()
+        stack, binding, score = AdapterStack(backbone, None), RoleBinding(STACK, None, ROLE), scalar_head(head)
     else:
         base, files = parent_of(source, ROLE).base, read_adapter(source.path)
         if files.head is None:
             raise ArtifactError.at(source.path, "has no reward head", "the adapter of a reward run", "a policy adapter")
         if base is None:
             raise ArtifactError.at(source.path, "does not record its base model", "base_model_name_or_path")
-        weight = files.head
         backbone = load_backbone(
             path=str(base["path"]), revision=base.get("revision"), **_how(base.get("precision"), device)
         )
         stack, binding = AdapterStack(backbone, wrap(backbone.model, files, ROLE)), RoleBinding(STACK, ROLE, ROLE)
-    stack.heads[ROLE] = ScalarHead(backbone.hidden_size, weight.float().cpu()).to(device)
+        score = ScalarHead(backbone.hidden_size, files.head.float().cpu())
+    stack.heads[ROLE] = score.to(device)
     models = RoleModels({STACK: stack}, {ROLE: binding})
     models.requires_grad_(False)
     models.eval()

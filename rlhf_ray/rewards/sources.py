@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_ray.batches import Sequences
 from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
 from rlhf_ray.maths.rng import derived_seed
+from rlhf_ray.maths.stats import disagreement, ensemble_scores
 from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts, broken_as_inf
 from rlhf_ray.runtime.session import global_generators
@@ -81,6 +82,33 @@ class NormalisedReward(Reward):
 
     def drift(self, inputs: RewardInputs) -> Tensor | None:
         return self.reward.drift(inputs)
+
+
+class EnsembleReward(Reward):
+    """Several reward models as one, which can score low where they disagree: on replies unlike those that they were trained on.
+
+    members: named <name>/1, <name>/2, ...; all of them apply to every reply.   aggregate, std_coef: see `ensemble_scores`."""
+
+    def __init__(
+        self, name: str, weight: float, members: Sequence[Reward], aggregate: str, std_coef: float | None
+    ) -> None:
+        self.name, self.weight, self.members = name, weight, tuple(members)
+        self.aggregate, self.std_coef = aggregate, std_coef
+
+    def score(self, inputs: RewardInputs) -> Tensor:
+        return self.parts(inputs)[self.name]
+
+    def parts(self, inputs: RewardInputs) -> dict[str, Tensor]:
+        """Also what each member says, and `<name>/std`, how far they are apart: NaN where one of them is broken."""
+        each = {member.name: member.score(inputs) for member in self.members}
+        scores = torch.stack(list(each.values()))
+        found = ensemble_scores(scores, self.aggregate, self.std_coef)
+        found = found.masked_fill(~scores.isfinite().all(dim=0), math.inf)  # min would pass over one that is broken
+        return {self.name: found, **each, f"{self.name}/std": disagreement(scores)}
+
+    def join(self) -> None:
+        for member in self.members:
+            member.join()
 
 
 class FunctionReward(Reward):

@@ -41,7 +41,9 @@ LOOK_S = 0.5
 
 
 class RemoteRoles:
-    """A rank's generators and scorers, and the adapter that it hands to them."""
+    """A rank's generators and scorers, and the adapters that it hands to them, as references into the object store.
+
+    adapter_ref, version: of the policy.  synced_ref, synced_version: of what is the reference after a reset."""
 
     def __init__(self, actor_handles: ActorHandles, session: Session) -> None:
         def tell(line: str) -> None:
@@ -52,10 +54,25 @@ class RemoteRoles:
 
         self.generators, self.scorers = (ActorPool(role, actor_handles, tell, warn) for role in ("generator", "scorer"))
         self.ref_store, self.session, self.tell = actor_handles.ref_store, session, tell
-        self.version, self.reference = -1, None
+        self.version, self.adapter_ref = -1, None
+        self.synced_version, self.synced_ref = -1, None
 
     def publish(self, adapter: PublishedAdapter) -> int:
         """Hand `adapter` over: rank 0 puts it into the object store, once. Every rank calls it. Returns the bytes put there."""
+        self.adapter_ref, size = self._put(adapter)
+        self.version = adapter.version
+        return size
+
+    def sync_reference(self, adapter: PublishedAdapter) -> None:
+        """Let scorers take `adapter` for the reference. The policy published last is in the object store already."""
+        if adapter.version == self.version:
+            self.synced_ref = self.adapter_ref
+        else:  # of a run that is resumed
+            self.session.barrier()  # all ranks have fetched what was posted before
+            self.synced_ref, _ = self._put(adapter)
+        self.synced_version = adapter.version
+
+    def _put(self, adapter: PublishedAdapter) -> tuple[Any, int]:
         reference, size = None, 0
         if self.session.is_main:
             reference, size = put_adapter(adapter.tensors)
@@ -64,8 +81,7 @@ class RemoteRoles:
         self.session.barrier()
         if not self.session.is_main:
             [reference] = ask_ref_store(self.ref_store, "fetch", adapter.version)
-        self.version, self.reference = adapter.version, reference
-        return size
+        return reference, size
 
     def idle(self, busy: dict[str, float], step: float, waited: float) -> dict[str, float]:
         """RankResults of a step in which each role had nothing to do. busy: seconds of work by role, all actors together.  step:
@@ -122,15 +138,23 @@ class ActorCollector(Collector):
         return InvariantError(Problem(first.where, first.what, first.expected, first.got, "; ".join(lines)))
 
     def begin(
-        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+        self,
+        mine: Sequence[Chunk],
+        adapter: ActiveAdapter,
+        decoding: Decoding,
+        role: str,
+        step: int,
+        reference: ActiveAdapter | None,
     ) -> Callable[[], RankResults]:
-        job = _ChunksInFlight(self.remote_roles, adapter, decoding, role, step, partial(self.stop_requested, role))
+        stop_requested = partial(self.stop_requested, role)
+        job = _ChunksInFlight(self.remote_roles, adapter, decoding, role, step, reference, stop_requested)
         job.send(mine)
         return job.wait
 
 
 class _ChunksInFlight:
-    """The chunks of one rank in one step, sampled by the adapter that was handed over last when they were sent."""
+    """The chunks of one rank in one step, sampled by the adapter, and scored against the reference, that were handed over last when
+    they were sent."""
 
     def __init__(
         self,
@@ -139,18 +163,23 @@ class _ChunksInFlight:
         decoding: Decoding,
         role: str,
         step: int,
+        reference: ActiveAdapter | None,
         stop_requested: Callable[[], str],
     ) -> None:
         """stop_requested: who asked to stop, if anybody did; the chunks are then left."""
-        if adapter.version != remote_roles.version:
-            raise InvariantError.at(
-                f"step {step}",
-                "an adapter was requested that was not handed over",
-                str(remote_roles.version),
-                str(adapter.version),
-            )
-        self.remote_roles, self.adapter, self.decoding = remote_roles, adapter, decoding
-        self.reference = remote_roles.reference  # a newer adapter may be handed over while these chunks are under way
+        pairs = [(adapter, remote_roles.version)]
+        pairs += [] if reference is None else [(reference, remote_roles.synced_version)]
+        for wanted, handed_over in pairs:
+            if wanted.version != handed_over:
+                raise InvariantError.at(
+                    f"step {step}",
+                    "an adapter was requested that was not handed over",
+                    str(handed_over),
+                    str(wanted.version),
+                )
+        self.remote_roles, self.adapter, self.decoding, self.reference = remote_roles, adapter, decoding, reference
+        # newer ones may be handed over while these chunks are under way
+        self.adapter_ref, self.synced_ref = remote_roles.adapter_ref, remote_roles.synced_ref
         self.role, self.step, self.stop_requested = role, step, stop_requested
         self.results = RankResults(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
         self.flying: dict[int, _ChunkInFlight] = {}
@@ -189,12 +218,14 @@ class _ChunksInFlight:
         return done
 
     def _sample(self, chunk: Chunk, attempt: int) -> PendingCall:
-        what = (chunk.prompts, self.adapter, self.reference, self.decoding, self.role, self.step)
+        what = (chunk.prompts, self.adapter, self.adapter_ref, self.decoding, self.role, self.step)
         return self.remote_roles.generators.submit(chunk.number + attempt, "generate_with", *what)
 
     def _score(self, chunk: Chunk, rollout: Any, attempt: int) -> PendingCall:
-        what = (rollout, chunk.rows, self.decoding.temperature)
-        return self.remote_roles.scorers.submit(chunk.number + attempt, "score_at", *what)
+        what, scorers = (rollout, chunk.rows, self.decoding.temperature), self.remote_roles.scorers
+        if self.reference is None:
+            return scorers.submit(chunk.number + attempt, "score_at", *what)
+        return scorers.submit(chunk.number + attempt, "score_with", *what, self.reference, self.synced_ref)
 
     def _watch(self) -> None:
         """Wait until something happens; a role that is silent for its timeout loses the actor that has its oldest work."""

@@ -72,6 +72,7 @@ class PendingCollection:
     chunks: int
     rows: int
     adapter: ActiveAdapter
+    reference: ActiveAdapter | None
     wait: Callable[[], RankResults]
 
 
@@ -87,11 +88,19 @@ class Collector(ABC):
 
     @abstractmethod
     def begin(
-        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+        self,
+        mine: Sequence[Chunk],
+        adapter: ActiveAdapter,
+        decoding: Decoding,
+        role: str,
+        step: int,
+        reference: ActiveAdapter | None,
     ) -> Callable[[], RankResults]:
         """Begin this rank's chunks, where somebody else does them. Returns what does them, or waits for them."""
 
-    def join(self, adapter: ActiveAdapter) -> None:  # noqa: B027  (actors are never in lockstep)
+    def join(  # noqa: B027  (actors are never in lockstep)
+        self, adapter: ActiveAdapter, reference: ActiveAdapter | None
+    ) -> None:
         """In lockstep, what a rank without a chunk does while others do theirs."""
 
     def collect(
@@ -102,11 +111,13 @@ class Collector(ABC):
         decoding: Decoding,
         role: str,
         step: int,
+        reference: ActiveAdapter | None = None,
     ) -> Collected:
         """Sample one reply to each prompt (repeat a prompt for several) and score it. budgets: longest reply of each row.
+        reference: the adapter that is the reference by now; None for the one that the run started from.
 
         Raises Abandoned, on every rank, if somebody asked to stop meanwhile; evaluations are finished."""
-        return self.finish(self.start(prompts, budgets, adapter, decoding, role, step))
+        return self.finish(self.start(prompts, budgets, adapter, decoding, role, step, reference))
 
     def start(
         self,
@@ -116,6 +127,7 @@ class Collector(ABC):
         decoding: Decoding,
         role: str,
         step: int,
+        reference: ActiveAdapter | None = None,
     ) -> PendingCollection:
         """Have it begun, where somebody else does it; see `collect`. Here it is done when it is asked for."""
         mine = [
@@ -123,13 +135,14 @@ class Collector(ABC):
             for number, rows in enumerate(chunks(len(prompts), self.chunk_size))
             if number % self.session.world_size == self.session.rank
         ]
-        return PendingCollection(len(mine), len(prompts), adapter, self.begin(mine, adapter, decoding, role, step))
+        wait = self.begin(mine, adapter, decoding, role, step, reference)
+        return PendingCollection(len(mine), len(prompts), adapter, reference, wait)
 
     def finish(self, pending: PendingCollection) -> Collected:
         """All rows of what was started, on every rank; all ranks call it."""
         own = pending.wait()
         if self.lockstep and pending.chunks < -(-pending.rows // (self.chunk_size * self.session.world_size)):
-            self.join(pending.adapter)  # the last round has no chunk for this rank
+            self.join(pending.adapter, pending.reference)  # the last round has no chunk for this rank
         ranks: list[RankResults] = self.session.gather(own)
         if (reason := next(filter(None, (rank.abandoned for rank in ranks)), "")) != "":
             raise Abandoned(reason)
@@ -177,12 +190,24 @@ class LocalCollector(Collector):
         self.generator, self.scorer = generator, scorer
 
     def begin(
-        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+        self,
+        mine: Sequence[Chunk],
+        adapter: ActiveAdapter,
+        decoding: Decoding,
+        role: str,
+        step: int,
+        reference: ActiveAdapter | None,
     ) -> Callable[[], RankResults]:
-        return partial(self._sample_and_score, mine, adapter, decoding, role, step)
+        return partial(self._sample_and_score, mine, adapter, decoding, role, step, reference)
 
     def _sample_and_score(
-        self, mine: Sequence[Chunk], adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
+        self,
+        mine: Sequence[Chunk],
+        adapter: ActiveAdapter,
+        decoding: Decoding,
+        role: str,
+        step: int,
+        reference: ActiveAdapter | None,
     ) -> RankResults:
         """This rank's chunks, sampled and scored here, one after the other."""
         results = RankResults()
@@ -195,16 +220,16 @@ class LocalCollector(Collector):
             rollout = self.generator.generate(chunk.prompts, adapter, decoding, role, step)
             sampled = time.perf_counter()
             fault_point("scorer", "score", step, self.session.rank)
-            scores = self.scorer.score(rollout, chunk.rows)
+            scores = self.scorer.score(rollout, chunk.rows, reference)
             results.scores.append(replace(scores, reward=inject_nan("scorer", "score", scores.reward, step)))
             results.rollouts.append(rollout)
             results.seconds["time/generate"] += sampled - started
             results.seconds["time/score"] += time.perf_counter() - sampled
         return results
 
-    def join(self, adapter: ActiveAdapter) -> None:
+    def join(self, adapter: ActiveAdapter, reference: ActiveAdapter | None) -> None:
         self.generator.join(adapter)
-        self.scorer.join()
+        self.scorer.join(reference)
 
 
 def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from rlhf_ray.batches import Experience, Rollout, Scores
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.maths import kl, losses, returns, stats
 from rlhf_ray.maths.masks import masked_mean, masked_sum, zero_outside
+from rlhf_ray.metrics import START_KL
 
 WHITEN_EPS = 1e-8
 GROUP_EPS = 1e-4
@@ -98,6 +99,10 @@ def make_experience(
         token_weights=importance_weights(rollout, evaluation, config),
     )
     metrics = step_metrics(rollout, scores, evaluation, per_token, kl_coef, experience.token_weights)
+    if config.ref_model_sync_steps is not None:
+        start = kl.k1(evaluation.logprobs, scores.start)
+        weights = torch.ones_like(start) if experience.token_weights is None else experience.token_weights
+        metrics[START_KL] = float(masked_sum(weights * start, mask, dim=1).mean())
     if config.num_generations > 1:
         equal = returns.equal_groups(penalised_scores(scores, rollout, config), config.num_generations)
         metrics["advantage/equal_groups"] = float(equal.float().mean())

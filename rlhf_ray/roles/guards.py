@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import InvariantError, Problem
-from rlhf_ray.metrics import held_out_reward, standard_error_name
+from rlhf_ray.metrics import held_out_reward, standard_error_name, start_kl
 from rlhf_ray.roles.collector import Collected
 
 IN_A_ROW = 3
@@ -123,7 +123,7 @@ class Guards:
     def check(self, config: PPOConfig, metrics: Mapping[str, float], step: int) -> None:
         """The limits that the job sets. Raises StopTraining naming figure and limit."""
         limits = (
-            ("max_kl", config.max_kl, "kl/k1_per_response", 1),
+            ("max_kl", config.max_kl, start_kl(metrics), 1),
             ("max_clip_fraction", config.max_clip_fraction, "policy/clip_fraction", 1),
             ("min_finished", config.min_finished, "response/finished", -1),
         )
@@ -142,7 +142,7 @@ class Guards:
         # Where evaluations do not sample, the KL is that of the step's rollouts.
         reward, kl = (
             metrics[metric],
-            metrics.get("eval/kl_k1_per_response", metrics.get("kl/k1_per_response", 0.0)),
+            metrics.get("eval/kl_k1_per_response", metrics.get(start_kl(metrics), 0.0)),
         )
         if reward > self.best:
             self.best, self.best_kl, self.worse = reward, kl, 0
@@ -164,9 +164,10 @@ class Guards:
 
 
 def _is_finite(collected: Collected) -> Tensor:
-    """bool[B]: the reward and the reference's log-probabilities are finite."""
+    """bool[B]: the reward and the log-probabilities under the reference, and under the start, are finite."""
     scores = collected.scores
-    return torch.isfinite(scores.reward) & torch.isfinite(scores.ref_logprobs).all(dim=1)
+    finite = torch.isfinite(scores.ref_logprobs) & torch.isfinite(scores.start)
+    return torch.isfinite(scores.reward) & finite.all(dim=1)
 
 
 def _some(ids: Tensor) -> str:

@@ -1,4 +1,5 @@
-"""How a policy does on held-out prompts: reward with its standard error, KL to the reference, length, share finished."""
+"""How a policy does on held-out prompts: reward with its standard error, KL to the policy that the run started from, length, share
+finished."""
 
 from __future__ import annotations
 
@@ -79,9 +80,10 @@ def held_out_metrics(collected: Collected, confirming: Sequence[bool], estimates
 
 
 def response_kl(rollout: Rollout, scores: Scores) -> tuple[Tensor, Tensor]:
-    """k1 and k3 of each reply, f32[B]: summed over its tokens, under the distribution it was sampled from."""
+    """k1 and k3 of each reply, f32[B], against the policy that the run started from: summed over its tokens, under the distribution
+    it was sampled from."""
     mask = rollout.response_mask
-    pair = rollout.sample_logprobs, scores.ref_logprobs
+    pair = rollout.sample_logprobs, scores.start
     return masked_sum(kl.k1(*pair), mask, dim=1), masked_sum(kl.k3(*pair), mask, dim=1)
 
 

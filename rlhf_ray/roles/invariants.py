@@ -39,16 +39,16 @@ def check_sampler_agrees(rollout: Rollout, logprobs: Tensor, limit: float, step:
     return gap
 
 
-def check_starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, limit: float) -> None:
-    """Before the first update the policy is the reference, so the KL is 0."""
+def check_starts_at_reference(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, limit: float, step: int) -> None:
+    """Before the first update, and after the reference was reset to it, the policy is the reference, so the KL is 0."""
     gap = float(masked_mean((logprobs - ref_logprobs).abs(), mask))
     if not gap <= limit:
         raise InvariantError.at(
-            "step 1",
-            "the policy differs from its reference before any update",
+            f"step {step}",
+            f"the policy differs from its reference before any update{' since the reset' if step > 1 else ''}",
             f"a mean difference of at most {limit:g} nats",
             f"{gap:.4g}",
-            "the reference adapter is not the one the policy started from",
+            f"the reference adapter is not the one the policy {'was then' if step > 1 else 'started from'}",
         )
 
 
@@ -107,4 +107,15 @@ def stale_adapter(rollout: Rollout, wanted: str, step: int, version: int | None 
         f"replies were sampled by another adapter (version {rollout.adapter_version}{which})",
         f"sha256 {wanted}",
         f"sha256 {rollout.adapter_sha256}",
+    )
+
+
+def stale_reference(where: str, found: str, wanted: str) -> InvariantError:
+    """The error for scores against another reference than the one in force. found, wanted: sha256, "" for the start."""
+    start = "the policy that the run started from"
+    return InvariantError.at(
+        where,
+        "replies were scored against another reference",
+        f"sha256 {wanted}" if wanted else start,
+        f"sha256 {found}" if found else start,
     )

@@ -20,11 +20,13 @@ from rlhf_ray.maths.masks import zero_outside
 from rlhf_ray.models.adapters import adapter_parameters, adapter_tensors, load_adapter_tensors
 from rlhf_ray.models.forward import to_device
 from rlhf_ray.models.role_models import RoleModels
+from rlhf_ray.models.zero3 import padding_batch
 from rlhf_ray.roles.deepspeed_engine import ParameterGroup, TrainingEngine
 from rlhf_ray.roles.experience import Evaluation
 from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.minibatches import Microbatch, microbatches, minibatches
-from rlhf_ray.roles.optimizer_state import export_state, restore_state
+from rlhf_ray.roles.optimizer_state import export_state, forget_state, restore_state
+from rlhf_ray.roles.ptx import PtxBatch, PtxRows
 from rlhf_ray.roles.trained_weights import TrainedWeights, load_weights, read_weights
 from rlhf_ray.runtime.fault_injection import fault_point, inject_nan
 from rlhf_ray.runtime.session import Session
@@ -75,6 +77,8 @@ class UpdateStats:
         }
         if "kl_loss" in self.sums:
             found["loss/kl"] = self.sums["kl_loss"] / tokens
+        if "ptx_tokens" in self.sums:
+            found["loss/ptx"] = self.sums["ptx_loss"] / max(self.sums["ptx_tokens"], 1.0)
         if "value_tokens" in self.sums:
             found["loss/value"] = self.sums["value_loss"] / value_tokens
             found["value/clip_fraction"] = self.sums["value_clip_fraction"] / value_tokens
@@ -86,10 +90,12 @@ class UpdateStats:
 class Learner:
     """models: who sits where.  The policy's adapter, the value model's adapter and head are trained; everything else is frozen.
 
+    ptx: rows of the supervised loss in the policy's (ptx_coef), None without one.
+
     lockstep: every forward pass through `models` is a collective (ZeRO-3), and all ranks must make the same ones."""
 
-    def __init__(self, models: RoleModels, config: PPOConfig, session: Session) -> None:
-        self.models, self.config, self.session = models, config, session
+    def __init__(self, models: RoleModels, config: PPOConfig, session: Session, ptx: PtxRows | None = None) -> None:
+        self.models, self.config, self.session, self.ptx = models, config, session, ptx
         self.lockstep = config.learner.zero_stage == 3
         if self.lockstep:
             models.max_over_ranks = session.highest
@@ -170,7 +176,10 @@ class Learner:
             for number, minibatch in enumerate(self._minibatches(step, epoch, len(experience))):
                 first = epoch == 0 and number == 0
                 fault_point("learner", "minibatch", step, self.session.rank)
-                approx_kl = self._optimizer_step(experience, minibatch, stats, learning_rates, kl_coef, step, first)
+                ptx = self.ptx.minibatch(step, epoch, number) if self.ptx and learning_rates["policy"] > 0 else None
+                approx_kl = self._optimizer_step(
+                    experience, minibatch, stats, learning_rates, kl_coef, step, first, ptx
+                )
                 guards.note_update(not stats.left_out, stats.left_out, step)
                 if first:
                     self._check_first_ratio(stats, step)
@@ -195,6 +204,10 @@ class Learner:
         """By parameter name, whatever the ZeRO stage and world size. Every rank calls it."""
         return export_state(self.engine)
 
+    def forget_optimizer(self, group: str) -> None:
+        """Begin anew with the moments and the step count of a parameter group. Every rank calls it."""
+        forget_state(self.engine, group)
+
     def restore(self, weights: TrainedWeights, optimizer: dict[str, Tensor], version: int) -> None:
         """Put back `weights` and `optimizer_state`, and publish the policy as `version`. Every rank calls it."""
         load_weights(self.models, weights)
@@ -211,6 +224,7 @@ class Learner:
         kl_coef: float,
         step: int,
         first: bool,
+        ptx: PtxBatch | None,
     ) -> float:
         tokens = int(experience.response_mask[minibatch].sum())
         train_policy = learning_rates["policy"] > 0
@@ -221,6 +235,8 @@ class Learner:
         if aggregated is not None:
             row_weights[minibatch] = aggregated
         sums: dict[str, float] = {"tokens": float(tokens) if self.session.is_main else 0.0}
+        if ptx is not None:  # ahead: the last backward, after which gradients are reduced, must reach every parameter
+            sums |= self._accumulate_ptx(ptx)
         deviation, ratio = 0.0, 0.0
         for number, micro in enumerate(micros):
             seq = self._sequences(experience.tokens, experience.prompt_mask, experience.response_mask, micro)
@@ -250,6 +266,29 @@ class Learner:
         for name, value in totals.items():
             stats.sums[name] = stats.sums.get(name, 0.0) + value
         return totals["approx_kl"] / tokens
+
+    def _accumulate_ptx(self, ptx: PtxBatch) -> dict[str, float]:
+        """Backward of ptx_coef x the mean of -log p over the learnt tokens of all ranks' rows. Returns this rank's sums."""
+        total, sums = int(ptx.learnt.sum()), {"ptx_loss": 0.0, "ptx_tokens": 0.0}
+        for number, micro in enumerate(self._microbatches(torch.arange(len(ptx)))):
+            seq = to_device(ptx.sequences(micro.index), self.session.device)
+            logprobs, _ = self.engine.module("logprobs", "policy", seq, 1.0)
+            learnt = (ptx.learnt[micro.index] & micro.counts[:, None])[:, : seq.response_width].to(logprobs.device)
+            loss, count = losses.ptx_loss_sum(logprobs, learnt)
+            self.engine.accumulate(self.config.ptx_coef * loss / total + self._reach_value(number), last=False)
+            sums["ptx_loss"] += float(loss.detach())
+            sums["ptx_tokens"] += float(count)
+        return sums
+
+    def _reach_value(self, number: int) -> Tensor | float:
+        """0, under ZeRO-3 in an accumulation's first backward with a gradient of 0 for the value model.
+
+        DeepSpeed 0.19 overwrites the gradients of the step before in the first backward alone: a parameter that only later ones
+        reach would keep them."""
+        if self.engine.zero_stage < 3 or number or "value" not in self.models.bindings:
+            return 0.0
+        values, _ = self.engine.module("values", padding_batch(self.session.device))
+        return values.sum() * 0.0
 
     def _losses(
         self,

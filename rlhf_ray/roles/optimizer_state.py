@@ -45,6 +45,18 @@ def restore_state(engine: TrainingEngine, stored: Mapping[str, Tensor]) -> None:
         _restore_zero(engine, parameters, stored)
 
 
+def forget_state(engine: TrainingEngine, group: str) -> None:
+    """Put the optimizer's state of one parameter group back to what it is before the first step; weights stay."""
+    for ours, flat in zip(engine.groups, engine.flat_parameters() if engine.zero_stage else [[]] * len(engine.groups)):
+        if ours.name != group:
+            continue
+        for parameter in ours.parameters.values() if engine.zero_stage == 0 else ():
+            engine.adam.state.pop(parameter, None)
+        for state in (engine.adam.state[p] for p in flat):  # ZeRO has linked these to the parameters: they must stay
+            for key, value in state.items():
+                state[key] = value.zero_() if isinstance(value, Tensor) else 0.0
+
+
 def export_torch_state(optimizer: Any, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     """The state of any optimizer of torch's kind, in the form of `export_state`; numbers become tensors of no dimension."""
     return {

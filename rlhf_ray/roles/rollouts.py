@@ -28,11 +28,14 @@ Request = Callable[[int], tuple[Sequence[TokenisedPrompt], Sequence[int]]]
 
 @dataclass(frozen=True)
 class Sampled:
-    """All rows of `step`, on every rank.  adapter: the one that sampled them."""
+    """All rows of `step`, on every rank.  adapter: the one that sampled them.
+
+    reference: the one they were scored against; None for the one that the run started from."""
 
     step: int
     collected: Collected
     adapter: PublishedAdapter
+    reference: ActiveAdapter | None = None
 
 
 class Rollouts:
@@ -52,32 +55,35 @@ class Rollouts:
         self.collector, self.request, self.decoding, self.policy = collector, request, decoding, policy
         self.ahead, self.last_step = ahead, last_step
         self.pending: Sampled | None = None  # a rollout that has arrived before its step
-        self._started: tuple[int, PendingCollection, PublishedAdapter] | None = None
+        self._started: tuple[int, PendingCollection, PublishedAdapter, ActiveAdapter | None] | None = None
 
-    def take(self, step: int, newest: PublishedAdapter) -> Sampled:
-        """The rollout of `step`, begun before or now; where rollouts are ahead, the next one is begun with `newest`."""
+    def take(self, step: int, newest: PublishedAdapter, reference: ActiveAdapter | None = None) -> Sampled:
+        """The rollout of `step`, begun before or now; where rollouts are ahead, the next one is begun with `newest`.
+
+        reference: in force now; see `Sampled`. A rollout that was begun before keeps the one in force then."""
         if self._started is None and self.pending is None:
-            self._start(step, newest)
+            self._start(step, newest, reference)
         sampled = self.settle()
         if sampled is None or sampled.step != step:
             raise LookupError(f"the rollout of step {step} is asked for, and {sampled and sampled.step} was started")
         self.pending = None
         if self.ahead and step < self.last_step:
-            self._start(step + 1, newest)
+            self._start(step + 1, newest, reference)
         return sampled
 
     def settle(self) -> Sampled | None:
         """Wait for the rollout that is under way, if one is; the one that then waits for its step."""
         if self._started is not None:
-            step, started, adapter = self._started
+            step, started, adapter, reference = self._started
             self._started = None
-            self.pending = Sampled(step, self.collector.finish(started), adapter)
+            self.pending = Sampled(step, self.collector.finish(started), adapter, reference)
         return self.pending
 
-    def _start(self, step: int, adapter: PublishedAdapter) -> None:
+    def _start(self, step: int, adapter: PublishedAdapter, reference: ActiveAdapter | None) -> None:
         prompts, budgets = self.request(step)
         active = ActiveAdapter(self.policy, adapter.version, adapter.sha256)
-        self._started = step, self.collector.start(prompts, budgets, active, self.decoding, "rollout", step), adapter
+        started = self.collector.start(prompts, budgets, active, self.decoding, "rollout", step, reference)
+        self._started = step, started, adapter, reference
 
 
 def probed_rows(rows: int, chunk_size: int, wanted: int) -> torch.Tensor:

@@ -13,6 +13,9 @@ from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.data.records import Row
 from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
+from rlhf_ray.roles import invariants
+from rlhf_ray.roles.generator import ActiveAdapter
+from rlhf_ray.roles.loaded_adapter import LoadedAdapter
 
 
 def weighted_sum(rewards: Sequence[Reward], parts: Mapping[str, Tensor], rows: int) -> Tensor:
@@ -34,7 +37,9 @@ class Scorer:
 
     rows_per_forward: memory only.  to_texts: the texts of a rollout's rows, for Python rewards.  device: where the models are.
 
-    max_over_ranks: under ZeRO-3, how ranks with chunks of different sizes come to make equally many forward passes."""
+    max_over_ranks: under ZeRO-3, how ranks with chunks of different sizes come to make equally many forward passes.
+
+    synced: the adapter that is the reference after a reset (ref_model_sync_steps), with a role of its name; None without resets."""
 
     def __init__(
         self,
@@ -46,42 +51,87 @@ class Scorer:
         device: torch.device,
         reference: str | None = "reference",
         max_over_ranks: MaxOverRanks = int,
+        synced: LoadedAdapter | None = None,
     ) -> None:
         self.models, self.rewards, self.to_texts = models, tuple(rewards), to_texts
         self.temperature, self.rows_per_forward, self.device = temperature, rows_per_forward, device
-        self.reference, self.max_over_ranks = reference, max_over_ranks
+        self.reference, self.max_over_ranks, self.synced = reference, max_over_ranks, synced
         self.about: dict[str, Any] = {}
 
     def describe(self) -> dict[str, Any]:
         """Where it is and what it loaded, as whoever built it has noted."""
         return self.about
 
-    def score(self, rollout: Rollout, rows: Sequence[Row]) -> Scores:
-        """rows: the data rows behind the rollout's rows, in the same order."""
-        return self.score_at(rollout, rows, self.temperature)
+    def score(self, rollout: Rollout, rows: Sequence[Row], reference: ActiveAdapter | None = None) -> Scores:
+        """rows: the data rows behind the rollout's rows, in the same order.
+
+        reference: the adapter that is the reference by now, which `synced` must hold; None for what the run started from."""
+        if reference is None:
+            return self.score_at(rollout, rows, self.temperature)
+        synced = self._synced()
+        if not synced.holds(reference):
+            raise invariants.stale_reference("scorer", synced.sha256, reference.sha256)
+        return self.score_at(rollout, rows, self.temperature, synced.sha256)
+
+    def score_with(
+        self,
+        rollout: Rollout,
+        rows: Sequence[Row],
+        temperature: float,
+        reference: ActiveAdapter,
+        tensors: Mapping[str, Any],
+    ) -> Scores:
+        """`score_at` against the reference that `reference` names. tensors: plain PEFT key -> f32 array. The scores echo the sha256
+        of what the model holds. Raises InvariantError if `tensors` is not what was named."""
+        synced = self._synced()
+        if not synced.holds(reference):
+            synced.load(reference, tensors)
+        return self.score_at(rollout, rows, temperature, synced.held_sha256())
 
     @torch.no_grad()
-    def score_at(self, rollout: Rollout, rows: Sequence[Row], temperature: float) -> Scores:
-        """`score`, with the reference's log-probabilities at another temperature."""
+    def score_at(self, rollout: Rollout, rows: Sequence[Row], temperature: float, reference_sha256: str = "") -> Scores:
+        """`score`, with log-probabilities at another temperature.
+
+        reference_sha256: of what `synced` holds, which is then the reference; "" for the one that the run started from."""
         inputs = RewardInputs(rollout, rows, self.to_texts)
-        ref_logprobs = torch.zeros(rollout.response_mask.shape)
-        if self.reference is not None:
+
+        def logprobs(role: str) -> Tensor:
+            found = torch.zeros(rollout.response_mask.shape)
             for batch, seq in inputs.sequences(self.rows_per_forward, self.device, self.max_over_ranks):
-                found, _ = self.models("logprobs", self.reference, seq, temperature)
-                ref_logprobs[batch, : seq.response_width] = found.float().cpu()
-        parts = {reward.name: reward.score(inputs) for reward in self.rewards}
+                passed, _ = self.models("logprobs", role, seq, temperature)
+                found[batch, : seq.response_width] = passed.float().cpu()
+            return found
+
+        start = torch.zeros(rollout.response_mask.shape) if self.reference is None else logprobs(self.reference)
+        moved = logprobs(self._synced().name) if reference_sha256 else None
+        parts = {name: part for reward in self.rewards for name, part in reward.parts(inputs).items()}
         total = weighted_sum(self.rewards, parts, len(rollout))
         for reward in self.rewards:
             if not reward.weight:  # it watches: where it is broken it says nothing, and the run goes on without it
-                parts[reward.name] = parts[reward.name].nan_to_num(math.nan, math.nan, math.nan)
+                for name in parts:
+                    if name == reward.name or name.startswith(f"{reward.name}/"):
+                        parts[name] = parts[name].nan_to_num(math.nan, math.nan, math.nan)
         drift = next((d for d in (reward.drift(inputs) for reward in reversed(self.rewards)) if d is not None), None)
-        return Scores(reward=total, ref_logprobs=ref_logprobs, row_id=rollout.row_id, parts=parts, drift=drift)
+        return Scores(
+            reward=total,
+            ref_logprobs=start if moved is None else moved,
+            row_id=rollout.row_id,
+            parts=parts,
+            drift=drift,
+            start_logprobs=None if moved is None else start,
+            reference_sha256=reference_sha256,
+        )
 
     @torch.no_grad()
-    def join(self) -> None:
+    def join(self, reference: ActiveAdapter | None = None) -> None:
         """Under ZeRO-3, what a rank without a rollout does while others score theirs: the same passes, over one token."""
-        if self.reference is not None:
-            for _ in range(self.max_over_ranks(0)):
-                self.models("logprobs", self.reference, padding_batch(self.device), self.temperature)
+        for role in (self.reference, None if reference is None else self._synced().name):
+            for _ in range(self.max_over_ranks(0) if role is not None else 0):
+                self.models("logprobs", role, padding_batch(self.device), self.temperature)
         for reward in self.rewards:
             reward.join()
+
+    def _synced(self) -> LoadedAdapter:
+        if self.synced is None:
+            raise TypeError("a reference is named, and this scorer has no adapter for it")
+        return self.synced

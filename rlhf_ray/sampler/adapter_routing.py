@@ -80,6 +80,13 @@ class AdapterRouter:
         """Whether rows under these adapters can share a forward at no more cost than rows of one: all are plain LoRA."""
         return self._peft is not None and all(self._stackable(name) for name in set(adapters) if name is not None)
 
+    def together(self, adapters: Iterable[str | None]) -> bool:
+        """Whether rows under these adapters can share a forward at all: not where one of several adapts stacked expert weights."""
+        names = set(adapters)
+        if len(names) < 2 or self._peft is None:
+            return True
+        return not any(self._peft.peft_config[name].target_parameters for name in names if name is not None)
+
     def _stackable(self, name: str) -> bool:
         if name not in self._can_stack:
             self._can_stack[name] = can_stack(self._peft, name)

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.models.context import rope_limit
 from rlhf_ray.sampler.adapter_routing import AdapterRouter
-from rlhf_ray.sampler.kv_cache import SlotCache
 from rlhf_ray.sampler.requests import (
     DecodeEvent,
     DecodeRequest,
@@ -37,6 +37,7 @@ from rlhf_ray.sampler.requests import (
 )
 from rlhf_ray.sampler.rows import Batch, DecodeRow, live, prompt_groups
 from rlhf_ray.sampler.sampling import sample_tokens
+from rlhf_ray.sampler.state_cache import Caches
 
 __all__ = ["DecodeEvent", "DecodeRequest", "DecodeResult", "Sampler"]
 
@@ -46,8 +47,6 @@ STAGED_SHARE = 4
 UNLIMITED = 2**31
 """Context of models that have no limit of their own."""
 
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-
 
 class Sampler:
     """The decode engine (`decode_types.DecodeEngine`) over `model`, a transformers causal language model or a PEFT model of one.
@@ -55,7 +54,7 @@ class Sampler:
     pad_id: any id of the vocabulary, used as padding and always masked.   max_rows: rows that take a step together.
     forward: how `model` is called where that must go through a module around it (ZeRO-3's hooks); None calls it directly.
     Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
-    Raises ConfigError if the model keeps state other than keys and values, or if pad_id is not in its vocabulary.
+    Raises ConfigError if the model keeps state other than in a cache of transformers, or if pad_id is not in its vocabulary.
     """
 
     def __init__(
@@ -63,10 +62,11 @@ class Sampler:
     ) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config = base.config.get_text_config()
-        _check_model(config, pad_id)
+        self._caches = Caches(base)
+        _check_pad(config, pad_id)
         self._accepted = inspect.signature(base.forward).parameters
         self._vocabulary = int(config.vocab_size)
-        self._context = int(getattr(config, "max_position_embeddings", None) or 0)
+        self._context = min(int(getattr(config, "max_position_embeddings", None) or 0), rope_limit(config)[0])
         self._device: torch.device = base.get_input_embeddings().weight.device
         self._router = AdapterRouter(model, forward)
         self._pad_id = pad_id
@@ -81,7 +81,7 @@ class Sampler:
         self._to_read: deque[list[DecodeRow]] = deque()  # prompts of staged rows, one forward each
         self._rows: list[DecodeRow] = []  # by slot
         self._batch: Batch | None = None
-        self._cache = SlotCache(self.max_rows, longest)
+        self._cache = self._caches.slots(self.max_rows, longest)
 
     # ---- the engine, as callers see it ------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class Sampler:
         return Limits(self._vocabulary, self._context, self._router.names)
 
     def _queue(self, request: DecodeRequest) -> DecodeRow:
-        row = DecodeRow(next(self._ids), request, frozenset(request.stop_ids))
+        row = DecodeRow(next(self._ids), request, frozenset(request.stop_ids), list(request.begun))
         self._waiting.append(row)
         return row
 
@@ -181,9 +181,17 @@ class Sampler:
         return self._decode()
 
     def _stage(self, count: int) -> None:
-        rows = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        """The next rows of the queue, up to one whose adapter cannot share a forward with those before it: it waits for them."""
+        rows: list[DecodeRow] = []
+        adapters = {row.request.adapter for row in (*live(self._rows), *self._staged)}
+        while self._waiting and len(rows) < count:
+            adapters.add(self._waiting[0].request.adapter)
+            if not self._router.together(adapters):
+                break
+            rows.append(self._waiting.popleft())
         self._staged.extend(rows)
-        self._to_read.extend(prompt_groups(rows, self._router.mixes(row.request.adapter for row in rows)))
+        mixed = self._router.mixes(row.request.adapter for row in rows)
+        self._to_read.extend(prompt_groups(rows, mixed, padded=not self._caches.recurrent))
 
     def _fill_slots(self) -> None:
         """Give free slots to staged rows, then close the gaps that are left with the last rows."""
@@ -200,7 +208,9 @@ class Sampler:
         self._rows.extend(coming[len(coming) - behind :])
         for slot, row in zip(slots, coming):
             self._rows[slot] = row
-            if row.prefix is not None:
+            if row.prefix is None:
+                self._cache.start(slot)
+            else:
                 self._cache.insert(slot, *row.prefix, row.held)
                 row.prefix = None
         self._close_gaps()
@@ -219,16 +229,19 @@ class Sampler:
     # ---- the forwards -----------------------------------------------------------------------------------------------------
 
     def _read_prompts(self, rows: list[DecodeRow]) -> None:
-        """Run all but the last token of some prompts, LEFT padded, equal ones under one adapter once."""
-        of_row = [(row.request.adapter, row.request.prompt_ids[:-1]) for row in rows]
+        """Run all but the last token of some prompts, LEFT padded (recurrent layers: of one length), equal ones under one adapter
+        once."""
+        of_row = [(row.request.adapter, row.to_read) for row in rows]
         distinct = list(dict.fromkeys(of_row))
         width = max(len(prefix) for _, prefix in distinct)
         ids = torch.tensor([(self._pad_id,) * (width - len(p)) + p for _, p in distinct]).to(self._device)
         lengths = torch.tensor([len(p) for _, p in distinct]).to(self._device)
         positions = torch.arange(width, device=self._device) - (width - lengths[:, None])
-        cache = DynamicCache()
+        cache = self._caches.prompts()
         forward = self._router.forward([adapter for adapter, _ in distinct], "prompts")
-        self._logits(forward, ids, positions >= 0, positions.clamp(min=0), cache)
+        mask = None if self._caches.recurrent else positions >= 0
+        self._logits(forward, ids, mask, positions.clamp(min=0), cache)
+        self._caches.finish_read(cache)
         number = {key: i for i, key in enumerate(distinct)}
         for row, key in zip(rows, of_row):
             row.prefix = cache, number[key]
@@ -241,10 +254,11 @@ class Sampler:
         batch = self._batch
         self._cache.begin_step(len(self._rows), batch.longest)
         positions = batch.counters[0][:, None]
-        age = torch.arange(
-            batch.longest, -1, -1, device=self._device
-        )  # of each attended column, the current one being 0
-        logits = self._logits(batch.forward, batch.tokens[:, None], age <= positions, positions, self._cache)
+        mask = None
+        if self._caches.attends:
+            age = torch.arange(batch.longest, -1, -1, device=self._device)  # of each column; the current one's is 0
+            mask = age <= positions
+        logits = self._logits(batch.forward, batch.tokens[:, None], mask, positions, self._cache)
         self._cache.end_step()
         tokens, logprobs = sample_tokens(logits, batch.plan, batch.counters[1])
         batch.advance(tokens)
@@ -254,15 +268,13 @@ class Sampler:
         return events
 
     def _logits(
-        self, forward: Callable[..., Any], ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None
+        self, forward: Callable[..., Any], ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None
     ) -> Tensor:
-        """[N, V], of the last column.   ids, positions: i64[N, W].   mask: [N, cached + W], True on real tokens."""
-        optional = {"position_ids": positions, "logits_to_keep": 1}
+        """[N, V], of the last column.   ids, positions: i64[N, W].   mask: [N, cached + W], True on real tokens; None is all."""
+        optional = {"position_ids": positions, "logits_to_keep": 1, "past_key_values": cache, "cache_params": cache}
         inputs = {name: value for name, value in optional.items() if name in self._accepted}
-        use_cache = cache is not None
-        output = forward(
-            input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=use_cache, **inputs
-        )
+        mask = None if mask is None else mask.long()
+        output = forward(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **inputs)
         return output.logits[:, -1]
 
     def _idle_forward(self, adapter: str | None) -> None:
@@ -283,12 +295,6 @@ def _raise_on_error(events: Sequence[DecodeEvent], rows: Sequence[DecodeRow]) ->
             )
 
 
-def _check_model(config: Any, pad_id: int) -> None:
-    kinds = set(getattr(config, "layer_types", None) or []) - _ATTENTION
-    if kinds or config.is_encoder_decoder:
-        found = ", ".join(sorted(kinds)) or "an encoder-decoder"
-        raise ConfigError.at(
-            f"model type {config.model_type}", "cannot be decoded here", "a causal model of attention layers", found
-        )
+def _check_pad(config: Any, pad_id: int) -> None:
     if not 0 <= pad_id < config.vocab_size:
         raise ConfigError.at("pad_id", "not in the vocabulary", f"0 <= id < {config.vocab_size}", str(pad_id))

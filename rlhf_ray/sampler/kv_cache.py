@@ -15,7 +15,7 @@ attention implementation work unchanged. When the cursor reaches the end of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ SPARE_COLUMNS = 64
 
 
 @dataclass
-class _Geometry:
+class Geometry:
     """What all layers share. slots, columns: the size of the buffers. rows, width: what the current step attends to."""
 
     slots: int = 0
@@ -41,7 +41,7 @@ class _Geometry:
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, [slots, kv_heads, columns, head_dim] each."""
 
-    def __init__(self, geometry: _Geometry) -> None:
+    def __init__(self, geometry: Geometry, **kwargs: Any) -> None:
         super().__init__()
         self._geometry = geometry
 
@@ -78,6 +78,8 @@ class SlotLayer(CacheLayerMixin):
 
     def relocate(self, rows: int, source: slice, target: slice) -> None:
         """Bring columns `source` of the first rows to columns `target`, in new buffers if the geometry has grown."""
+        if not self.is_initialized:
+            return
         for name in ("keys", "values"):
             old = getattr(self, name)
             grown = old.shape[0] != self._geometry.slots or old.shape[2] != self._geometry.columns
@@ -86,32 +88,55 @@ class SlotLayer(CacheLayerMixin):
             new[:rows, :, target] = kept if grown else kept.clone()  # within one buffer the two ranges may overlap
             setattr(self, name, new)
 
-    def copy(self, source: int, target: int, columns: slice) -> None:
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        columns = self._columns(tokens)
         for buffer in self._buffers():
             buffer[target, :, columns] = buffer[source, :, columns]
 
-    def insert(self, slot: int, keys: Tensor, values: Tensor, columns: slice) -> None:
-        """keys, values: [kv_heads, tokens, head_dim] of one row."""
+    def insert(self, slot: int, prefilled: Any, row: int, tokens: int) -> None:
+        """prefilled: a layer with keys and values [rows, kv_heads, columns, head_dim]."""
+        states = prefilled.keys[row, :, -tokens:], prefilled.values[row, :, -tokens:]
         if not self.is_initialized:
-            self.lazy_initialization(keys[None], values[None])
-        for buffer, states in zip(self._buffers(), (keys, values)):
-            buffer[slot, :, columns] = states
+            self.lazy_initialization(*(state[None] for state in states))
+        for buffer, state in zip(self._buffers(), states):
+            buffer[slot, :, self._columns(tokens)] = state
+
+    def _columns(self, tokens: int) -> slice:
+        """Those of a row with so many tokens."""
+        return slice(self._geometry.cursor - tokens, self._geometry.cursor)
 
     def clear(self, slot: int) -> None:
         for buffer in self._buffers():
             buffer[slot] = 0
 
+    # What layers with a state do besides (state_cache.py).
+
+    def begin_step(self) -> None: ...
+    def end_step(self) -> None: ...
+    def start(self, slot: int) -> None: ...
+
 
 class SlotCache(Cache):
     """The layers' buffers and their common geometry. Buffers double when rows or columns run out, up to `max_slots` rows of
-    `max_tokens` tokens."""
+    `max_tokens` tokens. make: the layers, where not all have keys and values alone."""
 
     layers: list[SlotLayer]  # type: ignore[assignment]
 
-    def __init__(self, max_slots: int, max_tokens: int) -> None:
-        self._geometry = _Geometry()
+    def __init__(
+        self, max_slots: int, max_tokens: int, make: Callable[[Geometry], list[SlotLayer]] | None = None
+    ) -> None:
+        self._geometry = Geometry()
         self._max_slots, self._max_columns = max_slots, _round_up(max_tokens + SPARE_COLUMNS)
-        super().__init__(layer_class_to_replicate=partial(SlotLayer, self._geometry))  # type: ignore[arg-type]
+        if make is None:
+            Cache.__init__(self, layer_class_to_replicate=partial(SlotLayer, self._geometry))  # type: ignore[arg-type]
+        else:
+            Cache.__init__(self, layers=make(self._geometry))  # type: ignore[arg-type]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._geometry.width - 1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._geometry.width - 1 + query_length, 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -142,23 +167,32 @@ class SlotCache(Cache):
         """The next forward is one token for each of the first `rows` slots; the longest row holds `longest` tokens so far."""
         self.reserve(rows, longest)
         self._geometry.rows, self._geometry.width = rows, longest + 1
+        for layer in self.layers:
+            layer.begin_step()
 
     def end_step(self) -> None:
         self._geometry.cursor += 1
+        for layer in self.layers:
+            layer.end_step()
 
     def insert(self, slot: int, prefilled: Cache, row: int, tokens: int) -> None:
-        """Copy the last `tokens` columns of a LEFT padded, prefilled row into a slot; `reserve` must have made room."""
-        columns = slice(self._geometry.cursor - tokens, self._geometry.cursor)
-        while len(self.layers) < len(prefilled.layers):
-            self.layers.append(SlotLayer(self._geometry))
+        """Copy the last `tokens` columns of a LEFT padded, prefilled row, and its states, into a slot; `reserve` must have made
+        room."""
+        if self.layer_class_to_replicate is not None:
+            while len(self.layers) < len(prefilled.layers):
+                self.layers.append(SlotLayer(self._geometry))
         for layer, done in zip(self.layers, prefilled.layers):
-            layer.insert(slot, done.keys[row, :, -tokens:], done.values[row, :, -tokens:], columns)  # type: ignore[union-attr,index]
+            layer.insert(slot, done, row, tokens)
+
+    def start(self, slot: int) -> None:
+        """Take a row that holds nothing yet into a slot."""
+        for layer in self.layers:
+            layer.start(slot)
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        """Copy the `tokens` columns of a row into another slot."""
-        columns = slice(self._geometry.cursor - tokens, self._geometry.cursor)
+        """Copy the `tokens` columns and the states of a row into another slot."""
         for layer in self.layers:
-            layer.copy(source, target, columns)
+            layer.copy(source, target, tokens)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Overwrite slots with zeros, when what they hold is not finite and would leak through a mask (0 * NaN = NaN)."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+from rlhf_ray.config.sections import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf_ray.errors import ConfigError, Problem
 
 
@@ -18,6 +19,7 @@ class DecodeRequest:
     temperature: divides the logits, above 0; for greedy rows it only scales the reported log-probabilities.
     top_k: keep the k likeliest tokens, 0 keeps all.   top_p: then keep the smallest set whose probability reaches p, 1 keeps all.
     greedy: take the likeliest token instead of sampling.   adapter: a name known to the model, None for the base, adapters off.
+    begun: the reply's first tokens, from an attempt that broke off: the row goes on behind them, with the same random numbers.
     """
 
     prompt_ids: tuple[int, ...]
@@ -29,6 +31,7 @@ class DecodeRequest:
     top_k: int = 0
     greedy: bool = False
     adapter: str | None = None
+    begun: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ def _problems(where: str, request: DecodeRequest, limits: Limits) -> list[Proble
             _strangers(r.stop_ids, vocabulary),
             "take stop ids from this model's tokenizer and generation config",
         ),
-        (new > 0, "max_new_tokens", "at least 1", str(new), ""),
+        (_all_in(r.begun, vocabulary), "begun", in_vocabulary, _strangers(r.begun, vocabulary), ""),
+        (new > len(r.begun), "max_new_tokens", f"at least {len(r.begun) + 1}", str(new), ""),
         (
             not limits.context or prompt + max(new, 0) <= limits.context,
             "prompt and reply are longer than the model's context",
@@ -139,9 +143,9 @@ def _problems(where: str, request: DecodeRequest, limits: Limits) -> list[Proble
             "shorten the prompt or the reply",
         ),
         (
-            0 < r.temperature < float("inf"),
+            MIN_TEMPERATURE <= r.temperature <= MAX_TEMPERATURE,
             "temperature",
-            "above 0",
+            f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
             str(r.temperature),
             "set greedy for temperature 0",
         ),

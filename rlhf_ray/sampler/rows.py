@@ -38,6 +38,11 @@ class DecodeRow:
         return len(self.request.prompt_ids) - 1 + len(self.token_ids)
 
     @property
+    def to_read(self) -> tuple[int, ...]:
+        """What goes into its cache before its first step: all but the last of the tokens it starts with."""
+        return (self.request.prompt_ids + self.request.begun)[:-1]
+
+    @property
     def next_input(self) -> int:
         return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
 
@@ -108,23 +113,24 @@ def live(rows: Iterable[DecodeRow]) -> list[DecodeRow]:
     return [row for row in rows if row.end is None]
 
 
-def prompt_groups(rows: Sequence[DecodeRow], mixed: bool) -> Iterator[list[DecodeRow]]:
-    """Rows whose prompts are read in one forward: similar lengths, not too many tokens; one adapter, unless `mixed`."""
+def prompt_groups(rows: Sequence[DecodeRow], mixed: bool, padded: bool = True) -> Iterator[list[DecodeRow]]:
+    """Rows whose prompts are read in one forward: similar lengths (equal ones, unless `padded`), not too many tokens; one adapter,
+    unless `mixed`."""
     groups: defaultdict[str | None, list[DecodeRow]] = defaultdict(list)
     for row in rows:
         if row.held > 0:
             groups[None if mixed else row.request.adapter].append(row)
     for group in groups.values():
         group.sort(key=lambda row: -row.held)
-        yield from _split(group)
+        yield from _split(group, PREFILL_FILL if padded else 1.0)
 
 
-def _split(rows: Sequence[DecodeRow]) -> Iterator[list[DecodeRow]]:
+def _split(rows: Sequence[DecodeRow], fill: float) -> Iterator[list[DecodeRow]]:
     group: list[DecodeRow] = []
     real = 0
     for row in rows:  # the longest first
         padded = (len(group) + 1) * (group[0].held if group else row.held)
-        if group and (padded > PREFILL_TOKENS or real + row.held < PREFILL_FILL * padded):
+        if group and (padded > PREFILL_TOKENS or real + row.held < fill * padded):
             yield group
             group, real = [], 0
         group.append(row)

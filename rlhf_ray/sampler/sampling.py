@@ -38,7 +38,7 @@ def truncate(logprobs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Set the log-probabilities of tokens outside top-k, then outside the nucleus of what is left, to -inf.
 
     top-k keeps every token at least as likely as the k-th (0: all). top-p (Holtzman et al. 2020, arXiv:1904.09751) keeps a token if
-    those ahead of it hold less than p: the smallest set that reaches p, never empty.
+    those ahead of it hold less than p: the smallest set that reaches p, never empty, also for a p that is 0 in float32.
 
     logprobs: f[K, V].   top_k: i64[K].   top_p: f32[K].   Returns f[K, V].
     """
@@ -49,6 +49,7 @@ def truncate(logprobs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     probs = ranked.masked_fill(~keep, -torch.inf).double().softmax(-1)
     ahead = probs.cumsum(-1) - probs
     keep &= (ahead < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep[:, 0] = True
     return logprobs.masked_fill(~torch.zeros_like(keep).scatter_(-1, order, keep), -torch.inf)
 
 

@@ -12,13 +12,16 @@ Either form is kept while the weights stay the same, since rows come and go at e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from rlhf_ray.errors import InvariantError
 from rlhf_ray.models.adapters import lora_layers, use_adapter
 from rlhf_ray.models.zero3 import is_sharded
 
@@ -57,7 +60,8 @@ class _Hooked:
         self._model, self.hooks = model, hooks
 
     def __call__(self, **inputs: Any) -> Any:
-        handles = [layer.register_forward_hook(delta) for layer, delta in self.hooks]
+        tokens = inputs["input_ids"].shape[1]
+        handles = [layer.register_forward_hook(partial(delta, tokens)) for layer, delta in self.hooks]
         try:
             with use_adapter(self._model, None):
                 return self._model(**inputs)
@@ -104,9 +108,10 @@ class _Delta:
     def __init__(self, down: Tensor, up: Tensor, foreign: Tensor) -> None:
         self._down, self._up, self._foreign = down.t(), up.t(), foreign
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        inner = (args[0].to(self._down.dtype) @ self._down).masked_fill_(self._foreign, 0)
-        return (output + inner @ self._up).to(output.dtype)
+    def __call__(self, tokens: int, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = _by_row(args[0], len(self._foreign), tokens)
+        inner = (x.to(self._down.dtype) @ self._down).masked_fill_(self._foreign, 0)
+        return (output + (inner @ self._up).view(output.shape)).to(output.dtype)
 
 
 def _prefers_rows(layers: Sequence[Any], names: Sequence[str], rows: int) -> bool:
@@ -165,9 +170,22 @@ class _RowDelta:
     def __init__(self, down: Tensor, up: Tensor) -> None:
         self._down, self._up = down.transpose(1, 2), up
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        inner = torch.bmm(args[0].to(self._down.dtype), self._down)
-        return torch.baddbmm(output.to(inner.dtype), inner, self._up).to(output.dtype)
+    def __call__(self, tokens: int, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = _by_row(args[0], len(self._up), tokens)
+        inner = torch.bmm(x.to(self._down.dtype), self._down)
+        base = output.reshape(*x.shape[:2], -1).to(inner.dtype)
+        return torch.baddbmm(base, inner, self._up).to(output.dtype).view(output.shape)
+
+
+def _by_row(x: Tensor, rows: int, tokens: int) -> Tensor:
+    """[rows, K, D] of a layer's input: [rows, tokens, D] in most layers, with a dimension of heads in some, and in others with rows
+    and tokens as one dimension (experts, OPT).
+
+    InvariantError for any other form: which row it belongs to is not known."""
+    if x.shape[0] not in (rows, rows * tokens):
+        expected = f"first dimension {rows} or {rows * tokens}"
+        raise InvariantError.at("a linear layer's input", "cannot be told apart by row", expected, str(tuple(x.shape)))
+    return x.reshape(rows, -1, x.shape[-1])
 
 
 def can_stack(peft_model: PeftModel, name: str) -> bool:
@@ -183,6 +201,8 @@ def can_stack(peft_model: PeftModel, name: str) -> bool:
 
 
 def _is_plain(layer: LoraLayer, name: str) -> bool:
+    if isinstance(layer, ParamWrapper) and name in layer.lora_A:
+        return False
     if name in layer.lora_embedding_A or name in layer.lora_variant:
         return False
     if name not in layer.lora_A:

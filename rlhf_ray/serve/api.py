@@ -28,7 +28,7 @@ from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.openai_responses import ResponseBuilder, sse_stream
 from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest, to_prompt
 from rlhf_ray.serve.page import Page
-from rlhf_ray.serve.request_body import parse_body, read_body
+from rlhf_ray.serve.request_body import parsed, read_body
 from rlhf_ray.serve.request_log import ACCESS_LOG, PREFERENCE_LOG, RequestLog, preference_row
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,8 @@ class HttpApi:
 
     async def create_chat_completion(self, context: RequestContext) -> Response:
         body = await read_body(context.request, self.limits)
-        chat = parse_body(body, ChatRequest)
-        context.require_access(chat.model, *_reward_models(chat.reward))
+        chat = await parsed(body, ChatRequest)
+        context.require_access(chat.model, *await self._reward_models(context, chat.reward))
         prompt = to_prompt(None, chat.messages, self.limits)
         request = chat.to_generation_request(self.limits, (chat.model,), (prompt,))
         request = replace(request, logprobs=bool(chat.logprobs))
@@ -133,8 +133,8 @@ class HttpApi:
 
     async def create_completion(self, context: RequestContext) -> Response:
         body = await read_body(context.request, self.limits)
-        completion = parse_body(body, CompletionRequest)
-        context.require_access(completion.model, *_reward_models(completion.reward))
+        completion = await parsed(body, CompletionRequest)
+        context.require_access(completion.model, *await self._reward_models(context, completion.reward))
         prompts = completion.prompts()
         if len(prompts) > self.limits.max_messages:
             raise ApiError(
@@ -143,15 +143,13 @@ class HttpApi:
                 "invalid_value",
                 "prompt",
             )
-        logprobs = completion.logprobs is not None
         request = completion.to_generation_request(self.limits, (completion.model,), prompts)
-        request = replace(request, logprobs=logprobs)
-        builder = ResponseBuilder("completion", completion.model, logprobs, completion.wants_usage)
+        builder = ResponseBuilder("completion", completion.model, request.logprobs, completion.wants_usage)
         return await self._generate(context, body, request, builder, completion.wants_stream)
 
     async def create_comparison(self, context: RequestContext) -> Response:
         body = await read_body(context.request, self.limits)
-        comparison = parse_body(body, CompareRequest)
+        comparison = await parsed(body, CompareRequest)
         models = comparison.models
         if len(models) > self.limits.max_n:
             raise ApiError(
@@ -159,7 +157,7 @@ class HttpApi:
             )
         if len(set(models)) != len(models):
             raise ApiError(422, "models: a name stands there twice.", "invalid_value", "models")
-        context.require_access(*models, *_reward_models(comparison.reward))
+        context.require_access(*models, *await self._reward_models(context, comparison.reward))
         prompt = to_prompt(comparison.prompt, comparison.messages, self.limits)
         request = comparison.to_generation_request(self.limits, tuple(models), (prompt,))
         builder = ResponseBuilder("comparison", ",".join(models), include_usage=comparison.wants_usage)
@@ -167,7 +165,7 @@ class HttpApi:
 
     async def create_preference(self, context: RequestContext) -> Response:
         body = await read_body(context.request, self.limits)
-        preference = parse_body(body, PreferenceRequest)
+        preference = await parsed(body, PreferenceRequest)
         context.require_access(*filter(None, (preference.chosen_model, preference.rejected_model)))
         prompt = to_prompt(preference.prompt, preference.messages, self.limits)
         chosen, rejected = preference.chosen.strip(), preference.rejected.strip()
@@ -187,6 +185,16 @@ class HttpApi:
             return {"id": row["id"], "object": "preference", "created": row["created"]}
 
         return JSONResponse(await self.idempotency.get_or_run(self._idempotency_key(context, body), store))
+
+    async def _reward_models(self, context: RequestContext, reward: str | bool) -> tuple[str, ...]:
+        """The reward adapter that a request names, or gets by default (see `Replica._reward_model`), for `require_access`."""
+        if isinstance(reward, str):
+            return (reward,)
+        if not reward or context.key is None or not context.key.models:
+            return ()
+        if self.config.reward is not None:
+            return (self.config.reward,)
+        return tuple(m["id"] for m in await self.backend.models() if m.get("kind") == "reward" and "@" not in m["id"])
 
     # ---- from a request to a response ----------------------------------------------------------------------------------
 
@@ -339,7 +347,3 @@ async def _aclose(iterator: Any) -> None:
     close = getattr(iterator, "aclose", None)
     if close is not None:
         await close()
-
-
-def _reward_models(reward: str | bool) -> tuple[str, ...]:
-    return (reward,) if isinstance(reward, str) else ()

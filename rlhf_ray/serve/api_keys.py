@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import stat
@@ -16,6 +17,8 @@ from rlhf_ray.config.serve import ADAPTER_NAME
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.serve.api_errors import ApiError
 from rlhf_ray.storage.files import atomic_write_json, read_json
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 KEY_PREFIX = "rr-"
@@ -37,19 +40,25 @@ class ApiKey:
 
 
 class ApiKeys:
-    """The keys in a file, as it is now. Raises ConfigError if the file is not there or others may read it."""
+    """The keys in a file, as it is now. Raises ConfigError if the file is not there or others may read it.
+
+    A service that is running lets nobody in while that is so (503), and tells its log."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._file_version: tuple[int, int] | None = None
+        self._file_version: tuple[int, ...] | None = None
         self._keys: tuple[ApiKey, ...] = ()
         self._refreshed_at = 0.0
+        self._closed = False
         self._refresh()
 
     def authenticate(self, authorization: str | None) -> ApiKey:
-        """The key of an `Authorization: Bearer ...` header. ApiError 401; the same for every key that is not good."""
+        """The key of an `Authorization: Bearer ...` header. ApiError 401, the same for every key that is not good; 503 while the
+        file cannot be trusted."""
         if time.monotonic() - self._refreshed_at > REFRESH_S:
-            self._refresh()
+            self._refresh_or_close()
+        if self._closed:
+            raise ApiError(503, "The service cannot check API keys now.", "keys_unavailable")
         scheme, _, key_text = (authorization or "").partition(" ")
         digest = hash_key(key_text.strip()) if scheme.lower() == "bearer" else ""
         match = None
@@ -61,6 +70,18 @@ class ApiKeys:
             raise ApiError(401, what, "invalid_api_key")
         return match
 
+    def _refresh_or_close(self) -> None:
+        try:
+            self._refresh()
+        except Exception as error:  # whatever is wrong with it: keys that were good may have been revoked since
+            if not self._closed:
+                log.error("no API key is accepted until the file of keys is in order: %s", error)
+            self._closed, self._file_version = True, None
+        else:
+            if self._closed:
+                log.warning("the file of API keys is in order again")
+            self._closed = False
+
     def _refresh(self) -> None:
         self._refreshed_at = time.monotonic()
         try:
@@ -69,9 +90,10 @@ class ApiKeys:
             raise ConfigError.at(
                 "api_keys", f"no such file: {self.path}", fix="rlhf-ray api-key FILE --name NAME"
             ) from None
-        if self._file_version != (status.st_mtime_ns, status.st_ino):
+        version = status.st_mtime_ns, status.st_ctime_ns, status.st_ino  # ctime: also where only its mode has changed
+        if self._file_version != version:
             self._keys = read_keys(self.path)
-            self._file_version = status.st_mtime_ns, status.st_ino
+            self._file_version = version
 
 
 def hash_key(key: str) -> str:

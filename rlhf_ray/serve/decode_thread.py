@@ -3,6 +3,9 @@
 Only this thread touches the model. Other threads queue what they want of it: rows to decode, rows to cancel, or a function to be
 called between two steps (to load an adapter, to score responses). Rows join and leave the batch at every token; the tokens of a
 step go to one callback, all together.
+
+A row that breaks fails alone. Logits that are not finite end their row; where a step raises, the rows that had not been through one
+yet take theirs one by one, what raises again is refused, and all others go on behind the tokens that they have.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -23,11 +27,11 @@ from peft import PeftModel
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.models.adapter_targets import linear_layers
+from rlhf_ray.models.adapter_targets import linear_layers, refused_by_peft
 from rlhf_ray.models.adapters import wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.sampler.engine import Sampler
-from rlhf_ray.sampler.requests import DecodeRequest
+from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,6 +41,10 @@ NICENESS = 5
 first, since each of them needs milliseconds only, and decoding would keep them waiting for a whole time slice."""
 PLACEHOLDER = "placeholder"
 """PEFT keeps one adapter active and must not lose it: a rank-1 one with B = 0 on a single layer, which no row ever names."""
+
+
+FAILURES = 3
+"""Steps that raise one after the other, until all rows are given up: then it is not the rows."""
 
 
 class DecodedToken(NamedTuple):
@@ -50,6 +58,17 @@ class DecodedToken(NamedTuple):
 
 
 Deliver = Callable[[Sequence[DecodedToken]], None]
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    """A row that is being decoded. tokens: so far.  proven: it has been through a step that did not raise."""
+
+    ticket: int
+    request: DecodeRequest
+    request_id: int = -1
+    tokens: list[int] = field(default_factory=list)
+    proven: bool = False
 
 
 class DecodeThread:
@@ -71,8 +90,8 @@ class DecodeThread:
         self._tickets = itertools.count()
         self._pending: deque[tuple[int, DecodeRequest | None]] = deque()  # to decode, or None: to cancel
         self._calls: deque[tuple[Callable[[PeftModel], Any], Future[Any]]] = deque()
-        self._rows: dict[int, int] = {}  # ticket -> request id of the sampler
-        self._ticket_of: dict[int, int] = {}
+        self._rows: dict[int, _Row] = {}  # by ticket
+        self._by_id: dict[int, _Row] = {}  # by request id of the sampler
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
@@ -167,15 +186,7 @@ class DecodeThread:
                 events = self.sampler.step()
                 self.steps += 1
                 self.failures = 0
-                tokens = []
-                for event in events:
-                    ticket = self._ticket_of[event.request_id]
-                    error = "the model's logits are not finite" if event.end == "error" else ""
-                    tokens.append(DecodedToken(ticket, event.token_id, event.logprob, event.end, error))
-                    if event.end is not None:
-                        self._drop_row(ticket)
-                if tokens:
-                    self._deliver(tokens)
+                self._take(events)
 
     def _admit_pending(self) -> None:
         rejected = []
@@ -183,39 +194,85 @@ class DecodeThread:
             ticket, request = self._pending.popleft()
             if request is None:
                 if ticket in self._rows:
-                    self.sampler.cancel(self._rows[ticket])
-                    self._drop_row(ticket)
+                    self.sampler.cancel(self._rows[ticket].request_id)
+                    self._drop(self._rows[ticket])
                 continue
+            row = _Row(ticket, request)
             try:
-                request_id = self.sampler.submit(request)
+                self._submit(row)
             except RlhfRayError as error:
                 rejected.append(DecodedToken(ticket, -1, 0.0, "error", str(error)))
             else:
-                self._rows[ticket], self._ticket_of[request_id] = request_id, ticket
+                self._rows[ticket] = row
         if rejected:
             self._deliver(rejected)
 
-    def _drop_row(self, ticket: int) -> None:
-        del self._ticket_of[self._rows.pop(ticket)]
+    def _submit(self, row: _Row) -> None:
+        row.request_id = self.sampler.submit(replace(row.request, begun=tuple(row.tokens)))
+        self._by_id[row.request_id] = row
+
+    def _take(self, events: Sequence[DecodeEvent]) -> None:
+        tokens = []
+        for event in events:
+            row = self._by_id[event.request_id]
+            row.tokens.append(event.token_id)
+            row.proven = True
+            error = "the model's logits are not finite" if event.end == "error" else ""
+            tokens.append(DecodedToken(row.ticket, event.token_id, event.logprob, event.end, error))
+            if event.end is not None:
+                self._drop(row)
+        if tokens:
+            self._deliver(tokens)
+
+    def _drop(self, row: _Row) -> None:
+        del self._rows[row.ticket], self._by_id[row.request_id]
 
     def _fail_step(self, error: Exception) -> None:
         """A step that raises empties the sampler: no response may be made of half a forward pass."""
         log.error("a decoding step failed", exc_info=error)
         self.failures += 1
-        self._fail_rows("a decoding step failed")
-        time.sleep(0.01)
+        if self.failures < FAILURES:
+            self._go_on_without_what_fails()
+        else:
+            self._fail_rows("a decoding step failed")
+            time.sleep(0.01)
+
+    def _go_on_without_what_fails(self) -> None:
+        """The suspects (rows without a step so far; if there are none, all) take a step alone; what raises again has failed."""
+        self._by_id.clear()
+        suspects = [row for row in self._rows.values() if not row.proven] or list(self._rows.values())
+        for row in suspects:
+            try:
+                self._submit(row)
+                with self.sampler.session():
+                    while not (events := self.sampler.step()):
+                        pass
+            except Exception as error:
+                log.error("a row failed alone, under adapter %s", row.request.adapter, exc_info=error)
+                del self._rows[row.ticket]
+                self._by_id.clear()
+                self._deliver([DecodedToken(row.ticket, -1, 0.0, "error", "a decoding step failed")])
+            else:
+                self._take(events)
+                if row.ticket in self._rows:
+                    self.sampler.cancel(row.request_id)
+                    del self._by_id[row.request_id]
+        for row in self._rows.values():
+            self._submit(row)
 
     def _fail_rows(self, why: str) -> None:
         pending = [ticket for ticket, request in self._pending if request is not None] if self._stopping else []
         failed = [DecodedToken(ticket, -1, 0.0, "error", why) for ticket in [*self._rows, *pending]]
         self._rows.clear()
-        self._ticket_of.clear()
+        self._by_id.clear()
         if failed:
             self._deliver(failed)
 
 
 def _with_placeholder(backbone: Backbone) -> PeftModel:
-    first = next(iter(linear_layers(backbone.model)))
+    linear = linear_layers(backbone.model)
+    refused = refused_by_peft(backbone.model, linear)
+    first = next(name for name in linear if name.rpartition(".")[2] not in refused)
     model = wrap(backbone.model, LoraConfig(r=1, lora_alpha=1.0, target_modules=(first,)), PLACEHOLDER, seed=0)
     model.requires_grad_(False)
     model.eval()

@@ -4,7 +4,9 @@ Lists of events come back, each a dict:
     {"start": {prompt_tokens, adapters: {model: {id, sha256, fingerprint}}}}     first
     {"i": choice, "text": "...",
      "tokens": [[text, log-probability], ...], "bytes": [[...], ...]}            only where log-probabilities are requested
-    {"i": choice, "end": "stop" or "length", "completion_tokens", "reward", "kl"}    last of a choice
+    {"i": choice, "end": "stop" or "length", "completion_tokens", "reward", "kl",    last of a choice
+     "prompt_text",                                                              only with echo
+     "listed": [[text, log-probability or None, {text: log-probability}], ...]}    of the whole sequence, or of the reply
     {"error": {...}}                                                            last of all
 """
 
@@ -28,6 +30,7 @@ class GenerationRequest:
     """prompts: each {text, input}, {messages}, {raw} (text without template) or {ids}.   models: names; more than one compares
     them on one prompt, under the same random numbers.   n: responses of each.   temperature: 0 is greedy.   seed: None draws one.
 
+    top_logprobs: likeliest tokens to be listed at each place.  echo: the prompt is part of the text, and of what is listed.
     reward: name of a reward adapter, True for the default one.  kl: also nats between the adapter and the base, over the response.
     Choices are numbered by prompt, then model, then sample."""
 
@@ -41,8 +44,15 @@ class GenerationRequest:
     seed: int | None = None
     stop_strings: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0
+    echo: bool = False
     reward: str | bool = False
     kl: bool = False
+
+    @property
+    def reads_again(self) -> bool:
+        """What it wants to know of tokens comes from a pass over the whole sequence, once that is written."""
+        return self.logprobs and (self.echo or self.top_logprobs > 0)
 
     @property
     def rows(self) -> int:

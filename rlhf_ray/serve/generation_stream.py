@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.sampler.requests import DecodeRequest
@@ -27,10 +28,10 @@ FLUSH_INTERVAL_PER_STREAM_S = 0.003
 
 @dataclass(frozen=True, eq=False)
 class ScoredGeneration:
-    """A generation that is complete. scores: {reward, kl}, those that were requested; or why they could not be had."""
+    """A generation that is complete. scores: {reward, kl, ...}, those that were requested; or why they could not be had."""
 
     generation: Generation
-    scores: dict[str, float | None] | ApiError
+    scores: dict[str, Any] | ApiError
 
 
 class TokenBuffer:
@@ -125,6 +126,10 @@ class GenerationStream:
         self._unfinished = len(self.generations)
         seed = self.request.seed if self.request.seed is not None else secrets.randbits(62)
         for generation in self.generations:
+            if generation.max_new_tokens == 0:  # only the prompt is asked about
+                generation.end = "length"
+                self._scoring[generation] = asyncio.create_task(self._score(generation))
+                continue
             ticket = self.engine.submit(self._decode_request(generation, seed))
             self._by_ticket[ticket] = generation
             self.router.buffers[ticket] = self.buffer

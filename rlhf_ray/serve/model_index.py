@@ -15,7 +15,14 @@ from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.models.lineage import DEFAULT_TEMPLATE, check_lineage, recorded_date, recorded_reward, recorded_template
+from rlhf_ray.models.lineage import (
+    DEFAULT_TEMPLATE,
+    check_lineage,
+    recorded_date,
+    recorded_kwargs,
+    recorded_reward,
+    recorded_template,
+)
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.registry import Registry
 from rlhf_ray.registry.entry import Entry
@@ -166,7 +173,8 @@ def load_run(name: str, spec: str, backbone: Backbone) -> ModelCheckpoint:
     source = policy_source(spec)
     if source.kind != "adapter":
         raise ConfigError.at(f"adapters.{name}", "is no adapter", "a run, RUN@STEP or an adapter folder", spec)
-    template = load_template(recorded_template(source) or DEFAULT_TEMPLATE, backbone.tokenizer, recorded_date(source))
+    written_in, told = recorded_template(source) or DEFAULT_TEMPLATE, (recorded_date(source), recorded_kwargs(source))
+    template = load_template(written_in, backbone.tokenizer, *told)
     check_lineage(source, backbone.identity, template, role=name)
     files = read_adapter(source.path)
     stage = source.run.stage if source.run is not None else None

@@ -95,10 +95,11 @@ class ResponseBuilder:
         end = partial.end or {}
         choice: dict[str, Any] = {"index": index, "finish_reason": end.get("end"), **self._scores(end)}
         if self.kind == "completion":
+            tokens = end.get("listed", partial.tokens)
             return {
                 **choice,
-                "text": partial.text,
-                "logprobs": _completion_logprobs(partial.tokens, 0) if self.logprobs else None,
+                "text": end.get("prompt_text", "") + partial.text,
+                "logprobs": _completion_logprobs(tokens, 0) if self.logprobs else None,
             }
         choice["message"] = {"role": "assistant", "content": partial.text, "refusal": None}
         choice["logprobs"] = _chat_logprobs(partial.tokens, partial.bytes) if self.logprobs else None
@@ -188,12 +189,13 @@ def _chat_logprobs(tokens: list[list[Any]], raw: list[list[int]]) -> dict[str, A
 def _completion_logprobs(tokens: list[list[Any]], offset: int) -> dict[str, Any]:
     """offset: characters of the text before the first of `tokens`."""
     offsets = []
-    for text, _ in tokens:
+    for text, *_ in tokens:
         offsets.append(offset)
         offset += len(text)
+    others = [token[2] if len(token) > 2 else None for token in tokens]
     return {
-        "tokens": [text for text, _ in tokens],
-        "token_logprobs": [value for _, value in tokens],
-        "top_logprobs": None,
+        "tokens": [text for text, *_ in tokens],
+        "token_logprobs": [token[1] for token in tokens],
+        "top_logprobs": others if any(others) else None,
         "text_offset": offsets,
     }

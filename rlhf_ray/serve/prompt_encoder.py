@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ray.config.serve import LimitsConfig
-from rlhf_ray.data.encode import bos_ids, encode_prompts, encode_texts
+from rlhf_ray.data.encode import after_bos, encode_prompts, encode_texts
 from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.context import rope_note
 from rlhf_ray.serve.api_errors import ApiError
 
 LONG_PROMPT = 20_000
@@ -46,7 +47,8 @@ class PromptEncoder:
         if "raw" in prompt:
             if not prompt["raw"]:
                 return ()
-            return (*bos_ids(tokenizer), *encode_texts(tokenizer, [prompt["raw"]])[0])
+            # A raw text is all that the model reads, markers included, as in other services of this API.
+            return tuple(after_bos(tokenizer, encode_texts(tokenizer, [prompt["raw"]], parse=True)[0]))
         messages = tuple(Message(m["role"], m["content"]) for m in prompt.get("messages", ()))
         conversation = Prompt(prompt.get("text", ""), prompt.get("input", ""), messages)
         if conversation.is_blank:
@@ -65,7 +67,7 @@ class PromptEncoder:
         if prompt_tokens + max_tokens > context:
             message = (
                 f"The prompt has {prompt_tokens} tokens and up to {max_tokens} are asked for;"
-                f" this model has room for {context} together."
+                f" this model has room for {context} together{rope_note(self.backbone.model.config.get_text_config())}."
             )
             raise ApiError(400, message, "context_length_exceeded", "messages")
         return max_tokens

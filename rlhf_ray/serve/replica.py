@@ -192,7 +192,8 @@ class Replica:
                 ids = await self.prompt_encoder.encode(prompt, served.template)
                 max_new_tokens = self.prompt_encoder.max_new_tokens(len(ids), request.max_tokens)
                 for _ in range(request.n):
-                    text = ResponseText(self.backbone.tokenizer, request.stop_strings)
+                    after = ids if prompt.keys() & {"raw", "ids"} else ()
+                    text = ResponseText(self.backbone.tokenizer, request.stop_strings, after)
                     generation = Generation(len(generations), served, prompt, ids, max_new_tokens, text)
                     generation.stop_ids = special_stop_ids(self.backbone.tokenizer, request.stop_strings)
                     generations.append(generation)

@@ -15,6 +15,8 @@ from rlhf_ray.serve.api_errors import ApiError
 ModelT = TypeVar("ModelT", bound=BaseModel)
 MAX_FIELDS = 64
 MAX_PROBLEMS = 5
+LONG_BODY = 1 << 16
+"""Bytes from which a body is parsed beside the event loop."""
 
 
 async def read_body(request: Request, limits: LimitsConfig) -> bytes:
@@ -37,6 +39,13 @@ async def read_body(request: Request, limits: LimitsConfig) -> bytes:
     except ClientDisconnect:
         raise ApiError(400, "The client has left.", "disconnected") from None
     return bytes(body)
+
+
+async def parsed(body: bytes, model: type[ModelT]) -> ModelT:
+    """`parse_body`, so that a long body does not keep other clients waiting."""
+    if len(body) < LONG_BODY:
+        return parse_body(body, model)
+    return await asyncio.to_thread(parse_body, body, model)
 
 
 def parse_body(body: bytes, model: type[ModelT]) -> ModelT:
@@ -79,6 +88,6 @@ def _validation_error(error: ValidationError) -> ApiError:
 
 
 def _field_name(loc: tuple[int | str, ...]) -> str:
-    """`messages.0.role`, without the members of a union, which pydantic names too."""
+    """`messages.0.role`, without the members of a union, which pydantic names too (ours are no identifiers)."""
     parts = [str(part)[:64] for part in loc if isinstance(part, int) or str(part).isidentifier()]
     return ".".join(p for p in parts if p not in ("str", "int", "constrained")) or "body"

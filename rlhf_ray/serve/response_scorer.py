@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from rlhf_ray.data.continuation import texts_after_prompts
 from rlhf_ray.data.encode import encode_texts
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.forward import after_last_token
@@ -21,6 +22,7 @@ from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.role_models import AdapterStack
 from rlhf_ray.rewards.retokenised import Reader
 from rlhf_ray.serve.decode_thread import DecodeThread
+from rlhf_ray.serve.echo import listed, prompt_texts, token_table
 from rlhf_ray.serve.generation import Generation, GenerationRequest, ServedModel
 from rlhf_ray.serve.prompt_encoder import PromptEncoder
 
@@ -52,16 +54,36 @@ class ResponseScorer:
 
     async def scores(
         self, request: GenerationRequest, generation: Generation, reward_model: ServedModel | None
-    ) -> dict[str, float | None]:
-        """{reward, kl} of a complete response without what a stop string hid, those that the request wants. A score is None if the
-        response is empty or, with its prompt, longer than the context. ApiError if the reward model's template cannot take the
-        prompt."""
-        scores: dict[str, float | None] = {}
+    ) -> dict[str, Any]:
+        """{reward, kl, prompt_text, listed} (see generation.py) of a complete response without what a stop string hid: those that
+        the request wants. A score is None if the response is empty or, with its prompt, longer than the context. ApiError if the
+        reward model's template cannot take the prompt."""
+        scores: dict[str, Any] = {}
         if reward_model is not None:
             scores["reward"] = await self._reward(generation, reward_model)
         if request.kl:
             scores["kl"] = await self._kl(generation, request.temperature or 1.0)
+        if request.echo or request.reads_again:
+            scores |= await self._told(request, generation)
         return scores
+
+    async def _told(self, request: GenerationRequest, generation: Generation) -> dict[str, Any]:
+        """What `echo` and `logprobs` of /v1/completions ask for."""
+        tokenizer, generated = self._engine.backbone.tokenizer, generation.text
+        before = prompt_texts(tokenizer, generation.prompt_ids, generation.prompt.get("raw"))
+        told: dict[str, Any] = {"prompt_text": generation.prompt.get("raw", "".join(before))} if request.echo else {}
+        if not request.reads_again:
+            return told
+        generated.settle()
+        texts = [*before, *(token.text for token in generated.tokens)]
+        ids = [*generation.prompt_ids, *generation.response_ids][: len(texts)]
+        cached, temperature = generation.served.cached, request.temperature or 1.0
+        adapter, top = None if cached is None else cached.adapter_name, request.top_logprobs
+        table = await asyncio.wrap_future(
+            self._engine.call(lambda model: token_table(self._engine.backbone, model, adapter, ids, temperature, top))
+        )
+        found = listed(tokenizer, ids, texts, *table)
+        return {**told, "listed": found if request.echo else found[len(before) :]}
 
     async def _reward(self, generation: Generation, reward_model: ServedModel) -> float | None:
         """The reward model's score after the last token of the response, to the prompt under the reward model's own template."""
@@ -75,7 +97,8 @@ class ResponseScorer:
             prompt_ids = await self._prompt_encoder.encode(prompt, template)
         cached, response_ids = reward_model.cached, generation.response_ids[: generation.shown]
         if generation.text.is_cut:  # a stop string began within a token
-            response_ids = encode_texts(self._engine.backbone.tokenizer, [generation.text.text])[0]
+            tokenizer = self._engine.backbone.tokenizer
+            response_ids = encode_texts(tokenizer, texts_after_prompts(tokenizer, [generation.text.text]))[0]
         return await self._score(ScoringCase(prompt_ids, response_ids, cached.adapter_name, cached.head))
 
     async def _kl(self, generation: Generation, temperature: float) -> float | None:

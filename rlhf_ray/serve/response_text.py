@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
+from rlhf_ray.data.continuation import CONTEXT
 from rlhf_ray.serve.token_bytes import token_bytes
 
 if TYPE_CHECKING:
@@ -30,15 +31,19 @@ class ResponseText:
     """`push` each token, then `finish`: the parts make up the text of the response, cut before the first stop string.
 
     tokenizer: of the base.   stop_strings: end the response; they are not part of it.   stopped: one of them came.
+    after: ids of a prompt whose text the response goes on with.
     tokens: those pushed, in order, whose text has been returned as of the last `settle`; none that a stop string hid.
     is_cut: a stop string began within the last of them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, stop_strings: Sequence[str] = (), after: Sequence[int] = ()
+    ) -> None:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        before = list(after[-CONTEXT:])
+        self._stream = DecodeStream(ids=before, skip_special_tokens=True)
         self._stop_strings = tuple(stop_strings)
-        self._ids: list[int] = []  # since the stream started
-        self._decoded = 0  # characters that the stream has returned
+        self._ids = before  # since the stream started
+        self._decoded = len(self._decode(before))  # characters that the stream has returned, or that were there before
         self._held_back = ""  # might be the beginning of a stop string
         self._pushed: list[tuple[int, str]] = []  # every token, and the text that came with it
         self._settled = 0  # characters of `tokens`

@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError, ResourceError
+from rlhf_ray.launch.model_families import check_models
 from rlhf_ray.launch.ray_cluster import cluster
 from rlhf_ray.runtime.session import usable_cores
 from rlhf_ray.serve import admission
@@ -93,6 +94,7 @@ def _resolve(config: ServeConfig) -> ServeConfig:
             raise ResourceError.at(
                 "port", f"cannot listen on {where}: {error.strerror}", "a free port", fix="port=8001"
             ) from None
+    check_models(config)
     folder = Path(config.output_dir)
     (folder / "replicas").mkdir(parents=True, exist_ok=True)
     for old in (folder / "replicas").glob("*.json"):

@@ -17,9 +17,9 @@ from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.data.tinyworld import build_base, write_world
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.launch.launch import launch
-from rlhf_ray.ppo.actors import BUILDERS
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.pipeline import finish_pipeline, open_pipeline, run_stages, stage_configs
+from rlhf_ray.stages.start import BUILDERS
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.storage.run_folder import atomic_write_text, is_run, open_run
 from rlhf_ray.supervised.reward_metrics import accuracy_line
@@ -54,7 +54,7 @@ def demo(output_dir: str | Path = "runs/demo", fresh: bool = False, console: Con
         console.log(f"demo: {output_dir} is finished; nothing to do (--fresh starts over)")
         run = load_run(folder)
     else:
-        run = launch(run_demo, demo_config(folder), console, BUILDERS)
+        run = launch("rlhf_ray.stages.demo:run_demo", demo_config(folder), console, BUILDERS)
     if (judged := accuracy_line({k.removeprefix("reward/"): v for k, v in run.metrics.items()})) is not None:
         console.log(f"reward model: {judged}")
     tell_next(folder, console)
@@ -62,7 +62,7 @@ def demo(output_dir: str | Path = "runs/demo", fresh: bool = False, console: Con
 
 
 def demo_config(folder: Path) -> PipelineConfig:
-    """The demo as a pipeline job over the files it writes itself."""
+    """The demo as a pipeline job over the files it writes itself. What differs from a default is for 0.66 M parameters."""
     world = folder / "world"
     rule = {"name": "true_reward", "function": RULE, "weight": 0.0}
     prompts = {"train": str(world / "prompts.jsonl"), "eval_max_rows": 128}
@@ -79,6 +79,7 @@ def demo_config(folder: Path) -> PipelineConfig:
             "train_batch_size": 32,
             "per_device_train_batch_size": 32,
             "learning_rate": 2e-3,
+            "adam_epsilon": 1e-5,
             "max_steps": 150,
         },
         reward={
@@ -87,10 +88,12 @@ def demo_config(folder: Path) -> PipelineConfig:
             "train_batch_size": 32,
             "per_device_train_batch_size": 32,
             "learning_rate": 3e-3,
+            "adam_epsilon": 1e-5,
             "max_steps": 200,
         },
         ppo={
             "data": prompts,
+            "rewards": [{"normalize": False}],
             "rollout_batch_size": 128,
             "num_mini_batches": 4,
             "num_ppo_epochs": 2,
@@ -98,6 +101,8 @@ def demo_config(folder: Path) -> PipelineConfig:
             "response_length": 32,
             "max_length": 128,
             "learning_rate": 1e-3,
+            "value": {"learning_rate": 1e-3, "warmup_steps": 0},
+            "cliprange_value": 0.2,
             "kl_coef": 0.2,
             "max_steps": 20,
         },
@@ -162,6 +167,7 @@ def sweep_values(folder: Path, config: PipelineConfig) -> dict[str, Any]:
         del ppo[name]
     rule = {"name": "true_reward", "function": RULE, "weight": 0.0}
     short = {"rollout_batch_size": 64, "num_mini_batches": 2, "max_steps": 12, "eval_steps": 4, "learning_rate": 2e-3}
+    value = {**ppo["value"], "learning_rate": 2e-3}
     data = {**ppo["data"], "eval_max_rows": 128}
     return {
         "output_dir": str(folder / "again" / "sweep"),
@@ -169,7 +175,7 @@ def sweep_values(folder: Path, config: PipelineConfig) -> dict[str, Any]:
         "seeds": [0, 1],
         "metric": "eval/reward/true_reward",
         "kl_cap": 5.0,
-        "ppo": {**ppo, **short, "data": data, "rewards": [*ppo["rewards"], rule]},
+        "ppo": {**ppo, **short, "value": value, "data": data, "rewards": [*ppo["rewards"], rule]},
         "space": {
             "kl_penalty": list(COEFFICIENTS),
             "kl_coef": {"given": "kl_penalty", "cases": {name: list(c) for name, c in COEFFICIENTS.items()}},

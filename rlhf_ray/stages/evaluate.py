@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.config import EvaluateConfig, RewardSource
-from rlhf_ray.console import Console, LocalConsole, quiet_libraries
+from rlhf_ray.console import quiet_libraries
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.launch.launch import launch
 from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.models.lineage import header_line
 from rlhf_ray.models.specs import policy_source
@@ -41,11 +40,6 @@ from rlhf_ray.training.run_entry import discarded_on_error, enter_afresh
 
 TRUE = "true_reward"
 """A reward source of this name is the task's own rule; its mean is published as true_reward/<policy>."""
-
-
-def evaluate(config: EvaluateConfig, console: Console | None = None) -> Run:
-    """Compare the job's policies and return the finished run. Raises the error tree of errors.py."""
-    return launch(run_evaluate, config, console or LocalConsole())
 
 
 def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
@@ -94,24 +88,19 @@ def prepare(
     asked = rows.held_out[: config.data.eval_max_rows]
     done = evaluation.tokenise(asked, config.data.too_long)
     if not done.examples:
-        raise DataError.at(
-            ", ".join(config.data.eval or config.data.train), f"no prompt can be answered: {done.dropped}"
-        )
+        where = ", ".join(config.data.eval or config.data.train)
+        raise DataError.at(where, f"no prompt can be answered: {'; '.join(map(str, done.tallies))}")
     if session.is_main:
         write_lineage(folder, evaluation, rows)
         lines = [f"{len(done.examples)} of {len(rows.held_out)} held-out prompts"]
-        tell(
-            evaluation,
-            [*rows.summary, *lines, *(str(t) for t in (done.dropped, done.truncated) if t.total)],
-            rows.warnings,
-        )
+        tell(evaluation, [*rows.summary, *lines, *map(str, done.tallies)], (*rows.warnings, *done.warnings))
     return evaluation, done.examples, len(asked) - len(done.examples)
 
 
 def sources_of(config: EvaluateConfig) -> list[tuple[str, str]]:
     """(role, path) of every model that answers or scores."""
     answers = [(f"policy:{p.name}", p.policy) for p in config.policies if p.policy != "base"]
-    models = [(f"reward:{r.name}", r.run or r.model or "") for r in config.rewards if r.function is None]
+    models = [model for r in config.rewards for model in r.models(f"reward:{r.name}").items()]
     return [("base", config.model_name_or_path), *answers, *models]
 
 
@@ -138,11 +127,11 @@ def maximised_judge(config: EvaluateConfig) -> list[str]:
 
 
 def _is_same(one: RewardSource, other: RewardSource) -> bool:
-    """By path, wherever it is named from."""
+    """By path, wherever it is named from. Ensembles that share a member are taken for the same, and so is a member."""
     if one.function or other.function:
         return one.function == other.function
-    places = [Path(reward.run or reward.model or "").absolute() for reward in (one, other)]
-    return places[0] == places[1]
+    places = [{Path(path).absolute() for path in reward.models("").values()} for reward in (one, other)]
+    return not places[0].isdisjoint(places[1])
 
 
 def held_out_rows(config: EvaluateConfig) -> StageRows:
@@ -234,6 +223,9 @@ def policy_metrics(
             found |= _with_error("true_reward", figures.parts[reward.name])
         elif len(rewards) > 1 or reward.weight != 1:  # alone and unweighted it is the sum itself
             found |= _with_error(f"reward/{reward.name}", figures.parts[reward.name])
+        for part in figures.parts:
+            if part.startswith(f"{reward.name}/"):  # an ensemble's members, and how far they are apart
+                found |= _with_error(f"reward/{part}", figures.parts[part])
     return {f"{name}/{policy}": value for name, value in found.items() if math.isfinite(value)}
 
 

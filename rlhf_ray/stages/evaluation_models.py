@@ -98,6 +98,8 @@ class EvaluationModels:
             max_length=self.limit,
             response_length=longest,
             too_long=too_long,
+            on_bad_row=self.config.data.on_bad_row,
+            special_tokens=self.config.data.special_tokens,
         )
 
     def answer(self, name: str, prompts: Sequence[TokenisedPrompt]) -> PolicyResponses:
@@ -151,7 +153,9 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
 
     Raises ConfigError for what does not exist, ArtifactError for what does not fit."""
     assembly = Assembly(config, session.device, config.seed, config.stop_token_ids)
-    template = load_template(config.template, assembly.base.tokenizer, config.template_date)
+    template = load_template(
+        config.template, assembly.base.tokenizer, config.template_date, config.chat_template_kwargs
+    )
     builder = _PolicyLoader(assembly, template)
     roles = RewardBuilder(assembly, template, config.template)
     policies: dict[str, Policy] = {}

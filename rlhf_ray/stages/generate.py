@@ -10,13 +10,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_ray.config import DataConfig, EvaluateConfig, PolicySpec, RewardSource, SamplingConfig
+from rlhf_ray.config import DataConfig, EvaluateConfig, PolicySpec, PPOConfig, RewardSource, SamplingConfig
+from rlhf_ray.config.defaults import filled_in
+from rlhf_ray.config.stored import version_of
 from rlhf_ray.console import Console, LocalConsole, quiet_libraries
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row, read_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem, RlhfRayError
-from rlhf_ray.models.lineage import header_line, parent_of, recorded_base, recorded_date, recorded_template
+from rlhf_ray.launch.model_families import check_model
+from rlhf_ray.models.lineage import (
+    header_line,
+    parent_of,
+    recorded_base,
+    recorded_date,
+    recorded_kwargs,
+    recorded_template,
+)
 from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
 from rlhf_ray.runtime.session import process_session
 from rlhf_ray.stages.evaluate_files import prompt_columns
@@ -93,23 +103,29 @@ def generate(
 
 
 def plan_job(
-    policies: Sequence[str], rewards: Sequence[str], model: str | None, fields: Mapping[str, Any], console: Console
+    policies: Sequence[str],
+    rewards: Sequence[str],
+    model: str | None,
+    fields: Mapping[str, Any],
+    console: Console,
+    scored: bool = True,
 ) -> tuple[EvaluateConfig, str | None]:
     """The same as an evaluation job, with what was not given filled in from the policies; and the reference's name among them.
 
-    fields: further fields of the job; None is not given."""
+    fields: further fields of the job; None is not given.   scored: false leaves out what a PPO run's replies are measured by."""
     sources = [policy_source(spec) for spec in policies]
-    trained = next((s.run for s in sources if s.run is not None and s.run.stage == "ppo"), None)
+    trained = next((s.run for s in sources if scored and s.run is not None and s.run.stage == "ppo"), None)
     specs = [PolicySpec(name=f"policy_{i}", policy=spec) for i, spec in enumerate(policies)]
     origin = reference_of(trained, console)
     if origin is not None:
         specs.append(PolicySpec(name=REFERENCE, policy=origin))
     base, revision = base_of(sources, model)
+    check_model(base, revision)
     template = next((found for s in sources if (found := recorded_template(s)) is not None), None)
     date = next((found for s in sources if (found := recorded_date(s)) is not None), None)
-    given = {"template": template, "template_date": date} | {
-        name: value for name, value in fields.items() if value is not None
-    }
+    kwargs = next((given for s in sources if (given := recorded_kwargs(s))), None)
+    recorded: dict[str, Any] = {"template": template, "template_date": date, "chat_template_kwargs": kwargs}
+    values = recorded | {name: value for name, value in fields.items() if value is not None}
     config = EvaluateConfig(
         output_dir=".",
         model_name_or_path=base,
@@ -117,7 +133,7 @@ def plan_job(
         data=DataConfig(train=("-",)),
         policies=tuple(specs),
         rewards=tuple(_named_rewards(rewards) or rewards_of(trained, console)),
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in values.items() if value is not None},
     )
     return config, REFERENCE if origin is not None else None
 
@@ -152,20 +168,24 @@ def reference_of(run: RunFolder | None, console: Console) -> str | None:
 
 
 def rewards_of(run: RunFolder | None, console: Console) -> list[RewardSource]:
-    """The PPO run's reward adapters, to score replies with. Python functions are left out: no code runs because a folder names it;
-    so are whole reward models, which would be loaded beside the base."""
-    found = []
-    for values in run.config().get("rewards", ()) if run is not None else ():
-        reward = RewardSource(**values)
-        if run is None or reward.run is None:
+    """The PPO run's reward adapters and ensembles, to score replies with. Python functions are left out: no code runs because a
+    folder names it; so are whole reward models, which would be loaded beside the base."""
+    found: list[RewardSource] = []
+    if run is None:
+        return found
+    stored = run.config()
+    values, _ = filled_in(PPOConfig, {**stored, "defaults_version": version_of(stored)})
+    for reward in (RewardSource(**source) for source in values.get("rewards", ())):
+        if reward.function is not None or reward.model is not None:
             continue
         try:
-            source = reward_source(reward.run)
+            sources = {role: reward_source(path) for role, path in reward.models(reward.name).items()}
         except RlhfRayError as error:
             console.warn(f"not scored by {reward.name}: {error.problems[0]}")
             continue
-        if source.kind == "adapter":
-            _warn_if_changed(run, reward.name, source, console)
+        if all(source.kind == "adapter" for source in sources.values()):
+            for role, source in sources.items():
+                _warn_if_changed(run, role, source, console)
             found.append(reward)
     return found
 
@@ -177,7 +197,8 @@ def _warn_if_changed(run: RunFolder, role: str, source: ModelSpec, console: Cons
 
 
 def _named_rewards(specs: Sequence[str]) -> list[RewardSource]:
-    return [RewardSource(name=f"reward_{i}", run=spec) for i, spec in enumerate(specs, start=1)]
+    """With their scores as they are, which is what `score` says."""
+    return [RewardSource(name=f"reward_{i}", run=spec, normalize=False) for i, spec in enumerate(specs, start=1)]
 
 
 def _rows(instruction: str | None, input: str, file: str | None, console: Console) -> tuple[Row, ...]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from rlhf_ray.config import STAGES, JobFields, PipelineConfig
+from rlhf_ray.config import JobFields, PipelineConfig
 from rlhf_ray.config.load import load_dict
-from rlhf_ray.console import Console, LocalConsole
-from rlhf_ray.errors import ConfigError, Interrupted
-from rlhf_ray.launch.launch import Body, launch
+from rlhf_ray.config.resolved import written_out
+from rlhf_ray.errors import Interrupted
 from rlhf_ray.ppo import checkpoint as ppo_checkpoint
-from rlhf_ray.ppo.actors import BUILDERS
 from rlhf_ray.ppo.loop import train_ppo
 from rlhf_ray.report import write_report
 from rlhf_ray.runtime.session import Session
@@ -27,18 +26,18 @@ from rlhf_ray.supervised.sft import train_sft
 from rlhf_ray.training import run_entry
 from rlhf_ray.training.run_entry import copy_from_now_on, discarded_on_error, keep_config, require_same
 
-BODIES: dict[str, Body] = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": run_evaluate}
+BODIES: dict[str, Callable[[Any, Session], Run]] = {
+    "sft": train_sft,
+    "reward": train_reward,
+    "ppo": train_ppo,
+    "evaluate": run_evaluate,
+}
 MAY_CHANGE = {
     "sft": supervised_checkpoint.MAY_CHANGE,
     "reward": supervised_checkpoint.MAY_CHANGE,
     "ppo": ppo_checkpoint.MAY_CHANGE,
     "evaluate": run_entry.MAY_CHANGE,
 }
-
-
-def pipeline(config: PipelineConfig, console: Console | None = None) -> Run:
-    """Run the job's stages in turn and return a run whose metrics are theirs, named <stage>/<metric>."""
-    return launch(run_pipeline, config, console or LocalConsole(), BUILDERS)
 
 
 def run_pipeline(config: PipelineConfig, session: Session) -> Run:
@@ -61,7 +60,7 @@ def stage_configs(config: PipelineConfig) -> dict[str, JobFields]:
 def open_pipeline(config: PipelineConfig, session: Session, stage: str, held: ExitStack) -> RunFolder:
     """Make (rank 0) and open the folder that holds the stages' folders, locked for as long as `held` lasts."""
     if session.is_main:
-        folder = create_run(config.output_dir, stage, config.model_dump(mode="json"), config.resume)
+        folder = create_run(config.output_dir, stage, written_out(config), config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.manifest()["status"] == "done":
             copy_from_now_on(folder, config.copy_to, session.console.warn)
@@ -118,11 +117,3 @@ def finish_pipeline(
         write_report(folder.path)
     session.barrier()
     return run
-
-
-def config_class(stage: str) -> type[JobFields]:
-    """The configuration class of a run's stage. Raises ConfigError."""
-    classes: dict[str, Any] = {**STAGES, "pipeline": PipelineConfig, "demo": PipelineConfig}
-    if stage not in classes:
-        raise ConfigError.at("stage", "unknown", f"one of {', '.join(classes)}", stage)
-    return classes[stage]

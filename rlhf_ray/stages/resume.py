@@ -6,29 +6,19 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import STAGES
-from rlhf_ray.config.stored import load_stored
+from rlhf_ray.config.stored import config_class, load_stored
 from rlhf_ray.config.yaml_reader import Override, parse_override
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError, Problem
-from rlhf_ray.stages.pipeline import config_class
+from rlhf_ray.stages import start
 from rlhf_ray.storage.lock import WAIT_S
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, is_run, open_run
 from rlhf_ray.training.run_entry import KEPT
-
-MODULES = {
-    "sft": "rlhf_ray.supervised.sft",
-    "reward": "rlhf_ray.supervised.reward",
-    "ppo": "rlhf_ray.ppo.loop",
-    "evaluate": "rlhf_ray.stages.evaluate",
-    "pipeline": "rlhf_ray.stages.pipeline",
-}
-"""Where each stage's function of its own name lives; imported when a run of that stage is resumed."""
 
 
 def resume(
@@ -53,8 +43,7 @@ def resume(
     values = {**folder.config(), "resume": "auto", "output_dir": named_here(folder)}
     with where_it_began(folder, console):
         config = load_stored(config_class(folder.stage), values, str(folder.path / "config.yaml"), changed)
-        stage = getattr(import_module(MODULES[folder.stage]), folder.stage)
-        done: Run = stage(config, console)
+        done: Run = getattr(start, folder.stage)(config, console)
     return done
 
 

@@ -123,6 +123,12 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         return read_json(self.path / "summary.json")
 
+    def result_step(self) -> int:
+        """Of a finished run, the step whose adapter is its result: the best one with load_best_model_at_end, else the last."""
+        summary = self.summary()
+        best = summary["metrics"].get("best/step") if self.config().get("load_best_model_at_end") else None
+        return int(summary["steps"] if best is None else best)
+
     def config(self) -> dict[str, Any]:
         """The resolved configuration the run was started with."""
         where = self.path / "config.yaml"

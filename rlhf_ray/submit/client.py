@@ -6,6 +6,7 @@ The token goes into the header of each request and nowhere else: not into argv, 
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import logging
 import os
 import time
@@ -90,6 +91,7 @@ class HttpAnswer:
 
 def look(address: str, token: AuthToken | None = None, timeout_s: float = LOOK_S) -> HttpAnswer:
     """Ask once, with `token` or bare. Follows no redirects: a token must not travel on."""
+    _ask_this_machine_itself(address)
     request = urllib.request.Request(f"{address}/api/jobs/")
     if token is not None:
         request.add_header("Authorization", f"Bearer {token.value}")
@@ -117,7 +119,9 @@ def connect(address: str | None, warn: Callable[[str], None]) -> Cluster:
     url = check_address(address)
     bare, token = look(url), None
     if bare.status == 0:
-        raise ResourceError.at(url, f"cannot be reached: {bare.text}", fix=TUNNEL)
+        proxy = _proxy_hint(url)
+        fix = f"it is asked through a proxy; {proxy} goes around it; or {TUNNEL}" if proxy else TUNNEL
+        raise ResourceError.at(url, f"cannot be reached: {bare.text}", fix=fix)
     if bare.status == 200:
         warn(
             f"{url} does not require a token: anyone who can reach it can run code there (set RAY_AUTH_MODE=token on every node)"
@@ -129,11 +133,30 @@ def connect(address: str | None, warn: Callable[[str], None]) -> Cluster:
     return Cluster(url, token)
 
 
-def _no_dashboard(url: str, answer: HttpAnswer) -> ResourceError:
+def _proxy_hint(url: str) -> str:
+    """How to go around the proxy that requests to `url` go through; "" where they go through none."""
     parts = urllib.parse.urlsplit(url)
+    is_used = parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.netloc)
+    return f"NO_PROXY={parts.hostname}" if is_used else ""
+
+
+def _ask_this_machine_itself(url: str) -> None:
+    """What listens on this machine, a tunnel to the cluster say, is not asked through a proxy, neither by us nor by Ray's client:
+    the proxy would look for it on its own machine, and read the token."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        is_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_here = False
+    if is_here:
+        for name in ("no_proxy", "NO_PROXY"):
+            known = [part for part in os.environ.get(name, "").split(",") if part.strip()]
+            os.environ[name] = ",".join(dict.fromkeys([*known, host]))
+
+
+def _no_dashboard(url: str, answer: HttpAnswer) -> ResourceError:
     fix = "name the port of the head's dashboard, 8265 unless it was given another one"
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.netloc):
-        fix += f"; or a proxy answers in its place: NO_PROXY={parts.hostname}"
+    fix += f"; or a proxy answers in its place: {proxy}" if (proxy := _proxy_hint(url)) else ""
     return ResourceError.at(url, "does not answer as Ray does", "a Ray dashboard", f"HTTP status {answer.status}", fix)
 
 

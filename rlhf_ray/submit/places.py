@@ -38,8 +38,9 @@ def _section(loc: Loc, section: dict[str, Any], visit: Visit) -> None:
             section[name] = visit((*loc, name), kind, section[name])
     _template((*loc, "template"), section, visit)
     _one((*loc, "learner", "deepspeed"), section.get("learner"), "text", visit)
-    for part in ("train", "eval", "held_out_prompts"):
-        _one((*loc, "data", part), section.get("data"), "data", visit)
+    for rows in ("data", "ptx_data"):
+        for part in ("train", "eval", "held_out_prompts"):
+            _one((*loc, rows, part), section.get(rows), "data", visit)
     for index, reward in enumerate(section.get("rewards") or ()):
         for name, kind in _REWARD.items():
             _one((*loc, "rewards", index, name), reward, kind, visit)
@@ -59,7 +60,7 @@ _PLAIN: dict[str, Kind] = {
     "registry": "folder",
     "api_keys": "keys",
 }
-_REWARD: dict[str, Kind] = {"run": "folder", "model": "model", "function": "function"}
+_REWARD: dict[str, Kind] = {"run": "folder", "ensemble": "folder", "model": "model", "function": "function"}
 
 
 def _one(loc: Loc, section: Any, kind: Kind, visit: Visit) -> None:

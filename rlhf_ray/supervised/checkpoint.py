@@ -32,7 +32,7 @@ from rlhf_ray.training.environment import environment, warn_of_differences
 
 STATE, BEST = "state.json", "best.safetensors"
 KEEP_ALL = 10**9
-MAY_CHANGE = (*run_entry.MAY_CHANGE, "logging_steps", "per_device_eval_batch_size")
+MAY_CHANGE = (*run_entry.MAY_CHANGE, *run_entry.LENGTH, "logging_steps", "per_device_eval_batch_size")
 """Fields that may differ between the job that started a run and the one that goes on with it."""
 
 
@@ -100,6 +100,7 @@ def restore(
     guards.load_state_dict(values.get("guards", {}))
     trainer.skipped = values.get("skipped_updates", 0)
     state.load_state_dict(values)
+    run_entry.require_steps_left(state.step, job.steps)
     if job.config.load_best_model_at_end and state.best_loss < math.inf:
         state.best = _best(task, checkpoint.path)
     state.window = _share(values["windows"], session.rank, session.world_size)

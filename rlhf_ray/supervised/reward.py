@@ -15,31 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.config import RewardConfig
-from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.data.collate import Tokenised, TokenisedPair, collate_pairs, tokenise_pairs
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ConfigError, Problem
-from rlhf_ray.launch.launch import launch
 from rlhf_ray.maths.losses import centring_loss_sum, pairwise_reward_loss_sum
 from rlhf_ray.maths.rng import derived_seed
-from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.heads import ScalarHead
-from rlhf_ray.models.lineage import Parent, check_lineage, describe, parent_of
-from rlhf_ray.models.specs import policy_source
+from rlhf_ray.models.lineage import describe
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.storage.run import Run
 from rlhf_ray.supervised.reward_metrics import PairScores, accuracy_line, score_metrics
 from rlhf_ray.supervised.stage import train_supervised
+from rlhf_ray.supervised.start import copy_of, fresh
 from rlhf_ray.supervised.task import Recipe, Task
 from rlhf_ray.supervised.trained_model import RewardModel
 from rlhf_ray.supervised.trainer import Batch, Sums
-
-
-def reward(config: RewardConfig, console: Console | None = None) -> Run:
-    """Train a reward model as `config` says and return the finished run. Raises the error tree of errors.py."""
-    return launch(train_reward, config, console or LocalConsole())
 
 
 def train_reward(config: RewardConfig, session: Session) -> Run:
@@ -54,6 +46,8 @@ def train_reward(config: RewardConfig, session: Session) -> Run:
             max_length=max_length,
             too_long=config.data.too_long,
             add_eos_token=config.add_eos_token,
+            on_bad_row=config.data.on_bad_row,
+            special_tokens=config.data.special_tokens,
         )
 
     def build(backbone: Backbone, template: Template) -> RewardTask:
@@ -81,27 +75,15 @@ class RewardTask(Task):
     evaluates_at_start = False
 
     def __init__(self, config: RewardConfig, backbone: Backbone, template: Template, session: Session) -> None:
-        parents: list[Parent] = []
         if config.sft is None:
-            peft_model = wrap(backbone.model, config.lora, self.adapter, seed=config.seed)
-            start = "fresh on the base (B = 0)"
+            start = fresh(backbone, config.lora, self.adapter, config.seed)
             if config.init_from == "sft" and session.is_main:
                 session.console.warn("no sft is given: the reward model starts from the base, not from the SFT model")
         else:
-            source = policy_source(config.sft)
-            if source.kind != "adapter":
-                raise ConfigError.at(
-                    "sft", f"{config.sft} is not an SFT run or adapter", fix="drop it, and set model_name_or_path to it"
-                )
-            parents = [parent_of(source, "sft")]
-            for line in check_lineage(source, backbone.identity, template, role="sft"):
-                if session.is_main:
-                    session.console.warn(line)
-            peft_model = wrap(backbone.model, read_adapter(source.path), self.adapter)
-            start = f"a copy of {source.path}"
+            start = copy_of(config.sft, backbone, template, self.adapter, session)
         head = ScalarHead(backbone.hidden_size, initial_head(backbone.hidden_size, config.seed)).to(backbone.device)
-        lineage = [*describe(backbone.identity, parents, template), f"adapter    {start}; scalar head"]
-        super().__init__(RewardModel(backbone, peft_model, head), parents, lineage)
+        lineage = [*describe(backbone.identity, start.parents, template), f"adapter    {start.told}; scalar head"]
+        super().__init__(RewardModel(backbone, start.model, head), start.parents, lineage)
         self.config = config
         self.spread: dict[str, float] | None = None
 

@@ -14,25 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.config import SFTConfig
-from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.data.collate import IGNORE_INDEX, Tokenised, TokenisedRow, collate_sft, tokenise_sft
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
-from rlhf_ray.launch.launch import launch
-from rlhf_ray.models.adapters import wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import describe
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.storage.run import Run
 from rlhf_ray.supervised.stage import train_supervised
+from rlhf_ray.supervised.start import copy_of, fresh
 from rlhf_ray.supervised.task import Recipe, Task
 from rlhf_ray.supervised.trained_model import LanguageModel
 from rlhf_ray.supervised.trainer import Batch, Sums
-
-
-def sft(config: SFTConfig, console: Console | None = None) -> Run:
-    """Fine-tune as `config` says and return the finished run. Raises the error tree of errors.py."""
-    return launch(train_sft, config, console or LocalConsole())
 
 
 def train_sft(config: SFTConfig, session: Session) -> Run:
@@ -48,25 +41,30 @@ def train_sft(config: SFTConfig, session: Session) -> Run:
             train_on_inputs=config.train_on_inputs,
             train_on_turns=config.train_on_turns,
             add_eos_token=config.add_eos_token,
+            on_bad_row=config.data.on_bad_row,
+            special_tokens=config.data.special_tokens,
         )
 
     def build(backbone: Backbone, template: Template) -> SFTTask:
-        return SFTTask(config, backbone, template)
+        return SFTTask(config, backbone, template, session)
 
     return train_supervised(config, session, Recipe("sft", "sft", None, tokenise, build))
 
 
 class SFTTask(Task):
-    """A fresh adapter on the base, and the cross-entropy of replies."""
+    """A fresh adapter on the base, or a copy of one that has been trained, and the cross-entropy of replies."""
 
     model: LanguageModel
     adapter = "sft"
     task_type = "CAUSAL_LM"
 
-    def __init__(self, config: SFTConfig, backbone: Backbone, template: Template) -> None:
-        peft_model = wrap(backbone.model, config.lora, self.adapter, seed=config.seed)
-        stands_on = describe(backbone.identity, [], template)
-        super().__init__(LanguageModel(backbone, peft_model), [], [*stands_on, "adapter    fresh (B = 0)"])
+    def __init__(self, config: SFTConfig, backbone: Backbone, template: Template, session: Session) -> None:
+        if config.sft is None:
+            start = fresh(backbone, config.lora, self.adapter, config.seed)
+        else:
+            start = copy_of(config.sft, backbone, template, self.adapter, session)
+        stands_on = describe(backbone.identity, start.parents, template)
+        super().__init__(LanguageModel(backbone, start.model), start.parents, [*stands_on, f"adapter    {start.told}"])
         self.config = config
         self.label_smoothing = float(config.trainer.get("label_smoothing_factor", 0.0))
         self._trained_tokens = 0.0

@@ -23,7 +23,9 @@ from rlhf_ray.errors import InvariantError
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, read_adapter, use_adapter
 from rlhf_ray.models.assembly import load_options
-from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.backbone import Backbone, load_backbone, trunk
+from rlhf_ray.models.context import shortened_note
+from rlhf_ray.models.coverage import adapter_notes
 from rlhf_ray.report import write_report
 from rlhf_ray.runtime.session import Session, seed_everything
 from rlhf_ray.storage.checkpoints import require_room
@@ -63,7 +65,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     """Everything that can be wrong with a job is found here, before the first step; cheap checks come first."""
     seed_everything(config.seed)
     rows = load_rows(config.data, recipe.kind, recipe.half)
-    require_rows(config, len(rows.train))
+    require_rows(config, len(rows.train), rows.summary)
     sft = getattr(config, "sft", None)
     sources = [("base", config.model_name_or_path), *([("sft", sft)] if sft else [])]
     shared, leaks = check_ancestors(rows, sources, refuse=not folder.checkpoints())
@@ -71,9 +73,9 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     if folder.checkpoints():
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in rows.manifest])
     backbone = load_base(config, session.device)
-    template = load_template(config.template, backbone.tokenizer, config.template_date)
+    template = load_template(config.template, backbone.tokenizer, config.template_date, config.chat_template_kwargs)
     examples = tokenise(config, recipe, rows, template, backbone)
-    require_rows(config, len(examples.train))
+    require_rows(config, len(examples.train), [*context_warnings(config, backbone), *examples.lines])
     task = recipe.build(backbone, template)
     if session.device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing:
         gradient_checkpointing(task.model.peft_model)
@@ -87,10 +89,10 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     return job
 
 
-def require_rows(config: SupervisedConfig, rows: int) -> None:
-    """DataError if there are fewer rows than one optimizer step takes."""
+def require_rows(config: SupervisedConfig, rows: int, account: Sequence[str]) -> None:
+    """DataError if there are fewer rows than one optimizer step takes.   account: what became of all rows."""
     where, fix = ", ".join(config.data.train), "add rows, or lower train_batch_size and per_device_train_batch_size"
-    require_batch(rows, config.train_batch_size, where, fix)
+    require_batch(rows, config.train_batch_size, where, fix, account)
 
 
 def load_base(config: SupervisedConfig, device: torch.device) -> Backbone:
@@ -102,17 +104,24 @@ def tokenise(
 ) -> Examples:
     """Both sides as token ids, no longer than the model's context."""
     limit = min(config.max_length, backbone.context_length)
-    notes = list(rows.warnings)
-    if limit < config.max_length:
-        notes.append(f"max_length {config.max_length} is over the model's context; {limit} is used")
+    notes = [*rows.warnings, *context_warnings(config, backbone)]
     lines, sides = list(rows.summary), []
     for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
         done = recipe.tokenise(side, template, backbone.tokenizer, limit)
-        lines += [f"{name}: {tally}" for tally in (done.dropped, done.truncated, done.unlearnt) if tally.total]
+        lines += [f"{name}: {tally}" for tally in done.tallies]
+        notes += [f"{name}: {warning}" for warning in done.warnings]
         sides.append(done.examples[:most])
     if not sides[1]:
         notes.append("no held-out rows: nothing is evaluated (data.held_out_fraction, data.eval)")
     return Examples(sides[0], sides[1], lines, notes)
+
+
+def context_warnings(config: SupervisedConfig, backbone: Backbone) -> list[str]:
+    """A line if the model cannot read rows of max_length."""
+    limit = backbone.context_length
+    if limit >= config.max_length:
+        return []
+    return [shortened_note(config.max_length, limit, backbone.model.config.get_text_config())]
 
 
 def write_lineage(job: Job, template: Template, rows: StageRows) -> None:
@@ -134,7 +143,16 @@ def tell(job: Job, template: Template) -> None:
     """The header: what is about to happen, and what looks wrong with it."""
     console = job.session.console
     console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job, template))
-    for line in [*job.examples.warnings, *warnings_about(job.config, job.steps), *map(str, unused_fields(job.config))]:
+    model, is_fresh = job.task.model, getattr(job.config, "sft", None) is None
+    notes = [*model.backbone.notes]
+    if is_fresh and job.config.lora.target_modules == "all-linear":
+        notes += adapter_notes(trunk(model.peft_model), job.task.adapter)
+    for line in [
+        *notes,
+        *job.examples.warnings,
+        *warnings_about(job.config, job.steps),
+        *map(str, unused_fields(job.config)),
+    ]:
         console.warn(line)
 
 

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_ray.data.collate import IGNORE_INDEX
-from rlhf_ray.maths.masks import last_token_index, position_ids
+from rlhf_ray.maths.masks import last_token_index
 from rlhf_ray.models.backbone import Backbone, trunk
 from rlhf_ray.models.forward import LOGITS_AT_ONCE
 from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.recurrent import hidden_states
 
 
 class TrainedModel(nn.Module):
@@ -26,11 +27,7 @@ class TrainedModel(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states [N, T, D]; positions count real tokens, so padding on either side changes nothing."""
-        mask = attention_mask.bool()
-        output = trunk(self.peft_model)(
-            input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-        )
-        return output.last_hidden_state
+        return hidden_states(trunk(self.peft_model), input_ids, attention_mask.bool())
 
     # What Trainer and accelerate ask a model for: NEFTune its embeddings, Liger the model inside, bitsandbytes how it was loaded.
 

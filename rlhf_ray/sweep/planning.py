@@ -20,7 +20,7 @@ _NO_MEMORY = {
     *("cliprange_value", "vf_coef", "gamma", "lam", "whiten_rewards", "temperature", "num_ppo_epochs", "max_grad_norm"),
     *("cliprange_high", "dual_clip", "ratio_level", "loss_aggregation", "overlong_buffer", "overlong_penalty"),
     *("scale_rewards", "filter_groups", "confirm_held_out", "missing_eos_penalty", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "lr_scheduler_type", "num_train_epochs"),
+    *("adam_epsilon", "lr_scheduler_type", "num_train_epochs", "ref_model_sync_resets_optimizer"),
 }
 """Fields that take no memory: trials that differ in these alone are planned once."""
 

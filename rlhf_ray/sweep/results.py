@@ -24,7 +24,8 @@ Status = Literal["done", "stopped", "failed", "waiting"]
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """One trial. first, last: its first and its last held-out evaluation.  reason: why it did not finish."""
+    """One trial. first: its first held-out evaluation.  last: that of the adapter it ended with, which is its last one but for
+    load_best_model_at_end; of an unfinished trial the last.  reason: why it did not finish."""
 
     trial: Trial
     status: Status
@@ -49,12 +50,15 @@ def outcome_of(trial: Trial, stopped: str = "") -> TrialOutcome:
     """stopped: why the sweep ended it early, if it did."""
     rows = read_metrics(trial.folder / "metrics.jsonl") if (trial.folder / "metrics.jsonl").is_file() else []
     evaluations = [row for row in rows if "eval/reward" in row]
-    done = is_run(trial.folder) and open_run(trial.folder, verify=False).manifest()["status"] == "done"
+    run = open_run(trial.folder, verify=False) if is_run(trial.folder) else None
+    done = run is not None and run.manifest()["status"] == "done"
     status: Status = "done" if done else "stopped" if stopped else "waiting"
     reason = "" if done else stopped
     if not done and failure_file(trial).is_file():
         found = json.loads(failure_file(trial).read_text())
         status, reason = "stopped" if found.get("limit") else "failed", str(found["error"])
+    step = run.result_step() if run is not None and done else None
+    kept = [row for row in evaluations if row["step"] == step]
     return TrialOutcome(
         trial,
         status,
@@ -62,7 +66,7 @@ def outcome_of(trial: Trial, stopped: str = "") -> TrialOutcome:
         step=int(rows[-1]["step"]) if rows else 0,
         seconds=math.fsum(row.get("time/step", 0.0) + row.get("time/evaluate", 0.0) for row in rows),
         first=evaluations[0] if evaluations else {},
-        last=evaluations[-1] if evaluations else {},
+        last=(kept or evaluations)[-1] if evaluations else {},
     )
 
 

@@ -14,10 +14,11 @@ import math
 import time
 from functools import partial
 
-from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.stored import load_stored
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import InvariantError
+from rlhf_ray.launch.begun import with_defaults_as_begun
 from rlhf_ray.launch.placement import cluster_nodes
 from rlhf_ray.launch.preflight import nodes_of
 from rlhf_ray.launch.ray_cluster import cluster
@@ -32,7 +33,7 @@ from rlhf_ray.sweep.record import Record
 from rlhf_ray.sweep.report import write_sweep_report
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trial import run_trial
-from rlhf_ray.sweep.trials import check_trials, job_of, planned, trial_of
+from rlhf_ray.sweep.trials import check_trials, job_of, planned, trial_of, written_out
 from rlhf_ray.training.run_entry import discarded_on_error
 
 
@@ -41,10 +42,11 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
 
     Trials that fail stand in the table with their reason; if none finishes, InvariantError."""
     console = console or LocalConsole()
+    config = with_defaults_as_begun(config)
     trials = planned(config)
-    check_trials(config, trials)
+    jobs = check_trials(config, trials)
     is_new = not is_run(config.output_dir)
-    values = config.confirming(True).model_dump(mode="json", exclude_unset=True)
+    values = written_out(config.confirming(True), jobs[0])
     folder = create_run(config.output_dir, "sweep", values, config.resume)
     # what a sweep began with stays: its trials compare, and one of an older version set no prompts apart
     config = config.confirming(folder.config()["ppo"].get("confirm_held_out", False))
@@ -144,4 +146,4 @@ def resume_sweep(run: str, console: Console | None = None) -> Run:
     folder, console = open_run(run, verify=False), console or LocalConsole()
     values = {**folder.config(), "resume": "auto", "output_dir": str(folder.path)}
     with where_it_began(folder, console):
-        return sweep(load_dict(SweepConfig, values, str(folder.path / "config.yaml")), console)
+        return sweep(load_stored(SweepConfig, values, str(folder.path / "config.yaml")), console)

@@ -15,8 +15,8 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console, duration
 from rlhf_ray.errors import InvariantError, LimitReached, RlhfRayError
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.runtime.session import enter
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.files import atomic_write_json
 from rlhf_ray.sweep.results import K1, LENGTH, failure_file
 from rlhf_ray.sweep.trials import Trial, job_of, trial_of

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.paths import check_paths
+from rlhf_ray.config.resolved import stage_values, to_dict
 from rlhf_ray.config.sections import under
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.config.yaml_reader import Override
@@ -73,22 +74,36 @@ def job_of(config: SweepConfig, trial: Trial) -> PPOConfig:
     return load_dict(PPOConfig, values, "ppo", laid_over)
 
 
-def check_trials(config: SweepConfig, trials: list[Trial]) -> None:
-    """Every setting must make a PPO job, and what the jobs name must exist. ConfigError, each problem once."""
+def written_out(config: SweepConfig, job: PPOConfig) -> dict[str, Any]:
+    """The sweep as a job file, with what all trials have in common although it says nothing of it.   job: of any trial.
+
+    Sections of which a part varies are left as they are: a preset among their values brings others with it."""
+    values = to_dict(config)
+    del values["seed"]
+    varies = {name.partition(".")[0] for name in config.space}
+    return {**values, "ppo": stage_values(job, values["ppo"], varies)}
+
+
+def check_trials(config: SweepConfig, trials: list[Trial]) -> list[PPOConfig]:
+    """The trials' jobs, each setting once. Every setting must make one, and what the jobs name must exist: ConfigError, each
+    problem once."""
     space = read_space(config.space)
     known = trials or [trial_of(config, s, config.seeds[0]) for s in corners(space)[:MOST_CHECKED]]
     problems: dict[tuple[Any, ...], Problem] = {}
+    jobs: list[PPOConfig] = []
     for trial in known:
         if trial.seed != config.seeds[0]:
             continue
         try:
             job = job_of(config, trial)
+            jobs.append(job)
             found = [*check_paths(job), *_metric_problems(config, job)]
         except ConfigError as error:
             found = list(error.problems)
         for problem in found:
             problems.setdefault((problem.where, problem.what), _of_the_space(problem, space))
     ConfigError.raise_all(problems.values())
+    return jobs
 
 
 def _metric_problems(config: SweepConfig, job: PPOConfig) -> list[Problem]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_ray.config import DataConfig
 from rlhf_ray.data.formats import RowKind
-from rlhf_ray.data.load import HeldOutRule, StageRows, load_rows
+from rlhf_ray.data.load import HeldOutRule, StageRows, load_ptx_rows, load_rows
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.splits import Half, Overlap, overlap
 from rlhf_ray.errors import ConfigError, RlhfRayError
@@ -41,6 +41,12 @@ class Ancestor:
     def data(self) -> DataConfig:
         """Raises KeyError or a ValueError if the run's configuration has none that this version reads."""
         return DataConfig(**self.run.config()["data"])
+
+    @property
+    def ptx_data(self) -> DataConfig | None:
+        """Of the supervised loss that PPO mixed in, if it did."""
+        config = self.run.config()
+        return DataConfig(**config["ptx_data"]) if config.get("ptx_coef") and config.get("ptx_data") else None
 
     def __str__(self) -> str:
         return f"{self.role} ({self.run.path})"
@@ -90,7 +96,8 @@ def check_ancestors(
     warnings: list[str] = []
     for ancestor in ancestors(sources):
         try:
-            trained, rule = _trained_rows(ancestor), HeldOutRule.of(ancestor.data)
+            trained = _trained_rows(ancestor)
+            rules = [HeldOutRule.of(data) for data in (ancestor.data, ancestor.ptx_data) if data is not None]
         except (RlhfRayError, OSError, ValueError, KeyError):
             lines.append(f"{ancestor.role}: its training rows can no longer be read: overlap unknown")
             continue
@@ -102,6 +109,7 @@ def check_ancestors(
             lines.append(
                 f"{_of(shared, 'training')} and {_of(leaked, 'held-out')} are training rows of {ancestor.role}"
             )
+        rule = next((rule for rule in rules if rule != rows.rule), rows.rule)
         if leaked.count and rule != rows.rule and not rows.rule.files and refuse:
             raise ConfigError.at(
                 "data.held_out_fraction",
@@ -124,4 +132,5 @@ def _of(found: Overlap, kind: str) -> str:
 
 def _trained_rows(ancestor: Ancestor) -> tuple[Row, ...]:
     kind, half = READS[ancestor.run.stage]
-    return load_rows(ancestor.data, kind, half).train
+    rows, mixed = load_rows(ancestor.data, kind, half), ancestor.ptx_data
+    return rows.train if mixed is None else (*rows.train, *load_ptx_rows(mixed, rows.held_out).train)

@@ -9,16 +9,15 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.config import JobFields
-from rlhf_ray.config.load import load_dict
-from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml
+from rlhf_ray.config.defaults import follows
+from rlhf_ray.config.resolved import dump_yaml, to_dict, to_yaml, written_out
 from rlhf_ray.config.stored import load_stored, split_known
 from rlhf_ray.console import Console
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
-from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.runtime.watchdog import forget_stacks
 from rlhf_ray.storage import object_store
@@ -27,11 +26,17 @@ from rlhf_ray.storage.lock import WAIT_S
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.storage.run_folder import RunFolder, atomic_write_text, config_changes, create_run, is_run, open_run
 
+if TYPE_CHECKING:
+    from rlhf_ray.models.backbone import BaseIdentity
+
 MAY_CHANGE = (
     *("output_dir", "resume", "run_name", "report_to", "learner.", "wait_for_resources", "stop_grace_s", "watchdog_s"),
     *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit", "copy_to"),
 )
 """Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""
+
+LENGTH = ("num_train_epochs", "max_steps")
+"""An unfinished run may be given another length; learning rates follow the schedule of that length from there on."""
 
 KEPT = ("output_dir", "resume")
 """Of these, what a start says holds for that start alone."""
@@ -89,19 +94,36 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
     Going on under other settings would be a third run, which no configuration describes: ConfigError with every difference."""
     stored = load_stored(type(config), folder.config(), str(folder.path / "config.yaml"))
     changes = other_settings(to_dict(stored), to_dict(config))
-    kind = "a finished run" if folder.manifest()["status"] == "done" else "a run"
+    is_done = folder.manifest()["status"] == "done"
+    refused = {n: c for n, c in changes.items() if not n.startswith(may_change) or (n in LENGTH and is_done)}
+    causes = {name: change for name, change in refused.items() if not follows(config, name)}
+    kind = "a finished run" if is_done else "a run"
     ConfigError.raise_all(
         Problem(
             name,
             f"{folder.path} holds {kind} with another value",
             json.dumps(old),
             json.dumps(new),
-            "put it back, or choose another output_dir",
+            _another_run(folder) if name in LENGTH else "put it back, or choose another output_dir",
         )
-        for name, (old, new) in changes.items()
-        if not name.startswith(may_change)
+        for name, (old, new) in (causes or refused).items()
     )
     return changes
+
+
+def _another_run(folder: RunFolder) -> str:
+    """How to train further from a finished run."""
+    if folder.stage == "reward":
+        return "put it back, or train another run with it"
+    return f"go on from it in another run: rlhf-ray {folder.stage} JOB sft={folder.path} output_dir=..."
+
+
+def require_steps_left(step: int, steps: int) -> None:
+    """ConfigError if a run that has made `step` steps is given a length of fewer."""
+    if steps < step:
+        raise ConfigError.at(
+            "max_steps", f"the run has made {step:,} steps already", f"at least {step:,}", f"{steps:,}"
+        )
 
 
 def other_settings(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -137,7 +159,7 @@ def require_same_as_saved(
     if saved is None:
         return
     known, _ = split_known(type(config), saved)  # of what is gone, config.yaml has been asked already
-    then = to_dict(load_dict(type(config), known, str(checkpoint)))
+    then = to_dict(load_stored(type(config), known, str(checkpoint)))
     ConfigError.raise_all(
         Problem(
             name,
@@ -157,6 +179,9 @@ def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...
     if folder.manifest()["status"] == "done":
         copy_from_now_on(folder, config.copy_to, console.warn)
         return
+    if "max_steps" in changes and changes["max_steps"][1] > 0:  # a refusal must come before it is kept
+        done = max((checkpoint.step for checkpoint in folder.checkpoints()), default=0)
+        require_steps_left(done, changes["max_steps"][1])
     for name, (old, new) in changes.items():
         if name not in KEPT:
             console.log(f"{folder.stage}: continuing with {name} {json.dumps(new)} (was {json.dumps(old)})")
@@ -166,7 +191,7 @@ def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...
 def keep_config(folder: RunFolder, config: JobFields) -> None:
     """Write config.yaml anew where it says otherwise; the run keeps the name that it was given, and its `resume`."""
     before = folder.config()
-    values = {**to_dict(config), **{name: before[name] for name in KEPT if name in before}}
+    values = {**written_out(config), **{name: before[name] for name in KEPT if name in before}}
     if values != before:
         atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
 

@@ -15,10 +15,9 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import load_backbone
 from rlhf_ray.models.merge import merge_run
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.serve.model_index import load_run
 from rlhf_ray.stages.generate import generate
-from rlhf_ray.supervised.sft import sft
+from rlhf_ray.stages.start import ppo, sft
 
 pytestmark = pytest.mark.integration
 

@@ -1,7 +1,7 @@
 """Folders that an older version left are read as they were: finished runs, runs to go on with, a sweep, a registry.
 
-tests/old_files/make.py made them, at the commit that it names. Only commands and public names are used here, so that the tests
-hold for any arrangement of the code.
+tests/old_files/make.py and make_defaults_1.py made them, at the commits that they name. Only commands and public names are used
+here, so that the tests hold for any arrangement of the code.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from rlhf_ray import load_run
@@ -28,6 +29,7 @@ from rlhf_ray import load_run
 pytestmark = pytest.mark.integration
 PROJECT = Path(__file__).resolve().parents[2]
 ARCHIVE = PROJECT / "tests" / "old_files" / "fixtures.tar.xz"
+DEFAULTS_1 = ARCHIVE.with_name("defaults_1.tar.xz")
 ADAPTER = "adapter_model.safetensors"
 ASK = ("--instruction", "Name the toad.", "--greedy", "--max-new-tokens", "8", "--json")
 Command = Callable[..., str]
@@ -41,11 +43,22 @@ def archive() -> bytes:
 @pytest.fixture
 def old(archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The old folders, byte by byte as they were, in a place that is not where they were made; the current folder."""
+    return unpacked(archive, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def older_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The same for half-done jobs that say nothing of what got another default since; on what they were made."""
+    place = unpacked(lzma.decompress(DEFAULTS_1.read_bytes()), tmp_path, monkeypatch)
+    return dict(json.loads((place / "answers.json").read_text())["made_on"])
+
+
+def unpacked(archive: bytes, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
-        packed.extractall(tmp_path, filter="tar")
-    monkeypatch.chdir(tmp_path)
+        packed.extractall(place, filter="tar")
+    monkeypatch.chdir(place)
     monkeypatch.delenv("RLHF_RAY_REGISTRY", raising=False)
-    return tmp_path
+    return place
 
 
 @pytest.fixture
@@ -244,6 +257,35 @@ def test_a_half_done_split_run_goes_on(own_ray: Any, old: Path, command: Command
     go_on(command, "half/split")
     # Its KL was measured without the weights of stale tokens.
     require_same_rollout("half/split", "runs/split", 3, answers["made_on"], but="kl/k")
+
+
+# -------------------------------------------------------------------------------- defaults that were other ones then
+
+HOW = {"resume": ("resume", "half/{0}"), "its job file again": ("{0}", "jobs/{0}.yaml", "resume=auto")}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", ["pipeline", "ppo", "sweep"])
+def test_it_ends_under_the_defaults_that_it_was_begun_with(
+    older_defaults: dict[str, str], command: Command, request: pytest.FixtureRequest, name: str, how: str
+) -> None:
+    """PPO of the pipeline and two trials of the sweep had not begun. Under today's defaults the critic's rate, its warm-up and
+    clipping, the reward's scale and Adam's epsilon would be other ones. Equal to the run that nobody cut off, bit for bit."""
+    if name == "sweep":
+        request.getfixturevalue("own_ray")
+    command(*(word.format(name) for word in HOW[how]))
+    pairs = {name: [""], "pipeline": ["sft", "reward", "ppo"]}[name]
+    if name == "sweep":
+        pairs = [f"trials/{trial.name}" for trial in Path("runs/sweep/trials").iterdir()]
+        assert len(pairs) == 3
+    for part in pairs:
+        require_same(f"half/{name}/{part}", f"runs/{name}/{part}", older_defaults)
+    ended, undisturbed = load_run(f"half/{name}"), load_run(f"runs/{name}")
+    if not elsewhere(older_defaults):
+        told = {k: v for k, v in undisturbed.metrics.items() if not {"time", "memory"} & set(k.split("/"))}
+        assert {k: ended.metrics.get(k) for k in told} == told
+    kept = yaml.safe_load(Path(f"half/{name}/config.yaml").read_text())
+    assert kept.get("defaults_version", 1) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- sweep and registry

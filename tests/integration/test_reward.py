@@ -16,9 +16,8 @@ from rlhf_ray.config import RewardConfig, SFTConfig
 from rlhf_ray.errors import ArtifactError, ConfigError, DataError
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import HEAD_KEY
+from rlhf_ray.stages.start import reward, sft
 from rlhf_ray.storage.run import Run, load_run
-from rlhf_ray.supervised.reward import reward
-from rlhf_ray.supervised.sft import sft
 
 pytestmark = pytest.mark.integration
 Write = Callable[[str, Iterable[dict[str, Any]]], str]

@@ -21,9 +21,9 @@ from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import read_adapter
 from rlhf_ray.stages.generate import generate
 from rlhf_ray.stages.resume import resume
+from rlhf_ray.stages.start import sft
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.supervised import stage
-from rlhf_ray.supervised.sft import sft
 
 pytestmark = pytest.mark.integration
 Write = Callable[[str, Iterable[dict[str, Any]]], str]
@@ -299,6 +299,44 @@ class TestResume:
         assert all(torch.equal(t, adapter_of(whole)[n]) for n, t in adapter_of(run).items())
         one, two = (lasting(Path(r.run_dir) / "metrics.jsonl") for r in (whole, run))
         assert one == two and [row["step"] for row in two if "loss" in row] == [1, 2, 4]
+
+    def test_a_stopped_run_may_be_given_another_length(
+        self, make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Stopped in step 3 of 4, resumed for 6: the run that 6 steps would have been (issue 16, inputs 12)."""
+        fixed: dict[str, Any] = {"lr_scheduler_type": "constant", "warmup_steps": 1, "save_steps": 100}
+        whole = sft(make_config(output_dir=str(tmp_path / "whole"), max_steps=6, **fixed), console)
+        with monkeypatch.context() as patch:
+            patch.setenv("RLHF_RAY_FAULT", "learner:update:step=3:term")
+            with pytest.raises(Interrupted):
+                sft(make_config(**fixed), console)
+        with pytest.raises(
+            ConfigError, match="max_steps: the run has made 3 steps already; expected at least 3; got 2"
+        ):
+            resume(tmp_path / "sft", console, overrides=["max_steps=2"])
+        run = resume(tmp_path / "sft", console, overrides=["max_steps=6"])
+        assert "continuing with max_steps 6 (was 4)" in console.text and run.steps == 6
+        assert all(torch.equal(t, adapter_of(whole)[n]) for n, t in adapter_of(run).items())
+
+    def test_training_goes_on_from_a_finished_run_in_another_one(
+        self, make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path
+    ) -> None:
+        """A finished run does not change; the refusal names the way, which starts where the first run ended."""
+        first = sft(make_config(), console)
+        with pytest.raises(
+            ConfigError, match=rf"num_train_epochs: .* rlhf-ray sft JOB sft={first.run_dir} output_dir="
+        ):
+            resume(first.run_dir, console, overrides=["num_train_epochs=2"])
+        further = make_config(output_dir=str(tmp_path / "further")).model_dump(exclude={"lora", "sft"})
+        run = sft(SFTConfig(**further, sft=first.run_dir), console)
+        (parent,) = run.folder.manifest()["parents"]
+        assert (parent["role"], parent["sha256"]) == ("sft", read_adapter(first.adapter_dir).sha256)
+        logs = [read_metrics(Path(one.run_dir) / "metrics.jsonl") for one in (first, run)]
+        losses = [[row["eval/loss"] for row in log if "eval/loss" in row] for log in logs]
+        assert losses[1][-1] < losses[0][-1] < losses[0][0]
+        assert "adapter    a copy of" in console.text
+        with pytest.raises(ValueError, match="lora: the adapter named by sft has its own r"):
+            make_config(output_dir="x", sft=first.run_dir)
 
 
 def lasting(log: Path) -> list[dict[str, Any]]:

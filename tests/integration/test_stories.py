@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.console import NullConsole
-from rlhf_ray.ppo.loop import ppo
-from rlhf_ray.supervised.reward import reward
-from rlhf_ray.supervised.sft import sft
+from rlhf_ray.stages.start import ppo, reward, sft
 
 pytestmark = [pytest.mark.integration, pytest.mark.data, pytest.mark.slow]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -279,3 +279,17 @@ def test_trim_of_the_picture_row_by_row() -> None:
     cut = Sequences.trim(r.tokens, r.prompt_mask, r.response_mask)
     assert cut.tokens.tolist() == [[11, 12, 21, 22, 2]]
     assert cut.attention_mask.all() and cut.response_mask.tolist() == [[True] * 3]
+
+
+def test_scores_of_chunks_of_different_widths_keep_both_references_and_never_mix_them() -> None:
+    def chunk(row: int, width: int, reference: str) -> Scores:
+        ref, start = torch.full((1, width), -1.0), torch.full((1, width), -2.0)
+        return Scores(torch.ones(1), ref, torch.tensor([row]), {}, None, start, reference)
+
+    joined = Scores.concat([chunk(1, 3, "a"), chunk(0, 2, "a")])
+    assert joined.ref_logprobs.tolist() == [[-1, -1, 0], [-1, -1, -1]] and joined.reference_sha256 == "a"
+    assert joined.start.tolist() == [[-2, -2, 0], [-2, -2, -2]]
+    with pytest.raises(ValueError, match="against different references"):
+        Scores.concat([chunk(1, 3, "a"), chunk(0, 2, "b")])
+    alone = Scores(torch.ones(1), torch.zeros(1, 2), torch.tensor([0]))
+    assert alone.start is alone.ref_logprobs

@@ -34,6 +34,7 @@ REFUSED: tuple[tuple[str, ...], ...] = (
     ("promote", "nowhere", "--alias", "a"),
     ("rollback", "nowhere"),
     ("generate", "--policy", "./nowhere", "--instruction", "hello"),
+    ("chat", "--policy", "./nowhere"),
     ("score", "--run", "./nowhere", "--prompt", "a", "--completion", "b"),
 )
 NOT_FOR_PPO = "transformers.trainer rlhf_ray.supervised datasets pandas ray.train deepspeed"

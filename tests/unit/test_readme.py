@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
@@ -84,6 +87,13 @@ def test_every_job_in_readme_is_a_job(block: str) -> None:
         assert [config.stage_config(stage).output_dir for stage in config.stages][-1].endswith("/evaluate")
 
 
+def test_the_rewards_in_the_page_of_jobs_are_rewards() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "jobs/README.md").read_text(encoding="utf-8"), re.S)
+    values = {"output_dir": "x", "model_name_or_path": "x", "data": {"train": "x"}, **yaml.safe_load(block)}
+    config = load_dict(PPOConfig, values, "jobs/README.md")
+    assert [len(reward.members) for reward in config.rewards] == [3, 0, 0] and config.rewards[0].std_coef == 1
+
+
 @pytest.mark.parametrize("name", ["sweep", "serve"])
 def test_the_job_in_a_packages_readme_is_a_job(name: str, tmp_path: Path) -> None:
     text = (ROOT / "rlhf_ray" / name / "README.md").read_text(encoding="utf-8")
@@ -136,6 +146,55 @@ def beside(path: str) -> ModuleType:
 
 def test_the_tables_of_figures_are_what_the_script_makes_of_the_results() -> None:
     assert beside("benchmarks/write_readme.py").written(FIGURES) == FIGURES
+
+
+def settings_of(study: str) -> list[dict[str, Any]]:
+    report = json.loads((ROOT / f"benchmarks/results/kl_study_{study}.json").read_text())
+    found: list[dict[str, Any]] = report["measured"]["settings"]
+    return found
+
+
+def test_the_verdict_of_the_study_is_that_of_a_simulation() -> None:
+    """Five equal penalties, measured as those of the bundled task were: scores of three seeds, interpolated at 2 nats, the spread
+    known from 16 settings. How often is their range as large as the one that was seen, and what is there once in 20 times?"""
+    (block,) = re.findall(r"<!-- study-tiny-verdict.*?-->(.*?)<!-- end", FIGURES, re.S)
+    seen, p, least = (
+        float(x) for x in re.findall(r"within ([\d.]+) .*p = ([\d.]+)\).*\nbelow ([\d.]+)", block, re.S)[0]
+    )
+    settings, shares, scores = settings_of("tiny"), [], []
+    for penalty in ("kl", "clamped_kl", "bregman", "jensen_shannon", "squared_error"):
+        points = sorted((s["kl_k1"], s["score"]) for s in settings if s["kl_penalty"] == penalty)
+        ((x0, y0), (x1, y1)) = next((a, b) for a, b in pairwise(points) if a[0] <= 2.0 <= b[0])
+        t = (2.0 - x0) / (x1 - x0)
+        scores.append((1 - t) * y0 + t * y1)
+        shares.append(((1 - t) ** 2 + t**2) ** 0.5)
+    thirds = [(s["score_low"], 3 * s["score"] - s["score_low"] - s["score_high"], s["score_high"]) for s in settings]
+    error = (sum(statistics.variance(three) for three in thirds) / len(thirds) / 3) ** 0.5
+    draw, times = torch.Generator().manual_seed(0), 100_000
+    noise = torch.randn(times, 5, generator=draw, dtype=torch.float64) * torch.tensor(shares) * error
+    spread = torch.randn(times, 2 * len(settings), generator=draw, dtype=torch.float64).square().mean(dim=1).sqrt()
+    ranges = (noise.amax(dim=1) - noise.amin(dim=1)) / spread
+    exact = max(scores) - min(scores)
+    assert seen == pytest.approx(exact, abs=5e-4)
+    assert float((ranges >= exact).double().mean()) == pytest.approx(p, abs=0.01)
+    assert float((ranges >= least).double().mean()) == pytest.approx(0.05, abs=0.005)
+
+
+def test_the_prose_of_the_study_quotes_its_results() -> None:
+    """What the lists below the tables say, from the files that they are about."""
+    found = {(name, s["kl_penalty"], s["kl_coef"]): s for name in ("tiny", "stories") for s in settings_of(name)}
+    prose = " ".join(FIGURES.split("What this says, and what it does not:")[1].split("`jobs/sweep_kl.yaml`")[0].split())
+    free, js, kl = (found["stories", *of] for of in (("none", 0.0), ("jensen_shannon", 0.3), ("kl", 0.2)))
+    assert f"jensen_shannon 0.3 ended at {js['kl_k1']:.1f} nats, kl 0.2 at {kl['kl_k1']:.1f}" in prose
+    assert f"jensen_shannon 6: {found['tiny', 'jensen_shannon', 6.0]['length_ratio']:.2f} of their length" in prose
+    assert f"went to {found['tiny', 'none', 0.0]['kl_k1']:.1f} nats for a score not shown to be worse" in prose
+    assert f"went to {free['kl_k1']:.0f} nats for {free['score']:.2f} of at most 1" in prose
+    best = max((s for key, s in found.items() if key[0] == "tiny"), key=lambda s: s["score"])
+    assert f"The highest of 16 means was picked for being the highest: {best['score']:.3f}" in prose
+    assert all(s["length_ratio"] > 0.99 for key, s in found.items() if key[0] == "stories")
+    script = beside("benchmarks/write_readme.py")
+    for name, told in (("tiny", "(mean of three seeds) is"), ("stories", "standard error of a score")):
+        assert f"{told} {script.standard_error_of_a_score(script.measured(f'kl_study_{name}')):.3f}" in FIGURES
 
 
 def test_the_tables_of_faults_and_bad_inputs_have_a_place_and_every_row() -> None:

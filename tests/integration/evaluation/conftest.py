@@ -39,9 +39,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path]) -> Chain:
     from rlhf_ray.config import PPOConfig, RewardConfig, SFTConfig
-    from rlhf_ray.ppo.loop import ppo
-    from rlhf_ray.supervised.reward import reward
-    from rlhf_ray.supervised.sft import sft
+    from rlhf_ray.stages.start import ppo, reward, sft
 
     root, base = tmp_path_factory.mktemp("chain"), str(tiny_llama(context=128))
     asked = [(f"{verb} the {noun}.", "shortly" if i % 3 == 0 else "") for i, noun in enumerate(NOUNS) for verb in VERBS]

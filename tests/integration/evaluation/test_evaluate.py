@@ -18,7 +18,7 @@ from rlhf_ray.errors import ArtifactError, ConfigError, DataError
 from rlhf_ray.maths.intervals import mean_interval
 from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.stages.evaluate import evaluate
+from rlhf_ray.stages.start import evaluate
 from rlhf_ray.stages.win_rates import distinct_2, pair_counts
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.storage.run_folder import open_run

@@ -18,10 +18,10 @@ from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.console import Console, LocalConsole, NullConsole
 from rlhf_ray.errors import ArtifactError, ConfigError, DataError, Interrupted, InvariantError
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.roles.experience import Evaluation
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.stages.resume import resume
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import describe_files, open_run
 

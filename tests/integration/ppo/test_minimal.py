@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.ppo.minimal import minimal_ppo
+from rlhf_ray.stages.start import ppo
 
 
 def share_of_ascii(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:

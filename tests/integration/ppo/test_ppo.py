@@ -21,8 +21,8 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.splits import confirms, is_held_out, prompt_hash
 from rlhf_ray.errors import ConfigError, DataError, Interrupted
 from rlhf_ray.metrics import METRICS, read_metrics
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.stages.resume import resume
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import Run, load_run
 
 pytestmark = pytest.mark.integration
@@ -131,25 +131,28 @@ def test_too_few_held_out_prompts_to_set_some_apart(ppo_job: Job, prompts_file: 
     assert "eval/reward" in done.metrics and not [name for name in done.metrics if "confirm" in name]
 
 
-def test_rows_per_forward_is_memory_only(ppo_job: Job) -> None:
+def test_rows_per_forward_is_memory_only(ppo_job: Job, ptx: dict[str, Any]) -> None:
     """F1: microbatches hold different rows and share one normaliser, so how many there are changes nothing but rounding."""
-    a = run(ppo_job("eight", per_device_train_batch_size=8))
-    b = run(ppo_job("one", per_device_train_batch_size=1))
+    a = run(ppo_job("eight", per_device_train_batch_size=8, **ptx))
+    b = run(ppo_job("one", per_device_train_batch_size=1, **ptx))
     assert difference(weights(a.run_dir), weights(b.run_dir)) < 1e-5
     assert difference(weights(a.run_dir, "value"), weights(b.run_dir, "value")) < 1e-5
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_zero_stages_agree(ppo_job: Job, stage: int) -> None:
-    plain = run(ppo_job("plain"))
-    sharded = run(ppo_job("sharded", learner={"num_workers": 0, "num_threads": 1, "zero_stage": stage}))
+def test_zero_stages_agree(ppo_job: Job, ptx: dict[str, Any], stage: int) -> None:
+    plain = run(ppo_job("plain", **ptx))
+    sharded = run(ppo_job("sharded", learner={"num_workers": 0, "num_threads": 1, "zero_stage": stage}, **ptx))
     assert difference(weights(plain.run_dir), weights(sharded.run_dir)) < 1e-6
     assert difference(weights(plain.run_dir, "value"), weights(sharded.run_dir, "value")) < 1e-6
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_an_interrupted_run_goes_on_to_the_same_bits(ppo_job: Job, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F7: a checkpoint is the whole state after its update: optimizer, KL coefficient, reward statistics, counters, logs."""
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    ppo_job: Job, ptx: dict[str, Any], stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F7: a checkpoint is the whole state after its update: optimizer, KL coefficient, reward statistics, counters, logs, and the
+    reference, which was reset in the step before. Rows of ptx_data have no cursor."""
     learner = {"num_workers": 0, "num_threads": 1, "zero_stage": stage}
     common: dict[str, Any] = {
         "learner": learner,
@@ -158,6 +161,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(ppo_job: Job, stage: int, m
         "kl_controller": "adaptive",
         "normalize_rewards": True,
         "eval_steps": 2,
+        "ref_model_sync_steps": 2,
+        "ref_model_sync_resets_optimizer": True,
+        **ptx,
     }
     straight = run(ppo_job("straight", **common))
     monkeypatch.setenv("FAIL_AT_CALL", "7")  # 1 evaluation, 2 chunks a step, an evaluation after step 2: in step 3
@@ -176,14 +182,33 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(ppo_job: Job, stage: int, m
     "changes",
     [
         {"advantage_estimator": "rloo", "num_generations": 4},
-        {"advantage_estimator": "grpo", "num_generations": 4, "use_kl_loss": True, "kl_penalty": "bregman"},
-        {"value": {"adapter": "shared"}, "kl_penalty": "jensen_shannon", "load_best_model_at_end": True},
+        {
+            "advantage_estimator": "grpo",
+            "num_generations": 4,
+            "use_kl_loss": True,
+            "kl_penalty": "bregman",
+            "ref_model_sync_steps": 1,
+        },
+        {
+            "value": {"adapter": "shared"},
+            "kl_penalty": "jensen_shannon",
+            "load_best_model_at_end": True,
+            "ref_model_sync_steps": 1,
+        },
         {
             "value": {"warmup_steps": 1, "learning_rate": 5e-3},
             "kl_penalty": "squared_error",
             "kl_controller": "horizon",
+            "ref_model_sync_steps": 2,
         },
-        {"optim": "adafactor", "kl_penalty": "clamped_kl", "whiten_rewards": True, "reward_clip": 1.0},
+        {
+            "optim": "adafactor",
+            "kl_penalty": "clamped_kl",
+            "whiten_rewards": True,
+            "reward_clip": 1.0,
+            "ref_model_sync_steps": 1,
+            "ref_model_sync_resets_optimizer": True,
+        },
         {"optim": "adamw_8bit", "kl_penalty": "none", "bootstrap_truncated": True},
         {"min_response_length": 2, "target_kl": 1e-9, "save_steps": [2], "load_best_model_at_end": True},
         {"cliprange_high": 0.28, "dual_clip": 3.0, "overlong_buffer": 4, "loss_aggregation": "seq_mean_token_sum"},
@@ -208,6 +233,61 @@ def test_every_variant_runs(ppo_job: Job, changes: dict[str, Any]) -> None:
         assert last["policy/epochs"] == 1.0
     if "use_kl_loss" in changes:
         assert last["loss/kl"] > 0.0
+
+
+@pytest.fixture
+def ptx(prompts_file: Path) -> dict[str, Any]:
+    """A supervised loss over answers to the very prompts."""
+    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    answers = prompts_file.with_name("answers.jsonl")
+    answers.write_text(
+        "".join(json.dumps({**row, "output": "Number " * (i % 3 + 1)}) + "\n" for i, row in enumerate(rows))
+    )
+    return {"ptx_coef": 0.5, "ptx_data": {"train": str(answers), "held_out_fraction": 0.0}}
+
+
+def test_a_supervised_loss_is_mixed_in(ppo_job: Job, ptx: dict[str, Any]) -> None:
+    """Its rows are learnt, but for those that ask what is held out, which are recorded as well."""
+    console = io.StringIO()
+    common: dict[str, Any] = {"learning_rate": 5e-3, "max_steps": 5, "eval_on_start": False}
+    job = ppo_job("mixed", **common, **{**ptx, "ptx_coef": 5.0})
+    done = ppo(job, LocalConsole(file=console))
+    rows = [row for row in deterministic(done.run_dir) if row["step"]]
+    assert rows[-1]["loss/ptx"] < rows[0]["loss/ptx"] - 0.3
+    held_out = sum(
+        is_held_out(prompt_hash(Prompt(json.loads(line)["instruction"])), 0.1)
+        for line in Path(ptx["ptx_data"]["train"]).read_text().splitlines()
+    )
+    assert held_out and f"ptx_data: {held_out} of them ask what data holds out, and are left out" in console.getvalue()
+    assert f"5 x supervised loss, 8 of {80 - held_out} rows in each optimizer step" in console.getvalue()
+    manifest = json.loads((Path(done.run_dir) / "manifest.json").read_text())
+    assert ptx["ptx_data"]["train"] in [file["path"] for file in manifest["data"]]
+    with pytest.raises(DataError, match="rows < global batch 96"):
+        run(ppo_job("few", **ptx, rollout_batch_size=96, num_mini_batches=1, num_generations=2))
+
+
+def test_the_reference_is_reset_to_the_policy(ppo_job: Job) -> None:
+    """After every step: the next one starts at a KL of 0, the start is measured on, and Adam begins anew for the policy."""
+    common: dict[str, Any] = {"learning_rate": 2e-2, "save_steps": 1, "kl_coef": 0.5, "eval_steps": 1}
+    plain = run(ppo_job("plain", **common))
+    reset = run(ppo_job("reset", **common, ref_model_sync_steps=1, ref_model_sync_resets_optimizer=True))
+    one, two = ({row["step"]: row for row in deterministic(r.run_dir)} for r in (plain, reset))
+    told = {"kl/start_k1_per_response", "kl/reference_step"}
+    assert {k: v for k, v in two[1].items() if k not in told} == one[1], "nothing has been reset yet"
+    assert [two[n]["kl/reference_step"] for n in (1, 2, 3)] == [0, 1, 2]
+    for step in (2, 3):
+        assert abs(two[step]["kl/k1_per_response"]) < 1e-4 and two[step]["kl/k3_per_response"] < 1e-4
+        assert abs(two[step]["kl/start_k1_per_response"]) > 1e-2 and two[step]["eval/kl_k3_per_response"] > 1e-2
+    assert two[2]["kl/start_k1_per_response"] == pytest.approx(one[2]["kl/k1_per_response"], abs=1e-6), "one policy"
+    folders = [Path(reset.run_dir) / "checkpoints" / f"step_00000{n}" for n in (1, 2, 3)]
+    references = [load_file(folder / "reference.safetensors") for folder in folders]
+    assert same(references[0], weights(folders[0])) and same(references[1], weights(folders[1]))
+    assert same(references[2], references[1]), "after the last step nobody needs another one"
+    state = load_file(folders[2] / "optimizer.safetensors")
+    steps = {k.split(".")[0]: float(v) for k, v in state.items() if k.endswith("::step")}
+    assert steps == {"policy": 4.0, "value": 12.0}
+    report = (Path(reset.run_dir) / "report.html").read_text()
+    assert "nats of KL per reply from the policy it started from" in report and "k1 from the start" in report
 
 
 @pytest.mark.parametrize("adapter", ["own", "shared"])

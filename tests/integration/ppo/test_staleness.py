@@ -16,9 +16,9 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import ConfigError, InvariantError
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.roles.collector import Collected, Collector
 from rlhf_ray.roles.learner import Learner
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import Run
 from rlhf_ray.training import run_entry
 

@@ -14,8 +14,7 @@ import pytest
 from rlhf_ray.config import PipelineConfig, PPOConfig
 from rlhf_ray.config.load import load
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
-from rlhf_ray.stages.pipeline import pipeline
+from rlhf_ray.stages.start import pipeline, ppo
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.bitsandbytes]
 JOBS = Path(__file__).parents[3] / "jobs"

@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf_ray.ppo.loop import ppo
-from rlhf_ray.stages.pipeline import pipeline
+from rlhf_ray.stages.start import pipeline, ppo, reward, sft
 from rlhf_ray.storage.run_folder import sha256_file
-from rlhf_ray.supervised.reward import reward
-from rlhf_ray.supervised.sft import sft
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
@@ -48,16 +45,21 @@ def test_it_gives_the_adapter_of_colocate(
         RewardConfig(output_dir=str(tmp_path / "reward"), data={"train": str(pairs)}, sft=first.run_dir, **shared),
         console,
     )
+    other = {"sft": first.run_dir, "seed": 1, **shared}
+    third = reward(RewardConfig(output_dir=str(tmp_path / "other"), data={"train": str(pairs)}, **other), console)
     fields = split_job("x").model_dump(exclude_unset=True)
     del fields["lora"]
-    fields |= {"sft": first.run_dir, "rewards": [{"name": "helpful", "run": second.run_dir}]}
+    many = {"name": "many", "ensemble": [third.run_dir, second.run_dir], "weight": 0.5}
+    fields |= {"sft": first.run_dir, "rewards": [{"name": "helpful", "run": second.run_dir}, many]}
+    fields |= {"value": {"init_from": "reward:many/1"}}
     beside = {"placement": "colocate", "learner": {"num_workers": 0, "num_threads": 1}}
     here = ppo(PPOConfig(**{**fields, **beside, "output_dir": str(tmp_path / "colocate")}), console)
     apart = ppo(PPOConfig(**{**fields, "output_dir": str(tmp_path / "split")}), console)
     for name in ("adapter", "value"):
         file = f"{name}/adapter_model.safetensors"
         assert sha256_file(Path(apart.run_dir) / file) == sha256_file(Path(here.run_dir) / file)
-    assert apart.metrics["reward/helpful"] == here.metrics["reward/helpful"]
+    for name in ("helpful", "many", "many/1", "many/2", "many/std"):
+        assert apart.metrics[f"reward/{name}"] == here.metrics[f"reward/{name}"]
 
 
 def test_in_a_pipeline(two_gpus: Any, split_job: Callable[..., PPOConfig], tmp_path: Path, console: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import Console
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import Run
 
 pytestmark = pytest.mark.integration
@@ -96,7 +96,7 @@ def test_two_jobs_at_the_same_moment(two_gpus: Any, split_job: Job, console: Any
 
     from rlhf_ray.launch.placement import placed
     from rlhf_ray.launch.resources import role_requests
-    from rlhf_ray.ppo.actors import BUILDERS
+    from rlhf_ray.stages.start import BUILDERS
 
     third, over, ends = placement_group([{"GPU": 1.0}] * 2), threading.Event(), []
     assert third.wait(10)

@@ -17,14 +17,14 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import load_run
 from rlhf_ray.storage.run_folder import sha256_file
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 Job = Callable[..., PPOConfig]
 COLOCATE: dict[str, Any] = {"placement": "colocate", "learner": {"num_workers": 0, "num_threads": 1}}
-STEPS: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "eval_steps": 3}
+STEPS: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "eval_steps": 3, "ref_model_sync_steps": 1}
 
 
 def result(folder: str) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import Console
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import sha256_file
 
 pytestmark = pytest.mark.integration
 Job = Callable[..., PPOConfig]
+RESETS = {"ref_model_sync_steps": 1}
 
 
 def adapter_sha256(run: Run, name: str = "adapter") -> str:
@@ -41,12 +42,13 @@ def deterministic(run: Run) -> list[dict[str, Any]]:
 @pytest.fixture
 def colocated(split_job: Job, console: Any) -> Run:
     """The same job in this process."""
-    return ppo(split_job("colocate", placement="colocate", learner={"num_workers": 0, "num_threads": 1}), console)
+    learner = {"num_workers": 0, "num_threads": 1}
+    return ppo(split_job("colocate", placement="colocate", learner=learner, **RESETS), console)
 
 
 def test_split_gives_the_adapter_of_colocate(two_gpus: Any, split_job: Job, console: Any, colocated: Run) -> None:
-    """Bit for bit, critic and metrics included."""
-    run = ppo(split_job("split"), console)
+    """Bit for bit, critic and metrics included, also where the scorers get a new reference after step 1."""
+    run = ppo(split_job("split", **RESETS), console)
     assert adapter_sha256(run) == adapter_sha256(colocated)
     assert adapter_sha256(run, "value") == adapter_sha256(colocated, "value")
     assert deterministic(run) == deterministic(colocated)
@@ -80,8 +82,8 @@ def test_roles_land_on_their_gpus(two_gpus: Any, split_job: Job, console: Any) -
 def test_two_learner_ranks_hand_out_their_own_chunks(two_gpus: Any, split_job: Job, console: Any) -> None:
     """Rank 0 puts the adapter into the object store, rank 1 gets the reference; both placements give the same adapter."""
     learner = {"num_workers": 2, "num_threads": 1, "num_gpus": 0.5}
-    split = ppo(split_job("split2", learner=learner), console)
-    beside = ppo(split_job("colocate2", placement="colocate", learner=learner), console)
+    split = ppo(split_job("split2", learner=learner, **RESETS), console)
+    beside = ppo(split_job("colocate2", placement="colocate", learner=learner, **RESETS), console)
     assert adapter_sha256(split) == adapter_sha256(beside)
     assert deterministic(split) == deterministic(beside)
     assert "rank 1, pid" in console.text
@@ -103,7 +105,7 @@ class Assassin(Console):
 def test_a_generator_killed_in_a_rollout(two_gpus: Any, split_job: Job, tmp_path: Path, colocated: Run) -> None:
     """Fault 1: kill -9 while chunks are under way. Same steps, same adapter, and the run says what happened."""
     console = Assassin(tmp_path / "victim", "generator 1")
-    run = ppo(split_job("killed"), console)
+    run = ppo(split_job("killed", **RESETS), console)
     steps = read_metrics(Path(run.run_dir) / "metrics.jsonl")
     assert not (tmp_path / "victim").exists(), "nobody was killed"
     assert sum(row.get("faults/retries", 0.0) for row in steps) >= 1.0
@@ -118,7 +120,7 @@ def test_the_only_generator_killed(two_gpus: Any, split_job: Job, tmp_path: Path
     """Its work waits for its restart. It comes back without an adapter, and loads the one that the next request names (fault 4)."""
     console = Assassin(tmp_path / "victim", "generator 0")
     alone = {"num_actors": 1, "num_gpus": 0.5, "num_cpus": 0.25, "num_threads": 1}
-    run = ppo(split_job("alone", generator=alone), console)
+    run = ppo(split_job("alone", generator=alone, **RESETS), console)
     assert not (tmp_path / "victim").exists(), "nobody was killed"
     assert "generator 0: is back, pid" in console.text
     assert adapter_sha256(run) == adapter_sha256(colocated)
@@ -128,7 +130,7 @@ def test_the_only_generator_killed(two_gpus: Any, split_job: Job, tmp_path: Path
 def test_the_only_scorer_killed_in_a_step(two_gpus: Any, split_job: Job, tmp_path: Path, colocated: Run) -> None:
     """Fault 5: chunks wait for its restart and are scored again; none is made up."""
     console = Assassin(tmp_path / "victim", "scorer 0")
-    run = ppo(split_job("scorer"), console)
+    run = ppo(split_job("scorer", **RESETS), console)
     assert not (tmp_path / "victim").exists(), "nobody was killed"
     assert "scorer 0: lost while scoring chunk" in console.text and "scorer 0: is back, pid" in console.text
     assert re.search(r"scorer 0  restarted: pid \d+ on", (Path(run.run_dir) / "roles.log").read_text())
@@ -142,7 +144,7 @@ def test_an_actor_that_hangs(two_gpus: Any, split_job: Job, tmp_path: Path, colo
     """Fault 2: SIGSTOP. After `timeout_s` without a chunk it is ended, restarted, and its chunks done again."""
     console, role = Assassin(tmp_path / "victim", who, signal.SIGSTOP), who.split()[0]
     given = split_job("x").model_dump(exclude_unset=True)[role]
-    run = ppo(split_job("hangs", **{role: {**given, "timeout_s": 45.0}}), console)
+    run = ppo(split_job("hangs", **{role: {**given, "timeout_s": 45.0}}, **RESETS), console)
     assert not (tmp_path / "victim").exists(), "nobody was stopped"
     assert f"{who}: no answer within 45 s while" in console.text
     assert (run.steps, adapter_sha256(run)) == (colocated.steps, adapter_sha256(colocated))

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.metrics import read_metrics
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.roles.collector import Collected, Collector
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import sha256_file
 
 pytestmark = pytest.mark.integration
 Job = Callable[..., PPOConfig]
-STEPS = {"max_steps": 4, "save_steps": 1, "eval_on_start": False, "eval_steps": 4}
+STEPS = {"max_steps": 4, "save_steps": 1, "eval_on_start": False, "eval_steps": 4, "ref_model_sync_steps": 2}
 
 
 def adapter_sha256(run: Run, name: str = "adapter") -> str:
@@ -53,6 +53,8 @@ def test_it_equals_the_run_in_one_process_even_if_a_generator_dies(
     assert deterministic(run) == deterministic(in_process)
     steps = [row for row in deterministic(run) if row["step"]]
     assert [row["sampler/staleness"] for row in steps] == [0, 1, 1, 1]
+    # reset after step 2, when rollout 3 is on its way to scorers already
+    assert [row["kl/reference_step"] for row in steps] == [0, 0, 0, 2]
     killed = ppo(split_job("killed", max_staleness=1, **STEPS), Killer(tmp_path / "victim", console))
     assert not (tmp_path / "victim").exists(), "nobody was killed"
     assert adapter_sha256(killed) == adapter_sha256(in_process)

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.ppo.loop import ppo
+from rlhf_ray.stages.start import ppo
 
 pytestmark = pytest.mark.integration
 

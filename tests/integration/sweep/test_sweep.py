@@ -18,8 +18,8 @@ import pytest
 from rlhf_ray.config import SweepConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.errors import ConfigError, InvariantError, ResourceError
-from rlhf_ray.ppo.loop import ppo
 from rlhf_ray.registry import Registry
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run import Run, load_run
 from rlhf_ray.storage.run_folder import sha256_file
 from rlhf_ray.sweep.sweep import resume_sweep, sweep

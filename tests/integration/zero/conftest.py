@@ -1,4 +1,5 @@
-"""PPO jobs for ranks of a gloo group: unequal prompts, replies that end at different steps, chunks that do not divide evenly."""
+"""PPO jobs for ranks of a gloo group: unequal prompts, replies that end at different steps, chunks that do not divide evenly; and a
+supervised loss, whose backward passes reach the policy alone."""
 
 from __future__ import annotations
 
@@ -42,8 +43,10 @@ def zero_job(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Callable[..., P
 
     Under two ranks the third chunk, and each evaluation, leave one rank without work. At stage 3 nothing stays gathered."""
     prompts, reward, settings = tmp_path / "prompts.jsonl", tmp_path / "reward.py", tmp_path / "zero3.json"
+    answers = tmp_path / "answers.jsonl"
     rows = [{"instruction": f"Say {'so ' * (i % 9)}{i}."} for i in range(80)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers.write_text("".join(json.dumps({**row, "output": "so " * (i % 5 + 1)}) + "\n" for i, row in enumerate(rows)))
     reward.write_text(REWARD)
     settings.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
 
@@ -69,6 +72,8 @@ def zero_job(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Callable[..., P
             "response_length": 8,
             "stop_token_ids": list(range(2, 60)),
             "max_steps": 2,
+            "ptx_coef": 0.3,
+            "ptx_data": {"train": str(answers)},
             "learning_rate": 1e-3,
             "report_to": [],
         }

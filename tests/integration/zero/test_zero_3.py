@@ -22,10 +22,11 @@ from rlhf_ray.console import NullConsole
 from rlhf_ray.maths.stats import RunningMoments
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.ppo.checkpoint import enter_run
-from rlhf_ray.ppo.loop import PPOLoop, ppo
+from rlhf_ray.ppo.loop import PPOLoop
 from rlhf_ray.ppo.setup import set_up
 from rlhf_ray.roles.experience import make_experience
 from rlhf_ray.runtime.session import process_session
+from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run_folder import sha256_tensors
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -95,8 +96,11 @@ def test_one_and_two_ranks_and_all_stages_learn_the_same(zero_job: Job, experien
 
 
 def test_a_whole_run_gives_the_adapter_and_the_replies_of_stage_0(zero_job: Job) -> None:
-    """Sampling, scoring, evaluation and updates in lockstep, with replies that end at different steps and unequal prompts."""
-    plain, sharded, alone = zero_job("plain", 0), zero_job("sharded", 3), zero_job("alone", 0, learner=HERE)
+    """Sampling, scoring, evaluation and updates in lockstep, with replies that end at different steps and unequal prompts, and a
+    reference that is reset after step 1."""
+    resets = {"ref_model_sync_steps": 1, "ref_model_sync_resets_optimizer": True}
+    plain, sharded = zero_job("plain", 0, **resets), zero_job("sharded", 3, **resets)
+    alone = zero_job("alone", 0, learner=HERE, **resets)
     ranks = on_ranks(2, train, [plain, sharded], 7)
     assert ranks[0] == ranks[1], "every rank published the same adapter"
     said = responses(sharded)

@@ -24,10 +24,12 @@ from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.zero3 import gathered
 from rlhf_ray.ppo import loop as ppo_stage
 from rlhf_ray.ppo.models import assemble
+from rlhf_ray.ppo.prompts import load_prompts
 from rlhf_ray.ppo.setup import set_up
 from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.learner import Learner
 from rlhf_ray.roles.optimizer_state import export_state
+from rlhf_ray.roles.ptx import PtxRows
 from rlhf_ray.runtime.session import Session
 
 PATIENCE = timedelta(seconds=120)
@@ -89,8 +91,9 @@ def learn(session: Session, job: PPOConfig, experience: str, out: str) -> dict[s
     """The updates of one step on a stored Experience. Rank 0 writes adapters and optimizer state to `out`.
 
     Returns the published hash and the gradient norm."""
-    assembly, _ = assemble(job, session.device)
-    learner = Learner(assembly.finish(), job, session)
+    assembly, roles = assemble(job, session.device)
+    rows = load_prompts(job, assembly.base, roles.template).ptx
+    learner = Learner(assembly.finish(), job, session, PtxRows(rows, job, assembly.base.pad_id))
     if job.learner.zero_stage == 3:
         assert_sharded(learner.models)
     rates = {"policy": job.learning_rate, "value": job.learning_rate}

@@ -22,7 +22,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("28 of an ancestor", "noptepochs: 4", "noptepochs", "unknown key; fix: write num_ppo_epochs"),
     ("38 under another name", "kl_estimator: k4", "kl_estimator", "unknown key; fix: write kl_penalty"),
     ("28 in a section", "lora: {rank: 8}", "lora.rank", "unknown key; fix: remove it; fields here: preset, r, lora_alpha, "
-     "lora_dropout, target_modules, use_rslora"),
+     "lora_dropout, target_modules, target_parameters, use_rslora"),
     ("28 elsewhere", "zero_stage: 2", "zero_stage", "unknown key; fix: write learner.zero_stage: it does not belong to the top"),
     ("28 other stage", "train_on_inputs: true", "train_on_inputs", "unknown key; fix: it is a field of sft jobs; remove it"),
     ("29 text", 'kl_coef: "1e-4"', "kl_coef", "wrong type; expected number >= 0; got '1e-4'; fix: write it without quotes"),
@@ -75,7 +75,10 @@ FAULTS: list[tuple[str, str, str, str]] = [
      "out of range; expected number >= 0; got -1; fix: the default is 0.05"),
     ("45 zero", "response_length: 0", "response_length",
      "out of range; expected integer >= 1; got 0; fix: the default is 128"),
-    ("46 temperature", "temperature: 0", "temperature", "out of range; expected number > 0; got 0; fix: the default is 1"),
+    ("46 temperature", "temperature: 0", "temperature",
+     "out of range; expected number from 0.01 to 100.0; got 0; fix: the default is 1"),
+    ("46 temperature, 0 in float32", "temperature: 1e-50", "temperature",
+     "out of range; expected number from 0.01 to 100.0; got 1e-50; fix: the default is 1"),
     ("46 top_p", "eval_sampling: {top_p: 5}", "eval_sampling.top_p",
      "out of range; expected number > 0 and <= 1; got 5; fix: the default is 1"),
     ("46 greedy (F20)", "eval_sampling: {do_sample: false, temperature: 0.7}", "eval_sampling.temperature",
@@ -174,6 +177,14 @@ def test_a_bad_override(
             "filter_groups: true",
             "job.yaml:5: filter_groups: compares replies to one prompt; expected num_generations of at least 2; got 1",
         ),
+        (
+            "ptx_coef: 0.1",
+            "job.yaml:5: ptx_coef: there are no rows to learn from; set ptx_data, as data of an sft job, or ptx_coef: 0",
+        ),
+        (
+            "ptx_coef: 0.1\nptx_data: {train: sft.jsonl, eval_max_rows: 4}",
+            "job.yaml:6: ptx_data.eval_max_rows: has no effect: nothing is evaluated on ptx_data, all of it trains; drop it",
+        ),
         ("overlong_buffer: 200", "job.yaml:5: overlong_buffer: 200 is over response_length 128"),
         ("watch: judge", "job.yaml:5: watch: no reward is called 'judge'; expected one of weight 0: none"),
         ("watch: reward", "job.yaml:5: watch: reward reward is maximised; expected one of weight 0: none"),
@@ -182,6 +193,54 @@ def test_a_bad_override(
 )
 def test_rules_across_fields(lines: str, expected: str, complaints: Callable[..., list[str]]) -> None:
     assert complaints("ppo", JOB + lines + "\n") == [f"error: {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        ("ensemble: runs/sft", "rewards[0].ensemble: expected at least 2 reward runs; got 1; name more, or use run"),
+        ("ensemble: []", "rewards[0].ensemble: expected at least 2 reward runs; got 0; name more, or use run"),
+        (
+            "ensemble: [runs/sft, runs/reward, ./runs/sft/]",
+            "rewards[0].ensemble: runs/sft is named 2 times; expected different reward runs",
+        ),
+        (
+            "ensemble: [runs/sft, runs/reward], aggregate: min, std_coef: 0.5",
+            "rewards[0].std_coef: has no effect with aggregate min; drop it, or set aggregate: mean_minus_std",
+        ),
+        ("run: runs/reward, aggregate: min", "rewards[0].aggregate: only an ensemble has one; drop it"),
+        ("run: runs/reward, std_coef: 1", "rewards[0].std_coef: only an ensemble has one; drop it"),
+        (
+            "ensemble: [runs/sft, runs/reward], aggregate: lowest",
+            "rewards[0].aggregate: not a choice; expected one of mean_minus_std, min, mean or null; got 'lowest'",
+        ),
+        (
+            "ensemble: [runs/sft, runs/reward], run: runs/sft",
+            "rewards[0]: a reward needs exactly one of run, ensemble, model, function",
+        ),
+        (
+            "ensemble: [runs/sft, runs/reward], template: alpaca",
+            "rewards[0].template: an ensemble reads the policy's own tokens; drop it",
+        ),
+        (
+            "ensemble: [runs/sft, runs/rewrad]",
+            "rewards[0].ensemble[1]: no such folder; expected a folder; got runs/rewrad; fix: did you mean runs/reward?",
+        ),
+    ],
+)
+def test_a_bad_ensemble(reward: str, expected: str, complaints: Callable[..., list[str]]) -> None:
+    job = JOB.replace("{run: runs/reward}", f"{{{reward}}}")
+    assert complaints("ppo", job) == [f"error: job.yaml:4: {expected}"]
+
+
+def test_a_value_model_starts_from_one_member_of_an_ensemble(complaints: Callable[..., list[str]]) -> None:
+    job = JOB.replace("{run: runs/reward}", "{name: rm, ensemble: [runs/sft, runs/reward]}")
+    assert complaints("ppo", job + "value: {init_from: 'reward:rm'}\n") == [
+        "error: job.yaml:5: value.init_from: reward 'rm' is an ensemble; expected one member of it: reward:rm/1 or reward:rm/2"
+    ]
+    assert complaints("ppo", job + "value: {init_from: 'reward:rm/3'}\n") == [
+        "error: job.yaml:5: value.init_from: no reward is called 'rm/3'; rewards: rm/1, rm/2"
+    ]
 
 
 def test_a_run_folder_on_a_store_and_credentials_in_uris(
@@ -244,7 +303,7 @@ def test_required_fields_say_what_they_are(complaints: Callable[..., list[str]])
     assert complaints("ppo", "data: {max_rows: 3}\n") == [
         "error: job.yaml:1: data.train: missing; expected text or list of texts "
         "(files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
-        " data set ids)",
+        " data set ids, or folders that are laid out like one)",
         "error: job.yaml: output_dir: missing; expected text (the run folder itself)",
         "error: job.yaml: model_name_or_path: missing; expected text "
         "(base model: folder or Hub id of a causal language model)",

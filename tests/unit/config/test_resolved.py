@@ -174,5 +174,6 @@ def test_presets_are_resolved_and_stay() -> None:
         "lora_alpha": 64.0,
         "lora_dropout": 0.1,
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "target_parameters": [],
         "use_rslora": False,
     }

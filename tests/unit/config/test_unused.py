@@ -21,11 +21,11 @@ UNUSED = [
         "value.warmup_steps",
         "with advantage_estimator rloo, which has no value model",
     ),
-    (RLOO + "value: {learning_rate: 1.0e-4}", "value.learning_rate", "rloo"),
+    (RLOO + "value: {learning_rate: 2.0e-4}", "value.learning_rate", "rloo"),
     (RLOO + "lam: 0.9", "lam", "no token rewards"),
     (RLOO + "gamma: 0.9", "gamma", "rloo"),
     (RLOO + "whiten_rewards: true", "whiten_rewards", "rloo"),
-    (RLOO + "cliprange_value: null", "cliprange_value", "rloo"),
+    (RLOO + "cliprange_value: 0.2", "cliprange_value", "rloo"),
     (RLOO + "bootstrap_truncated: true", "bootstrap_truncated", "rloo"),
     (RLOO + "scale_rewards: none", "scale_rewards", "set grpo"),
     (RLOO + "reward_baseline: 1", "reward_baseline", "compares replies to one prompt"),
@@ -36,6 +36,10 @@ UNUSED = [
     ("kl_controller: adaptive\nkl_coef: 0", "kl_controller", "with kl_coef 0, which it multiplies and so never moves"),
     ("kl_controller: adaptive\nkl_penalty: none", "kl_controller", "with kl_penalty none"),
     ("use_kl_loss: true\nkl_penalty: none", "use_kl_loss", "with kl_penalty none"),
+    ("ref_model_sync_steps: 5\nkl_penalty: none", "ref_model_sync_steps", "with kl_penalty none"),
+    ("ref_model_sync_steps: 5\nkl_coef: 0", "ref_model_sync_steps", "with kl_coef 0"),
+    ("ref_model_sync_resets_optimizer: true", "ref_model_sync_resets_optimizer", "without ref_model_sync_steps"),
+    ("ptx_data: {train: sft.jsonl}", "ptx_data", "with ptx_coef 0"),
     ("overlong_penalty: 0.5", "overlong_penalty", "without overlong_buffer"),
     ("num_ppo_epochs: 1\nnum_mini_batches: 1\ntarget_kl: 0.1", "target_kl", "one optimizer step per rollout"),
     ("num_ppo_epochs: 1\nnum_mini_batches: 1\nmax_clip_fraction: 0.1", "max_clip_fraction", "every ratio is 1"),
@@ -48,7 +52,7 @@ UNUSED = [
 
 
 def job(lines: str) -> str:
-    return (JOB.replace("data: {train: prompts.jsonl}\n", "") if "data:" in lines else JOB) + lines + "\n"
+    return (JOB.replace("data: {train: prompts.jsonl}\n", "") if lines.startswith("data:") else JOB) + lines + "\n"
 
 
 @pytest.mark.parametrize(("lines", "field", "why"), UNUSED, ids=[f"{f} {w}"[:40] for _, f, w in UNUSED])

@@ -18,6 +18,7 @@ from rlhf_ray.data.load import load_rows
 from rlhf_ray.data.records import RowSet, check_same_data, read_rows
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import DataError
+from tests.unit.data.conftest import CHAT
 
 GOOD = '{"prompt": "Name a bird.", "chosen": "Wren.", "rejected": "Oak."}\n'
 Read = Callable[..., RowSet]
@@ -224,6 +225,44 @@ def test_row_23_fewer_rows_than_one_batch() -> None:
         require_batch(12, 64, "rows.jsonl", "lower train_batch_size")
     assert caught.value.lines() == ["error: rows.jsonl: 12 rows < global batch 64; fix: lower train_batch_size"]
     require_batch(64, 64, "rows.jsonl", "")
+
+
+def test_rows_that_the_template_refuses_are_skipped_and_counted(read: Read, load_byte_tokenizer: Any) -> None:
+    """System role refused; several turns under an instruction template: row faults like any other (issue 16, inputs 18)."""
+    tokenizer = load_byte_tokenizer()
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refuses + CHAT
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    system = [{"role": "system", "content": "Be brief."}, *said]
+    rows = read([{"messages": said}, {"messages": system}, {"messages": said + said}], "sft").rows
+    options = {
+        "max_length": 512,
+        "too_long": "stop",
+        "add_eos_token": True,
+        "train_on_turns": "all",
+        "train_on_inputs": False,
+    }
+    for template, kept, skipped in (
+        ("chat", [1, 3], "1 skipped: the chat template refuses this conversation: System role not supported (first rows.jsonl:2)"),
+        ("alpaca_short", [1], "2 skipped: template 'alpaca_short' takes one user message (first rows.jsonl:2, got system, user)"),
+    ):  # fmt: skip
+        loaded = load_template(template, tokenizer)
+        found = tokenise_sft(rows, loaded, tokenizer, on_bad_row="skip", **options)
+        assert [e.where for e in found.examples] == [f"rows.jsonl:{n}" for n in kept]
+        assert str(found.skipped) == skipped
+        with pytest.raises(DataError):
+            tokenise_sft(rows, loaded, tokenizer, **options)
+        room = {"max_length": 512, "response_length": 1, "too_long": "stop"}
+        asked = tokenise_prompts(rows, loaded, tokenizer, on_bad_row="skip", **room)
+        assert (str(asked.skipped), len(asked.examples)) == (skipped, len(kept))
+
+
+def test_no_rows_left_says_what_became_of_them() -> None:
+    with pytest.raises(DataError) as caught:
+        require_batch(
+            0, 8, "a.jsonl", "lower max_length", ["16 rows: 16 train", "train: 16 dropped: over max_length 8"]
+        )
+    assert "got 16 rows: 16 train; train: 16 dropped: over max_length 8; fix" in caught.value.lines()[0]
 
 
 def test_row_24_data_changed_since_the_checkpoint(read: Read) -> None:

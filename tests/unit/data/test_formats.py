@@ -129,7 +129,10 @@ MESSAGE_FAULTS: list[tuple[Any, str]] = [
         {"messages": [{"role": "boss", "content": "x"}, WREN]},
         "'messages'[0]: unknown role 'boss'; expected one of system, user",
     ),
-    ({"messages": [USER, {**WREN, "tool_calls": [1]}]}, "'messages'[1]: tool calls are not supported"),
+    (
+        {"messages": [USER, {**WREN, "tool_calls": [1]}]},
+        "'messages'[1]: malformed tool call: expected {name, arguments}",
+    ),
     ({"messages": [USER]}, "'messages': expected the assistant's message last"),
     ({"messages": [USER, WREN, USER]}, "'messages': expected the assistant's message last"),
     ({"conversations": SAID[:1]}, "'conversations': expected the assistant's message last"),
@@ -137,7 +140,7 @@ MESSAGE_FAULTS: list[tuple[Any, str]] = [
     ({"conversations": [{"from": "human"}, *SAID[1:]]}, "'conversations'[0]: missing field 'value'"),
     (
         {"conversations": [SAID[0], {"from": "function_call", "value": "{}"}, SAID[1]]},
-        "'conversations'[1]: tool calls are not supported",
+        "'conversations'[1]: malformed tool call: expected {name, arguments}",
     ),
     ({"messages": [WREN]}, "empty prompt"),
     ({"prompt": "p", "completion": [USER, WREN]}, "'completion': expected one message, got 2"),

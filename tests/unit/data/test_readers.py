@@ -210,6 +210,34 @@ def test_hub_data_sets_are_read_through_datasets(
         list(read_hub(str(folder / "set"), "nope"))
 
 
+def test_a_configuration_of_a_hub_data_set_is_chosen_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., str]
+) -> None:
+    """Issue 16, inputs 11: 'Config name is missing.' and no field to give it in. The data set is a folder laid out like one."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    header = "---\nconfigs:\n"
+    for name in ("main", "socratic"):
+        (folder / "set" / name).mkdir(parents=True)
+        write([{"prompt": f"{name}?", "completion": name}], f"set/{name}/train.jsonl")
+        header += f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train.jsonl\n"
+    write(header + "---\n", "set/README.md")
+    rows = read_rows(DataConfig(train=("set",), name="socratic"), "sft").rows
+    assert [(row.where, row.completion) for row in rows] == [("set:row 1", "socratic")]
+    for name, split, said in (
+        (None, "train", r"Config name is missing\. .*\['main', 'socratic'\].*; fix: data\.name: one of them"),
+        ("x", "train", r"'x' not found\. Available: \['main', 'socratic'\]; fix: data\.name: one of them"),
+        ("main", "test", r'Unknown split "test"\. Should be one of \[.train.\].*; fix: data\.split: one of them'),
+    ):
+        with pytest.raises(DataError, match=said):
+            read_rows(DataConfig(train=("set",), name=name, split=split), "sft")
+    (folder / "broken").mkdir()
+    write('{"a": 1}\n{"a": ', "broken/train.jsonl")  # the reason is in the cause of what datasets says
+    with pytest.raises(DataError, match=r"error occurred while generating the dataset; .*JSON"):
+        read_rows(DataConfig(train=("broken",)), "sft")
+
+
 def test_a_hub_id_offline_is_one_line(folder: Path) -> None:
     """The suite runs with HF_HUB_OFFLINE=1; no retries, no traceback."""
     import datasets  # noqa: F401 - its import is not part of the time

@@ -48,6 +48,22 @@ def letters(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: [vocabulary[letter] for letter in text]
 
 
+def test_rows_that_spell_special_tokens_are_counted_or_parsed(tokenizer: Any) -> None:
+    rows = [Row("x:1", Prompt(), completion="a</s>"), _sft("a", "b", 2), _sft("<s>a", "b", 3)]
+    found = tokenise_sft(rows, NONE, tokenizer, **{**SFT, "max_length": 64})
+    assert [len(e.input_ids) for e in found.examples] == [1 + 5 + 1, 4, 7]
+    told = (
+        "2 spell special tokens: read as text; data.special_tokens: parse reads them as the tokens (first x:1, '</s>')"
+    )
+    assert found.warnings == [told]
+    parsed = tokenise_sft(rows, NONE, tokenizer, special_tokens="parse", **SFT)
+    assert [len(e.input_ids) for e in parsed.examples] == [3, 4, 4]  # one </s>, one <s>
+    assert parsed.examples[0].labels == [IGNORE_INDEX, *parsed.examples[0].input_ids[1:]]
+    assert not parsed.warnings
+    (pair,) = tokenise_pairs([_pair("a", "b</s>", "c")], NONE, tokenizer, special_tokens="parse", **PAIRS).examples
+    assert (len(pair.chosen_ids), len(pair.rejected_ids)) == (4, 4)
+
+
 def test_the_loss_is_on_the_reply_and_its_eos(tokenizer: Any, letters: Callable[[str], list[int]]) -> None:
     (example,) = tokenise_sft([_sft("ab", "cd")], NONE, tokenizer, **SFT).examples
     assert example == TokenisedRow([BOS, *letters("abcd"), EOS], [IGNORE_INDEX] * 3 + [*letters("cd"), EOS], "x:1")
@@ -166,6 +182,19 @@ def test_long_prompts_are_counted_alike_in_training_and_evaluation(
     assert all(e.row is row for e, row in zip(cut.examples, rows, strict=True))
     with pytest.raises(ConfigError, match="max_length: no room for a prompt: 4-4"):
         tokenise_prompts(rows, NONE, tokenizer, too_long="drop", max_length=4, response_length=4)
+
+
+def test_a_prompt_is_too_long_from_max_prompt_length_on(tokenizer: Any) -> None:
+    """If that is less than what max_length leaves: 3 of 5 prompts are over 7 tokens, <s> included, and 2 over 12 - 4."""
+    rows = [Row(f"x:{n}", Prompt("abcdefghijklmnop"[:n])) for n in (1, 6, 7, 8, 9)]
+    for most, told in (
+        (7, "3 dropped: over max_prompt_length 7 (first x:7, 8 tokens)"),
+        (9, "2 dropped: over 12-4 (first x:8, 9 tokens)"),
+    ):
+        options: dict[str, Any] = {"max_length": 12, "response_length": 4, "max_prompt_length": most}
+        assert str(tokenise_prompts(rows, NONE, tokenizer, too_long="drop", **options).dropped) == told
+    with pytest.raises(DataError, match=r"8 tokens > max_prompt_length 7; fix: .*or a longer max_prompt_length"):
+        tokenise_prompts(rows, NONE, tokenizer, too_long="stop", **{**options, "max_prompt_length": 7})
 
 
 def test_no_eos_is_an_error_only_where_one_is_asked_for(load_byte_tokenizer: Callable[..., Any]) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import http.server
+import os
 import platform
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from rlhf_ray.errors import ConfigError, ResourceError
 from rlhf_ray.launch.preflight import given_address
+from rlhf_ray.launch.ray_cluster import check_socket_paths
 from rlhf_ray.launch.ray_join import ANSWER_S, cannot_join, check_is_there
 
 
@@ -90,3 +93,23 @@ def test_another_version_of_ray_or_python_is_refused_with_both_side_by_side() ->
         f"got {ours}; fix: run this command in the cluster's environment, or start the cluster from this one"
     ]
     assert cannot_join(RuntimeError("something else")) is None
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_with_a_long_name_is_told_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Issue 16, inputs 22: it was 'a bug in rlhf_ray: OSError'. The boundary is Ray's own."""
+    from ray._private.utils import validate_socket_filepath
+
+    session = f"ray/session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}/sockets/plasma_store"
+    longest = next(n for n in range(107, 0, -1) if len(os.path.join("x" * n, session)) <= 107)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(variable, "x" * longest)
+    check_socket_paths()
+    validate_socket_filepath(os.path.join("x" * longest, session))
+    monkeypatch.setenv(variable, "x" * (longest + 1))
+    with pytest.raises(ResourceError, match=f"{variable}: too long: .* at most {longest} letters; got {longest + 1}"):
+        check_socket_paths()
+    with pytest.raises(OSError, match="AF_UNIX"):
+        validate_socket_filepath(os.path.join("x" * (longest + 1), session))

@@ -114,6 +114,19 @@ def test_clip_scores() -> None:
         stats.clip_scores(torch.zeros(1), 0.0)
 
 
+# --- ensembles ---
+
+
+def test_ensemble_scores() -> None:
+    """By the definitions: mean 3, population variance ((1-3)^2 + (2-3)^2 + (6-3)^2) / 3 = 14/3; members that agree lose nothing."""
+    scores = torch.tensor([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]])
+    assert stats.ensemble_scores(scores, "mean").tolist() == [3.0, 5.0]
+    assert stats.ensemble_scores(scores, "min").tolist() == [1.0, 5.0]
+    for coefficient in (0.5, 1.0, 2.0):
+        found = stats.ensemble_scores(scores, "mean_minus_std", coefficient).tolist()
+        assert found == pytest.approx([3.0 - coefficient * math.sqrt(14 / 3), 5.0])
+
+
 # --- critic ---
 
 

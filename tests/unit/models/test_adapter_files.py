@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rlhf_ray.errors import ArtifactError, InvariantError
 from rlhf_ray.models.adapter_files import HEAD_KEY, adapter_sha256, read_adapter, save_adapter
+from rlhf_ray.models.adapters import adapter_config, adapter_tensors, wrap
 
 from .conftest import IDS, hidden, logits
 
@@ -29,6 +32,7 @@ CONFIG = {
     "lora_alpha": 8.0,
     "lora_dropout": 0.0,
     "target_modules": ["q_proj"],
+    "target_parameters": [],
     "use_rslora": False,
     "fan_in_fan_out": False,
 }
@@ -88,7 +92,7 @@ class TestReading:
             ("lora_dropout", 1),
             ("peft_type", "LOHA"),
             ("task_type", "SEQ_2_SEQ_LM"),
-            ("target_modules", "(a+)+$"),
+            ("target_modules", ["(a+)+$"]),
             ("target_modules", ["q_proj", "(a|a)*"]),
             ("target_modules", []),
             ("target_modules", None),
@@ -99,8 +103,8 @@ class TestReading:
             ("use_dora", True),
             ("init_lora_weights", "pissa"),
             ("init_lora_weights", "olora"),
-            ("rank_pattern", {"q_proj": 4}),
-            ("layers_to_transform", [0]),
+            ("rank_pattern", {"(a+)+q_proj": 4}),
+            ("alpha_pattern", {"(a+)+q_proj": 4}),
             ("trainable_token_indices", [1]),
             ("megatron_config", {"a": 1}),
             ("loftq_config", {"loftq_bits": 4}),
@@ -114,6 +118,27 @@ class TestReading:
             read_adapter(folder)
         assert len(e.value.problems) == 1 and field in e.value.problems[0].where and e.value.exit_code == 5
         assert time.monotonic() - start < 1  # a hostile regular expression is never run
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"target_modules": r".*self_attn\.(q|v)_proj"},
+            {"target_modules": "(a+)+$"},  # never run: the tensors tell
+            {"target_modules": "." * 5_000},
+            {"layers_to_transform": [0]},
+            {"exclude_modules": "lm_head"},
+        ],
+        ids=["regex", "hostile", "long", "layers", "excluded"],
+    )
+    def test_which_modules_are_meant_is_read_off_the_tensors(self, folder: Path, fields: dict[str, Any]) -> None:
+        """As PEFT's users write them (issue 16, inputs 19); the whole names stand for what the pattern matched."""
+        modules = sorted(
+            {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in read_adapter(folder).tensors}
+        )
+        change_config(folder, **fields)
+        start = time.monotonic()
+        assert read_adapter(folder).config["target_modules"] == modules
+        assert time.monotonic() - start < 1
 
     def test_all_problems_at_once(self, folder: Path) -> None:
         change_config(folder, r=0, lora_alpha=-1, use_dora=True)
@@ -218,11 +243,69 @@ class TestReading:
             "optimizer.pt",
             "rng_state_0.pth",
             "training_args.bin",
+            "latest",
+            "zero_to_fp32.py",
+            "events.out.tfevents.1764412345.host.17.0",
             "tokenizer.json",
             "chat_template.jinja",
         ):
             (folder / name).write_bytes(b"never opened")
         assert read_adapter(folder).sha256 == before
+
+
+class TestAdaptersByOthers:
+    """Saved by PEFT itself; they answer here as they do there."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"target_modules": r".*self_attn\.(q|v)_proj"},
+            {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 4}},
+            {
+                "target_modules": ["q_proj", "v_proj"],
+                "alpha_pattern": {r".*\.q_proj": 4, "^model.layers.1.self_attn.v_proj": 3},
+            },
+            {"target_modules": "all-linear", "rank_pattern": {r"layers\.0\.mlp\.up_proj": 9}, "use_rslora": True},
+            {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+            {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+        ],
+        ids=["regular expression", "ranks", "alphas", "ranks, rsLoRA", "layers", "excluded"],
+    )
+    def test_modules_and_scales_of_their_own(
+        self, tiny_llama: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama())
+        theirs = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **options)).eval()
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        theirs.save_pretrained(tmp_path / "theirs")
+        expected = logits(theirs)
+        files = read_adapter(tmp_path / "theirs")
+        ours = wrap(AutoModelForCausalLM.from_pretrained(tiny_llama()), files, "policy").eval()
+        torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=1e-4)
+        sha256 = save_adapter(
+            tmp_path / "ours",
+            adapter_tensors(ours, "policy"),
+            adapter_config(ours, "policy"),
+            "CAUSAL_LM",
+            None,
+            "base",
+        )
+        assert sha256 == files.sha256
+        again = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_llama()), str(tmp_path / "ours")
+        )
+        torch.testing.assert_close(logits(again.eval()), expected, atol=1e-5, rtol=1e-4)
+
+    def test_a_hostile_expression_is_not_run(self, folder: Path) -> None:
+        change_config(folder, target_modules="(a+)+$" * 20)
+        assert read_adapter(folder).config["target_modules"] == [A.split(".lora_")[0].removeprefix("base_model.model.")]
+
+    def test_a_refusal_has_a_way_out(self, folder: Path) -> None:
+        change_config(folder, use_dora=True)
+        with pytest.raises(ArtifactError, match=r"merge it into its base.* model_name_or_path: rlhf-ray merge"):
+            read_adapter(folder)
 
 
 class TestSaving:

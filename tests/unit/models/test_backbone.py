@@ -11,13 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, GraniteConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Gemma2Config,
+    GraniteConfig,
+)
 
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ArtifactError, ConfigError, InvariantError, ResourceError
 from rlhf_ray.models import loading
 from rlhf_ray.models.backbone import Backbone, trunk
-from rlhf_ray.models.heads import LogitsHead, ScalarHead
+from rlhf_ray.models.heads import LogitsHead, ScalarHead, scalar_head
 
 from .conftest import IDS, hidden, logits
 
@@ -194,12 +201,12 @@ class TestHeads:
 
         plain = LlamaForCausalLM.forward
 
-        def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def squared(self: Any, *args: Any, **kwargs: Any) -> Any:
             out = plain(self, *args, **kwargs)
-            out.logits = out.logits * 2
+            out.logits = out.logits**2
             return out
 
-        monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+        monkeypatch.setattr(LlamaForCausalLM, "forward", squared)
         with pytest.raises(ArtifactError, match="its logits are not its output layer"):
             load(tiny_llama())
 
@@ -247,7 +254,39 @@ class TestClassifiers:
             load_reward(tiny_llama())
         assert e.value.exit_code == 5 and "score.weight" in str(e.value)
 
-    def test_two_labels_are_no_reward(self, load_reward: Load, reward_model: Make) -> None:
+    def test_two_labels_are_the_log_odds_of_the_second(self, load_reward: Load, reward_model: Make) -> None:
         """F26: reading label 0 of two was the ancestors' random reward."""
-        with pytest.raises(ArtifactError, match="num_labels 1; got 2"):
-            load_reward(reward_model(num_labels=2))
+        folder = reward_model(num_labels=2, pad_token_id=0)
+        base = load_reward(folder)
+        with torch.no_grad():
+            both = AutoModelForSequenceClassification.from_pretrained(folder)(IDS).logits
+            found = scalar_head(base.model.score)(hidden(base.model)[:, -1])  # type: ignore[arg-type]
+        torch.testing.assert_close(found, both[:, 1] - both[:, 0])
+        assert "the logit of label 1 minus that of label 0" in base.notes[0]
+
+    def test_three_labels_are_no_reward(self, load_reward: Load, reward_model: Make) -> None:
+        with pytest.raises(ArtifactError, match=r"several labels; expected one label, or two; got 3.*reward function"):
+            load_reward(reward_model(num_labels=3))
+
+    def test_a_bias_counts_and_what_is_not_used_is_told(self, load_reward: Load, reward_model: Make) -> None:
+        """transformers drops a bias that its class does not have, and says so in its log alone."""
+        folder = reward_model(pad_token_id=0)
+        stored = load_file(folder / "model.safetensors")
+        plain = scalar_head(load_reward(folder).model.score)  # type: ignore[arg-type]
+        save_file(
+            {**stored, "score.bias": torch.tensor([1.5]), "critic.weight": torch.ones(2)}, folder / "model.safetensors"
+        )
+        base = load_reward(folder)
+        states = hidden(base.model)[:, -1]
+        torch.testing.assert_close(scalar_head(base.model.score)(states), plain(states) + 1.5)  # type: ignore[arg-type]
+        assert base.notes == (
+            "LlamaForSequenceClassification does not use 1 of the checkpoint's tensors: critic.weight",
+        )
+
+    def test_an_encoder_has_a_way_out(self, load_reward: Load, tiny_llama: Make, tmp_path: Path) -> None:
+        config = BertConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_llama() / file, tmp_path)
+        with pytest.raises(ArtifactError, match=r"no score head.*BertForSequence.*as a Python reward function"):
+            load_reward(tmp_path)

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.models import merge
 from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
@@ -125,6 +126,30 @@ class TestPolicies:
         backbone = load(moved)
         assert backbone.eos_ids == (2,) and fixture_difference(moved, backbone) == 0.0
         assert fixture_difference(base, backbone) is None
+
+    def test_a_base_that_has_moved_is_named(
+        self, tiny_llama: Make, save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        base = Path(shutil.copytree(tiny_llama(), tmp_path / "base"))
+        save_trained(base, tmp_path / "adapter")
+        expected = load_file(merge_run(tmp_path / "adapter") / "model.safetensors")
+        base.rename(tmp_path / "moved")
+        with pytest.raises(RlhfRayError, match="name the base where it lies now: --model"):
+            merge_run(tmp_path / "adapter", tmp_path / "again")
+        merged = load_file(
+            merge_run(tmp_path / "adapter", tmp_path / "again", model=str(tmp_path / "moved")) / "model.safetensors"
+        )
+        assert all(torch.equal(expected[name], tensor) for name, tensor in merged.items())
+
+    def test_a_regular_expression_as_target_merges_what_it_matched(
+        self, tiny_llama: Make, save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        save_trained(tiny_llama(), tmp_path / "names", target_modules=("q_proj", "v_proj"))
+        shutil.copytree(tmp_path / "names", tmp_path / "regex")
+        file = tmp_path / "regex" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": r".*self_attn\.(q|v)_proj"}))
+        by_name, by_regex = (load_file(merge_run(tmp_path / n) / "model.safetensors") for n in ("names", "regex"))
+        assert all(torch.equal(by_name[name], tensor) for name, tensor in by_regex.items())
 
     def test_one_checkpoint_of_a_run(self, load: Load, tiny_llama: Make, make_run: Callable[..., RunFolder]) -> None:
         run = make_run("ppo", tiny_llama())
@@ -322,3 +347,30 @@ class TestRefusals:
         config = tmp_path / "a" / "adapter_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../base"}))
         assert merge_run(tmp_path / "a").is_dir()
+
+
+class TestMoreThanLora:
+    """Adapters that no role can have, saved by PEFT: their merge answers as they do."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            {"target_modules": r".*self_attn\.(q|v)_proj", "use_dora": True},
+        ],
+        ids=["DoRA", "saved modules", "embeddings", "DoRA by expression"],
+    )
+    def test_they_merge(self, tiny_llama: Make, tmp_path: Path, load: Load, options: dict[str, Any]) -> None:
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama())
+        theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)).eval()
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        theirs.save_pretrained(tmp_path / "theirs")
+        merged = load(merge_run(tmp_path / "theirs", model=str(tiny_llama())))
+        torch.testing.assert_close(logits(merged.model), logits(theirs), atol=1e-4, rtol=1e-4)
+        with pytest.raises(ArtifactError):
+            read_adapter(tmp_path / "theirs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -13,8 +14,9 @@ import torch
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.models.adapters import adapter_parameters, use_adapter, wrap
+from rlhf_ray.models.adapters import adapter_parameters, read_adapter, use_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.merge import merge_run
 
 from .conftest import IDS, logits
 
@@ -77,3 +79,22 @@ def test_without_bitsandbytes(load: Load, tiny_llama: Make, monkeypatch: pytest.
     with pytest.raises(ResourceError, match=r"rlhf_ray\[quant\]") as e:
         load(tiny_llama(), load_in_8bit=True)
     assert e.value.exit_code == 3
+
+
+def test_a_checkpoint_that_is_quantised_merges_whole(
+    load: Load, tiny_llama: Make, save_trained: Callable[..., str], tmp_path: Path
+) -> None:
+    """It trains like a base that is quantised on loading, and merges into its dequantised weights."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "quantised"
+    load(tiny_llama(), load_in_4bit=True).model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama() / file, folder)
+    base = load(folder)
+    assert base.identity.precision == "4bit"
+    save_trained(folder, tmp_path / "adapter")
+    merged = load(merge_run(tmp_path / "adapter"))
+    assert merged.identity.precision == "float32" and not hasattr(merged.model.config, "quantization_config")
+    expected = logits(wrap(base.model, read_adapter(tmp_path / "adapter"), "policy"))
+    correlation = torch.corrcoef(torch.stack([expected.flatten().float(), logits(merged.model).flatten()]))[0, 1]
+    assert correlation > 0.999

@@ -16,7 +16,10 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models.backbone import load_backbone
 from rlhf_ray.models.sources import check_files, config_sha256, resolve_source, weight_files, weights_sha256
+
+from .conftest import SETTINGS
 
 
 @pytest.fixture
@@ -81,11 +84,26 @@ class TestLocalFolders:
             resolve_source(str(tmp_path))
 
 
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
 class TestWhatMayBeLoaded:
     @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-    def test_code_of_the_model_is_refused(self, copy: Path, file: str) -> None:
+    def test_code_of_the_model_is_never_run(self, copy: Path, file: str) -> None:
+        """A type that transformers does not know is refused; of one that it knows, its own code is used."""
         edit(copy / file, auto_map={"AutoModelForCausalLM": "modeling.Evil", "AutoTokenizer": ["tok.Evil", None]})
-        (copy / "modeling.py").write_text("raise SystemExit('ran')")
+        for name in ("modeling.py", "tok.py"):
+            (copy / name).write_text("raise SystemExit('ran')")
+        base = load_backbone(path=str(copy), **SETTINGS)
+        assert type(base.model).__name__ == "LlamaForCausalLM" and not hasattr(base.model.config, "auto_map")
+        edit(copy / "config.json", model_type="evil")
         with pytest.raises(ArtifactError, match="auto_map is refused") as e:
             check_files(resolve_source(str(copy)))
         assert e.value.exit_code == 5 and file in str(e.value)
@@ -95,11 +113,16 @@ class TestWhatMayBeLoaded:
         with pytest.raises(ArtifactError, match="transformers_weights is refused"):
             check_files(resolve_source(str(copy)))
 
-    def test_pickled_weights_are_refused_unopened(self, copy: Path) -> None:
+    def test_pickled_weights_are_tensors_or_nothing(self, copy: Path) -> None:
+        expected = load_backbone(path=str(copy), **SETTINGS).model.state_dict()
         (copy / "model.safetensors").unlink()
-        (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-        with pytest.raises(ArtifactError, match=r"pickled.*pytorch_model\.bin"):
-            check_files(resolve_source(str(copy)))
+        torch.save(expected, copy / "pytorch_model.bin")
+        found = load_backbone(path=str(copy), **SETTINGS).model.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+        torch.save({**expected, "evil": Evil(copy / "ran")}, copy / "pytorch_model.bin")
+        with pytest.raises(ArtifactError, match="hold more than tensors"):
+            load_backbone(path=str(copy), **SETTINGS)
+        assert not (copy / "ran").exists()
 
     def test_no_weights(self, copy: Path) -> None:
         (copy / "model.safetensors").unlink()

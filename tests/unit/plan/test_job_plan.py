@@ -67,16 +67,16 @@ def trained(tiny_llama: Callable[..., Path], make_backbone: Callable[..., Backbo
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     base = tiny_llama()
-    for name, head, r in (("sft", None, 4), ("reward", torch.ones(1, 64), 2)):
+    for name, head, r in (("sft", None, 4), ("reward", torch.ones(1, 64), 2), ("other", torch.ones(1, 64), 3)):
         peft_model = wrap(make_backbone().model, LoraConfig(r=r), "x", seed=0)
-        tensors = {k: t + 0.01 for k, t in adapter_tensors(peft_model, "x").items()}
+        tensors = {k: t + 0.01 * r for k, t in adapter_tensors(peft_model, "x").items()}
         kind: Any = "CAUSAL_LM" if head is None else "SEQ_CLS"
         save_adapter(tmp_path / name, tensors, adapter_config(peft_model, "x"), kind, head, str(base))
     classifier = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(base, num_labels=1))
     classifier.save_pretrained(tmp_path / "judge")
     for file in base.glob("tokenizer*"):
         (tmp_path / "judge" / file.name).write_bytes(file.read_bytes())
-    return {"base": str(base), **{name: str(tmp_path / name) for name in ("sft", "reward", "judge")}}
+    return {"base": str(base), **{name: str(tmp_path / name) for name in ("sft", "reward", "other", "judge")}}
 
 
 JOBS: dict[str, dict[str, Any]] = {
@@ -86,6 +86,14 @@ JOBS: dict[str, dict[str, Any]] = {
     "shared critic": {"sft": "sft", "value": {"adapter": "shared"}},
     "no critic": {"advantage_estimator": "rloo", "num_generations": 2},
     "split": {"placement": "split", "sft": "sft", "rewards": [{"run": "reward"}]},
+    "ensemble": {"sft": "sft", "rewards": [{"ensemble": ["reward", "other"], "normalize": False}]},
+    "split, ensemble": {
+        "placement": "split",
+        "rewards": [{"ensemble": ["reward", "other"], "normalize": False}],
+        "value": {"init_from": "reward:reward/2"},
+    },
+    "resets of the reference": {"sft": "sft", "ref_model_sync_steps": 5},
+    "split, resets": {"placement": "split", "ref_model_sync_steps": 5, "lora": {"r": 2}},
     "split, critic of its own": {"placement": "split", "rewards": [{"model": "judge"}], "value": {"lora": {"r": 3}}},
 }
 
@@ -95,6 +103,7 @@ def test_planned_models_are_those_that_are_loaded(trained: dict[str, str], name:
     fields = json.loads(json.dumps(JOBS[name]))
     for holder in (fields, *fields.get("rewards", ())):
         holder.update({k: trained[v] for k, v in holder.items() if str(v) in trained})
+        holder.update({k: [trained[v] for v in vs] for k, vs in holder.items() if k == "ensemble"})
     (tmp_path / "f.py").write_text("def score(completions, **_):\n    return [0.0 for _ in completions]\n")
     if "rewards" not in fields:
         fields["rewards"] = [{"function": f"{tmp_path}/f.py:score"}]
@@ -116,7 +125,9 @@ def parameters(models: RoleModels) -> dict[str, Any]:
 def test_planned_models_of_an_evaluation_are_those_that_are_loaded(trained: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "f.py").write_text("def score(completions, **_):\n    return [0.0 for _ in completions]\n")
     policies = {"base": "base", "sft": trained["sft"], "same": trained["base"]}
-    rewards = [{"run": trained["reward"]}, {"model": trained["judge"]}, {"function": f"{tmp_path}/f.py:score"}]
+    both = [trained["reward"], trained["other"]]
+    rewards = [{"run": both[0]}, {"model": trained["judge"]}, {"function": f"{tmp_path}/f.py:score"}]
+    rewards.append({"ensemble": both, "normalize": False})  # type: ignore[dict-item]
     job = EvaluateConfig(
         output_dir="run",
         model_name_or_path=trained["base"],
@@ -129,7 +140,7 @@ def test_planned_models_of_an_evaluation_are_those_that_are_loaded(trained: dict
     planned = evaluation_models(job, "cpu", Made())[1]
     assert planned.bindings == real.models.bindings
     assert parameters(planned) == parameters(real.models)
-    assert [reward.name for reward in real.rewards] == ["r0", "r1", "r2"]
+    assert [reward.name for reward in real.rewards] == ["r0", "r1", "r2", "r3"]
 
 
 def test_a_pipeline_knows_the_adapters_that_it_will_make(model: Callable[..., str]) -> None:
@@ -188,7 +199,9 @@ def test_moments_and_masters_by_hand(model: Callable[..., str]) -> None:
         ({"max_length": 160}, "evaluation"),
         ({"dtype": "float32"}, "load"),
         ({"lora": {"r": 64}}, "load"),
+        ({"ref_model_sync_steps": 5}, "load"),
         ({"gradient_checkpointing": False}, "update"),
+        ({"ptx_coef": 0.1, "ptx_data": {"train": "d"}}, "update"),
     ],
 )
 def test_more_takes_more(model: Callable[..., str], fields: dict[str, Any], phase: str) -> None:
@@ -298,7 +311,7 @@ def test_the_command_prints_a_table(job: str, capfd: pytest.CaptureFixture[str])
         "GiB per GPU: learner",
         "what fits a card of",
         "split, ZeRO 3, 2 learners",
-        "note: max_length is not set: prompts of 512 tokens are assumed",
+        "note: max_length is not set: prompts of 1024 tokens are assumed",
         "recommended: GPUs of 16 GB",
         "cannot be placed: learner.num_gpus: no node has 1 GPU",
     ):
@@ -346,3 +359,17 @@ def test_the_jobs_that_come_along(model: Callable[..., str]) -> None:
         _, config = load_any(file, [f"model_name_or_path={small}", *rewards])
         found = plan(config, "cuda")
         assert all(stage.processes for stage in found.stages) and "recommended" in text(found)
+
+
+def test_states_do_not_grow_with_replies_and_keys_do(model: Callable[..., str]) -> None:
+    """Mamba has states alone: sampling 512 tokens takes what 32 take. One of LFM2's two layers has keys and values."""
+    small = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "state_size": 8}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    kinds = {"falcon_mamba": {}, "lfm2": {"layer_types": ["conv", "full_attention"]}}
+    for kind, fields in kinds.items():
+        path = model(kind, {"model_type": kind, **small, **fields})
+        short, long = (
+            sum(only(ppo(path, response_length=n, max_length=n + 24), prompt=24).phases["sampling"].values())
+            for n in (32, 512)
+        )
+        assert short < long if kind == "lfm2" else short == long

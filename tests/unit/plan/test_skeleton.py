@@ -12,6 +12,8 @@ import torch
 from rlhf_ray.config import SFTConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.plan.meta_tracker import MetaMemoryTracker
+from rlhf_ray.plan.passes import Cast, SupervisedLearning
+from rlhf_ray.plan.role_models import Made, supervised_models
 from rlhf_ray.plan.skeleton import read_config, size_of, skeleton
 
 D, I, L, H, KV, V = 64, 128, 2, 4, 2, 256
@@ -100,3 +102,30 @@ def test_models_attend_by_the_kernel_of_the_device(tmp_path: Path, device: Any, 
         with tracker.watch() as peak, torch.no_grad():
             base.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
     assert (peak.total > scores) == (kernel == "eager")
+
+
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_experts_and_latent_attention(tmp_path: Path, family: str, dtype: str, device: Any) -> None:
+    """The meta kernel of grouped products knows bfloat16 alone, fused attention on the CPU one width for keys and values."""
+    path = folder(tmp_path, model_type=family, **EXPERTS, **(LATENT if family == "deepseek_v3" else {"head_dim": 16}))
+    config = job(path, dtype=dtype, max_length=64)
+    cast = Cast(device, lambda: supervised_models(config, device, Made()))
+    peak = SupervisedLearning(cast, config).training(4)
+    rows, width = 4 * 64 * 2, 2 * 16  # a token's row for each of its two experts, and gate and up of them
+    assert peak.bytes["activations"] > rows * width * (4 if dtype == "float32" else 2)

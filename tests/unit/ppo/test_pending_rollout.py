@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,13 @@ from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.ppo.pending_rollout import load_pending, save_pending
 from rlhf_ray.roles.collector import Collected
+from rlhf_ray.roles.generator import ActiveAdapter
 from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.rollouts import Sampled
 from rlhf_ray.storage.files import sha256_tensors
 
 
-def sampled(drift: torch.Tensor | None) -> Sampled:
+def sampled(drift: torch.Tensor | None, reference: ActiveAdapter | None = None) -> Sampled:
     tensors = {"a": torch.randn(3, 2), "b": torch.zeros(1)}
     sha = sha256_tensors(tensors)
     rollout = Rollout(
@@ -33,15 +34,22 @@ def sampled(drift: torch.Tensor | None) -> Sampled:
     )
     parts = {"second": torch.tensor([1.0, 2.0]), "first/odd name": torch.tensor([3.0, 4.0])}
     scores = Scores(torch.tensor([0.5, -0.5]), torch.zeros(2, 4), torch.tensor([0, 1]), parts, drift)
+    if reference is not None:
+        scores = replace(scores, start_logprobs=torch.ones(2, 4), reference_sha256=reference.sha256)
     seconds, busy, faults = {"time/generate": 1.5}, {"generator": 2.0}, {"faults/retries": 1.0}
-    return Sampled(6, Collected(rollout, scores, seconds, busy, faults), PublishedAdapter(4, sha, tensors))
+    collected = Collected(rollout, scores, seconds, busy, faults)
+    return Sampled(6, collected, PublishedAdapter(4, sha, tensors), reference)
 
 
-@pytest.mark.parametrize("drift", [None, torch.tensor([0.0, 1.0])])
-def test_there_and_back(tmp_path: Path, drift: torch.Tensor | None) -> None:
-    before = sampled(drift)
+@pytest.mark.parametrize(
+    ("drift", "reference"),
+    [(None, None), (torch.tensor([0.0, 1.0]), None), (None, ActiveAdapter("synced_reference", 2, "abc"))],
+)
+def test_there_and_back(tmp_path: Path, drift: torch.Tensor | None, reference: ActiveAdapter | None) -> None:
+    before = sampled(drift, reference)
     save_pending(before, tmp_path)
     after = load_pending(tmp_path)
+    assert after.reference == reference
     assert (after.step, after.adapter.version, after.adapter.sha256) == (6, 4, before.adapter.sha256)
     assert all(torch.equal(after.adapter.tensors[name], t) for name, t in before.adapter.tensors.items())
     for kind in ("rollout", "scores"):

@@ -212,6 +212,11 @@ def write_evaluate(path: Path) -> Path:
             f"win_rate/{name}": wins,
             f"win_rate_se/{name}": 0.02,
         }
+        if name != "sft":
+            gap = reward + 0.42
+            metrics |= {
+                f"score_difference{end}/{name}": gap + 0.1 * by for end, by in (("", 0), ("_low", -1), ("_high", 1))
+            }
         metrics |= {
             f"kl_k1_per_response/{name}": kl,
             f"length/{name}": length,
@@ -225,6 +230,7 @@ def write_evaluate(path: Path) -> Path:
                 {"step": 0, "policy": name, "prompt": alpaca(prompt), "reply": response, "reward": policies[name][0]}
             )
     config = {"policies": [{"name": n, "policy": n if n == "base" else f"runs/demo/{n}"} for n in policies]}
+    config |= {"baseline": "sft", "rewards": [{"name": "judge", "run": "runs/demo/reward"}]}
     write_common(path, "evaluate", config, "done", metrics, 22.0)
     write_lines(path / "samples.jsonl", samples)
     return path

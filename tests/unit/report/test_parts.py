@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from rlhf_ray.report.compare import compared, comparison, comparison_table
 from rlhf_ray.report.findings import ppo_findings
 from rlhf_ray.report.folder import RunFiles, read_folder
 from rlhf_ray.report.html import Html, join, tag
+from rlhf_ray.report.ppo import ppo_story
 from rlhf_ray.report.samples import samples_section
 from rlhf_ray.report.supervised import reward_story, sft_story
 
@@ -99,6 +101,28 @@ def test_concerns_about_a_trend(name: str, start: float, end: float, title: str)
     assert concerns(rows) == [title]
 
 
+def test_a_rise_within_the_noise_of_steps_is_no_rise() -> None:
+    """First quarter 0.9, 1.1, 1.0, last one 0.95, 1.15, 1.05: 0.05 higher, and each has the error 0.1 / sqrt(3)."""
+    rows = rising(steady(**GOOD))
+    for row, value in zip(rows, [0.9, 1.1, 1.0, *[1.0] * 6, 0.95, 1.15, 1.05], strict=True):
+        row["reward/mean"] = value
+    assert concerns(rows) == ["Training reward did not rise beyond its noise"]
+    for row in rows[-3:]:
+        row["reward/mean"] += 0.2  # 0.25 higher, two standard errors are 2 sqrt(2 / 3) 0.1 = 0.163
+    assert concerns(rows) == []
+
+
+def test_the_report_says_which_adapter_was_kept() -> None:
+    rows = [{"step": s, "eval/reward": r} for s, r in ((0, 0.1), (4, 0.9), (8, 0.5))]
+    ended = replace(run_with(rows), config={"load_best_model_at_end": True}, summary={"metrics": {"best/step": 4.0}})
+    told = ppo_story(ended).sentence
+    assert told.endswith(
+        "The adapter that was kept is that of step 4, where it was 0.900: the highest of 3, and so likely too high."
+    )
+    assert "kept" not in ppo_story(replace(ended, config={})).sentence
+    assert "kept" not in ppo_story(replace(ended, summary={"metrics": {"best/step": 8.0}})).sentence
+
+
 def test_over_optimisation_is_told_apart_from_noise() -> None:
     rows = rising(steady(**GOOD))
     for row, reward in zip(rows[::3], (0.0, 1.0, 1.2, 0.7), strict=True):
@@ -135,18 +159,27 @@ def test_the_table_shows_errors_beside_values_and_gaps_as_dashes() -> None:
     assert html.count("–</td>") == 1 and "reward_se" not in html
 
 
-@pytest.mark.parametrize(("gap", "words"), [(0.27, "does not differ clearly"), (0.29, "differs clearly")])
-def test_a_difference_is_clear_beyond_its_95_percent_interval(gap: float, words: str) -> None:
-    """1.96 sqrt(0.1^2 + 0.1^2) = 0.277."""
-    numbers = results(reward__base=0.0, reward__ppo=gap, reward_se__base=0.1, reward_se__ppo=0.1)
-    assert f"ppo {words} from base" in compared(*comparison(numbers, {}))
+@pytest.mark.parametrize(
+    ("low", "high", "words"), [(-0.01, 0.41, "does not differ clearly"), (0.01, 0.39, "differs clearly")]
+)
+def test_a_difference_is_clear_by_its_paired_interval(low: float, high: float, words: str) -> None:
+    """Means 0.2 apart with errors of 0.1 each would never be told apart as if of different prompts: 1.96 sqrt(0.02) = 0.277."""
+    numbers = results(reward__sft=0.0, reward__ppo=0.2, reward_se__sft=0.1, reward_se__ppo=0.1, reward__base=0.1)
+    numbers |= results(score_difference__ppo=0.2, score_difference_low__ppo=low, score_difference_high__ppo=high)
+    numbers |= results(score_difference__base=0.1)
+    config = {"rewards": [{"name": "rm"}, {"name": "rule"}]}
+    told = compared(*comparison(numbers, config), {**config, "judge": "rule"})
+    assert f"; by rule, prompt by prompt, ppo {words} from sft (0.200, 95% interval" in told
+    assert "by rm, prompt by prompt" in compared(*comparison(numbers, config), config)
+    alone = {name: value for name, value in numbers.items() if "score_difference" not in name}
+    assert "differ" not in compared(*comparison(alone, config), config), "means say nothing of a paired difference"
 
 
 def test_the_true_reward_comes_first() -> None:
     numbers = results(reward__a=1.0, reward__b=2.0, true_reward__a=5.0, true_reward__b=6.0)
     policies, table = comparison(numbers, {})
     assert list(table) == ["true_reward", "reward"]
-    assert compared(policies, table) == "True reward: 5.00 for a and 6.00 for b."
+    assert compared(policies, table, {}) == "True reward: 5.00 for a and 6.00 for b."
 
 
 def test_the_frame_all_prompts_share_is_said_once() -> None:

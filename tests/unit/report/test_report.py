@@ -162,8 +162,11 @@ def test_the_cover_compares_policies_and_links_to_the_stages_that_have_a_report(
     write_report(path / "sft")
     write_report(path)
     found = check(path)
-    assert "True reward: −0.200 for base, 0.310 for sft and 1.94 for ppo; ppo differs clearly from sft." in found.text
-    assert "All 8 figures figure base sft ppo meaning true_reward" in found.text, (
+    assert (
+        "True reward: −0.200 for base, 0.310 for sft and 1.94 for ppo; by judge, prompt by prompt, ppo differs clearly from sft"
+        in found.text
+    )
+    assert "All 11 figures figure base sft ppo meaning true_reward" in found.text, (
         "and none of the other stages' metrics"
     )
     assert "1.94 ± 0.05" in found.text and "93% ± 2" in found.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
-from rlhf_ray.rewards.sources import ModelReward
+from rlhf_ray.rewards.sources import EnsembleReward, ModelReward, NormalisedReward
 from rlhf_ray.roles.scorer import Scorer
 
 CPU = torch.device("cpu")
@@ -115,6 +116,44 @@ def test_a_broken_reward_costs_its_replies_and_one_that_only_watches_costs_nothi
     assert scored(Says("watcher", 0.0, 1.0, 2.0, BROKEN)).reward.tolist() == [0.0, 0.0, 0.0]
 
 
+def ensemble(aggregate: str, std_coef: float | None = None, weight: float = 1.0, broken: float = 6.0) -> EnsembleReward:
+    """Members of other scales: the second has 10 times the first's, and 100 more; the third can be broken on the last reply."""
+    members = [
+        Says("rm/1", 1.0, 1.0, 2.0, 6.0),
+        Says("rm/2", 1.0, 130.0, 120.0, 160.0),
+        Says("rm/3", 1.0, 5.0, 2.0, broken),
+    ]
+    scales = [(0.0, 1.0), (100.0, 10.0), (0.0, 1.0)]
+    whole = [NormalisedReward(member, *scale) for member, scale in zip(members, scales)]
+    return EnsembleReward("rm", weight, whole, aggregate, std_coef)
+
+
+def test_an_ensemble_is_one_reward_and_tells_its_members_and_their_disagreement() -> None:
+    """Members are normalised first: 1, 3, 5 have mean 3 and variance 8/3 (1/n); 2, 2, 2 and 6, 6, 6 agree. Not normalised, the
+    second would never be the lowest."""
+    found = scored(ensemble("mean_minus_std", 1.0, weight=0.5))
+    apart = math.sqrt(8 / 3)
+    assert found.reward.tolist() == [pytest.approx(0.5 * (3 - apart)), 1.0, 3.0]
+    assert found.parts["rm"].tolist() == [pytest.approx(3 - apart), 2.0, 6.0]
+    assert found.parts["rm/2"].tolist() == [3.0, 2.0, 6.0] and found.parts["rm/3"].tolist() == [5.0, 2.0, 6.0]
+    assert found.parts["rm/std"].tolist() == [pytest.approx(apart), 0.0, 0.0]
+    assert scored(ensemble("min")).reward.tolist() == [1.0, 2.0, 6.0]
+    assert scored(ensemble("mean")).reward.tolist() == [3.0, 2.0, 6.0]
+
+
+@pytest.mark.parametrize("aggregate", ["mean_minus_std", "min", "mean"])
+@pytest.mark.parametrize("broken", [math.inf, -math.inf])
+def test_a_member_that_is_broken_breaks_the_ensemble(aggregate: str, broken: float) -> None:
+    """Not even min, which would pass over an infinite one, makes a number of it; one that watches says nothing there."""
+    found = scored(ensemble(aggregate, 1.0 if aggregate == "mean_minus_std" else None, broken=broken))
+    assert found.reward.isinf().tolist() == [False, False, True] and found.parts["rm"].isinf()[2]
+    idle = scored(ensemble(aggregate, 1.0 if aggregate == "mean_minus_std" else None, weight=0.0, broken=broken))
+    assert idle.reward.tolist() == [0.0, 0.0, 0.0]
+    assert all(
+        part.isnan().tolist() == [False, False, name != "rm/1" and name != "rm/2"] for name, part in idle.parts.items()
+    )
+
+
 def test_nothing_is_decoded_where_no_reward_reads_text() -> None:
     def never(*given: Any) -> Texts:
         raise AssertionError("nobody reads text")
@@ -135,9 +174,13 @@ def test_a_rank_without_rows_joins_the_passes_of_the_others() -> None:
         return max(own, 2)
 
     ids = ModelReward("ids", 1.0, counted, "ids", 2, CPU, most)
-    scorer = Scorer(counted, [FinishedReward(), ids], lambda *_: None, 1.0, 2, CPU, max_over_ranks=most)  # type: ignore[arg-type,return-value]
+    pair = EnsembleReward(
+        "pair", 1.0, [ModelReward(f"pair/{i}", 1.0, counted, f"pair/{i}", 2, CPU, most) for i in (1, 2)], "min", None
+    )
+    scorer = Scorer(counted, [FinishedReward(), ids, pair], lambda *_: None, 1.0, 2, CPU, max_over_ranks=most)  # type: ignore[arg-type,return-value]
     scorer.join()
     joined = list(seen)
     seen.clear()
     scorer.score(rollout(), rows())
-    assert joined == seen == ["logprobs reference"] * 2 + ["rewards ids"] * 2
+    members = ["rewards pair/1"] * 2 + ["rewards pair/2"] * 2
+    assert joined == seen == ["logprobs reference"] * 2 + ["rewards ids"] * 2 + members

@@ -17,7 +17,7 @@ from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.zero3 import gathered
 from rlhf_ray.roles.deepspeed_engine import ParameterGroup, TrainingEngine, deepspeed_settings
-from rlhf_ray.roles.optimizer_state import export_state, restore_state
+from rlhf_ray.roles.optimizer_state import export_state, forget_state, restore_state
 from rlhf_ray.runtime.session import process_session
 
 
@@ -126,6 +126,26 @@ def test_a_frozen_group_is_as_if_it_had_never_been_there(stage: int) -> None:
         assert [float(state[f"{n}.weight::step"]) for n in ("policy", "value")] == [1.0, 1.0 + idle_steps]
     assert moved[0].abs().max() == pytest.approx(1e-2, rel=1e-3)
     torch.testing.assert_close(moved[1], moved[0])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_group_that_is_forgotten_steps_as_for_the_first_time(stage: int) -> None:
+    """ref_model_sync_resets_optimizer. A first step of Adam is the learning rate, whatever the gradient (0.5 after three of -2);
+    the other group keeps its moments."""
+    rates = {"policy": 1e-2, "value": 1e-2}
+    _, engine = _engine(stage)
+    for _ in range(3):
+        _gradients(engine, -2.0, 1.0)
+        engine.step(rates)
+    forget_state(engine, "policy")
+    assert not any(bool(t.any()) for name, t in export_state(engine).items() if name.startswith("policy."))
+    before = _weights(engine)
+    _gradients(engine, 0.5, 1.0)
+    engine.step(rates)
+    moved = {name: float((w - before[name])[0, 0]) for name, w in _weights(engine).items()}
+    assert moved["policy"] == pytest.approx(-1e-2, rel=1e-3)
+    state = export_state(engine)
+    assert [float(state[f"{n}.weight::step"]) for n in ("policy", "value")] == [1.0, 4.0]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

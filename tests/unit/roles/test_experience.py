@@ -204,3 +204,20 @@ def test_tokens_of_an_older_adapter_count_by_their_truncated_ratio() -> None:
     fresh, without = make_experience(*parts(), config(), 0.0, RunningMoments())
     assert fresh.token_weights is None and "sampler/importance_weight" not in without
     assert torch.equal(fresh.advantages, experience.advantages), "advantages are not weighted, losses are"
+
+
+def test_after_a_reset_of_the_reference_the_penalty_is_against_it_and_the_start_is_measured_beside_it() -> None:
+    """Row 0: old (0.2, -0.4, 0.4), the reference now equal to it, the start 0.5 lower per token: a penalty of 0, and (1.7 + 1) / 2
+    nats from the start (row 1: two tokens of 0.5)."""
+    rollout, scores, evaluation = parts()
+    start = torch.where(MASK, evaluation.logprobs - torch.tensor([[0.5], [0.5]]), 0.0)
+    start[0, 0] -= 0.2
+    moved = replace(scores, ref_logprobs=evaluation.logprobs, start_logprobs=start, reference_sha256="abc")
+    made = config(ref_model_sync_steps=1, kl_coef=0.05)
+    experience, metrics = make_experience(rollout, moved, evaluation, made, 0.05, RunningMoments())
+    free, _ = make_experience(rollout, scores, evaluation, made, 0.0, RunningMoments())
+    assert metrics["kl/k1_per_response"] == metrics["kl/penalty_per_response"] == 0.0
+    assert metrics["kl/start_k1_per_response"] == pytest.approx((3 * 0.5 + 0.2 + 2 * 0.5) / 2)
+    assert torch.equal(experience.advantages, free.advantages), "as without a penalty"
+    _, then = make_experience(rollout, scores, evaluation, made, 0.05, RunningMoments())
+    assert then["kl/start_k1_per_response"] == then["kl/k1_per_response"] == pytest.approx(0.1)

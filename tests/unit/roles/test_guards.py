@@ -137,6 +137,12 @@ class TestLimits:
             Guards().check(job(**limit), {metric: beyond}, 3)
         assert caught.value.saves
 
+    def test_after_a_reset_of_the_reference_max_kl_still_counts_from_the_start(self) -> None:
+        """k1 against the reference falls to 0 with each reset: a limit that read it would never be reached."""
+        figures = {"kl/k1_per_response": 0.1, "kl/start_k1_per_response": 12.0}
+        with pytest.raises(StopTraining, match=r"kl/start_k1_per_response is beyond max_kl: .* 10; got 12"):
+            Guards().check(job(max_kl=10.0, ref_model_sync_steps=2), figures, 3)
+
     def test_over_optimisation_is_judged_by_the_reward_that_watches(self) -> None:
         """What is maximised may rise and rise."""
         rewards = [{"name": "proxy", "function": "f.py:f"}, {"name": "gold", "function": "f.py:g", "weight": 0.0}]

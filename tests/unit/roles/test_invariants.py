@@ -57,10 +57,10 @@ def test_a_sampler_with_other_weights_or_temperature_is_found_out() -> None:
 
 def test_a_reference_that_is_not_the_start_is_found_out() -> None:
     """F15 (a floor of KL from another kernel or precision), F38 (the reference is another adapter than the policy starts from)."""
-    invariants.check_starts_at_reference(LOGPROBS, shifted(1.4 * LIMIT), MASK, LIMIT)
+    invariants.check_starts_at_reference(LOGPROBS, shifted(1.4 * LIMIT), MASK, LIMIT, 1)
     for broken in (shifted(0.02), shifted(-0.02), shifted(math.nan)):
         with pytest.raises(InvariantError) as caught:
-            invariants.check_starts_at_reference(LOGPROBS, broken, MASK, LIMIT)
+            invariants.check_starts_at_reference(LOGPROBS, broken, MASK, LIMIT, 1)
         told(caught, "step 1", "differs from its reference")
 
 

@@ -121,9 +121,9 @@ def test_weights_that_change_after_loading_are_echoed(generator: LoadingGenerato
     named, tensors = adapter(generator, 1)
     sample(generator, named, tensors)
     with torch.no_grad():
-        next(iter(adapter_parameters(generator.model, "policy").values())).mul_(1.5)
+        next(iter(adapter_parameters(generator.adapter.model, "policy").values())).mul_(1.5)
     rollout = sample(generator, named, tensors)
-    assert rollout.adapter_sha256 == sha256_tensors(adapter_tensors(generator.model, "policy")) != named.sha256
+    assert rollout.adapter_sha256 == sha256_tensors(adapter_tensors(generator.adapter.model, "policy")) != named.sha256
 
 
 def test_the_tensor_that_differs_most_is_named() -> None:

@@ -18,7 +18,9 @@ class Recorder:
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    def start(self, prompts: Any, budgets: Any, adapter: Any, decoding: Any, role: str, step: int) -> int:
+    def start(
+        self, prompts: Any, budgets: Any, adapter: Any, decoding: Any, role: str, step: int, reference: Any
+    ) -> int:
         self.log.append(f"begin {step} by {adapter.version}")
         return step
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.sampler.engine import DecodeResult, Sampler
 
 PAD = 0
@@ -66,6 +67,21 @@ def test_a_prompt_longer_than_everything_so_far_finds_room(llama, make_requests,
     for i, more in drain(sampler).items():
         events.setdefault(i, []).extend(more)
     assert_plain(llama, [short, long], [as_result(events[first]), as_result(events[second])])
+
+
+@pytest.mark.parametrize("done", [1, 4, 11])
+def test_a_reply_goes_on_behind_the_tokens_that_an_earlier_attempt_gave(llama, make_requests, done):
+    """With the same random numbers, beside fresh rows."""
+    requests = make_requests(4, max_new_tokens=12)
+    whole = Sampler(llama, PAD).run(requests)
+    sampler = Sampler(llama, PAD)
+    begun = [dataclasses.replace(r, begun=w.token_ids[:done]) for r, w in zip(requests[:2], whole)]
+    ids = [sampler.submit(request) for request in [*begun, *requests[2:]]]
+    events = drain(sampler)
+    given = [tuple(e.token_id for e in events[i]) for i in ids]
+    assert given == [w.token_ids[done:] for w in whole[:2]] + [w.token_ids for w in whole[2:]]
+    with pytest.raises(ConfigError, match=r"max_new_tokens.*at least 13"):
+        sampler.submit(dataclasses.replace(requests[0], begun=whole[0].token_ids))
 
 
 def test_cancel_frees_the_slot_wherever_the_row_is(llama, make_requests, assert_plain):

@@ -49,6 +49,12 @@ def test_top_p_by_hand():
     assert kept.tolist() == [[False, True, False, False], [False, True, True, True], [True, True, True, True]]
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-50, 1e-45])
+def test_a_top_p_that_is_zero_in_float32_keeps_the_likeliest(logits, top_p):
+    kept = truncate(logits.log_softmax(-1), torch.zeros(ROWS, dtype=torch.int64), torch.full((ROWS,), top_p)).isfinite()
+    assert torch.equal(kept, torch.nn.functional.one_hot(logits.argmax(-1), VOCABULARY).bool())
+
+
 def plan(count, temperature=1.0, truncation=None, **fields):
     return SamplingPlan(
         seeds=torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(3)),

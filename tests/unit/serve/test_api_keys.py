@@ -12,7 +12,7 @@ from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.serve.api_errors import ApiError
-from rlhf_ray.serve.api_keys import ApiKeys
+from rlhf_ray.serve.api_keys import ApiKeys, add_key
 
 JOB = {"output_dir": "serve", "model_name_or_path": "base"}
 
@@ -38,6 +38,32 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
     os.chmod(path, 0o644)
     with pytest.raises(ConfigError, match="can be read by others"):
         ApiKeys(path)
+
+
+@pytest.mark.parametrize("harm", ["deleted", "damaged", "readable by others", "empty"])
+def test_a_service_whose_file_of_keys_is_not_in_order_lets_nobody_in(
+    tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It let in whoever it knew, one request a second aside (500); now 503 until the file is in order, and one line in the log."""
+    monkeypatch.setattr("rlhf_ray.serve.api_keys.REFRESH_S", -1.0)
+    path = tmp_path / "keys.json"
+    bearer = f"Bearer {add_key(path, 'alice')}"
+    keys, good = ApiKeys(path), path.read_bytes()
+    assert keys.authenticate(bearer).name == "alice"
+    if harm == "deleted":
+        path.unlink()
+    elif harm == "readable by others":
+        os.chmod(path, 0o644)
+    else:
+        path.write_bytes(b"" if harm == "empty" else good[:-20])
+    for header in (bearer, bearer, "Bearer rr-other", None):
+        with pytest.raises(ApiError) as caught:
+            keys.authenticate(header)
+        assert (caught.value.status, caught.value.code) == (503, "keys_unavailable")
+    assert len(caplog.records) == 1 and "no API key is accepted" in caplog.text
+    path.write_bytes(good)
+    os.chmod(path, 0o600)
+    assert keys.authenticate(bearer).name == "alice"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "serve.example.com"])

@@ -139,6 +139,77 @@ def test_a_step_that_raises_ends_all_rows_and_the_engine_goes_on(
     assert engine.failures == 0
 
 
+@pytest.fixture
+def poison(engine: DecodeThread) -> Iterator[set[int]]:
+    """Tokens at which a forward raises: a stand-in for any fault of one row (a kernel, a bad adapter, memory)."""
+    tokens: set[int] = set()
+
+    def raise_at(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        if tokens & set(args[0].flatten().tolist()):
+            raise RuntimeError("a fault of one row")
+
+    hook = engine.model.get_input_embeddings().register_forward_pre_hook(raise_at)
+    yield tokens
+    hook.remove()
+
+
+def test_a_row_whose_prompt_breaks_a_step_fails_alone(
+    engine: DecodeThread, sink: Sink, poison: set[int], base_dir: Path
+) -> None:
+    """The others, decoding or just come as well, give the tokens that they give without it, each once."""
+    bad = 47 + 40
+    good = [request(None, seed, new=40) for seed in range(3)]
+    expected = [alone(base_dir, None, r) for r in good]
+    tickets = [engine.submit(r) for r in good[:2]]
+    sink.wait(tickets[0], count=3)
+    poison.add(bad)
+    assert not any(bad in tokens for tokens in expected)
+    wrong = [engine.submit(request(None, seed=40, new=40)), engine.submit(request(None, seed=45, new=40))]
+    tickets.append(engine.submit(good[2]))
+    assert [(t.end, t.error) for ticket in wrong for t in sink.wait(ticket)] == [
+        ("error", "a decoding step failed")
+    ] * 2
+    assert [tuple(t.token_id for t in sink.wait(ticket)) for ticket in tickets] == expected
+    assert engine.failures == 0
+
+
+def test_a_row_that_breaks_a_step_later_fails_alone(
+    engine: DecodeThread, sink: Sink, poison: set[int], base_dir: Path
+) -> None:
+    requests = [request(None, seed, new=30, row_seed=seed) for seed in range(4)]
+    expected = [alone(base_dir, None, r) for r in requests]
+    others = {token for tokens in expected[1:] for token in tokens}
+    place = next(i for i, token in enumerate(expected[0][4:-1], start=4) if token not in others)
+    poison.add(expected[0][place])
+    assert expected[0].index(expected[0][place]) == place
+    tickets = [engine.submit(r) for r in requests]
+    broken, *whole = [sink.wait(ticket) for ticket in tickets]
+    assert [tuple(t.token_id for t in tokens) for tokens in whole] == expected[1:]
+    assert tuple(t.token_id for t in broken[:-1]) == expected[0][: place + 1] and broken[-1].end == "error"
+
+
+EDGES = {
+    "top_p": (5e-324, 1e-50, 1.4e-45, 1.2e-38, 1e-7, 0.99999999, 1.0),
+    "temperature": (0.01, 0.011, 99.9, 100.0),
+    "top_k": (0, 1, 10**6, 2**31 - 1, 2**63 - 1),
+    "row_seed": (-(2**63), -1, 0, 2**63 - 1),
+}
+
+
+def test_numbers_at_the_edge_of_float32_hurt_nobody(engine: DecodeThread, sink: Sink, base_dir: Path) -> None:
+    """top_p 1e-50 is 0 in float32: it kept no token, and the step raised for every row."""
+    innocent = request(None, seed=1, new=200, top_p=0.9)
+    expected = alone(base_dir, None, innocent)
+    ticket = engine.submit(innocent)
+    asked = [request(None, i, new=4, **{name: x}) for name, xs in EDGES.items() for i, x in enumerate(xs)]
+    edges = [sink.wait(engine.submit(r)) for r in asked]
+    assert [tokens[-1].end for tokens in edges] == ["length"] * len(asked)
+    assert tuple(t.token_id for t in sink.wait(ticket)) == expected
+    assert engine.failures == 0
+    wrong = [request(None, **{name: x}) for name, x in (("temperature", 1e-50), ("temperature", 1e39), ("top_p", 0.0))]
+    assert all(sink.wait(engine.submit(r))[-1].end == "error" for r in wrong)
+
+
 def test_the_least_recently_used_idle_adapter_is_evicted_and_one_in_use_never(
     engine: DecodeThread, adapters: Callable[..., Path]
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.config.serve import LimitsConfig, ServeConfig
 from rlhf_ray.data.encode import encode_prompts
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.templates import load_template
@@ -31,6 +31,7 @@ from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest, DecodeResult
 from rlhf_ray.serve.generation import GenerationRequest
 from rlhf_ray.serve.metrics import NoMetrics
+from rlhf_ray.serve.prompt_encoder import PromptEncoder
 from rlhf_ray.serve.replica import Replica
 
 from .conftest import load_tiny
@@ -46,6 +47,16 @@ def job(tmp_path: Path, base_dir: Path) -> Callable[..., ServeConfig]:
         return ServeConfig(**{**values, "template": "none", "poll_interval_s": 0.05, "limits": limits, **fields})
 
     return make
+
+
+def test_a_raw_prompt_that_spells_special_tokens_means_them(backbone: Any) -> None:
+    """As of /v1/completions in other services: <s>, a, </s> are 3 tokens (was: 1 + 9), and bos is not set twice."""
+    encoder = PromptEncoder(backbone, LimitsConfig())
+    (a,) = backbone.tokenizer("a", add_special_tokens=False).input_ids
+    for text in ("a</s>", "<s>a</s>"):
+        assert encoder.tokenize({"raw": text}, load_template("none")) == (1, a, 2)
+    assert len(encoder.tokenize({"text": "a</s>"}, load_template("none"))) == 1 + 5
+    assert len(encoder.tokenize({"raw": " "}, load_template("none"))) == 2
 
 
 @asynccontextmanager

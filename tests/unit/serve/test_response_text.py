@@ -152,6 +152,17 @@ def test_the_space_before_the_first_word_is_not_in_the_response(fallback: Any) -
     assert listed(fallback, [256, 257, 258])[1] == [("a", b"a"), (" b", b" b"), ("c", b"c")]
 
 
+def test_a_response_that_goes_on_with_a_text_keeps_its_first_space(fallback: Any) -> None:
+    """Of /v1/completions: prompt and text join up (issue 16, inputs 13), in the text, its tokens and their bytes."""
+    for prompt in ([257], [258, 257] * 9, [0xC3, 258]):
+        response = ResponseText(fallback, (" b",), after=prompt)
+        assert [response.push(i) for i in (256, 258)] == [" a", "c"]
+        response.settle()
+        assert [(token.text, token.raw) for token in response.tokens] == [(" a", b" a"), ("c", b"c")]
+        assert response.push(257) + response.finish() == ""
+        assert (response.stopped, response.text) == (True, " ac")
+
+
 def test_what_a_stop_string_hides_is_not_listed(merged: Any) -> None:
     ids = merged.convert_tokens_to_ids(["a", "\u0120ab", "\u0120", "c"])
     assert merged.decode(ids) == "a ab c"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -123,6 +124,27 @@ def test_a_port_of_another_protocol_and_a_proxy_are_told(server: Any, monkeypatc
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(ResourceError, match=r"got HTTP status 404; fix: name the port .*: NO_PROXY=head\.example"):
         connect("http://head.example:8265", print)
+
+
+def test_this_machine_is_not_asked_through_a_proxy(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tunnel to the cluster, under proxy variables (issue 16, inputs 23): the proxy was asked, and sent the token."""
+    import requests
+
+    monkeypatch.setenv("NO_PROXY", "head.example")
+    monkeypatch.setenv("no_proxy", "head.example")
+    proxy, cluster = server(502), server(200)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    assert look(cluster, AuthToken("t", "here")).status == 200
+    assert requests.get(cluster, timeout=5).status_code == 200  # as Ray's own client asks
+    assert [made.seen for made in server.running] == [[], ["Bearer t", None]]
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "head.example,127.0.0.1"
+    assert look("http://elsewhere.example:8265").status == 502
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(
+        ResourceError, match=r"refused; fix: .* through a proxy; NO_PROXY=elsewhere\.example goes around"
+    ):
+        connect("http://elsewhere.example:8265", print)
 
 
 # ---------------------------------------------------------------- the end of a job

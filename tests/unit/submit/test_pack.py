@@ -21,11 +21,14 @@ JOBS: dict[str, dict[str, Any]] = {
     "reward": {"data": {"train": "data/pairs.jsonl"}, "sft": "runs/sft"},
     "ppo": {
         "data": {"train": ["data/small.jsonl", "org/prompts"]},
+        "ptx_coef": 0.1,
+        "ptx_data": {"train": "data/pairs.jsonl"},
         "sft": "runs/sft",
         "rewards": [
             {"name": "rule", "function": "rewards/mine.py:score"},
             {"name": "learned", "run": "runs/reward"},
             {"name": "module", "function": "pkg.deep:score"},
+            {"name": "many", "ensemble": ["runs/reward", "runs/ppo"]},
         ],
         "template": "templates/mine.json",
     },
@@ -86,7 +89,7 @@ def parcel(kind: str, *overrides: str, **options: Any) -> Parcel:
 def test_of_a_ppo_job_the_code_and_small_data_travel_and_the_rest_is_named_by_its_path(folder: Path) -> None:
     made = parcel("ppo")
     code = {"rewards/mine.py", "helper.py", "helper_of_helper.py", "pkg/__init__.py", "pkg/deep.py"}
-    assert set(made.files) == code | {"data/small.jsonl", "templates/mine.json"}
+    assert set(made.files) == code | {"data/small.jsonl", "data/pairs.jsonl", "templates/mine.json"}
     assert made.values["data"]["train"] == ["data/small.jsonl", "org/prompts"]
     assert made.values["rewards"][0]["function"] == "rewards/mine.py:score"
     assert made.values["sft"] == str(folder / "runs/sft") and made.output_dir == str(folder / "runs/new")
@@ -95,6 +98,8 @@ def test_of_a_ppo_job_the_code_and_small_data_travel_and_the_rest_is_named_by_it
         ("model_name_or_path", str(folder / "models/base")),
         ("sft", str(folder / "runs/sft")),
         ("rewards[1].run", str(folder / "runs/reward")),
+        ("rewards[3].ensemble[0]", str(folder / "runs/reward")),
+        ("rewards[3].ensemble[1]", str(folder / "runs/ppo")),
     }
 
 

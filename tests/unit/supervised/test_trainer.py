@@ -86,7 +86,7 @@ def run(
     data: list[TokenisedRow],
     before: Callable[[SFTTask, SupervisedTrainer], None] = lambda task, trainer: None,
 ) -> tuple[SFTTask, Logs, dict[str, Tensor]]:
-    task, logs, gradients = SFTTask(config, backbone, load_template("none")), Logs(), Gradients()
+    task, logs, gradients = SFTTask(config, backbone, load_template("none"), session), Logs(), Gradients()
     generator = torch.Generator().manual_seed(9)
     for name, parameter in adapter_parameters(task.model.peft_model, "sft").items():
         if "lora_B" in name:  # from B = 0 the gradient of A would be 0, and prove nothing
@@ -260,9 +260,9 @@ def test_a_step_without_a_label_is_finite_and_moves_nothing(
     assert not any(g.any() for g in gradients.values())
 
 
-def test_filler_rows_add_nothing(tmp_path: Path, make_backbone: Callable[..., Backbone]) -> None:
+def test_filler_rows_add_nothing(tmp_path: Path, make_backbone: Callable[..., Backbone], session: Session) -> None:
     """Ranks run equally many microbatches; a filler row may not count, even where it repeats a real one."""
-    task = SFTTask(config_of(tmp_path), make_backbone(), load_template("none"))
+    task = SFTTask(config_of(tmp_path), make_backbone(), load_template("none"), session)
     real, filled = rows(3), task.collate([(r, True) for r in rows(3)] + [(rows(1)[0], False)])
     plain = task.collate([(r, True) for r in real])
     assert task.count(filled) == task.count(plain)

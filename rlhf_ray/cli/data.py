@@ -1,0 +1,47 @@
+"""The command around data files: data check."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+data = typer.Typer(help="Look at data files before anything is trained.", rich_markup_mode=None)
+
+
+@data.callback()
+def _data() -> None:
+    """Look at data files before anything is trained."""
+
+
+@data.command("check")
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="data file, folder, URI or Hub data set")],
+    model: Annotated[str, typer.Option(help="whose tokenizer and chat template read it: folder or Hub id")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FIELD=VALUE", help="as in the job, e.g. data.format=messages max_length=256"),
+    ] = None,
+    stage: Annotated[Literal["sft", "reward", "ppo"], typer.Option(help="what the rows are for")] = "sft",
+    template: Annotated[str | None, typer.Option(help="prompt template; default: chat if the model has one")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """What a stage would make of a data file. Format, counts, lengths, what is left out and why, rows as the model reads them."""
+    from rlhf_ray.cli.output import stdout_kept
+    from rlhf_ray.config import SFTConfig
+    from rlhf_ray.config.load import load_dict
+
+    values = {"output_dir": ".", "model_name_or_path": model, "data": {"train": file}}
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    with stdout_kept():
+        from rlhf_ray.models.tokenizer import load_tokenizer
+        from rlhf_ray.stages.data_check import check_data
+
+        if template is None:
+            template = "none" if load_tokenizer(model).chat_template is None else "chat"
+        config = load_dict(SFTConfig, {**values, "template": template}, "data check", overrides or ())
+        lines = check_data(config, stage, rows, colour)
+    print("\n".join(lines))

@@ -1,0 +1,73 @@
+"""Whether the bases of a job are of families that work here, asked before anything is loaded or started.
+
+Most models are of attention alone and need no trial. Which ones may keep a state is read off transformers' source text, so that a
+driver imports no models to find out that there is nothing to try.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config import PipelineConfig
+
+_STATE = re.compile(r"_is_stateful = True|create_recurrent_attention_mask")
+"""What files of models with a state say (transformers 5.23): that they have one, or that its layers take a mask of their own."""
+
+
+def check_models(config: Any) -> None:
+    """ConfigError if a base of a job, a pipeline or a service is of a family that would be sampled or scored wrong."""
+    stages = [config.stage_config(stage) for stage in config.stages] if isinstance(config, PipelineConfig) else [config]
+    for path, revision in dict.fromkeys((stage.model_name_or_path, stage.revision) for stage in stages):
+        check_model(path, revision)
+
+
+def check_model(path: str, revision: str | None = None) -> None:
+    """The same of one model, a folder or a Hub id. What cannot be read is told by whoever loads it."""
+    file = _config_file(path, revision)
+    if file is None or not may_keep_state(file):
+        return
+    from rlhf_ray.sampler.probe import check_config
+
+    check_config(file)
+
+
+def may_keep_state(config_file: Path) -> bool:
+    """Whether a config.json may be of a model with more than keys and values; False if it cannot be read."""
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        types = [config["model_type"], *(v["model_type"] for v in config.values() if _is_config(v))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return any(_family_keeps_state(str(name)) for name in types)
+
+
+def _is_config(value: object) -> bool:
+    return isinstance(value, dict) and "model_type" in value
+
+
+@lru_cache(maxsize=64)
+def _family_keeps_state(model_type: str) -> bool:
+    spec = importlib.util.find_spec("transformers")
+    folder = Path(str(spec.origin)).parent / "models" if spec is not None else Path()
+    name = model_type.replace("-", "_")
+    files = [folder / name / f"modeling_{name}.py" for name in (name, name.removesuffix("_text"))]
+    found = next((file for file in files if file.is_file()), None)
+    return found is None or _STATE.search(found.read_text(encoding="utf-8")) is not None
+
+
+def _config_file(path: str, revision: str | None) -> Path | None:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder / "config.json"
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(path, "config.json", revision=revision))
+    except (HfHubHTTPError, OSError, ValueError):
+        return None

@@ -1,0 +1,85 @@
+"""Layers that carry a state from token to token: linear attention, gated delta nets, Mamba, short convolutions.
+
+Attention masks padding away. A state has been through everything that came before, so padding on the left enters it, unless the
+layer takes a mask and every bias on the way to the state is 0: some do, some do not. Padding on the right comes after everything
+that matters, in recurrences as in causal attention. So models with such layers get their rows right padded, and no mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.maths.masks import position_ids
+
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Layers with keys and values alone, by transformers' names (configuration_utils.ALLOWED_ATTN_LAYER_TYPES)."""
+STATE = frozenset({"linear_attention", "conv"})
+"""With a state alone."""
+BOTH = frozenset({"hybrid", "hybrid_sliding"})
+NEITHER = frozenset({"moe", "mlp", "dummy"})
+
+
+def layer_types(config: Any) -> tuple[str, ...]:
+    """The kind of every layer of a transformers config; empty if it does not say, as most models of attention alone.
+
+    Raises ConfigError for an encoder-decoder, and for kinds of layers that nothing here knows."""
+    text = config.get_text_config()
+    found = tuple(getattr(text, "layer_types", None) or ())
+    strange = set(found) - ATTENTION - STATE - BOTH - NEITHER
+    if strange or config.is_encoder_decoder:
+        got = ", ".join(sorted(strange)) or "an encoder-decoder"
+        expected = "a causal model of attention or recurrent layers"
+        raise ConfigError.at(f"model type {config.model_type}", "cannot be decoded here", expected, got)
+    return found
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether any layer of a transformers config keeps a state."""
+    return bool(set(getattr(config.get_text_config(), "layer_types", None) or ()) & (STATE | BOTH))
+
+
+def hidden_states(trunk: Any, tokens: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
+    """The trunk's last hidden states [N, T, D] of rows padded on either side, or of their `last` columns.
+
+    tokens: i64[N, T].   mask: bool[N, T], True on real tokens, which lie together.   Real tokens' states do not depend on padding;
+    those of padding mean nothing."""
+    columns = slice(None if last is None else -last, None)
+    if not is_recurrent(trunk.config):
+        output = trunk(input_ids=tokens, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False)
+        return output.last_hidden_state[:, columns]
+    width = tokens.shape[1]
+    every = torch.arange(width, device=tokens.device)
+    begin = mask.long().argmax(dim=1, keepdim=True)  # rows are turned until their padding is all on the right
+    turned = tokens.gather(1, (every + begin) % width)
+    states = trunk(input_ids=turned, use_cache=False).last_hidden_state
+    back = ((every - begin) % width)[:, columns]
+    return states[torch.arange(len(tokens), device=tokens.device)[:, None], back]
+
+
+def one_recurrence(model: nn.Module) -> None:
+    """Make layers with a state compute the same where they are trained, where they read a prompt and where they decode.
+
+    Mamba 2 mixers lose their smallest time step, where they have one: transformers keeps to it where it reads many tokens at once
+    (Zamba 2 and Nemotron-H: 0.001) and not where it decodes one, nor do the kernels of mamba_ssm. And mixers always run as in
+    evaluation: in training a fused kernel reads the weights of out_proj and x_proj, past any adapter on them."""
+    module: Any
+    for module in model.modules():
+        low, high = getattr(module, "time_step_limit", (0.0, 0.0))
+        if low > 0 and high == float("inf"):
+            module.time_step_limit = (0.0, high)
+        if hasattr(module, "A_log"):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, args: Any) -> None:
+    module.training = False
+
+
+def is_read_past(name: str, model: nn.Module) -> bool:
+    """Whether a linear layer's weight is read by its Mamba mixer itself, so that an adapter on it would do nothing: dt_proj."""
+    parent, _, last = name.rpartition(".")
+    return last == "dt_proj" and hasattr(model.get_submodule(parent), "A_log")

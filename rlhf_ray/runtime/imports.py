@@ -1,0 +1,32 @@
+"""Functions by their names, so that a process which only passes one on does not import what it needs."""
+
+from __future__ import annotations
+
+import gc
+import pkgutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function `package.module:name`; one that is no name is returned as it is.
+
+    While a module is imported for the first time the garbage collector waits (it walks again and again through what stays: a fifth
+    of the time of torch, transformers and PEFT), and what was imported it does not look at later."""
+    if not isinstance(function, str):
+        return function
+    new = function.partition(":")[0] not in sys.modules
+    if new:
+        gc.disable()
+    try:
+        return pkgutil.resolve_name(function)  # type: ignore[no-any-return]
+    finally:
+        if new:
+            gc.enable()
+            gc.freeze()
+
+
+def call_imported(function: str, *args: Any, **kwargs: Any) -> Any:
+    """`function` by its name, called: what an actor is sent instead of the function."""
+    return imported(function)(*args, **kwargs)

@@ -1,0 +1,40 @@
+"""The public functions that start a stage. They name its body, which is imported where it runs: a driver with workers, and Ray
+Train's controller, come up without transformers and PEFT (5 s of a core in each process)."""
+
+from __future__ import annotations
+
+from rlhf_ray.config import EvaluateConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config.deepspeed import read_deepspeed_json
+from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.launch.launch import launch
+from rlhf_ray.storage.run import Run
+
+BUILDERS = {role: f"rlhf_ray.ppo.actors:build_{role}" for role in ("generator", "scorer")}
+"""What an actor of each role of a split job builds."""
+
+
+def sft(config: SFTConfig, console: Console | None = None) -> Run:
+    """Fine-tune as `config` says and return the finished run. Raises the error tree of errors.py."""
+    return launch("rlhf_ray.supervised.sft:train_sft", config, console or LocalConsole())
+
+
+def reward(config: RewardConfig, console: Console | None = None) -> Run:
+    """Train a reward model as `config` says and return the finished run. Raises the error tree of errors.py."""
+    return launch("rlhf_ray.supervised.reward:train_reward", config, console or LocalConsole())
+
+
+def ppo(config: PPOConfig, console: Console | None = None) -> Run:
+    """Run PPO as `config` says and return the finished run. Raises the error tree of errors.py."""
+    if config.learner.deepspeed is not None:
+        read_deepspeed_json(config.learner.deepspeed, config.learner.zero_stage)  # refused before anything is started
+    return launch("rlhf_ray.ppo.loop:train_ppo", config, console or LocalConsole(), BUILDERS)
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> Run:
+    """Compare the job's policies and return the finished run. Raises the error tree of errors.py."""
+    return launch("rlhf_ray.stages.evaluate:run_evaluate", config, console or LocalConsole())
+
+
+def pipeline(config: PipelineConfig, console: Console | None = None) -> Run:
+    """Run the job's stages in turn and return a run whose metrics are theirs, named <stage>/<metric>."""
+    return launch("rlhf_ray.stages.pipeline:run_pipeline", config, console or LocalConsole(), BUILDERS)

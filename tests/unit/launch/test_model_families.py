@@ -1,0 +1,41 @@
+"""Which models are tried before a job starts, found without importing any."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.launch.model_families import may_keep_state
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "llama"}, False),
+        ({"model_type": "gemma3_text"}, False),
+        ({"model_type": "qwen3_5_text"}, True),
+        ({"model_type": "some_wrapper", "text_config": {"model_type": "lfm2"}}, True),
+        ({"model_type": "rwkv"}, True),
+        ({"model_type": "falcon_mamba"}, True),
+        ({"model_type": "minimax"}, True),
+        ({"model_type": "a family of next year"}, True),
+        ({}, False),
+    ],
+)
+def test_by_the_config_alone(config: dict[str, object], expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert may_keep_state(tmp_path / "config.json") is expected
+
+
+def test_a_driver_imports_nothing_for_a_model_of_attention(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    code = (
+        "import sys\nfrom rlhf_ray.launch.model_families import check_model\n"
+        f"check_model({str(tmp_path)!r})\nprint(sorted({{'torch', 'transformers', 'peft'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -42,7 +42,7 @@ def stage(body: str) -> str:
     """Setup code that puts a module with the function ppo(config) in place of the stage."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     return f"import types\nstage = types.ModuleType('stage')\ndef ppo(config):\n{lines}\nstage.ppo = ppo\n" + (
-        "sys.modules['rlhf_ray.ppo.loop'] = stage\n"
+        "sys.modules['rlhf_ray.stages.start'] = stage\n"
     )
 
 
@@ -82,7 +82,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_stage_help_lists_every_field_with_type_default_and_meaning(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "900")
     assert main([name, "--help"]) == 0
     rows = capsys.readouterr().out.split("Field of the job file")[1].splitlines()[1:]
     cls = STAGES.get(name, PipelineConfig)
@@ -136,7 +136,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["generate", "--policy", "base", "--instruction", "a", "--temperature", "0"],
-            "error: generate: temperature: out of range; expected number > 0; got 0; fix: the default is 1",
+            "error: generate: temperature: out of range; expected number from 0.01 to 100.0; got 0; fix: the default is 1",
         ),
         (
             ["generate", "--policy", "base", "--instruction", "a", "--greedy", "--temperature", "0.5"],
@@ -171,7 +171,7 @@ def test_each_error_of_ours_has_its_code_and_its_lines(
     def ppo(config: Any) -> Run:
         raise error([errors.Problem("a:1", "bad"), errors.Problem("b", "worse", fix="mend it")])
 
-    monkeypatch.setitem(sys.modules, "rlhf_ray.ppo.loop", SimpleNamespace(ppo=ppo))  # type: ignore[misc]
+    monkeypatch.setitem(sys.modules, "rlhf_ray.stages.start", SimpleNamespace(ppo=ppo))  # type: ignore[misc]
     assert main(["ppo", job, "--json"]) == error.exit_code
     out, err = capsys.readouterr()
     assert out == "" and err == "error: a:1: bad\nerror: b: worse; fix: mend it\n"
@@ -284,7 +284,7 @@ def test_without_json_stdout_is_empty(job: str) -> None:
 
 def test_stages_get_the_checked_configuration(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setitem(sys.modules, "rlhf_ray.ppo.loop", SimpleNamespace(ppo=lambda c: seen.append(c) or RUN))  # type: ignore[misc]
+    monkeypatch.setitem(sys.modules, "rlhf_ray.stages.start", SimpleNamespace(ppo=lambda c: seen.append(c) or RUN))  # type: ignore[misc]
     assert main(["ppo", job, "lora.r=4", "kl_coef=1e-2"]) == 0
     (config,) = seen
     assert (type(config), config.lora.r, config.kl_coef) == (STAGES["ppo"], 4, 0.01)

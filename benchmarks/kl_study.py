@@ -170,6 +170,7 @@ class Block:
             "model_name_or_path": str(data / "models" / "stories260K"),
             "template": "none",
             "dtype": "float32",
+            "defaults_version": 1,
             "seed": seed,
             "learner": {"num_workers": 0, "num_threads": 1},
             "report_to": [],

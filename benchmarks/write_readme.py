@@ -125,6 +125,18 @@ def crossing(m: dict[str, Any], penalty: str, axis: str, level: float) -> tuple[
     return None
 
 
+def gold_study() -> str:
+    m = measured("kl_study_gold")
+    blocks = f"{m['blocks']} seed{'s' if m['blocks'] > 1 else ''}"
+    levels = ", ".join(f"{m['at_target'][t]['kl']['mean']:.3f} at {t}" for t in m["at_target"])
+    told = f"{blocks}: gold reward {m['base']:.3f} before PPO; under kl {levels} nats"
+    if "comparisons" in m:
+        verdicts = [c["verdict"] for c in m["comparisons"].values()]
+        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+        told += f"; against kl of {len(verdicts)} forms {counts} (margin {m['margin']:g})"
+    return f"{told} ([details](#five-kl-penalties-at-equal-kl))"
+
+
 def study(name: str) -> str:
     m = measured(name)
     best, (free,) = m["choice"]["settings"], [s for s in m["settings"] if s["kl_penalty"] == "none"]
@@ -246,13 +258,19 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "staleness",
     ),
     (
-        f"The study of KL penalties: six kinds, up to three coefficients, three seeds, 48 trials, two at a time ({BUSY})",
+        f"The study of KL penalties: five forms held at three KLs, and none; a proxy is maximised, VADER judges ({BUSY})",
+        STORIES,
+        gold_study,
+        "kl_study_gold",
+    ),
+    (
+        f"A sweep over penalties: six kinds, up to three coefficients, three seeds, 48 trials, two at a time ({BUSY})",
         TINY,
         lambda: study("kl_study_tiny"),
         "kl_study_tiny",
     ),
     (
-        f"The same study on a VADER reward, which is also the score, two coefficients each, 33 trials ({BUSY})",
+        f"The same sweep on a VADER reward, which is also the score, two coefficients each, 33 trials ({BUSY})",
         STORIES,
         lambda: study("kl_study_stories"),
         "kl_study_stories",
@@ -323,6 +341,29 @@ def overview() -> list[str]:
 
 
 # Details.
+
+
+def gold_table() -> list[str]:
+    """A row per form, and the line of best of n."""
+    m, rows = measured("kl_study_gold"), []
+    for form in PENALTIES:
+        reached = [c for c in m["cells"] if c["penalty"] == form]
+        means = [by_form[form]["mean"] for by_form in m["at_target"].values()]
+        at_target = ["" if mean is None else f"{mean:.3f}" for mean in means]
+        steps = ", ".join(f"{c['steps']:.0f}" for c in reached)
+        kls = ", ".join(" to ".join(dict.fromkeys(f"{kl:.2g}" for kl in c["kl_range"])) for c in reached)
+        held = ", ".join(str(c["held"]) for c in reached) if form != "none" else ""
+        coefficients = ", ".join(f"{c['coefficient']:.2g}" for c in reached)
+        compared = m.get("comparisons", {}).get(form)
+        against = ["", ""]
+        if compared:
+            low, high = compared["interval_90"]
+            against = [f"{compared['difference']:+.3f} ({low:+.3f} to {high:+.3f})", compared["verdict"]]
+        rows.append([form, *at_target, held, kls, coefficients if form != "none" else "", steps, *against])
+    by_n = ", ".join(f"{row['gold']:.3f} at {row['kl']:.2f} (n = {row['n']})" for row in m["best_of_n"])
+    head = " | ".join(f"gold at {target}" for target in m["at_target"])
+    told = f"form | {head} | held, of {m['blocks']} | KL read | last coefficient | steps | less kl (90 % interval) | verdict"
+    return [*table(told, rows), "", f"Best of n by the proxy, gold at KL: {by_n}. Before PPO: {m['base']:.3f}."]
 
 
 def penalties(name: str) -> list[str]:
@@ -533,6 +574,7 @@ def conditions() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "overview": overview,
+    "study-gold": gold_table,
     "study-tiny": lambda: penalties("kl_study_tiny"),
     "study-tiny-verdict": shared_kl,
     "study-stories-verdict": no_shared_kl,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 import random
 import statistics
@@ -171,3 +172,19 @@ def test_the_figure_is_small_xml_and_says_what_it_shows(analysis: ModuleType) ->
     assert len(text) < 20_000
     told = " ".join(ElementTree.fromstring(text).itertext())
     assert all(penalty in told for penalty in analysis.PENALTIES) and "best of n" in told
+
+
+def test_the_committed_figures_are_those_of_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that is changed after the runs, or a figure that the rows do not give, shows here."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    study, analysis = importlib.import_module("kl_study"), importlib.import_module("_kl_analysis")
+    rows = study.read_rows()
+    assert all(0 <= row["seed"] < analysis.BLOCKS and row["commit"] for row in rows)
+    measured = json.loads((BENCHMARKS / "results" / "kl_study_gold.json").read_text())["measured"]
+    assert rounded(json.dumps(measured)) == rounded(json.dumps(analysis.analyse(rows)))
+    assert study.FIGURE.read_text() == importlib.import_module("_kl_figure").draw(measured)
+
+
+def rounded(text: str) -> Any:
+    """The last bits of least squares are the processor's."""
+    return json.loads(text, parse_float=lambda number: round(float(number), 6))

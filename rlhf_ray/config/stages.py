@@ -356,7 +356,9 @@ class PPOConfig(JobFields, OptimFields):
         " KL(reference||policy); kl has no gradient there",
     )
     kl_controller: Literal["fixed", "adaptive", "horizon"] = field(
-        "fixed", "adaptive: AlpacaFarm's rule; horizon: TRL's rule"
+        "fixed",
+        "adaptive: AlpacaFarm's rule; horizon: TRL's rule; with kl and clamped_kl they held their target where that was measured,"
+        " with the other penalties in the reward a higher coefficient brought a higher KL (benchmarks/README.md)",
     )
     kl_target: Positive = field(
         6.0,

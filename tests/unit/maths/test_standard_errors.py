@@ -24,7 +24,6 @@ NO_ERRORS = {
     "rlhf_ray/supervised/reward.py": "how a head starts",
     "rlhf_ray/models/adapter_files.py": "rsLoRA's scale, alpha / sqrt(r)",
     "rlhf_ray/roles/experience.py": "the spread of rewards and advantages",
-    "rlhf_ray/models/adapter_files.py": "the scale of rank-stabilised LoRA",
     "benchmarks/_kl_analysis.py": "a KL, and the range of two that is a t",
     "benchmarks/_kl_figure.py": "the scale of an axis",
 }

@@ -191,7 +191,14 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         notes = [note for stack in assembly.stacks.values() for note in stack.backbone.notes]
         if config.sft is None and config.lora.target_modules == "all-linear":
             notes += adapter_notes(trunk(policy_model), "policy")
-        for line in [*notes, *prompts.warnings, *roles.warnings, *map(str, unused_fields(config)), *never]:
+        for line in [
+            *notes,
+            *prompts.warnings,
+            *roles.warnings,
+            *map(str, unused_fields(config)),
+            *never,
+            *controller_warnings(config),
+        ]:
             session.console.warn(line)
     return setup
 
@@ -313,6 +320,21 @@ def reference_resets(config: PPOConfig, total_steps: int) -> tuple[list[str], li
         ]
     forgets = ", the policy's optimizer with it" if config.ref_model_sync_resets_optimizer else ""
     return [f"the reference is reset to the policy after every {every} steps{forgets}"], []
+
+
+HELD_BY_A_CONTROLLER = ("kl", "clamped_kl")
+"""Penalties under which an adaptive coefficient held its target where that was measured (benchmarks/kl_study.py)."""
+
+
+def controller_warnings(config: PPOConfig) -> list[str]:
+    """A warning where an adaptive coefficient may drive the KL away from its target."""
+    penalty = config.kl_penalty
+    if config.kl_controller == "fixed" or config.use_kl_loss or penalty in ("none", *HELD_BY_A_CONTROLLER):
+        return []
+    return [
+        f"kl_controller {config.kl_controller} with {penalty} in the reward: where that was measured a higher coefficient brought a"
+        " higher KL, and the target was not held (benchmarks/README.md); choose kl or clamped_kl, or kl_controller: fixed"
+    ]
 
 
 def zero_3_lines(config: PPOConfig, session: Session) -> list[str]:

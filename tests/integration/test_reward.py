@@ -221,7 +221,7 @@ class TestRefused:
     def test_a_whole_checkpoint_as_sft(
         self, make_config: Callable[..., RewardConfig], tiny_llama: Callable[..., Path], console: Any
     ) -> None:
-        with pytest.raises(ConfigError, match="not an SFT run or adapter"):
+        with pytest.raises(ConfigError, match="is not a run or an adapter"):
             reward(make_config(sft=str(tiny_llama())), console)
 
     def test_settings_without_an_effect(self, make_config: Callable[..., RewardConfig], console: Any) -> None:

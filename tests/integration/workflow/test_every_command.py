@@ -28,7 +28,7 @@ pytestmark = pytest.mark.integration
 PLUMBING = {"output_dir", "sft", "rewards", "model_name_or_path", "template", "learner", "report_to"}
 TRIED = {
     *("sft", "reward", "ppo", "merge", "generate", "score", "pipeline", "evaluate", "resume", "report", "demo"),
-    *("sweep", "promote", "rollback", "adapters", "plan", "serve", "api-key", "submit", "doctor"),
+    *("sweep", "promote", "rollback", "adapters", "plan", "serve", "api-key", "submit", "doctor", "chat"),
 }
 
 

@@ -87,7 +87,10 @@ def test_merged_and_unmerged_starts_are_the_same_policy(jobs: dict[str, str], ru
     run_command("merge", "runs/sft")
     run_command("reward", jobs["reward"])
     run_command("merge", "runs/reward")
-    run_command("ppo", jobs["ppo"], "max_steps=1", "output_dir=runs/apart")
+    as_it_is = (
+        'rewards=[{"name": "helpful", "run": "runs/reward", "normalize": false}]'  # a merged one has no other way
+    )
+    run_command("ppo", jobs["ppo"], "max_steps=1", "output_dir=runs/apart", as_it_is)
     judge = 'rewards=[{"name": "helpful", "model": "runs/reward-adapter-merged"}]'
     run_command(
         "ppo", jobs["ppo"], "max_steps=1", "output_dir=runs/merged", "model_name_or_path=runs/sft-adapter-merged",

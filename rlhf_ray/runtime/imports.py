@@ -12,19 +12,18 @@ from typing import Any
 def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
     """The function `package.module:name`; one that is no name is returned as it is.
 
-    While a module is imported for the first time the garbage collector waits (it walks again and again through what stays: a fifth
-    of the time of torch, transformers and PEFT), and what was imported it does not look at later."""
+    While a module is imported for the first time the garbage collector waits: it walks again and again through what stays, a fifth
+    of the time of torch, transformers and PEFT. Afterwards it is as it was."""
     if not isinstance(function, str):
         return function
-    new = function.partition(":")[0] not in sys.modules
-    if new:
+    waits = gc.isenabled() and function.partition(":")[0] not in sys.modules
+    if waits:
         gc.disable()
     try:
         return pkgutil.resolve_name(function)  # type: ignore[no-any-return]
     finally:
-        if new:
+        if waits:
             gc.enable()
-            gc.freeze()
 
 
 def call_imported(function: str, *args: Any, **kwargs: Any) -> Any:

@@ -248,17 +248,23 @@ class DecodeThread:
                     while not (events := self.sampler.step()):
                         pass
             except Exception as error:
-                log.error("a row failed alone, under adapter %s", row.request.adapter, exc_info=error)
-                del self._rows[row.ticket]
                 self._by_id.clear()
-                self._deliver([DecodedToken(row.ticket, -1, 0.0, "error", "a decoding step failed")])
+                self._fail_alone(row, error)
             else:
                 self._take(events)
                 if row.ticket in self._rows:
                     self.sampler.cancel(row.request_id)
                     del self._by_id[row.request_id]
-        for row in self._rows.values():
-            self._submit(row)
+        for row in list(self._rows.values()):
+            try:
+                self._submit(row)
+            except RlhfRayError as error:  # this thread must outlive whatever a row asks for
+                self._fail_alone(row, error)
+
+    def _fail_alone(self, row: _Row, error: Exception) -> None:
+        log.error("a row failed alone, under adapter %s", row.request.adapter, exc_info=error)
+        del self._rows[row.ticket]
+        self._deliver([DecodedToken(row.ticket, -1, 0.0, "error", "a decoding step failed")])
 
     def _fail_rows(self, why: str) -> None:
         pending = [ticket for ticket, request in self._pending if request is not None] if self._stopping else []

@@ -188,6 +188,26 @@ def test_a_row_that_breaks_a_step_later_fails_alone(
     assert tuple(t.token_id for t in broken[:-1]) == expected[0][: place + 1] and broken[-1].end == "error"
 
 
+def test_a_row_that_cannot_be_submitted_again_does_not_end_the_thread(
+    engine: DecodeThread, sink: Sink, poison: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapter is gone, say, when the others go on after a step that raised."""
+    good, gone = engine.submit(request(None, seed=0, new=60)), engine.submit(request(None, seed=1, new=60))
+    sink.wait(gone, count=2)
+    submit = engine.sampler.submit
+
+    def refuse(asked: DecodeRequest) -> int:
+        if asked.row_seed == 1:
+            raise ArtifactError.at("adapter", "is gone")
+        return submit(asked)
+
+    monkeypatch.setattr(engine.sampler, "submit", refuse)
+    poison.add(87)
+    bad = engine.submit(request(None, seed=40))
+    assert [sink.wait(ticket)[-1].end for ticket in (bad, gone, good)] == ["error", "error", "length"]
+    assert engine.alive
+
+
 EDGES = {
     "top_p": (5e-324, 1e-50, 1.4e-45, 1.2e-38, 1e-7, 0.99999999, 1.0),
     "temperature": (0.01, 0.011, 99.9, 100.0),

@@ -58,6 +58,7 @@ def _beside(name: str) -> Any:
 
 
 fault_table = _beside("fault_table")
+write_byte_tokenizer = _beside("byte_tokenizer").write_byte_tokenizer
 TABLE = fault_table.FaultTable()
 
 
@@ -190,28 +191,6 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def write_byte_tokenizer(folder: Path, *, pad: str | None = "<pad>", bos: bool = True) -> None:
-    """A byte-level tokenizer with no merges: <pad> 0, <s> 1, </s> 2, <unk> 3, then the 256 bytes. `bos`: prepend <s>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-        )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=pad
-    )
-    fast.save_pretrained(folder)
 
 
 def _write_model(folder: Path, config: Any, seed: int, dtype: str, std: float) -> Path:

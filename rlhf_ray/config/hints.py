@@ -33,6 +33,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "data_path": ("data.train",),
     "dataset_name": ("data.train",),
     "dataset_path": ("data.train",),
+    "dataset_streaming": ("data.streaming",),
     "delta": ("dual_clip",),
     "dynamic_filtering": ("filter_groups",),
     "ent_coef": ("entropy_coef",),

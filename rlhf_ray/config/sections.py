@@ -141,6 +141,11 @@ class DataConfig(Section):
     ] = field("auto", "row format; auto recognises it from the field names")
     columns: dict[str, str] = field({}, "renames: name in the file -> name in the format, e.g. {question: instruction}")
     max_rows: Count | None = field(None, "use only the first rows of data.train")
+    streaming: bool = field(
+        False,
+        "read no further than the first max_rows rows of each entry of data.train, for files that are larger than memory: JSONL,"
+        " Parquet and Hub data sets, of which only these rows are fetched; what follows is neither checked nor hashed",
+    )
     eval_max_rows: Count | None = field(
         None,
         "use only the first held-out rows in evaluations; default: 256 in PPO, which samples replies to them, else all",
@@ -172,6 +177,12 @@ class DataConfig(Section):
     def _one_weight_for_each_file(self) -> DataConfig:
         if self.weights is not None and len(self.weights) != len(self.train):
             raise ValueError(f"weights: {len(self.weights)} for {len(self.train)} entries of train; give one for each")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_so_far(self) -> DataConfig:
+        if self.streaming and self.max_rows is None:
+            raise ValueError("streaming reads the first max_rows rows of each file: set max_rows")
         return self
 
 

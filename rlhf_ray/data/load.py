@@ -75,6 +75,8 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
         mixed, counts = [line], {"train": len(train), **{k: n for k, n in counts.items() if k != "train"}}
         counts["beyond the mixture"] = of_all - len(train)
     summary = [_account(read, counts, parts.other_half), *mixed]
+    if config.streaming:
+        summary.append(f"no more than {config.max_rows:,} rows of a file are read (data.streaming)")
     if read.unread:
         summary.append(f"nothing reads {', '.join(read.unread)}")
     held_out = parts.held_out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, BinaryIO, Literal
 
 from rlhf_ray.config import DataConfig
@@ -23,6 +24,8 @@ _READERS: dict[str, Callable[[str, BinaryIO, int], Iterator[RawRow]]] = {
     "csv": read_csv,
     "parquet": read_parquet,
 }
+STREAMED = ("jsonl", "parquet", "hub")
+"""Kinds of sources whose first rows can be had without the others."""
 _LOOKED_AT = 100
 _ONE_SIDED = 10
 
@@ -97,7 +100,9 @@ def read_rows(config: DataConfig, kind: RowKind, part: Literal["train", "eval"] 
     files: list[_FileRows] = []
     for name in (config.train if part == "train" else config.eval) or ():
         try:
-            files.append(_read_file(name, config, kind))
+            files.append(
+                _read_file(name, config, kind, config.max_rows if config.streaming and part == "train" else None)
+            )
             problems += files[-1].problems
         except DataError as error:
             problems += error.problems
@@ -130,9 +135,10 @@ class _FileRows:
     unread: Counter[str] = field(default_factory=Counter)
 
 
-def _read_file(name: str, config: DataConfig, kind: RowKind) -> _FileRows:
+def _read_file(name: str, config: DataConfig, kind: RowKind, first: int | None) -> _FileRows:
+    """first: read no more rows than these."""
     source = find(name)
-    raw, problems = _raw_rows(source, config)
+    raw, problems = _raw_rows(source, config, first)
     try:
         _rename(name, raw, config.columns)
         chosen = _choose_format(name, raw, config.format, kind)
@@ -156,7 +162,7 @@ def _read_file(name: str, config: DataConfig, kind: RowKind) -> _FileRows:
             else:
                 file.problems.append(Problem(where, bad.message, fix=bad.fix))
     if not file.problems:
-        file.sha256 = _sha256(source, raw)
+        file.sha256 = source.sha256() if first is None and source.kind != "hub" else _sha256(raw)
     return file
 
 
@@ -164,21 +170,24 @@ def _faults(raw: Iterable[RawRow]) -> list[Problem]:
     return [Problem(where, row.message, fix=row.fix) for where, row in raw if isinstance(row, BadRow)]
 
 
-def _sha256(source: DataSource, raw: Iterable[RawRow]) -> str:
-    if source.kind == "hub":
-        return sha256_rows(row for _, row in raw if not isinstance(row, BadRow))
-    return source.sha256()
+def _sha256(raw: Iterable[RawRow]) -> str:
+    return sha256_rows(row for _, row in raw if not isinstance(row, BadRow))
 
 
-def _raw_rows(source: DataSource, config: DataConfig) -> tuple[list[RawRow], list[Problem]]:
-    """All rows of a source, and the problem that ended reading before its end, if any."""
+def _raw_rows(source: DataSource, config: DataConfig, first: int | None) -> tuple[list[RawRow], list[Problem]]:
+    """All rows of a source, or the first ones, and the problem that ended reading before its end, if any."""
     raw: list[RawRow] = []
+    if first is not None and source.kind not in STREAMED:
+        fix = "convert it to JSONL or Parquet, or drop data.streaming"
+        raise DataError.at(
+            source.name, "cannot be read in part (data.streaming)", ", ".join(STREAMED), source.kind, fix
+        )
     try:
         if source.kind == "hub":
-            raw.extend(read_hub(source.name, config.split, config.name))
+            raw.extend(islice(read_hub(source.name, config.split, config.name, first is not None), first))
         else:
             with source.open() as stream:
-                raw.extend(_READERS[source.kind](source.name, stream, config.max_row_bytes))
+                raw.extend(islice(_READERS[source.kind](source.name, stream, config.max_row_bytes), first))
     except DataError as error:
         return raw, list(error.problems)
     except EOFError:

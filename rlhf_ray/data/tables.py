@@ -80,7 +80,7 @@ def read_parquet(name: str, stream: BinaryIO, max_row_bytes: int) -> Iterator[Ra
 
     number = 0
     try:
-        for batch in pq.ParquetFile(pa.BufferReader(stream.read())).iter_batches(batch_size=1024):
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 size = sum(len(value) for value in row.values() if isinstance(value, str))
@@ -89,10 +89,10 @@ def read_parquet(name: str, stream: BinaryIO, max_row_bytes: int) -> Iterator[Ra
         raise DataError.at(name, f"not a readable Parquet file: {_first_line(error)}") from error
 
 
-def read_hub(name: str, split: str, config: str | None = None) -> Iterator[RawRow]:
+def read_hub(name: str, split: str, config: str | None = None, streaming: bool = False) -> Iterator[RawRow]:
     """(id:row n, row) of one split of a Hub data set, or of a folder laid out like one, through the `datasets` library.
 
-    config: which of several configurations (subsets) of the data set.
+    config: which of several configurations (subsets) of the data set.   streaming: fetch rows as they are asked for.
 
     HF_HUB_OFFLINE, HF_HOME and HF_TOKEN are honoured by that library. Raises DataError where the data set cannot be had.
     """
@@ -101,7 +101,7 @@ def read_hub(name: str, split: str, config: str | None = None) -> Iterator[RawRo
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except DatasetNotFoundError as error:
         fix = "hf auth login, once access is granted on its page" if "gated" in str(error) else nearest(name)
         raise DataError.at(name, "no such file, and no such data set on the Hub", fix=fix) from error
@@ -115,8 +115,12 @@ def read_hub(name: str, split: str, config: str | None = None) -> Iterator[RawRo
         fixes = {"Config name is missing": "data.name", "BuilderConfig": "data.name", "Unknown split": "data.split"}
         fix = next((f"{field}: one of them" for text, field in fixes.items() if text in whole), "")
         raise DataError.at(name, f"cannot be loaded: {whole}", fix=fix) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}:row {number}", dict(row)
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"{name}:row {number}", dict(row)
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:  # while streaming, or a damaged cache
+        raise DataError.at(f"{name}:row {number + 1}", f"cannot be read: {_whole(error)}") from error
 
 
 def sha256_rows(rows: Iterable[dict[str, Any]]) -> str:

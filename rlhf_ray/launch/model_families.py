@@ -15,8 +15,11 @@ from typing import Any
 
 from rlhf_ray.config import PipelineConfig
 
-_STATE = re.compile(r"_is_stateful = True|create_recurrent_attention_mask")
-"""What files of models with a state say (transformers 5.23): that they have one, or that its layers take a mask of their own."""
+_MORE = re.compile(
+    r"_is_stateful = True|create_recurrent_attention_mask|(indexed|sparse|reference_sliding)_attention|_sparse\""
+)
+"""What files of models with more than keys and values say (transformers 5.23): that they have a state, that its layers take a mask
+of their own, or that layers choose by an index what they attend to."""
 
 
 def check_models(config: Any) -> None:
@@ -29,21 +32,21 @@ def check_models(config: Any) -> None:
 def check_model(path: str, revision: str | None = None) -> None:
     """The same of one model, a folder or a Hub id. What cannot be read is told by whoever loads it."""
     file = _config_file(path, revision)
-    if file is None or not may_keep_state(file):
+    if file is None or not may_keep_more(file):
         return
     from rlhf_ray.sampler.probe import check_config
 
     check_config(file)
 
 
-def may_keep_state(config_file: Path) -> bool:
+def may_keep_more(config_file: Path) -> bool:
     """Whether a config.json may be of a model with more than keys and values; False if it cannot be read."""
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         types = [config["model_type"], *(v["model_type"] for v in config.values() if _is_config(v))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return any(_family_keeps_state(str(name)) for name in types)
+    return any(_family_keeps_more(str(name)) for name in types)
 
 
 def _is_config(value: object) -> bool:
@@ -51,13 +54,13 @@ def _is_config(value: object) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _family_keeps_state(model_type: str) -> bool:
+def _family_keeps_more(model_type: str) -> bool:
     spec = importlib.util.find_spec("transformers")
     folder = Path(str(spec.origin)).parent / "models" if spec is not None else Path()
     name = model_type.replace("-", "_")
     files = [folder / name / f"modeling_{name}.py" for name in (name, name.removesuffix("_text"))]
     found = next((file for file in files if file.is_file()), None)
-    return found is None or _STATE.search(found.read_text(encoding="utf-8")) is not None
+    return found is None or _MORE.search(found.read_text(encoding="utf-8")) is not None
 
 
 def _config_file(path: str, revision: str | None) -> Path | None:

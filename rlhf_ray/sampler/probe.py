@@ -114,7 +114,7 @@ def _largest(difference: Tensor) -> float:
     return float(difference.abs().max().nan_to_num(float("inf"), float("inf")))
 
 
-def tiny_model(config: Any) -> nn.Module | None:
+def tiny_model(config: Any, vocabulary: int = VOCABULARY) -> nn.Module | None:
     """A model of the same family, layers and settings with few and narrow layers, random weights, float32, on the CPU; None if
     none can be made of this config."""
     from transformers import AutoModelForCausalLM
@@ -124,7 +124,7 @@ def tiny_model(config: Any) -> nn.Module | None:
             torch.manual_seed(0)
             try:
                 model = AutoModelForCausalLM.from_config(
-                    tiny_config(config, width, of_each), dtype=torch.float32, attn_implementation="eager"
+                    tiny_config(config, width, of_each, vocabulary), dtype=torch.float32, attn_implementation="eager"
                 )
             except Exception:  # a rule of some family that tiny_config does not know
                 continue
@@ -147,7 +147,9 @@ def tiny_config(config: Any, width: int = WIDTH, of_each: int = 1, vocabulary: i
     sizes = {k: v for k, v in values.items() if isinstance(v, int) and not isinstance(v, bool) and v}
     widths = {k: v for k, v in sizes.items() if _WIDTHS.search(k)}
     factor = 1
-    while text.hidden_size // factor > width and all(v % (2 * factor) == 0 for v in widths.values()):
+    # Heads stay of an even dimension, which rotary positions turn in pairs.
+    parts = {k: 4 if "head" in k else 2 for k in widths}
+    while text.hidden_size // factor > width and all(v % (parts[k] * factor) == 0 for k, v in widths.items()):
         factor *= 2
     changed: dict[str, Any] = {name: value // factor for name, value in widths.items()}
     # Between layers nothing depends on these; grouped products of experts want multiples of 16 bytes.

@@ -238,6 +238,56 @@ def test_a_configuration_of_a_hub_data_set_is_chosen_by_name(
         read_rows(DataConfig(train=("broken",)), "sft")
 
 
+@pytest.mark.parametrize("kind", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet", "set"])
+def test_streaming_reads_no_further(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., str]
+) -> None:
+    """A file that is longer than memory is used as if it ended after max_rows rows: here what follows is damaged."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    rows = [{"prompt": f"{i}?", "completion": str(i)} for i in range(20_000)]
+    damaged = _jsonl(rows) + b'{"prompt": \n' * 3
+    (folder / "set").mkdir()
+    content = {"rows.jsonl": damaged, "rows.jsonl.gz": gzip.compress(damaged)[:-100], "rows.parquet": _parquet(rows)}
+    if kind == "set":
+        name = write(_jsonl(rows), "set/train-00000-of-00002.jsonl")
+        write(damaged, "set/train-00001-of-00002.jsonl")
+    else:
+        name = write(content[kind], kind)
+    told = {"train": ("set" if kind == "set" else name,), "max_rows": 50, "held_out_fraction": 0.0}
+    found = load_rows(DataConfig(**told, streaming=True), "sft")
+    assert [row.completion for row in found.train] == [str(i) for i in range(50)]
+    (line,) = found.manifest
+    assert (line["rows"], line["used"]) == (50, 50)
+    assert found.summary[1] == "no more than 50 rows of a file are read (data.streaming)"
+    if kind == "rows.parquet":
+        whole = load_rows(DataConfig(**told), "sft")
+        assert whole.train == found.train and whole.manifest[0]["rows"] == 20_000
+    else:
+        with pytest.raises(DataError):
+            load_rows(DataConfig(**told), "sft")
+
+
+def test_streaming_knows_what_it_was_trained_on(folder: Path, write: Callable[..., str]) -> None:
+    """The hash is of what was read: a file that grows at its end is the same data, one that changes before is not."""
+
+    def sha256(rows: list[dict[str, Any]]) -> str:
+        found = read_rows(DataConfig(train=(write(rows, "a.jsonl"),), max_rows=2, streaming=True), "sft")
+        return found.files[0].sha256
+
+    assert sha256(ROWS[:2]) == sha256(ROWS) != sha256(ROWS[1:])
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json"])
+def test_what_cannot_be_streamed_says_so(name: str, folder: Path, write: Callable[..., str]) -> None:
+    write(KINDS[name.split(".")[1]][0](ROWS), name)
+    with pytest.raises(DataError, match=r"cannot be read in part .*expected jsonl, parquet, hub.*; fix: convert it"):
+        read_rows(DataConfig(train=(name,), max_rows=2, streaming=True), "sft")
+    with pytest.raises(ValueError, match="set max_rows"):
+        DataConfig(train=(name,), streaming=True)
+
+
 def test_a_hub_id_offline_is_one_line(folder: Path) -> None:
     """The suite runs with HF_HUB_OFFLINE=1; no retries, no traceback."""
     import datasets  # noqa: F401 - its import is not part of the time

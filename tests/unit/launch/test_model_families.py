@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.launch.model_families import may_keep_state
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.launch.model_families import check_model, may_keep_more
 
 
 @pytest.mark.parametrize(
@@ -22,13 +23,29 @@ from rlhf_ray.launch.model_families import may_keep_state
         ({"model_type": "rwkv"}, True),
         ({"model_type": "falcon_mamba"}, True),
         ({"model_type": "minimax"}, True),
+        ({"model_type": "deepseek_v32"}, True),
+        ({"model_type": "minimax_m3_vl_text"}, True),
         ({"model_type": "a family of next year"}, True),
         ({}, False),
     ],
 )
 def test_by_the_config_alone(config: dict[str, object], expected: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert may_keep_state(tmp_path / "config.json") is expected
+    assert may_keep_more(tmp_path / "config.json") is expected
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "axk2", "glm_moe_dsa"])
+def test_layers_that_nothing_here_samples_are_refused_before_anything_is_loaded(
+    model_type: str, tmp_path: Path
+) -> None:
+    """Layers that attend to what an index finds: SFT and a reward model were trained before PPO could not sample."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=f"model type {model_type}: cannot be decoded here; .*; got indexed_attention"
+    ):
+        check_model(str(tmp_path))
 
 
 def test_a_driver_imports_nothing_for_a_model_of_attention(tmp_path: Path) -> None:

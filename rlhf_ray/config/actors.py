@@ -14,7 +14,9 @@ class ActorsConfig(Section):
 
     num_actors: Count = field(1, "actors of this role; results do not depend on it")
     num_gpus: Annotated[Float, Field(ge=0, le=1)] | None = field(
-        None, "GPU of each actor: 1, a fraction, or 0 for the CPU; default 1 if the cluster has enough for all roles"
+        None,
+        "GPU of each actor: 1, a fraction, or 0 for the CPU; default where the cluster has GPUs: 1, or equal shares of those that"
+        " the learner leaves; else 0",
     )
     num_cpus: NotNegative | None = field(
         None,

@@ -83,7 +83,14 @@ class PipelineConfig(JobFields):
             wiring["policies"] = [{"name": "base", "policy": "base"}]
             wiring["policies"] += [{"name": s, "policy": made[s]} for s in ("sft", "ppo") if s in made]
             wiring["rewards"] = rewards or []
-            for name in ("response_length", "max_length", "stop_token_ids", "rollout_chunk_size", "data"):
+            for name in (
+                "response_length",
+                "max_length",
+                "stop_token_ids",
+                "rollout_chunk_size",
+                "sampler_rows",
+                "data",
+            ):
                 if name in self.ppo:
                     wiring[name] = self.ppo[name]
         return wiring

@@ -207,6 +207,11 @@ class LearnerConfig(Section):
     def _this_process_asks_for_nothing(self) -> LearnerConfig:
         if self.num_workers == 0 and self.num_gpus is not None:
             raise ValueError("num_gpus: has no effect with num_workers: 0, which runs where this process runs; drop it")
+        if self.num_workers > 1 and self.num_gpus is not None and 0 < self.num_gpus <= 0.5:
+            raise ValueError(
+                f"num_gpus: {self.num_gpus:g} lets several of {self.num_workers} workers share a GPU, which NCCL refuses;"
+                " set 1, a share above 0.5, or 0 for the CPU"
+            )
         return self
 
 

@@ -48,6 +48,10 @@ RESPONSE_LENGTH = (
     "longest reply in tokens; default with template chat, unless max_length is below"
     f" {defaults.ROOM_FOR_CHAT}: {defaults.CHAT_RESPONSE_LENGTH} (verl's; OpenRLHF: 1024, TRL's GRPO: 256)"
 )
+SAMPLER_ROWS = (
+    "replies of a chunk that are written at the same time, a token of each in every step; what `plan` counts; default: all of them,"
+    " on the CPU at most 64, on a GPU at most 256"
+)
 
 
 def _iso(value: str) -> str:
@@ -76,10 +80,13 @@ class JobFields(Section):
     revision: str | None = field(None, "Hub revision of the base")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         "auto",
-        "precision of the base; auto: the checkpoint's own on CUDA, float32 on CPU (adapters are always float32)",
+        "precision of the base; auto: on CUDA the checkpoint's own, bfloat16 for a float16 one where the GPU computes in it, on the"
+        " CPU float32 (adapters are always float32); float16 is not trained: without loss scaling its gradients vanish",
     )
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = field(
-        "auto", "attention kernel; auto: flash-attn where it is installed and fits, else sdpa"
+        "auto",
+        "attention kernel; auto: sdpa; flash_attention_2 (flash-attn, which you install) reads whole rows faster, but takes the"
+        " padding out of the cache again in every layer, for every token that is decoded",
     )
     load_in_8bit: bool = field(False, "quantise the base to 8 bits (bitsandbytes)")
     load_in_4bit: bool = field(False, "quantise the base to 4 bits, nf4 (bitsandbytes)")
@@ -313,6 +320,7 @@ class PPOConfig(JobFields, OptimFields):
     min_lr_ratio: Share = field(0.1, "learning rate at the end, as a share of the peak")
     rollout_batch_size: Annotated[int, Field(ge=8)] = field(256, "replies per step, over all workers")
     rollout_chunk_size: Count = field(64, "replies sampled together; results depend on it, not on who samples a chunk")
+    sampler_rows: Count | None = field(None, SAMPLER_ROWS)
     per_device_train_batch_size: Count = field(16, "rows per forward pass and worker: memory only")
     num_ppo_epochs: Count = field(2, "passes over each rollout")
     num_mini_batches: Count = field(4, "optimizer steps per pass")
@@ -598,6 +606,7 @@ class EvaluateConfig(JobFields):
         None, "tokens of prompt and reply together; default: the model's context"
     )
     rollout_chunk_size: Count = field(64, "replies sampled together")
+    sampler_rows: Count | None = field(None, SAMPLER_ROWS)
     per_device_eval_batch_size: Count = field(16, "rows per forward pass")
     sampling: SamplingConfig = field(SamplingConfig(), "decoding")
     stop_token_ids: Ints | None = field(

@@ -27,11 +27,12 @@ from rlhf_ray.launch.begun import with_defaults_as_begun
 from rlhf_ray.launch.channel import RunChannel, open_channel
 from rlhf_ray.launch.lost_peer import is_of_a_lost_peer
 from rlhf_ray.launch.model_families import check_models
-from rlhf_ray.launch.placement import Builder, check_cluster, default_threads, placed
+from rlhf_ray.launch.placement import Builder, check_cluster, cluster_total, default_threads, placed
 from rlhf_ray.launch.preflight import check, check_this_machine
 from rlhf_ray.launch.ray_cluster import at_hand, cluster
 from rlhf_ray.launch.resources import ACCELERATOR, ResourceRequest, role_requests
 from rlhf_ray.launch.shared_folder import check_all_see, unseen
+from rlhf_ray.runtime.devices import LESS_GPU_MEMORY, first_sentence, gpu_memory_ran_out, memory_released
 from rlhf_ray.runtime.imports import imported
 from rlhf_ray.runtime.session import Session, enter, process_session, worker_session
 from rlhf_ray.runtime.signals import Signals, Stop
@@ -67,16 +68,15 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
         config = with_template_date(config)
     if config.learner.num_workers == 0:
         stop = Stop()
-        with Signals(stop, console, config.output_dir, resume, config.stop_grace_s), _with_the_way_on(config):
+        signals = Signals(stop, console, config.output_dir, resume, config.stop_grace_s)
+        with signals, _with_the_way_on(config), memory_released():
             return imported(body)(config, process_session(console, config.learner.num_threads, stop))
     check_this_machine(config)
     with open_channel(Path(config.output_dir).absolute().parent) as channel:
         signals = Signals(channel.stop(), console, config.output_dir, resume, config.stop_grace_s)
         with signals, cluster(resume) as own_ray:
-            import ray
-
             signals.install()  # ray.init takes SIGTERM
-            requests = role_requests(config, ray.cluster_resources(), own_ray)
+            requests = role_requests(config, cluster_total(), own_ray)
             check_cluster(requests)
             check_all_see(channel.path, requests[-1])
             with placed(config, requests, console, builders or {}) as actor_handles:
@@ -86,7 +86,8 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
 @contextlib.contextmanager
 def _with_the_way_on(config: JobFields) -> Iterator[None]:
     """An Interrupted ends with the command that goes on, if there is a run, also where it was raised by code that knows of none.
-    What cannot be written is written when there is room: Interrupted as well, whoever meets it first."""
+    What cannot be written is written when there is room: Interrupted as well, whoever meets it first; so is a GPU whose memory
+    ran out, since the run goes on under settings that need less of it."""
     resume = resume_command(config.output_dir)
     try:
         yield
@@ -102,6 +103,11 @@ def _with_the_way_on(config: JobFields) -> Iterator[None]:
         fix = f"{remedy}, then: {resume}"
         where = str(error.filename or config.output_dir)
         raise Interrupted.at(where, f"cannot be written: {error.strerror}", "", f"{free:,} bytes free", fix) from error
+    except RuntimeError as error:
+        if not gpu_memory_ran_out(error):
+            raise
+        again = f"; then: {resume}" if is_run(config.output_dir) else ""
+        raise Interrupted.at("GPU memory", first_sentence(error), fix=LESS_GPU_MEMORY + again) from error
 
 
 def _ending_with(resume: str, problem: Problem) -> Problem:

@@ -175,6 +175,20 @@ def check_cluster(requests: Sequence[ResourceRequest]) -> None:
         check(requests, nodes)
 
 
+def cluster_total() -> Mapping[str, float]:
+    """The resources of this cluster, with those of the nodes that its autoscaler may add where it says how many that is."""
+    import ray
+
+    nodes = cluster_nodes()
+    if nodes is None:
+        return ray.cluster_resources()
+    total: dict[str, float] = {}
+    for node in nodes:
+        for kind, amount in node.resources.items():
+            total[kind] = total.get(kind, 0.0) + amount
+    return total
+
+
 def cluster_nodes() -> list[Node] | None:
     """The nodes of this cluster, with those that its autoscaler may add; None where it does not say how many that is."""
     import ray

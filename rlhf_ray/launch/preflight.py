@@ -216,11 +216,11 @@ def _changes(requests: Sequence[ResourceRequest]) -> Iterable[tuple[str, list[Re
             gpus = [f"{a.role}.num_gpus={share:g}" for a, b in zip(shared, fewer) if a.each != b.each]
             if counts or gpus:
                 yield " ".join(counts + gpus), [*shared, learner]
-    alone = [_with_gpu(a, 0.0) for a in actors]
-    yield " ".join(f"{a.role}.num_gpus=0" for a in actors), [*alone, learner]
     yield "placement=colocate", [learner]
     for workers in range(learner.count - 1, 0, -1):
         yield f"placement=colocate learner.num_workers={workers}", [replace(learner, count=workers)]
+    alone = [_with_gpu(a, 0.0) for a in actors]
+    yield " ".join(f"{a.role}.num_gpus=0" for a in actors), [*alone, learner]
 
 
 def _with_gpu(request: ResourceRequest, share: float) -> ResourceRequest:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from rlhf_ray.errors import Interrupted, ResourceError
-from rlhf_ray.launch.placement import cluster_nodes
+from rlhf_ray.launch.placement import cluster_nodes, cluster_total
 from rlhf_ray.launch.preflight import given_address, is_given_a_cluster, nodes_of
 from rlhf_ray.launch.ray_join import cannot_join, check_is_there
 from rlhf_ray.launch.resources import Node, this_machine
@@ -54,7 +54,7 @@ def at_hand() -> Iterator[tuple[Mapping[str, float], list[Node], bool]]:
         yield machine.resources, [machine], True
         return
     with cluster("") as own_ray:
-        yield ray.cluster_resources(), cluster_nodes() or nodes_of(ray.nodes()), own_ray
+        yield cluster_total(), cluster_nodes() or nodes_of(ray.nodes()), own_ray
 
 
 def check_socket_paths() -> None:

@@ -70,6 +70,9 @@ def processes(config: JobFields) -> int:
 def role_requests(config: JobFields, total: Mapping[str, float], own_ray: bool) -> list[ResourceRequest]:
     """Of the learner, and of generators and scorers where they are actors; generators and scorers first.
 
+    Where there are GPUs, every role of which the job does not say otherwise asks for one: never the CPU by accident. The job is
+    refused (preflight.py) where they are too few.
+
     total: the cluster's resources.   own_ray: Ray was started for this job alone, so CPUs are only shares that always fit; threads
     are set by each process itself."""
     split = split_job(config)
@@ -78,20 +81,40 @@ def role_requests(config: JobFields, total: Mapping[str, float], own_ray: bool) 
         roles += [(n, getattr(split, n).num_actors, getattr(split, n)) for n in ("generator", "scorer")]
     roles.append(("learner", config.learner.num_workers, config.learner))
     share = min(1.0, total.get("CPU", 1.0) / (processes(config) + 1))
-    wanted = sum(count * (1.0 if role.num_gpus is None else role.num_gpus) for _, count, role in roles)
-    gpu = 1.0 if total.get("GPU", 0.0) >= wanted else 0.0
+    gpu = _default_gpus({name: (count, role.num_gpus) for name, count, role in roles}, total.get("GPU", 0.0))
     requests = []
     for name, count, role in roles:
         cpus = role.num_cpus if isinstance(role, ActorsConfig) else None
         if cpus is None:
             cpus = share if own_ray else float(role.num_threads or 1)
-        gpus = gpu if role.num_gpus is None else role.num_gpus
+        gpus = gpu[name] if role.num_gpus is None else role.num_gpus
         # a placement group has no empty bundles
         each = {"CPU": cpus if cpus or gpus else 0.001} | ({"GPU": gpus} if gpus else {})
         if role.accelerator_type is not None:
             each[ACCELERATOR + role.accelerator_type] = 0.001
         requests.append(ResourceRequest(name, count, each, dict(role.label_selector)))
     return requests
+
+
+def _default_gpus(roles: Mapping[str, tuple[int, float | None]], total: float) -> dict[str, float]:
+    """GPUs of each process of the roles whose job leaves them open: one, or none on a cluster without GPUs. Generators and scorers
+    share what the learner leaves, equally many on each, if there is not one for each of them and at least one is left.
+
+    roles: processes, and what the job says of each.
+
+    >>> _default_gpus({"generator": (1, None), "scorer": (1, None), "learner": (1, None)}, 2.0)
+    {'generator': 0.5, 'scorer': 0.5, 'learner': 1.0}
+    """
+    if total <= 0.0:
+        return dict.fromkeys(roles, 0.0)
+    taken = sum(
+        n * (1.0 if asked is None else asked) for name, (n, asked) in roles.items() if name == "learner" or asked
+    )
+    shared = sum(n for name, (n, asked) in roles.items() if name != "learner" and asked is None)
+    left = int(total - taken)
+    on_each = -(-shared // left) if 1 <= left < shared else 1
+    share = int(10_000 / on_each) / 10_000  # Ray counts in ten-thousandths
+    return {name: 1.0 if name == "learner" else share for name in roles}
 
 
 def this_machine() -> Node:

@@ -223,10 +223,13 @@ def gradient_checkpointing(model: nn.Module) -> None:
 
     Without this a joint backward over a policy and a value pass would recompute both under whichever adapter is active then.
     It takes effect in training mode only (dropout is 0, so that mode changes nothing else)."""
+    held = weakref.ref(model)  # each layer keeps the function: with the model in it, a base would outlive its last user
 
     def contexts() -> tuple[Any, Any]:
-        active = _active(model)
-        return nullcontext(), use_adapter(model, active[0] if active else None)
+        the_model = held()
+        assert the_model is not None
+        active = _active(the_model)
+        return nullcontext(), use_adapter(the_model, active[0] if active else None)
 
     base: Any = as_peft(model).get_base_model()
     base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from rlhf_ray.config import JobFields, LoraConfig
+from rlhf_ray.config import JobFields, LoraConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapters import (
     AdapterFiles,
@@ -262,4 +262,5 @@ def load_options(job: JobFields, device: torch.device) -> dict[str, Any]:
         "load_in_4bit": job.load_in_4bit,
         "cpu_offload": job.cpu_offload,
         "device": device,
+        "trains": isinstance(job, (SFTConfig, RewardConfig, PPOConfig)),
     }

@@ -137,14 +137,17 @@ def load_backbone(
     load_in_4bit: bool,
     cpu_offload: bool,
     device: torch.device | str,
+    trains: bool = False,
     stop_token_ids: tuple[int, ...] | None = None,
 ) -> Backbone:
     """Load the causal language model `path` (folder or Hub id) onto `device`, with the meanings of the job fields of these names.
 
+    trains: adapters will be trained on it.
     Raises ConfigError if there is no such model, ResourceError for what this machine cannot do (flash-attn, half precision on the
     CPU, bitsandbytes), ArtifactError if the model is damaged, incomplete or does not fit its tokenizer."""
     source = resolve_source(path, revision)
-    plan = plan_load(source, dtype, attn_implementation, bits_of(load_in_8bit, load_in_4bit), cpu_offload, device)
+    bits = bits_of(load_in_8bit, load_in_4bit)
+    plan = plan_load(source, dtype, attn_implementation, bits, cpu_offload, device, trains)
     model, info = from_pretrained(causal_class(plan.config), source, plan)
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
@@ -169,6 +172,7 @@ def load_classifier(
     load_in_4bit: bool,
     cpu_offload: bool,
     device: torch.device | str,
+    trains: bool = False,
 ) -> Backbone:
     """Load a sequence-classification model of one or two labels, a reward model, like `load_backbone`.
 
@@ -176,7 +180,8 @@ def load_classifier(
     ArtifactError if its score head is not among its weights (a causal language model given as a reward model would score at
     random), if it has more labels, or if it is no decoder with a linear head called `score`."""
     source = resolve_source(path, revision)
-    plan = plan_load(source, dtype, attn_implementation, bits_of(load_in_8bit, load_in_4bit), cpu_offload, device)
+    bits = bits_of(load_in_8bit, load_in_4bit)
+    plan = plan_load(source, dtype, attn_implementation, bits, cpu_offload, device, trains)
     from transformers import AutoModelForSequenceClassification
 
     model, info = from_pretrained(AutoModelForSequenceClassification, source, plan)

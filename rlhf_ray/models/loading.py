@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLASH_ATTN_WHEELS = "https://github.com/Dao-AILab/flash-attention/releases"
+"""By versions of CUDA, torch and Python. No extra asks for flash-attn: without the right wheel pip would compile it for hours."""
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -57,9 +59,15 @@ def bits_of(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
 
 
 def plan_load(
-    source: ModelSource, dtype: str, attn: str, bits: int | None, cpu_offload: bool, device: torch.device | str
+    source: ModelSource,
+    dtype: str,
+    attn: str,
+    bits: int | None,
+    cpu_offload: bool,
+    device: torch.device | str,
+    trains: bool = False,
 ) -> LoadPlan:
-    """Everything that can be decided, and refused, before any weight is read."""
+    """Everything that can be decided, and refused, before any weight is read. trains: adapters will be trained on it."""
     from transformers import AutoConfig
 
     check_files(source)
@@ -70,7 +78,7 @@ def plan_load(
         raise load_error(source, e) from e
     config.__dict__.pop("auto_map", None)  # transformers knows the type, else check_files would have refused it
     dropout = no_dropout(config)
-    chosen = _dtype(source, config, dtype, where)
+    chosen = _dtype(source, config, dtype, where, trains)
     kernel = _attention(attn, where, chosen)
     extra: dict[str, Any] = {"device_map": {"": str(where)}} if where.type == "cuda" else {}
     if bits:
@@ -78,16 +86,22 @@ def plan_load(
     return LoadPlan(config, chosen, kernel, attn == "auto", bits, where, extra, dropout)
 
 
-def _dtype(source: ModelSource, config: Any, name: str, device: torch.device) -> torch.dtype:
-    """auto: the checkpoint's own on CUDA, float32 on the CPU."""
+def _dtype(source: ModelSource, config: Any, name: str, device: torch.device, trains: bool = False) -> torch.dtype:
+    """auto: on CUDA the checkpoint's own, bfloat16 in place of float16 where the GPU computes in it; float32 on the CPU."""
     if name != "auto":
         chosen = DTYPES[name]
     elif device.type != "cuda":
         chosen = torch.float32
     else:
         chosen = checkpoint_dtype(source.folder, config)
+        if chosen is torch.float16 and torch.cuda.is_bf16_supported(including_emulation=False):
+            chosen = torch.bfloat16
     if device.type != "cuda" and chosen is torch.float16:
         raise ResourceError.at("dtype", "float16 needs a GPU", "bfloat16 or float32 on the CPU", "float16")
+    if trains and chosen is torch.float16:
+        # The loss is not scaled here: most gradients of logits are below 6e-8, the smallest float16.
+        what = "float16 is not trained: gradients that small are 0 in it"
+        raise ResourceError.at("dtype", what, "bfloat16 or float32", "float16", "set dtype=bfloat16, or float32")
     if device.type == "cuda" and chosen is torch.bfloat16 and not torch.cuda.is_bf16_supported():
         raise ResourceError.at("dtype", "this GPU has no bfloat16", "float16 or float32", "bfloat16")
     return chosen
@@ -120,14 +134,16 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor:
 
 
 def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """auto: flash-attn where it is installed and fits, else torch's own scaled dot product attention."""
+    """auto: torch's own scaled dot product attention. In decoding flash-attn would take the padding out of the whole cache, in
+    every layer and at every token."""
+    if name == "auto":
+        return "sdpa"
     fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     installed = find_spec("flash_attn") is not None
-    if name == "auto":
-        return "flash_attention_2" if fits and installed else "sdpa"
     if name == "flash_attention_2" and not (fits and installed):
         lack = "flash-attn is not installed" if fits else "it needs CUDA and half precision"
-        raise ResourceError.at("attn_implementation", f"flash_attention_2: {lack}", fix="use auto, sdpa or eager")
+        fix = f"use auto, sdpa or eager{f', or install a wheel: {FLASH_ATTN_WHEELS}' if fits else ''}"
+        raise ResourceError.at("attn_implementation", f"flash_attention_2: {lack}", fix=fix)
     return name
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import metadata
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -24,6 +26,7 @@ def quantised_kwargs(bits: int, device: torch.device, cpu_offload: bool) -> dict
         raise ResourceError.at("cpu_offload", "layers move between GPU and CPU", "a CUDA device", str(device))
     from transformers import BitsAndBytesConfig
 
+    _warn_once()
     config = BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
@@ -32,7 +35,51 @@ def quantised_kwargs(bits: int, device: torch.device, cpu_offload: bool) -> dict
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return {"quantization_config": config, "device_map": "auto" if cpu_offload else {"": str(device)}}
+    if not cpu_offload:
+        return {"quantization_config": config, "device_map": {"": str(device)}}
+    return {"quantization_config": config, "device_map": "auto", "max_memory": _own_memory(device)}
+
+
+def _own_memory(device: torch.device) -> dict[int | str, int]:
+    """What layers may be spread over: what is free on this process's own GPU, and the host's memory; not the GPUs of others."""
+    index = device.index or 0
+    return {index: torch.cuda.mem_get_info(index)[0], "cpu": psutil.virtual_memory().available}
+
+
+def refuse_offloaded(module: nn.Module) -> None:
+    """ResourceError if layers of a base have been left on the CPU: DeepSpeed moves the whole of what it trains to the GPU."""
+    for part in module.modules():
+        places = getattr(part, "hf_device_map", None) or {}
+        away = [name for name, place in places.items() if str(place) in ("cpu", "disk")]
+        if away:
+            raise ResourceError.at(
+                "cpu_offload",
+                f"{len(away)} parts of the base do not fit on the GPU, and PPO's learner cannot train around them",
+                "a base that fits on the GPU as a whole",
+                ", ".join(away[:3]),
+                "load it in 4 bits, or lower what else takes memory: rlhf-ray plan",
+            )
+
+
+class _Once(logging.Filter):
+    """Lets each message through a single time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        first = str(record.msg) not in self._told
+        self._told.add(str(record.msg))
+        return first
+
+
+_once = _Once()
+
+
+def _warn_once() -> None:
+    """bitsandbytes warns of the number format of 8-bit products in every linear layer of every forward pass."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_once)
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -24,7 +24,8 @@ from huggingface_hub.errors import (
 )
 
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem, RlhfRayError
-from rlhf_ray.storage.files import read_json, sha256_file, sha256_text
+from rlhf_ray.storage.files import read_json, sha256_text
+from rlhf_ray.storage.hash_cache import cached_sha256
 
 INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
@@ -194,17 +195,19 @@ def _shard_problems(folder: Path, index: str, names: list[str]) -> list[Problem]
     return problems
 
 
-_weights_seen: dict[tuple[tuple[str, int, int], ...], str] = {}
+_weights_seen: dict[tuple[tuple[str, int, int, int], ...], str] = {}
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash over the weight files, in order of their names. Computed once per process and state of the files."""
+    """Hash over the weight files, in order of their names. Computed once per process and state of the files, for large files once
+    per machine (storage/hash_cache.py)."""
     files = weight_files(folder)
-    key = tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    stats = ((str(f.resolve()), f.stat()) for f in files)
+    key = tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)
     if key not in _weights_seen:
         digest = hashlib.sha256()
         for file in files:
-            digest.update(bytes.fromhex(sha256_file(file)))
+            digest.update(bytes.fromhex(cached_sha256(file)))
         _weights_seen[key] = digest.hexdigest()
     return _weights_seen[key]
 

@@ -37,6 +37,7 @@ _SHAPE_FIELDS = {
         "ptx_data",
         "rollout_batch_size",
         "rollout_chunk_size",
+        "sampler_rows",
     ),
     *("per_device_train_batch_size", "num_mini_batches", "max_length", "response_length", "learner", "generator"),
     *("scorer", "wait_for_resources", "per_device_eval_batch_size"),
@@ -87,13 +88,19 @@ class Estimator:
         if isinstance(job, EvaluateConfig):
             rows = job.per_device_eval_batch_size
             return Shapes(
-                rows, min(rows, job.rollout_chunk_size), job.rollout_chunk_size, 1, prompt, job.response_length
+                rows,
+                min(rows, job.rollout_chunk_size),
+                job.rollout_chunk_size,
+                1,
+                prompt,
+                job.response_length,
+                job.sampler_rows,
             )
         chunk = min(job.rollout_chunk_size, job.rollout_batch_size)
         share = -(-job.rollout_batch_size // job.num_mini_batches // max(job.learner.num_workers, 1))
         rows = min(job.per_device_train_batch_size, share)
         scored = min(job.per_device_train_batch_size, chunk)
-        return Shapes(rows, scored, chunk, job.num_generations, prompt, job.response_length)
+        return Shapes(rows, scored, chunk, job.num_generations, prompt, job.response_length, job.sampler_rows)
 
     def about(self, job: JobFields) -> str:
         """What the estimate stands on, in a line."""

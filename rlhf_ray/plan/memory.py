@@ -37,7 +37,8 @@ CARDS = {16: 14.6, 24: 22.0, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}
 class Zero:
     """DeepSpeed's ZeRO as the learner runs it; the last four are DeepSpeed's own defaults, in elements.
 
-    trained: n.  base: weights of the frozen bases.  bucket: gradients reduced together.  overlap: two such buckets."""
+    trained: n.  base: weights of the frozen bases.  bucket: gradients reduced together (the learner asks for n at most).
+    overlap: two such buckets."""
 
     stage: int
     workers: int
@@ -51,7 +52,7 @@ class Zero:
     @classmethod
     def of(cls, stage: int, workers: int, trained: int, base: int, settings: Mapping[str, object]) -> Zero:
         """settings: `zero_optimization` of the user's DeepSpeed file."""
-        zero = cls(stage, workers, trained, base)
+        zero = cls(stage, workers, trained, base, bucket=min(cls.bucket, trained))
         names = {"bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters"}
         names |= {"prefetch": "stage3_prefetch_bucket_size"}
         given = {ours: int(float(str(settings[name]))) for ours, name in names.items() if name in settings}

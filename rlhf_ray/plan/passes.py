@@ -21,10 +21,9 @@ from rlhf_ray.models.assembly import BASE, Assembly
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.plan.meta_tracker import Device, MetaMemoryTracker, Peak
 from rlhf_ray.plan.skeleton import Head, size_of
-from rlhf_ray.ppo.models import SAMPLER_ROWS
 from rlhf_ray.roles.deepspeed_engine import ParameterGroup, build_optimizer
 from rlhf_ray.roles.learner import trained_groups
-from rlhf_ray.sampler.engine import Sampler
+from rlhf_ray.sampler.engine import WIDTHS, Sampler, rows_at_once
 from rlhf_ray.sampler.requests import DecodeRequest
 from rlhf_ray.supervised.trained_model import LanguageModel, RewardModel
 
@@ -32,7 +31,7 @@ from rlhf_ray.supervised.trained_model import LanguageModel, RewardModel
 @dataclass(frozen=True)
 class Shapes:
     """Rows and tokens of the passes. rows: of a forward pass in updates.  scored: of one in scoring.  chunk: replies sampled
-    together.  same: replies to one prompt.  prompt, reply: tokens."""
+    together.  same: replies to one prompt.  prompt, reply: tokens.  at_once: sampler_rows of the job."""
 
     rows: int
     scored: int
@@ -40,6 +39,7 @@ class Shapes:
     same: int
     prompt: int
     response: int
+    at_once: int | None = None
 
     def texts(self, rows: int) -> Sequences:
         """Rows of ptx_data: every token but the first is predicted, as `PtxBatch` has them."""
@@ -89,7 +89,9 @@ class Cast:
         knobs = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "adapter": binding.adapter}
         requests = [DecodeRequest(p, 0, shapes.response, (), **knobs) for p in prompts]  # type: ignore[arg-type]
         with self.tracker:
-            sampler = Sampler(stack.model, 0, max_rows=min(SAMPLER_ROWS, shapes.chunk), forward=forward)
+            device = self.tracker.device
+            rows = rows_at_once(shapes.at_once, shapes.chunk, device)
+            sampler = Sampler(stack.model, 0, rows, forward, WIDTHS.get(device, 1))
             with self.tracker.watch() as peak:
                 sampler.run(requests[: shapes.chunk])
         return peak
@@ -234,15 +236,16 @@ class SupervisedLearning(Learning):
 
 
 class _OutputShapes:
-    """How the sampler calls the model. It runs for prompts and for the last token, when the cache is fullest."""
+    """How the sampler calls the model. It runs for prompts, and once for a token, as soon as a step attends to the last of them."""
 
     def __init__(self, model: Any, vocabulary: int, longest: int) -> None:
-        self.model, self.vocabulary, self.longest = model, vocabulary, longest
+        self.model, self.vocabulary, self.longest, self.done = model, vocabulary, longest, False
 
     def __call__(self, **inputs: Any) -> Any:
         ids = inputs["input_ids"]
         cache = next(inputs[name] for name in ("past_key_values", "cache_params") if name in inputs)
-        if ids.shape[1] == 1 and cache.get_seq_length() + 1 < self.longest:
+        if ids.shape[1] == 1 and (self.done or cache.get_seq_length() + 1 < self.longest):
             dtype = next(self.model.parameters()).dtype
             return SimpleNamespace(logits=torch.empty(len(ids), 1, self.vocabulary, dtype=dtype, device="meta"))
+        self.done = ids.shape[1] == 1
         return self.model(**inputs)

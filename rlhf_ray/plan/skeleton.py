@@ -69,7 +69,9 @@ def precision(job: JobFields, config: Any, device: Device) -> torch.dtype:
     if job.dtype != "auto":
         return DTYPES[job.dtype]
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return stored if device == "cuda" else torch.float32
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if stored is torch.float16 else stored
 
 
 def skeleton(job: JobFields, path: str, config: Any, device: Device, classifier: bool = False) -> Backbone:

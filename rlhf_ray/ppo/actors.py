@@ -14,6 +14,7 @@ from rlhf_ray.models.lineage import header_line
 from rlhf_ray.ppo.models import assemble_generator, assemble_scorer, policy_sampler, synced_reference, text_maker
 from rlhf_ray.roles.loading_generator import LoadingGenerator
 from rlhf_ray.roles.scorer import Scorer
+from rlhf_ray.runtime.devices import own_device
 
 
 def build_generator(config: PPOConfig, on_gpu: bool) -> LoadingGenerator:
@@ -65,8 +66,7 @@ def check_and_describe(actors: list[tuple[str, Any]], identity: BaseIdentity) ->
 
 
 def _device(on_gpu: bool) -> torch.device:
-    """Ray shows a process the GPUs it was given; torch may see none of them, where they are only declared."""
-    return torch.device("cuda", 0) if on_gpu and torch.cuda.is_available() else torch.device("cpu")
+    return own_device() if on_gpu else torch.device("cpu")
 
 
 def _about(assembly: Assembly, device: torch.device) -> dict[str, Any]:

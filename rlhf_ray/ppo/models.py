@@ -22,10 +22,7 @@ from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.roles.generator import Decoding
 from rlhf_ray.roles.loaded_adapter import LoadedAdapter
-from rlhf_ray.sampler.engine import Sampler
-
-SAMPLER_ROWS = 64
-
+from rlhf_ray.sampler.engine import Sampler, rows_at_once
 
 AddReward = Callable[[RewardSource, Collection[str]], None]
 """(a reward of the job, the roles of its models that this process loads)."""
@@ -112,7 +109,8 @@ def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, 
 
 def policy_sampler(config: PPOConfig, assembly: Assembly, model: Any, forward: Any = None) -> Sampler:
     """The sampler of rollouts and evaluations. model: the base with its adapters.  forward: see `Sampler`."""
-    return Sampler(model, assembly.base.pad_id, max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size), forward=forward)
+    rows = rows_at_once(config.sampler_rows, config.rollout_chunk_size, assembly.device.type)
+    return Sampler(model, assembly.base.pad_id, rows, forward)
 
 
 def synced_reference(models: RoleModels) -> LoadedAdapter | None:

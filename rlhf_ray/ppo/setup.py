@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rlhf_ray.batches import Rollout
 from rlhf_ray.config import PPOConfig
@@ -29,7 +29,6 @@ from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, synced_refer
 from rlhf_ray.ppo.prompts import Prompts, load_prompts
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
-from rlhf_ray.roles.actor_collector import ActorCollector, RemoteRoles
 from rlhf_ray.roles.collector import Collector, LocalCollector
 from rlhf_ray.roles.generator import Decoding, Generator
 from rlhf_ray.roles.invariants import tolerance
@@ -41,8 +40,12 @@ from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.storage.checkpoints import require_room
 from rlhf_ray.storage.run_folder import RunFolder
+from rlhf_ray.training.environment import not_exact
 from rlhf_ray.training.header import config_line
 from rlhf_ray.training.run_entry import check_same_models, mended_functions
+
+if TYPE_CHECKING:
+    from rlhf_ray.roles.actor_collector import RemoteRoles
 
 EVALUATIONS = 10
 
@@ -112,7 +115,7 @@ class PPOSetup:
 
 def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     """Load, check, and say what this run is. Raises the error tree before the first rollout."""
-    remote_roles = RemoteRoles(session.actor_handles, session) if config.placement == "split" else None
+    remote_roles = _remote_roles(session) if config.placement == "split" else None
     loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
     assembly, roles = assemble(config, session.device)
     backbone, template = assembly.base, roles.template
@@ -132,7 +135,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     eval_decoding = decoding(config.eval_sampling, stop_ids)
     collector: Callable[[float], Collector]
     if remote_roles is not None:
-        split = ActorCollector(remote_roles, session, config.rollout_chunk_size, backbone.pad_id)
+        split = remote_roles.collector(config.rollout_chunk_size, backbone.pad_id)
         collector = lambda temperature: split  # noqa: E731  # scorers take the temperature with each request
     else:
         collector = _own_collector(config, session, assembly, roles, learner, to_texts, synced)
@@ -201,6 +204,12 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         ]:
             session.console.warn(line)
     return setup
+
+
+def _remote_roles(session: Session) -> RemoteRoles:
+    from rlhf_ray.roles.actor_collector import RemoteRoles  # brings Ray, without which a job in one process runs
+
+    return RemoteRoles(session.actor_handles, session)
 
 
 def _own_collector(
@@ -286,6 +295,7 @@ def header_lines(
         ),
         *zero_3_lines(config, session),
         header_line("device", f"{session.device}, {session.num_threads} threads, {backbone.attn_implementation}"),
+        *([header_line("", f"not bit-exact: {why}")] if (why := not_exact(session.device)) else []),
         *(header_line("learner", line) for line in whereabouts),
         *(header_line("data", line) for line in data_lines),
         header_line(

@@ -27,7 +27,6 @@ from rlhf_ray.roles.actor_pool import (
     CallStats,
     PendingCall,
     ask_ref_store,
-    cause_of,
     put_adapter,
 )
 from rlhf_ray.roles.collector import Chunk, Collector, RankResults
@@ -90,6 +89,10 @@ class RemoteRoles:
         found = {f"time/idle_{p.role}": 1.0 - busy[p.role] / (len(p) * step) for p in actor_handles}
         found["time/idle_learner"] = waited / step
         return {name: min(max(share, 0.0), 1.0) for name, share in found.items()}
+
+    def collector(self, chunk_size: int, pad_id: int) -> ActorCollector:
+        """What has chunks sampled and scored by these actors."""
+        return ActorCollector(self, self.session, chunk_size, pad_id)
 
     def wake(self) -> list[list[PendingCall]]:
         """Have all actors load their models, without waiting for it; see `introduce`."""
@@ -258,7 +261,7 @@ class _ChunksInFlight:
         if not ready:
             return None
         try:
-            rollout, sampling = self._get(flight.sampling)
+            rollout, sampling = self._get(self.remote_roles.generators, flight, flight.sampling, "sampling")
         except LOST as error:
             self._again(flight, self.remote_roles.generators, flight.sampling.index, error, "sampling")
             self.sampled.pop(flight.chunk.number, None)
@@ -267,7 +270,7 @@ class _ChunksInFlight:
             return None
         self._check_echo(rollout, flight)
         try:
-            scores, scoring = self._get(flight.scoring)
+            scores, scoring = self._get(self.remote_roles.scorers, flight, flight.scoring, "scoring")
         except LOST as error:
             self._again(flight, self.remote_roles.scorers, flight.scoring.index, error, "scoring")
             flight.scoring = self._score(flight.chunk, flight.sampling.result, flight.tries)
@@ -278,13 +281,13 @@ class _ChunksInFlight:
         self.results.done += [Done("generator", number, sampling), Done("scorer", number, scoring)]
         return rollout, scores
 
-    def _get(self, call: PendingCall) -> tuple[Any, CallStats]:
+    def _get(self, pool: ActorPool, flight: _ChunkInFlight, call: PendingCall, doing: str) -> tuple[Any, CallStats]:
         try:
             result, work = ray.get([call.result, call.work], timeout=self.remote_roles.generators.timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, LOST):  # of an argument, not of the role
                 raise error.cause from error
-            raise cause_of(error) from error
+            raise pool.raised(call.index, error, self._doing(flight, doing)) from error
         return result, work
 
     def _again(self, flight: _ChunkInFlight, pool: ActorPool, index: int, error: BaseException, doing: str) -> None:

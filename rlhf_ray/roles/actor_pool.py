@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.errors import Interrupted, RlhfRayError
 from rlhf_ray.roles.out_of_memory import LESS_MEMORY, TABLE_S, LastWords, memory_of
+from rlhf_ray.runtime.devices import LESS_GPU_MEMORY, first_sentence, free_cached_memory, gpu_memory_ran_out, own_device
 from rlhf_ray.runtime.fault_injection import fault_point
 from rlhf_ray.runtime.session import enter, peak_memory
 
@@ -64,7 +65,7 @@ class RoleActor:
     def __init__(self, index: int, build: Callable[[], Any], num_threads: int, folder: str) -> None:
         enter(folder)
         torch.set_num_threads(num_threads)  # Ray gives a process of one CPU one thread
-        self.index, self.build = index, build
+        self.index, self.build, self.device = index, build, own_device()
         self.role: Any = None
         context = ray.get_runtime_context()
         self.gpus = tuple(str(i) for i in context.get_accelerator_ids().get("GPU", ()))
@@ -80,11 +81,12 @@ class RoleActor:
         fault_point("actor", method, rank=self.index)
         started = time.perf_counter()
         result = getattr(self.role, method)(*args)
-        return result, self._account(time.perf_counter() - started, built)
+        account = self._account(time.perf_counter() - started, built)
+        free_cached_memory(self.device)  # for the role beside it, which may work while this one waits
+        return result, account
 
     def _account(self, seconds: float, built: float) -> CallStats:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return CallStats(self.index, os.getpid(), self.node, self.gpus, seconds, built, peak_memory(device))
+        return CallStats(self.index, os.getpid(), self.node, self.gpus, seconds, built, peak_memory(self.device))
 
     def ping(self) -> int:
         return os.getpid()
@@ -210,7 +212,7 @@ class ActorPool:
         except LOST as error:
             raise self.failed(call.index, _reason(error), doing) from error
         except RayTaskError as error:
-            raise cause_of(error) from error
+            raise self.raised(call.index, error, doing) from error
 
     def lost(self, index: int) -> None:
         """Take note that an actor died: it gets no work until it answers again."""
@@ -226,6 +228,14 @@ class ActorPool:
     def failed(self, index: int, what: str, doing: str, advice: str = "") -> Interrupted:
         fix = f"{advice}; then: {self.resume}" if advice else self.resume
         return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=fix)
+
+    def raised(self, index: int, error: RayTaskError, doing: str) -> BaseException:
+        """The exception that the role raised, as it was raised; Interrupted if it was for want of memory on its GPU, since the
+        same work needs less of it under other settings."""
+        cause = error.cause
+        if gpu_memory_ran_out(cause):
+            return self.failed(index, first_sentence(cause), doing, LESS_GPU_MEMORY)
+        return cause if isinstance(cause, RlhfRayError) else error
 
     def exhausted(self, index: int, error: BaseException, doing: str) -> Interrupted:
         """The error for work that was lost in every attempt."""
@@ -295,12 +305,6 @@ def ask_ref_store(ref_store: Any, method: str, *args: Any) -> Any:
         return ray.get(getattr(ref_store, method).remote(*args), timeout=RESTART_S)
     except LOST as error:
         raise Interrupted.at("adapter store", f"{_reason(error)}, while {method}ing the adapter") from error
-
-
-def cause_of(error: RayTaskError) -> BaseException:
-    """The exception that the role raised, as it was raised."""
-    cause = error.cause
-    return cause if isinstance(cause, RlhfRayError) else error
 
 
 def _reason(error: BaseException) -> str:

@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from rlhf_ray.config import OptimFields
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.errors import ResourceError
-from rlhf_ray.models.zero3 import is_sharded
+from rlhf_ray.models.quantisation import refuse_offloaded
+from rlhf_ray.models.zero3 import is_sharded, whole_numel
+
+BUCKET = 500_000_000
+"""Gradients that DeepSpeed reduces together, by its own default."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,13 @@ class TrainingEngine:
     ) -> None:
         import deepspeed
 
+        refuse_offloaded(module)
         _quiet()
         _compile_nothing()
         self.groups, self.world_size, self.zero_stage = tuple(groups), world_size, zero_stage
         self.max_grad_norm = optim.max_grad_norm
-        settings = deepspeed_settings(zero_stage, deepspeed_json)
+        trained = sum(whole_numel(p) for g in groups for p in g.parameters.values())
+        settings = deepspeed_settings(zero_stage, deepspeed_json, trained)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(groups, optim),
@@ -194,8 +200,11 @@ def build_optimizer(groups: Sequence[ParameterGroup], optim: OptimFields) -> tor
     return AdamW8bit(grouped, betas=betas, eps=eps, weight_decay=decay)
 
 
-def deepspeed_settings(zero_stage: int, deepspeed_json: str | None) -> dict[str, Any]:
+def deepspeed_settings(zero_stage: int, deepspeed_json: str | None, trained: int) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, with the user's ZeRO and communication keys over it.
+
+    trained: parameters that are. Buckets of gradients hold no more: at DeepSpeed's own size an adapter of 10 M parameters would
+    keep 2 GB of them.
 
     Precision, batches, optimizer, schedule, clipping and the ZeRO stage are fields of the job (config/deepspeed.py).
     There is no bf16/fp16 section, because it would cast the float32 adapters as well. Clipping is off, because its default is a
@@ -204,7 +213,7 @@ def deepspeed_settings(zero_stage: int, deepspeed_json: str | None) -> dict[str,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": min(BUCKET, max(trained, 1))},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf_ray.console import Console
+from rlhf_ray.runtime.devices import group_backend, own_device
 from rlhf_ray.runtime.signals import Stop
 
 PREEMPTION_POLL_S = 5.0
@@ -139,25 +140,20 @@ def usable_cores() -> int:
 
 def process_session(console: Console, num_threads: int | None = None, stop: Stop | None = None) -> Session:
     """A session of world size 1 in this very process."""
+    device = own_device()
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        dist.init_process_group(group_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     return _prepared(Session(0, 1, device, num_threads or usable_cores(), console, stop=stop or Stop()))
 
 
 def worker_session(console: Console, num_threads: int | None, actor_handles: Any, stop: Stop, attempt: int) -> Session:
-    """The session of the Ray Train worker that calls this. Ray may declare GPUs that torch does not see, so torch is asked."""
+    """The session of the Ray Train worker that calls this."""
     import ray.train
 
     context = ray.train.get_context()
-    local_rank = context.get_local_rank()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # Ray writes cuda:0 here also where GPUs are only declared
+    device = own_device()
     threads = num_threads or max(usable_cores() // context.get_local_world_size(), 1)
     gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU") or ()
     on = f"GPU {', '.join(gpus)}" if gpus else "no GPU"
@@ -169,7 +165,9 @@ def worker_session(console: Console, num_threads: int | None, actor_handles: Any
 
 
 def _prepared(session: Session) -> Session:
-    """Ray gives a worker of one CPU a single thread, so every session sets its own number."""
+    """Ray gives a worker of one CPU a single thread, so every session sets its own number. It also writes cuda:0 as accelerate's
+    device where GPUs are only declared."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(session.device)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if session.device.type == "cuda" else "cpu")
     torch.set_num_threads(session.num_threads)
     return session

@@ -46,6 +46,20 @@ STAGED_SHARE = 4
 
 UNLIMITED = 2**31
 """Context of models that have no limit of their own."""
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+"""Rows of a step where nobody sets them. A GPU reads the whole base in each step, so rows are nearly free until products of
+matrices take as long (a 7B base on an A100: about 250 rows)."""
+WIDTHS = {"cuda": 64}
+"""Multiples of columns that a step attends to on a GPU: kernels and plans for few widths, not for a new one with each token."""
+
+
+def rows_at_once(wanted: int | None, chunk: int, device: str) -> int:
+    """max_rows of a sampler that is given `chunk` requests at a time, on a device of this type. wanted: what the job says.
+
+    >>> rows_at_once(None, 512, "cuda"), rows_at_once(None, 512, "cpu"), rows_at_once(96, 64, "cpu")
+    (256, 64, 64)
+    """
+    return min(MOST_ROWS.get(device, MOST_ROWS["cpu"]) if wanted is None else wanted, chunk)
 
 
 class Sampler:
@@ -53,12 +67,18 @@ class Sampler:
 
     pad_id: any id of the vocabulary, used as padding and always masked.   max_rows: rows that take a step together.
     forward: how `model` is called where that must go through a module around it (ZeRO-3's hooks); None calls it directly.
+    width_multiple: the columns that a step attends to are rounded up to one of it; default: WIDTHS of the model's device, else 1.
     Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
     Raises ConfigError if the model keeps state other than in a cache of transformers, or if pad_id is not in its vocabulary.
     """
 
     def __init__(
-        self, model: nn.Module, pad_id: int, max_rows: int = 64, forward: Callable[..., Any] | None = None
+        self,
+        model: nn.Module,
+        pad_id: int,
+        max_rows: int = 64,
+        forward: Callable[..., Any] | None = None,
+        width_multiple: int | None = None,
     ) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config = base.config.get_text_config()
@@ -71,17 +91,22 @@ class Sampler:
         self._router = AdapterRouter(model, forward)
         self._pad_id = pad_id
         self.max_rows = max_rows
+        self._multiple = width_multiple or WIDTHS.get(self._device.type, 1)
         self._ids = itertools.count()
-        self._clear(self._context or UNLIMITED)
+        self._clear()
 
-    def _clear(self, longest: int) -> None:
-        """Forget everything, free the cache; prepare for rows of at most `longest` tokens."""
+    def _clear(self, requests: Sequence[DecodeRequest] = ()) -> None:
+        """Forget everything, free the cache; prepare for `requests`, or for whatever may be submitted if there is none."""
         self._waiting: deque[DecodeRow] = deque()
         self._staged: deque[DecodeRow] = deque()
         self._to_read: deque[list[DecodeRow]] = deque()  # prompts of staged rows, one forward each
         self._rows: list[DecodeRow] = []  # by slot
         self._batch: Batch | None = None
-        self._cache = self._caches.slots(self.max_rows, longest)
+        if requests:
+            longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+            self._cache = self._caches.slots(min(self.max_rows, len(requests)), longest, self._multiple, whole=True)
+        else:
+            self._cache = self._caches.slots(self.max_rows, self._context or UNLIMITED, self._multiple)
 
     # ---- the engine, as callers see it ------------------------------------------------------------------------------------
 
@@ -95,7 +120,7 @@ class Sampler:
         if self.busy:
             raise RuntimeError("Sampler.run: the engine still has submitted requests")
         check_requests(requests, self._limits())
-        self._clear(max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0))
+        self._clear(requests)
         rows = [self._queue(request) for request in requests]
         try:
             with self.session():
@@ -109,7 +134,7 @@ class Sampler:
                     else:
                         return [row.result() for row in rows]
         finally:
-            self._clear(self._context or UNLIMITED)
+            self._clear()
 
     def submit(self, request: DecodeRequest) -> int:
         """See `DecodeEngine.submit`."""
@@ -122,7 +147,7 @@ class Sampler:
             with self.session():
                 return self._advance() if self.busy else []
         except BaseException:
-            self._clear(self._context or UNLIMITED)  # a half-done forward must not become somebody's reply
+            self._clear()  # a half-done forward must not become somebody's reply
             raise
 
     def cancel(self, request_id: int) -> bool:
@@ -256,13 +281,18 @@ class Sampler:
         positions = batch.counters[0][:, None]
         mask = None
         if self._caches.attends:
-            age = torch.arange(batch.longest, -1, -1, device=self._device)  # of each column; the current one's is 0
+            age = torch.arange(
+                self._cache.width - 1, -1, -1, device=self._device
+            )  # of each column; the current one's is 0
             mask = age <= positions
         logits = self._logits(batch.forward, batch.tokens[:, None], mask, positions, self._cache)
         self._cache.end_step()
         tokens, logprobs = sample_tokens(logits, batch.plan, batch.counters[1])
         batch.advance(tokens)
-        events = [row.take(*got) for row, got in zip(self._rows, zip(tokens.tolist(), logprobs.tolist()))]
+        ids, numbers = torch.stack(
+            (tokens.double(), logprobs.double())
+        ).tolist()  # both exact, and one wait for the GPU
+        events = [row.take(int(token), number) for row, token, number in zip(self._rows, ids, numbers)]
         broken = [slot for slot, event in enumerate(events) if event.end == "error"]
         self._cache.clear(broken)
         return events

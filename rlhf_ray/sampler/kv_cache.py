@@ -11,6 +11,9 @@ the same column, the cursor, where the step writes their current token; a row of
 A step therefore writes one column and reads one slice, whatever the lengths; a finished row's slot is filled by copying another
 row's columns; and a step looks to the model like an ordinary left-padded batch, so its own masks (causal, sliding window) and every
 attention implementation work unchanged. When the cursor reaches the end of the buffer the columns in use move to its start.
+
+On a GPU the slice is a little wider than the longest row, so that it has one of few widths: `multiple` columns more are kept before
+the first one. What is in them is masked, like everything that is stale.
 """
 
 from __future__ import annotations
@@ -117,16 +120,24 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The layers' buffers and their common geometry. Buffers double when rows or columns run out, up to `max_slots` rows of
-    `max_tokens` tokens. make: the layers, where not all have keys and values alone."""
+    """The layers' buffers and their common geometry, of at most `max_slots` rows of `max_tokens` tokens. Buffers double when rows
+    or columns run out; whole: they are made at their full size at once, where what will come is known.
+
+    multiple: a step's slice is as wide as one of it.  make: the layers, where not all have keys and values alone."""
 
     layers: list[SlotLayer]  # type: ignore[assignment]
 
     def __init__(
-        self, max_slots: int, max_tokens: int, make: Callable[[Geometry], list[SlotLayer]] | None = None
+        self,
+        max_slots: int,
+        max_tokens: int,
+        make: Callable[[Geometry], list[SlotLayer]] | None = None,
+        multiple: int = 1,
+        whole: bool = False,
     ) -> None:
         self._geometry = Geometry()
-        self._max_slots, self._max_columns = max_slots, _round_up(max_tokens + SPARE_COLUMNS)
+        self._multiple, self._whole = multiple, whole
+        self._max_slots, self._max_columns = max_slots, _round_up(max_tokens + multiple - 1 + SPARE_COLUMNS)
         if make is None:
             Cache.__init__(self, layer_class_to_replicate=partial(SlotLayer, self._geometry))  # type: ignore[arg-type]
         else:
@@ -143,22 +154,29 @@ class SlotCache(Cache):
         """(slots, columns) of the buffers."""
         return self._geometry.slots, self._geometry.columns
 
+    @property
+    def width(self) -> int:
+        """Columns that the current step attends to."""
+        return self._geometry.width
+
     def reserve(self, rows: int, longest: int, incoming: int = 0) -> None:
-        """Make room for `rows` rows and for `max(longest, incoming)` columns before the cursor and one at it.
+        """Make room for `rows` rows and for `max(longest, incoming)` columns before the cursor and one at it, with what `multiple`
+        takes before them.
 
         rows: slots in use after this call.   longest: tokens of the longest row held, whose columns are kept.
         incoming: tokens of the longest row about to be inserted.
         """
         g = self._geometry
-        before = max(longest, incoming)
+        before = max(longest, incoming) + self._multiple - 1
         if rows <= g.slots and before <= g.cursor < g.columns:
             return
         source = slice(g.cursor - longest, g.cursor)
         held = min(rows, g.slots)
         if rows > g.slots:
-            g.slots = min(max(rows, 2 * g.slots), self._max_slots)
+            g.slots = self._max_slots if self._whole else min(max(rows, 2 * g.slots), self._max_slots)
         if before + SPARE_COLUMNS > g.columns:
-            g.columns = min(_round_up(max(before + SPARE_COLUMNS, 2 * g.columns)), self._max_columns)
+            most = self._max_columns
+            g.columns = most if self._whole else min(_round_up(max(before + SPARE_COLUMNS, 2 * g.columns)), most)
         g.cursor = before
         for layer in self.layers:
             layer.relocate(held, source, slice(before - longest, before))
@@ -166,7 +184,7 @@ class SlotCache(Cache):
     def begin_step(self, rows: int, longest: int) -> None:
         """The next forward is one token for each of the first `rows` slots; the longest row holds `longest` tokens so far."""
         self.reserve(rows, longest)
-        self._geometry.rows, self._geometry.width = rows, longest + 1
+        self._geometry.rows, self._geometry.width = rows, _round_up(longest + 1, self._multiple)
         for layer in self.layers:
             layer.begin_step()
 

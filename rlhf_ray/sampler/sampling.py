@@ -74,8 +74,8 @@ def _probabilities(logprobs: Tensor, truncation: Truncation | None) -> Tensor:
     if truncation is not None:
         t = truncation
         logprobs = logprobs.index_copy(0, t.rows, truncate(logprobs[t.rows], t.top_k, t.top_p))
-    probs = logprobs.exp()
-    broken = logprobs[:, 0].isnan()  # one nan or inf makes the whole row nan
-    if bool(broken.any()):
-        probs[broken] = 1.0  # some token: such rows must not fail the batch, and are known by their log-probability
-    return probs
+    broken = logprobs[:, :1].isnan()  # one nan or inf makes the whole row nan
+    # some token: such rows must not fail the batch, and are known by their log-probability
+    return logprobs.exp().masked_fill_(
+        broken, 1.0
+    )  # not asked whether there are any: a GPU would have to be waited for

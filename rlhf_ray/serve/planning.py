@@ -39,6 +39,7 @@ def plan_service(
         policies=[{"name": "base", "policy": "base"}],  # type: ignore[arg-type]
         response_length=config.limits.max_tokens,
         rollout_chunk_size=rows,
+        sampler_rows=rows,
         per_device_eval_batch_size=1,
     )
     (found,) = estimator.processes(evaluation)

@@ -22,6 +22,7 @@ from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone
 from rlhf_ray.registry import Registry
+from rlhf_ray.runtime.devices import own_device
 from rlhf_ray.sampler.requests import DecodeRequest
 from rlhf_ray.serve.adapter_cache import AdapterCache, CacheBusy
 from rlhf_ray.serve.api_errors import ApiError, adapter_refused, model_not_found, overloaded, request_timeout
@@ -44,16 +45,16 @@ class Replica:
     """Build it on the event loop that will call it, then `await start()`."""
 
     def __init__(self, config: ServeConfig, name: str = "replica", metrics: Metrics | None = None) -> None:
+        """On the GPU that Ray gave this process, if it gave one."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.config, self.limits, self.metrics = config, config.limits, metrics or NoMetrics()
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         threads = config.replicas.num_threads
         if threads is not None:
             torch.set_num_threads(threads)
         self.backbone: Backbone = load_backbone(
             path=config.model_name_or_path,
             revision=config.revision,
-            **load_options(config, device),  # type: ignore[arg-type]  # the same fields as a job's
+            **load_options(config, own_device()),  # type: ignore[arg-type]  # the same fields as a job's
         )
         chat = "chat" if self.backbone.tokenizer.chat_template is not None else "none"
         self.template = load_template(config.template or chat, self.backbone.tokenizer)

@@ -34,9 +34,8 @@ from rlhf_ray.roles.heldout import HeldOut
 from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.runtime.session import Session
-from rlhf_ray.sampler.engine import Sampler
+from rlhf_ray.sampler.engine import Sampler, rows_at_once
 
-SAMPLER_ROWS = 64
 RANDOMNESS = "evaluate"
 """Role of the row seeds: apart from those of training rollouts."""
 
@@ -109,8 +108,9 @@ class EvaluationModels:
         to_texts = text_maker(self.backbone, self.template)
         quantised = config.load_in_8bit or config.load_in_4bit
         pad_id, rows, device = self.backbone.pad_id, config.per_device_eval_batch_size, self.session.device
+        at_once = rows_at_once(config.sampler_rows, config.rollout_chunk_size, device.type)
         generator = CheckedGenerator(
-            Sampler(stack.model, stack.backbone.pad_id, max_rows=min(SAMPLER_ROWS, config.rollout_chunk_size)),
+            Sampler(stack.model, stack.backbone.pad_id, at_once),
             pad_id,
             config.seed,
             self.models,

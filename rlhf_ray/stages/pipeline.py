@@ -15,6 +15,7 @@ from rlhf_ray.errors import Interrupted
 from rlhf_ray.ppo import checkpoint as ppo_checkpoint
 from rlhf_ray.ppo.loop import train_ppo
 from rlhf_ray.report import write_report
+from rlhf_ray.runtime.devices import memory_released
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.evaluate import run_evaluate
 from rlhf_ray.storage.lock import WAIT_S
@@ -88,7 +89,8 @@ def run_stages(configs: dict[str, JobFields], session: Session, whole: str) -> d
         session.console.log(f"stage {number} of {len(configs)}: {stage} -> {config.output_dir}")
         started = time.perf_counter()
         try:
-            runs[stage] = BODIES[stage](config, session)
+            with memory_released():
+                runs[stage] = BODIES[stage](config, session)
         except Interrupted as error:
             own, outer = resume_command(config.output_dir), resume_command(whole)
             raise Interrupted([replace(p, fix=p.fix.replace(own, outer)) for p in error.problems]) from error

@@ -6,6 +6,7 @@ from rlhf_ray.data.encode import end_of_turn
 from rlhf_ray.data.templates import Template
 from rlhf_ray.maths.schedules import peak_multiplier, resolve_warmup
 from rlhf_ray.supervised.task import Job, SupervisedConfig
+from rlhf_ray.training.environment import not_exact
 from rlhf_ray.training.header import config_line
 
 FEW_STEPS = 10
@@ -33,6 +34,7 @@ def header_lines(job: Job, template: Template) -> list[str]:
         f"peak lr    {peak_rate(config, steps):.3g} ({config.optim})",
         f"device     {session.device}, {session.num_threads} threads, {backbone.identity.precision}, "
         f"{backbone.attn_implementation}",
+        *([f"           not bit-exact: {why}"] if (why := not_exact(session.device)) else []),
         f"tokens     pad {backbone.pad.token!r} ({backbone.pad.why}); replies end in {ends}",
         config_line(config),
     ]

@@ -19,7 +19,7 @@ from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.launch.begun import with_defaults_as_begun
-from rlhf_ray.launch.placement import cluster_nodes
+from rlhf_ray.launch.placement import cluster_nodes, cluster_total
 from rlhf_ray.launch.preflight import nodes_of
 from rlhf_ray.launch.ray_cluster import cluster
 from rlhf_ray.metrics import figure
@@ -73,7 +73,7 @@ def _run(config: SweepConfig, record: Record, signals: Signals, console: Console
         ]
         jobs = [job_of(config, trial) for trial in sample]
         nodes = cluster_nodes() or nodes_of(ray.nodes())
-        fits = capacity(jobs, ray.cluster_resources(), nodes, own_ray)
+        fits = capacity(jobs, cluster_total(), nodes, own_ray)
         _tell_plan(config, record, fits, console)
         record.write()
         from rlhf_ray.sweep.tuning import run_trials

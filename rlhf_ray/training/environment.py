@@ -31,6 +31,13 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
+def not_exact(device: torch.device) -> str:
+    """Why a run on this device does not repeat bit for bit; empty on the CPU, where it does."""
+    if device.type != "cuda":
+        return ""
+    return "the backward pass of attention adds in no fixed order on a GPU"
+
+
 def warn_of_differences(state: Mapping[str, Any], session: Session, backbone: Backbone) -> None:
     """One warning, of rank 0, if a run goes on elsewhere than where its checkpoint was written.
 
@@ -45,5 +52,7 @@ def warn_of_differences(state: Mapping[str, Any], session: Session, backbone: Ba
         for name in saved
         if saved[name] is not None and saved[name] != now.get(name)
     ] + [f"{name} none -> {now[name]}" for name in now if "environment" in state and name not in saved]
+    if why := not_exact(session.device):
+        differ.append(why)
     if differ and session.is_main:
         session.console.warn(f"resumes, not bit-exact: {', '.join(differ)}")

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.errors import Interrupted, LimitReached, Problem
-from rlhf_ray.roles.actor_pool import ATTEMPTS, RESTART_S
 from rlhf_ray.roles.guards import Guards, StopTraining
 from rlhf_ray.runtime.fault_injection import fault_point
 from rlhf_ray.runtime.session import Session
@@ -24,6 +23,8 @@ def patience(session: Session) -> dict[str, float]:
     """Seconds that these phases may take whatever they took before: an actor that is silent is ended and its work done again."""
     if session.actor_handles is None:
         return {}
+    from rlhf_ray.roles.actor_pool import ATTEMPTS, RESTART_S  # brings Ray
+
     return dict.fromkeys(WAITS, ATTEMPTS * max(session.actor_handles.timeouts.values()) + RESTART_S)
 
 

@@ -81,7 +81,7 @@ def test_roles_land_on_their_gpus(two_gpus: Any, split_job: Job, console: Any) -
 @pytest.mark.long
 def test_two_learner_ranks_hand_out_their_own_chunks(two_gpus: Any, split_job: Job, console: Any) -> None:
     """Rank 0 puts the adapter into the object store, rank 1 gets the reference; both placements give the same adapter."""
-    learner = {"num_workers": 2, "num_threads": 1, "num_gpus": 0.5}
+    learner = {"num_workers": 2, "num_threads": 1, "num_gpus": 0.0}
     split = ppo(split_job("split2", learner=learner, **RESETS), console)
     beside = ppo(split_job("colocate2", placement="colocate", learner=learner, **RESETS), console)
     assert adapter_sha256(split) == adapter_sha256(beside)

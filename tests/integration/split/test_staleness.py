@@ -99,7 +99,7 @@ def test_a_run_stopped_with_a_rollout_under_way_goes_on_to_the_same_bits(
 @pytest.mark.long
 def test_two_ranks_two_adapters_on_the_board(two_gpus: Any, split_job: Job, console: Any) -> None:
     """Both ranks hand out chunks with the adapter from before the update, and probe them under it."""
-    learner = {"num_workers": 2, "num_threads": 1, "num_gpus": 0.5}
+    learner = {"num_workers": 2, "num_threads": 1, "num_gpus": 0.0}
     two = ppo(split_job("two", max_staleness=1, learner=learner, **STEPS), console)
     steps = [row for row in deterministic(two) if row["step"]]
     assert [row["sampler/staleness"] for row in steps] == [0, 1, 1, 1]

@@ -63,7 +63,7 @@ def job(two_gpus: Any, split_job: Callable[..., PPOConfig], tmp_path: Path) -> C
     settings.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
 
     def make(name: str, stage: int, **changes: Any) -> PPOConfig:
-        learner: dict[str, Any] = {"num_workers": 2, "num_threads": 1, "num_gpus": 0.5, "zero_stage": stage}
+        learner: dict[str, Any] = {"num_workers": 2, "num_threads": 1, "num_gpus": 0.0, "zero_stage": stage}
         if stage == 3:
             learner["deepspeed"] = str(settings)
         common: dict[str, Any] = {"max_steps": 3, "max_staleness": 1, "probe_steps": 1, "learner": learner}

@@ -70,6 +70,8 @@ FAULTS: list[tuple[str, str, str, str]] = [
      "out of range; expected integer >= 0; got -1; fix: the default is 1"),
     ("43 GPUs of no worker", "learner: {num_workers: 0, num_gpus: 1}", "learner.num_gpus",
      "has no effect with num_workers: 0, which runs where this process runs; drop it"),
+    ("43 a shared GPU", "learner: {num_workers: 2, num_gpus: 0.5}", "learner.num_gpus",
+     "0.5 lets several of 2 workers share a GPU, which NCCL refuses; set 1, a share above 0.5, or 0 for the CPU"),
     ("43 GPUs", "learner: {num_gpus: -1}", "learner.num_gpus", "out of range; expected number >= 0 or null; got -1"),
     ("32 warm-up", "warmup_steps: -1", "warmup_steps",
      "out of range; expected number >= 0; got -1; fix: the default is 0.05"),

@@ -79,7 +79,7 @@ def actors(generators: int, generator_gpu: float = 0.0) -> list[ResourceRequest]
     ("requests", "there", "expected"),
     [
         ([*actors(3), learner(1, 0.0)], node(4), "generator.num_actors=2"),
-        ([*actors(1, 1.0), learner(1)], node(4, 1), "generator.num_gpus=0 scorer.num_gpus=0"),
+        ([*actors(1, 1.0), learner(1)], node(4, 1), "placement=colocate"),
         ([*actors(1), learner(1, 0.0)], node(1), "placement=colocate"),
         ([*actors(1), learner(4, 0.0)], node(2), "placement=colocate learner.num_workers=2"),
     ],
@@ -140,8 +140,29 @@ def test_on_a_given_cluster_a_worker_asks_for_its_threads_and_a_gpu_where_there_
 def test_split_roles_ask_for_a_gpu_each_if_everybody_can_have_one() -> None:
     job = split(generator={"num_actors": 2}, scorer={"num_cpus": 0.5, "accelerator_type": "A100"})
     assert processes(job) == 4
-    for gpus, each in ((4.0, 1.0), (3.0, 0.0)):
+    for gpus, each in ((4.0, 1.0), (3.0, 0.5), (2.0, 0.3333), (0.0, 0.0)):
         requests = role_requests(job, {"CPU": 8.0, "GPU": gpus}, own_ray=False)
         assert [a.role for a in requests] == ["generator", "scorer", "learner"]
-        assert [a.each.get("GPU", 0.0) for a in requests] == [each] * 3
+        assert [a.each.get("GPU", 0.0) for a in requests] == [each, each, float(gpus > 0)]
         assert requests[1].each["CPU"] == 0.5 and requests[1].each[f"{ACCELERATOR}A100"] == 0.001
+
+
+def test_no_role_is_on_the_cpu_by_accident() -> None:
+    """Two GPUs, and a split job that says nothing of them: the CPU is for those that ask for it."""
+    there = node(8, 2)
+    requests = role_requests(split(), there.resources, own_ray=False)
+    assert [a.each.get("GPU") for a in requests] == [0.5, 0.5, 1.0]
+    assert check(requests, [there]) == {"generator": ["n"], "scorer": ["n"], "learner": ["n"]}
+    told = role_requests(split(scorer={"num_gpus": 0.0}), there.resources, own_ray=False)
+    assert [a.each.get("GPU") for a in told] == [1.0, None, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("job", "gpus", "fix"),
+    [(split(), 1, "set placement=colocate"), (sft(num_workers=4), 2, "set learner.num_workers=2")],
+)
+def test_too_few_gpus_refuse_the_job(job: Any, gpus: int, fix: str) -> None:
+    there = node(8, gpus)
+    with pytest.raises(ResourceError) as caught:
+        check(role_requests(job, there.resources, own_ray=False), [there])
+    assert fix in str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,26 @@ class TestUseAdapter:
         base = [p for n, p in two.named_parameters() if ".lora_" not in n]
         plain = sum(p.numel() for p in AutoModelForCausalLM.from_config(two.get_base_model().config).parameters())
         assert sum(p.numel() for p in base) == plain
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_a_base_is_free_when_its_last_user_is(
+        self, load: Callable[..., Any], tiny_llama: Callable[..., Path], recompute: bool
+    ) -> None:
+        """Without waiting for the garbage collector, which does not know of a GPU's memory."""
+        gc.collect()
+        gc.disable()
+        try:
+            backbone = load(tiny_llama())
+            model = wrap(backbone.model, LoraConfig(r=2), "policy", seed=1)
+            if recompute:
+                gradient_checkpointing(model)
+                model.train()
+            model(input_ids=IDS).logits.sum().backward()
+            weight = weakref.ref(model.get_base_model().get_input_embeddings().weight)
+            del backbone, model
+            assert weight() is None
+        finally:
+            gc.enable()
 
     def test_gradient_checkpointing_recomputes_under_the_right_adapter(self, two: PeftModel) -> None:
         """Without the adapter being remembered per pass, the policy's layers would be recomputed under whatever is active

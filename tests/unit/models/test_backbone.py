@@ -25,6 +25,8 @@ from rlhf_ray.errors import ArtifactError, ConfigError, InvariantError, Resource
 from rlhf_ray.models import loading
 from rlhf_ray.models.backbone import Backbone, trunk
 from rlhf_ray.models.heads import LogitsHead, ScalarHead, scalar_head
+from rlhf_ray.models.loading import LoadPlan, plan_load
+from rlhf_ray.models.sources import resolve_source
 
 from .conftest import IDS, hidden, logits
 
@@ -129,6 +131,38 @@ class TestRefusals:
         with pytest.raises(ResourceError, match=message) as e:
             load(tiny_llama(), **fields)
         assert e.value.exit_code == 3
+
+    @pytest.mark.parametrize(
+        ("stored", "dtype", "has_bf16", "trains", "expected"),
+        [
+            (torch.float16, "auto", True, True, torch.bfloat16),
+            (torch.float16, "auto", True, False, torch.bfloat16),  # served as it was trained
+            (torch.float16, "auto", False, False, torch.float16),
+            (torch.float16, "auto", False, True, None),
+            (torch.bfloat16, "auto", True, True, torch.bfloat16),
+            (torch.float32, "auto", True, True, torch.float32),
+            (torch.float32, "float16", True, True, None),
+            (torch.float32, "float16", True, False, torch.float16),
+        ],
+    )
+    def test_float16_is_not_trained(
+        self, tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: Any, dtype: str,
+        has_bf16: bool, trains: bool, expected: Any,
+    ) -> None:  # fmt: skip
+        """Without a scaled loss most gradients are below its smallest number: nothing would be learnt, in silence. By device: CUDA
+        is asked for nothing before weights are read."""
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+        folder = Path(shutil.copytree(tiny_llama(), tmp_path / "m"))
+        edit(folder / "config.json", dtype=str(stored).removeprefix("torch."))
+
+        def planned() -> LoadPlan:
+            return plan_load(resolve_source(str(folder)), dtype, "auto", None, False, "cuda:0", trains)
+
+        if expected is None:
+            with pytest.raises(ResourceError, match=r"dtype: float16 is not trained.*set dtype=bfloat16, or float32"):
+                planned()
+        else:
+            assert (planned().dtype, planned().attn) == (expected, "sdpa")
 
     def test_missing_and_damaged_weights(self, load: Load, tiny_llama: Make, tmp_path: Path) -> None:
         folder = Path(shutil.copytree(tiny_llama(), tmp_path / "m"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rlhf_ray.errors import ResourceError
 from rlhf_ray.models.adapters import adapter_parameters, read_adapter, use_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.merge import merge_run
+from rlhf_ray.models.quantisation import quantised_kwargs
 
 from .conftest import IDS, logits
 
@@ -98,3 +100,25 @@ def test_a_checkpoint_that_is_quantised_merges_whole(
     expected = logits(wrap(base.model, read_adapter(tmp_path / "adapter"), "policy"))
     correlation = torch.corrcoef(torch.stack([expected.flatten().float(), logits(merged.model).flatten()]))[0, 1]
     assert correlation > 0.999
+
+
+def test_offloaded_layers_go_to_the_own_gpu_and_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`device_map: auto` alone would spread the base over every GPU that the process can see, those of other ranks too."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (index * 10**9, 80 * 10**9))
+    given = quantised_kwargs(8, torch.device("cuda", 3), cpu_offload=True)
+    assert given["device_map"] == "auto" and given["max_memory"].keys() == {3, "cpu"}
+    assert given["max_memory"][3] == 3 * 10**9 and given["max_memory"]["cpu"] > 10**8
+    assert quantised_kwargs(4, torch.device("cuda", 3), cpu_offload=False).keys() == {
+        "quantization_config",
+        "device_map",
+    }
+
+
+def test_a_warning_of_every_layer_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    quantised_kwargs(8, torch.device("cpu"), cpu_offload=False)
+    quantised_kwargs(8, torch.device("cpu"), cpu_offload=False)
+    log = logging.getLogger("bitsandbytes.autograd._functions")
+    for dtype in ("float32", "float32", "bfloat16"):
+        log.warning("inputs will be cast from %s to float16", dtype)
+    log.warning("another matter")
+    assert [r.getMessage() for r in caplog.records] == ["inputs will be cast from float32 to float16", "another matter"]

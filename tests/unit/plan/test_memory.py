@@ -57,7 +57,10 @@ def test_stage_3_divides_the_base_and_gathers_a_part() -> None:
     assert zero(3, 4)["sampling"]["bases"] == 2 * BASE // 4 + 2 * BASE  # small bases are gathered whole
 
 
-def test_the_default_bucket_is_two_gigabytes_on_a_gpu_and_what_is_used_on_the_cpu() -> None:
+def test_the_learner_asks_for_buckets_of_what_it_trains() -> None:
+    """DeepSpeed's own are two gigabytes on a GPU, whatever is trained."""
+    assert Zero.of(2, 1, N, BASE, {}).buckets("cuda") == 4 * N
+    assert Zero.of(2, 1, 10**10, BASE, {}).buckets("cuda") == 2_000_000_000
     default = Zero(2, 1, N, BASE)
     assert default.buckets("cuda") == 2_000_000_000 and default.buckets("cpu") == 4 * N
     assert Zero.of(1, 1, N, BASE, {"reduce_bucket_size": "5e3", "overlap_comm": True}).buckets("cuda") == 40_000

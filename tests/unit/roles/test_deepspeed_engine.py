@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import nn
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.deepspeed import OUR_KEYS
 from rlhf_ray.console import NullConsole
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, ResourceError
+from rlhf_ray.models.quantisation import refuse_offloaded
 from rlhf_ray.models.zero3 import gathered
 from rlhf_ray.roles.deepspeed_engine import ParameterGroup, TrainingEngine, deepspeed_settings
 from rlhf_ray.roles.optimizer_state import export_state, forget_state, restore_state
@@ -23,7 +23,7 @@ from rlhf_ray.runtime.session import process_session
 
 def test_no_precision_section_because_it_would_cast_the_adapters() -> None:
     """F16."""
-    assert not {"fp16", "bf16"} & deepspeed_settings(2, None).keys()
+    assert not {"fp16", "bf16"} & deepspeed_settings(2, None, 9).keys()
 
 
 @pytest.mark.parametrize("key", OUR_KEYS)
@@ -31,28 +31,28 @@ def test_a_key_that_is_a_field_of_the_job_is_refused_by_name(tmp_path: Path, key
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({key: 1}))
     with pytest.raises(ConfigError, match=f"{key} is set by the job.*{OUR_KEYS[key].split()[0]}"):
-        deepspeed_settings(1, str(path))
+        deepspeed_settings(1, str(path), 9)
 
 
 def test_the_users_zero_keys_are_kept_and_all_wrong_keys_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 5}, "prescale_gradients": True}))
-    settings = deepspeed_settings(2, str(path))
+    settings = deepspeed_settings(2, str(path), 9)
     assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 5}
     assert settings["prescale_gradients"] is True
     path.write_text(json.dumps({"bf16": {}, "optimizer": {}}))
     with pytest.raises(ConfigError) as error:
-        deepspeed_settings(2, str(path))
+        deepspeed_settings(2, str(path), 9)
     assert len(error.value.problems) == 2
 
 
 def test_the_stage_is_the_jobs_and_the_file_may_only_agree(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    agreed = deepspeed_settings(3, str(path))["zero_optimization"]
-    assert agreed == {"stage": 3, "stage3_param_persistence_threshold": 0}
+    agreed = deepspeed_settings(3, str(path), 9)["zero_optimization"]
+    assert agreed == {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 9}
     with pytest.raises(ConfigError) as error:
-        deepspeed_settings(0, str(path))
+        deepspeed_settings(0, str(path), 9)
     (line,) = error.value.lines()
     assert line.endswith(
         "ds.json: zero_optimization.stage contradicts learner.zero_stage; expected 0; got 3; "
@@ -61,19 +61,31 @@ def test_the_stage_is_the_jobs_and_the_file_may_only_agree(tmp_path: Path) -> No
     assert error.value.exit_code == 2
 
 
-def _engine(zero_stage: int, **optim: Any) -> tuple[nn.Module, TrainingEngine]:
-    """A module of two weights of 4 numbers, groups `policy` and `value`, in a group of one process.
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_buckets_hold_what_is_trained_and_no_more(stage: int) -> None:
+    """At DeepSpeed's own size a GPU would keep 2 GB of gradients for an adapter of any size."""
+    _, engine = _engine(stage)
+    assert engine.engine.optimizer.reduce_bucket_size == 8
+    assert deepspeed_settings(stage, None, 7 * 10**9)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
 
-    Buckets of DeepSpeed's own size are gigabytes of address space each, and a process that has too much of it cannot fork."""
+
+def test_a_base_that_is_partly_on_the_cpu_is_not_trained() -> None:
+    """DeepSpeed would move it to the GPU as a whole, which is what did not fit."""
+    module = nn.ModuleDict({"base": nn.Linear(4, 1)})
+    module["base"].hf_device_map = {"layers.0": 0, "layers.1": "cpu", "lm_head": "disk"}  # type: ignore[assignment]
+    with pytest.raises(ResourceError, match=r"cpu_offload: 2 parts of the base do not fit.*layers\.1, lm_head"):
+        refuse_offloaded(module)
+    module["base"].hf_device_map = {"": "cuda:0"}  # type: ignore[assignment]
+    refuse_offloaded(module)
+
+
+def _engine(zero_stage: int, **optim: Any) -> tuple[nn.Module, TrainingEngine]:
+    """A module of two weights of 4 numbers, groups `policy` and `value`, in a group of one process."""
     process_session(NullConsole(), num_threads=1)
     module = nn.ModuleDict({name: nn.Linear(4, 1, bias=False) for name in ("policy", "value")})
     groups = [ParameterGroup(name, {f"{name}.weight": module[name].weight}) for name in ("policy", "value")]
     job = {"output_dir": "x", "model_name_or_path": "x", "data": {"train": "x"}, "rewards": [{"function": "x:y"}]}
-    small = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump({"zero_optimization": small}, file)
-        file.flush()
-        return module, TrainingEngine(module, groups, PPOConfig.model_validate(job | optim), zero_stage, file.name, 1)
+    return module, TrainingEngine(module, groups, PPOConfig.model_validate(job | optim), zero_stage, None, 1)
 
 
 def _weights(engine: TrainingEngine) -> dict[str, torch.Tensor]:

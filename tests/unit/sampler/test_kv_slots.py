@@ -27,8 +27,9 @@ def prefilled(new: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
 class Model:
     """rows[i] = [(keys, values) of each layer], columns in order."""
 
-    def __init__(self, max_tokens: int) -> None:
-        self.cache = SlotCache(SLOTS, max_tokens)
+    def __init__(self, max_tokens: int, multiple: int = 1, whole: bool = False) -> None:
+        self.cache = SlotCache(SLOTS, max_tokens, multiple=multiple, whole=whole)
+        self.multiple = multiple
         self.rows: list[list[list[torch.Tensor]]] = []
         self.generator = torch.Generator().manual_seed(0)
 
@@ -45,15 +46,17 @@ class Model:
         new = states(len(self.rows), 1, self.generator)
         longest = self.longest()
         self.cache.begin_step(len(self.rows), longest)
+        width = -(-(longest + 1) // self.multiple) * self.multiple
+        assert self.cache.width == width
         for layer, (keys, values) in enumerate(new):
             seen = self.cache.update(keys, values, layer)
-            assert self.cache.get_seq_length(layer) == longest
-            assert self.cache.get_mask_sizes(1, layer) == (longest + 1, 0)
+            assert self.cache.get_seq_length(layer) == width - 1
+            assert self.cache.get_mask_sizes(1, layer) == (width, 0)
             for i, row in enumerate(self.rows):
                 row[layer] = [torch.cat([old, fresh[i]], 1) for old, fresh in zip(row[layer], (keys, values))]
                 for got, expected in zip(seen, row[layer]):
-                    assert got.shape[2] == longest + 1 and got.shape[0] == len(self.rows)
-                    assert torch.equal(got[i, :, longest + 1 - expected.shape[1] :], expected)
+                    assert got.shape[2] == width and got.shape[0] == len(self.rows)
+                    assert torch.equal(got[i, :, width - expected.shape[1] :], expected)
                     assert got.isfinite().all()
         self.cache.end_step()
 
@@ -68,10 +71,11 @@ ACTIONS = st.lists(st.one_of(st.tuples(st.just("admit"), st.integers(1, 90)), st
                              st.tuples(st.just("leave"), st.integers(0, SLOTS - 1))), max_size=12)  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None)
-@given(ACTIONS)
-def test_every_step_sees_exactly_the_columns_of_its_rows(actions):
-    model = Model(max_tokens=1000)
+@settings(max_examples=40, deadline=None)
+@given(ACTIONS, st.sampled_from([1, 8, 64]), st.booleans())
+def test_every_step_sees_exactly_the_columns_of_its_rows(actions, multiple, whole):
+    """In widths of a multiple, with stale columns before them."""
+    model = Model(max_tokens=1000, multiple=multiple, whole=whole)
     model.admit(5)
     for action, number in actions:
         if action == "admit" and len(model.rows) < SLOTS:
@@ -93,6 +97,16 @@ def test_buffers_grow_by_doubling_up_to_their_bound_and_then_only_shift():
         if not shapes or shapes[-1] != model.cache.shape:
             shapes.append(model.cache.shape)
     assert shapes == [(1, 96), (1, 192), (1, 288)]  # 200 tokens and 64 spare columns, rounded up to 32
+
+
+def test_where_all_is_known_buffers_are_made_once():
+    """A buffer that doubles is twice in memory while it is copied, and ends larger than what is used."""
+    model = Model(max_tokens=200, whole=True)
+    model.admit(10), model.step(), model.admit(150)
+    buffers = [layer.keys for layer in model.cache.layers]
+    for _ in range(50):
+        model.step()
+    assert model.cache.shape == (SLOTS, 288) and all(layer.keys is b for layer, b in zip(model.cache.layers, buffers))
 
 
 def test_columns_move_to_the_start_when_the_cursor_reaches_the_end():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_ray.errors import ConfigError, InvariantError
-from rlhf_ray.sampler.engine import DecodeRequest, Sampler
+from rlhf_ray.sampler.engine import DecodeRequest, Sampler, rows_at_once
 
 PAD = 0
 
@@ -201,3 +201,38 @@ def test_f9_the_real_tiny_model_ends_its_stories_with_id_1(data_dir: Path, asser
     assert ended and all(r.token_ids[-1] == 1 for _, r in ended)
     shortest, response = min(ended, key=lambda pair: len(pair[1].token_ids))
     assert response.token_ids == generate_greedy(model, shortest, (1, 2))
+
+
+@pytest.mark.parametrize("kind", [{}, {"sliding_window": 16}])
+def test_columns_beside_the_rows_change_no_token(make_llama, make_requests, assert_plain, kind):
+    """On a GPU a step attends to a multiple of 64 columns: the same tokens, with what is masked beside them; also where rows come
+    and go, and where a model's own windows count the columns."""
+    if kind:
+        from transformers import MistralConfig, MistralForCausalLM
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+        heads = {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 160,
+            "initializer_range": 0.2,
+        }
+        model = MistralForCausalLM(MistralConfig(**sizes, **heads, **kind)).eval()
+    else:
+        model = make_llama()
+    requests = [dataclasses.replace(r, greedy=i % 2 == 0) for i, r in enumerate(make_requests(20, stop_ids=(5, 11)))]
+    narrow = Sampler(model, PAD, max_rows=7)
+    wide = Sampler(model, PAD, max_rows=7, width_multiple=64)
+    widths: list[int] = []
+    forward = wide._logits
+    wide._logits = lambda *args: widths.append(args[4].get_mask_sizes(1, 0)[0]) or forward(*args)
+    found = wide.run(requests)
+    assert [r.token_ids for r in found] == [r.token_ids for r in narrow.run(requests)]
+    assert set(widths[-20:]) <= {64, 128} and len(requests) == len(found)
+    assert_plain(model, requests, found)
+
+
+def test_how_many_rows_take_a_step_together():
+    assert [rows_at_once(None, 512, device) for device in ("cpu", "cuda", "meta")] == [64, 256, 64]
+    assert [rows_at_once(wanted, 128, "cuda") for wanted in (None, 96, 1000)] == [128, 96, 128]

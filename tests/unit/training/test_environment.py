@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.runtime.session import Session, process_session
@@ -45,6 +46,20 @@ def test_one_line_names_what_differs(session: Session, said: io.StringIO) -> Non
     )
     warn_of_differences({"environment": saved}, replace(session, rank=1), BACKBONE)
     assert said.getvalue().count("\n") == 1
+
+
+def test_a_gpu_repeats_no_bits_and_says_so(
+    session: Session, said: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit-exactness is a claim about the CPU: on a GPU each resumed run says why it is not, also on the same one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    on_gpu = replace(session, device=torch.device("cuda", 0))
+    now = environment(on_gpu, BACKBONE)
+    assert now["device"] == "NVIDIA H200"
+    warn_of_differences({"environment": now}, on_gpu, BACKBONE)
+    assert said.getvalue() == (
+        "warning: resumes, not bit-exact: the backward pass of attention adds in no fixed order on a GPU\n"
+    )
 
 
 def test_an_older_checkpoint_knows_ranks_and_threads(session: Session, said: io.StringIO) -> None:

@@ -192,15 +192,8 @@ class HttpApi:
         preference = await parsed(body, PreferenceRequest)
         context.require_access(*filter(None, (preference.chosen_model, preference.rejected_model)))
         prompt = to_prompt(preference.prompt, preference.messages, self.limits)
-        chosen, rejected = preference.chosen.strip(), preference.rejected.strip()
-        if not str(prompt.get("text", "-")).strip() or not chosen or not rejected:
-            raise ApiError(400, "Prompt and both replies must say something.", "invalid_value", "chosen")
-        if b"\\u0000" in body:
-            raise ApiError(400, "A NUL character is no text that can be learnt from.", "invalid_value", "chosen")
-        if chosen == rejected and preference.verdict == "better":
-            raise ApiError(
-                400, "The two replies are the same: nothing can be learnt from that.", "invalid_value", "rejected"
-            )
+        if preference.verdict == "better":
+            _check_learnable(preference, prompt, body)
         row = preference_row(preference, prompt, context.key_name)
 
         async def store() -> dict[str, Any]:
@@ -343,6 +336,18 @@ class ClosingStreamingResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await _aclose(self.body_iterator)
+
+
+def _check_learnable(preference: PreferenceRequest, prompt: dict[str, Any], body: bytes) -> None:
+    """ApiError for a row that the reward stage could not learn from."""
+    chosen, rejected = preference.chosen.strip(), preference.rejected.strip()
+    if not str(prompt.get("text", "-")).strip() or not chosen or not rejected:
+        raise ApiError(400, "Prompt and both replies must say something.", "invalid_value", "chosen")
+    if b"\\u0000" in body:
+        raise ApiError(400, "A NUL character is no text that can be learnt from.", "invalid_value", "chosen")
+    if chosen == rejected:
+        message = "The two replies are the same: nothing can be learnt from that."
+        raise ApiError(400, message, "invalid_value", "rejected")
 
 
 def _methods(method: str) -> list[str]:

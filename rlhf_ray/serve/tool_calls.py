@@ -66,8 +66,8 @@ class ToolCallReader:
             return
         self._held += text
         if self._kind == "llama3_json" and not self._is_text:
-            begun = self._held.lstrip().removeprefix("<|python_tag|>")
-            if not begun.strip() or begun.lstrip().startswith("{"):
+            (tag,), begun = MARKERS["llama3_json"], self._held.lstrip()
+            if tag.startswith(begun) or begun.removeprefix(tag).lstrip()[:1] in ("", "{"):
                 return  # perhaps a call: known at the end
             self._is_text = True
         if self._kind == "llama3_json":

@@ -187,6 +187,7 @@ def test_by_keyboard_alone_and_blind(page: Any, served: Served) -> None:
     page.keyboard.press("Space")  # without the base
     page.locator("#blind").focus()
     page.keyboard.press("Space")
+    page.fill("#seed", "3")
     page.locator("#prompt").focus()
     page.keyboard.type("Name a bird.")
     page.keyboard.press("Control+Enter")
@@ -221,6 +222,7 @@ def test_nobody_wins(page: Any, served: Served, key: str, verdict: str, told: st
 def test_a_system_prompt_and_a_second_turn(page: Any, served: Served) -> None:
     asked: list[Any] = []
     page.on("request", lambda r: asked.append(r.post_data_json) if r.url.endswith("/compare") else None)
+    page.fill("#seed", "3")
     page.click("text=System prompt")
     page.fill("#system", "You are brief.")
     page.fill("#prompt", "Name a bird.")

@@ -56,6 +56,8 @@ class Backend(Protocol):
         """{text}, or {error}."""
         ...
 
+    async def tokenizer_info(self) -> dict[str, Any]: ...
+
     async def check_health(self) -> None:
         """ApiError unless a replica answers."""
         ...
@@ -114,6 +116,7 @@ class HttpApi:
             ("/v1/preferences", "POST", self.create_preference),
             ("/tokenize", "POST", info.tokenize),
             ("/detokenize", "POST", info.detokenize),
+            ("/tokenizer_info", "GET", info.tokenizer_info),
         ):
             app.add_api_route(path, self._endpoint(path, handler), methods=_methods(method), response_model=None)
         for path, open_handler in (  # without a key

@@ -66,6 +66,9 @@ class EngineDeployment:
     async def detokenize(self, ids: list[int]) -> dict[str, Any]:
         return await self.replica.detokenize(ids)
 
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return await self.replica.tokenizer_info()
+
     async def status(self) -> dict[str, Any]:
         return await self.replica.status()
 
@@ -137,6 +140,9 @@ class ServeBackend:
 
     async def detokenize(self, ids: list[int]) -> dict[str, Any]:
         return await self._ask(self._engine.detokenize, ids)
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return await self._ask(self._engine.tokenizer_info)
 
     async def check_health(self) -> None:
         """ApiError unless a replica answers."""

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 
 from rlhf_ray.data.continuation import decode_continuation
-from rlhf_ray.maths.logprobs import token_logprobs
 from rlhf_ray.models.adapters import use_adapter
 from rlhf_ray.models.backbone import Backbone, trunk
 from rlhf_ray.models.forward import LOGITS_AT_ONCE
@@ -41,8 +40,10 @@ def token_table(
     size = max(LOGITS_AT_ONCE // int(getattr(head, "out_features", None) or 32_000), 1)
     for part, targets in zip(states.split(size), tokens[0, 1:].split(size)):
         logits = head(part)
-        logprobs += token_logprobs(logits, targets, 1.0).tolist()
         every = logits.float().log_softmax(-1)
+        logprobs += every.gather(1, targets[:, None])[
+            :, 0
+        ].tolist()  # the very numbers of `best`: harnesses compare them
         best = every.topk(min(top, every.shape[-1]))
         likeliest += [list(zip(i, p)) for i, p in zip(best.indices.tolist(), best.values.tolist())]
         ranks += ((every > every.gather(1, targets[:, None])).sum(-1) + 1).tolist()

@@ -84,6 +84,9 @@ class InfoRoutes:
         ids = told["ids"]
         return JSONResponse({"count": len(ids), "max_model_len": told["context"], "tokens": ids, "token_strs": texts})
 
+    async def tokenizer_info(self, context: RequestContext) -> Response:
+        return JSONResponse(await self.backend.tokenizer_info())
+
     async def detokenize(self, context: RequestContext) -> Response:
         asked = await parsed(await read_body(context.request, self.config.limits), DetokenizeRequest)
         context.require_access(asked.model or BASE)

@@ -16,6 +16,12 @@ MAX_LIST = 10_000
 entry: a megabyte of faults, in each of four forms, kept every other client waiting for 13 s."""
 
 
+def _asks_for_nothing(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(part is None for part in value.values())
+    return value is None or value is False or value in ("", [])
+
+
 class StrictModel(BaseModel):
     """Unknown fields are refused, but for those that ask for nothing."""
 
@@ -28,9 +34,7 @@ class StrictModel(BaseModel):
         if not isinstance(values, dict):
             return values
         return {
-            name: value
-            for name, value in values.items()
-            if name in cls.model_fields or not (value is None or value is False or value in ("", [], {}))
+            name: value for name, value in values.items() if name in cls.model_fields or not _asks_for_nothing(value)
         }
 
 
@@ -96,6 +100,8 @@ class ChatMessage(StrictModel):
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
+    annotations: list[Any] | None = None
+    provider_specific_fields: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _only_the_assistant(self) -> ChatMessage:

@@ -59,6 +59,12 @@ MODEL = _object(
 )
 ADAPTER = _object(id=_null(STRING), sha256=_null(STRING))
 
+ASKS_FOR_NOTHING = {
+    "anyOf": [{"enum": [None, False, "", []]}, {"type": "object", "additionalProperties": {"type": "null"}}],
+    "description": "accepted and ignored, whatever its name",
+}
+"""Of a field that is not known (`openai_messages.StrictModel`)."""
+
 
 def _reply(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
     return _object(
@@ -92,6 +98,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         {"token_strs": _null(_list(STRING))}, count=INTEGER, max_model_len=INTEGER, tokens=_list(INTEGER)
     ),
     "DetokenizedText": _object(prompt=STRING),
+    "TokenizerInfo": _object(
+        {f"{name}_token": _null(STRING) for name in ("bos", "eos", "pad", "unk")},
+        tokenizer_class=STRING,
+        model_max_length=INTEGER,
+        chat_template=_null(STRING),
+    ),
     "Version": _object(version=STRING),
 }
 SCHEMAS["Comparison"]["properties"]["choices"]["items"]["required"] = ["index", "finish_reason", "message", "model"]
@@ -119,8 +131,8 @@ def document(with_keys: bool) -> dict[str, Any]:
 
     def post(summary: str, body: type[BaseModel], answer: str, streams: bool = False) -> dict[str, Any]:
         whole = body.model_json_schema(ref_template=REF, by_alias=True)
-        schemas.update(whole.pop("$defs", {}))
-        schemas[body.__name__] = whole
+        for name, schema in ({**whole.pop("$defs", {}), body.__name__: whole}).items():
+            schemas[name] = {**schema, "additionalProperties": ASKS_FOR_NOTHING}
         asked = {"required": True, "content": {"application/json": {"schema": _ref(body.__name__)}}}
         return {"summary": summary, "requestBody": asked, "responses": _responses(answer, ERRORS, streams, with_keys)}
 
@@ -149,6 +161,9 @@ def document(with_keys: bool) -> dict[str, Any]:
             "/v1/preferences": {"post": post("Which reply is better", PreferenceRequest, "StoredPreference")},
             "/tokenize": {"post": post("What a model reads of a prompt", TokenizeRequest, "Tokens")},
             "/detokenize": {"post": post("The text of tokens", DetokenizeRequest, "DetokenizedText")},
+            "/tokenizer_info": {
+                "get": get("What a client that tokenizes here needs to know", "TokenizerInfo", 500, 503)
+            },
             "/version": {"get": get("This service's version", "Version")},
             "/health": {"get": get("Whether a replica answers", None, 503)},
         },

@@ -143,6 +143,13 @@ class Replica:
         texts = self.backbone.tokenizer.convert_ids_to_tokens(list(ids))
         return {"ids": list(ids), "texts": texts, "context": self.backbone.context_length}
 
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """What a client that tokenizes by this service asks of its tokenizer, as vLLM's /tokenizer_info."""
+        tokenizer = self.backbone.tokenizer
+        named = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        info = {"tokenizer_class": type(tokenizer).__name__, "model_max_length": self.backbone.context_length}
+        return {**info, **named, "chat_template": tokenizer.chat_template}
+
     async def detokenize(self, ids: Sequence[int]) -> dict[str, Any]:
         """{text} of token ids. {error} for an ApiError."""
         if any(i >= self.prompt_encoder.vocabulary_size for i in ids):

@@ -24,6 +24,9 @@ MAX_SCHEMAS = 64
 MAX_GRAMMAR_SIZE = 100_000
 """Of llguidance's own measure: bounds what a schema of a megabyte may cost."""
 
+WHITE_SPACE = r" |\n[ ]{0,16}"
+"""Between two parts of a JSON value: as people indent it. Any amount of it, and small models write nothing else."""
+
 
 def is_available() -> bool:
     return importlib.util.find_spec("llguidance") is not None
@@ -101,7 +104,9 @@ class SchemaCompiler:
                 self._of_library = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary)
         limits = llguidance.LLParserLimits(max_grammar_size=MAX_GRAMMAR_SIZE)
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                schema, overrides={"whitespace_pattern": WHITE_SPACE}
+            )
             matcher = llguidance.LLMatcher(self._of_library, grammar, log_level=0, limits=limits)
             problem = matcher.get_error() if matcher.is_error() else ""
         except ValueError as error:

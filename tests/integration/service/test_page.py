@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.unit.serve.conftest import LiveService
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -31,52 +30,12 @@ def browser() -> Iterator[Any]:
         made.close()
 
 
-class Served:
-    """The application over one replica, without Ray: the page sees no difference. url; folder: output_dir."""
-
-    def __init__(self, config: Any) -> None:
-        self.config, self.folder = config, Path(config.output_dir)
-        self.up = threading.Event()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
-        self.thread.start()
-        assert self.up.wait(120)
-
-    async def serve(self) -> None:
-        import uvicorn
-
-        from rlhf_ray.serve.api import HttpApi
-        from rlhf_ray.serve.replica import Replica
-
-        replica = Replica(self.config)
-        await replica.start()
-
-        class LocalBackend:
-            async def complete(self, request: Any) -> Any:
-                return [event async for events in replica.events(request) for event in events]
-
-            def stream(self, request: Any) -> Any:
-                return replica.events(request)
-
-            async def models(self) -> Any:
-                return await replica.models()
-
-        listening = socket.socket()
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(64)
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        app = HttpApi(self.config, LocalBackend()).app  # type: ignore[arg-type]
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        self.up.set()
-        await self.server.serve([listening])
-        await replica.close()
+class Served(LiveService):
+    """The application over one replica, without Ray: the page sees no difference."""
 
     def rows(self, name: str = "preferences") -> list[dict[str, Any]]:
-        path = self.folder / f"{name}.jsonl"
+        path = Path(self.config.output_dir) / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +86,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
             "request",
             lambda request: made.problems.append(request.url) if not request.url.startswith(service.url) else None,
         )
-        made.goto(service.url)
+        made.goto(f"{service.url}/")
         made.wait_for_selector("input[name=model]")
         opened.append(made)
         return made

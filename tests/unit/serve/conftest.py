@@ -85,6 +85,9 @@ class LocalBackend:
     async def detokenize(self, ids: list[int]) -> Any:
         return await self.replica.detokenize(ids)
 
+    async def tokenizer_info(self) -> Any:
+        return await self.replica.tokenizer_info()
+
     async def check_health(self) -> None:
         await self.replica.check_health()
 

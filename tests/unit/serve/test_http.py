@@ -210,6 +210,10 @@ def test_echo_tells_of_every_token_of_prompt_and_reply(live: MakeLive, base_dir:
     only, _ = complete(echo=False, max_tokens=5, logprobs=3)
     assert only["logprobs"]["tokens"] == alone["logprobs"]["tokens"]
     assert {len(others) for others in only["logprobs"]["top_logprobs"]} <= {2, 3}  # two tokens may be the same text
+    greedy = both["logprobs"]
+    assert greedy["token_logprobs"][4:] == [
+        max(others.values()) for others in greedy["top_logprobs"][4:]
+    ]  # to the last bit
     assert complete(model="one")[0]["logprobs"]["token_logprobs"][1:] != told["token_logprobs"][1:]
     assert complete(logprobs=None)[0] == {**choice, "logprobs": None}
     assert complete(prompt=ids[0].tolist())[0]["logprobs"] == told
@@ -366,6 +370,7 @@ def test_the_public_routes_are_these_and_no_others(live: MakeLive) -> None:
         ("/openapi.json", "GET", "HEAD"),
         ("/tokenize", "POST"),
         ("/detokenize", "POST"),
+        ("/tokenizer_info", "GET", "HEAD"),
         ("/v1/models", "GET", "HEAD"),
         ("/v1/models/{model:path}", "GET", "HEAD"),
         ("/v1/chat/completions", "POST"),

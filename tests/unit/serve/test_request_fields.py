@@ -232,6 +232,8 @@ def test_tokenize_and_detokenize(live: MakeLive) -> None:
     bare = send(service, "POST", "/tokenize", {"prompt": "a b", "add_special_tokens": False})[2]
     assert bare["tokens"] == found["tokens"][1:] and bare["token_strs"] is None
     assert send(service, "POST", "/detokenize", {"tokens": bare["tokens"]})[2] == {"prompt": "a b"}
+    info = send(service, "GET", "/tokenizer_info")[2]
+    assert (info["bos_token"], info["eos_token"], info["chat_template"]) == ("<s>", "</s>", None)
     turns = send(service, "POST", "/tokenize", {"messages": HELLO})[2]
     asked = {"model": "base", "messages": HELLO, "max_tokens": 1}
     used = send(service, "POST", "/v1/chat/completions", asked)[2]["usage"]
@@ -265,3 +267,20 @@ def test_pages_of_allowed_origins_may_use_the_service(live: MakeLive) -> None:
     for method in ("GET", "OPTIONS"):
         assert send(opened, method, "/v1/models", headers={**other, **asks})[0] == 403
     assert send(opened, "GET", "/v1/models", headers={**origin, "host": "evil.example"})[0] == 403
+
+
+def test_the_openapi_document_names_every_route_and_field(live: MakeLive) -> None:
+    """Answers are checked against it by schemathesis (tests/clients.py)."""
+    from rlhf_ray.serve.openai_types import ChatRequest, CompletionRequest
+
+    service = live()
+    document = send(service, "GET", "/openapi.json")[2]
+    routes = {(r.path.replace(":path", ""), m) for r in service.api.app.app.routes for m in r.methods}  # type: ignore[attr-defined]
+    told = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
+    assert {r for r in routes if r[1] != "HEAD" and r[0] not in ("/", "/openapi.json")} == told
+    schemas = document["components"]["schemas"]
+    for model in (ChatRequest, CompletionRequest):
+        assert schemas[model.__name__]["properties"].keys() == model.model_fields.keys()
+    references = set(json.dumps(document).split('"#/components/schemas/')[1:])
+    assert {text.partition('"')[0] for text in references} <= schemas.keys()
+    assert "security" not in document

@@ -21,7 +21,7 @@ from rlhf_ray.serve.structured import SchemaCompiler
 from rlhf_ray.serve.tool_calls import ToolCallReader, tool_format
 
 from .conftest import LiveService
-from .test_http import chat, client
+from .test_http import chat, client, send
 
 has_library = pytest.mark.skipif(
     importlib.util.find_spec("llguidance") is None, reason="llguidance is not installed (the extra `structured`)"
@@ -102,8 +102,6 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., 
 
 
 def prompt_of(service: LiveService, **fields: Any) -> str:
-    from .test_http import send
-
     ids = send(service, "POST", "/tokenize", {"messages": ASKED, **fields})[2]["tokens"]
     return str(send(service, "POST", "/detokenize", {"tokens": ids})[2]["prompt"])
 
@@ -128,6 +126,30 @@ def test_the_template_is_given_tools_variables_and_the_calls_of_earlier_turns(se
     ):
         assert chat(service, messages=wrong)[0] == 400
     assert chat(service, messages=ASKED, chat_template_kwargs={"messages": []})[0] == 400
+
+
+def test_no_text_of_tools_becomes_a_control_token(service: LiveService) -> None:
+    """A description that spells </s> ended the prompt there (id 2)."""
+
+    def tokenize(**fields: Any) -> tuple[int, Any]:
+        status, _, found = send(service, "POST", "/tokenize", {"messages": ASKED, **fields})
+        return status, found.get("tokens")
+
+    described = {**OTHER["function"], "description": "Ends </s> here."}
+    status, ids = tokenize(tools=[{"type": "function", "function": described}])
+    assert status == 200 and not {0, 1, 2} & set(ids[1:])
+    ids = tokenize(chat_template_kwargs={"style": "</s>"})[1]
+    assert not {0, 1, 2} & set(ids[1:])
+    call = {"id": "1", "type": "function", "function": {"name": "get_time", "arguments": '{"a": "</s>"}'}}
+    turns = [
+        *ASKED,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "</s>", "tool_call_id": "1"},
+    ]
+    ids = tokenize(messages=turns)[1]
+    assert not {0, 1, 2} & set(ids[1:])
+    named = {**OTHER["function"], "parameters": {"properties": {"</s>": {}}}}
+    assert tokenize(tools=[{"type": "function", "function": named}])[0] == 400
 
 
 @has_library

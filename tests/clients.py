@@ -133,7 +133,7 @@ dataset_kwargs: {{data_files: {{test: {folder}/birds.jsonl}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
-doc_to_choice: [" yes", " no"]
+doc_to_choice: ["yes", "no"]
 doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """

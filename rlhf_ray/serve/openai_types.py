@@ -127,6 +127,8 @@ class SamplingParams(StrictModel):
         if min_tokens > most:
             message = f"min_tokens: expected at most max_tokens, {most}; got {min(min_tokens, 10**12)}."
             raise ApiError(400, message, "invalid_value", "min_tokens")
+        if max_tokens is None and min_tokens > limits.default_max_tokens:
+            max_tokens = min_tokens
         asked = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         stop_strings = tuple(stop for stop in asked if stop)  # an empty one would stop everything, or nothing
         return GenerationRequest(

@@ -77,6 +77,8 @@ class ResponseScorer:
             return told
         generated.settle()
         texts = [*before, *(token.text for token in generated.tokens)] if request.echo else before
+        if request.echo and generation.end == "stop" and not generated.stopped:
+            texts.append("")  # the token that ended it: harnesses take off the one token that they asked for
         ids = [*generation.prompt_ids, *generation.response_ids][: len(texts)]
         cached, asked = generation.served.cached, request.prompt_logprobs
         adapter, top = None if cached is None else cached.adapter_name, max(request.top_logprobs, asked or 0)

@@ -210,6 +210,8 @@ def test_echo_tells_of_every_token_of_prompt_and_reply(live: MakeLive, base_dir:
     only, _ = complete(echo=False, max_tokens=5, logprobs=3)
     assert only["logprobs"]["tokens"] == alone["logprobs"]["tokens"]
     assert {len(others) for others in only["logprobs"]["top_logprobs"]} <= {2, 3}  # two tokens may be the same text
+    ended, usage = complete(max_tokens=1, logit_bias={"2": 100})  # the harness takes off the last token, whatever it is
+    assert ended["logprobs"]["tokens"] == [*told["tokens"], ""] and usage["completion_tokens"] == 1
     greedy = both["logprobs"]
     assert greedy["token_logprobs"][4:] == [
         max(others.values()) for others in greedy["top_logprobs"][4:]

@@ -53,6 +53,8 @@ def test_sampling_fields_do_what_they_say(live: MakeLive) -> None:
     assert complete(service, **eos)["usage"]["completion_tokens"] == 1
     assert complete(service, **eos, ignore_eos=True)["usage"]["completion_tokens"] == 12
     assert complete(service, **eos, min_tokens=5)["usage"]["completion_tokens"] == 6
+    longer = complete(service, **eos, min_tokens=20, max_tokens=None)  # the default is 16
+    assert longer["usage"]["completion_tokens"] == 20
 
 
 def test_a_stop_string_is_looked_for_behind_min_tokens(live: MakeLive) -> None:

@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TRL    := $(VENV)-trl
+CLIENTS := $(VENV)-clients
 OUT    ?= runs/demo
 
 # Of `make real`: its data, those of the shared folder or yours.
@@ -13,7 +14,7 @@ PREFERENCES       ?= $(DATA)/pref_comparison_gpt4_1095.jsonl.gz
 JUDGE_PREFERENCES ?= $(DATA)/pref_hh_helpful_base_test.jsonl.gz
 REAL   ?= runs/smollm2
 
-.PHONY: install demo real test test-long test-unit chaos bad-inputs families check bench clean
+.PHONY: install demo real test test-long test-unit chaos bad-inputs families check bench clients clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -89,5 +90,13 @@ $(TRL)/.installed: constraints.txt
 bench: install $(TRL)/.installed
 	$(BIN)/python benchmarks/run_all.py --trl-python $(abspath $(TRL))/bin/python
 
+# Client libraries that tests/integration/service/test_clients.py tries against the service, in an environment of their own.
+clients: $(CLIENTS)/.installed
+$(CLIENTS)/.installed: tests/clients.py
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check openai langchain-openai==1.7.4 litellm==1.106.12 instructor==1.17.0 \
+	    lm-eval==0.4.13 schemathesis==4.32.5
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(TRL) runs build *.egg-info
+	rm -rf $(VENV) $(TRL) $(CLIENTS) runs build *.egg-info

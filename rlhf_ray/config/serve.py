@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from rlhf_ray.config.sections import Count, Float, NotNegative, OutputDir, Path, Positive, Section, Strings, field
 from rlhf_ray.config.stages import JobFields
 
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -86,6 +87,9 @@ class ServeConfig(Section):
         "prompt template of the base without an adapter; default: chat where its tokenizer has one, else none"
         " (an adapter always has the template it was trained with)",
     )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = field(
+        "auto", "form in which the base and its adapters write tool calls (vLLM's names); auto: by the chat template"
+    )
     reward: str | None = field(
         None,
         "adapter that scores replies where a request says `reward: true`; default: the only reward adapter there is",
@@ -96,10 +100,18 @@ class ServeConfig(Section):
     allowed_hosts: Strings = field(
         (), "further names by which browsers may reach the service (Host header); loopback names and `host` are allowed"
     )
+    allowed_origins: Strings = field(
+        (),
+        "web pages of other origins that may use the service (CORS), as https://app.example.org; *: any, with api_keys",
+    )
     replicas: ReplicasConfig = field(ReplicasConfig(), "copies of the base")
     limits: LimitsConfig = field(LimitsConfig(), "limits of requests")
     poll_interval_s: Positive = field(1.0, "the registry is looked at for changes so often")
     log_prompts: bool = field(False, "write prompts and replies into the access log too")
+    access_log_max_bytes: Annotated[int, Field(ge=1024)] = field(
+        100_000_000, "size at which access.jsonl is renamed to access.jsonl.1, and begun again"
+    )
+    access_log_backups: Annotated[int, Field(ge=0, le=100)] = field(5, "renamed access logs that are kept")
 
     @model_validator(mode="after")
     def _rules(self) -> ServeConfig:
@@ -110,6 +122,11 @@ class ServeConfig(Section):
             problems.append(
                 f"host: {self.host} can be reached from other machines: api_keys is needed (rlhf-ray api-key FILE --name NAME)"
             )
+        for origin in self.allowed_origins:
+            if origin == "*" and self.api_keys is None:
+                problems.append("allowed_origins: * needs api_keys, else every web page could use the service")
+            elif origin != "*" and not ORIGIN.fullmatch(origin):
+                problems.append(f"allowed_origins: {origin!r} is no origin: https://HOST or https://HOST:PORT")
         for name in self.adapters:
             if not ADAPTER_NAME.fullmatch(name) or name.casefold() == "base":
                 problems.append(f"adapters: {name!r} is no name: 1 to 64 letters, digits, _ . or -, and not base")

@@ -7,10 +7,11 @@ the prompt's last one, whatever longer token the two might have formed. `end_of_
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.data.templates import ChatTemplate, PromptMismatch, Template
@@ -138,8 +139,20 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 def _spells(control: re.Pattern[str], message: Message, said: frozenset[str]) -> bool:
     """Whether a message spells a control token; what the assistant may say (`speakable_tokens`) is none in its own turns."""
-    found = set(control.findall(message.content + message.extra))
+    found = set(control.findall(message.content + _unescaped(message.extra)))
     return bool(found - said if message.role == "assistant" else found)
+
+
+def _unescaped(text: str) -> str:
+    """JSON as its strings are rendered: tokens are not all of ASCII letters."""
+    return json.dumps(json.loads(text), ensure_ascii=False) if text else ""
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _keys(part)
 
 
 def speakable_tokens(tokenizer: PreTrainedTokenizerBase, template: Template) -> frozenset[str]:
@@ -209,8 +222,8 @@ def _encode_chats(
     names: Sequence[str],
     parse: bool,
 ) -> list[list[int]]:
-    """The template's own markers become control tokens; where messages contain such markers, theirs are encoded as text, unless
-    `parse`."""
+    """The template's own markers become control tokens; where messages, tools or variables contain such markers, theirs are encoded
+    as text, unless `parse`."""
     bos, control = bos_ids(tokenizer), _any_of(control_tokens(tokenizer))
     said = speakable_tokens(tokenizer, template)
     encoded = _batched(tokenizer, texts, split_special_tokens=False)
@@ -218,7 +231,13 @@ def _encode_chats(
     for i, prompt in enumerate(prompts):
         if prompt.is_blank:
             encoded[i] = list(bos)
-        elif not parse and any(_spells(control, m, said) for m in prompt.as_messages()):
+        elif not parse and (
+            any(_spells(control, m, said) for m in prompt.as_messages())
+            or control.search(_unescaped(prompt.tools) + _unescaped(prompt.template_kwargs))
+        ):
+            if prompt.tools and any(map(control.search, _keys(json.loads(prompt.tools)))):
+                problems.append(Problem(names[i], "tools: the name of a field spells a control token"))
+                continue
             try:
                 encoded[i] = template.encode_safely(prompt)
             except PromptMismatch as error:

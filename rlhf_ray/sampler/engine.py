@@ -36,7 +36,7 @@ from rlhf_ray.sampler.requests import (
     check_requests,
 )
 from rlhf_ray.sampler.rows import Batch, DecodeRow, live, prompt_groups
-from rlhf_ray.sampler.sampling import sample_tokens
+from rlhf_ray.sampler.sampling import likeliest, sample_tokens
 from rlhf_ray.sampler.state_cache import Caches
 
 __all__ = ["DecodeEvent", "DecodeRequest", "DecodeResult", "Sampler"]
@@ -288,11 +288,12 @@ class Sampler:
         logits = self._logits(batch.forward, batch.tokens[:, None], mask, positions, self._cache)
         self._cache.end_step()
         tokens, logprobs = sample_tokens(logits, batch.plan, batch.counters[1])
-        batch.advance(tokens)
         ids, numbers = torch.stack(
             (tokens.double(), logprobs.double())
         ).tolist()  # both exact, and one wait for the GPU
-        events = [row.take(int(token), number) for row, token, number in zip(self._rows, ids, numbers)]
+        taken = zip(map(int, ids), numbers, likeliest(logits, batch.plan))
+        events = [row.take(*got) for row, got in zip(self._rows, taken)]
+        batch.advance(tokens)
         broken = [slot for slot, event in enumerate(events) if event.end == "error"]
         self._cache.clear(broken)
         return events

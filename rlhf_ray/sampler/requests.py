@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from rlhf_ray.config.sections import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf_ray.errors import ConfigError, Problem
+from rlhf_ray.sampler.logits import LogitsOptions
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class DecodeRequest:
     top_k: keep the k likeliest tokens, 0 keeps all.   top_p: then keep the smallest set whose probability reaches p, 1 keeps all.
     greedy: take the likeliest token instead of sampling.   adapter: a name known to the model, None for the base, adapters off.
     begun: the reply's first tokens, from an attempt that broke off: the row goes on behind them, with the same random numbers.
+    min_p: keep tokens at least p times as likely as the likeliest, before top_k; 0 keeps all.   logits: what is done to logits
+    before all that.   raw_logprobs: report log-probabilities at temperature 1.   top_logprobs: list so many likeliest tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -32,6 +35,10 @@ class DecodeRequest:
     greedy: bool = False
     adapter: str | None = None
     begun: tuple[int, ...] = ()
+    min_p: float = 0.0
+    logits: LogitsOptions | None = None
+    raw_logprobs: bool = False
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,14 @@ class DecodeResult:
 
 class DecodeEvent(NamedTuple):
     """One token of one row. end: None while the row goes on; "stop" or "length" with its last token; "error" if its logits were
-    not finite: then the row is over and the token means nothing."""
+    not finite: then the row is over and the token means nothing. top: (id, log-probability) of the likeliest tokens, if the
+    request lists them."""
 
     request_id: int
     token_id: int
     logprob: float
     end: Literal["stop", "length", "error"] | None
+    top: tuple[tuple[int, float], ...] = ()
 
     @property
     def done(self) -> bool:
@@ -151,6 +160,14 @@ def _problems(where: str, request: DecodeRequest, limits: Limits) -> list[Proble
         ),
         (0 < r.top_p <= 1, "top_p", "0 < top_p <= 1", str(r.top_p), "1 keeps all tokens"),
         (r.top_k >= 0, "top_k", "at least 0", str(r.top_k), "0 keeps all tokens"),
+        (0 <= r.min_p <= 1, "min_p", "0 to 1", str(r.min_p), "0 keeps all tokens"),
+        (
+            _all_in([i for i, _ in r.logits.logit_bias] if r.logits else (), vocabulary),
+            "logit_bias",
+            in_vocabulary,
+            _strangers([i for i, _ in r.logits.logit_bias] if r.logits else (), vocabulary),
+            "",
+        ),
         (-(2**63) <= r.row_seed < 2**63, "row_seed", "a signed 64-bit integer", str(r.row_seed), ""),
         (
             r.adapter is None or r.adapter in limits.adapters,

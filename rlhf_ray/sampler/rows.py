@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from rlhf_ray.sampler.logits import LogitsPlan
 from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest, DecodeResult
 from rlhf_ray.sampler.sampling import SamplingPlan, Truncation
 
@@ -23,7 +24,8 @@ PREFILL_FILL = 0.75
 
 @dataclass(eq=False, slots=True)
 class DecodeRow:
-    """One request on its way. held: its tokens in the cache. prefix: the cache that its prompt was read into, and its row there."""
+    """One request on its way. held: its tokens in the cache. prefix: the cache that its prompt was read into, and its row there.
+    matcher: where the reply stands in its grammar (logits.py)."""
 
     id: int
     request: DecodeRequest
@@ -31,6 +33,7 @@ class DecodeRow:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prefix: tuple[Cache, int] | None = None
+    matcher: Any = None
     end: Literal["stop", "length", "error", "cancelled"] | None = None
 
     @property
@@ -46,7 +49,7 @@ class DecodeRow:
     def next_input(self) -> int:
         return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
 
-    def take(self, token_id: int, logprob: float) -> DecodeEvent:
+    def take(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...] = ()) -> DecodeEvent:
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         if not math.isfinite(logprob):
@@ -55,7 +58,7 @@ class DecodeRow:
             self.end = "stop"
         elif len(self.token_ids) == self.request.max_new_tokens:
             self.end = "length"
-        return DecodeEvent(self.id, token_id, logprob, self.end)  # type: ignore[arg-type]  # never "cancelled" here
+        return DecodeEvent(self.id, token_id, logprob, self.end, top)  # type: ignore[arg-type]  # never "cancelled" here
 
     def result(self) -> DecodeResult:
         return DecodeResult(tuple(self.token_ids), tuple(self.logprobs), self.end == "stop")
@@ -92,21 +95,35 @@ class Batch:
             truncation=_truncation(requests, device),
             greedy=torch.tensor(greedy).to(device) if any(greedy) else None,
             all_greedy=all(greedy),
+            logits=LogitsPlan.of(rows, device),
+            reported=_reported(requests, device),
+            top=tuple(r.top_logprobs for r in requests) if any(r.top_logprobs for r in requests) else None,
         )
         return cls(whole[0], whole[1:3], plan, forward, max(held))
 
     def advance(self, tokens: Tensor) -> None:
+        """Every row has taken its token."""
         self.tokens = tokens
         self.counters += 1
         self.longest += 1
+        if self.plan.logits is not None:
+            self.plan.logits.advance(tokens)
 
 
 def _truncation(requests: Sequence[DecodeRequest], device: torch.device) -> Truncation | None:
-    cut = [i for i, r in enumerate(requests) if not r.greedy and (r.top_k > 0 or r.top_p < 1)]
+    cut = [i for i, r in enumerate(requests) if not r.greedy and (r.top_k > 0 or r.top_p < 1 or r.min_p > 0)]
     if not cut:
         return None
-    columns = (cut, [requests[i].top_k for i in cut], [requests[i].top_p for i in cut])
+    columns: list[list[Any]] = [cut, [requests[i].top_k for i in cut], [requests[i].top_p for i in cut]]
+    if any(requests[i].min_p for i in cut):
+        columns.append([math.log(requests[i].min_p) if requests[i].min_p else -math.inf for i in cut])
     return Truncation(*(torch.tensor(column).to(device) for column in columns))
+
+
+def _reported(requests: Sequence[DecodeRequest], device: torch.device) -> Tensor | None:
+    if not any(r.raw_logprobs and r.temperature != 1 for r in requests):
+        return None
+    return torch.tensor([1.0 if r.raw_logprobs else r.temperature for r in requests]).to(device)
 
 
 def live(rows: Iterable[DecodeRow]) -> list[DecodeRow]:

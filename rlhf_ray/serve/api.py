@@ -24,12 +24,13 @@ from rlhf_ray.serve.api_keys import ApiKey, ApiKeys
 from rlhf_ray.serve.generation import Event, GenerationRequest
 from rlhf_ray.serve.host_check import HostCheck
 from rlhf_ray.serve.idempotency import IdempotencyCache
+from rlhf_ray.serve.info_routes import InfoRoutes
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.openai_responses import ResponseBuilder, sse_stream
 from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest, to_prompt
 from rlhf_ray.serve.page import Page
 from rlhf_ray.serve.request_body import parsed, read_body
-from rlhf_ray.serve.request_log import ACCESS_LOG, PREFERENCE_LOG, RequestLog, preference_row
+from rlhf_ray.serve.request_log import ACCESS_LOG, PREFERENCE_LOG, TIE_LOG, RequestLog, preference_row
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,20 @@ class Backend(Protocol):
         ...
 
     async def models(self) -> list[dict[str, Any]]: ...
+
+    async def tokenize(self, model: str, prompt: dict[str, Any]) -> dict[str, Any]:
+        """{ids, texts, context}: what a model reads of a prompt; or {error}."""
+        ...
+
+    async def detokenize(self, ids: list[int]) -> dict[str, Any]:
+        """{text}, or {error}."""
+        ...
+
+    async def tokenizer_info(self) -> dict[str, Any]: ...
+
+    async def check_health(self) -> None:
+        """ApiError unless a replica answers."""
+        ...
 
 
 class RequestContext:
@@ -82,11 +97,15 @@ class HttpApi:
         self.metrics = metrics or NoMetrics()
         self.keys = None if config.api_keys is None else ApiKeys(config.api_keys)
         folder = Path(config.output_dir)
-        self.access_log = RequestLog(folder / ACCESS_LOG)
+        self.access_log = RequestLog(
+            folder / ACCESS_LOG, max_bytes=config.access_log_max_bytes, backups=config.access_log_backups
+        )
         self.preference_log = RequestLog(folder / PREFERENCE_LOG, durable=True)
+        self.tie_log = RequestLog(folder / TIE_LOG, durable=True)
         self.page = Page()
         self.idempotency = IdempotencyCache()
         self.in_flight: Counter[str] = Counter()  # requests by key
+        info = InfoRoutes(config, backend)
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         for path, method, handler in (
             ("/v1/models", "GET", self.list_models),
@@ -95,16 +114,25 @@ class HttpApi:
             ("/v1/completions", "POST", self.create_completion),
             ("/v1/compare", "POST", self.create_comparison),
             ("/v1/preferences", "POST", self.create_preference),
+            ("/tokenize", "POST", info.tokenize),
+            ("/detokenize", "POST", info.detokenize),
+            ("/tokenizer_info", "GET", info.tokenizer_info),
         ):
-            app.add_api_route(path, self._endpoint(path, handler), methods=[method], response_model=None)
-        app.add_api_route("/", self.show_page, methods=["GET"], response_model=None)
+            app.add_api_route(path, self._endpoint(path, handler), methods=_methods(method), response_model=None)
+        for path, open_handler in (  # without a key
+            ("/", self.show_page),
+            ("/health", info.health),
+            ("/version", info.version),
+            ("/openapi.json", info.openapi),
+        ):
+            app.add_api_route(path, open_handler, methods=_methods("GET"), response_model=None)
         app.add_exception_handler(HTTPException, _on_http_exception)
         app.add_exception_handler(Exception, _on_exception)
         self.app = HostCheck(app, config)
 
     # ---- routes --------------------------------------------------------------------------------------------------------
 
-    async def show_page(self) -> Response:
+    async def show_page(self, request: Request) -> Response:
         return HTMLResponse(
             self.page.html, headers={"content-security-policy": self.page.policy, "cache-control": "no-cache"}
         )
@@ -125,10 +153,8 @@ class HttpApi:
         body = await read_body(context.request, self.limits)
         chat = await parsed(body, ChatRequest)
         context.require_access(chat.model, *await self._reward_models(context, chat.reward))
-        prompt = to_prompt(None, chat.messages, self.limits)
-        request = chat.to_generation_request(self.limits, (chat.model,), (prompt,))
-        request = replace(request, logprobs=bool(chat.logprobs))
-        builder = ResponseBuilder("chat", chat.model, bool(chat.logprobs), chat.wants_usage)
+        request = chat.to_generation_request(self.limits, (chat.model,), (chat.prompt(self.limits),))
+        builder = ResponseBuilder("chat", chat.model, request.logprobs, chat.wants_usage, chat.calls)
         return await self._generate(context, body, request, builder, chat.wants_stream)
 
     async def create_completion(self, context: RequestContext) -> Response:
@@ -138,13 +164,14 @@ class HttpApi:
         prompts = completion.prompts()
         if len(prompts) > self.limits.max_messages:
             raise ApiError(
-                422,
+                400,
                 f"prompt: expected at most {self.limits.max_messages} prompts; got {len(prompts)}.",
                 "invalid_value",
                 "prompt",
             )
         request = completion.to_generation_request(self.limits, (completion.model,), prompts)
         builder = ResponseBuilder("completion", completion.model, request.logprobs, completion.wants_usage)
+        builder.best = (request.n, completion.n or 1) if request.ranked else None
         return await self._generate(context, body, request, builder, completion.wants_stream)
 
     async def create_comparison(self, context: RequestContext) -> Response:
@@ -153,10 +180,10 @@ class HttpApi:
         models = comparison.models
         if len(models) > self.limits.max_n:
             raise ApiError(
-                422, f"models: expected at most {self.limits.max_n}; got {len(models)}.", "invalid_value", "models"
+                400, f"models: expected at most {self.limits.max_n}; got {len(models)}.", "invalid_value", "models"
             )
         if len(set(models)) != len(models):
-            raise ApiError(422, "models: a name stands there twice.", "invalid_value", "models")
+            raise ApiError(400, "models: a name stands there twice.", "invalid_value", "models")
         context.require_access(*models, *await self._reward_models(context, comparison.reward))
         prompt = to_prompt(comparison.prompt, comparison.messages, self.limits)
         request = comparison.to_generation_request(self.limits, tuple(models), (prompt,))
@@ -168,19 +195,13 @@ class HttpApi:
         preference = await parsed(body, PreferenceRequest)
         context.require_access(*filter(None, (preference.chosen_model, preference.rejected_model)))
         prompt = to_prompt(preference.prompt, preference.messages, self.limits)
-        chosen, rejected = preference.chosen.strip(), preference.rejected.strip()
-        if not str(prompt.get("text", "-")).strip() or not chosen or not rejected:
-            raise ApiError(422, "Prompt and both replies must say something.", "invalid_value", "chosen")
-        if b"\\u0000" in body:
-            raise ApiError(422, "A NUL character is no text that can be learnt from.", "invalid_value", "chosen")
-        if chosen == rejected:
-            raise ApiError(
-                422, "The two replies are the same: nothing can be learnt from that.", "invalid_value", "rejected"
-            )
+        if preference.verdict == "better":
+            _check_learnable(preference, prompt, body)
         row = preference_row(preference, prompt, context.key_name)
 
         async def store() -> dict[str, Any]:
-            await asyncio.to_thread(self.preference_log.append, row)
+            kept = self.preference_log if preference.verdict == "better" else self.tie_log
+            await asyncio.to_thread(kept.append, row)
             self.metrics.count("preferences")
             return {"id": row["id"], "object": "preference", "created": row["created"]}
 
@@ -252,13 +273,13 @@ class HttpApi:
             context.log["replies"] = [partial.text for partial in builder.partials.values()]
 
     def _idempotency_key(self, context: RequestContext, body: bytes) -> str | None:
-        """The same request id with the same body is the same request, by the same caller. None without an id."""
-        headers = context.request.headers
-        request_id = headers.get("idempotency-key") or headers.get("x-request-id")
-        if not request_id:
+        """The same key with the same body is the same request, by the same caller. None without a key. (X-Request-Id, which proxies
+        set and clients keep, only names a request in the log.)"""
+        key = context.request.headers.get("idempotency-key")
+        if not key:
             return None
         digest = hashlib.sha256(body).hexdigest()
-        return "\n".join((context.key_name or "", context.request.url.path, request_id[:256], digest))
+        return "\n".join((context.key_name or "", context.request.url.path, key[:256], digest))
 
     # ---- around every request ------------------------------------------------------------------------------------------
 
@@ -318,6 +339,22 @@ class ClosingStreamingResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await _aclose(self.body_iterator)
+
+
+def _check_learnable(preference: PreferenceRequest, prompt: dict[str, Any], body: bytes) -> None:
+    """ApiError for a row that the reward stage could not learn from."""
+    chosen, rejected = preference.chosen.strip(), preference.rejected.strip()
+    if not str(prompt.get("text", "-")).strip() or not chosen or not rejected:
+        raise ApiError(400, "Prompt and both replies must say something.", "invalid_value", "chosen")
+    if b"\\u0000" in body:
+        raise ApiError(400, "A NUL character is no text that can be learnt from.", "invalid_value", "chosen")
+    if chosen == rejected:
+        message = "The two replies are the same: nothing can be learnt from that."
+        raise ApiError(400, message, "invalid_value", "rejected")
+
+
+def _methods(method: str) -> list[str]:
+    return [method, "HEAD"] if method == "GET" else [method]
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -60,6 +60,15 @@ class EngineDeployment:
     async def models(self) -> list[dict[str, Any]]:
         return await self.replica.models()
 
+    async def tokenize(self, model: str, prompt: dict[str, Any]) -> dict[str, Any]:
+        return await self.replica.tokenize(model, prompt)
+
+    async def detokenize(self, ids: list[int]) -> dict[str, Any]:
+        return await self.replica.detokenize(ids)
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return await self.replica.tokenizer_info()
+
     async def status(self) -> dict[str, Any]:
         return await self.replica.status()
 
@@ -125,6 +134,29 @@ class ServeBackend:
                     self._raise_unless_retryable(error, last=True)
         assert self._models is not None
         return self._models[1]
+
+    async def tokenize(self, model: str, prompt: dict[str, Any]) -> dict[str, Any]:
+        return await self._ask(self._engine.tokenize, model, prompt)
+
+    async def detokenize(self, ids: list[int]) -> dict[str, Any]:
+        return await self._ask(self._engine.detokenize, ids)
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return await self._ask(self._engine.tokenizer_info)
+
+    async def check_health(self) -> None:
+        """ApiError unless a replica answers."""
+        await self._ask(self._engine.models)
+
+    async def _ask(self, method: Any, *values: Any) -> Any:
+        """What a replica answers at once. ApiError if none does."""
+        try:
+            async with asyncio.timeout(10):
+                return await method.remote(*values)
+        except TimeoutError:
+            raise ApiError(503, "No replica has answered in time.", "replica_failed") from None
+        except SERVE_ERRORS as error:
+            self._raise_unless_retryable(error, last=True)
 
     def _raise_unless_retryable(self, error: BaseException, last: bool) -> None:
         """Return if another attempt makes sense; else raise the error for the client."""

@@ -48,13 +48,15 @@ FAILURES = 3
 
 
 class DecodedToken(NamedTuple):
-    """One token of one ticket. end: None while the row goes on; "error" if there will be no more, for the reason in `error`."""
+    """One token of one ticket. end: None while the row goes on; "error" if there will be no more, for the reason in `error`.
+    top: (id, log-probability) of the likeliest tokens, if the request lists them."""
 
     ticket: int
     token_id: int
     logprob: float
     end: Literal["stop", "length", "error"] | None
     error: str = ""
+    top: tuple[tuple[int, float], ...] = ()
 
 
 Deliver = Callable[[Sequence[DecodedToken]], None]
@@ -218,7 +220,7 @@ class DecodeThread:
             row.tokens.append(event.token_id)
             row.proven = True
             error = "the model's logits are not finite" if event.end == "error" else ""
-            tokens.append(DecodedToken(row.ticket, event.token_id, event.logprob, event.end, error))
+            tokens.append(DecodedToken(row.ticket, event.token_id, event.logprob, event.end, error, event.top))
             if event.end is not None:
                 self._drop(row)
         if tokens:

@@ -1,12 +1,15 @@
 """A generation request as it crosses from the API to a replica, what a replica makes of it, and the events that come back.
 
 Lists of events come back, each a dict:
-    {"start": {prompt_tokens, adapters: {model: {id, sha256, fingerprint}}}}     first
+    {"start": {prompt_tokens, adapters: {model: {id, sha256, fingerprint}}}}     first; tool_format with calls_tools
     {"i": choice, "text": "...",
-     "tokens": [[text, log-probability], ...], "bytes": [[...], ...]}            only where log-probabilities are requested
+     "tokens": [[text, log-probability], ...], "bytes": [[...], ...],            only where log-probabilities are requested
+     "top": [[[text, log-probability, bytes], ...], ...]}                        only with top_logprobs: the likeliest at each place
     {"i": choice, "end": "stop" or "length", "completion_tokens", "reward", "kl",    last of a choice
      "prompt_text",                                                              only with echo
-     "listed": [[text, log-probability or None, {text: log-probability}], ...]}    of the whole sequence, or of the reply
+     "listed": [[text, log-probability or None, {text: log-probability}], ...],    of the whole sequence
+     "prompt_logprobs": [None, {id: {logprob, rank, decoded_token}}, ...],       only if requested
+     "mean_logprob"}                                                             only if ranked: nats per token of the reply
     {"error": {...}}                                                            last of all
 """
 
@@ -27,10 +30,16 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """prompts: each {text, input}, {messages}, {raw} (text without template) or {ids}.   models: names; more than one compares
+    """prompts: each {text, input} or {messages}, either with {tools, template_kwargs} as JSON, {raw} (text without template; bare:
+    nor bos) or {ids}.   models: names; more than one compares
     them on one prompt, under the same random numbers.   n: responses of each.   temperature: 0 is greedy.   seed: None draws one.
 
+    logprobs: of the model itself, at temperature 1, before penalties, bias, masks and truncation (vLLM's `raw_logprobs`).
     top_logprobs: likeliest tokens to be listed at each place.  echo: the prompt is part of the text, and of what is listed.
+    prompt_logprobs: likeliest tokens to be listed at each place of the prompt; None lists nothing.
+    penalties, logit_bias, min_tokens, min_p: see sampler/logits.py.  ignore_eos: go on behind the model's own end of a reply.
+    stop_token_ids: tokens that end a reply, and are not part of it.  schema: JSON schema, as text, that the reply must follow.
+    calls_tools: replies may hold tool calls, in the model's own form.  ranked: the client wants the likeliest replies.
     reward: name of a reward adapter, True for the default one.  kl: also nats between the adapter and the base, over the response.
     Choices are numbered by prompt, then model, then sample."""
 
@@ -41,18 +50,30 @@ class GenerationRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     stop_strings: tuple[str, ...] = ()
     logprobs: bool = False
     top_logprobs: int = 0
     echo: bool = False
+    prompt_logprobs: int | None = None
+    schema: str | None = None
+    calls_tools: bool = False
+    ranked: bool = False
     reward: str | bool = False
     kl: bool = False
 
     @property
     def reads_again(self) -> bool:
         """What it wants to know of tokens comes from a pass over the whole sequence, once that is written."""
-        return self.logprobs and (self.echo or self.top_logprobs > 0)
+        return (self.logprobs and self.echo) or self.prompt_logprobs is not None
 
     @property
     def rows(self) -> int:
@@ -75,7 +96,8 @@ class ServedModel:
 @dataclass(eq=False)
 class Generation:
     """One response being written. response_ids: every token decoded.  logprobs: theirs, nats.  end: None while it goes on.
-    stop_ids: special tokens among the request's stop strings, beside those that end a response of the model."""
+    top: (id, log-probability) of the likeliest tokens at each place, if they are listed.
+    stop_ids: the request's own, beside those that end a response of the model."""
 
     index: int
     served: ServedModel
@@ -85,6 +107,7 @@ class Generation:
     text: ResponseText
     response_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     end: Literal["stop", "length"] | None = None
     stop_ids: tuple[int, ...] = ()
 

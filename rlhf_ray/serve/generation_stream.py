@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.sampler.requests import DecodeRequest
 from rlhf_ray.serve.api_errors import ApiError, internal_error
+from rlhf_ray.serve.decode_options import DecodeOptions
 from rlhf_ray.serve.decode_thread import DecodedToken, DecodeThread
 from rlhf_ray.serve.generation import Event, Generation, GenerationRequest, ServedModel
 from rlhf_ray.serve.metrics import Metrics
 from rlhf_ray.serve.response_scorer import ResponseScorer
+from rlhf_ray.serve.token_bytes import token_bytes
 
 FLUSH_INTERVAL_S = 0.03
 """Between two flushes of a stream: 30 a second look like writing."""
@@ -89,7 +92,8 @@ class TokenRouter:
 class GenerationStream:
     """A request that is admitted, with its models in memory and its prompts encoded.
 
-    reward_model: scores the responses; None if no reward is requested.  arrived_at: `time.monotonic()` of the request."""
+    reward_model: scores the responses; None if no reward is requested.  arrived_at: `time.monotonic()` of the request.
+    places: rows that it may have in the decode thread at a time; what is beyond waits here for those before it."""
 
     request: GenerationRequest
     generations: Sequence[Generation]
@@ -100,6 +104,10 @@ class GenerationStream:
     metrics: Metrics
     buffer: TokenBuffer
     arrived_at: float
+    options: DecodeOptions = field(default_factory=DecodeOptions)
+    places: int = 2**31
+    _waiting: deque[Generation] = field(default_factory=deque)
+    _seed: int = 0
     _by_ticket: dict[int, Generation] = field(default_factory=dict)
     _scoring: dict[Generation, asyncio.Task[None]] = field(default_factory=dict)
     _unfinished: int = 0
@@ -122,17 +130,22 @@ class GenerationStream:
             self.close()
 
     def submit(self) -> None:
-        """A row of the decode thread for every generation."""
+        """A row of the decode thread for every generation, for as many as there are places."""
         self._unfinished = len(self.generations)
-        seed = self.request.seed if self.request.seed is not None else secrets.randbits(62)
-        for generation in self.generations:
-            if generation.max_new_tokens == 0:  # only the prompt is asked about
-                generation.end = "length"
-                self._scoring[generation] = asyncio.create_task(self._score(generation))
-                continue
-            ticket = self.engine.submit(self._decode_request(generation, seed))
-            self._by_ticket[ticket] = generation
-            self.router.buffers[ticket] = self.buffer
+        self._seed = self.request.seed if self.request.seed is not None else secrets.randbits(62)
+        self._waiting.extend(self.generations)
+        for _ in range(min(self.places, len(self._waiting))):
+            self._submit_next()
+
+    def _submit_next(self) -> None:
+        generation = self._waiting.popleft()
+        if generation.max_new_tokens == 0:  # only the prompt is asked about
+            generation.end = "length"
+            self._scoring[generation] = asyncio.create_task(self._score(generation))
+            return
+        ticket = self.engine.submit(self._decode_request(generation, self._seed))
+        self._by_ticket[ticket] = generation
+        self.router.buffers[ticket] = self.buffer
 
     def advance(self, items: Sequence[DecodedToken | ScoredGeneration]) -> list[Event]:
         """From what the buffer flushed: an event with the new text of each generation, then the ends of complete ones."""
@@ -153,6 +166,7 @@ class GenerationStream:
         generation = self._by_ticket[token.ticket]
         generation.response_ids.append(token.token_id)
         generation.logprobs.append(token.logprob)
+        generation.top.append(token.top)
         generation.end = token.end
         text = generation.text.push(token.token_id) if token.end != "stop" else ""
         if token.end is not None:
@@ -163,7 +177,7 @@ class GenerationStream:
             event = events.setdefault(generation.index, {"i": generation.index, "text": ""})
             event["text"] += text
             if self.request.logprobs:
-                _list_tokens(generation, event)
+                self._list_tokens(generation, event)
         if generation.end is not None:
             if token.end is None:  # a stop string, of which the decode thread knows nothing
                 self.engine.cancel(token.ticket)
@@ -175,6 +189,8 @@ class GenerationStream:
             raise scored.scores
         generation, adapter = scored.generation, scored.generation.served.model
         self._unfinished -= 1
+        if self._waiting:
+            self._submit_next()
         self.metrics.count("replies", adapter=adapter, end=str(generation.end))
         self.metrics.count("prompt_tokens", len(generation.prompt_ids), adapter=adapter)
         self.metrics.count("completion_tokens", len(generation.response_ids), adapter=adapter)
@@ -183,6 +199,7 @@ class GenerationStream:
             "i": generation.index,
             "end": generation.end,
             "completion_tokens": len(generation.response_ids),
+            **({"mean_logprob": _mean_logprob(generation)} if self.request.ranked else {}),
             **scored.scores,
         }
 
@@ -204,13 +221,30 @@ class GenerationStream:
             generation.prompt_ids,
             derived_seed(seed, "serve", prompt, sample),
             generation.max_new_tokens,
-            (*generation.served.stop_ids, *generation.stop_ids),
+            (*(() if self.request.ignore_eos else generation.served.stop_ids), *generation.stop_ids),
             temperature=self.request.temperature or 1.0,
             top_p=self.request.top_p,
             top_k=self.request.top_k,
             greedy=self.request.temperature == 0,
             adapter=None if cached is None else cached.adapter_name,
+            **self.options.decode,
         )
+
+    def _list_tokens(self, generation: Generation, event: Event) -> None:
+        """Add those whose text has been returned since the last call."""
+        start = len(generation.text.tokens)
+        generation.text.settle()
+        for i, token in enumerate(generation.text.tokens[start:], start=start):
+            event.setdefault("tokens", []).append([token.text, generation.logprobs[i]])
+            event.setdefault("bytes", []).append(list(token.raw))
+            if self.request.top_logprobs:
+                event.setdefault("top", []).append(self._top(generation, i))
+
+    def _top(self, generation: Generation, i: int) -> list[list[Any]]:
+        """The likeliest tokens at place i; the one that was taken with the text that it has in the reply."""
+        shown, taken = token_bytes(self.engine.backbone.tokenizer).shown, generation.text.tokens[i]
+        named = {generation.response_ids[i]: (taken.text, list(taken.raw))}
+        return [[text, p, raw] for other, p in generation.top[i] for text, raw in [named.get(other) or shown(other)]]
 
     def _observe_first_token(self) -> None:
         if not self._has_tokens:
@@ -229,10 +263,6 @@ class GenerationStream:
             self.buffer.put(ScoredGeneration(generation, failure), urgent=True)
 
 
-def _list_tokens(generation: Generation, event: Event) -> None:
-    """Add those whose text has been returned since the last call."""
-    start = len(generation.text.tokens)
-    generation.text.settle()
-    for token, logprob in zip(generation.text.tokens[start:], generation.logprobs[start:]):
-        event.setdefault("tokens", []).append([token.text, logprob])
-        event.setdefault("bytes", []).append(list(token.raw))
+def _mean_logprob(generation: Generation) -> float:
+    shown = generation.logprobs[: generation.shown]
+    return sum(shown) / len(shown) if shown else 0.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.middleware.cors import CORSMiddleware
+
 from rlhf_ray.config.serve import ServeConfig, is_loopback
 from rlhf_ray.serve.admission import capacity_header
 from rlhf_ray.serve.api_errors import SECURITY_HEADERS, ApiError, send_error
@@ -16,9 +18,18 @@ FORBIDDEN_HEADERS = frozenset({b"x-request-disconnect-disabled"})
 
 class HostCheck:
     """ASGI middleware. Without API keys, browsers may reach the service under its own names only, so that no web page can use a
-    visitor's loopback service (DNS rebinding). Pages of another origin are refused in any case."""
+    visitor's loopback service (DNS rebinding). Pages of another origin are refused, but for those of `allowed_origins` (CORS)."""
 
     def __init__(self, app: Any, config: ServeConfig) -> None:
+        self.allowed_origins = frozenset(config.allowed_origins)
+        if self.allowed_origins:
+            app = CORSMiddleware(
+                app,
+                allow_origins=config.allowed_origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=("authorization", "content-type", "idempotency-key", "x-request-id"),
+                expose_headers=("retry-after",),
+            )
         self.app = app
         own = LOOPBACK_NAMES if is_loopback(config.host) else frozenset({config.host})
         self.allowed_hosts = own | {name.lower() for name in config.allowed_hosts}
@@ -57,7 +68,8 @@ class HostCheck:
         host_names = [_host_name(f"//{host}") for host in hosts]
         if not self.any_host and (len(host_names) != 1 or host_names[0] not in self.allowed_hosts):
             return ApiError(403, "The service is not reached under this name (see allowed_hosts).", "forbidden_host")
-        if any(_host_name(origin) not in host_names for origin in origins):
+        others = [origin for origin in origins if _host_name(origin) not in host_names]
+        if "*" not in self.allowed_origins and not self.allowed_origins.issuperset(others):
             return ApiError(403, "Pages of other origins may not use this service.", "forbidden_origin")
         return None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_ray.serve.api_errors import ApiError
+from rlhf_ray.serve.tool_calls import ToolCallReader
 
 Kind = Literal["chat", "completion", "comparison"]
 OBJECTS = {"chat": "chat.completion", "completion": "text_completion", "comparison": "comparison"}
@@ -19,23 +20,29 @@ DONE = "data: [DONE]\n\n"
 
 @dataclass
 class PartialChoice:
-    """One choice, as far as it is written."""
+    """One choice, as far as it is written. reader: of the tool calls in it."""
 
     text: str = ""
     tokens: list[list[Any]] = field(default_factory=list)
     bytes: list[list[int]] = field(default_factory=list)
+    top: list[list[list[Any]]] = field(default_factory=list)
+    reader: ToolCallReader | None = None
     end: dict[str, Any] | None = None
 
 
 @dataclass
 class ResponseBuilder:
     """Collects the events of one request. model: as the client named it.  logprobs: the client wants them.
-    include_usage: it wants the token usage in a last chunk (OpenAI's `stream_options`)."""
+    include_usage: it wants the token usage in a last chunk (OpenAI's `stream_options`).   calls: how tool calls are read from
+    replies
+    (`ChatRequest.calls`).   best: of so many replies to a prompt, that many are returned, the likeliest first."""
 
     kind: Kind
     model: str
     logprobs: bool = False
     include_usage: bool = False
+    calls: str = ""
+    best: tuple[int, int] | None = None
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     start: dict[str, Any] = field(default_factory=dict)
@@ -44,8 +51,8 @@ class ResponseBuilder:
     def __post_init__(self) -> None:
         self.id = f"{ID_PREFIXES[self.kind]}-{uuid.uuid4().hex[:24]}"
 
-    def add(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Raises ApiError if one of them is an error."""
+    def add(self, events: Iterable[dict[str, Any]]) -> None:
+        """Raises ApiError if one of them is an error. With tool calls, each event is given the `deltas` that its text makes."""
         for event in events:
             if "error" in event:
                 raise ApiError(**event["error"])
@@ -56,17 +63,41 @@ class ResponseBuilder:
             partial.text += event.get("text", "")
             partial.tokens += event.get("tokens", ())
             partial.bytes += event.get("bytes", ())
+            partial.top += event.get("top", ())
+            if self.calls:
+                if partial.reader is None:
+                    partial.reader = ToolCallReader(self.start["tool_format"] if self.calls == "auto" else self.calls)
+                event["deltas"] = partial.reader.push(event.get("text", ""))
+                event["deltas"] += partial.reader.finish() if "end" in event else []
             if "end" in event:
+                if partial.reader is not None and partial.reader.calls and ":" not in self.calls:
+                    event["end"] = event["end"].replace("stop", "tool_calls")
                 partial.end = dict(event)
 
     # ---- one response --------------------------------------------------------------------------------------------------
 
     def response(self) -> dict[str, Any]:
+        first = self.partials[0].end or {} if 0 in self.partials else {}
         return {
             **self._common_fields(OBJECTS[self.kind]),
-            "choices": [self._choice(i) for i in sorted(self.partials)],
+            "choices": [{**self._choice(i), "index": place} for place, i in enumerate(self._returned())],
             "usage": self.token_usage(),
+            **(
+                {"prompt_logprobs": first["prompt_logprobs"]}
+                if self.kind == "chat" and "prompt_logprobs" in first
+                else {}
+            ),
         }
+
+    def _returned(self) -> list[int]:
+        """The choices that the client gets, in order."""
+        every = sorted(self.partials)
+        if self.best is None:
+            return every
+        of, keep = self.best
+        means = {i: (self.partials[i].end or {}).get("mean_logprob", 0.0) for i in every}
+        groups = (every[start : start + of] for start in range(0, len(every), of))
+        return [i for group in groups for i in sorted(group, key=lambda i: -means[i])[:keep]]
 
     def token_usage(self) -> dict[str, int]:
         prompt = int(self.start.get("prompt_tokens", 0))
@@ -95,14 +126,18 @@ class ResponseBuilder:
         end = partial.end or {}
         choice: dict[str, Any] = {"index": index, "finish_reason": end.get("end"), **self._scores(end)}
         if self.kind == "completion":
-            tokens = end.get("listed", partial.tokens)
+            tokens = end.get("listed") or _with_likeliest(partial.tokens, partial.top)
             return {
                 **choice,
                 "text": end.get("prompt_text", "") + partial.text,
                 "logprobs": _completion_logprobs(tokens, 0) if self.logprobs else None,
+                **({"prompt_logprobs": end["prompt_logprobs"]} if "prompt_logprobs" in end else {}),
             }
         choice["message"] = {"role": "assistant", "content": partial.text, "refusal": None}
-        choice["logprobs"] = _chat_logprobs(partial.tokens, partial.bytes) if self.logprobs else None
+        if partial.reader is not None and partial.reader.calls:
+            said = partial.reader.content
+            choice["message"] |= {"content": said if said.strip() else None, "tool_calls": partial.reader.calls}
+        choice["logprobs"] = _chat_logprobs(partial.tokens, partial.bytes, partial.top) if self.logprobs else None
         if self.kind == "comparison":
             choice |= {"model": self._model_of(index), "completion_tokens": end.get("completion_tokens")}
         return choice
@@ -115,7 +150,7 @@ class ResponseBuilder:
 
     # ---- chunks --------------------------------------------------------------------------------------------------------
 
-    def chunks(self, events: Iterable[Mapping[str, Any]]) -> str:
+    def chunks(self, events: Iterable[dict[str, Any]]) -> str:
         """Server-sent events for these events, which have been added already."""
         return "".join(_sse(chunk) for event in events for chunk in self._chunks(event))
 
@@ -141,9 +176,18 @@ class ResponseBuilder:
             offset = sum(len(token[0]) for token in listed[: len(listed) - len(tokens)])
             logprobs = None
             if self.logprobs:
-                is_completion, raw = self.kind == "completion", event.get("bytes", [])
-                logprobs = _completion_logprobs(tokens, offset) if is_completion else _chat_logprobs(tokens, raw)
-            yield self._chunk(event["i"], {"content": text}, logprobs=logprobs)
+                raw, top = event.get("bytes", []), event.get("top", [])
+                if self.kind == "completion":
+                    logprobs = _completion_logprobs(_with_likeliest(tokens, top), offset)
+                else:
+                    logprobs = _chat_logprobs(tokens, raw, top)
+            deltas = event.get("deltas", [{"content": text}])
+            for delta in deltas or ([{"content": ""}] if tokens else []):
+                yield self._chunk(event["i"], delta, logprobs=logprobs)
+                logprobs = None
+        elif event.get("deltas"):
+            for delta in event["deltas"]:
+                yield self._chunk(event["i"], delta)
         if "end" in event:
             yield self._chunk(event["i"], {}, event["end"], **self._scores(event))
 
@@ -179,11 +223,28 @@ def _sse(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _chat_logprobs(tokens: list[list[Any]], raw: list[list[int]]) -> dict[str, Any]:
+def _chat_logprobs(tokens: list[list[Any]], raw: list[list[int]], top: list[list[list[Any]]]) -> dict[str, Any]:
+    def entry(text: str, value: float, part: list[int]) -> dict[str, Any]:
+        return {"token": text, "logprob": value, "bytes": part}
+
     content = [
-        {"token": text, "logprob": value, "bytes": part, "top_logprobs": []} for (text, value), part in zip(tokens, raw)
+        {**entry(token[0], token[1], part), "top_logprobs": [entry(*other) for other in likeliest]}
+        for token, part, likeliest in zip(tokens, raw, top or [[]] * len(tokens))
     ]
     return {"content": content, "refusal": None}
+
+
+def _with_likeliest(tokens: list[list[Any]], top: list[list[list[Any]]]) -> list[list[Any]]:
+    """Tokens with {text: log-probability} of the likeliest in their place, and of themselves; as they are without `top`."""
+    if not top:
+        return tokens
+    named: list[dict[str, float]] = []
+    for (text, value), likeliest in zip(tokens, top):
+        named.append({})
+        for other, other_value, _ in likeliest:
+            named[-1].setdefault(other, other_value)  # the likeliest first; two tokens may be the same text
+        named[-1].setdefault(text, value)
+    return [[*token, others] for token, others in zip(tokens, named)]
 
 
 def _completion_logprobs(tokens: list[list[Any]], offset: int) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ray.config.serve import LimitsConfig
 from rlhf_ray.data.encode import after_bos, encode_prompts, encode_texts
 from rlhf_ray.data.prompts import Message, Prompt
-from rlhf_ray.data.templates import Template
+from rlhf_ray.data.templates import ChatTemplate, Template
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.context import rope_note
@@ -48,9 +49,14 @@ class PromptEncoder:
             if not prompt["raw"]:
                 return ()
             # A raw text is all that the model reads, markers included, as in other services of this API.
-            return tuple(after_bos(tokenizer, encode_texts(tokenizer, [prompt["raw"]], parse=True)[0]))
-        messages = tuple(Message(m["role"], m["content"]) for m in prompt.get("messages", ()))
-        conversation = Prompt(prompt.get("text", ""), prompt.get("input", ""), messages)
+            ids = encode_texts(tokenizer, [prompt["raw"]], parse=True)[0]
+            return tuple(ids if prompt.get("bare") else after_bos(tokenizer, ids))
+        given = prompt.get("tools", ""), prompt.get("template_kwargs", "")
+        if given[1] and not isinstance(template, ChatTemplate):
+            message = f"chat_template_kwargs: this adapter's template ({template.name}) is no chat template."
+            raise ApiError(400, message, "template", "chat_template_kwargs")
+        messages = tuple(map(_message, prompt.get("messages", ())))
+        conversation = Prompt(prompt.get("text", ""), prompt.get("input", ""), messages, *given)
         if conversation.is_blank:
             return ()
         try:
@@ -66,8 +72,16 @@ class PromptEncoder:
             max_tokens = min(self.limits.default_max_tokens, self.limits.max_tokens, max(context - prompt_tokens, 1))
         if prompt_tokens + max_tokens > context:
             message = (
-                f"The prompt has {prompt_tokens} tokens and up to {max_tokens} are asked for;"
-                f" this model has room for {context} together{rope_note(self.backbone.model.config.get_text_config())}."
+                f"This model's maximum context length is {context} tokens"
+                f"{rope_note(self.backbone.model.config.get_text_config())}. However, you requested"
+                f" {prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion)."
+                " Please reduce the length of the prompt or of the completion."
             )
             raise ApiError(400, message, "context_length_exceeded", "messages")
         return max_tokens
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
+    """extra: as rows of data have it (`data/fields.py`), so that both render alike."""
+    extra = {name: value for name, value in turn.items() if name not in ("role", "content")}
+    return Message(turn["role"], turn["content"], json.dumps(extra, sort_keys=True) if extra else "")

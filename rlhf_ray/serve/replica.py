@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rlhf_ray.runtime.devices import own_device
 from rlhf_ray.sampler.requests import DecodeRequest
 from rlhf_ray.serve.adapter_cache import AdapterCache, CacheBusy
 from rlhf_ray.serve.api_errors import ApiError, adapter_refused, model_not_found, overloaded, request_timeout
+from rlhf_ray.serve.decode_options import DecodeOptions, DecodeOptionsReader
 from rlhf_ray.serve.decode_thread import DecodedToken, DecodeThread
 from rlhf_ray.serve.generation import Event, Generation, GenerationRequest, ServedModel
 from rlhf_ray.serve.generation_stream import GenerationStream, TokenBuffer, TokenRouter
@@ -63,6 +64,7 @@ class Replica:
         self.engine = DecodeThread(self.backbone, self.limits.max_batch_rows, self.router.deliver, threads)
         self.adapter_cache = AdapterCache[ModelCheckpoint](self.engine, self.limits.max_loaded_adapters)
         self.prompt_encoder = PromptEncoder(self.backbone, self.limits)
+        self.options_reader = DecodeOptionsReader(self.backbone, config.tool_call_parser)
         self.scorer = ResponseScorer(self.engine, self.prompt_encoder)
         self.model_index = ModelIndex()
         registry = None if config.registry is None else Registry(config.registry)
@@ -103,8 +105,9 @@ class Replica:
             async with AsyncExitStack() as resources:
                 async with asyncio.timeout_at(deadline):
                     self._admit(request, resources)
-                    generations, served_models, reward_model = await self._prepare(request, resources)
-                yield [{"start": self._start_event(generations, served_models)}]
+                    generations, served_models, reward_model, options = await self._prepare(request, resources)
+                start = self._start_event(generations, served_models)
+                yield [{"start": start | ({"tool_format": options.tool_format} if request.calls_tools else {})}]
                 stream = GenerationStream(
                     request,
                     generations,
@@ -115,6 +118,8 @@ class Replica:
                     self.metrics,
                     TokenBuffer(whole and not request.stop_strings),  # a stop string has to be noticed on the way
                     arrived_at,
+                    options,
+                    self.limits.max_batch_rows,
                 )
                 async with aclosing(stream.events(deadline)) as written:
                     async for events in written:
@@ -127,6 +132,30 @@ class Replica:
     async def models(self) -> list[dict[str, Any]]:
         """See `model_index.list_models`."""
         return list_models(self.model_index, self.started_at)
+
+    async def tokenize(self, model: str, prompt: Mapping[str, Any]) -> dict[str, Any]:
+        """{ids, texts, context}: what `model` would read of a prompt (generation.py). {error} for an ApiError."""
+        try:
+            async with AsyncExitStack() as resources:
+                served = await self._policy(model, resources)
+                ids = await self.prompt_encoder.encode(prompt, served.template)
+        except ApiError as error:
+            return {"error": error.as_dict()}
+        texts = self.backbone.tokenizer.convert_ids_to_tokens(list(ids))
+        return {"ids": list(ids), "texts": texts, "context": self.backbone.context_length}
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """What a client that tokenizes by this service asks of its tokenizer, as vLLM's /tokenizer_info."""
+        tokenizer = self.backbone.tokenizer
+        named = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        info = {"tokenizer_class": type(tokenizer).__name__, "model_max_length": self.backbone.context_length}
+        return {**info, **named, "chat_template": tokenizer.chat_template}
+
+    async def detokenize(self, ids: Sequence[int]) -> dict[str, Any]:
+        """{text} of token ids. {error} for an ApiError."""
+        if any(i >= self.prompt_encoder.vocabulary_size for i in ids):
+            return {"error": ApiError(400, "A token id is not in the vocabulary.", "invalid_token", "tokens").as_dict()}
+        return {"text": str(self.backbone.tokenizer.decode(list(ids)))}
 
     async def status(self) -> dict[str, Any]:
         """What it serves (see `RegistryWatcher.status`), and how busy it is."""
@@ -164,29 +193,26 @@ class Replica:
     # ---- from a request to generations -----------------------------------------------------------------------------------
 
     def _admit(self, request: GenerationRequest, resources: AsyncExitStack) -> None:
-        """Reserve the request's rows until `resources` is closed. ApiError 429 if there are too many already."""
-        capacity = self.limits.max_batch_rows + self.limits.max_waiting_rows
-        if request.rows > capacity:
-            raise ApiError(
-                400,
-                f"{request.rows} replies are asked for at once; at most {capacity} can be.",
-                "too_many_replies",
-                "n",
-            )
-        if self._reserved_rows + request.rows > capacity:
+        """Reserve the rows that the request may have at a time until `resources` is closed; its other replies wait for these.
+        ApiError
+        429 if there are too many already."""
+        rows = min(request.rows, self.limits.max_batch_rows)
+        if self._reserved_rows + rows > self.limits.max_batch_rows + self.limits.max_waiting_rows:
             raise overloaded(self.limits.retry_after_s)
-        self._reserved_rows += request.rows
-        resources.callback(self._release, request.rows)
+        self._reserved_rows += rows
+        resources.callback(self._release, rows)
 
     def _release(self, rows: int) -> None:
         self._reserved_rows -= rows
 
     async def _prepare(
         self, request: GenerationRequest, resources: AsyncExitStack
-    ) -> tuple[list[Generation], list[ServedModel], ServedModel | None]:
-        """Generations ready to be submitted; the models that write them; and the reward model, if one is requested."""
+    ) -> tuple[list[Generation], list[ServedModel], ServedModel | None, DecodeOptions]:
+        """Generations ready to be submitted; the models that write them; the reward model, if one is requested; what is asked of
+        the sampler."""
         served_models = [await self._policy(model, resources) for model in request.models]
         reward_model = await self._reward_model(request.reward, resources) if request.reward else None
+        options = await self.options_reader.read(request, served_models)
         generations: list[Generation] = []
         for prompt in request.prompts:
             for served in served_models:
@@ -194,11 +220,14 @@ class Replica:
                 max_new_tokens = self.prompt_encoder.max_new_tokens(len(ids), request.max_tokens)
                 for _ in range(request.n):
                     after = ids if prompt.keys() & {"raw", "ids"} else ()
-                    text = ResponseText(self.backbone.tokenizer, request.stop_strings, after)
+                    text = ResponseText(
+                        self.backbone.tokenizer, request.stop_strings, after, request.min_tokens, options.spoken
+                    )
                     generation = Generation(len(generations), served, prompt, ids, max_new_tokens, text)
-                    generation.stop_ids = special_stop_ids(self.backbone.tokenizer, request.stop_strings)
+                    special = special_stop_ids(self.backbone.tokenizer, request.stop_strings)
+                    generation.stop_ids = (*special, *request.stop_token_ids)
                     generations.append(generation)
-        return generations, served_models, reward_model
+        return generations, served_models, reward_model, options
 
     async def _policy(self, model: str, resources: AsyncExitStack) -> ServedModel:
         if model == BASE:

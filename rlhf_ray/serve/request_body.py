@@ -49,7 +49,7 @@ async def parsed(body: bytes, model: type[ModelT]) -> ModelT:
 
 
 def parse_body(body: bytes, model: type[ModelT]) -> ModelT:
-    """ApiError 400 for a body that is not one JSON object, 422 for one that `model` does not accept."""
+    """ApiError 400 for a body that is not one JSON object, or that `model` does not accept."""
     try:
         values = json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
         if b"\\u" in body:
@@ -61,7 +61,7 @@ def parse_body(body: bytes, model: type[ModelT]) -> ModelT:
     if not isinstance(values, dict):
         raise ApiError(400, "The body must be one JSON object.", "invalid_json")
     if len(values) > MAX_FIELDS:
-        raise ApiError(422, f"The request has {len(values)} fields; expected at most {MAX_FIELDS}.", "invalid_value")
+        raise ApiError(400, f"The request has {len(values)} fields; expected at most {MAX_FIELDS}.", "invalid_value")
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -84,7 +84,7 @@ def _validation_error(error: ValidationError) -> ApiError:
     fields = [_field_name(p["loc"]) for p in problems]
     messages = list(dict.fromkeys(f"{where}: {p['msg']}" for where, p in zip(fields, problems)))
     more = f" (and {len(messages) - MAX_PROBLEMS} more)" if len(messages) > MAX_PROBLEMS else ""
-    return ApiError(422, "; ".join(messages[:MAX_PROBLEMS]) + more, "invalid_value", fields[0])
+    return ApiError(400, "; ".join(messages[:MAX_PROBLEMS]) + more, "invalid_value", fields[0])
 
 
 def _field_name(loc: tuple[int | str, ...]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.role_models import AdapterStack
 from rlhf_ray.rewards.retokenised import Reader
 from rlhf_ray.serve.decode_thread import DecodeThread
-from rlhf_ray.serve.echo import listed, prompt_texts, token_table
+from rlhf_ray.serve.echo import listed, prompt_logprobs, prompt_texts, token_table
 from rlhf_ray.serve.generation import Generation, GenerationRequest, ServedModel
 from rlhf_ray.serve.prompt_encoder import PromptEncoder
 
@@ -31,8 +31,8 @@ ROWS_PER_PASS = 16
 
 @dataclass(frozen=True, eq=False)
 class ScoringCase:
-    """A response to be scored. adapter: PEFT name of a reward adapter, or None for the base's log-probabilities.
-    head: f32[1, D] of the reward.  temperature: divides the base's logits."""
+    """A response to be scored. adapter: PEFT name, None for the base.
+    head: f32[1, D] of a reward; None for log-probabilities.  temperature: divides the base's logits."""
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
@@ -55,9 +55,10 @@ class ResponseScorer:
     async def scores(
         self, request: GenerationRequest, generation: Generation, reward_model: ServedModel | None
     ) -> dict[str, Any]:
-        """{reward, kl, prompt_text, listed} (see generation.py) of a complete response without what a stop string hid: those that
-        the request wants. A score is None if the response is empty or, with its prompt, longer than the context. ApiError if the
-        reward model's template cannot take the prompt."""
+        """{reward, kl, prompt_text, listed, prompt_logprobs} (see generation.py) of a complete response without what a stop
+        string hid:
+        those that the request wants. A score is None if the response is empty or, with its prompt, longer than the context.
+        ApiError if the reward model's template cannot take the prompt."""
         scores: dict[str, Any] = {}
         if reward_model is not None:
             scores["reward"] = await self._reward(generation, reward_model)
@@ -68,22 +69,30 @@ class ResponseScorer:
         return scores
 
     async def _told(self, request: GenerationRequest, generation: Generation) -> dict[str, Any]:
-        """What `echo` and `logprobs` of /v1/completions ask for."""
+        """What `echo` and `logprobs` of /v1/completions ask for, and `prompt_logprobs`."""
         tokenizer, generated = self._engine.backbone.tokenizer, generation.text
         before = prompt_texts(tokenizer, generation.prompt_ids, generation.prompt.get("raw"))
         told: dict[str, Any] = {"prompt_text": generation.prompt.get("raw", "".join(before))} if request.echo else {}
         if not request.reads_again:
             return told
         generated.settle()
-        texts = [*before, *(token.text for token in generated.tokens)]
+        texts = [*before, *(token.text for token in generated.tokens)] if request.echo else before
+        if request.echo and generation.end == "stop" and not generated.stopped:
+            texts.append("")  # the token that ended it: harnesses take off the one token that they asked for
         ids = [*generation.prompt_ids, *generation.response_ids][: len(texts)]
-        cached, temperature = generation.served.cached, request.temperature or 1.0
-        adapter, top = None if cached is None else cached.adapter_name, request.top_logprobs
-        table = await asyncio.wrap_future(
-            self._engine.call(lambda model: token_table(self._engine.backbone, model, adapter, ids, temperature, top))
+        cached, asked = generation.served.cached, request.prompt_logprobs
+        adapter, top = None if cached is None else cached.adapter_name, max(request.top_logprobs, asked or 0)
+        logprobs, likeliest, ranks = await asyncio.wrap_future(
+            self._engine.call(lambda model: token_table(self._engine.backbone, model, adapter, ids, top))
         )
-        found = listed(tokenizer, ids, texts, *table)
-        return {**told, "listed": found if request.echo else found[len(before) :]}
+        if asked is not None:
+            told["prompt_logprobs"] = prompt_logprobs(
+                tokenizer, generation.prompt_ids, logprobs, likeliest, ranks, asked
+            )
+        if request.echo and request.logprobs:
+            best = [places[: request.top_logprobs] for places in likeliest]
+            told["listed"] = listed(tokenizer, ids, texts, logprobs, best)
+        return told
 
     async def _reward(self, generation: Generation, reward_model: ServedModel) -> float | None:
         """The reward model's score after the last token of the response, to the prompt under the reward model's own template."""
@@ -108,8 +117,11 @@ class ResponseScorer:
             return 0.0
         shown = generation.shown
         case = ScoringCase(generation.prompt_ids, generation.response_ids[:shown], temperature=temperature)
+        own_logprob: float | None = sum(generation.logprobs[:shown])
+        if temperature != 1:  # what was reported is at temperature 1
+            own_logprob = await self._score(replace(case, adapter=generation.served.cached.adapter_name))
         base_logprob = await self._score(case)
-        return None if base_logprob is None else sum(generation.logprobs[:shown]) - base_logprob
+        return None if base_logprob is None or own_logprob is None else own_logprob - base_logprob
 
     async def _score(self, case: ScoringCase) -> float | None:
         length = len(case.prompt_ids) + len(case.response_ids)

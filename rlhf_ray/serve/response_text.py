@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers.decoders import DecodeStream
@@ -31,17 +31,24 @@ class ResponseText:
     """`push` each token, then `finish`: the parts make up the text of the response, cut before the first stop string.
 
     tokenizer: of the base.   stop_strings: end the response; they are not part of it.   stopped: one of them came.
-    after: ids of a prompt whose text the response goes on with.
+    after: ids of a prompt whose text the response goes on with.   min_tokens: before the text of the token behind these, no stop
+    string is looked for.   spoken: special tokens that are part of the text.
     tokens: those pushed, in order, whose text has been returned as of the last `settle`; none that a stop string hid.
     is_cut: a stop string began within the last of them."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, stop_strings: Sequence[str] = (), after: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        stop_strings: Sequence[str] = (),
+        after: Sequence[int] = (),
+        min_tokens: int = 0,
+        spoken: Mapping[int, str] | None = None,
     ) -> None:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         before = list(after[-CONTEXT:])
         self._stream = DecodeStream(ids=before, skip_special_tokens=True)
         self._stop_strings = tuple(stop_strings)
+        self._min_tokens, self._spoken = min_tokens, spoken or {}
         self._ids = before  # since the stream started
         self._decoded = len(self._decode(before))  # characters that the stream has returned, or that were there before
         self._held_back = ""  # might be the beginning of a stop string
@@ -62,6 +69,9 @@ class ResponseText:
         """The text that this token completes; "" where a character, or what may be a stop string, is not complete."""
         if self.stopped:
             return ""
+        if token_id in self._spoken:
+            self._pushed.append((token_id, self._spoken[token_id]))
+            return self._emit(self._spoken[token_id])
         try:
             new = self._stream.step(self._backend, token_id) or ""
         except Exception:  # tokenizers raises nothing narrower
@@ -124,7 +134,7 @@ class ResponseText:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _emit(self, new: str) -> str:
-        if not self._stop_strings:
+        if not self._stop_strings or len(self._pushed) <= self._min_tokens:
             self.parts.append(new)
             return new
         text = self._held_back + new
@@ -133,16 +143,16 @@ class ResponseText:
             self.stopped = True
             text_out, self._held_back = text[: min(found)], ""
         else:
-            keep = max(_overlap(text, stop) for stop in self._stop_strings)
+            keep = max(overlap(text, stop) for stop in self._stop_strings)
             text_out, self._held_back = text[: len(text) - keep], text[len(text) - keep :]
         self.parts.append(text_out)
         return text_out
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with.
 
-    >>> _overlap("one \\nHum", "\\nHuman:")
+    >>> overlap("one \\nHum", "\\nHuman:")
     4
     """
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -46,6 +46,14 @@ class TokenBytes:
             return bytes([int(byte[1], 16)])
         return token.replace("\u2581", " ").encode()
 
+    def shown(self, token_id: int) -> tuple[str, list[int]]:
+        """Text and bytes of a token by itself, as it is listed among the likeliest; the name of a special token."""
+        if token_id in self._added and not self._added[token_id]:
+            name = self._tokenizer.added_tokens_decoder[token_id].content
+            return name, list(name.encode())
+        raw = self.of(token_id)
+        return raw.decode("utf-8", "replace"), list(raw)
+
     def spread(self, ids: Sequence[int], text: str, hidden: str = "") -> list[bytes]:
         """The bytes of `text` by token; `ids` together make text and `hidden`, which a stop string cut off.
 

@@ -208,6 +208,31 @@ def test_a_minute_at_ten_times_the_capacity(service: Service, note: Any) -> None
     note(27, late < 1.05 * early, figure, found["refused_p50_s"])
 
 
+def test_what_else_clients_ask_goes_through_ray_too(service: Service) -> None:
+    """Health, tokens, HEAD and tools: through Serve's proxy and handles."""
+
+    def ask(method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{service.url}{path}", data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+
+    assert ask("GET", "/health") == (200, b"") and ask("HEAD", "/v1/models") == (200, b"")
+    tokens = json.loads(ask("POST", "/tokenize", {"prompt": "a b"})[1])["tokens"]
+    assert json.loads(ask("POST", "/detokenize", {"tokens": tokens[1:]})[1]) == {"prompt": "a b"}
+    assert json.loads(ask("GET", "/tokenizer_info")[1])["eos_token"]
+    asked = {
+        "model": "base",
+        "prompt": ["a", "b"],
+        "n": 3,
+        "max_tokens": 4,
+        "presence_penalty": 1,
+        "logit_bias": {"5": 1},
+    }
+    assert len(json.loads(ask("POST", "/v1/completions", asked)[1])["choices"]) == 6
+
+
 def test_prometheus_finds_the_metrics(service: Service) -> None:
     wanted = {"completion_tokens", "replies", "time_to_first_token_seconds", "rows_running", "live_version", "refused"}
     missing: set[str] = set()

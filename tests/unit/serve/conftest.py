@@ -79,6 +79,18 @@ class LocalBackend:
     async def models(self) -> list[dict[str, Any]]:
         return list(await self.replica.models())
 
+    async def tokenize(self, model: str, prompt: Any) -> Any:
+        return await self.replica.tokenize(model, prompt)
+
+    async def detokenize(self, ids: list[int]) -> Any:
+        return await self.replica.detokenize(ids)
+
+    async def tokenizer_info(self) -> Any:
+        return await self.replica.tokenizer_info()
+
+    async def check_health(self) -> None:
+        await self.replica.check_health()
+
 
 class LiveService:
     """The real application on a real socket, its event loop on a thread. url; replica; `call` runs a coroutine on that loop."""

@@ -152,7 +152,7 @@ def load_chat(
     config, _ = plan_job(policies, (), model, fields or {}, console, scored=False)
     models = load_evaluation_models(config, process_session(console, num_threads), None)
     talks = []
-    for label, policy in zip(policies, models.policies.values(), strict=True):
+    for label, policy in zip(policies, models.loaded(), strict=True):
         stack: Any = models.models.stack_of(policy.role)
         talks.append(Talk(policy, label, Sampler(stack.model, stack.backbone.pad_id, max_rows=1)))
     chat = Chat(models, talks)

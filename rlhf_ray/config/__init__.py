@@ -5,14 +5,14 @@ paths in a job file are relative to the working directory. `rlhf-ray <stage> --h
 """
 
 from rlhf_ray.config.actors import ActorsConfig
+from rlhf_ray.config.endpoints import AnnotatorConfig, EndpointConfig, LLMJudgeConfig
 from rlhf_ray.config.pipeline import STAGES, PipelineConfig
+from rlhf_ray.config.rewards import PolicySpec, RewardSource
 from rlhf_ray.config.sections import (
     RUN_NAME,
     DataConfig,
     LearnerConfig,
     LoraConfig,
-    PolicySpec,
-    RewardSource,
     SamplingConfig,
     Section,
     ValueConfig,
@@ -26,9 +26,12 @@ __all__ = [
     "RUN_NAME",
     "STAGES",
     "ActorsConfig",
+    "AnnotatorConfig",
     "DataConfig",
+    "EndpointConfig",
     "EvaluateConfig",
     "JobFields",
+    "LLMJudgeConfig",
     "LearnerConfig",
     "LimitsConfig",
     "LoraConfig",

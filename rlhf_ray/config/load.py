@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from rlhf_ray.config import explain
+from rlhf_ray.config.endpoints import ELSEWHERE, secrets_in
 from rlhf_ray.config.hints import job_of_another_stage, nearest_sibling, stage_of
 from rlhf_ray.config.paths import check_paths
 from rlhf_ray.config.pipeline import STAGES, PipelineConfig, held_out_conflicts
@@ -114,7 +115,9 @@ def load_dict(cls: type[S], mapping: Mapping[str, Any], where: str = "", overrid
 
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], JobText]:
     name = str(path)
-    document = parse(read_text(path), name)
+    text = read_text(path)
+    ConfigError.raise_all(_keys_in(name, text, overrides))
+    document = parse(text, name)
     if document.values is None:
         raise ConfigError.at(name, "empty file", "fields of a job (name: value)")
     if not isinstance(document.values, dict):
@@ -122,6 +125,13 @@ def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], J
         raise ConfigError.at(name, "not a job file", "fields of a job (name: value)", got)
     parsed = _parse_overrides(overrides)
     return apply_overrides(document.values, parsed), JobText(name, document, parsed)
+
+
+def _keys_in(name: str, text: str, overrides: Sequence[str]) -> list[Problem]:
+    """One problem for each line or override that holds what looks like a key; it is not shown."""
+    places = [(f"{name}:{number}", line) for number, line in enumerate(text.splitlines(), start=1)]
+    places += [(f"override {override.partition('=')[0]}", override) for override in overrides]
+    return [Problem(where, f"holds {kind}", fix=ELSEWHERE) for where, line in places for kind in secrets_in(line)]
 
 
 def _parse_overrides(texts: Sequence[str | Override]) -> list[Override]:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlhf_ray.config.deepspeed import deepspeed_problems
+from rlhf_ray.config.endpoints import is_built_in
 from rlhf_ray.config.hints import did_you_mean, nearest_sibling
 from rlhf_ray.config.pipeline import PipelineConfig
 from rlhf_ray.config.sections import Section
@@ -85,7 +86,7 @@ def _named_folders(config: Section) -> Iterator[tuple[Loc, str, bool]]:
         if reward.model is not None:
             yield ("rewards", i, "model"), reward.model, True
     for i, spec in enumerate(getattr(config, "policies", ())):
-        if spec.policy != "base":
+        if spec.policy not in ("base", None):
             yield ("policies", i, "policy"), spec.policy, True
 
 
@@ -96,6 +97,13 @@ def _named_files(config: Section) -> Iterator[tuple[Loc, Path]]:
     learner = getattr(config, "learner", None)
     if learner is not None and learner.deepspeed is not None:
         yield ("learner", "deepspeed"), Path(learner.deepspeed)
+    for i, reward in enumerate(getattr(config, "rewards", ())):
+        for j, annotator in enumerate(reward.llm.annotators if reward.llm is not None else ()):
+            if annotator.prompt is not None and not is_built_in(annotator.prompt):
+                yield ("rewards", i, "llm", "annotators", j, "prompt"), Path(annotator.prompt)
+    for i, spec in enumerate(getattr(config, "policies", ())):
+        if spec.outputs is not None:
+            yield ("policies", i, "outputs"), Path(spec.outputs)
 
 
 def _folder_problem(name: str, hub: bool) -> Problem | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -237,119 +236,6 @@ class SamplingConfig(Section):
         return self.do_sample and self.top_p == 1 and self.top_k == 0
 
 
-RESERVED_REWARDS = ("mean", "std", "min", "max", "score", "shaped")
-"""reward/<name> with one of these names is a metric of the step."""
-RESERVED_MODELS = ("policy", "reference", "synced_reference", "value")
-"""Roles of PPO, beside which a reward model is a role of its name."""
-
-
-class RewardSource(Section):
-    """One reward: a reward run, an ensemble, a sequence-classification checkpoint or a Python function. Set exactly one of them."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")] = field(
-        "reward", "how metrics and value.init_from call it"
-    )
-    run: Path | None = field(None, "folder of a reward run, or of its merged checkpoint")
-    ensemble: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] | None = field(
-        None,
-        "folders of at least two reward runs on the job's base that score together, e.g. of different seeds (Coste et al. 2023,"
-        " arXiv:2310.02743); metrics call them <name>/1, <name>/2, ... and their disagreement (standard deviation) <name>/std",
-    )
-    aggregate: Literal["mean_minus_std", "min", "mean"] | None = field(
-        None,
-        "ensemble: the mean of its members less std_coef times their standard deviation over members (population, 1/n; UWO of"
-        " arXiv:2310.02743 takes off the variance), the lowest member (WCO there), or the mean; default: mean_minus_std",
-    )
-    std_coef: Positive | None = field(None, "aggregate mean_minus_std: its factor; default: 1")
-    model: Path | None = field(None, "a one-label sequence-classification checkpoint (path or Hub id)")
-    function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")] | None = field(
-        None,
-        "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns); None for a reply that it"
-        " does not apply to; what it draws from random, numpy.random or torch depends on the texts alone",
-    )
-    weight: Float = field(
-        1.0, "factor in the sum of rewards; 0: measured only, it can neither stop training nor cost a reply its place"
-    )
-    normalize: bool | None = field(
-        None,
-        "subtract the mean and divide by the standard deviation of the reward run's held-out scores, before the weight: so rewards"
-        " of different scale weigh what their weights say, and kl_coef does not depend on the scale; default: wherever the run has"
-        " such scores, so never with model or function (arXiv:2009.01325 takes off the mean; OpenRLHF's --normalize_reward); an"
-        " ensemble: each member by its own, before aggregate; default there: true, since where a reward model has its zero is"
-        " chance, and so would be which member is the lowest",
-    )
-    template: str | None = field(
-        None, "prompt template of a reward model with another tokenizer; default: the one it records, else the job's"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_an_ensemble(cls, values: Any) -> Any:
-        """Filled in, so that a run records what it did."""
-        if not isinstance(values, dict) or values.get("ensemble") is None:
-            return values
-        found = dict(values)
-        if found.get("normalize") is None:
-            found["normalize"] = True
-        if found.get("aggregate") is None:
-            found["aggregate"] = "mean_minus_std"
-        if found["aggregate"] == "mean_minus_std" and found.get("std_coef") is None:
-            found["std_coef"] = 1.0
-        return found
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> RewardSource:
-        if self.name in RESERVED_REWARDS:
-            raise ValueError(f"name: {self.name} is a metric of its own; choose another name for the reward")
-        if self.name in RESERVED_MODELS and self.function is None:
-            raise ValueError(f"name: {self.name} is another model of PPO; choose another name for the reward")
-        if sum(x is not None for x in (self.run, self.ensemble, self.model, self.function)) != 1:
-            raise ValueError("a reward needs exactly one of run, ensemble, model, function")
-        if self.normalize and self.run is None and self.ensemble is None:
-            raise ValueError("normalize: needs a reward run, which records its held-out scores; drop it")
-        self._check_ensemble()
-        return self
-
-    def _check_ensemble(self) -> None:
-        if self.ensemble is None:
-            for name in ("aggregate", "std_coef"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: only an ensemble has one; drop it")
-            return
-        if len(self.ensemble) < 2:
-            raise ValueError(
-                f"ensemble: expected at least 2 reward runs; got {len(self.ensemble)}; name more, or use run"
-            )
-        places = [os.path.abspath(path) for path in self.ensemble]
-        for path, place in zip(self.ensemble, places):
-            if places.count(place) > 1:
-                raise ValueError(
-                    f"ensemble: {path} is named {places.count(place)} times; expected different reward runs"
-                )
-        if self.std_coef is not None and self.aggregate != "mean_minus_std":
-            raise ValueError(
-                f"std_coef: has no effect with aggregate {self.aggregate}; drop it, or set aggregate: mean_minus_std"
-            )
-        if self.template is not None:
-            raise ValueError("template: an ensemble reads the policy's own tokens; drop it")
-
-    @property
-    def members(self) -> tuple[RewardSource, ...]:
-        """An ensemble's runs as rewards of weight 1, <name>/1, <name>/2, ...; empty for any other reward."""
-        alone = {"ensemble": None, "aggregate": None, "std_coef": None, "weight": 1.0}
-        return tuple(
-            self.model_copy(update={**alone, "name": f"{self.name}/{number}", "run": path})
-            for number, path in enumerate(self.ensemble or (), start=1)
-        )
-
-    def models(self, role: str) -> dict[str, str]:
-        """The models that it loads: the role of each, for a reward of role `role`, and its path. None for a function."""
-        if self.ensemble is not None:
-            return {f"{role}/{number}": path for number, path in enumerate(self.ensemble, start=1)}
-        path = self.run or self.model
-        return {} if path is None else {role: path}
-
-
 VALUE_LEARNING_RATE = 5.0
 """The value model's learning rate where none is set, times the policy's."""
 
@@ -373,13 +259,6 @@ class ValueConfig(Section):
         "first PPO steps that train only the value model: a share of all steps, rounded down, if below 1, else steps; the policy's"
         " own warm-up starts after them (OpenRLHF's freezing_actor_steps, verl's critic_warmup, both off there)",
     )
-
-
-class PolicySpec(Section):
-    """A policy to compare."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,32}$")] = field(..., "column in the table")
-    policy: str = field(..., "base, a run folder, RUN@STEP, an adapter folder or a merged checkpoint")
 
 
 def under(uri: str, part: str) -> str:

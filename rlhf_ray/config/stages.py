@@ -17,6 +17,7 @@ from pydantic import (
 
 from rlhf_ray.config import defaults
 from rlhf_ray.config.actors import ActorsConfig
+from rlhf_ray.config.rewards import PolicySpec, RewardSource
 from rlhf_ray.config.sections import (
     RUN_NAME,
     Count,
@@ -28,12 +29,11 @@ from rlhf_ray.config.sections import (
     NotNegative,
     OutputDir,
     Path,
-    PolicySpec,
     Positive,
-    RewardSource,
     SamplingConfig,
     Section,
     Share,
+    Strings,
     Temperature,
     ValueConfig,
     _division,
@@ -539,6 +539,11 @@ class PPOConfig(JobFields, OptimFields):
         names = [r.name for r in self.rewards]
         if not any(r.weight for r in self.rewards):
             problems.append("rewards: all weights are 0, so nothing is maximised; give one of them a weight")
+        problems += [
+            f"rewards.{r.name}.llm.mode: a judge of pairs has no score for one reply; set pointwise"
+            for r in self.rewards
+            if r.is_pairwise
+        ]
         if len(set(names)) != len(names):
             problems.append(f"rewards: names repeat: {', '.join(names)}; give each its own name")
         watched = next((r for r in self.rewards if r.name == self.watch), None)
@@ -598,7 +603,12 @@ class EvaluateConfig(JobFields):
         ..., "what is compared", min_length=1
     )
     rewards: Annotated[tuple[RewardSource, ...], BeforeValidator(_to_tuple)] = field((), "scores of the replies")
-    judge: str | None = field(None, "reward that decides wins; default: the first")
+    judge: Strings | None = field(
+        None,
+        "reward that decides wins, or several: the first decides, the others are shown beside it with their agreement (Cohen's"
+        " kappa); default: the first reward",
+        min_length=1,
+    )
     baseline: str | None = field(None, "policy that wins are counted against; default: the first")
     reference: str | None = field(None, "policy that KL is measured against; default: the baseline")
     response_length: Count = field(128, RESPONSE_LENGTH)
@@ -620,11 +630,40 @@ class EvaluateConfig(JobFields):
         for label, name, known in (
             ("baseline", self.baseline, policies),
             ("reference", self.reference, policies),
-            ("judge", self.judge, rewards),
+            *(("judge", name, rewards) for name in self.judge or ()),
+            *((f"policies.{p.name}.best_of_reward", p.best_of_reward, rewards) for p in self.policies),
         ):
             if name is not None and name not in known:
                 raise ValueError(f"{label}: {name!r} is not among {', '.join(known) or 'none'}")
         for label, names in (("policies", policies), ("rewards", rewards)):
             if len(set(names)) != len(names):
                 raise ValueError(f"{label}: names repeat: {', '.join(names)}; give each its own name")
+        self._check_judging()
         return self
+
+    def _check_judging(self) -> None:
+        if self.judge is not None and len(set(self.judge)) != len(self.judge):
+            raise ValueError(f"judge: names repeat: {', '.join(self.judge)}")
+        pairwise = [r.name for r in self.rewards if r.is_pairwise]
+        for reward in self.rewards:
+            if reward.is_pairwise and reward.name not in self.judges:
+                raise ValueError(
+                    f"judge: {reward.name} compares pairs, and judges nothing; name it in judge, or drop it"
+                )
+            if reward.is_pairwise and reward.weight != 1:
+                raise ValueError(f"rewards.{reward.name}.weight: has no effect on a judge of pairs; drop it")
+        for policy in self.policies:
+            chooser = policy.best_of_reward or next((r.name for r in self.rewards), None)
+            if policy.best_of > 1 and (chooser is None or chooser in pairwise):
+                raise ValueError(
+                    f"policies.{policy.name}.best_of: expected a reward that scores single replies; got {chooser}"
+                )
+            if policy.name == self.reference and policy.policy is None:
+                raise ValueError(
+                    f"reference: {policy.name} is no model that is loaded here, so no KL can be measured against it"
+                )
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Names of the rewards that decide wins, the first of them first; empty without rewards."""
+        return self.judge or tuple(r.name for r in self.rewards[:1])

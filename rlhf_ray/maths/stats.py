@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -156,6 +157,26 @@ def win_rate(codes: Sequence[int | None]) -> WinRate:
         draws=judged.count(0),
         n_dropped=len(codes) - len(judged),
     )
+
+
+def cohen_kappa(one: Sequence[int | None], other: Sequence[int | None]) -> float:
+    """(p_o - p_e) / (1 - p_e): agreement of two judges beyond chance (Cohen 1960).
+
+     p_o: share of items on which both say the same;  p_e = sum_k share of k for one x share of k for the other.   None: that judge
+     has no verdict, and the item counts for nothing.   NaN where both always say one and the same (p_e = 1), or without items.
+    Raises ValueError for unequal lengths.
+
+     >>> cohen_kappa([1, 1, 2, 2, None], [1, 2, 2, 2, 1])
+     0.5
+    """
+    both = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    n = len(both)
+    if n == 0:
+        return math.nan
+    same = sum(a == b for a, b in both) / n
+    first, second = Counter(a for a, _ in both), Counter(b for _, b in both)
+    chance = sum(count * second[k] for k, count in first.items()) / n**2
+    return (same - chance) / (1 - chance) if chance < 1 else math.nan
 
 
 def wilson_interval(successes: float, n: int, confidence: float) -> tuple[float, float]:

@@ -157,7 +157,7 @@ def evaluation_models(job: EvaluateConfig, device: Device, made: Made) -> tuple[
     assembly = PlannedAssembly(job, device, made)
 
     def add_policy(role: str, policy: PolicySpec) -> None:
-        source = made.source(policy.policy)
+        source = made.source(policy.policy or "base")
         same = source.kind == "full" and source.path == job.model_name_or_path
         assembly.add_policy(role, ModelSpec("base", "base") if same else source)
 

@@ -139,7 +139,10 @@ def value_init_role(config: PPOConfig, foreign: Collection[str] = ()) -> str:
         )
     if name not in models:
         raise ConfigError.at(
-            "value.init_from", f"reward {name!r} is a Python function", "a reward model", fix="set it to policy"
+            "value.init_from",
+            f"reward {name!r} is no model that is loaded here",
+            "a reward model",
+            fix="set it to policy",
         )
     return name
 

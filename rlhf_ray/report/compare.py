@@ -161,7 +161,9 @@ def _paired(policies: Sequence[str], table: Table, config: Mapping[str, Any]) ->
     if final not in gaps or low is None or high is None or len(baselines) != 1:
         return ""
     rewards = config.get("rewards") or ()
-    judge = config.get("judge") or next((r.get("name") for r in rewards if isinstance(r, dict)), None) or "the judge"
+    named = config.get("judge")
+    judge = named[0] if isinstance(named, (list, tuple)) and named else named
+    judge = judge or next((r.get("name") for r in rewards if isinstance(r, dict)), None) or "the judge"
     verdict = "differs clearly" if low > 0 or high < 0 else "does not differ clearly"
     sizes = f"{shown(gaps[final])}, 95% interval {shown(low)} to {shown(high)}"
     return f"; by {judge}, prompt by prompt, {final} {verdict} from {baselines[0]} ({sizes})"

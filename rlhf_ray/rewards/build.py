@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf_ray.config import RewardSource
+from rlhf_ray.config import EndpointConfig, JobFields, PPOConfig, RewardSource
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.assembly import Assembly
@@ -25,11 +27,18 @@ from rlhf_ray.models.sources import resolve_source
 from rlhf_ray.models.specs import ModelSpec, reward_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 from rlhf_ray.models.zero3 import MaxOverRanks
+from rlhf_ray.rewards.http_client import HttpClient, check_reachable, credentials
+from rlhf_ray.rewards.http_reward import HttpReward
+from rlhf_ray.rewards.judge_usage import JudgeUsage
+from rlhf_ray.rewards.llm_judge import LLMJudge, LLMReward, read_completion
 from rlhf_ray.rewards.protocol import Reward
 from rlhf_ray.rewards.retokenised import Reader, RetokenisedReward
 from rlhf_ray.rewards.scoring_model import reader_of
 from rlhf_ray.rewards.sources import EnsembleReward, FunctionReward, ModelReward, NormalisedReward
+from rlhf_ray.storage.answers import Answers
 
+ANSWERS = "answers"
+"""Folder of a run for what its servers and judges have said."""
 Maker = Callable[[Any, int, torch.device, MaxOverRanks], Reward]
 """(models, rows per forward, device, max_over_ranks) -> the reward."""
 
@@ -38,6 +47,7 @@ class RewardBuilder:
     """`add` each reward of the job, finish the assembly, then `build`.
 
     template: of the job.  template_name: as the job file has it.  readers: by role, of those with a tokenizer of their own.
+    judges: the LLM judges by name.
     parents: what a manifest records.  lines, warnings: for the header."""
 
     def __init__(self, assembly: Assembly, template: Template, template_name: str) -> None:
@@ -45,6 +55,7 @@ class RewardBuilder:
         self.readers: dict[str, Reader] = {}
         self._functions: set[str] = set()
         self._makers: list[Maker] = []
+        self.judges: dict[str, LLMJudge] = {}
         self.parents: list[dict[str, str]] = []
         self.lines: list[str] = []
         self.warnings: list[str] = []
@@ -58,6 +69,11 @@ class RewardBuilder:
         default all; the others are checked and recorded, another process scores."""
         if reward.function is not None:
             make = self._add_function(reward, label or role)
+        elif reward.url is not None:
+            make = self._add_server(reward)
+        elif reward.llm is not None:
+            self._add_judge(reward)
+            return
         elif reward.ensemble is not None:
             make = self._add_ensemble(reward, role, label or role, load)
         else:
@@ -70,6 +86,43 @@ class RewardBuilder:
         self.parents.append({"role": label, "path": function.spec, "sha256": function.sha256})
         self.lines.append(header_line("reward", f"{reward.name}: Python function {function.spec}"))
         return lambda *_: function
+
+    def _add_server(self, reward: RewardSource) -> Maker:
+        where, url = f"rewards.{reward.name}", str(reward.url)
+        headers = credentials(where, reward.headers_file, reward.api_key_env)
+        check_reachable(f"{where}.url", url)
+        client = HttpClient(
+            f"reward {reward.name} ({url})",
+            url,
+            headers,
+            timeout_s=float(reward.timeout_s or 0.0),
+            max_retries=int(reward.max_retries or 0),
+            concurrency=int(reward.concurrency or 1),
+        )
+        found = HttpReward(
+            reward.name,
+            reward.weight,
+            client,
+            int(reward.batch_size or 1),
+            Answers(Path(self.assembly.job.output_dir).absolute() / ANSWERS / reward.name),
+            self.assembly.base.identity.tokenizer_sha256,
+        )
+        weight = "" if reward.weight == 1 else f", weight {reward.weight:g}"
+        self.lines.append(header_line("reward", f"{reward.name}: server {url}{weight}"))
+        return lambda *_: found
+
+    def _add_judge(self, reward: RewardSource) -> None:
+        """A judge of pairs scores nothing by itself: it is found in `judges`."""
+        judge = make_judge(reward, self.assembly.job)
+        self.judges[reward.name] = judge
+        assert reward.llm is not None
+        pool = f", {len(judge.pool)} annotators" if len(judge.pool) > 1 else ""
+        weight = "" if reward.weight == 1 else f", weight {reward.weight:g}"
+        line = f"{reward.name}: {reward.llm.mode} judge {reward.llm.model} at {reward.llm.base_url}{pool}{weight}"
+        self.lines.append(header_line("judge" if reward.is_pairwise else "reward", line))
+        if not reward.is_pairwise:
+            found = LLMReward(reward.name, reward.weight, judge)
+            self._makers.append(lambda *_: found)
 
     def _add_ensemble(self, reward: RewardSource, role: str, label: str, load: Collection[str] | None) -> Maker:
         less = f"mean minus {reward.std_coef or 0:g} standard deviations over members (1/n)"
@@ -180,6 +233,39 @@ class RewardBuilder:
         return (
             tokenizer_sha256(tokenizer_of(resolve_source(source.path))) != self.assembly.base.identity.tokenizer_sha256
         )
+
+
+def make_judge(reward: RewardSource, job: JobFields) -> LLMJudge:
+    """The LLM judge that `reward` names, for a job. ConfigError: a key or a prompt is not there; ResourceError: nobody listens.
+
+    What it costs is counted in the run folder. What it answers is kept there as well by PPO, which has to resume with the same
+    scores; an evaluation keeps it where the next one finds it, outside of all runs."""
+    config, where = reward.llm, f"rewards.{reward.name}.llm"
+    assert config is not None
+    run = Path(job.output_dir).absolute()
+    if config.cache_dir is not None:
+        cache = Path(config.cache_dir).expanduser()
+    else:
+        cache = run / ANSWERS / reward.name if isinstance(job, PPOConfig) else user_cache() / "judges"
+    url = f"{config.base_url.rstrip('/')}/chat/completions"
+    headers = credentials(where, config.headers_file, config.api_key_env)
+    named = f"judge {reward.name} ({url})"
+    client = HttpClient(named, url, headers, accept=read_completion, **request_limits(config))
+    usage = JudgeUsage(named, config, run / "usage" / reward.name)
+    judge = LLMJudge(reward.name, config, client, Answers(cache), usage)
+    check_reachable(f"{where}.base_url", config.base_url)
+    return judge
+
+
+def user_cache() -> Path:
+    """The user's cache folder for this package ($XDG_CACHE_HOME, default ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_ray"
+
+
+def request_limits(config: EndpointConfig) -> dict[str, Any]:
+    """How an endpoint may be asked, as arguments of `HttpClient`."""
+    names = ("timeout_s", "max_retries", "concurrency", "requests_per_minute")
+    return {name: getattr(config, name) for name in names}
 
 
 def _spread(reward: RewardSource, source: ModelSpec) -> tuple[dict[str, float], bool]:

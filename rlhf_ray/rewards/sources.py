@@ -22,6 +22,7 @@ from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.maths.stats import disagreement, ensemble_scores
 from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts, broken_as_inf
+from rlhf_ray.runtime import coroutines
 from rlhf_ray.runtime.session import global_generators
 from rlhf_ray.storage.run_folder import sha256_file
 
@@ -130,13 +131,11 @@ class FunctionReward(Reward):
 
         Raises Interrupted if it raises to the end, or returns anything but one number per row: it is mended, and the run goes
         on."""
-        shared = set.intersection(*(set(c) for c in texts.columns)) if texts.columns else set()
-        columns = {name: [c[name] for c in texts.columns] for name in sorted(shared) if name.isidentifier()}
-        offered = {"completion_ids": list(texts.completion_ids), **columns}
+        offered = {"completion_ids": list(texts.completion_ids), **shared_columns(texts)}
         for taken in ("prompts", "completions"):
             offered.pop(taken, None)
         where = f"reward {self.name} ({self.spec})"
-        got = self._asked({**_spoken(texts), **self._accepted(offered)}, where)
+        got = self._asked({**spoken(texts), **self._accepted(offered)}, where)
         return checked_rewards(got, len(texts.prompts), where)
 
     def _asked(self, arguments: dict[str, Any], where: str) -> Any:
@@ -144,7 +143,8 @@ class FunctionReward(Reward):
         for pause in (*PAUSES_S, None):
             try:
                 with global_generators(seed):
-                    return self.function(**arguments)
+                    answer = self.function(**arguments)
+                    return coroutines.run(answer) if inspect.iscoroutine(answer) else answer
             except Exception as error:
                 if pause is None:
                     what = f"raised {type(error).__name__} {len(PAUSES_S) + 1} times: {error}"
@@ -159,44 +159,51 @@ class FunctionReward(Reward):
         return {name: value for name, value in offered.items() if name in parameters}
 
 
-def _spoken(texts: Texts) -> dict[str, Any]:
+def shared_columns(texts: Texts) -> dict[str, list[Any]]:
+    """Columns of the data that all rows have, and whose names can be names of arguments."""
+    shared = set.intersection(*(set(c) for c in texts.columns)) if texts.columns else set()
+    return {name: [c[name] for c in texts.columns] for name in sorted(shared) if name.isidentifier()}
+
+
+def spoken(texts: Texts) -> dict[str, Any]:
+    """prompts and completions as a reward is given them: texts; messages where the data's own `prompt` is a list of them."""
     if texts.columns and all(isinstance(columns.get("prompt"), list) for columns in texts.columns):
         responses = [[{"role": "assistant", "content": text}] for text in texts.completions]
         return {"prompts": [columns["prompt"] for columns in texts.columns], "completions": responses}
     return {"prompts": list(texts.prompts), "completions": list(texts.completions)}
 
 
-def checked_rewards(got: Any, rows: int, where: str) -> Tensor:
+def checked_rewards(got: Any, rows: int, where: str, fix: str = FIX) -> Tensor:
     """f32[rows], NaN for None (the reward does not apply to this reply, as in TRL), infinite for a NaN, which is a fault: a made-up
     number would train on noise. Raises Interrupted for anything else.
 
     Text and dicts are refused although numbers can be read out of them: nobody can know which are meant."""
     if isinstance(got, (str, bytes, Mapping, Set)):
-        raise _no_numbers(where, type(got).__name__)
+        raise _no_numbers(where, type(got).__name__, fix)
     try:
         answers = list(got)
     except Exception as error:
-        raise _no_numbers(where, type(got).__name__) from error
-    values = [_reward(value, row, where) for row, value in enumerate(answers)]
+        raise _no_numbers(where, type(got).__name__, fix) from error
+    values = [_reward(value, row, where, fix) for row, value in enumerate(answers)]
     if len(values) != rows:
-        raise Interrupted.at(where, "returned the wrong number of rewards", str(rows), str(len(values)), FIX)
+        raise Interrupted.at(where, "returned the wrong number of rewards", str(rows), str(len(values)), fix)
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _reward(value: Any, row: int, where: str) -> float:
+def _reward(value: Any, row: int, where: str, fix: str) -> float:
     if isinstance(value, (str, bytes)):
-        raise _no_numbers(where, f"{value[:40]!r} for reply {row}")
+        raise _no_numbers(where, f"{value[:40]!r} for reply {row}", fix)
     try:
         number = math.nan if value is None else float(value)
     except OverflowError as error:
-        raise _no_numbers(where, f"{type(value).__name__} over the largest float for reply {row}") from error
+        raise _no_numbers(where, f"{type(value).__name__} over the largest float for reply {row}", fix) from error
     except Exception as error:
-        raise _no_numbers(where, f"{type(value).__name__} for reply {row}") from error
+        raise _no_numbers(where, f"{type(value).__name__} for reply {row}", fix) from error
     return math.inf if value is not None and math.isnan(number) else number
 
 
-def _no_numbers(where: str, got: str) -> Interrupted:
-    return Interrupted.at(where, "did not return a list of numbers", "list[float]", got, FIX)
+def _no_numbers(where: str, got: str, fix: str) -> Interrupted:
+    return Interrupted.at(where, "did not return a list of numbers", "list[float]", got, fix)
 
 
 def none_broken(values: Tensor, where: str) -> Tensor:

@@ -81,6 +81,21 @@ class Session:
         """Rank 0's object on every rank."""
         return self.gather(value if self.is_main else None)[0]
 
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, on every rank; and what it raises there, so that nobody waits for a rank that has left."""
+        if self.world_size == 1:
+            return work()
+        found: tuple[Any, Exception | None] = None, None
+        if self.is_main:
+            try:
+                found = work(), None
+            except Exception as error:
+                found = None, error
+        value, failed = self.from_main(found)
+        if failed is not None:
+            raise failed
+        return value
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, in float64."""
         if self.world_size == 1:

@@ -31,6 +31,7 @@ from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionR
 from rlhf_ray.serve.page import Page
 from rlhf_ray.serve.request_body import parsed, read_body
 from rlhf_ray.serve.request_log import ACCESS_LOG, PREFERENCE_LOG, TIE_LOG, RequestLog, preference_row
+from rlhf_ray.serve.score import ScoreRequest
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ class Backend(Protocol):
 
     def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         """The events as they come. Closing the iterator ends the work."""
+        ...
+
+    async def score(self, request: ScoreRequest) -> dict[str, Any]:
+        """See score.py."""
         ...
 
     async def models(self) -> list[dict[str, Any]]: ...
@@ -117,6 +122,7 @@ class HttpApi:
             ("/tokenize", "POST", info.tokenize),
             ("/detokenize", "POST", info.detokenize),
             ("/tokenizer_info", "GET", info.tokenizer_info),
+            ("/v1/score", "POST", self.create_score),
         ):
             app.add_api_route(path, self._endpoint(path, handler), methods=_methods(method), response_model=None)
         for path, open_handler in (  # without a key
@@ -206,6 +212,17 @@ class HttpApi:
             return {"id": row["id"], "object": "preference", "created": row["created"]}
 
         return JSONResponse(await self.idempotency.get_or_run(self._idempotency_key(context, body), store))
+
+    async def create_score(self, context: RequestContext) -> Response:
+        request = await parsed(await read_body(context.request, self.limits), ScoreRequest)
+        if request.model is None and (named := context.request.query_params.get("model")) is not None:
+            request = request.model_copy(update={"model": named})
+        context.require_access(*await self._reward_models(context, request.model or True))
+        found = await self.backend.score(request)
+        if (error := found.get("error")) is not None:
+            raise ApiError(**error)
+        context.log |= {"model": found["model"], "rows": len(found["rewards"])}
+        return JSONResponse({"object": "score", **found})
 
     async def _reward_models(self, context: RequestContext, reward: str | bool) -> tuple[str, ...]:
         """The reward adapter that a request names, or gets by default (see `Replica._reward_model`), for `require_access`."""

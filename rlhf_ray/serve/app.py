@@ -23,6 +23,7 @@ from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.serve.admission import max_requests
 from rlhf_ray.serve.api_errors import ApiError, overloaded
 from rlhf_ray.serve.generation import Event, GenerationRequest
+from rlhf_ray.serve.score import ScoreRequest, score_on
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ class EngineDeployment:
 
     async def complete(self, request: GenerationRequest) -> list[Event]:
         return [event async for events in self.replica.events(request, whole=True) for event in events]
+
+    async def score(self, request: ScoreRequest) -> dict[str, Any]:
+        return await score_on(self.replica, request)
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         events = self.replica.events(request)
@@ -90,12 +94,19 @@ class ServeBackend:
         self._models: tuple[float, list[dict[str, Any]]] | None = None
 
     async def complete(self, request: GenerationRequest) -> list[Event]:
+        return list(await self._retried(self._engine.complete, request))
+
+    async def score(self, request: ScoreRequest) -> dict[str, Any]:
+        return dict(await self._retried(self._engine.score, request))
+
+    async def _retried(self, method: Any, request: Any) -> Any:
+        """What a replica answers; one that dies meanwhile costs nothing but time."""
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s + 5
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            response = self._engine.complete.remote(request)
+            response = method.remote(request)
             try:
                 async with asyncio.timeout_at(deadline):
-                    return list(await response)
+                    return await response
             except asyncio.CancelledError:
                 _cancel(response)
                 raise

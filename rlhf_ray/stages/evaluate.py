@@ -5,7 +5,8 @@ All policies answer the same prompts with the same random numbers, so difference
     summary.json        every figure as <what>/<policy>            (metrics.py says what each is)
     results.jsonl       one line per prompt with every policy's reply and its figures        (evaluate_files.py)
     pairs_<policy>.json {instruction, input, output_1 = baseline, output_2 = policy, preference}: AlpacaFarm's pairwise form
-    comparisons.json    wins, losses, draws, dropped, win rate, win rate at equal length, paired score difference, 95% intervals
+    comparisons.json    by judge: wins, losses, draws, dropped, win rate, win rate at equal length, paired score difference, 95%
+                        intervals; policies against each other, paired; agreement of the judges; how replies were decoded
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,18 @@ from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.models.lineage import header_line
-from rlhf_ray.models.specs import policy_source
 from rlhf_ray.runtime.session import Session
-from rlhf_ray.stages.evaluate_files import EvaluationOutcome, artifacts, show, write_results
-from rlhf_ray.stages.evaluation_models import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
-from rlhf_ray.stages.win_rates import DRAWN_PAIRS, Comparison, Judged, compare, distinct_2, pair_counts
+from rlhf_ray.stages.evaluate_files import EvaluationOutcome, JudgeVerdicts, artifacts, show, write_results
+from rlhf_ray.stages.evaluation_models import (
+    EvaluationModels,
+    OtherPolicy,
+    PolicyResponses,
+    decoding_line,
+    load_evaluation_models,
+)
+from rlhf_ray.stages.judging import best_of_kl_bound, by_pairs, by_scores, choosing_judge, judges_of, maximised_judge
+from rlhf_ray.stages.other_policies import with_replies
+from rlhf_ray.stages.win_rates import DRAWN_PAIRS, distinct_2, pair_counts
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, is_run
 from rlhf_ray.training.ancestry import check_ancestors
@@ -53,9 +61,9 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
             return finished
         baseline = config.baseline or config.policies[0].name
         with discarded_on_error(folder, is_new):
-            evaluation, prompts, n_dropped = prepare(config, session, folder, config.reference or baseline)
+            evaluation, prompts, n_dropped = prepare(config, session, folder, reference_of(config, baseline))
         answers = answer_all(evaluation, prompts)
-        outcome = judge(config, baseline, prompts, answers, n_dropped)
+        outcome = judge(evaluation, baseline, prompts, answers, n_dropped)
         run = Run(
             stage="evaluate",
             status="done",
@@ -74,18 +82,35 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
         return run
 
 
+def reference_of(config: EvaluateConfig, baseline: str) -> str | None:
+    """The policy that KL is measured against; None where it is not loaded here, so that there is none."""
+    name = config.reference or baseline
+    return name if next(p.policy for p in config.policies if p.name == name) is not None else None
+
+
 def prepare(
-    config: EvaluateConfig, session: Session, folder: RunFolder, reference: str
+    config: EvaluateConfig, session: Session, folder: RunFolder, reference: str | None
 ) -> tuple[EvaluationModels, list[TokenisedPrompt], int]:
     """Everything that can be wrong with the job is found here: rows, models, lineage, lengths. Cheap checks come first.
 
     Returns the loaded models, the prompts, and how many held-out prompts are too long to be answered."""
     rows = held_out_rows(config)
     shared, leaks = check_ancestors(rows, sources_of(config))
-    leaks += maximised_judge(config)
+    leaks += [*maximised_judge(config), *choosing_judge(config)]
     rows = replace(rows, summary=(*rows.summary, *shared), warnings=(*rows.warnings, *leaks))
     evaluation = load_evaluation_models(config, session, reference)
-    asked = rows.held_out[: config.data.eval_max_rows]
+    outputs = {
+        name: policy.outputs
+        for name, policy in evaluation.policies.items()
+        if isinstance(policy, OtherPolicy) and policy.outputs is not None
+    }
+    answered, lacks = with_replies(rows.held_out, outputs)
+    told = tuple(
+        f"{count} of {len(rows.held_out)} prompts have no reply in {name}'s file: dropped"
+        for name, count in lacks.items()
+    )
+    rows = replace(rows, warnings=(*rows.warnings, *told))
+    asked = answered[: config.data.eval_max_rows]
     done = evaluation.tokenise(asked, config.data.too_long)
     if not done.examples:
         where = ", ".join(config.data.eval or config.data.train)
@@ -94,44 +119,15 @@ def prepare(
         write_lineage(folder, evaluation, rows)
         lines = [f"{len(done.examples)} of {len(rows.held_out)} held-out prompts"]
         tell(evaluation, [*rows.summary, *lines, *map(str, done.tallies)], (*rows.warnings, *done.warnings))
-    return evaluation, done.examples, len(asked) - len(done.examples)
+    unanswered = len(rows.held_out) - len(answered)
+    return evaluation, done.examples, len(asked) - len(done.examples) + unanswered
 
 
 def sources_of(config: EvaluateConfig) -> list[tuple[str, str]]:
     """(role, path) of every model that answers or scores."""
-    answers = [(f"policy:{p.name}", p.policy) for p in config.policies if p.policy != "base"]
+    answers = [(f"policy:{p.name}", p.policy) for p in config.policies if p.policy not in ("base", None)]
     models = [model for r in config.rewards for model in r.models(f"reward:{r.name}").items()]
-    return [("base", config.model_name_or_path), *answers, *models]
-
-
-def judge_of(config: EvaluateConfig) -> RewardSource | None:
-    """The reward that decides wins."""
-    return next((r for r in config.rewards if r.name == config.judge), config.rewards[0] if config.rewards else None)
-
-
-def maximised_judge(config: EvaluateConfig) -> list[str]:
-    """A warning for each policy whose PPO run maximised the very reward that judges it."""
-    judge, warnings = judge_of(config), []
-    if judge is None:
-        return []
-    for policy in config.policies:
-        run = policy_source(policy.policy).run
-        rewards = run.config().get("rewards", ()) if run is not None and run.stage == "ppo" else ()
-        maximised = [RewardSource(**values) for values in rewards]
-        if any(_is_same(judge, reward) and reward.weight for reward in maximised):
-            warnings.append(
-                f"{policy.name} maximised {judge.name}, which judges it here: what it wins may be over-optimisation; name another"
-                " reward in judge"
-            )
-    return warnings
-
-
-def _is_same(one: RewardSource, other: RewardSource) -> bool:
-    """By path, wherever it is named from. Ensembles that share a member are taken for the same, and so is a member."""
-    if one.function or other.function:
-        return one.function == other.function
-    places = [{Path(path).absolute() for path in reward.models("").values()} for reward in (one, other)]
-    return not places[0].isdisjoint(places[1])
+    return [("base", config.model_name_or_path), *((role, str(path)) for role, path in answers), *models]
 
 
 def held_out_rows(config: EvaluateConfig) -> StageRows:
@@ -165,40 +161,53 @@ def answer_all(evaluation: EvaluationModels, prompts: Sequence[TokenisedPrompt])
 
 
 def judge(
-    config: EvaluateConfig,
+    evaluation: EvaluationModels,
     baseline: str,
     prompts: Sequence[TokenisedPrompt],
     answers: dict[str, PolicyResponses],
     n_dropped: int,
 ) -> EvaluationOutcome:
-    """All figures of all policies. Without rewards nobody wins."""
-    comparisons: dict[str, Comparison] = {}
-    by = judge_of(config)
-    if by is not None:
-        sides = {name: _judged(a, by) for name, a in answers.items()}
-        comparisons = {
-            name: compare(sides[baseline], side, n_dropped, config.seed)
-            for name, side in sides.items()
-            if name != baseline
-        }
+    """All figures of all policies, by every judge. Without rewards nobody wins."""
+    config = evaluation.config
+    verdicts: dict[str, JudgeVerdicts] = {}
+    for by in judges_of(config):
+        if by.is_pairwise:
+            verdicts[by.name] = by_pairs(evaluation, by, baseline, prompts, answers, n_dropped)
+        else:
+            verdicts[by.name] = by_scores(by, baseline, answers, n_dropped, config.seed)
     metrics: dict[str, float] = {}
+    for name in config.judges[1:]:
+        for policy, comparison in verdicts[name].comparisons.items():
+            metrics |= comparison.metrics_by(name, policy)
+    comparisons = verdicts[config.judges[0]].comparisons if verdicts else {}
     pairs = {name: pair_counts(a.texts.completions) for name, a in answers.items()}
     drawn = min([DRAWN_PAIRS, *(total for counts in pairs.values() if (total := counts.total()))])
     for name, found in answers.items():
         metrics |= policy_metrics(name, found, config.rewards, n_dropped, config.sampling.estimates_kl)
+        n = next(p.best_of for p in config.policies if p.name == name)
+        metrics |= {f"best_of/{name}": float(n), f"kl_bound/{name}": best_of_kl_bound(n)} if n > 1 else {}
         if pairs[name]:
             metrics |= {f"distinct_2/{name}": distinct_2(pairs[name], drawn), f"distinct_2_pairs/{name}": float(drawn)}
         if name in comparisons:
             metrics |= comparisons[name].metrics(name)
-    judge_name = by.name if by is not None else None
-    return EvaluationOutcome(baseline, judge_name, prompts, answers, comparisons, metrics, has_sum(config.rewards))
+    return EvaluationOutcome(
+        baseline, prompts, answers, verdicts, metrics, has_sum(config.rewards), decodings(config), config.seed
+    )
 
 
-def _judged(answers: PolicyResponses, by: RewardSource) -> Judged:
-    """A reward with a negative weight is a cost: its lower score wins."""
-    sign = -1.0 if by.weight < 0 else 1.0
-    figures = answers.figures
-    return Judged(sign * figures.parts[by.name], figures.length, answers.texts.completions)
+def decodings(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """How each policy's replies were made, to be stored with them."""
+    one = {**config.sampling.model_dump(mode="json"), "response_length": config.response_length, "seed": config.seed}
+    one |= {"template": config.template}
+    found: dict[str, dict[str, Any]] = {}
+    for policy in config.policies:
+        if policy.outputs is not None:
+            found[policy.name] = {"outputs": policy.outputs}
+        else:
+            served = {"endpoint": policy.endpoint.base_url, "model": policy.endpoint.model} if policy.endpoint else {}
+            choice = {"best_of": policy.best_of} if policy.best_of > 1 else {}
+            found[policy.name] = {**one, **choice, **served}
+    return found
 
 
 def policy_metrics(
@@ -218,7 +227,7 @@ def policy_metrics(
     }
     if has_sum(rewards):
         found |= _with_error("reward", figures.reward)
-    for reward in rewards:
+    for reward in (r for r in rewards if not r.is_pairwise):
         if reward.name == TRUE:
             found |= _with_error("true_reward", figures.parts[reward.name])
         elif len(rewards) > 1 or reward.weight != 1:  # alone and unweighted it is the sum itself
@@ -231,7 +240,7 @@ def policy_metrics(
 
 def has_sum(rewards: Sequence[RewardSource]) -> bool:
     """Whether the weighted sum of rewards says something: not if every source is only watched, with weight 0."""
-    return any(r.weight for r in rewards)
+    return any(r.weight and not r.is_pairwise for r in rewards)
 
 
 def _with_error(name: str, values: Tensor) -> dict[str, float]:
@@ -249,6 +258,7 @@ def write_lineage(folder: RunFolder, evaluation: EvaluationModels, rows: StageRo
         template={name: value for name, value in template.manifest().items() if name != "content"},
         data=list(rows.manifest),
         held_out=rows.rule.manifest(),
+        decoding=decodings(evaluation.config),
         threads=session.num_threads,
         world_size=session.world_size,
     )
@@ -257,12 +267,13 @@ def write_lineage(folder: RunFolder, evaluation: EvaluationModels, rows: StageRo
 def tell(evaluation: EvaluationModels, data_lines: Sequence[str], data_warnings: Sequence[str]) -> None:
     """The header, before the first reply."""
     config, console, sampling = evaluation.config, evaluation.session.console, evaluation.config.sampling
+    kl = f"KL against {evaluation.reference}" if evaluation.reference is not None else "no KL"
     console.header(
         f"evaluate  {config.output_dir}",
         [
             *evaluation.lines,
             *(header_line("data", line) for line in data_lines),
-            header_line("decoding", f"{decoding_line(config)}; KL against {evaluation.reference}"),
+            header_line("decoding", f"{decoding_line(config)}; {kl}"),
             config_line(config),
         ],
     )

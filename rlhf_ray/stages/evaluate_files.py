@@ -7,8 +7,8 @@ results.jsonl, one line per prompt, in the order of the data:
                           "preference": null}, "ppo": {...}}}
 
 reward: the weighted sum (absent where no reward has a weight).  kl: k1 against the reference, nats.  length: tokens.
-preference: 0 draw, 1 the baseline wins, 2 the policy wins, null for the baseline itself and without a judge. A reward is null where
-it does not apply to the reply.
+preference: 0 draw, 1 the baseline wins, 2 the policy wins, null for the baseline itself and without a judge; preferences: the same
+by every judge, where there are several. A reward is null where it does not apply to the reply, kl where there is none.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter, figure
 from rlhf_ray.report import write_report
 from rlhf_ray.stages.evaluation_models import PolicyResponses
-from rlhf_ray.stages.win_rates import CONFIDENCE, Comparison
+from rlhf_ray.stages.win_rates import CONFIDENCE, Agreement, Comparison, agreement, between
 from rlhf_ray.storage.rows_file import write_rows
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, atomic_write_json
@@ -40,6 +40,7 @@ COLUMNS = {
     "reward": "reward",
     "win_rate": "win rate",
     "kl_k1_per_response": "KL (k1)",
+    "kl_bound": "KL at most",
     "length": "length",
     "finished": "finished",
     "distinct_2": "distinct-2",
@@ -48,19 +49,45 @@ SHARES = ("win_rate", "finished")
 
 
 @dataclass(frozen=True)
+class JudgeVerdicts:
+    """comparisons: of every policy but the baseline.  about: counts of an LLM judge (refused, unparsable, flipped with the order,
+    requests, tokens, cost), empty for others."""
+
+    comparisons: Mapping[str, Comparison]
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class EvaluationOutcome:
     """An evaluation's result.
 
-    judge: the reward that decided, None without rewards.  comparisons: of every policy but the baseline.
-    has_sum: some reward has a weight, so that the weighted sum says something."""
+    verdicts: by judge, the one that decides first; empty without rewards.
+    has_sum: some reward has a weight, so that the weighted sum says something.  decoding: by policy.  seed: of resampling."""
 
     baseline: str
-    judge: str | None
     prompts: Sequence[TokenisedPrompt]
     answers: Mapping[str, PolicyResponses]
-    comparisons: Mapping[str, Comparison]
+    verdicts: Mapping[str, JudgeVerdicts]
     metrics: dict[str, float]
     has_sum: bool
+    decoding: Mapping[str, Any]
+    seed: int = 0
+
+    @property
+    def judge(self) -> str | None:
+        """The judge that decides."""
+        return next(iter(self.verdicts), None)
+
+    @property
+    def comparisons(self) -> Mapping[str, Comparison]:
+        """Of every policy but the baseline, by the judge that decides."""
+        return self.verdicts[self.judge].comparisons if self.judge is not None else {}
+
+    @property
+    def agreements(self) -> list[Agreement]:
+        """Of every two judges, over all pairs of replies."""
+        codes = {name: [c for one in v.comparisons.values() for c in one.codes] for name, v in self.verdicts.items()}
+        return agreement(codes)
 
 
 def artifacts(outcome: EvaluationOutcome) -> dict[str, str]:
@@ -82,11 +109,7 @@ def write_results(folder: RunFolder, config: EvaluateConfig, run: Run, outcome: 
         if name != outcome.baseline:
             write_rows(folder.path / pairs_file(name), [pair_row(row, outcome.baseline, name) for row in rows])
     if outcome.comparisons:
-        found = {name: comparison.to_json() for name, comparison in outcome.comparisons.items()}
-        atomic_write_json(
-            folder.path / "comparisons.json",
-            {"baseline": outcome.baseline, "judge": outcome.judge, "policies": found},
-        )
+        atomic_write_json(folder.path / "comparisons.json", comparisons_json(outcome))
     (folder.path / "samples.jsonl").unlink(missing_ok=True)  # of an attempt that was cut off
     with SamplesWriter(folder.path) as samples:
         samples.write(0, sample_rows(rows[:SAMPLED_PROMPTS]))
@@ -96,6 +119,23 @@ def write_results(folder: RunFolder, config: EvaluateConfig, run: Run, outcome: 
     sealed = {name for key, name in run.artifacts.items() if key != "report"}
     folder.seal(("config.yaml", "summary.json", "metrics.jsonl", *sorted(sealed)))
     write_report(folder.path)
+
+
+def comparisons_json(outcome: EvaluationOutcome) -> dict[str, Any]:
+    """comparisons.json: `policies` by the judge that decides, `judges` by all of them."""
+
+    def told(verdicts: JudgeVerdicts) -> dict[str, Any]:
+        return {name: comparison.to_json() for name, comparison in verdicts.comparisons.items()}
+
+    return {
+        "baseline": outcome.baseline,
+        "judge": outcome.judge,
+        "policies": {name: comparison.to_json() for name, comparison in outcome.comparisons.items()},
+        "between": [pair.to_json() for pair in between(outcome.comparisons, outcome.seed)],
+        "judges": {name: {"policies": told(v), **v.about} for name, v in outcome.verdicts.items()},
+        "agreement": [pair.to_json() for pair in outcome.agreements],
+        "decoding": dict(outcome.decoding),
+    }
 
 
 def prompt_columns(prompt: Prompt) -> dict[str, str]:
@@ -119,15 +159,23 @@ def _response(outcome: EvaluationOutcome, name: str, i: int) -> dict[str, Any]:
         "output": texts.completions[i],
         **scored,
         "rewards": {source: _number(part[i]) for source, part in figures.parts.items()},
-        "kl": float(figures.k1[i]),
+        "kl": _number(figures.k1[i]),
         "length": int(figures.length[i]),
         "finished": bool(figures.finished[i]),
         "preference": comparison.codes[i] if comparison is not None else None,
+        **_by_others(outcome, name, i),
     }
 
 
+def _by_others(outcome: EvaluationOutcome, policy: str, i: int) -> dict[str, Any]:
+    """Where several judges decide, what each of them said."""
+    if len(outcome.verdicts) < 2 or policy == outcome.baseline:
+        return {}
+    return {"preferences": {judge: v.comparisons[policy].codes[i] for judge, v in outcome.verdicts.items()}}
+
+
 def _number(score: Tensor) -> float | None:
-    """None where a reward does not apply."""
+    """None where a reward does not apply, or there is no KL."""
     return None if bool(score.isnan()) else float(score)
 
 
@@ -181,8 +229,22 @@ def show(outcome: EvaluationOutcome, console: Console) -> None:
         ["policy", *(COLUMNS[c] for c in columns)],
         [[name, *(_cell(outcome.metrics, c, name) for c in columns)] for name in outcome.answers],
     )
-    for name, comparison in outcome.comparisons.items():
-        console.log(verdict(name, comparison, outcome))
+    for judge, verdicts in outcome.verdicts.items():
+        for name, comparison in verdicts.comparisons.items():
+            console.log(verdict(name, comparison, outcome.baseline, judge))
+        if verdicts.about:
+            console.log(
+                f"{judge}: "
+                + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in verdicts.about.items())
+            )
+    for pair in between(outcome.comparisons, outcome.seed):
+        if pair.difference.is_known:
+            ends = f"{CONFIDENCE:.0%} interval {pair.bootstrap.low:+.1f} to {pair.bootstrap.high:+.1f}, bootstrap"
+            gap = f"{pair.difference.value:+.1f} ± {pair.difference.se:.1f} points, paired"
+            console.log(f"{pair.second} less {pair.first}: win rate {gap} ({ends})")
+    for two in outcome.agreements:
+        kappa = f", Cohen's kappa {two.kappa:.2f}" if math.isfinite(two.kappa) else ""
+        console.log(f"{two.first} and {two.second} agree on {100 * two.same:.0f}% of {two.n} pairs{kappa}")
     for i in range(min(SHOWN_PROMPTS, len(outcome.prompts))):
         console.table(
             _cut(outcome.prompts[i].row.prompt.plain().strip(), from_end=True),
@@ -191,11 +253,11 @@ def show(outcome: EvaluationOutcome, console: Console) -> None:
         )
 
 
-def verdict(policy: str, comparison: Comparison, outcome: EvaluationOutcome) -> str:
+def verdict(policy: str, comparison: Comparison, baseline: str, judge: str) -> str:
     """One line: the counts, the win rate as it is and at equal length, the paired difference."""
     won, level, gap = comparison.outcome, comparison.at_equal_length, comparison.difference
     parts = [
-        f"{policy} against {outcome.baseline} by {outcome.judge}: {won.wins} wins, {won.losses} losses, {won.draws} draws"
+        f"{policy} against {baseline} by {judge}: {won.wins} wins, {won.losses} losses, {won.draws} draws"
         + (f", {won.n_dropped} dropped" if won.n_dropped else ""),
         f"win rate {won.rate:.1f}%" + (f" ± {won.se:.1f}" if won.n_judged > 1 else ""),
     ]

@@ -1,14 +1,18 @@
 """Policies and rewards on loaded models, ready to answer prompts side by side: what `evaluate` and `generate` share.
 
 One base carries every policy that is an adapter on it; a whole checkpoint brings its own. Every policy answers the same prompts
-with the same row seeds, so that what differs between two replies is the policies' doing.
+with the same row seeds, so that what differs between two replies is the policies' doing. Best-of-n (`best_of`) samples n replies to
+each prompt, the first of them with the seed that the others have, and answers with the best under a reward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
 
 from rlhf_ray.batches import Rollout
 from rlhf_ray.config import EvaluateConfig, PolicySpec, RewardSource
@@ -24,17 +28,21 @@ from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.sources import resolve_source
 from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.ppo.models import decoding, text_maker
-from rlhf_ray.rewards.build import RewardBuilder
+from rlhf_ray.rewards.build import ANSWERS, RewardBuilder
+from rlhf_ray.rewards.llm_judge import LLMJudge
 from rlhf_ray.rewards.protocol import Reward, Texts
 from rlhf_ray.rewards.sources import none_broken
 from rlhf_ray.roles.checked_generator import CheckedGenerator
-from rlhf_ray.roles.collector import LocalCollector
+from rlhf_ray.roles.collector import Collected, LocalCollector
 from rlhf_ray.roles.generator import ActiveAdapter
 from rlhf_ray.roles.heldout import HeldOut
 from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.sampler.engine import Sampler, rows_at_once
+from rlhf_ray.stages.other_policies import Replies, ServedPolicy, as_rollout, replies_in_file
+from rlhf_ray.storage.answers import Answers
+from rlhf_ray.storage.run_folder import sha256_file
 
 RANDOMNESS = "evaluate"
 """Role of the row seeds: apart from those of training rollouts."""
@@ -42,7 +50,8 @@ RANDOMNESS = "evaluate"
 
 @dataclass(frozen=True)
 class PolicyResponses:
-    """One policy's replies to all prompts, in prompt order: per-reply figures and texts."""
+    """One policy's replies to all prompts, in prompt order: per-reply figures and texts. k1 and k3 are NaN where they say nothing
+    of a KL: of a policy that is not loaded here, of a choice among replies, without a reference."""
 
     figures: HeldOut
     texts: Texts
@@ -58,24 +67,38 @@ class Policy:
     active: ActiveAdapter
 
 
+@dataclass(frozen=True)
+class OtherPolicy:
+    """A policy that is not loaded here. Either `served`, or `outputs`, {canonical prompt: reply}."""
+
+    name: str
+    served: ServedPolicy | None = None
+    outputs: Mapping[str, str] | None = None
+
+
 @dataclass
 class EvaluationModels:
     """Made by `load_evaluation_models`. parents: what a manifest records of every policy and reward.  lines, warnings: for the
     header.
 
-    reference: name of the policy that KL is measured against, None for no KL."""
+    reference: name of the policy that KL is measured against, None for no KL.  judges: LLM judges by name."""
 
     config: EvaluateConfig
     session: Session
     backbone: Backbone
     template: Template
     models: RoleModels
-    policies: dict[str, Policy]
+    policies: dict[str, Policy | OtherPolicy]
     rewards: list[Reward]
     reference: str | None
     parents: list[dict[str, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    judges: dict[str, LLMJudge] = field(default_factory=dict)
+
+    def loaded(self) -> list[Policy]:
+        """The policies that are models here, in the job's order."""
+        return [policy for policy in self.policies.values() if isinstance(policy, Policy)]
 
     @property
     def limit(self) -> int:
@@ -103,7 +126,46 @@ class EvaluationModels:
 
     def answer(self, name: str, prompts: Sequence[TokenisedPrompt]) -> PolicyResponses:
         """Sample and score a reply of policy `name` to each prompt. Every rank calls it and gets all rows."""
-        policy = self.policies[name]
+        spec = next(p for p in self.config.policies if p.name == name)
+        rows, policy = list(prompts) * spec.best_of, self.policies[name]
+        found = self._read(policy, rows) if isinstance(policy, OtherPolicy) else self._sample(policy, rows)
+        for reward, values in found.figures.parts.items():
+            none_broken(values, f"policy {name}, reward {reward}")
+        if spec.best_of > 1:
+            return best_of(found, spec.best_of, self._chooser(spec))
+        return found
+
+    def _chooser(self, spec: PolicySpec) -> RewardSource:
+        rewards = self.config.rewards
+        return next((r for r in rewards if r.name == spec.best_of_reward), rewards[0])
+
+    def _read(self, policy: OtherPolicy, prompts: Sequence[TokenisedPrompt]) -> PolicyResponses:
+        """Replies that were written elsewhere, scored on rank 0: other ranks would ask the same servers the same."""
+
+        def work() -> tuple[PolicyResponses, int]:
+            if policy.served is not None:
+                replies = policy.served.answer(prompts, RANDOMNESS)
+            else:
+                texts = [(policy.outputs or {})[prompt.row.prompt.canonical()] for prompt in prompts]
+                replies = Replies(texts, [True] * len(texts))
+            end = self.backbone.stop_ids(self.template)[0]
+            rollout, cut = as_rollout(prompts, replies, self.backbone, end, self.limit)
+            rows = [prompt.row for prompt in prompts]
+            ids = [response[mask].tolist() for response, mask in zip(rollout.response_ids, rollout.response_mask)]
+            texts_ = Texts(
+                [self.template.render(row.prompt) for row in rows], replies.texts, ids, [row.columns for row in rows]
+            )
+            scorer = self._scorer(lambda *_: texts_, self.config.per_device_eval_batch_size, None)
+            collected = Collected(rollout, scorer.score(rollout, rows), {})
+            return PolicyResponses(_without_kl(HeldOut.of(collected)), texts_), cut
+
+        found, cut = self.session.on_main(work)
+        if cut and self.session.is_main:
+            what = f"{cut} of {len(prompts)} replies are longer than the models here can read"
+            self.session.console.warn(f"{policy.name}: {what}: reward models see their start, and lengths count that")
+        return cast(PolicyResponses, found)
+
+    def _sample(self, policy: Policy, prompts: Sequence[TokenisedPrompt]) -> PolicyResponses:
         stack, config = self.models.stack_of(policy.role), self.config
         to_texts = text_maker(self.backbone, self.template)
         quantised = config.load_in_8bit or config.load_in_4bit
@@ -120,19 +182,46 @@ class EvaluationModels:
             tolerance(stack.backbone.dtype, quantised),
         )
         collector = LocalCollector(
-            generator, self._scorer(to_texts, rows), self.session, config.rollout_chunk_size, pad_id
+            generator,
+            self._scorer(to_texts, rows, self.reference),
+            self.session,
+            config.rollout_chunk_size,
+            pad_id,
         )
         how = decoding(config.sampling, stack.backbone.stop_ids(self.template))
         budgets = [config.response_length] * len(prompts)
         collected = collector.collect(prompts, budgets, policy.active, how, RANDOMNESS, 0)
-        for reward, values in collected.scores.parts.items():
-            none_broken(values, f"policy {name}, reward {reward}")
-        return PolicyResponses(HeldOut.of(collected), to_texts(collected.rollout, [p.row for p in prompts]))
+        figures = HeldOut.of(collected)
+        if self.reference is None:
+            figures = _without_kl(figures)
+        return PolicyResponses(figures, to_texts(collected.rollout, [p.row for p in prompts]))
 
-    def _scorer(self, to_texts: Callable[[Rollout, Sequence[Row]], Texts], rows: int) -> Scorer:
-        reference = self.policies[self.reference].role if self.reference is not None else None
+    def _scorer(self, to_texts: Callable[[Rollout, Sequence[Row]], Texts], rows: int, against: str | None) -> Scorer:
+        found = self.policies[against] if against is not None else None
+        reference = found.role if isinstance(found, Policy) else None
         temperature, device = self.config.sampling.temperature, self.session.device
         return Scorer(self.models, self.rewards, to_texts, temperature, rows, device, reference)
+
+
+def best_of(found: PolicyResponses, n: int, chooser: RewardSource) -> PolicyResponses:
+    """The best of n replies to each prompt. found: of all prompts n times over, one block of all prompts after the other.
+
+    The highest score under `chooser` (the lowest of a cost, which has a negative weight), the first of equal ones; a reply that the
+    reward does not apply to is taken only where there is no other."""
+    sign = -1.0 if chooser.weight < 0 else 1.0
+    scores = (sign * found.figures.parts[chooser.name]).nan_to_num(-torch.inf).reshape(n, -1)
+    rows = scores.argmax(dim=0) * scores.shape[1] + torch.arange(scores.shape[1])
+    texts = found.texts
+    parts = (
+        [part[i] for i in rows.tolist()]
+        for part in (texts.prompts, texts.completions, texts.completion_ids, texts.columns)
+    )
+    return PolicyResponses(_without_kl(found.figures.where(rows)), Texts(*parts))
+
+
+def _without_kl(figures: HeldOut) -> HeldOut:
+    unknown = torch.full_like(figures.k1, torch.nan)
+    return replace(figures, k1=unknown, k3=unknown)
 
 
 def add_evaluation_roles(
@@ -140,10 +229,11 @@ def add_evaluation_roles(
     add_policy: Callable[[str, PolicySpec], None],
     add_reward: Callable[[str, RewardSource], None],
 ) -> None:
-    """Every policy and every reward of the job under its role. Used on loaded models and, by `plan`, on planned ones. Roles are
-    numbered, since a policy's name need not be a legal adapter name."""
+    """Every policy that is loaded here and every reward of the job under its role. Used on loaded models and, by `plan`, on planned
+    ones. Roles are numbered, since a policy's name need not be a legal adapter name."""
     for number, policy in enumerate(config.policies):
-        add_policy(f"policy_{number}", policy)
+        if policy.policy is not None:
+            add_policy(f"policy_{number}", policy)
     for number, reward in enumerate(config.rewards):
         add_reward(f"reward_{number}", reward)
 
@@ -158,10 +248,10 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
     )
     builder = _PolicyLoader(assembly, template)
     roles = RewardBuilder(assembly, template, config.template)
-    policies: dict[str, Policy] = {}
+    policies: dict[str, Policy | OtherPolicy] = {p.name: builder.other(p) for p in config.policies if p.policy is None}
 
     def add_policy(role: str, policy: PolicySpec) -> None:
-        policies[policy.name] = builder.policy(policy.name, policy.policy, role)
+        policies[policy.name] = builder.policy(policy.name, policy.policy or "base", role)
 
     def add_reward(role: str, reward: RewardSource) -> None:
         roles.add(reward, role, f"reward:{reward.name}")
@@ -181,6 +271,7 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
         [*builder.parents, *roles.parents],
         [*builder.lines, *roles.lines, header_line("bases", f"{len(bases)} loaded: {', '.join(bases)}")],
         [*builder.warnings, *roles.warnings],
+        roles.judges,
     )
 
 
@@ -211,6 +302,20 @@ class _PolicyLoader:
             raise ArtifactError.at(spec, "is a reward model", "a policy", "an adapter with a reward head")
         self.lines.append(header_line("policy", f"{name}: {here.describe()}"))
         return Policy(name, role, source, ActiveAdapter(self.assembly.bindings[role].adapter, 0, sha256))
+
+    def other(self, spec: PolicySpec) -> OtherPolicy:
+        """A policy that is not loaded: its replies are read, or its endpoint is looked for."""
+        job = self.assembly.job
+        assert isinstance(job, EvaluateConfig)
+        if spec.endpoint is not None:
+            self.lines.append(header_line("policy", f"{spec.name}: {spec.endpoint.model} at {spec.endpoint.base_url}"))
+            answers = Answers(Path(job.output_dir).absolute() / ANSWERS / f"policy_{spec.name}")
+            return OtherPolicy(spec.name, ServedPolicy(spec.name, spec.endpoint, job, answers))
+        path = str(spec.outputs)
+        self.parents.append({"role": f"policy:{spec.name}", "path": path, "sha256": sha256_file(Path(path))})
+        outputs = replies_in_file(spec, job)
+        self.lines.append(header_line("policy", f"{spec.name}: {len(outputs):,} replies in {path}"))
+        return OtherPolicy(spec.name, outputs=outputs)
 
     def _check(self, source: ModelSpec, role: str) -> str:
         """Refuse what does not fit this base and template, note where it is from, and return its hash."""

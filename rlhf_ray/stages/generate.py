@@ -168,15 +168,16 @@ def reference_of(run: RunFolder | None, console: Console) -> str | None:
 
 
 def rewards_of(run: RunFolder | None, console: Console) -> list[RewardSource]:
-    """The PPO run's reward adapters and ensembles, to score replies with. Python functions are left out: no code runs because a
-    folder names it; so are whole reward models, which would be loaded beside the base."""
+    """The PPO run's reward adapters and ensembles, to score replies with. Python functions and servers are left out: no code
+    runs, and nothing is sent anywhere, because a folder names it; so are whole reward models, which would be loaded beside the
+    base."""
     found: list[RewardSource] = []
     if run is None:
         return found
     stored = run.config()
     values, _ = filled_in(PPOConfig, {**stored, "defaults_version": version_of(stored)})
     for reward in (RewardSource(**source) for source in values.get("rewards", ())):
-        if reward.function is not None or reward.model is not None:
+        if reward.run is None and reward.ensemble is None:
             continue
         try:
             sources = {role: reward_source(path) for role, path in reward.models(reward.name).items()}

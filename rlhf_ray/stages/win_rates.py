@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_ray.maths.intervals import Interval, mean_interval
-from rlhf_ray.maths.standard_errors import intercept, standard_error
-from rlhf_ray.maths.stats import WinRate, wilson_interval, win_rate
+from rlhf_ray.maths.intervals import Interval, bootstrap_interval, mean_interval
+from rlhf_ray.maths.standard_errors import logistic_intercept, standard_error
+from rlhf_ray.maths.stats import WinRate, cohen_kappa, wilson_interval, win_rate
 
 DRAW, BASELINE_WINS, POLICY_WINS = 0, 1, 2
 """AlpacaFarm's preference codes, with the baseline as output_1 and the policy as output_2."""
@@ -47,7 +47,8 @@ class Comparison:
     """codes: one per prompt that both answered, in prompt order, None where the judge does not apply to both replies.
     outcome, at_equal_length: in percent.
     difference: mean of (policy's score - baseline's score) over prompts, with the standard error of that paired mean.
-    win_interval (in percent), difference_interval: 95 %; by resampling prompts where they are too skewed for Student's."""
+    win_interval (in percent), difference_interval: 95 %; by resampling prompts where they are too skewed for Student's.
+    win_bootstrap: 95 % of the win rate, in percent, by resampling prompts in any case.   A judge of pairs has no difference."""
 
     codes: tuple[int | None, ...]
     outcome: WinRate
@@ -57,6 +58,7 @@ class Comparison:
     mean_length_baseline: float
     win_interval: Interval
     difference_interval: Interval
+    win_bootstrap: Interval
 
     @property
     def is_clear(self) -> bool:
@@ -79,6 +81,12 @@ class Comparison:
         }
         return {f"{name}/{policy}": value for name, value in found.items() if math.isfinite(value)}
 
+    def metrics_by(self, judge: str, policy: str) -> dict[str, float]:
+        """The win rate by a judge that does not decide, beside the one that does."""
+        found = {name.partition("/")[0]: value for name, value in self.metrics(policy).items()}
+        names = {"win_rate": "", "win_rate_se": "_se", "win_rate_length_controlled": "_length_controlled"}
+        return {f"win_rate_by{end}/{judge}/{policy}": found[name] for name, end in names.items() if name in found}
+
     def to_json(self) -> dict[str, Any]:
         """Counts and figures as plain JSON types, rates in percent, None where undefined."""
         outcome = self.outcome
@@ -92,6 +100,7 @@ class Comparison:
             "win_rate": _or_none(outcome.rate),
             "win_rate_se": _or_none(outcome.se),
             "win_rate_interval": _interval(self.win_interval),
+            "win_rate_bootstrap": _interval(self.win_bootstrap),
             "win_rate_length_controlled": _or_none(self.at_equal_length.value),
             "win_rate_length_controlled_se": _or_none(self.at_equal_length.se),
             "score_difference": _or_none(self.difference.value),
@@ -112,30 +121,113 @@ def _interval(found: Interval) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a comparison needs of one side. scores, lengths: f32[B], higher is better, tokens.   replies: as text."""
+    """What a comparison needs of one side. scores, lengths: f32[B], higher is better, tokens.   replies: as text.
+
+    scores: NaN where the judge has none, and throughout for a judge of pairs."""
 
     scores: Tensor
     lengths: Tensor
     responses: Sequence[str]
 
 
-def compare(baseline: Judged, policy: Judged, n_dropped: int, seed: int) -> Comparison:
+def compare(
+    baseline: Judged, policy: Judged, n_dropped: int, seed: int, verdicts: Sequence[int | None] | None = None
+) -> Comparison:
     """Judge every prompt and sum up.   n_dropped: prompts that were asked for and that neither side could answer.
-    seed: of the resampling, the same prompts for every policy of a job."""
-    codes = preference_codes(baseline, policy)
+    seed: of the resampling, the same prompts for every policy of a job.   verdicts: codes of a judge of pairs; default: the higher
+    score wins."""
+    codes = list(verdicts) if verdicts is not None else preference_codes(baseline, policy)
     known = [code for code in codes if code is not None]
     judged = torch.tensor([code is not None for code in codes], dtype=torch.bool)
     gap = (policy.scores.double() - baseline.scores.double()).flatten()[judged]
+    gap = gap if verdicts is None else gap[:0]
     return Comparison(
         codes=tuple(codes),
         outcome=win_rate([*codes, *[None] * n_dropped]),
         at_equal_length=length_controlled(known, (policy.lengths - baseline.lengths)[judged]),
-        difference=Estimate(float(gap.mean()), standard_error(gap)),
+        difference=Estimate(float(gap.mean()), standard_error(gap)),  # NaN of no scores
         mean_length=float(policy.lengths.double().mean()),
         mean_length_baseline=float(baseline.lengths.double().mean()),
         win_interval=win_interval(known, seed),
         difference_interval=mean_interval(gap.tolist(), CONFIDENCE, seed),
+        win_bootstrap=_resampled([100 * _OUTCOME[c] for c in known], seed),
     )
+
+
+@dataclass(frozen=True)
+class Between:
+    """Two policies against the same baseline, over the prompts where both were judged: win rate of the second less that of the
+    first, in percentage points, paired by prompt. interval: 95 %, Student's or resampled; bootstrap: resampled in any case."""
+
+    first: str
+    second: str
+    n: int
+    difference: Estimate
+    interval: Interval
+    bootstrap: Interval
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "first": self.first,
+            "second": self.second,
+            "n": self.n,
+            "difference": _or_none(self.difference.value),
+            "difference_se": _or_none(self.difference.se),
+            "interval": _interval(self.interval),
+            "bootstrap": _interval(self.bootstrap),
+        }
+
+
+def between(comparisons: Mapping[str, Comparison], seed: int) -> list[Between]:
+    """Every two policies of `comparisons`, in their order. Resampling one list of paired differences keeps what prompts have in
+    common, which two separate intervals count twice."""
+    found = []
+    for (first, one), (second, other) in combinations(comparisons.items(), 2):
+        gaps = [
+            100 * (_OUTCOME[b] - _OUTCOME[a])
+            for a, b in zip(one.codes, other.codes, strict=True)
+            if a is not None and b is not None
+        ]
+        mean = math.fsum(gaps) / len(gaps) if gaps else math.nan
+        estimate = Estimate(mean, standard_error(gaps))
+        student = mean_interval(gaps, CONFIDENCE, seed)
+        found.append(Between(first, second, len(gaps), estimate, student, _resampled(gaps, seed)))
+    return found
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two judges over the comparisons of all policies. n: pairs of replies that both judged.  same: share of equal verdicts.
+    kappa: Cohen's, NaN where chance alone gives full agreement.  interval: 95 % of `same` (Wilson)."""
+
+    first: str
+    second: str
+    n: int
+    same: float
+    kappa: float
+    interval: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        same = {"agreement": _or_none(self.same), "agreement_interval": list(self.interval)}
+        return {"first": self.first, "second": self.second, "n": self.n, **same, "kappa": _or_none(self.kappa)}
+
+
+def agreement(codes: Mapping[str, Sequence[int | None]]) -> list[Agreement]:
+    """Every two judges. codes: by judge, one per pair of replies, in one order."""
+    found = []
+    for (first, one), (second, other) in combinations(codes.items(), 2):
+        both = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+        same = sum(a == b for a, b in both)
+        interval = wilson_interval(same, len(both), CONFIDENCE)
+        share = same / len(both) if both else math.nan
+        found.append(Agreement(first, second, len(both), share, cohen_kappa(one, other), interval))
+    return found
+
+
+def _resampled(values: Sequence[float], seed: int) -> Interval:
+    if len(values) < 2:
+        return Interval(math.nan, math.nan, "bootstrap")
+    return Interval(*bootstrap_interval(values, CONFIDENCE, seed), "bootstrap")
 
 
 def win_interval(codes: Sequence[int], seed: int) -> Interval:
@@ -165,21 +257,20 @@ def preference_codes(baseline: Judged, policy: Judged) -> list[int | None]:
 
 
 def length_controlled(codes: Sequence[int], length_gap: Tensor) -> Estimate:
-    """Win rate at equal length, in percent: w of the least-squares line
+    """Win rate at equal length, in percent: 100 sigma(a) of the logistic line
 
-        x_i = w + b d_i + e_i,   x_i = 1 win, 0.5 draw, 0 loss,   d_i = length of the policy's reply - length of the baseline's
+        P(x_i = 1) = sigma(a + b tanh(d_i / s)),   x_i = 1 win, 0.5 draw, 0 loss,   d_i = the policy's length - the baseline's
 
-    An ordinary regression with the length difference as control (AlpacaEval 2 does the same with a logistic one, arXiv:2404.04475).
-    w is cut to 0..100. If no pair differs in length it is the win rate itself. NaN where it cannot be known: fewer than three
-    prompts, or all differences equal and not 0.
+    as AlpacaEval 2 controls for length (Dubois et al. 2024, arXiv:2404.04475); see `logistic_intercept`. If no pair differs in
+    length it is the win rate itself. NaN where it cannot be known: fewer than three prompts, or all differences equal and not 0.
 
     codes: B of them.   length_gap: f[B], tokens."""
     x = torch.tensor([_OUTCOME[c] for c in codes], dtype=torch.float64)
     d = length_gap.double().flatten()
     if len(x) and not bool(d.any()):
         return Estimate(100 * float(x.mean()), 100 * standard_error(x))
-    at_zero, se = intercept(x, d)
-    return Estimate(100 * min(max(at_zero, 0.0), 1.0) if math.isfinite(at_zero) else math.nan, 100 * se)
+    at_zero, se = logistic_intercept(x, d)
+    return Estimate(100 * at_zero, 100 * se)
 
 
 def pair_counts(responses: Sequence[str]) -> Counter[tuple[str, str]]:

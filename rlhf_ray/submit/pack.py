@@ -34,7 +34,7 @@ MOST_READ = 50_000_000
 _SUFFIX = re.compile(r"(?i).*\.(jsonl?|csv|parquet)(\.gz)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _STEP = re.compile(r"@\d+$")
-SUFFIXES = {".py", ".json", ".html", ".css", ".js", ".typed"}
+SUFFIXES = {".py", ".json", ".html", ".css", ".js", ".txt", ".typed"}
 """Files of the package itself."""
 
 

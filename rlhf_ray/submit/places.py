@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from rlhf_ray.config import STAGES
+from rlhf_ray.config.endpoints import is_built_in
 from rlhf_ray.config.yaml_reader import Loc
 
 Kind = Literal["output", "folder", "model", "data", "text", "keys", "function"]
@@ -45,9 +46,12 @@ def _section(loc: Loc, section: dict[str, Any], visit: Visit) -> None:
         for name, kind in _REWARD.items():
             _one((*loc, "rewards", index, name), reward, kind, visit)
         _template((*loc, "rewards", index, "template"), reward, visit)
+        _judge((*loc, "rewards", index, "llm"), reward.get("llm") if isinstance(reward, dict) else None, visit)
     for index, spec in enumerate(section.get("policies") or ()):
         if isinstance(spec, dict) and spec.get("policy") != "base":
             _one((*loc, "policies", index, "policy"), spec, "model", visit)
+            _one((*loc, "policies", index, "outputs"), spec, "data", visit)
+            _one((*loc, "policies", index, "endpoint", "headers_file"), spec.get("endpoint"), "keys", visit)
     adapters = section.get("adapters")
     for name in adapters if isinstance(adapters, dict) else ():
         _one((*loc, "adapters", name), adapters, "folder", visit)
@@ -60,7 +64,21 @@ _PLAIN: dict[str, Kind] = {
     "registry": "folder",
     "api_keys": "keys",
 }
-_REWARD: dict[str, Kind] = {"run": "folder", "ensemble": "folder", "model": "model", "function": "function"}
+_REWARD: dict[str, Kind] = {
+    "run": "folder",
+    "ensemble": "folder",
+    "model": "model",
+    "function": "function",
+    "headers_file": "keys",
+}
+
+
+def _judge(loc: Loc, llm: Any, visit: Visit) -> None:
+    _one((*loc, "headers_file"), llm, "keys", visit)
+    for index, annotator in enumerate(llm.get("annotators") or ()) if isinstance(llm, dict) else ():
+        prompt = annotator.get("prompt") if isinstance(annotator, dict) else None
+        if isinstance(prompt, str) and not is_built_in(prompt):
+            _one((*loc, "annotators", index, "prompt"), annotator, "text", visit)
 
 
 def _one(loc: Loc, section: Any, kind: Kind, visit: Visit) -> None:

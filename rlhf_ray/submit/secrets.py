@@ -7,17 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 
+from rlhf_ray.config.endpoints import secrets_in
 from rlhf_ray.errors import ConfigError, Problem
 
 _VARIABLE = re.compile(r"(?i).*(token|secret|password|passwd|credential|api_?key|access_?key|private_?key)s?(_.*)?$")
 _PATH_VARIABLE = re.compile(r"(?i).*(_path|_file|_dir|_home)$")
-_FORMS = {
-    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
-    "an OpenAI key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
-    "an AWS access key": re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
-    "a GitHub token": re.compile(r"\bgh[pousr]_[A-Za-z0-9]{30,}"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-}
 _FILES = re.compile(
     r"(?i)(\.env(\..*)?|.*\.(pem|key|p12|pfx|keytab)|id_(rsa|dsa|ecdsa|ed25519)|auth_token|\.netrc|credentials(\.json)?)"
 )
@@ -45,9 +39,8 @@ def problems(where: str, content: bytes, environment: Mapping[str, str] = os.env
         if value.encode() in content:
             yield Problem(where, f"holds the value of {name}, and is not sent", fix=fix)
     text = content.decode("utf-8", "ignore")
-    for kind, form in _FORMS.items():
-        if form.search(text):
-            yield Problem(where, f"holds {kind}, and is not sent", fix=fix)
+    for kind in secrets_in(text):
+        yield Problem(where, f"holds {kind}, and is not sent", fix=fix)
 
 
 def check(where: str, content: bytes) -> None:

@@ -218,7 +218,7 @@ def test_rules_across_fields(lines: str, expected: str, complaints: Callable[...
         ),
         (
             "ensemble: [runs/sft, runs/reward], run: runs/sft",
-            "rewards[0]: a reward needs exactly one of run, ensemble, model, function",
+            "rewards[0]: a reward needs exactly one of run, ensemble, model, function, url, llm",
         ),
         (
             "ensemble: [runs/sft, runs/reward], template: alpaca",

@@ -13,7 +13,7 @@ from rlhf_ray.maths.standard_errors import (
     block_deviation,
     error_of_difference,
     error_of_mean,
-    intercept,
+    logistic_intercept,
     pooled_deviation,
     standard_error,
 )
@@ -52,12 +52,47 @@ def test_errors_of_differences_and_means() -> None:
     assert error_of_mean([3.0, 4.0]) == 2.5 and math.isnan(error_of_mean([]))
 
 
-def test_an_intercept_by_hand() -> None:
-    """(0, 1), (1, 0), (2, 2): mean 1, slope 1/2, intercept 1/2, residuals 1/2, -1, 1/2: s^2 = 3/2, se^2 = 3/2 (1/3 + 1/2)."""
-    value, error = intercept([1.0, 0.0, 2.0], torch.tensor([0, 1, 2]))
-    assert (value, error) == (pytest.approx(0.5), pytest.approx(math.sqrt(3 / 2 * (1 / 3 + 1 / 2))))
-    for x in ([1.0, 2.0], [1.0, 2.0, 3.0]):
-        assert all(map(math.isnan, intercept(x, [4.0] * len(x))))
+@pytest.mark.parametrize("seed", range(6))
+def test_a_logistic_intercept_is_the_top_of_its_likelihood(seed: int) -> None:
+    """Found another way: torch's derivatives of the formula as it is written, by gradient steps; the sandwich by its definition."""
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.randn(40, generator=generator, dtype=torch.float64) * 30 + 10
+    x = torch.randint(3, (40,), generator=generator).double() / 2
+    if seed > 3:
+        x = (d > 0).double()  # the difference alone decides: only the bound on the slope keeps the line finite
+    u = torch.tanh(d / d.std(correction=1))
+
+    def each(v: torch.Tensor) -> torch.Tensor:
+        line = v[0] + v[1] * u
+        return x * torch.nn.functional.logsigmoid(line) + (1 - x) * torch.nn.functional.logsigmoid(-line)
+
+    def penalised(v: torch.Tensor) -> torch.Tensor:
+        return -each(v).sum() + v[1] ** 2 / 200
+
+    v = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [v], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        loss = penalised(v)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    top = v.detach()
+    scores = torch.autograd.functional.jacobian(each, top)
+    inverse = torch.autograd.functional.hessian(penalised, top).inverse()
+    p = float(torch.sigmoid(top[0]))
+    error = p * (1 - p) * math.sqrt(float((inverse @ scores.T @ scores @ inverse)[0, 0]))
+    assert logistic_intercept(x, d) == pytest.approx((p, error), rel=1e-5, abs=1e-7)
+
+
+def test_a_logistic_intercept_that_cannot_be_known() -> None:
+    for x in ([1.0, 0.0], [1.0, 0.0, 1.0]):
+        assert all(map(math.isnan, logistic_intercept(x, [4.0] * len(x))))
+    assert logistic_intercept([1.0] * 4, [1.0, 2.0, 3.0, 4.0]) == (1.0, 0.0)
 
 
 def takes_roots(source: str) -> bool:

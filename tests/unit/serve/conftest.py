@@ -76,6 +76,11 @@ class LocalBackend:
     def stream(self, request: Any) -> Any:
         return self.replica.events(request)
 
+    async def score(self, request: Any) -> dict[str, Any]:
+        from rlhf_ray.serve.score import score_on
+
+        return await score_on(self.replica, request)
+
     async def models(self) -> list[dict[str, Any]]:
         return list(await self.replica.models())
 

@@ -379,6 +379,7 @@ def test_the_public_routes_are_these_and_no_others(live: MakeLive) -> None:
         ("/v1/completions", "POST"),
         ("/v1/compare", "POST"),
         ("/v1/preferences", "POST"),
+        ("/v1/score", "POST"),
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from fractions import Fraction
 from itertools import combinations
 
 import pytest
@@ -16,6 +15,8 @@ from rlhf_ray.metrics import describe
 from rlhf_ray.stages.win_rates import (
     Comparison,
     Judged,
+    agreement,
+    between,
     compare,
     distinct_2,
     length_controlled,
@@ -117,40 +118,63 @@ def test_intervals_of_win_rates() -> None:
     assert level.high - 50 == pytest.approx(100 * 2.0227 * math.sqrt(0.25 / 39), abs=1e-2)
 
 
-def least_squares(x: list[Fraction], d: list[Fraction]) -> tuple[Fraction, Fraction]:
-    """Intercept and its variance, from the normal equations (X'X) b = X'y, var = s^2 (X'X)^-1, in exact arithmetic."""
-    n, sd, sdd = Fraction(len(x)), sum(d), sum(v * v for v in d)
-    sx, sdx = sum(x), sum(a * b for a, b in zip(d, x))
-    det = n * sdd - sd * sd
-    intercept, slope = (sdd * sx - sd * sdx) / det, (n * sdx - sd * sx) / det
-    s2 = sum((a - intercept - slope * b) ** 2 for a, b in zip(x, d)) / (n - 2)
-    return intercept, s2 * sdd / det
-
-
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 2]), st.integers(-20, 20)), min_size=3, max_size=30))
-def test_equal_length_is_the_intercept_of_the_regression(pairs: list[tuple[int, int]]) -> None:
+def test_at_equal_length_a_rate_stays_a_rate(pairs: list[tuple[int, int]]) -> None:
+    """Also where the length alone decides. Without any difference in length it is the win rate itself."""
     codes, gaps = [c for c, _ in pairs], [g for _, g in pairs]
     found = length_controlled(codes, torch.tensor(gaps))
-    x = [{0: Fraction(1, 2), 1: Fraction(0), 2: Fraction(1)}[c] for c in codes]
-    if len(set(gaps)) == 1:
-        if gaps[0] == 0:
-            assert found.value == pytest.approx(100 * float(sum(x) / len(x)))
-        else:
-            assert not found.is_known
-        return
-    intercept, variance = least_squares(x, [Fraction(g) for g in gaps])
-    assert found.value == pytest.approx(100 * min(max(float(intercept), 0.0), 1.0), abs=1e-8)
-    assert found.se == pytest.approx(100 * math.sqrt(float(variance)), abs=1e-6)
+    if not any(gaps):
+        assert found.value == pytest.approx(100 * sum({0: 0.5, 1: 0.0, 2: 1.0}[c] for c in codes) / len(codes))
+    elif len(set(gaps)) == 1:
+        assert not found.is_known
+    else:
+        assert 0 <= found.value <= 100 and 0 <= found.se < 100
+        assert length_controlled(codes, 7 * torch.tensor(gaps)).value == pytest.approx(found.value)  # of any unit
 
 
 def test_a_policy_that_wins_by_length_alone_does_not_win_at_equal_length() -> None:
-    """Wins 4 tokens longer, draws at equal length, loses 4 tokens shorter: the win rate is 70 %, at equal length 50 %."""
-    codes, gaps = [2, 2, 2, 0, 1], [4, 4, 4, 0, -4]
+    """80 of 100 wins where it is 4 tokens longer, 5 of 25 where it is 4 shorter: 68 % won. The two log-odds, 1.386 and -1.386, are
+    equally far from equal length, so there it wins half."""
+    codes, gaps = [2] * 80 + [1] * 20 + [2] * 5 + [1] * 20, [4] * 100 + [-4] * 25
     found = length_controlled(codes, torch.tensor(gaps))
-    assert found.value == pytest.approx(50.0)
-    assert found.se == pytest.approx(0.0, abs=1e-9)
-    shifted = length_controlled(codes, torch.tensor(gaps) + 2)  # two tokens more: what was a draw at 0 is now at 2
-    assert shifted.value == pytest.approx(25.0)
+    assert outcome_of([1.0 if c == 2 else -1.0 for c in codes]).outcome.rate == 68.0
+    assert found.value == pytest.approx(50.0, abs=0.5) and 5 < found.se < 8
+    level = length_controlled(codes, torch.tensor([0, *gaps[1:]]))
+    assert abs(level.value - 50) < 3
+
+
+def test_two_policies_are_compared_prompt_by_prompt() -> None:
+    """Over 40 prompts each, b wins where a does, and on 4 more. Each win rate alone has an error of 8 points; the difference of 10
+    points has one of 4.8. A prompt that one of them was not judged on says nothing."""
+    a = outcome_of([1.0] * 20 + [-1.0] * 20 + [math.nan])
+    b = outcome_of([1.0] * 24 + [-1.0] * 16 + [1.0])
+    (found,) = between({"a": a, "b": b}, 0)
+    assert (found.first, found.second, found.n, found.difference.value) == ("a", "b", 40, 10.0)
+    assert found.difference.se == pytest.approx(4.8, abs=0.05) and a.outcome.se > 8
+    assert found.bootstrap.excludes(0.0) and found.bootstrap.by == "bootstrap"
+    assert between({"a": a}, 0) == []
+
+
+def test_the_published_figure_has_an_interval_too() -> None:
+    """370 wins, 424 losses, 9 draws of 803: 46.6 +- 1.75, so 95 % are 1.96 of those either way, resampled or not."""
+    found = outcome_of([1.0] * 370 + [-1.0] * 424 + [0.0] * 9)
+    for interval in (found.win_interval, found.win_bootstrap):
+        assert (interval.low, interval.high) == pytest.approx((43.2, 50.1), abs=0.15)
+    assert found.to_json()["win_rate_bootstrap"]["by"] == "bootstrap"
+
+
+def test_judges_agree_beyond_chance() -> None:
+    """Two judges of 20 pairs that both say 1 for 15: 80 % agreement, of which chance explains 62.5 %. A pair that one of them
+    dropped is left out."""
+    one = [1] * 15 + [2] * 5 + [None, 2]
+    other = [1] * 13 + [2] * 2 + [1] * 2 + [2] * 3 + [1, None]
+    (found,) = agreement({"x": one, "y": other})
+    assert (found.first, found.second, found.n, found.same) == ("x", "y", 20, 0.8)
+    assert found.kappa == pytest.approx((0.8 - 0.625) / (1 - 0.625)) and found.interval[0] == pytest.approx(
+        0.584, abs=0.001
+    )
+    (same,) = agreement({"x": [1, 1], "y": [1, 1]})
+    assert same.same == 1.0 and math.isnan(same.kappa) and same.to_json()["kappa"] is None
 
 
 @pytest.mark.parametrize(("codes", "gaps"), [([], []), ([2], [3]), ([2, 1], [3, 4]), ([2, 1, 0], [5, 5, 5])])

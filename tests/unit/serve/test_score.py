@@ -1,0 +1,144 @@
+"""/v1/score: a reward adapter that is served is a reward server, with the numbers that it has where it is loaded."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.batches import Rollout
+from rlhf_ray.config import RewardSource
+from rlhf_ray.console import LocalConsole
+from rlhf_ray.errors import Interrupted
+from rlhf_ray.rewards.http_client import HttpClient, credentials
+from rlhf_ray.rewards.http_reward import HttpReward
+from rlhf_ray.rewards.protocol import RewardInputs, Texts
+from rlhf_ray.rewards.scoring_model import load_scoring_model
+from rlhf_ray.serve.api_keys import add_key
+
+from .conftest import LiveService
+
+MakeLive = Callable[..., LiveService]
+
+
+def post(service: LiveService, body: Any, query: str = "") -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    connection.request("POST", f"/v1/score{query}", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    found = json.loads(response.read())
+    connection.close()
+    return response.status, found
+
+
+def sampled(rows: int) -> RewardInputs:
+    """Prompts and replies of different lengths, as ids that are no text that anybody would write."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(3, 250, (rows, 20), generator=generator)
+    prompt_mask = torch.arange(9) >= torch.arange(rows)[:, None] % 8
+    response_mask = torch.arange(11) < 1 + torch.arange(rows)[:, None] % 10
+    rollout = Rollout(
+        tokens,
+        prompt_mask,
+        response_mask,
+        torch.zeros(rows, 11),
+        torch.ones(rows, dtype=torch.bool),
+        torch.arange(rows),
+    )
+    ids = [t[m].tolist() for t, m in zip(rollout.response_ids, response_mask)]
+    texts = Texts(["?"] * rows, ["?"] * rows, ids, [{}] * rows)
+    return RewardInputs(rollout, [], lambda *_: texts)
+
+
+def served(service: LiveService, batch_size: int = 32, **options: Any) -> HttpReward:
+    url = f"{service.url}/v1/score?model=judge"
+    client = HttpClient("reward rm", url, options.pop("headers", {}), timeout_s=30, max_retries=0, concurrency=2)
+    return HttpReward("rm", 1.0, client, batch_size, None, service.replica.backbone.identity.tokenizer_sha256)
+
+
+def test_it_says_what_the_run_says(live: MakeLive) -> None:
+    """To the rounding of float32: a service computes its adapters beside others."""
+    service = live()
+    run = service.config.adapters["judge"]
+    here = load_scoring_model(RewardSource(run=run), "none", torch.device("cpu"), LocalConsole())
+    rows = sampled(40)
+    scores = served(service).score(rows)
+    torch.testing.assert_close(scores, here.reward.score(rows), rtol=0, atol=2e-5)
+    assert scores.std() > 1 and torch.equal(served(service, batch_size=16).score(rows), scores)
+
+
+def test_texts_are_read_as_the_reward_model_reads_them(live: MakeLive) -> None:
+    """Without ids, or with those of another tokenizer: encoded, with the end token after a reply that ended by itself."""
+    service = live()
+    found = post(service, {"prompts": ["Say hi.", "Say hi."], "completions": ["Hi!", "Hi!"], "finished": [True, False]})
+    status, answer = found
+    assert status == 200 and answer["object"] == "score" and answer["model"] == "judge" and answer["ids"] == ["0", "1"]
+    reader = load_scoring_model(
+        RewardSource(run=service.config.adapters["judge"]), "none", torch.device("cpu"), LocalConsole()
+    )
+    tokenizer = service.replica.backbone.tokenizer
+    prompt = tokenizer("Say hi.")["input_ids"]
+    reply = tokenizer("Hi!", add_special_tokens=False)["input_ids"]
+    expected = reader.score([prompt] * 2, [[*reply, tokenizer.eos_token_id], reply])
+    assert answer["rewards"] == pytest.approx(expected, abs=1e-5) and expected[0] != expected[1]
+    foreign = {"prompts": ["Say hi."], "completions": ["Hi!"], "tokenizer_sha256": "0", "prompt_ids": [[1]]}
+    assert post(service, {**foreign, "completion_ids": [[5]]})[1]["rewards"] == pytest.approx(
+        answer["rewards"][:1], abs=1e-5
+    )
+    messages = {
+        "prompts": [[{"role": "user", "content": "Say hi."}]],
+        "completions": [[{"role": "assistant", "content": "Hi!"}]],
+    }
+    assert post(service, messages, "?model=judge")[0] == 200
+
+
+def test_a_reply_that_cannot_be_read_has_no_reward(live: MakeLive) -> None:
+    service = live()
+    long = "word " * 3000
+    status, found = post(
+        service, {"ids": ["a", 7, "c"], "prompts": ["p"] * 3, "completions": ["", long, "yes"], "finished": [False] * 3}
+    )
+    assert status == 200 and found["ids"] == ["a", 7, "c"]
+    assert found["rewards"][:2] == [None, None] and isinstance(found["rewards"][2], float)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        ({"prompts": ["p"], "completions": ["a", "b"]}, 422, "completions: expected 1, one for each prompt; got 2"),
+        ({"prompts": [], "completions": []}, 422, "prompts"),
+        ({"prompts": ["p"], "completions": ["a"], "model": "one"}, 400, "is no reward adapter"),
+        ({"prompts": ["p"], "completions": ["a"], "model": "none"}, 404, "does not exist"),
+        ({"prompts": [""], "completions": ["a"]}, 400, "prompt is empty"),
+        ({"prompts": ["p"]}, 422, "completions"),
+        ([1], 400, "one JSON object"),
+    ],
+)
+def test_bad_requests(live: MakeLive, body: Any, status: int, told: str) -> None:
+    found = post(live(), body)
+    assert found[0] == status and told in found[1]["error"]["message"]
+    ids = {"prompts": ["p"], "completions": ["a"], "prompt_ids": [[10**6]], "completion_ids": [[3]]}
+    own = {"tokenizer_sha256": live().replica.backbone.identity.tokenizer_sha256}
+    assert post(live(), {**ids, **own})[0] == 400
+
+
+def test_a_key_from_a_file_opens_it(live: MakeLive, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("keys")
+    good, other = add_key(folder / "keys.json", "ppo"), add_key(folder / "keys.json", "bob", models=("one",))
+    service = live(api_keys=str(folder / "keys.json"))
+
+    def headers(key: str) -> dict[str, str]:
+        file = Path(folder / "headers")
+        file.write_text(f"Authorization: Bearer {key}\n")
+        file.chmod(0o600)
+        return credentials("rewards.rm", str(file), None)
+
+    assert served(service, headers=headers(good)).score(sampled(2)).isfinite().all()
+    for key, told in ((other, "status 404"), ("rr-wrong", "status 401")):
+        with pytest.raises(Interrupted, match=told) as error:
+            served(service, headers=headers(key)).score(sampled(2))
+        assert key not in str(error.value)

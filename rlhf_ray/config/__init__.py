@@ -6,6 +6,7 @@ paths in a job file are relative to the working directory. `rlhf-ray <stage> --h
 
 from rlhf_ray.config.actors import ActorsConfig
 from rlhf_ray.config.pipeline import STAGES, PipelineConfig
+from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.config.sections import (
     RUN_NAME,
     DataConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "ReplicasConfig",
     "RewardConfig",
     "RewardSource",
+    "RolloutConfig",
     "SFTConfig",
     "SamplingConfig",
     "Section",

@@ -189,6 +189,8 @@ class PPOLoop:
 
     def hand_over(self) -> int:
         """Let the samplers have the published adapter; its size in bytes. Where they use the learner's model nothing moves."""
+        if self.setup.engine_adapter is not None:
+            self.setup.engine_adapter.load(self.active(), self.learner.published.tensors)
         if self.setup.remote_roles is None:
             return self.learner.published.size_bytes
         return self.session.from_main(self.setup.remote_roles.publish(self.learner.published))

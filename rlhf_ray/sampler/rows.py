@@ -85,20 +85,25 @@ class Batch:
                 [request.row_seed for request in requests],
             ]
         ).to(device)
-        greedy = [request.greedy for request in requests]
-        plan = SamplingPlan(
-            seeds=whole[3],
-            temperature=torch.tensor([request.temperature for request in requests]).to(device),
-            truncation=_truncation(requests, device),
-            greedy=torch.tensor(greedy).to(device) if any(greedy) else None,
-            all_greedy=all(greedy),
-        )
+        plan = sampling_plan(requests, whole[3], device)
         return cls(whole[0], whole[1:3], plan, forward, max(held))
 
     def advance(self, tokens: Tensor) -> None:
         self.tokens = tokens
         self.counters += 1
         self.longest += 1
+
+
+def sampling_plan(requests: Sequence[DecodeRequest], seeds: Tensor, device: torch.device) -> SamplingPlan:
+    """How the rows of a step are sampled. seeds: i64[N], their row seeds, on the device."""
+    greedy = [request.greedy for request in requests]
+    return SamplingPlan(
+        seeds=seeds,
+        temperature=torch.tensor([request.temperature for request in requests]).to(device),
+        truncation=_truncation(requests, device),
+        greedy=torch.tensor(greedy).to(device) if any(greedy) else None,
+        all_greedy=all(greedy),
+    )
 
 
 def _truncation(requests: Sequence[DecodeRequest], device: torch.device) -> Truncation | None:

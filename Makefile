@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TRL    := $(VENV)-trl
 CLIENTS := $(VENV)-clients
+VLLM   := $(VENV)-vllm
 OUT    ?= runs/demo
 
 # Of `make real`: its data, those of the shared folder or yours.
@@ -14,7 +15,7 @@ PREFERENCES       ?= $(DATA)/pref_comparison_gpt4_1095.jsonl.gz
 JUDGE_PREFERENCES ?= $(DATA)/pref_hh_helpful_base_test.jsonl.gz
 REAL   ?= runs/smollm2
 
-.PHONY: install demo real test test-long test-unit chaos bad-inputs families check bench clients clean
+.PHONY: install demo real test test-long test-unit test-vllm chaos bad-inputs families check bench clients clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -58,6 +59,18 @@ test-long: install
 test-unit: install
 	$(BIN)/python -m pytest -q tests/unit
 
+# vLLM's CPU build, in an environment of its own: it asks for older versions of some of what is pinned here, and works with ours.
+$(VLLM)/.installed: pyproject.toml constraints.txt tests/vllm/requirements.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/vllm/requirements.txt
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -q --durations=10 tests/vllm
+
 # Every fault of the table, at length; prints the table and puts it into tests/README.md, also where some did not pass.
 chaos: install
 	@mkdir -p runs
@@ -99,4 +112,4 @@ $(CLIENTS)/.installed: tests/clients.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(TRL) $(CLIENTS) runs build *.egg-info
+	rm -rf $(VENV) $(TRL) $(CLIENTS) $(VLLM) runs build *.egg-info

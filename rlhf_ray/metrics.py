@@ -62,7 +62,12 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("sampler/logprob_difference", "nats", "mean absolute difference of the sampler's and learner's log-probabilities"),
     ("sampler/probe_difference", "nats", "the same for the adapter that sampled, on the rows that were probed"),
     ("sampler/staleness", "updates", "steps of learning between the adapter that sampled and the one that learns"),
-    ("sampler/importance_weight", "", "mean weight of a token's loss (max_staleness 1)", "sampling/importance_sampling_ratio/mean"),
+    (
+        "sampler/importance_weight",
+        "",
+        "mean weight of a token's loss (max_staleness 1, or rollout.engine vllm)",
+        "sampling/importance_sampling_ratio/mean",
+    ),
     ("sampler/importance_clipped", "share", "tokens whose weight was cut to importance_sampling_cap"),
     ("reference/logprob_difference", "nats", "largest difference between policy and reference before the first update"),
     ("rollout/replies", "", "replies sampled in the step"),

@@ -8,6 +8,7 @@ from rlhf_ray.config.actors import ActorsConfig
 from rlhf_ray.config.endpoints import AnnotatorConfig, EndpointConfig, LLMJudgeConfig
 from rlhf_ray.config.pipeline import STAGES, PipelineConfig
 from rlhf_ray.config.rewards import PolicySpec, RewardSource
+from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.config.sections import (
     RUN_NAME,
     DataConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "ReplicasConfig",
     "RewardConfig",
     "RewardSource",
+    "RolloutConfig",
     "SFTConfig",
     "SamplingConfig",
     "Section",

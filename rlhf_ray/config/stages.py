@@ -18,6 +18,7 @@ from pydantic import (
 from rlhf_ray.config import defaults
 from rlhf_ray.config.actors import ActorsConfig
 from rlhf_ray.config.rewards import PolicySpec, RewardSource
+from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.config.sections import (
     RUN_NAME,
     Count,
@@ -305,6 +306,7 @@ class PPOConfig(JobFields, OptimFields):
     )
     generator: ActorsConfig = field(ActorsConfig(), "generators (placement: split)")
     scorer: ActorsConfig = field(ActorsConfig(), "scorers: rewards and reference (placement: split)")
+    rollout: RolloutConfig = field(RolloutConfig(), "the engine that samples rollouts and evaluations")
     probe_steps: Count = field(
         1, "compare the sampler's log-probabilities with the learner's every so many steps; a mismatch stops the run"
     )
@@ -346,7 +348,9 @@ class PPOConfig(JobFields, OptimFields):
         " update (placement: split); 0: by the newest adapter",
     )
     importance_sampling_cap: Positive = field(
-        2.0, "max_staleness 1: a token's loss is weighted by its probability now over that when sampled, at most this"
+        2.0,
+        "max_staleness 1, or rollout.engine vllm: a token's loss is weighted by its probability to the learner over that when"
+        " sampled, at most this (truncated importance sampling; TRL's vllm_importance_sampling_cap: 2)",
     )
     temperature: Temperature = field(1.0, "sampling temperature of rollouts; every log-probability is taken at it")
     stop_token_ids: Ints | None = field(
@@ -490,6 +494,11 @@ class PPOConfig(JobFields, OptimFields):
     load_best_model_at_end: bool = field(False, "result = the checkpoint with the best held-out reward, not the last")
     num_samples_logged: Annotated[int, Field(ge=0)] = field(4, "replies written to samples.jsonl per step")
 
+    @property
+    def samples_off_policy(self) -> bool:
+        """Whether tokens are sampled by other probabilities than the learner's: an older adapter's, or another engine's."""
+        return self.max_staleness > 0 or self.rollout.engine != "builtin"
+
     @model_validator(mode="after")
     def _ppo_rules(self) -> PPOConfig:
         problems = []
@@ -535,7 +544,7 @@ class PPOConfig(JobFields, OptimFields):
                 " pulls towards the policy's KL to the reference as kl does in the reward, or bregman (the reference's KL to the"
                 " policy), or use_kl_loss: false"
             )
-        problems += [*self._ptx_rules(), *self._zero_rules()]
+        problems += [*self._ptx_rules(), *self._zero_rules(), *self._engine_rules()]
         names = [r.name for r in self.rewards]
         if not any(r.weight for r in self.rewards):
             problems.append("rewards: all weights are 0, so nothing is maximised; give one of them a weight")
@@ -582,6 +591,26 @@ class PPOConfig(JobFields, OptimFields):
             f"ptx_data.{name}: has no effect: nothing is evaluated on ptx_data, all of it trains; drop it"
             for name in idle
         ]
+
+    def _engine_rules(self) -> list[str]:
+        if self.rollout.engine == "builtin":
+            return []
+        problems = []
+        if self.load_in_8bit or self.load_in_4bit:
+            problems.append(
+                "rollout.engine: vllm has a base that is not quantised, and the learner's would be; expected builtin, or"
+                " load_in_8bit and load_in_4bit off; got vllm"
+            )
+        if self.lora.target_parameters:
+            problems.append(
+                "lora.target_parameters: vLLM cannot adapt stacked expert weights; drop it, or rollout.engine: builtin"
+            )
+        if self.placement == "colocate" and self.learner.num_workers > 1:
+            problems.append(
+                "rollout.engine: vllm beside a learner needs one worker; expected learner.num_workers 0 or 1, or placement: split;"
+                f" got {self.learner.num_workers}"
+            )
+        return problems
 
     def _zero_rules(self) -> list[str]:
         stage, problems = self.learner.zero_stage, []

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config.defaults import usual
+from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.config.sections import Section
 from rlhf_ray.config.stages import JobFields, PPOConfig
 
@@ -149,8 +150,18 @@ _PPO: list[Rule] = [
     ),
     (
         ("importance_sampling_cap",),
-        lambda c: c.max_staleness == 0,
-        "with max_staleness 0; drop it, or set max_staleness: 1",
+        lambda c: not c.samples_off_policy,
+        "with max_staleness 0 and rollout.engine builtin; drop it, or set max_staleness: 1",
+    ),
+    (
+        tuple(f"rollout.{name}" for name in RolloutConfig.model_fields if name != "engine"),
+        lambda c: c.rollout.engine == "builtin",
+        "with rollout.engine builtin; drop it, or set vllm",
+    ),
+    (
+        ("rollout.enable_sleep_mode",),
+        lambda c: c.placement == "split",
+        "with placement split, where nobody shares the engine's GPU; drop it",
     ),
     (
         ("missing_eos_penalty",),

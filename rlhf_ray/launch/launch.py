@@ -25,6 +25,7 @@ from rlhf_ray.console import Console, FileConsole, Follower
 from rlhf_ray.errors import DISK_FULL, Interrupted, Problem
 from rlhf_ray.launch.begun import with_defaults_as_begun
 from rlhf_ray.launch.channel import RunChannel, open_channel
+from rlhf_ray.launch.engines import check_engine_here, check_engine_there
 from rlhf_ray.launch.lost_peer import is_of_a_lost_peer
 from rlhf_ray.launch.model_families import check_models
 from rlhf_ray.launch.placement import Builder, check_cluster, cluster_total, default_threads, placed
@@ -62,6 +63,7 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
     check_place(config.output_dir, config.resume)
     config = with_defaults_as_begun(config)
     check_models(config)
+    check_engine_here(config)
     if config.template_date is None:
         from rlhf_ray.launch.template_date import with_template_date  # brings what reads adapters
 
@@ -79,6 +81,7 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
             requests = role_requests(config, cluster_total(), own_ray)
             check_cluster(requests)
             check_all_see(channel.path, requests[-1])
+            check_engine_there(config, requests)
             with placed(config, requests, console, builders or {}) as actor_handles:
                 return _fit(body, config, console, requests[-1], actor_handles, channel)
 

@@ -287,20 +287,13 @@ def _finish(
             "use the tokenizer that belongs to this model",
         )
     ends = eos_ids(tokenizer, getattr(model, "generation_config", None), stop_token_ids, rows)
-    identity = BaseIdentity(
-        source.name,
-        source.revision,
-        config_sha256(source.folder),
-        weights_sha256(source.folder),
-        tokenizer_sha256(tokenizer),
-        f"{bits}bit" if bits else str(plan.dtype).removeprefix("torch."),
-    )
+    identity = _identity(source, tokenizer, f"{bits}bit" if bits else str(plan.dtype).removeprefix("torch."))
     notes = quantisation_notes(trunk(model), bits) if bits else []
     notes += context_notes(model.config.get_text_config())
     return Backbone(
         model=model,
         tokenizer=tokenizer,
-        pad=choose_pad(tokenizer, (*ends, *_end_of_chat(tokenizer))),
+        pad=_pad(tokenizer, ends),
         eos_ids=ends,
         device=plan.device,
         dtype=plan.dtype,
@@ -310,6 +303,51 @@ def _finish(
         stop_token_ids=stop_token_ids,
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base that another engine loads from its folder. dtype: the number format that a job has it in."""
+
+    source: ModelSource
+    dtype: torch.dtype
+    pad: PadChoice
+    identity: BaseIdentity
+    context_length: int
+
+
+def base_files(
+    path: str, revision: str | None, dtype: str, device: torch.device | str, stop_token_ids: tuple[int, ...] | None
+) -> BaseFiles:
+    """What `load_backbone` would say of a base, without loading it; raises what it would raise before it reads weights."""
+    from transformers import GenerationConfig
+
+    source = resolve_source(path, revision)
+    plan = plan_load(source, dtype, "auto", None, False, device)
+    tokenizer = tokenizer_of(source)
+    has_own = (source.folder / "generation_config.json").is_file()
+    generation: Any = GenerationConfig
+    how = generation.from_pretrained(str(source.folder)) if has_own else generation.from_model_config(plan.config)
+    text = plan.config.get_text_config()
+    ends = eos_ids(tokenizer, how, stop_token_ids, int(text.vocab_size))
+    identity = _identity(source, tokenizer, str(plan.dtype).removeprefix("torch."))
+    length = context_length(text, tokenizer)
+    return BaseFiles(source, plan.dtype, _pad(tokenizer, ends), identity, length)
+
+
+def _identity(source: ModelSource, tokenizer: PreTrainedTokenizerFast, precision: str) -> BaseIdentity:
+    return BaseIdentity(
+        source.name,
+        source.revision,
+        config_sha256(source.folder),
+        weights_sha256(source.folder),
+        tokenizer_sha256(tokenizer),
+        precision,
+    )
+
+
+def _pad(tokenizer: PreTrainedTokenizerFast, ends: tuple[int, ...]) -> PadChoice:
+    return choose_pad(tokenizer, (*ends, *_end_of_chat(tokenizer)))
 
 
 def _end_of_chat(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

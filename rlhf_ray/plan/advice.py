@@ -129,6 +129,10 @@ def _fewer_bytes(job: JobFields, shares_gpu: bool) -> dict[str, Any] | None:
     """Fewer or smaller bases on a GPU."""
     if isinstance(job, PPOConfig) and shares_gpu:
         return {"generator__num_gpus": 1, "scorer__num_gpus": 1}
+    if (
+        isinstance(job, PPOConfig) and job.rollout.engine == "vllm"
+    ):  # it has a base of its own, and that is not quantised
+        return {"rollout__engine": "builtin"}
     zero = job.learner.zero_stage
     if not (job.load_in_8bit or job.load_in_4bit) and zero < 3:
         return {"load_in_8bit": True}

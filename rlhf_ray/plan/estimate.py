@@ -10,6 +10,7 @@ from typing import Any
 from rlhf_ray.config import EvaluateConfig, JobFields, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.plan.engine import engine_note, engine_parts, with_engine
 from rlhf_ray.plan.memory import Parts, Phases, Process, Zero, with_overhead
 from rlhf_ray.plan.meta_tracker import Device, Peak
 from rlhf_ray.plan.passes import Cast, PPOLearning, Shapes, SupervisedLearning
@@ -128,6 +129,10 @@ class Estimator:
             found.append(
                 f"max_length is not set: prompts of {tokens} tokens are assumed; set it, or give --prompt-tokens"
             )
+        if isinstance(job, PPOConfig) and job.rollout.engine == "vllm" and self.device == "cuda":
+            cast = self._first(job)
+            shapes = self.shapes(job, cast.assembly.base.context_length)
+            found.append(engine_note(job, engine_parts(job, cast, shapes, self.device)))
         if job.cpu_offload:
             found.append("cpu_offload is not counted: these are the bytes if nothing is moved to the CPU")
         return found
@@ -148,7 +153,11 @@ class Estimator:
             for role, build in (("generator", generator_models), ("scorer", scorer_models)):
                 cast = self._cast(role, job, partial(build, job, self.device, self.made))
                 shapes = self.shapes(job, cast.assembly.base.context_length)
-                phases = {"load": self._peak(cast, "load", (), cast.load), **self._acting(role, cast, shapes, job)}
+                if role == "generator" and job.rollout.engine == "vllm":
+                    phases = {"sampling": engine_parts(job, cast, shapes, self.device)}
+                    phases["load"] = {part: phases["sampling"][part] for part in ("bases", "adapters")}
+                else:
+                    phases = {"load": self._peak(cast, "load", (), cast.load), **self._acting(role, cast, shapes, job)}
                 actors = getattr(job, role)
                 found.append(self._process(role, actors.num_actors, actors.num_gpus, phases, cast))
         return found
@@ -160,14 +169,22 @@ class Estimator:
         stage = job.learner.zero_stage
         phases = {"load": self._peak(cast, "load", (), cast.load)}
         if job.placement == "colocate":
-            phases |= self._acting("generator", cast, shapes, job) | self._acting("scorer", cast, shapes, job)
+            if job.rollout.engine == "builtin":
+                phases |= self._acting("generator", cast, shapes, job)
+            else:
+                phases["sampling"] = phases["load"]
+            phases |= self._acting("scorer", cast, shapes, job)
         phases["evaluation"] = self._peak(cast, "evaluation", shapes, lambda: learning.evaluation(shapes, job))
         joint = stage > 0
         phases["update"] = self._peak(cast, ("update", joint), shapes, lambda: learning.updates(shapes, job, joint))
         file = job.learner.deepspeed
         settings = read_deepspeed_json(file, stage).get("zero_optimization", {}) if file is not None else {}
         zero = Zero.of(stage, workers, cast.trained, cast.base_weights, settings)
-        return self._process("learner", workers, job.learner.num_gpus, zero.applied(phases, self.device), cast)
+        phases = zero.applied(phases, self.device)
+        if job.placement == "colocate" and job.rollout.engine == "vllm":
+            asleep = {"evaluation", "update"} if job.rollout.enable_sleep_mode and self.device == "cuda" else ()
+            phases = with_engine(phases, engine_parts(job, cast, shapes, self.device), frozenset(asleep))
+        return self._process("learner", workers, job.learner.num_gpus, phases, cast)
 
     def _acting(self, role: str, cast: Cast, shapes: Shapes, job: PPOConfig) -> Phases:
         """What a generator, or a scorer, does."""

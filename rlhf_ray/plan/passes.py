@@ -173,7 +173,7 @@ class PPOLearning(Learning):
         """As `Learner` makes them."""
         models, seq = self.models, shapes.sequences(shapes.rows)
         fixed, mask = torch.zeros(shapes.rows, shapes.response, device="meta"), seq.response_mask
-        weights = fixed if job.max_staleness else None
+        weights = fixed if job.samples_off_policy else None
 
         if job.ptx_coef:
             texts = shapes.texts(shapes.rows)

@@ -8,10 +8,11 @@ import torch
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import ArtifactError
-from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.models.lineage import header_line
 from rlhf_ray.ppo.models import assemble_generator, assemble_scorer, policy_sampler, synced_reference, text_maker
+from rlhf_ray.ppo.vllm import policy_engine
+from rlhf_ray.roles.loaded_adapter import LoadedAdapter
 from rlhf_ray.roles.loading_generator import LoadingGenerator
 from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.runtime.devices import own_device
@@ -20,12 +21,18 @@ from rlhf_ray.runtime.devices import own_device
 def build_generator(config: PPOConfig, on_gpu: bool) -> LoadingGenerator:
     """A generator with a base of its own. on_gpu: it was given (part of) one."""
     device = _device(on_gpu)
+    if config.rollout.engine == "vllm":
+        files, engine = policy_engine(config, device, "generator")
+        generator = LoadingGenerator(engine.engine, files.pad.id, config.seed, engine)
+        generator.about = _about(files.identity, 1, device)
+        return generator
     assembly = assemble_generator(config, device)
     models = assembly.finish().requires_grad_(False)
     stack = models.stack_of("policy")
     sampler = policy_sampler(config, assembly, stack.model)
-    generator = LoadingGenerator(sampler, assembly.base.pad_id, config.seed, stack.model, "policy")
-    generator.about = _about(assembly, device)
+    adapter = LoadedAdapter(stack.model, "policy", "generator")
+    generator = LoadingGenerator(sampler, assembly.base.pad_id, config.seed, adapter)
+    generator.about = _about(assembly.base.identity, len(assembly.stacks), device)
     return generator
 
 
@@ -38,7 +45,7 @@ def build_scorer(config: PPOConfig, on_gpu: bool) -> Scorer:
     to_texts = text_maker(assembly.base, roles.template)
     rewards, synced = roles.build(models, rows, device), synced_reference(models)
     scorer = Scorer(models, rewards, to_texts, config.temperature, rows, device, synced=synced)
-    scorer.about = _about(assembly, device)
+    scorer.about = _about(assembly.base.identity, len(assembly.stacks), device)
     return scorer
 
 
@@ -69,10 +76,10 @@ def _device(on_gpu: bool) -> torch.device:
     return own_device() if on_gpu else torch.device("cpu")
 
 
-def _about(assembly: Assembly, device: torch.device) -> dict[str, Any]:
+def _about(base: BaseIdentity, bases: int, device: torch.device) -> dict[str, Any]:
     return {
         "device": str(device),
-        "base": assembly.base.identity.weights_sha256,
-        "bases": len(assembly.stacks),
+        "base": base.weights_sha256,
+        "bases": bases,
         "threads": torch.get_num_threads(),
     }

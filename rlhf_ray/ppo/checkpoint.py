@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import PPOConfig, RolloutConfig
 from rlhf_ray.config.resolved import to_dict
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapters import HEAD_KEY, save_adapter
@@ -43,6 +43,7 @@ MAY_CHANGE = (
     *run_entry.MAY_CHANGE,
     *run_entry.LENGTH,
     *("placement", "generator.", "scorer.", "probe_steps"),
+    *(f"rollout.{name}" for name in RolloutConfig.model_fields if name != "engine"),
     *("max_kl", "max_clip_fraction", "min_finished", "over_optimisation_patience"),
 )
 """Fields that may differ between the job that started a run and the one that resumes it."""

@@ -17,7 +17,8 @@ With max_staleness 1 the next step's 1 and 2 go on meanwhile, by the adapter fro
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from rlhf_ray.config import PPOConfig
@@ -86,7 +87,7 @@ class PPOLoop:
         phase, started = self.monitor.phases(step), time.perf_counter()
         state, before = self.state, self.learner.published
 
-        with phase("rollout"):  # 1 and 2: sample and score
+        with phase("rollout"), self.engine_awake():  # 1 and 2: sample and score
             sampled = self._sampled(step)
             collected = sampled.collected
 
@@ -141,7 +142,7 @@ class PPOLoop:
         phase, started = self.monitor.phases(step), time.perf_counter()
         with phase("settle"):
             self.rollouts.settle()  # generators answer in turn: a rollout under way comes first
-        with phase("heldout"):
+        with phase("heldout"), self.engine_awake():
             budgets = [self.config.response_length] * len(self.setup.held_out)
             collected = self.setup.eval_collector.collect(
                 self.setup.held_out, budgets, self.active(), self.setup.eval_decoding, "eval", 0
@@ -189,9 +190,22 @@ class PPOLoop:
 
     def hand_over(self) -> int:
         """Let the samplers have the published adapter; its size in bytes. Where they use the learner's model nothing moves."""
+        if self.setup.engine_adapter is not None:
+            with self.engine_awake():
+                self.setup.engine_adapter.load(self.active(), self.learner.published.tensors)
         if self.setup.remote_roles is None:
             return self.learner.published.size_bytes
         return self.session.from_main(self.setup.remote_roles.publish(self.learner.published))
+
+    @contextmanager
+    def engine_awake(self) -> Iterator[None]:
+        """Around sampling: an engine beside this learner has its memory back meanwhile, if it gives it away at all."""
+        engine = None if self.setup.engine_adapter is None else self.setup.engine_adapter.engine
+        if engine is not None:
+            engine.wake()
+        yield
+        if engine is not None:
+            engine.sleep()
 
     def run(self) -> None:
         """All steps that are left. Raises Interrupted, after saving what can be saved, if somebody or a guard ends the run."""

@@ -27,13 +27,15 @@ from rlhf_ray.models.zero3 import whole_numel
 from rlhf_ray.ppo.actors import check_and_describe
 from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, synced_reference, text_maker
 from rlhf_ray.ppo.prompts import Prompts, load_prompts
+from rlhf_ray.ppo.vllm import engine_line, policy_engine
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.roles.collector import Collector, LocalCollector
 from rlhf_ray.roles.generator import Decoding, Generator
 from rlhf_ray.roles.invariants import tolerance
 from rlhf_ray.roles.learner import Learner
-from rlhf_ray.roles.loaded_adapter import LoadedAdapter
+from rlhf_ray.roles.loaded_adapter import EngineAdapter, LoadedAdapter
+from rlhf_ray.roles.loading_generator import BesideGenerator
 from rlhf_ray.roles.ptx import PtxRows
 from rlhf_ray.roles.roles_log import RolesLog
 from rlhf_ray.roles.scorer import Scorer
@@ -78,13 +80,15 @@ class PPOSetup:
 
     budgets, learning_rates: of a step.  save_due: (step, last step) -> whether a checkpoint is.
 
-    synced_reference: this rank's own, where it scores; None without resets of the reference."""
+    synced_reference: this rank's own, where it scores; None without resets of the reference.  engine_adapter: the policy in an
+    engine of this process with a base of its own; None where the sampler is on the learner's model, or elsewhere."""
 
     folder: RunFolder
     backbone: Backbone
     learner: Learner
     remote_roles: RemoteRoles | None
     synced_reference: LoadedAdapter | None
+    engine_adapter: EngineAdapter | None
     collector: Collector
     eval_collector: Collector
     eval_decoding: Decoding
@@ -115,6 +119,8 @@ class PPOSetup:
 
 def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     """Load, check, and say what this run is. Raises the error tree before the first rollout."""
+    beside = config.rollout.engine == "vllm" and config.placement == "colocate"
+    engine_adapter = policy_engine(config, session.device, "generator")[1] if beside else None
     remote_roles = _remote_roles(session) if config.placement == "split" else None
     loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
     assembly, roles = assemble(config, session.device)
@@ -138,7 +144,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         split = remote_roles.collector(config.rollout_chunk_size, backbone.pad_id)
         collector = lambda temperature: split  # noqa: E731  # scorers take the temperature with each request
     else:
-        collector = _own_collector(config, session, assembly, roles, learner, to_texts, synced)
+        collector = _own_collector(config, session, assembly, roles, learner, to_texts, synced, engine_adapter)
     total = config.max_steps if config.max_steps > 0 else prompts.schedule.steps(config.num_train_epochs)
     if value_warmup(config.value.warmup_steps, total) >= total and "value" in models.bindings:
         raise ConfigError.at(
@@ -158,6 +164,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         learner=learner,
         remote_roles=remote_roles,
         synced_reference=synced,
+        engine_adapter=engine_adapter,
         collector=collector(config.temperature),
         eval_collector=collector(eval_decoding.temperature),
         eval_decoding=eval_decoding,
@@ -220,15 +227,19 @@ def _own_collector(
     learner: Learner,
     to_texts: Callable[[Rollout, Sequence[Row]], Texts],
     synced: LoadedAdapter | None,
+    engine_adapter: EngineAdapter | None,
 ) -> Callable[[float], Collector]:
-    """Makes collectors, by temperature, that sample and score on the learner's own models."""
+    """Makes collectors, by temperature, that sample and score on the learner's own models, or sample in an engine beside them."""
     models, pad_id, rows = learner.models, assembly.base.pad_id, config.per_device_train_batch_size
     module, lockstep, max_over_ranks = learner.engine.module, learner.lockstep, learner.models.max_over_ranks
     rewards = roles.build(module, rows, session.device, max_over_ranks)
-    forward = partial(module, "decode") if lockstep else None
-    sampler = policy_sampler(config, assembly, models.stack_of("policy").model, forward)
-    some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
-    generator = Generator(sampler, pad_id, config.seed, some_rank_decodes)
+    if engine_adapter is not None:
+        generator: Generator = BesideGenerator(pad_id, config.seed, engine_adapter)
+    else:
+        forward = partial(module, "decode") if lockstep else None
+        sampler = policy_sampler(config, assembly, models.stack_of("policy").model, forward)
+        some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
+        generator = Generator(sampler, pad_id, config.seed, some_rank_decodes)
 
     def collector(temperature: float) -> Collector:
         scorer = Scorer(
@@ -293,6 +304,7 @@ def header_lines(
             "placement",
             f"{config.placement}, {world} worker{'s' if world > 1 else ''}, ZeRO {config.learner.zero_stage}",
         ),
+        *engine_line(config),
         *zero_3_lines(config, session),
         header_line("device", f"{session.device}, {session.num_threads} threads, {backbone.attn_implementation}"),
         *([header_line("", f"not bit-exact: {why}")] if (why := not_exact(session.device)) else []),

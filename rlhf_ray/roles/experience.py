@@ -121,8 +121,9 @@ def make_experience(
 
 
 def importance_weights(rollout: Rollout, evaluation: Evaluation, config: PPOConfig) -> Tensor | None:
-    """f32[B, R]: corrects for tokens that an older adapter sampled; None where the newest one samples (max_staleness 0)."""
-    if config.max_staleness == 0:
+    """f32[B, R]: corrects for tokens that an older adapter (max_staleness 1) or another engine (rollout.engine) sampled; None where
+    the newest one samples by the learner's own probabilities."""
+    if not config.samples_off_policy:
         return None
     cap = config.importance_sampling_cap
     return losses.truncated_importance_weights(evaluation.logprobs, rollout.sample_logprobs, rollout.response_mask, cap)

@@ -13,8 +13,7 @@ import torch
 
 from rlhf_ray.batches import PromptBatch, Rollout
 from rlhf_ray.maths.rng import row_seed
-from rlhf_ray.sampler.engine import DecodeRequest, DecodeResult, Sampler
-from rlhf_ray.sampler.requests import KeepStepping
+from rlhf_ray.sampler.requests import DecodeEngine, DecodeRequest, DecodeResult, KeepStepping
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,9 @@ class Generator:
 
     keep_stepping: under ZeRO-3, whether any rank still decodes; all ranks then decode until none does."""
 
-    def __init__(self, sampler: Sampler, pad_id: int, seed: int, keep_stepping: KeepStepping | None = None) -> None:
+    def __init__(
+        self, sampler: DecodeEngine, pad_id: int, seed: int, keep_stepping: KeepStepping | None = None
+    ) -> None:
         self.sampler, self.pad_id, self.seed, self.keep_stepping = sampler, pad_id, seed, keep_stepping
 
     def generate(

@@ -1,8 +1,9 @@
 """An adapter whose weights come from elsewhere, each time named by version and sha256: a generator's policy, the reference after a
-reset (ref_model_sync_steps)."""
+reset (ref_model_sync_steps). It is in a model of ours, or in an engine that has a model of its own."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +14,17 @@ from rlhf_ray.errors import InvariantError
 from rlhf_ray.models.adapters import adapter_tensors, load_adapter_tensors
 from rlhf_ray.roles.generator import ActiveAdapter
 from rlhf_ray.runtime.fault_injection import inject_nan
+from rlhf_ray.sampler.vllm_engine import VLLMEngine
 from rlhf_ray.storage.files import sha256_tensors
 
 
-class LoadedAdapter:
-    """Adapter `name` on `model`.  role: whose it is, for faults made on purpose.
+class HeldAdapter(ABC):
+    """Adapter `name`.  role: whose it is, for faults made on purpose.
 
-    version, sha256: of what was loaded last; None and "" before that.
+    version, sha256: of what was loaded last; None and "" before that."""
 
-    Under ZeRO-3 all methods but `holds` are collectives, which every rank calls."""
-
-    def __init__(self, model: nn.Module, name: str, role: str) -> None:
-        self.model, self.name, self.role = model, name, role
+    def __init__(self, name: str, role: str) -> None:
+        self.name, self.role = name, role
         self.version: int | None = None
         self.sha256 = ""
 
@@ -33,7 +33,7 @@ class LoadedAdapter:
         return (self.version, self.sha256) == (adapter.version, adapter.sha256)
 
     def load(self, adapter: ActiveAdapter, tensors: Mapping[str, Any]) -> None:
-        """Put `tensors` into the model and make sure that they are the adapter named: by hash, read back from the model.
+        """Put `tensors` where they are used and make sure that they are the adapter named: by hash, read back from there.
 
         tensors: plain PEFT key -> f32 array or tensor. Raises InvariantError if they are not finite, or another adapter."""
         where = f"adapter version {adapter.version}"
@@ -47,7 +47,7 @@ class LoadedAdapter:
                 where, f"{broken[0]} is not finite ({len(broken)} of {len(copied)} tensors)", got="a poisoned adapter"
             )
         self.version, self.sha256 = None, ""
-        load_adapter_tensors(self.model, self.name, copied)
+        self._put(copied)
         found = self.held_sha256()
         if found != adapter.sha256:
             raise InvariantError.at(
@@ -58,10 +58,57 @@ class LoadedAdapter:
             )
         self.version, self.sha256 = adapter.version, found
 
+    @abstractmethod
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        """Have `tensors`, f32 on the CPU, used from now on."""
+
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What the model holds now, f32 on the CPU."""
+        """What is held now, f32 on the CPU."""
+
+    @abstractmethod
+    def held_sha256(self) -> str:
+        """Of what is held now, whatever was loaded."""
+
+
+class LoadedAdapter(HeldAdapter):
+    """In `model`. Under ZeRO-3 all methods but `holds` are collectives, which every rank calls."""
+
+    def __init__(self, model: nn.Module, name: str, role: str) -> None:
+        super().__init__(name, role)
+        self.model = model
+
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        load_adapter_tensors(self.model, self.name, tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
         return adapter_tensors(self.model, self.name)
 
     def held_sha256(self) -> str:
-        """Of what the model holds now, whatever was loaded."""
         return sha256_tensors(self.tensors())
+
+
+class EngineAdapter(HeldAdapter):
+    """In the layers of vLLM, which hold it in their own number format and with the scale multiplied in. The engine compares them
+    with what it is given, once; that they still hold that is seen by their hash.
+
+    config: in the form of `AdapterFiles.config`."""
+
+    def __init__(self, engine: VLLMEngine, config: Mapping[str, Any], name: str, role: str) -> None:
+        super().__init__(name, role)
+        self.engine, self.config = engine, config
+        self._given: dict[str, Tensor] = {}
+        self._layers_sha256 = ""
+
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        self._given = {}
+        self.engine.load_adapter(self.name, self.config, tensors)
+        self._given, self._layers_sha256 = tensors, self.engine.layers_sha256(self.name)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was loaded; `held_sha256` says whether it is still what the layers hold."""
+        return self._given
+
+    def held_sha256(self) -> str:
+        found = self.engine.layers_sha256(self.name)
+        return sha256_tensors(self._given) if self._given and found == self._layers_sha256 else found

@@ -1,4 +1,4 @@
-"""Functions by their names, so that a process which only passes one on does not import what it needs."""
+"""Functions by their names, so that a process which only passes one on does not import what it needs; what is not installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import gc
 import pkgutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
+
+from rlhf_ray.errors import ResourceError
 
 
 def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
@@ -29,3 +32,14 @@ def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
 def call_imported(function: str, *args: Any, **kwargs: Any) -> Any:
     """`function` by its name, called: what an actor is sent instead of the function."""
     return imported(function)(*args, **kwargs)
+
+
+def is_installed(module: str) -> bool:
+    """Whether `module` could be imported here. Imports nothing."""
+    return find_spec(module) is not None
+
+
+def vllm_missing(where: str) -> ResourceError:
+    """The error of a job that samples with vLLM. where: "this machine", or a node."""
+    fix = "pip install 'rlhf_ray[vllm]' there, on a CPU as `make test-vllm` does; or set rollout.engine: builtin"
+    return ResourceError.at("rollout.engine", f"vllm is not installed on {where}", "vLLM", fix=fix)

@@ -88,17 +88,7 @@ class Batch:
                 [request.row_seed for request in requests],
             ]
         ).to(device)
-        greedy = [request.greedy for request in requests]
-        plan = SamplingPlan(
-            seeds=whole[3],
-            temperature=torch.tensor([request.temperature for request in requests]).to(device),
-            truncation=_truncation(requests, device),
-            greedy=torch.tensor(greedy).to(device) if any(greedy) else None,
-            all_greedy=all(greedy),
-            logits=LogitsPlan.of(rows, device),
-            reported=_reported(requests, device),
-            top=tuple(r.top_logprobs for r in requests) if any(r.top_logprobs for r in requests) else None,
-        )
+        plan = sampling_plan(requests, whole[3], device, LogitsPlan.of(rows, device))
         return cls(whole[0], whole[1:3], plan, forward, max(held))
 
     def advance(self, tokens: Tensor) -> None:
@@ -108,6 +98,23 @@ class Batch:
         self.longest += 1
         if self.plan.logits is not None:
             self.plan.logits.advance(tokens)
+
+
+def sampling_plan(
+    requests: Sequence[DecodeRequest], seeds: Tensor, device: torch.device, logits: LogitsPlan | None = None
+) -> SamplingPlan:
+    """How the rows of a step are sampled. seeds: i64[N], their row seeds, on the device.   logits: what changes theirs first."""
+    greedy = [request.greedy for request in requests]
+    return SamplingPlan(
+        seeds=seeds,
+        temperature=torch.tensor([request.temperature for request in requests]).to(device),
+        truncation=_truncation(requests, device),
+        greedy=torch.tensor(greedy).to(device) if any(greedy) else None,
+        all_greedy=all(greedy),
+        logits=logits,
+        reported=_reported(requests, device),
+        top=tuple(r.top_logprobs for r in requests) if any(r.top_logprobs for r in requests) else None,
+    )
 
 
 def _truncation(requests: Sequence[DecodeRequest], device: torch.device) -> Truncation | None:

@@ -44,6 +44,13 @@ UNUSED = [
     ("num_ppo_epochs: 1\nnum_mini_batches: 1\ntarget_kl: 0.1", "target_kl", "one optimizer step per rollout"),
     ("num_ppo_epochs: 1\nnum_mini_batches: 1\nmax_clip_fraction: 0.1", "max_clip_fraction", "every ratio is 1"),
     ("importance_sampling_cap: 3", "importance_sampling_cap", "with max_staleness 0"),
+    ("rollout: {kv_cache_gb: 2}", "rollout.kv_cache_gb", "with rollout.engine builtin"),
+    ("rollout: {enforce_eager: true}", "rollout.enforce_eager", "with rollout.engine builtin"),
+    (
+        "placement: split\nrollout: {engine: vllm, enable_sleep_mode: true}",
+        "rollout.enable_sleep_mode",
+        "where nobody shares the engine's GPU",
+    ),
     ("bootstrap_truncated: true\nmissing_eos_penalty: 2", "missing_eos_penalty", "leaves out the score"),
     ("data: {train: prompts.jsonl, held_out_fraction: 0}\neval_steps: 3", "eval_steps", "no prompt is held out"),
     ("lr_scheduler_type: constant\nmin_lr_ratio: 0.5", "min_lr_ratio", "which does not decay"),

@@ -19,6 +19,7 @@ from rlhf_ray.models.adapters import adapter_config, adapter_tensors, save_adapt
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.plan.advice import options, recommendation, smallest_change, warnings
+from rlhf_ray.plan.engine import BESIDES
 from rlhf_ray.plan.estimate import Estimator, changed, with_stages
 from rlhf_ray.plan.job_plan import plan, text
 from rlhf_ray.plan.memory import CARDS, GIB, Process
@@ -387,3 +388,44 @@ def test_states_do_not_grow_with_replies_and_keys_do(model: Callable[..., str]) 
             for n in (32, 512)
         )
         assert short < long if kind == "lfm2" else short == long
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+def test_an_engine_of_its_own(model: Callable[..., str]) -> None:
+    """A base, a slot of the rank that vLLM has (8 for 4), keys and values of one chunk: 16 x 96 tokens x 2 layers x 2 x 2 heads of
+    16 in two bytes. Beside a learner it is there in every phase; asleep, not while the learner learns."""
+    fields: dict[str, Any] = {"rollout_chunk_size": 16, "rollout_batch_size": 64, "lora": {"r": 4}}
+    vllm = {"engine": "vllm"}
+    builtin, alone = (
+        next(
+            p
+            for p in Estimator("cuda").processes(ppo(model(), placement="split", **fields, **more))
+            if p.role == "generator"
+        )
+        for more in ({}, {"rollout": vllm})
+    )
+    parts = alone.phases["sampling"]
+    assert parts["bases"] == pytest.approx(builtin.phases["sampling"]["bases"], rel=0.01)
+    assert parts["adapters"] == builtin.phases["sampling"]["adapters"]  # twice the rank, half the bytes of a number
+    assert parts["kv cache"] == 16 * 96 * 2 * 2 * 2 * 16 * 2
+    before, awake, asleep = (
+        only(ppo(model(), **fields, **more)).phases
+        for more in ({}, {"rollout": vllm}, {"rollout": {**vllm, "enable_sleep_mode": True}})
+    )
+    engine = sum(parts[name] for name in ("bases", "adapters", "kv cache")) + BESIDES
+    assert sum(awake["update"].values()) == pytest.approx(sum(before["update"].values()) + engine, rel=0.01)
+    assert asleep["update"] == before["update"] and asleep["scoring"] == awake["scoring"]
+    on_cpu = only(ppo(model(), **fields, rollout=vllm, dtype="float32"), device="cpu").phases["sampling"]
+    assert on_cpu["kv cache"] == GIB
+    assert only(ppo(model(), **fields, rollout={**vllm, "kv_cache_gb": 2.0})).phases["load"]["kv cache"] == 2 * GIB
+
+
+def test_the_plan_says_what_vllm_takes(model: Callable[..., str]) -> None:
+    job = ppo(model(), rollout={"engine": "vllm"})
+    (note,) = [line for line in Estimator("cuda").notes(job) if line.startswith("vLLM takes 0.3 of its GPU")]
+    assert "of 24 GB" in note and "of 80 GB" in note
+    assert not [line for line in Estimator("cpu").notes(job) if "vLLM" in line]
+    change = smallest_change(ppo(model("7b", LLAMA_7B), rollout={"engine": "vllm"}), Estimator("cuda"), 2 * GIB)
+    assert change is None or "rollout.engine=builtin" in change.settings

@@ -201,6 +201,9 @@ def test_tokens_of_an_older_adapter_count_by_their_truncated_ratio() -> None:
     assert metrics["sampler/importance_clipped"] == pytest.approx(1 / 5)
     weighted = float(row[:3] @ torch.tensor([0.2, -0.4, 0.4])) / 2
     assert metrics["kl/k1_per_response"] == pytest.approx(weighted), "k1 as the loss weighs its tokens; it was 0.1"
+    other_engine = config(rollout={"engine": "vllm"}, importance_sampling_cap=1.3)
+    same, _ = make_experience(*parts(), other_engine, 0.0, RunningMoments())
+    assert same.token_weights is not None and torch.equal(same.token_weights, experience.token_weights)
     fresh, without = make_experience(*parts(), config(), 0.0, RunningMoments())
     assert fresh.token_weights is None and "sampler/importance_weight" not in without
     assert torch.equal(fresh.advantages, experience.advantages), "advantages are not weighted, losses are"

@@ -1,0 +1,63 @@
+"""What a vLLM engine holds: a base of its own, room for one adapter, keys and values.
+
+Counted is what it cannot do without; on a GPU it takes the share that it is given, whatever it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.plan.memory import CARDS, GIB, Device, Parts, Phases
+from rlhf_ray.plan.passes import Cast, Shapes
+from rlhf_ray.ppo.vllm import CPU_CACHE_GB, gpu_share
+from rlhf_ray.sampler.vllm_lora import largest_rank
+
+BESIDES = int(0.5 * GIB)
+"""Of an engine on a GPU: activations of its widest pass, buffers, CUDA graphs. An allowance, not a measurement."""
+
+
+def engine_parts(job: PPOConfig, cast: Cast, shapes: Shapes, device: Device) -> Parts:
+    """Bytes of the engine while it is awake.   cast: of a process with the policy on its base."""
+    base = cast.assembly.base
+    width = base.dtype.itemsize
+    text = base.model.config.get_text_config()
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    per_head = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    token = 2 * int(text.num_hidden_layers) * heads * per_head * width
+    needed = shapes.chunk * (shapes.prompt + shapes.response) * token
+    given = job.rollout.kv_cache_gb or (CPU_CACHE_GB if device == "cpu" else None)
+    return {
+        "bases": sum(p.numel() * width for name, p in base.model.named_parameters() if ".lora_" not in name),
+        "adapters": _slots(cast, width),
+        "kv cache": needed if given is None else int(given * GIB),
+        "other": 0 if device == "cpu" else BESIDES,
+    }
+
+
+def with_engine(phases: Phases, engine: Parts, asleep: frozenset[str]) -> Phases:
+    """`phases` of a learner, with the engine beside it in all but those in which it sleeps."""
+
+    def both(name: str, parts: Parts) -> Parts:
+        if name in asleep:
+            return parts
+        return {part: parts.get(part, 0) + engine.get(part, 0) for part in parts.keys() | engine.keys()}
+
+    return {name: both(name, parts) for name, parts in phases.items()}
+
+
+def engine_note(job: PPOConfig, engine: Parts) -> str:
+    """What share of which card is enough."""
+    needed, share = sum(engine.values()) / GIB, gpu_share(job)
+    enough = [f"{needed / room:.2f} of {card} GB" for card, room in CARDS.items() if needed < 0.9 * room]
+    return (
+        f"vLLM takes {share:g} of its GPU (rollout.gpu_memory_utilization), whatever it needs; counted is what it cannot do"
+        f" without, {needed:.1f} GiB: {', '.join(enough) or 'more than any card has'}"
+    )
+
+
+def _slots(cast: Cast, width: int) -> int:
+    """Of one adapter at the rank that vLLM is started with."""
+    peft: Any = cast.assembly.stacks["base"].peft
+    rank = peft.peft_config["policy"].r
+    numel = sum(p.numel() for name, p in peft.named_parameters() if ".lora_" in name and ".policy." in name)
+    return numel * largest_rank(rank) // rank * width

@@ -27,6 +27,7 @@ from rlhf_ray.models.zero3 import whole_numel
 from rlhf_ray.ppo.actors import check_and_describe
 from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, synced_reference, text_maker
 from rlhf_ray.ppo.prompts import Prompts, load_prompts
+from rlhf_ray.ppo.reward_gate import check_reward_models
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.roles.actor_collector import ActorCollector, RemoteRoles
@@ -112,6 +113,7 @@ class PPOSetup:
 
 def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     """Load, check, and say what this run is. Raises the error tree before the first rollout."""
+    weak = check_reward_models(config) if not folder.checkpoints() else []
     remote_roles = RemoteRoles(session.actor_handles, session) if config.placement == "split" else None
     loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
     assembly, roles = assemble(config, session.device)
@@ -195,6 +197,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
             *notes,
             *prompts.warnings,
             *roles.warnings,
+            *weak,
             *map(str, unused_fields(config)),
             *never,
             *controller_warnings(config),

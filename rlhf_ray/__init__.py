@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers see; tests/unit/test_public_names.py holds it equal to _PUBLIC
+    from rlhf_ray.config import DPOConfig as DPOConfig
     from rlhf_ray.config import EvaluateConfig as EvaluateConfig
     from rlhf_ray.config import PipelineConfig as PipelineConfig
     from rlhf_ray.config import PPOConfig as PPOConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # what type checkers see; tests/unit/test_public_names.py hol
     from rlhf_ray.stages.generate import generate as generate
     from rlhf_ray.stages.resume import resume as resume
     from rlhf_ray.stages.score import score as score
+    from rlhf_ray.stages.start import dpo as dpo
     from rlhf_ray.stages.start import evaluate as evaluate
     from rlhf_ray.stages.start import pipeline as pipeline
     from rlhf_ray.stages.start import ppo as ppo
@@ -43,14 +45,14 @@ if TYPE_CHECKING:  # what type checkers see; tests/unit/test_public_names.py hol
     __version__: str
 
 _PUBLIC = {
-    "config": "EvaluateConfig PPOConfig PipelineConfig RewardConfig SFTConfig ServeConfig SweepConfig",
+    "config": "DPOConfig EvaluateConfig PPOConfig PipelineConfig RewardConfig SFTConfig ServeConfig SweepConfig",
     "errors": "ArtifactError ConfigError DataError Interrupted InvariantError LimitReached ResourceError RlhfRayError",
     "models.merge": "merge=merge_run",
     "ppo": "ppo=",
     "stages.generate": "generate",
     "stages.resume": "resume",
     "stages.score": "score",
-    "stages.start": "evaluate pipeline reward sft",
+    "stages.start": "dpo evaluate pipeline reward sft",
     "storage.run": "Run load_run",
     "sweep": "sweep=",
 }

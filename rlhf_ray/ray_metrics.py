@@ -19,7 +19,7 @@ FIGURES = {
     "reply_tokens": ("response/length", "mean reply length"),
     "clip_fraction": ("policy/clip_fraction", "tokens whose ratio was clipped"),
     "entropy": ("policy/entropy", "nats per token"),
-    "loss": ("loss", "training loss of SFT and reward modelling"),
+    "loss": ("loss", "training loss of SFT, DPO and reward modelling"),
     "eval_reward": ("eval/reward", "raw reward on held-out prompts"),
     "eval_loss": ("eval/loss", "held-out loss"),
     "retries": ("faults/retries", "chunks done again in the step, because an actor was lost"),

@@ -101,6 +101,7 @@ def _fields_table(stage: str) -> str:
 
 STAGE_HELP = {
     "sft": "Fine-tune a LoRA adapter on instruction data.",
+    "dpo": "Train a policy on preference pairs directly, without a reward model.",
     "reward": "Train a reward model on preference pairs.",
     "ppo": "Train the policy by PPO on the rewards listed.",
     "evaluate": "Compare policies on held-out prompts.",
@@ -230,7 +231,12 @@ def generate(
     instruction: Annotated[str | None, typer.Option(help="one instruction to answer")] = None,
     input: Annotated[str, typer.Option(help="its input")] = "",
     file: Annotated[str | None, typer.Option(help="answer every row of this file instead")] = None,
-    out: Annotated[str | None, typer.Option(help="write JSON lines here instead of printing")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="write JSON lines here instead of printing; FILE.html: a page to compare replies and vote blind"
+        ),
+    ] = None,
     model: Model = None,
     template: TemplateName = None,
     max_new_tokens: MaxNewTokens = None,

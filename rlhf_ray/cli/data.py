@@ -24,7 +24,7 @@ def check(
         list[str] | None,
         typer.Argument(metavar="FIELD=VALUE", help="as in the job, e.g. data.format=messages max_length=256"),
     ] = None,
-    stage: Annotated[Literal["sft", "reward", "ppo"], typer.Option(help="what the rows are for")] = "sft",
+    stage: Annotated[Literal["sft", "dpo", "reward", "ppo"], typer.Option(help="what the rows are for")] = "sft",
     template: Annotated[str | None, typer.Option(help="prompt template; default: chat if the model has one")] = None,
     rows: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,

@@ -5,6 +5,7 @@ paths in a job file are relative to the working directory. `rlhf-ray <stage> --h
 """
 
 from rlhf_ray.config.actors import ActorsConfig
+from rlhf_ray.config.alarm import AlarmConfig
 from rlhf_ray.config.endpoints import AnnotatorConfig, EndpointConfig, LLMJudgeConfig
 from rlhf_ray.config.pipeline import STAGES, PipelineConfig
 from rlhf_ray.config.rewards import PolicySpec, RewardSource
@@ -20,14 +21,16 @@ from rlhf_ray.config.sections import (
     check_accumulation,
 )
 from rlhf_ray.config.serve import LimitsConfig, ReplicasConfig, ServeConfig
-from rlhf_ray.config.stages import EvaluateConfig, JobFields, OptimFields, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config.stages import DPOConfig, EvaluateConfig, JobFields, OptimFields, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.config.sweep import SweepConfig
 
 __all__ = [
     "RUN_NAME",
     "STAGES",
     "ActorsConfig",
+    "AlarmConfig",
     "AnnotatorConfig",
+    "DPOConfig",
     "DataConfig",
     "EndpointConfig",
     "EvaluateConfig",

@@ -25,6 +25,7 @@ VERSION_1: dict[str, Any] = {
     "value.warmup_steps": 0,
     "response_length": 128,
     "max_prompt_length": None,
+    "allow_chance_rewards": True,
 }
 """Constants that were other ones in version 1, in every stage that has the field. `_value_rate` and `_reward_runs_as_they_are` have
 the rest."""

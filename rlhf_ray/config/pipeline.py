@@ -8,32 +8,46 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, model_validator
 
 from rlhf_ray.config.sections import DataConfig, _to_tuple, field, under
-from rlhf_ray.config.stages import EvaluateConfig, JobFields, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config.stages import DPOConfig, EvaluateConfig, JobFields, PPOConfig, RewardConfig, SFTConfig
 
 STAGES: dict[str, type[JobFields]] = {
     "sft": SFTConfig,
+    "dpo": DPOConfig,
     "reward": RewardConfig,
     "ppo": PPOConfig,
     "evaluate": EvaluateConfig,
 }
+OPTIONAL = ("dpo",)
+"""Stages that run by default only where the job has a section of them."""
 SOURCES = {"run", "ensemble", "model", "function"}
 """A reward has one of these; in ppo.rewards of a pipeline one without is that of the reward stage."""
 
 
 class PipelineConfig(JobFields):
-    """SFT, reward model, PPO and evaluation, one after the other, in one worker group. Each stage writes output_dir/<stage>."""
+    """SFT, DPO, reward model, PPO and evaluation in turn, in one worker group. Each stage writes output_dir/<stage>."""
 
     stages: Annotated[
-        tuple[Literal["sft", "reward", "ppo", "evaluate"], ...],
+        tuple[Literal["sft", "dpo", "reward", "ppo", "evaluate"], ...],
         BeforeValidator(_to_tuple),
-    ] = field(tuple(STAGES), "stages to run, in this order")
+    ] = field(
+        tuple(stage for stage in STAGES if stage not in OPTIONAL),
+        "stages to run, in this order; default where the job has a section dpo: that one too, after sft",
+    )
     sft: dict[str, Any] = field({}, "fields of SFTConfig")
+    dpo: dict[str, Any] = field({}, "fields of DPOConfig; its data by default those of the reward stage")
     reward: dict[str, Any] = field({}, "fields of RewardConfig")
     ppo: dict[str, Any] = field(
         {},
         "fields of PPOConfig; of its rewards, one that names no run, ensemble, model or function is that of the reward stage",
     )
     evaluate: dict[str, Any] = field({}, "fields of EvaluateConfig")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_with_a_section(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "stages" in values or not any(values.get(stage) for stage in OPTIONAL):
+            return values
+        return {**values, "stages": tuple(s for s in STAGES if s not in OPTIONAL or values.get(s))}
 
     @model_validator(mode="after")
     def _stages(self) -> PipelineConfig:
@@ -75,13 +89,17 @@ class PipelineConfig(JobFields):
         """What a stage has of those before it, where it says nothing else."""
         made: dict[str, str] = {s: f"{self.output_dir}/{s}" for s in self.stages}
         rewards, wiring = self._rewards(made), dict[str, Any]()
-        if "sft" in made and (stage == "ppo" or (stage == "reward" and self.reward.get("init_from") != "base")):
+        if "sft" in made and (
+            stage in ("dpo", "ppo") or (stage == "reward" and self.reward.get("init_from") != "base")
+        ):
             wiring["sft"] = made["sft"]
+        if stage == "dpo" and "data" in self.reward:
+            wiring["data"] = self.reward["data"]
         if stage == "ppo" and rewards is not None:
             wiring["rewards"] = rewards
         if stage == "evaluate":
             wiring["policies"] = [{"name": "base", "policy": "base"}]
-            wiring["policies"] += [{"name": s, "policy": made[s]} for s in ("sft", "ppo") if s in made]
+            wiring["policies"] += [{"name": s, "policy": made[s]} for s in ("sft", "dpo", "ppo") if s in made]
             wiring["rewards"] = rewards or []
             for name in (
                 "response_length",

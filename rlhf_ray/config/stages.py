@@ -17,6 +17,7 @@ from pydantic import (
 
 from rlhf_ray.config import defaults
 from rlhf_ray.config.actors import ActorsConfig
+from rlhf_ray.config.alarm import AlarmConfig
 from rlhf_ray.config.rewards import PolicySpec, RewardSource
 from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.config.sections import (
@@ -198,7 +199,7 @@ class OptimFields(Section):
 
 
 class _SupervisedFields(JobFields, OptimFields):
-    """What SFT and reward modelling share."""
+    """What SFT, DPO and reward modelling share."""
 
     data: DataConfig = field(..., "rows")
     lora: LoraConfig = field(LoraConfig(), "the adapter that is trained")
@@ -257,8 +258,44 @@ class SFTConfig(_SupervisedFields):
 
     @model_validator(mode="after")
     def _goes_on(self) -> SFTConfig:
-        if self.sft is not None and "lora" in self.model_fields_set:
-            raise ValueError("lora: the adapter named by sft has its own r, alpha and targets; drop lora")
+        _refuse_lora_beside_sft(self)
+        return self
+
+
+def _refuse_lora_beside_sft(config: SFTConfig | DPOConfig) -> None:
+    if config.sft is not None and "lora" in config.model_fields_set:
+        raise ValueError("lora: the adapter named by sft has its own r, alpha and targets; drop lora")
+
+
+class DPOConfig(_SupervisedFields):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): a policy from preference pairs, without a reward
+    model or replies of its own. Names are those of TRL's DPOConfig, and defaults but for the learning rate."""
+
+    learning_rate: Positive = field(
+        5e-6,
+        "peak learning rate; TRL's default of 1e-6 is one for full fine-tuning: its DPO script takes 5e-7 there, and ten times as"
+        " much, 5e-6, with LoRA",
+    )
+    sft: Path | None = field(
+        None,
+        "SFT run or adapter: start of the policy, and the frozen reference, both on one loaded base; none: a fresh adapter, and the"
+        " base itself is the reference",
+    )
+    loss_type: Literal["sigmoid"] = field("sigmoid", "the loss of the paper, which is that of a Bradley-Terry model")
+    beta: Positive = field(0.1, "how strongly the policy is held to the reference: higher moves less")
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = field(
+        0.0, "probability that a pair is labelled the wrong way round (conservative DPO, ericmitchell.ai/cdpo.pdf)"
+    )
+    rpo_alpha: NotNegative | None = field(
+        None,
+        "weight of -log p of the chosen reply, mean over its tokens, added to each pair's loss (arXiv:2404.19733, equation 2, which"
+        " takes 1; TRL takes the mean over the tokens of a microbatch); null: off",
+    )
+    add_eos_token: bool = field(True, "replies end with the token that ends them (see sft), as PPO's do")
+
+    @model_validator(mode="after")
+    def _start(self) -> DPOConfig:
+        _refuse_lora_beside_sft(self)
         return self
 
 
@@ -297,6 +334,11 @@ class PPOConfig(JobFields, OptimFields):
         None,
         "name of a reward of weight 0, which PPO does not maximise, to judge by: best checkpoint, over_optimisation_patience,"
         " sweeps, promotion and the report go by eval/reward/<name>; null: by the very reward that is maximised",
+    )
+    allow_chance_rewards: bool = field(
+        False,
+        "maximise reward runs that are not shown to be better than chance: the 95% interval of their held-out accuracy reaches 50%"
+        " (else exit 2)",
     )
     value: ValueConfig = field(ValueConfig(), "the value model (critic)")
     placement: Literal["colocate", "split"] = field(
@@ -404,6 +446,12 @@ class PPOConfig(JobFields, OptimFields):
         None,
         "stop (exit 75) after this many evaluations in a row whose reward is two standard errors below the best one, at a"
         " larger KL; null: off",
+    )
+
+    alarm: AlarmConfig = field(AlarmConfig(), "signs of over-optimisation")
+    kl_cap: Positive | None = field(
+        None,
+        "the best step is chosen among evaluations at a held-out KL (k1) of at most this, nats; default: max_kl, any without one",
     )
 
     gamma: Share = field(1.0, "discount")

@@ -155,7 +155,7 @@ _SKIP = "data.on_bad_row: skip leaves such rows out and counts them"
 
 _BAD = ("false", "False", "FALSE")
 """`label` of a bad reply (KTO's data), of a file that has no booleans; 0 and 1 may be classes."""
-READ_BESIDE = ("label", "margin", "tools", "chat_template_kwargs")
+READ_BESIDE = ("label", "margin", "group", "tools", "chat_template_kwargs")
 """Columns of any format that are read where they are there."""
 
 

@@ -57,6 +57,10 @@ class Prompt:
         """Nothing but white space is asked."""
         return not (self.text.strip() or self.input.strip() or any(m.content.strip() for m in self.messages))
 
+    def as_column(self) -> str | list[dict[str, Any]]:
+        """As `prompt` of a row of format `preference`: messages where it is a conversation, else a text."""
+        return [message.fields() for message in self.messages] if self.messages else self.plain()
+
     def plain(self) -> str:
         """The prompt as one text: instruction, blank line, input; or a transcript that ends where the assistant speaks next."""
         if self.messages:

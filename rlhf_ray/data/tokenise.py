@@ -51,13 +51,15 @@ class TokenisedRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenisedPair:
-    """Both sequences start with the same `prompt_length` prompt tokens.   margin: by how much chosen is better, 0 if not known."""
+    """Both sequences start with the same `prompt_length` prompt tokens.   margin: by how much chosen is better, 0 if not known.
+    group: what the row's column of that name says, "" where there is none."""
 
     chosen_ids: list[int]
     rejected_ids: list[int]
     prompt_length: int
     where: str
     margin: float = 0.0
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,9 @@ def tokenise_pairs(
             reason = "identical after truncation" if len(longer) > max_length else "identical token ids"
             out.dropped.add(reason, row.where)
         else:
-            out.examples.append(TokenisedPair(first, second, len(prompt), row.where, row.margin or 0.0))
+            group = row.columns.get("group")
+            named = "" if group is None else str(group)
+            out.examples.append(TokenisedPair(first, second, len(prompt), row.where, row.margin or 0.0, named))
             rule.count_cut(row.where, longer, out)
     DataError.raise_all(rule.problems)
     return out

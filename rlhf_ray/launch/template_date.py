@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from rlhf_ray.config import EvaluateConfig, JobFields, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config import DPOConfig, EvaluateConfig, JobFields, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.launch.begun import begun
 from rlhf_ray.models.lineage import recorded_date
@@ -40,7 +40,7 @@ def _is_chat(config: JobFields) -> bool:
 
 def _of_parents(config: JobFields) -> Iterator[str]:
     """Recorded dates of what the job names, the policy's start first. What cannot be read is told by the stage itself."""
-    named = [config.sft] if isinstance(config, (SFTConfig, RewardConfig, PPOConfig)) else []
+    named = [config.sft] if isinstance(config, (SFTConfig, DPOConfig, RewardConfig, PPOConfig)) else []
     if isinstance(config, EvaluateConfig):
         named += [policy.policy for policy in config.policies]
     if isinstance(config, (PPOConfig, EvaluateConfig)):

@@ -200,6 +200,42 @@ def centring_loss_sum(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]
     return total.square().sum(), torch.tensor(total.numel(), device=total.device)
 
 
+def dpo_loss_sum(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Stats]:
+    """sum_i -(1 - e) log sigmoid(beta g_i) - e log sigmoid(-beta g_i),   g = (chosen - ref_chosen) - (rejected - ref_rejected)
+
+    (DPO's sigmoid loss, arXiv:2305.18290, equation 7; TRL's loss_type sigmoid. e: a label is wrong with this probability,
+    conservative DPO, ericmitchell.ai/cdpo.pdf). beta (log p - log p_ref) is the reward that the policy implies, up to a term of
+    the prompt alone.
+
+    chosen, rejected (with gradient), ref_chosen, ref_rejected: f32[N] log-probabilities of whole replies, summed over their tokens.
+    beta > 0.   label_smoothing: e, 0 <= e < 1/2.
+    Returns sum, count of pairs, stats: chosen and rejected (implied rewards), won (pairs with g > 0, a tie half).
+
+    >>> loss, pairs, stats = dpo_loss_sum(*torch.tensor([[-3.0], [-5.0], [-4.0], [-4.0]]), beta=0.5)
+    >>> round(float(loss), 4), int(pairs), float(stats["chosen"] - stats["rejected"])
+    (0.3133, 1, 1.0)
+    """
+    for name, given in (("rejected", rejected), ("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
+        if given.shape != chosen.shape:
+            raise ValueError(f"{name}: expected the shape of chosen {tuple(chosen.shape)}, got {tuple(given.shape)}")
+    if not 0 < beta < float("inf") or not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"expected beta above 0 and label_smoothing in [0, 0.5), got {beta} and {label_smoothing}")
+    better = beta * (full_precision(chosen) - full_precision(ref_chosen))
+    worse = beta * (full_precision(rejected) - full_precision(ref_rejected))
+    gap = better - worse
+    loss = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
+    with torch.no_grad():
+        stats = {"chosen": better.sum(), "rejected": worse.sum(), "won": ((gap.sign() + 1) / 2).sum()}
+    return loss.sum(), torch.tensor(gap.numel(), device=gap.device), stats
+
+
 def truncated_importance_weights(
     old_logprobs: Tensor, behaviour_logprobs: Tensor, response_mask: Tensor, cap: float
 ) -> Tensor:

@@ -26,6 +26,15 @@ def standard_error(values: Sequence[float] | Tensor) -> float:
     return math.sqrt(_squares(values) / (len(values) - 1) / len(values)) if len(values) > 1 else math.nan
 
 
+def deviation(error: float, n: float) -> float:
+    """s = e sqrt(n): the standard deviation of values whose mean has the standard error e.
+
+    >>> deviation(0.5, 16)
+    2.0
+    """
+    return error * math.sqrt(n)
+
+
 def error_of_difference(one: float, other: float) -> float:
     """sqrt(e_1^2 + e_2^2): standard error of the difference (or sum) of two independent estimates.
 

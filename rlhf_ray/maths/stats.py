@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 import torch
@@ -99,6 +100,24 @@ def clip_scores(scores: Tensor, limit: float) -> tuple[Tensor, Tensor]:
         raise ValueError(f"limit: expected above 0, got {limit}")
     beyond = (scores.abs() > limit).float()
     return scores.clamp(-limit, limit), beyond.mean() if beyond.numel() else beyond.sum()
+
+
+def repetition(tokens: Tensor, response_mask: Tensor) -> Tensor:
+    """1 - (different pairs of neighbouring tokens) / (all of them), within each reply: the share that it has said before
+
+    0 for a reply that says nothing twice, near 1 for one word over and over (rep-n of arXiv:1908.04319 with n = 2).
+
+    tokens: i64[B, R].   response_mask: bool[B, R], True on a reply's own tokens, which come first.
+    Returns f32[B], 0 for replies of fewer than two tokens.
+
+    >>> repetition(torch.tensor([[5, 6, 5, 6, 5], [5, 6, 7, 0, 0]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]).bool()).tolist()
+    [0.5, 0.0]
+    """
+    found = []
+    for row, length in zip(tokens.tolist(), response_mask.sum(dim=1).tolist()):
+        pairs = list(pairwise(row[:length]))
+        found.append(1 - len(set(pairs)) / len(pairs) if pairs else 0.0)
+    return torch.tensor(found, dtype=torch.float32)
 
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> float:

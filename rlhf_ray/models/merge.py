@@ -305,9 +305,13 @@ def _manifest(
 
 
 def _reading(run: dict[str, Any]) -> dict[str, Any]:
-    """How a reward run's training ended replies: whoever scores texts with the merged checkpoint must do the same."""
+    """How a reward run's training ended replies: whoever scores texts with the merged checkpoint must do the same. And how good it
+    was on held-out pairs, which PPO asks for."""
     reward = run.get("reward")
-    return {"reward": {"add_eos_token": reward["add_eos_token"]}} if reward else {}
+    kept = (
+        {name: reward[name] for name in ("add_eos_token", "held_out") if reward.get(name) is not None} if reward else {}
+    )
+    return {"reward": kept} if reward else {}
 
 
 def _stored(outputs: Tensor, ids: Tensor) -> Tensor:

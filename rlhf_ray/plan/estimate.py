@@ -7,7 +7,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from rlhf_ray.config import EvaluateConfig, JobFields, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config import (
+    STAGES,
+    DPOConfig,
+    EvaluateConfig,
+    JobFields,
+    PipelineConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan.engine import engine_note, engine_parts, with_engine
@@ -63,8 +72,7 @@ class Estimator:
         if isinstance(job, PipelineConfig):
             yield from ((stage, job.stage_config(stage)) for stage in job.stages)
         else:
-            names = {SFTConfig: "sft", RewardConfig: "reward", PPOConfig: "ppo", EvaluateConfig: "evaluate"}
-            yield names[type(job)], job
+            yield next(stage for stage, cls in STAGES.items() if type(job) is cls), job
 
     def processes(self, job: JobFields) -> list[Process]:
         """The processes of one stage. Raises ConfigError, ArtifactError for models that cannot be read."""
@@ -72,7 +80,7 @@ class Estimator:
             return self._ppo(job)
         if isinstance(job, EvaluateConfig):
             return self._evaluation(job)
-        assert isinstance(job, (SFTConfig, RewardConfig))
+        assert isinstance(job, (SFTConfig, DPOConfig, RewardConfig))
         return self._supervised(job)
 
     def shapes(self, job: PPOConfig | EvaluateConfig, context: int) -> Shapes:
@@ -117,7 +125,7 @@ class Estimator:
             if isinstance(job, PPOConfig) and job.ptx_coef:
                 facts.append(f"rows of ptx_data of {shapes.prompt + shapes.response} tokens")
         else:
-            assert isinstance(job, (SFTConfig, RewardConfig))
+            assert isinstance(job, (SFTConfig, DPOConfig, RewardConfig))
             facts.append(f"rows of {min(job.max_length, base.context_length)} tokens")
         return ", ".join(facts)
 
@@ -143,7 +151,7 @@ class Estimator:
             return self._cast("learner", job, partial(learner_models, job, self.device, self.made))
         if isinstance(job, EvaluateConfig):
             return self._cast("evaluation", job, partial(evaluation_models, job, self.device, self.made))
-        assert isinstance(job, (SFTConfig, RewardConfig))
+        assert isinstance(job, (SFTConfig, DPOConfig, RewardConfig))
         return self._cast("supervised", job, partial(supervised_models, job, self.device, self.made))
 
     def _ppo(self, job: PPOConfig) -> list[Process]:
@@ -214,7 +222,7 @@ class Estimator:
         )
         return [self._process("learner", max(job.learner.num_workers, 1), job.learner.num_gpus, phases, cast)]
 
-    def _supervised(self, job: SFTConfig | RewardConfig) -> list[Process]:
+    def _supervised(self, job: SFTConfig | DPOConfig | RewardConfig) -> list[Process]:
         cast = self._first(job)
         learning: SupervisedLearning = self._learning(cast, partial(SupervisedLearning, cast, job))
         rows, evaluated = job.per_device_train_batch_size, job.per_device_eval_batch_size

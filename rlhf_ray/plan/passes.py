@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.batches import Sequences
-from rlhf_ray.config import OptimFields, PPOConfig, RewardConfig, SamplingConfig, SFTConfig
+from rlhf_ray.config import DPOConfig, OptimFields, PPOConfig, RewardConfig, SamplingConfig, SFTConfig
 from rlhf_ray.maths import losses
 from rlhf_ray.models.adapters import adapter_parameters
 from rlhf_ray.models.assembly import BASE, Assembly
@@ -25,7 +25,7 @@ from rlhf_ray.roles.deepspeed_engine import ParameterGroup, build_optimizer
 from rlhf_ray.roles.learner import trained_groups
 from rlhf_ray.sampler.engine import WIDTHS, Sampler, rows_at_once
 from rlhf_ray.sampler.requests import DecodeRequest
-from rlhf_ray.supervised.trained_model import LanguageModel, RewardModel
+from rlhf_ray.supervised.trained_model import LanguageModel, PreferenceModel, RewardModel
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,16 @@ class PPOLearning(Learning):
 
 
 class SupervisedLearning(Learning):
-    """The passes of SFT and of reward modelling."""
+    """The passes of SFT, DPO and reward modelling."""
 
-    def __init__(self, cast: Cast, job: SFTConfig | RewardConfig) -> None:
+    def __init__(self, cast: Cast, job: SFTConfig | DPOConfig | RewardConfig) -> None:
         base, peft_model = cast.assembly.base, cast.assembly.stacks[BASE].peft
-        self.is_sft, self.length = isinstance(job, SFTConfig), min(job.max_length, base.context_length)
+        self.job, self.length = job, min(job.max_length, base.context_length)
         trained: dict[str, Any] = dict(adapter_parameters(peft_model, "trained"))
-        if self.is_sft:
+        if isinstance(job, SFTConfig):
             self.model: Any = LanguageModel(base, peft_model)
+        elif isinstance(job, DPOConfig):
+            self.model = PreferenceModel(base, peft_model, None if job.sft is None else "reference")
         else:
             head = Head(base.hidden_size).to("meta")
             trained |= dict(head.named_parameters())
@@ -226,11 +228,17 @@ class SupervisedLearning(Learning):
         return peak
 
     def _loss(self, rows: int) -> Tensor:
-        """rows: a pair of replies each in reward modelling."""
-        tokens = torch.zeros(rows if self.is_sft else 2 * rows, self.length, dtype=torch.int64, device="meta")
-        if self.is_sft:
+        """rows: a pair of replies each in DPO and reward modelling."""
+        is_sft = isinstance(self.job, SFTConfig)
+        tokens = torch.zeros(rows if is_sft else 2 * rows, self.length, dtype=torch.int64, device="meta")
+        if is_sft:
             loss: Tensor = self.model(tokens, torch.ones_like(tokens), torch.zeros_like(tokens))
             return loss
+        if isinstance(self.job, DPOConfig):
+            inputs = tokens, torch.ones_like(tokens), torch.ones_like(tokens, dtype=torch.bool)
+            ref_chosen, ref_rejected = self.model.reference_logprobs(*inputs).chunk(2)
+            chosen, rejected = self.model(*inputs).chunk(2)
+            return losses.dpo_loss_sum(chosen, rejected, ref_chosen, ref_rejected, self.job.beta)[0]
         chosen, rejected = self.model(tokens, torch.ones_like(tokens)).chunk(2)
         return losses.pairwise_reward_loss_sum(chosen, rejected)[0]
 

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from rlhf_ray.config import (
+    DPOConfig,
     EvaluateConfig,
     JobFields,
     LoraConfig,
@@ -49,7 +50,7 @@ class Made:
         made = cls(shapes)
         for stage in job.stages:
             config = job.stage_config(stage)
-            if isinstance(config, (SFTConfig, RewardConfig, PPOConfig)):
+            if isinstance(config, (SFTConfig, DPOConfig, RewardConfig, PPOConfig)):
                 shapes[config.output_dir] = made.lora_of(config.sft) if config.sft else config.lora
         return made
 
@@ -144,11 +145,15 @@ def scorer_models(job: PPOConfig, device: Device, made: Made) -> tuple[Assembly,
     return assembly, assembly.finish()
 
 
-def supervised_models(job: SFTConfig | RewardConfig, device: Device, made: Made) -> tuple[Assembly, RoleModels]:
-    """The base with adapter `trained` on it."""
+def supervised_models(
+    job: SFTConfig | DPOConfig | RewardConfig, device: Device, made: Made
+) -> tuple[Assembly, RoleModels]:
+    """The base with adapter `trained` on it; of DPO also the frozen `reference`, where that is not the base itself."""
     assembly = PlannedAssembly(job, device, made)
     lora = made.lora_of(job.sft) if job.sft is not None else job.lora
     assembly.put(BASE, "trained", lora, trainable=True)
+    if isinstance(job, DPOConfig) and job.sft is not None:
+        assembly.put(BASE, "reference", lora, trainable=False)
     return assembly, assembly.finish()
 
 

@@ -17,7 +17,7 @@ With max_staleness 1 the next step's 1 and 2 go on meanwhile, by the adapter fro
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -151,10 +151,15 @@ class PPOLoop:
         metrics = held_out_metrics(collected, self.setup.confirming, self.config.eval_sampling.estimates_kl)
         self.report.roles(collected, f"evaluation at step {step}")
         judged = metrics.get(held_out_reward(self.config.watch))
-        is_best = judged is not None and self.state.best.offer(step, judged)
+        is_best = judged is not None and self._is_near(metrics) and self.state.best.offer(step, judged)
         if is_best and self.config.load_best_model_at_end:
             self.state.best_policy = self.learner.published.tensors
         return {**metrics, "time/evaluate": time.perf_counter() - started}
+
+    def _is_near(self, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation may be the best one: within the KL cap, where its KL was measured."""
+        cap = self.config.max_kl if self.config.kl_cap is None else self.config.kl_cap
+        return cap is None or metrics.get("eval/kl_k1_per_response", 0.0) <= cap
 
     def active(self) -> ActiveAdapter:
         """The policy adapter that is in the model now."""
@@ -227,7 +232,9 @@ class PPOLoop:
         self.hand_over()
         self.hand_over_reference()
         if state.step == 0 and self.config.eval_on_start:
-            self.report.metrics(0, self.evaluate(0))
+            first = self.evaluate(0)
+            self.state.alarm.look(self.config, first)
+            self.report.metrics(0, first)
         checkpoint_time: dict[str, float] = {}  # told with the step after the one it was spent on
         for step in range(state.step + 1, setup.total_steps + 1):
             if (reason := self.session.must_stop()) != "":
@@ -240,13 +247,18 @@ class PPOLoop:
                 metrics |= self.evaluate(step)
             state.step = step
             state.seconds += time.perf_counter() - started
-            self.report.metrics(step, metrics | checkpoint_time | peak_memory(self.session.device))
+            signs = state.alarm.look(self.config, metrics)
+            told = {f"alarm/{sign.kind}": 1.0 for sign in signs}
+            self.report.metrics(step, metrics | told | checkpoint_time | peak_memory(self.session.device))
+            self.report.signs(signs, step)
             checkpoint_time = {}
             if setup.save_due(step, setup.total_steps):
                 started = time.perf_counter()
                 self.save_if_new()
                 checkpoint_time = {"time/checkpoint": time.perf_counter() - started}
             state.guards.check(self.config, metrics, step)
+            if signs and self.config.alarm.action == "stop":
+                raise StopTraining(signs[0].problem(step), saves=True, is_limit=True)
             self.monitor.enter("step_end", step)
 
     def save_if_new(self) -> None:

@@ -3,21 +3,23 @@ learnt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.metrics import held_out_reward
 from rlhf_ray.ppo.setup import PPOSetup
 from rlhf_ray.ppo.state import PPOState
 from rlhf_ray.roles import invariants
 from rlhf_ray.roles.collector import Collected
 from rlhf_ray.roles.heldout import sample_rows
 from rlhf_ray.roles.learner import UpdateStats
+from rlhf_ray.roles.over_optimisation import Sign
 from rlhf_ray.roles.roles_log import peaks
 from rlhf_ray.roles.rollouts import Sampled
 from rlhf_ray.runtime.session import Session
 
 SHOWN = ("reward/mean", "kl/k1_per_response", "response/length", "eval/reward")
-"""The few worth a glance while a run goes on."""
+"""The few worth a glance while a run goes on; beside them the reward that watches, if one does."""
 
 
 def whole_step(
@@ -58,7 +60,8 @@ class StepReport:
             return
         self.setup.writers.metrics.write(step, finite)
         self.session.console.metrics(step, finite)
-        known = {n: self.state.last[n] for n in SHOWN if n in self.state.last}
+        shown = SHOWN if self.config.watch is None else (*SHOWN, held_out_reward(self.config.watch))
+        known = {n: self.state.last[n] for n in shown if n in self.state.last}
         self.session.console.progress("ppo", step, self.setup.total_steps, known)
 
     def idle(self, collected: Collected, step_seconds: float, waited: float, what: str) -> dict[str, float]:
@@ -76,6 +79,12 @@ class StepReport:
         if log is not None:
             again = int(collected.faults.get("faults/retries", 0.0))
             log.step(what, rollout.adapter_version, rollout.adapter_sha256, collected.done, again)
+
+    def signs(self, signs: Sequence[Sign], step: int) -> None:
+        """Warn of each kind of sign once a run."""
+        for sign in self.state.alarm.news(list(signs)):
+            if self.session.is_main:
+                self.session.console.warn(str(sign.problem(step)))
 
     def warn_if_flat(self, std: float, step: int) -> None:
         """Once a run: equal rewards teach nothing, and leave only the KL penalty to follow."""

@@ -27,6 +27,7 @@ from rlhf_ray.models.zero3 import whole_numel
 from rlhf_ray.ppo.actors import check_and_describe
 from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, synced_reference, text_maker
 from rlhf_ray.ppo.prompts import Prompts, load_prompts
+from rlhf_ray.ppo.reward_gate import check_reward_models
 from rlhf_ray.ppo.vllm import engine_line, policy_engine
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
@@ -119,6 +120,7 @@ class PPOSetup:
 
 def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     """Load, check, and say what this run is. Raises the error tree before the first rollout."""
+    weak = check_reward_models(config) if not folder.checkpoints() else []
     beside = config.rollout.engine == "vllm" and config.placement == "colocate"
     engine_adapter = policy_engine(config, session.device, "generator")[1] if beside else None
     remote_roles = _remote_roles(session) if config.placement == "split" else None
@@ -205,6 +207,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
             *notes,
             *prompts.warnings,
             *roles.warnings,
+            *weak,
             *map(str, unused_fields(config)),
             *never,
             *controller_warnings(config),

@@ -14,6 +14,7 @@ from rlhf_ray.maths.controllers import KLController, make_controller
 from rlhf_ray.maths.stats import RunningMoments
 from rlhf_ray.roles.guards import Guards
 from rlhf_ray.roles.learner import PublishedAdapter
+from rlhf_ray.roles.over_optimisation import OverOptimisation
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Best:
 @dataclass
 class PPOState:
     """controller: of the KL coefficient.  moments: of the rewards (normalize_rewards).  guards: what the limits must remember.
+    alarm: what the signs of over-optimisation are compared with.
 
     step: the last whole one.  tokens: generated so far.  seconds: of training.  first, last: every metric's first and last value.
     best_policy: what load_best_model_at_end ends with.  reference: the policy to which the reference was reset last, None before
@@ -42,6 +44,7 @@ class PPOState:
     controller: KLController
     moments: RunningMoments
     guards: Guards
+    alarm: OverOptimisation = field(default_factory=OverOptimisation)
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -87,6 +90,7 @@ class PPOState:
             "kl_controller": self.controller.state_dict(),
             "reward_moments": self.moments.state_dict(),
             "guards": self.guards.state_dict(),
+            "alarm": self.alarm.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -94,6 +98,7 @@ class PPOState:
         self.controller.load_state_dict(state["kl_controller"])
         self.moments.load_state_dict(state["reward_moments"])
         self.guards.load_state_dict(state.get("guards", {}))
+        self.alarm.load_state_dict(state.get("alarm", {}))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.best = Best(state["best"]["step"], float.fromhex(state["best"]["reward"]))
         self.first, self.last = dict(state["first"]), dict(state["last"])

@@ -16,14 +16,14 @@ from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.storage.files import read_json
 from rlhf_ray.storage.run_folder import RunFolder, is_run, open_run
 
-KINDS = {"ppo": "policy", "sft": "sft", "reward": "reward"}
+KINDS = {"ppo": "policy", "sft": "sft", "dpo": "dpo", "reward": "reward"}
 _AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d{1,12})")
 _TRIAL = re.compile(r"trials/[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """run: opened and verified.  step: of the adapter.  kind: policy, sft or reward.  files: passed the gate.
+    """run: opened and verified.  step: of the adapter.  kind: policy, sft, dpo or reward.  files: passed the gate.
     before, after: held-out metrics before training and at `step`; empty where nothing was measured.  measured: steps that were.
     sweep: {run_dir, metric, kl_cap, choice} of the sweep that chose it, None for a run."""
 
@@ -77,10 +77,10 @@ def read_candidate(source: str, step: int | None = None) -> Candidate:
     if run.stage == "sweep":
         run, sweep = _chosen(run, folder)
     if run.stage not in KINDS:
-        stages = [name for name in ("ppo", "sft", "reward") if is_run(run.path / name)]
+        stages = [name for name in ("ppo", "dpo", "sft", "reward") if is_run(run.path / name)]
         fix = f"give one of its runs: {', '.join(f'{folder}/{name}' for name in stages)}" if stages else ""
         raise ConfigError.at(
-            folder, f"a run of stage {run.stage} has no adapter", "a run of ppo, sft, reward or sweep", "", fix
+            folder, f"a run of stage {run.stage} has no adapter", "a run of ppo, sft, dpo, reward or sweep", "", fix
         )
     manifest, config = run.manifest(), run.config()
     adapter_dir, step = _adapter_of(run, folder, step)

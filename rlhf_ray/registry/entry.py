@@ -43,7 +43,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """policy, sft or reward."""
+        """policy, sft, dpo or reward."""
         return str(self.manifest["kind"])
 
     @property

@@ -6,7 +6,7 @@
   was picked for its score on other prompts was picked for its luck there, too.
 - kl (policy): held-out KL (k1) to the reference, at most --max-kl, else the sweep's kl_cap, else MAX_KL.
 - reward (policy): held-out reward above that before training by more than CLEAR standard errors of the difference; or --min-reward.
-- loss (sft), accuracy (reward): held-out loss below that before training; 95% interval of the accuracy above one half.
+- loss (sft, dpo), accuracy (dpo, reward): held-out loss below that before training; 95% interval of the accuracy above one half.
 - base: that of the version that is live under the name.
 """
 
@@ -28,6 +28,11 @@ MAX_KL = 10.0
 CLEAR = 2.0
 """Standard errors of the difference by which a candidate must be above its start: one comparison, named beforehand."""
 OVERRIDE = '--force --reason "..."'
+NOT_SAMPLED = {
+    "sft": "an SFT adapter is itself the reference",
+    "dpo": "DPO samples no replies: rlhf-ray evaluate measures KL and reward",
+    "reward": "a reward model samples nothing",
+}
 Status = Literal["passed", "failed", "not applicable"]
 
 
@@ -73,9 +78,9 @@ def gates_of(candidate: Candidate, max_kl: float | None, min_reward: float | Non
             raise ConfigError.at(option, "is not a number")
     if kind == "policy":
         return [integrity(candidate), kl_gate(candidate, max_kl), reward_gate(candidate, min_reward)]
-    why = "an SFT adapter is itself the reference" if kind == "sft" else "a reward model samples nothing"
-    others = [Gate(name, "not applicable", why) for name in ("kl", "reward")]
-    return [integrity(candidate), *others, loss_gate(candidate) if kind == "sft" else accuracy_gate(candidate)]
+    others = [Gate(name, "not applicable", NOT_SAMPLED[kind]) for name in ("kl", "reward")]
+    own = {"sft": (loss_gate,), "dpo": (loss_gate, accuracy_gate), "reward": (accuracy_gate,)}[kind]
+    return [integrity(candidate), *others, *(gate(candidate) for gate in own)]
 
 
 def integrity(candidate: Candidate) -> Gate:
@@ -137,7 +142,8 @@ def loss_gate(candidate: Candidate) -> Gate:
     after, before = candidate.after.get("eval/loss"), candidate.before.get("eval/loss")
     if after is None or before is None:
         return verdict("loss", False, _unmeasured(candidate), "below its start")
-    told = f"held-out loss {figure(before)} -> {figure(after)} nats per token"
+    item = "pair" if candidate.kind == "dpo" else "token"
+    told = f"held-out loss {figure(before)} -> {figure(after)} nats per {item}"
     return verdict("loss", after < before, told, "below its start", after, "another step")
 
 

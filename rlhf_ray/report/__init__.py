@@ -9,6 +9,6 @@ Read render.py first (sections of the page), then folder.py (reading) and story.
 draw.
 """
 
-from rlhf_ray.report.render import write_report
+from rlhf_ray.report.render import sheet_page, write_report
 
-__all__ = ["write_report"]
+__all__ = ["sheet_page", "write_report"]

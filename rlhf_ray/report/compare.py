@@ -16,7 +16,7 @@ from rlhf_ray.report.html import Html, join, tag
 from rlhf_ray.report.numbers import shown, with_error
 from rlhf_ray.report.story import Story
 
-CHAIN = ("base", "sft", "ppo")
+CHAIN = ("base", "sft", "dpo", "ppo")
 HEADINGS = {
     "true_reward": "true reward",
     "reward": "reward",

@@ -87,6 +87,22 @@ def _over_optimised(run: RunFiles) -> Finding | None:
     return Finding(True, "Held-out reward is past its best", text + meaning)
 
 
+def _signs(run: RunFiles) -> Finding | None:
+    """What the alarm saw while the run was under way."""
+    alarm = run.config.get("alarm")
+    if not isinstance(alarm, dict) or alarm.get("action") == "off" or not run.values("reward/mean"):
+        return None
+    seen = {n.removeprefix("alarm/"): run.points(n)[0][0] for n in run.names() if n.startswith("alarm/")}
+    if not seen:
+        return Finding(
+            False, "No sign of over-optimisation", "length, repetition, entropy and the watch stayed within bounds."
+        )
+    told = ", ".join(f"{kind} from step {step:.0f}" for kind, step in sorted(seen.items(), key=lambda item: item[1]))
+    return Finding(
+        True, "The alarm for over-optimisation went off", f"{told}. Use a checkpoint from before, or raise kl_coef."
+    )
+
+
 def _independent(run: RunFiles) -> Finding | None:
     watch = run.config.get("watch")
     if not run.values("eval/reward"):
@@ -184,6 +200,6 @@ def _value(run: RunFiles) -> Finding | None:
 
 
 CHECKS: tuple[Callable[[RunFiles], Finding | None], ...] = (
-    _over_optimised, _independent, _learned, _flat_reward, _distance, _negative_kl, _finished, _length, _entropy, _clipping,
+    _over_optimised, _signs, _independent, _learned, _flat_reward, _distance, _negative_kl, _finished, _length, _entropy, _clipping,
     _value, _ratio,
 )  # fmt: skip

@@ -14,7 +14,7 @@ import yaml
 from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.metrics import read_metrics
 
-STAGES = ("sft", "reward", "ppo", "evaluate")
+STAGES = ("sft", "dpo", "reward", "ppo", "evaluate")
 FILES = ("config.yaml", "manifest.json", "summary.json", "metrics.jsonl", "samples.jsonl")
 
 Points = list[tuple[float, float]]
@@ -117,7 +117,7 @@ def _holds_run(path: Path) -> bool:
 
 def _absent(path: Path, stage: str, notes: list[str]) -> list[str]:
     """Files every run of this kind writes; summary.json comes at the end, so its absence is no surprise."""
-    needed = ["config.yaml", "manifest.json"] + (["metrics.jsonl"] if stage in ("sft", "reward", "ppo") else [])
+    needed = ["config.yaml", "manifest.json"] + (["metrics.jsonl"] if stage in ("sft", "dpo", "reward", "ppo") else [])
     return [f"{name} is missing" for name in needed if not (path / name).is_file()]
 
 

@@ -14,6 +14,7 @@ from rlhf_ray.report.story import Finding, Tile
 
 TITLES = {
     "sft": "Supervised fine-tuning",
+    "dpo": "Direct preference optimisation",
     "reward": "Reward model",
     "ppo": "PPO",
     "evaluate": "Evaluation",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from rlhf_ray.console import duration
-from rlhf_ray.metrics import START_KL, held_out_reward, start_kl
+from rlhf_ray.maths.standard_errors import deviation
+from rlhf_ray.metrics import START_KL, held_out_reward, standard_error_name, start_kl
 from rlhf_ray.report.charts import Chart, Line, constant, shares
 from rlhf_ray.report.findings import ppo_findings
 from rlhf_ray.report.folder import RunFiles
@@ -125,6 +126,7 @@ def _reward_charts(run: RunFiles) -> list[Chart]:
             + (" Each reset of the reference takes both back to 0, and the start stays where it is." if moved else ""),
             zero=True,
         ),
+        *_proxy_and_watch(run),
         _frontier(run),
         _penalty(run),
     ]
@@ -137,6 +139,41 @@ def _reward_charts(run: RunFiles) -> list[Chart]:
         lines = [Line(n.removeprefix("reward/"), run.points(n)) for n in sources[:6]]
         charts.append(Chart("Reward sources", "reward", lines, "Each source before its weight."))
     return charts + _ensemble_charts(run)
+
+
+def _proxy_and_watch(run: RunFiles) -> list[Chart]:
+    """What is maximised beside what watches, on one scale: that of the replies' own spread before training."""
+    watch = run.config.get("watch")
+    if watch is None:
+        return []
+    lines = [
+        _gain(run, label, metric)
+        for label, metric in (("maximised", "eval/reward"), (f"{watch}, not maximised", held_out_reward(watch)))
+    ]
+    note = (
+        "Held-out rewards, each as its change since the first evaluation, in standard deviations over replies that it had then."
+        " While both rise, the reward stands for what is wanted; where they part, the policy has found what only the first pays"
+        " for."
+    )
+    return [
+        Chart(
+            "Proxy and watch", "standard deviations", lines, note, rule=0.0, whiskers="Whiskers: ± 2 standard errors."
+        )
+    ]
+
+
+def _gain(run: RunFiles, label: str, metric: str) -> Line:
+    """Empty where a standard error is missing, or nothing varied at first."""
+    points, errors = run.points(metric), dict(run.points(standard_error_name(metric)))
+    rows = dict(run.points("eval/rows"))
+    if not points or any(x not in errors for x, _ in points):
+        return Line(label, [])
+    (start, first) = points[0]
+    spread = deviation(errors[start], rows.get(start, 0.0))
+    if spread <= 0:
+        return Line(label, [])
+    low, high = ([(x, (y - first + sign * 2 * errors[x]) / spread) for x, y in points] for sign in (-1, 1))
+    return Line(label, [(x, (y - first) / spread) for x, y in points], "dots", low, high)
 
 
 def _ensemble_charts(run: RunFiles) -> list[Chart]:
@@ -219,6 +256,13 @@ def _response_charts(run: RunFiles) -> list[Chart]:
             "nats per token",
             [Line("policy", run.points("policy/entropy"))],
             "Spread of the next-token distribution. A slow fall is normal; a fall towards 0 means the policy repeats itself.",
+            zero=True,
+        ),
+        Chart(
+            "Repetition",
+            "share",
+            [Line("training", run.points("response/repetition"))],
+            "Of a reply's pairs of neighbouring tokens, those that it has said before. A rise: the policy repeats itself.",
             zero=True,
         ),
         Chart(

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from rlhf_ray.report.ppo import ppo_story
 from rlhf_ray.report.provenance import all_metrics, configuration, provenance, roles
 from rlhf_ray.report.samples import samples_section
 from rlhf_ray.report.story import Story
-from rlhf_ray.report.supervised import reward_story, sft_story
+from rlhf_ray.report.supervised import dpo_story, reward_story, sft_story
 
 STORIES: dict[str, Callable[[RunFiles], Story]] = {
     "sft": sft_story,
+    "dpo": dpo_story,
     "reward": reward_story,
     "ppo": ppo_story,
     "evaluate": evaluate_story,
@@ -39,6 +40,12 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_folder(Path(run_dir))
     return write_page(run.path, page(run))
+
+
+def sheet_page(title: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    """A document of replies side by side alone. samples: rows as an evaluation writes them to samples.jsonl."""
+    head = tag("header", tag("h1", title), tag("p", f"{len({str(s.get('prompt')) for s in samples}):,} prompts"))
+    return document(title, head, [("samples", "Replies side by side", samples_section([dict(s) for s in samples]))])
 
 
 def write_page(folder: Path, text: str) -> Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_ray.report.html import Html, tag
 from rlhf_ray.report.numbers import shown
+from rlhf_ray.report.sheet import NOTE, sheet
 
 MOST_STEPS = 25
 MOST_PER_STEP = 8
@@ -51,26 +52,24 @@ def _by_step(samples: Sequence[Sample], shorten: Shorten, notes: list[str]) -> H
     return tag("div", blocks, class_="steps")
 
 
-def _by_prompt(samples: Sequence[Sample], shorten: Shorten, notes: list[str]) -> list[Html]:
+def _by_prompt(samples: Sequence[Sample], shorten: Shorten, notes: list[str]) -> Html:
     prompts: dict[str, list[Sample]] = {}
     for sample in samples:
         prompts.setdefault(str(sample.get("prompt", "")), []).append(sample)
     kept = list(prompts)[:MOST_PROMPTS]
     if len(kept) < len(prompts):
         notes.append(f"{len(kept)} of {len(prompts)} prompts are shown; samples.jsonl has all of them.")
-    return [
-        tag(
-            "details",
-            tag("summary", _one_line(shorten(prompt))),
-            tag("div", [_card(s, None) for s in prompts[prompt]], class_="cards row"),
-            class_="step",
-            open=i < 3,
-        )
-        for i, prompt in enumerate(kept)
-    ]
+    if any(len(prompts[prompt]) > 1 for prompt in kept):
+        notes.append(NOTE)
+    return sheet(
+        {prompt: prompts[prompt] for prompt in kept},
+        lambda sample, reply: _card(sample, None, reply),
+        lambda prompt: _one_line(shorten(prompt)),
+    )
 
 
-def _card(sample: Sample, shorten: Shorten | None) -> Html:
+def _card(sample: Mapping[str, Any], shorten: Shorten | None, reply: Html | None = None) -> Html:
+    """reply: as markup; default: its text, cut where it is very long."""
     figures = [
         tag("span", f"{name} ", tag("b", shown(value)))
         for name, value in sample.items()
@@ -80,8 +79,15 @@ def _card(sample: Sample, shorten: Shorten | None) -> Html:
         figures.append(tag("span", "cut off", class_="cut"))
     policy = tag("h5", sample["policy"]) if sample.get("policy") else None
     prompt = tag("pre", _cut(shorten(str(sample.get("prompt", "")))), class_="prompt") if shorten else None
-    response = _cut(sample["reply"].strip()) or tag("em", "empty reply")
-    return tag("article", policy, prompt, tag("pre", response, class_="reply"), tag("p", figures, class_="figures"))
+    plain = _cut(sample["reply"].strip())
+    content = reply if reply is not None and len(sample["reply"]) <= CHARACTERS else plain
+    return tag(
+        "article",
+        policy,
+        prompt,
+        tag("pre", content if plain else tag("em", "empty reply"), class_="reply"),
+        tag("p", figures, class_="figures"),
+    )
 
 
 def _without_template(prompts: Iterable[str]) -> tuple[Shorten, list[str]]:

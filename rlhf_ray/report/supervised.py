@@ -1,8 +1,9 @@
-"""The stories of SFT and reward-model runs."""
+"""The stories of SFT, DPO and reward-model runs."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from rlhf_ray.console import duration
 from rlhf_ray.metrics import METRICS
@@ -10,7 +11,12 @@ from rlhf_ray.report.charts import Chart, Line
 from rlhf_ray.report.folder import Points, RunFiles, last
 from rlhf_ray.report.html import Html, tag
 from rlhf_ray.report.numbers import count, shown
+from rlhf_ray.report.plane import Dots, Plane, draw_plane
 from rlhf_ray.report.story import Finding, Story, Tile, change
+
+CALIBRATION_ERROR = 0.1
+LENGTH_CORRELATION = 0.5
+"""From here on a figure is a concern; where trouble usually shows, not laws."""
 
 
 def sft_story(run: RunFiles) -> Story:
@@ -33,20 +39,64 @@ def sft_story(run: RunFiles) -> Story:
     )
 
 
+def dpo_story(run: RunFiles) -> Story:
+    accuracy = run.points("eval/accuracy")
+    rewards = "beta x (log p - log p of the reference)"
+    charts = [
+        _accuracy(
+            run,
+            "rewards/accuracies",
+            "Pairs whose chosen reply the policy has come to prefer, compared with its reference. 50% is chance.",
+        ),
+        _loss(run, "0.693 is where policy and reference are the same."),
+        Chart(
+            "Implied rewards",
+            "nats",
+            [
+                Line("chosen", run.points("rewards/chosen")),
+                Line("rejected", run.points("rewards/rejected")),
+                Line("held-out chosen", run.points("eval/rewards/chosen"), "dots"),
+                Line("held-out rejected", run.points("eval/rewards/rejected"), "dots"),
+            ],
+            f"{rewards}. If both fall, the policy moves away from all replies of the data: raise beta, or set rpo_alpha.",
+            rule=0.0,
+        ),
+        *_optimiser(run),
+    ]
+    low, high = last(run.points("eval/accuracy_low")), last(run.points("eval/accuracy_high"))
+    return Story(
+        _sentence(run, "eval/accuracy", "Held-out accuracy", "Training loss"),
+        tiles=[
+            *([Tile("Held-out accuracy", shown(accuracy[-1][1], "share"), _between(low, high))] if accuracy else []),
+            *_tile(run, "eval/rewards/margins", "Held-out margin"),
+            *_tile(run, "eval/loss", "Held-out loss"),
+            *_effort(run),
+        ],
+        findings=[*_chance(low, "More pairs, more steps or a lower beta may help."), *_unlikely(run), *_overfit(run)],
+        groups=[("Quality and optimisation", charts)],
+        tables=[table] if (table := _rates(run)) else [],
+    )
+
+
+def _unlikely(run: RunFiles) -> list[Finding]:
+    """DPO may lower the chosen reply, too, as long as the rejected one falls further (arXiv:2404.19733, section 4)."""
+    value = last(run.points("eval/rewards/chosen"))
+    if value is None:
+        return []
+    text = f"their implied reward is {shown(value)}."
+    if value >= 0:
+        return [Finding(False, "Chosen replies did not become less likely", text)]
+    return [Finding(True, "Chosen replies have become less likely", text + " rpo_alpha: 1 holds them up.")]
+
+
 def reward_story(run: RunFiles) -> Story:
     accuracy = run.points("eval/accuracy")
     charts = [
-        Chart(
-            "Accuracy",
-            "share",
-            [
-                Line("training", run.points("accuracy")),
-                Line("held-out", accuracy, "dots", *_interval(run, accuracy)),
-            ],
+        _accuracy(
+            run,
+            "accuracy",
             "Pairs whose chosen reply scores higher. 50% is chance. On human preferences about 65% is normal, since people"
             " agree among themselves about as often.",
-            rule=0.5,
-            whiskers="Whiskers: 95% interval.",
         ),
         _loss(run, "Bradley-Terry loss; 0.693 is chance."),
         Chart(
@@ -59,21 +109,103 @@ def reward_story(run: RunFiles) -> Story:
         *_optimiser(run),
     ]
     low, high = last(run.points("eval/accuracy_low")), last(run.points("eval/accuracy_high"))
-    interval = (
-        f"95% interval {shown(low, 'share')} to {shown(high, 'share')}" if low is not None and high is not None else ""
-    )
     return Story(
         _sentence(run, "eval/accuracy", "Held-out accuracy", "Training loss"),
         tiles=[
-            *([Tile("Held-out accuracy", shown(accuracy[-1][1], "share"), interval)] if accuracy else []),
+            *([Tile("Held-out accuracy", shown(accuracy[-1][1], "share"), _between(low, high))] if accuracy else []),
             *_tile(run, "eval/margin", "Held-out margin"),
             *_tile(run, "eval/loss", "Held-out loss"),
             *_effort(run),
         ],
-        findings=[*_chance(low), *_length_bias(run), *_overfit(run)],
+        findings=[
+            *_chance(low, "PPO on it would chase noise, and is refused: use more pairs."),
+            *_calibration(run),
+            *_length_bias(run),
+            *_reload(run),
+            *_overfit(run),
+        ],
         groups=[("Quality and optimisation", charts)],
-        tables=[table] if (table := _rates(run)) else [],
+        tables=[table for table in (_reliability(run), _groups(run), _rates(run)) if table],
     )
+
+
+def _held_out(run: RunFiles) -> dict[str, Any]:
+    """What the manifest keeps of held-out pairs; empty in runs of older versions."""
+    reward = run.manifest.get("reward")
+    found = reward.get("held_out") if isinstance(reward, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _reliability(run: RunFiles) -> Html | None:
+    """Observed against predicted preference, with the line on which they agree."""
+    bins = [b for b in _held_out(run).get("reliability") or () if b.get("pairs")]
+    if not bins:
+        return None
+    dots = Dots(
+        "held-out pairs",
+        [(b["predicted"], b["observed"]) for b in bins],
+        [f"{b['pairs']:.0f} pairs" for b in bins],
+        [b["low"] for b in bins],
+        [b["high"] for b in bins],
+    )
+    note = (
+        "How often the first reply of a pair was the chosen one, where the model says so with the probability below. On the line"
+        " the model is as sure as it is right; a flatter course is overconfident. Whiskers: 95% interval."
+    )
+    diagonal = [(0.0, 0.0), (1.0, 1.0)]
+    return tag(
+        "div", draw_plane(Plane("Reliability", "predicted", [dots], frontier=diagonal, note=note)), class_="charts"
+    )
+
+
+def _groups(run: RunFiles) -> Html | None:
+    """Accuracy of each group of pairs, where the data name groups."""
+    groups = _held_out(run).get("groups") or {}
+    if not groups:
+        return None
+    head = tag("tr", [tag("th", name, scope="col") for name in ("group", "accuracy", "95% interval", "pairs")])
+    rows = [
+        tag(
+            "tr",
+            tag("th", name, scope="row"),
+            tag("td", shown(of["accuracy"], "share"), class_="number"),
+            tag("td", f"{shown(of['low'], 'share')} to {shown(of['high'], 'share')}", class_="number"),
+            tag("td", f"{of['pairs']:.0f}", class_="number"),
+        )
+        for name, of in groups.items()
+    ]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", rows), class_="comparison"), class_="wide")
+
+
+def _calibration(run: RunFiles) -> list[Finding]:
+    value = last(run.points("eval/calibration_error"))
+    if value is None:
+        return []
+    text = f"expected calibration error {shown(value, 'share')} (ten bins)."
+    if value < CALIBRATION_ERROR:
+        return [Finding(False, "The model is about as sure as it is right", text)]
+    meaning = " Margins say more, or less, than the model knows: train for fewer steps, or on more pairs."
+    return [Finding(True, "The model is not as sure as it is right", text + meaning)]
+
+
+def _reload(run: RunFiles) -> list[Finding]:
+    value = run.results.get("reload_difference")
+    if value is None:
+        return []
+    return [Finding(False, "The saved adapter scores as the trained one", f"largest difference {shown(value)}.")]
+
+
+def _accuracy(run: RunFiles, training: str, note: str) -> Chart:
+    held_out = run.points("eval/accuracy")
+    lines = [
+        Line("training", run.points(training)),
+        Line("held-out", held_out, "dots", *_interval(run, held_out)),
+    ]
+    return Chart("Accuracy", "share", lines, note, rule=0.5, whiskers="Whiskers: 95% interval.")
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"95% interval {shown(low, 'share')} to {shown(high, 'share')}"
 
 
 def _interval(run: RunFiles, accuracy: Points) -> tuple[Points, Points]:
@@ -144,15 +276,13 @@ def _overfit(run: RunFiles) -> list[Finding]:
     return [Finding(True, "Held-out loss has risen again", text + meaning)]
 
 
-def _chance(low: float | None) -> list[Finding]:
+def _chance(low: float | None, advice: str) -> list[Finding]:
     if low is None:
         return []
     text = f"the 95% interval of the accuracy starts at {shown(low, 'share')}."
     if low > 0.5:
         return [Finding(False, "The model is better than chance", text)]
-    return [
-        Finding(True, "The model may be no better than chance", text + " PPO on it would chase noise: use more pairs.")
-    ]
+    return [Finding(True, "The model may be no better than chance", f"{text} {advice}")]
 
 
 def _length_bias(run: RunFiles) -> list[Finding]:
@@ -160,7 +290,11 @@ def _length_bias(run: RunFiles) -> list[Finding]:
     if value is None:
         return []
     text = f"correlation of score and length {shown(value)}."
-    if abs(value) < 0.5:
+    shorter, longer = (last(run.points(f"eval/accuracy_{which}_chosen")) for which in ("shorter", "longer"))
+    if shorter is not None and longer is not None:
+        text += f" Accuracy {shown(shorter, 'share')} where the shorter reply is better, {shown(longer, 'share')} where not."
+    tells_by_length = shorter is not None and longer is not None and min(shorter, longer) < 0.5 < max(shorter, longer)
+    if abs(value) < LENGTH_CORRELATION and not tells_by_length:
         return [Finding(False, "Scores do not follow length", text)]
     return [Finding(True, "Scores follow length", text + " PPO will find that out: watch the reply length.")]
 

@@ -197,6 +197,7 @@ def step_metrics(
         "kl/clamped_share": kl.clamped_share(old, ref, mask),
         "response/length": rollout.lengths.float().mean(),
         "response/finished": rollout.finished.float().mean(),
+        "response/repetition": stats.repetition(rollout.tokens[:, -mask.shape[1] :], mask).mean(),
         "policy/entropy": masked_mean(evaluation.entropy, mask),
         "sampler/logprob_difference": masked_mean((rollout.sample_logprobs - old).abs(), mask),
         "tokens/generated": int(mask.sum()),

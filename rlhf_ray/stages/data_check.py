@@ -25,10 +25,10 @@ from rlhf_ray.data.tokenise import (
 )
 from rlhf_ray.models.tokenizer import load_tokenizer
 
-Stage = Literal["sft", "reward", "ppo"]
+Stage = Literal["sft", "dpo", "reward", "ppo"]
 Piece = tuple[str, bool]
 """A text, and whether it is learnt."""
-KINDS: dict[Stage, RowKind] = {"sft": "sft", "reward": "preference", "ppo": "prompt"}
+KINDS: dict[Stage, RowKind] = {"sft": "sft", "dpo": "preference", "reward": "preference", "ppo": "prompt"}
 UNLIMITED = 2**30
 BAR, COLUMN = 40, 12
 LEARNT, PLAIN = "\033[30;42m", "\033[0m"
@@ -74,7 +74,7 @@ def _tokenise(
     if stage == "ppo":
         return tokenise_prompts(rows, template, tokenizer, max_length=max_length, response_length=0, **shared)
     shared |= {"max_length": max_length, "add_eos_token": config.add_eos_token}
-    if stage == "reward":
+    if stage in ("dpo", "reward"):
         return tokenise_pairs(rows, template, tokenizer, **shared)
     turns: dict[str, Any] = {"train_on_inputs": config.train_on_inputs, "train_on_turns": config.train_on_turns}
     return tokenise_sft(rows, template, tokenizer, **shared, **turns)

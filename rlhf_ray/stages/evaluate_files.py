@@ -13,6 +13,7 @@ by every judge, where there are several. A reward is null where it does not appl
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ def write_results(folder: RunFolder, config: EvaluateConfig, run: Run, outcome: 
         atomic_write_json(folder.path / "comparisons.json", comparisons_json(outcome))
     (folder.path / "samples.jsonl").unlink(missing_ok=True)  # of an attempt that was cut off
     with SamplesWriter(folder.path) as samples:
-        samples.write(0, sample_rows(rows[:SAMPLED_PROMPTS]))
+        asked = [prompt.row.prompt.as_column() for prompt in outcome.prompts]
+        samples.write(0, sample_rows(rows[:SAMPLED_PROMPTS], asked))
     with MetricsWriter(folder.path, config.report_to, config.run_name) as metrics:
         metrics.write(0, outcome.metrics)
     run.save()
@@ -192,13 +194,15 @@ def pair_row(row: Mapping[str, Any], baseline: str, policy: str) -> dict[str, An
     }
 
 
-def sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """samples.jsonl: one line per prompt and policy, the policies of a prompt together."""
+def sample_rows(rows: Sequence[Mapping[str, Any]], asked: Sequence[Any]) -> list[dict[str, Any]]:
+    """samples.jsonl: one line per prompt and policy, the policies of a prompt together.   asked: each prompt as a column of a row,
+    kept as JSON text for the votes of the report's comparison sheet."""
     return [
         {
             "policy": name,
             "row": row["row"],
             "prompt": row["prompt"],
+            "asked": json.dumps(asked[row["row"]]),
             "reply": response["output"],
             **_scores(response),
             "kl": response["kl"],

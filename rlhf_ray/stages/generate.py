@@ -6,8 +6,10 @@ What a run recorded is not asked again: its base, its prompt template, and, for 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import DataConfig, EvaluateConfig, PolicySpec, PPOConfig, RewardSource, SamplingConfig
@@ -28,11 +30,12 @@ from rlhf_ray.models.lineage import (
     recorded_template,
 )
 from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
+from rlhf_ray.report import sheet_page
 from rlhf_ray.runtime.session import process_session
 from rlhf_ray.stages.evaluate_files import prompt_columns
 from rlhf_ray.stages.evaluation_models import EvaluationModels, PolicyResponses, decoding_line, load_evaluation_models
 from rlhf_ray.storage.rows_file import write_rows
-from rlhf_ray.storage.run_folder import RunFolder
+from rlhf_ray.storage.run_folder import RunFolder, atomic_write_text
 
 REFERENCE = "reference"
 ONE_ROW = "--instruction"
@@ -66,7 +69,8 @@ def generate(
     For one instruction: a row {policy, prompt, completion, reward, kl, length, finished} per policy, reward and kl None where there
     is no reward model or reference. For a file: a row {instruction, input, output} per row, or output_1, output_2, ... with several
     policies, in their order, and reward (reward_1, ...) where there are reward models: with two policies, the pairwise file that a
-    judge takes. `out` gets the rows as JSON lines, or as one JSON list if its name ends in .json.
+    judge takes. `out` gets the rows as JSON lines, or as one JSON list if its name ends in .json;
+    if it ends in .html, a page that shows the replies side by side, differences marked, and takes a blind vote.
 
     Raises ConfigError, DataError for a bad file or a prompt that is too long, ArtifactError for what does not fit."""
     console = console or LocalConsole()
@@ -97,7 +101,10 @@ def generate(
         console.progress("generate", number, len(names))
     console.done()
     found = beside_rows(rows, answers, evaluation) if file is not None else one_each(policies, answers, evaluation)
-    if out is not None:
+    if out is not None and Path(out).suffix == ".html":
+        samples = side_by_side(policies, rows, answers, evaluation)
+        atomic_write_text(out, sheet_page("Replies of " + ", ".join(short_names(policies)), samples))
+    elif out is not None:
         write_rows(out, found)
     return found
 
@@ -251,6 +258,32 @@ def one_each(
         }
         for policy, answer in zip(policies, answers)
     ]
+
+
+def side_by_side(
+    policies: Sequence[str], rows: Sequence[Row], answers: Sequence[PolicyResponses], evaluation: EvaluationModels
+) -> list[dict[str, Any]]:
+    """Rows for the comparison sheet: one per prompt and policy, the policies of a prompt together."""
+    found = []
+    for i, row in enumerate(rows):
+        for name, answer in zip(short_names(policies), answers):
+            figures = answer.figures
+            scored = {"reward": _figure(figures.reward[i])} if evaluation.rewards else {}
+            scored |= {"kl": _figure(figures.k1[i])} if evaluation.reference is not None else {}
+            about = {"policy": name, "prompt": answer.texts.prompts[i], "asked": json.dumps(row.prompt.as_column())}
+            length = {"length": int(figures.length[i]), "finished": bool(figures.finished[i])}
+            found.append({**about, "reply": answer.texts.completions[i], **scored, **length})
+    return found
+
+
+def short_names(policies: Sequence[str]) -> list[str]:
+    """The last parts of their paths, where these tell them apart.
+
+    >>> short_names(["base", "runs/all/sft", "runs/all/ppo@20"])
+    ['base', 'sft', 'ppo@20']
+    """
+    names = [Path(policy).name or policy for policy in policies]
+    return names if len(set(names)) == len(names) else list(policies)
 
 
 def beside_rows(

@@ -22,6 +22,7 @@ from rlhf_ray.storage.lock import WAIT_S
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, create_run, is_run, open_run, resume_command
 from rlhf_ray.supervised import checkpoint as supervised_checkpoint
+from rlhf_ray.supervised.dpo import train_dpo
 from rlhf_ray.supervised.reward import train_reward
 from rlhf_ray.supervised.sft import train_sft
 from rlhf_ray.training import run_entry
@@ -29,12 +30,14 @@ from rlhf_ray.training.run_entry import copy_from_now_on, discarded_on_error, ke
 
 BODIES: dict[str, Callable[[Any, Session], Run]] = {
     "sft": train_sft,
+    "dpo": train_dpo,
     "reward": train_reward,
     "ppo": train_ppo,
     "evaluate": run_evaluate,
 }
 MAY_CHANGE = {
     "sft": supervised_checkpoint.MAY_CHANGE,
+    "dpo": supervised_checkpoint.MAY_CHANGE,
     "reward": supervised_checkpoint.MAY_CHANGE,
     "ppo": ppo_checkpoint.MAY_CHANGE,
     "evaluate": run_entry.MAY_CHANGE,

@@ -3,7 +3,7 @@ Train's controller, come up without transformers and PEFT (5 s of a core in each
 
 from __future__ import annotations
 
-from rlhf_ray.config import EvaluateConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config import DPOConfig, EvaluateConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.launch.launch import launch
@@ -16,6 +16,11 @@ BUILDERS = {role: f"rlhf_ray.ppo.actors:build_{role}" for role in ("generator", 
 def sft(config: SFTConfig, console: Console | None = None) -> Run:
     """Fine-tune as `config` says and return the finished run. Raises the error tree of errors.py."""
     return launch("rlhf_ray.supervised.sft:train_sft", config, console or LocalConsole())
+
+
+def dpo(config: DPOConfig, console: Console | None = None) -> Run:
+    """Train a policy on preference pairs as `config` says and return the finished run. Raises the error tree of errors.py."""
+    return launch("rlhf_ray.supervised.dpo:train_dpo", config, console or LocalConsole())
 
 
 def reward(config: RewardConfig, console: Console | None = None) -> Run:

@@ -1,4 +1,4 @@
-"""What a checkpoint of an SFT or reward run holds, and how the run goes on from it.
+"""What a checkpoint of an SFT, DPO or reward run holds, and how the run goes on from it.
 
 Adapter with head, optimizer state by parameter name, Trainer's own account of step and epoch, first and last values of metrics, the
 best evaluation (with its weights, where the job ends with them), what was summed up since the last logged step, the task's own

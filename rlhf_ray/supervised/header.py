@@ -1,7 +1,8 @@
-"""The header of an SFT or reward run, printed before its first step: what will happen, and what looks wrong with it."""
+"""The header of an SFT, DPO or reward run, printed before its first step: what will happen, and what looks wrong with it."""
 
 from __future__ import annotations
 
+from rlhf_ray.config import DPOConfig
 from rlhf_ray.data.encode import end_of_turn
 from rlhf_ray.data.templates import Template
 from rlhf_ray.maths.schedules import peak_multiplier, resolve_warmup
@@ -12,6 +13,8 @@ from rlhf_ray.training.header import config_line
 FEW_STEPS = 10
 FULL_TUNING_RATE = 1e-5
 """Learning rates up to here belong to full fine-tuning; LoRA wants about ten times as much."""
+FULL_DPO_RATE = 1e-6
+"""The same of DPO, whose rates are lower (TRL's default)."""
 
 
 def header_lines(job: Job, template: Template) -> list[str]:
@@ -54,7 +57,7 @@ def warnings_about(config: SupervisedConfig, steps: int) -> list[str]:
             f"the learning rate peaks at {peak:.3g}, not at {config.learning_rate:.3g}: warm-up takes "
             f"{resolve_warmup(config.warmup_steps, steps)} steps and the run has {steps}; give warmup_steps as a share"
         )
-    if config.learning_rate <= FULL_TUNING_RATE:
+    if config.learning_rate <= (FULL_DPO_RATE if isinstance(config, DPOConfig) else FULL_TUNING_RATE):
         found.append(
             f"learning_rate {config.learning_rate:.3g} is usual for full fine-tuning; LoRA wants about 10 times as much"
         )

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.config import RewardConfig
-from rlhf_ray.data.collate import Tokenised, TokenisedPair, collate_pairs, tokenise_pairs
-from rlhf_ray.data.records import Row
+from rlhf_ray.data.collate import TokenisedPair
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.maths.losses import centring_loss_sum, pairwise_reward_loss_sum
@@ -26,10 +25,11 @@ from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import describe
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.storage.run import Run
-from rlhf_ray.supervised.reward_metrics import PairScores, accuracy_line, score_metrics
+from rlhf_ray.supervised.pairs import PairTask, pair_tokeniser
+from rlhf_ray.supervised.reward_metrics import PairScores, accuracy_line, held_out_record, score_metrics
 from rlhf_ray.supervised.stage import train_supervised
 from rlhf_ray.supervised.start import copy_of, fresh
-from rlhf_ray.supervised.task import Recipe, Task
+from rlhf_ray.supervised.task import Recipe
 from rlhf_ray.supervised.trained_model import RewardModel
 from rlhf_ray.supervised.trainer import Batch, Sums
 
@@ -38,22 +38,10 @@ def train_reward(config: RewardConfig, session: Session) -> Run:
     """The body of the stage; every rank of the learner group runs it."""
     check_options(config)
 
-    def tokenise(rows: Sequence[Row], template: Template, tokenizer: Any, max_length: int) -> Tokenised[TokenisedPair]:
-        return tokenise_pairs(
-            rows,
-            template,
-            tokenizer,
-            max_length=max_length,
-            too_long=config.data.too_long,
-            add_eos_token=config.add_eos_token,
-            on_bad_row=config.data.on_bad_row,
-            special_tokens=config.data.special_tokens,
-        )
-
     def build(backbone: Backbone, template: Template) -> RewardTask:
         return RewardTask(config, backbone, template, session)
 
-    return train_supervised(config, session, Recipe("reward", "preference", "reward", tokenise, build))
+    return train_supervised(config, session, Recipe("reward", "preference", "reward", pair_tokeniser(config), build))
 
 
 def check_options(config: RewardConfig) -> None:
@@ -66,7 +54,7 @@ def check_options(config: RewardConfig) -> None:
     ConfigError.raise_all(problems)
 
 
-class RewardTask(Task):
+class RewardTask(PairTask):
     """A copy of the SFT adapter, or a fresh one, with a scalar head."""
 
     model: RewardModel
@@ -86,16 +74,7 @@ class RewardTask(Task):
         super().__init__(RewardModel(backbone, start.model, head), start.parents, lineage)
         self.config = config
         self.spread: dict[str, float] | None = None
-
-    def length(self, row: TokenisedPair) -> int:
-        return max(len(row.chosen_ids), len(row.rejected_ids))
-
-    def collate(self, picked: Sequence[tuple[TokenisedPair, bool]]) -> Batch:
-        batch = collate_pairs([row for row, _ in picked], self.model.backbone.pad_id)
-        return {**batch, "counts": torch.tensor([counts for _, counts in picked])}
-
-    def count(self, batch: Batch) -> int:
-        return int(batch["counts"].sum())
+        self.held_out: dict[str, Any] | None = None
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
         scores = model(batch["input_ids"], batch["attention_mask"])
@@ -112,14 +91,14 @@ class RewardTask(Task):
 
     def evaluate(self, rows: Sequence[TokenisedPair], session: Session) -> dict[str, float]:
         scored = self.score_pairs(rows, session)
-        self.spread = scored.spread()
+        self.spread, self.held_out = scored.spread(), held_out_record(scored, self.config.seed)
         return score_metrics(scored, self.config.seed)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spread": self.spread}
+        return {"spread": self.spread, "held_out": self.held_out}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.spread = state["spread"]
+        self.spread, self.held_out = state["spread"], state.get("held_out")  # not in checkpoints of older versions
 
     def score_pairs(self, rows: Sequence[TokenisedPair], session: Session) -> PairScores:
         """Scores and reply lengths of all pairs, in row order, on every rank."""
@@ -129,7 +108,8 @@ class RewardTask(Task):
             mine += zip(part, scores)
         pairs = dict(pair for rank in session.gather(mine) for pair in rank)
         lengths = [[len(r.chosen_ids) - r.prompt_length, len(r.rejected_ids) - r.prompt_length] for r in rows]
-        return PairScores(torch.tensor([pairs[i] for i in range(len(rows))]), torch.tensor(lengths))
+        scores = torch.tensor([pairs[i] for i in range(len(rows))])
+        return PairScores(scores, torch.tensor(lengths), [row.group for row in rows])
 
     def outputs(self, batch: Batch, head: Tensor | None) -> Tensor:
         if head is None:
@@ -154,7 +134,7 @@ class RewardTask(Task):
         return accuracy_line(metrics)
 
     def manifest(self, rows: Sequence[TokenisedPair]) -> dict[str, Any]:
-        """How replies are scored, how held-out scores are spread, and what any copy of this model must say of a few sequences."""
+        """How replies are scored, how the model did on held-out pairs, and what any copy of it must say of a few sequences."""
         batch = self.collate([(row, True) for row in rows])
         with torch.no_grad():
             scores = self.outputs({k: t.to(self.model.backbone.device) for k, t in batch.items()}, None).tolist()
@@ -164,6 +144,7 @@ class RewardTask(Task):
                 "add_eos_token": self.config.add_eos_token,
                 "precision": self.model.backbone.identity.precision,
                 "held_out_scores": self.spread,
+                "held_out": self.held_out,
                 "fixture": [{"input_ids": ids, "score": score} for ids, score in zip(sequences, scores)],
             }
         }

@@ -1,10 +1,13 @@
-"""How good a reward model is, from its scores of held-out pairs: accuracy with its interval, calibration, length bias."""
+"""How good a reward model is, from its scores of held-out pairs: accuracy with its interval, in all and by group of pairs;
+calibration; length bias."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +18,27 @@ from rlhf_ray.maths.stats import preference_metrics, wilson_interval
 
 CONFIDENCE = 0.95
 BINS = 10
+MOST_GROUPS = 20
+"""Groups of pairs that are told apart, the largest ones; a column with a value for every row is no group."""
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """scores: f32[N, 2] and lengths (reply tokens): i64[N, 2]; column 0 is the chosen reply, column 1 the rejected one."""
+    """scores: f32[N, 2] and lengths (reply tokens): i64[N, 2]; column 0 is the chosen reply, column 1 the rejected one.
+    groups: of each pair, "" for none."""
 
     scores: Tensor
     lengths: Tensor
+    groups: Sequence[str] = ()
 
     @property
     def margins(self) -> Tensor:
         return self.scores[:, 0] - self.scores[:, 1]
+
+    @property
+    def won(self) -> Tensor:
+        """f64[N]: 1 where the chosen reply scores higher, 1/2 for a tie."""
+        return (self.margins.double().sign() + 1) / 2
 
     def spread(self) -> dict[str, float]:
         """Mean and standard deviation (n - 1) of all replies' scores."""
@@ -64,10 +76,46 @@ def score_metrics(pairs: PairScores, seed: int) -> dict[str, float]:
         "accuracy_high": high,
         "length_correlation": correlation(pairs.scores.flatten(), pairs.lengths.flatten()),
         "longer_wins": longer_wins(pairs),
+        **accuracy_by_length(pairs),
         "calibration_error": calibration_error(shown, chosen_first),
         "rows": float(count),
+        **{f"accuracy_by/{name}": of["accuracy"] for name, of in accuracy_by_group(pairs).items()},
     }
     return {f"eval/{name}": value for name, value in found.items() if math.isfinite(value)}
+
+
+def held_out_record(pairs: PairScores, seed: int) -> dict[str, Any]:
+    """What a run keeps of its held-out pairs beside `score_metrics`: {accuracy, low, high, pairs, reliability, groups}, as JSON."""
+    chosen_first = presentation(len(pairs.margins), seed)
+    shown = torch.where(chosen_first, pairs.margins, -pairs.margins)
+    return {
+        **share_won(pairs.won),
+        "reliability": reliability(shown, chosen_first),
+        "groups": accuracy_by_group(pairs),
+    }
+
+
+def share_won(won: Tensor) -> dict[str, float]:
+    """{accuracy, low, high, pairs}: the mean with its 95% interval.   won: f64[N]."""
+    low, high = wilson_interval(float(won.sum()), len(won), CONFIDENCE)
+    return {"accuracy": float(won.mean()), "low": low, "high": high, "pairs": float(len(won))}
+
+
+def accuracy_by_length(pairs: PairScores) -> dict[str, float]:
+    """Accuracy on pairs whose chosen reply is the shorter one, and the longer one: a model that pays for length has a low first and
+    a high second. NaN where there are none."""
+    gap = pairs.lengths[:, 0] - pairs.lengths[:, 1]
+    parts = {"accuracy_shorter_chosen": gap < 0, "accuracy_longer_chosen": gap > 0}
+    return {name: float(pairs.won[mask].mean()) if bool(mask.any()) else math.nan for name, mask in parts.items()}
+
+
+def accuracy_by_group(pairs: PairScores) -> dict[str, dict[str, float]]:
+    """Group -> `share_won` of its pairs, largest first; empty where fewer than two groups are named."""
+    sizes = Counter(group for group in pairs.groups if group)
+    if len(sizes) < 2:
+        return {}
+    largest = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:MOST_GROUPS]
+    return {name: share_won(pairs.won[torch.tensor([g == name for g in pairs.groups])]) for name, _ in largest}
 
 
 def presentation(count: int, seed: int) -> Tensor:
@@ -91,12 +139,26 @@ def longer_wins(pairs: PairScores) -> float:
 
 
 def calibration_error(margins: Tensor, labels: Tensor) -> float:
-    """sum_b n_b / N |mean p - mean label|,   b over BINS equal bins of p = sigmoid(margin)
+    """sum_b n_b / N |mean p - mean label|,   b over the bins of `reliability`
 
     The expected calibration error (arXiv:1706.04599).
 
     margins: f32[N] first minus second.   labels: bool[N], the first was preferred."""
+    bins = reliability(margins, labels)
+    gaps = [b["pairs"] * abs(b["predicted"] - b["observed"]) for b in bins]
+    return math.fsum(gaps) / len(margins) if bins else math.nan
+
+
+def reliability(margins: Tensor, labels: Tensor) -> list[dict[str, float]]:
+    """{predicted (mean p), observed (mean label), low, high, pairs} of each of BINS equal bins of p = sigmoid(margin) with pairs.
+
+    low, high: 95% interval of `observed`.
+
+    margins: f32[N] first minus second.   labels: bool[N], the first was preferred."""
     p = margins.double().sigmoid()
-    bins = (p * BINS).long().clamp_max(BINS - 1)
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, p - labels.double())
-    return float(gaps.abs().sum() / len(p)) if len(p) else math.nan
+    of = (p * BINS).long().clamp_max(BINS - 1)
+    found = []
+    for b in of.unique().tolist():
+        observed = share_won(labels[of == b].double())
+        found.append({"predicted": float(p[of == b].mean()), "observed": observed.pop("accuracy"), **observed})
+    return found

@@ -1,4 +1,4 @@
-"""What SFT and reward modelling share: from a job to a finished run folder, around transformers' Trainer.
+"""What SFT, DPO and reward modelling share: from a job to a finished run folder, around transformers' Trainer.
 
 enter the run folder -> read rows -> load the base, check lineage -> tokenise -> header -> train -> save, read back, compare -> seal
 """
@@ -47,7 +47,7 @@ READ_BACK = "read_back"
 
 
 def train_supervised(config: SupervisedConfig, session: Session, recipe: Recipe) -> Run:
-    """The body of an SFT or reward stage; every rank runs it. Returns the finished run."""
+    """The body of an SFT, DPO or reward stage; every rank runs it. Returns the finished run."""
     is_new = session.is_main and not is_run(config.output_dir)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -201,7 +201,7 @@ def finish(job: Job, callback: RunCallback) -> Run:
         rows = (job.examples.held_out or job.examples.train)[:FIXTURE_ROWS]
         task.model.eval()
         task.save(folder.adapter_dir)
-        check_saved(task, folder.adapter_dir, rows)
+        run.metrics["reload_difference"] = check_saved(task, folder.adapter_dir, rows)
         folder.update_manifest(**task.manifest(rows))
         run.save()
         folder.seal()
@@ -213,8 +213,8 @@ def finish(job: Job, callback: RunCallback) -> Run:
     return run
 
 
-def check_saved(task: Task, folder: Path, rows: Sequence[Any]) -> None:
-    """Read the adapter back from disk and compare its outputs with those in memory (F25).
+def check_saved(task: Task, folder: Path, rows: Sequence[Any]) -> float:
+    """Read the adapter back from disk and compare its outputs with those in memory (F25). Returns the largest difference.
 
     InvariantError if they differ: what was saved is not what was trained."""
     model = task.model
@@ -233,3 +233,4 @@ def check_saved(task: Task, folder: Path, rows: Sequence[Any]) -> None:
             f"{RELOAD_TOLERANCE:g}",
             f"{worst:.3g}",
         )
+    return worst

@@ -1,4 +1,4 @@
-"""Where the adapter that SFT or reward modelling trains starts from: fresh on the base, or a copy of one that has been trained."""
+"""Where the adapter that SFT, DPO or reward modelling trains starts from: fresh on the base, or a copy of a trained one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What moves from step to step of an SFT or reward run."""
+"""What moves from step to step of an SFT, DPO or reward run."""
 
 from __future__ import annotations
 

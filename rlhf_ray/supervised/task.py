@@ -1,4 +1,4 @@
-"""The parts of an SFT or reward stage: the task (what is trained, and on what), the recipe that makes it, the job at hand."""
+"""The parts of an SFT, DPO or reward stage: the task (what is trained, and on what), the recipe that makes it, the job at hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from rlhf_ray.config import RewardConfig, SFTConfig
+from rlhf_ray.config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.data.collate import Tokenised
 from rlhf_ray.data.formats import RowKind
 from rlhf_ray.data.records import Row
@@ -31,7 +31,7 @@ from rlhf_ray.supervised.batch_sampler import eval_batches
 from rlhf_ray.supervised.trained_model import TrainedModel
 from rlhf_ray.supervised.trainer import Batch, Objective
 
-SupervisedConfig: TypeAlias = SFTConfig | RewardConfig
+SupervisedConfig: TypeAlias = SFTConfig | DPOConfig | RewardConfig
 
 
 class Task(Objective):
@@ -110,7 +110,7 @@ class Task(Objective):
 class Recipe:
     """One stage. tokenise: (rows, template, tokenizer, max_length) -> examples.  build: the task on a freshly loaded base."""
 
-    stage: Literal["sft", "reward"]
+    stage: Literal["sft", "dpo", "reward"]
     kind: RowKind
     half: Half | None
     tokenise: Callable[[Sequence[Row], Template, Any, int], Tokenised[Any]]

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_ray.data.collate import IGNORE_INDEX
+from rlhf_ray.maths.logprobs import chunked_token_logprobs
 from rlhf_ray.maths.masks import last_token_index
+from rlhf_ray.models.adapters import use_adapter
 from rlhf_ray.models.backbone import Backbone, trunk
 from rlhf_ray.models.forward import LOGITS_AT_ONCE
 from rlhf_ray.models.heads import ScalarHead
@@ -74,6 +76,31 @@ class LanguageModel(TrainedModel):
         if self.backbone.lm_head is None:
             raise TypeError("the base is not a causal language model")
         return self.backbone.lm_head
+
+
+class PreferenceModel(LanguageModel):
+    """DPO: how likely replies are, under the adapter that is trained or the one that it is compared with."""
+
+    def __init__(self, backbone: Backbone, peft_model: PeftModel, reference: str | None) -> None:
+        """reference: the name of the frozen adapter; None: the base itself, adapters off."""
+        super().__init__(backbone, peft_model)
+        self.reference = reference
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, replies: Tensor) -> Tensor:  # type: ignore[override]
+        """f32[N]: log p of each row's reply, summed over its tokens, under the active adapter.
+
+        input_ids, attention_mask: i64[N, T], padded on the right.   replies: bool[N, T], True on the tokens of the reply."""
+        states, targets, wanted = self.states(input_ids, attention_mask), input_ids[:, 1:], replies[:, 1:]
+        head = self._lm_head()
+        size = max(LOGITS_AT_ONCE // int(getattr(head, "out_features", 0) or 32_000), 1)
+        said, _ = chunked_token_logprobs(states[:, :-1][wanted], head, targets[wanted], 1.0, size, with_entropy=False)
+        return said.new_zeros(targets.shape).masked_scatter(wanted, said).sum(dim=1)
+
+    @torch.no_grad()
+    def reference_logprobs(self, input_ids: Tensor, attention_mask: Tensor, replies: Tensor) -> Tensor:
+        """The same under the reference, on the same loaded base."""
+        with use_adapter(self.peft_model, self.reference):
+            return self.forward(input_ids, attention_mask, replies)
 
 
 class RewardModel(TrainedModel):

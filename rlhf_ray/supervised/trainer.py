@@ -1,4 +1,4 @@
-"""transformers' Trainer as SFT and reward modelling use it: its loop, optimizers and DDP; our loss, row order, schedule and log.
+"""transformers' Trainer as SFT, DPO and reward modelling use it: its loop, optimizers, DDP; our loss, row order, schedule, log.
 
 Loss = sum over the step's items / their global number, so the gradient does not depend on how rows are cut into microbatches and
 ranks. Trainer's own saving, evaluation, logging and mixed precision stay off: the base keeps its dtype, adapters are float32.
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from rlhf_ray.config import RewardConfig, SFTConfig, check_accumulation
+from rlhf_ray.config import DPOConfig, RewardConfig, SFTConfig, check_accumulation
 from rlhf_ray.errors import ConfigError, InvariantError, Problem, ResourceError
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup
 from rlhf_ray.roles.guards import Guards
@@ -77,7 +77,7 @@ class SupervisedTrainer(Trainer):
         objective: Objective,
         rows: Sequence[Any],
         order: RowOrder,
-        config: SFTConfig | RewardConfig,
+        config: SFTConfig | DPOConfig | RewardConfig,
         arguments: TrainingArguments,
         all_reduce: Callable[[Sequence[float]], list[float]],
         on_log: Callable[[int, dict[str, float]], None],
@@ -302,7 +302,7 @@ def check_trainer_options(options: Mapping[str, Any]) -> None:
 
 
 def training_arguments(
-    config: SFTConfig | RewardConfig, output_dir: str, device: torch.device, world_size: int
+    config: SFTConfig | DPOConfig | RewardConfig, output_dir: str, device: torch.device, world_size: int
 ) -> TrainingArguments:
     """TrainingArguments from our fields, and the allow-listed ones of `config.trainer`.
 
@@ -352,7 +352,7 @@ def training_arguments(
         raise ConfigError.at("trainer", f"transformers refuses: {error}", got=given) from error
 
 
-def total_steps(config: SFTConfig | RewardConfig, rows: int) -> int:
+def total_steps(config: SFTConfig | DPOConfig | RewardConfig, rows: int) -> int:
     """Optimizer steps of the run: max_steps, or num_train_epochs passes of ceil(rows / train_batch_size) steps."""
     if config.max_steps > 0:
         return config.max_steps

@@ -24,6 +24,7 @@ from rlhf_ray.storage.run_folder import RunFolder, is_run, open_run
 
 READS: dict[str, tuple[RowKind, Half | None]] = {
     "sft": ("sft", None),
+    "dpo": ("preference", "reward"),
     "reward": ("preference", "reward"),
     "ppo": ("prompt", "ppo"),
 }

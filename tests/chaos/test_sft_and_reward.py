@@ -349,7 +349,8 @@ def test_a_pipeline_goes_on_inside_the_stage_that_was_stopped(
         "sft": {**learning, "data": {"train": "sft.jsonl", "held_out_fraction": 0.1}, "lora": {"r": 4, "lora_alpha": 8}},
         "reward": {**learning, "data": {"train": "reward.jsonl", "held_out_fraction": 0.1}},
         "ppo": {"data": {"train": "sft.jsonl", "eval_max_rows": 4}, "rollout_batch_size": 8, "rollout_chunk_size": 8,
-                "num_mini_batches": 1, "num_ppo_epochs": 1, "response_length": 4, "max_steps": 3, "save_steps": 1},
+                "num_mini_batches": 1, "num_ppo_epochs": 1, "response_length": 4, "max_steps": 3, "save_steps": 1,
+                "allow_chance_rewards": True},
     }  # fmt: skip
     runs = {}
     for name, fault in (("plain", ""), ("killed", f"learner:update:call={call}:term")):

@@ -175,6 +175,19 @@ def losses() -> dict[str, object]:
     policy_inputs = [(1.0, 1.5), (1.0, 0.5), (-1.0, 1.5), (-1.0, 0.5), (2.0, 1.1), (-2.0, 0.9)]
     value_inputs = [(1.0, 0.5, 2.0), (0.6, 0.5, 2.0), (1.0, 0.5, 0.0), (0.4, 0.5, 0.45)]
     gaps = [0.0, 2.0, -3.0, 0.5]
+
+    def dpo(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float, wrong: float) -> float:
+        """From the probability that the first reply is preferred, as odds; it is labelled the wrong way round with `wrong`."""
+        odds = (math.exp(chosen - ref_chosen) / math.exp(rejected - ref_rejected)) ** beta
+        p = odds / (1 + odds)
+        return -(1 - wrong) * math.log(p) - wrong * math.log(1 - p)
+
+    dpo_inputs = [
+        (-7.0, -9.0, -7.0, -9.0, 0.1, 0.0),
+        (-5.0, -9.5, -7.0, -9.0, 0.1, 0.0),
+        (-8.0, -6.0, -7.0, -9.0, 0.5, 0.0),
+        (-8.0, -6.0, -7.0, -9.0, 0.5, 0.25),
+    ]
     token_losses = [[1.0, 1.0, 1.0, 1.0], [3.0]]
     return {
         "cliprange": 0.2,
@@ -183,6 +196,7 @@ def losses() -> dict[str, object]:
         "value": [[*x, value(*x, 0.2)] for x in value_inputs],
         "value_unclipped": [[v, old, target, (v - target) ** 2 / 2] for v, old, target in value_inputs],
         "pairwise": [[g, -math.log(1 / (1 + math.exp(-g)))] for g in gaps],
+        "dpo": [[*x, dpo(*x)] for x in dpo_inputs],
         "token_losses": token_losses,
         "normalised": math.fsum(x for part in token_losses for x in part) / sum(map(len, token_losses)),
         "wrong_mean_of_means": math.fsum(math.fsum(p) / len(p) for p in token_losses) / len(token_losses),

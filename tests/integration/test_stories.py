@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.console import NullConsole
+from rlhf_ray.metrics import read_metrics
 from rlhf_ray.stages.start import ppo, reward, sft
 
 pytestmark = [pytest.mark.integration, pytest.mark.data, pytest.mark.slow]
@@ -53,3 +54,50 @@ def test_the_whole_chain_raises_the_true_reward(
 
 def _changed(config: Any, **fields: Any) -> Any:
     return type(config)(**{**config.model_dump(exclude_unset=True), **fields})
+
+
+UNBOUNDED = """
+import re
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+LEXICON = SentimentIntensityAnalyzer()
+
+
+def unbounded(prompts, completions, **_):
+    '''The sum of what VADER's lexicon says of each word: the more happy words, the better, without end.'''
+    return [sum(LEXICON.lexicon.get(word, 0.0) for word in re.findall("[a-z]+", text.lower())) for text in completions]
+
+
+def true(prompts, completions, **_):
+    '''What is wanted: happy stories. The compound score, times the share of a reply's words that it has not said before.'''
+    found = []
+    for text in completions:
+        words = re.findall("[a-z]+", text.lower())
+        found.append(LEXICON.polarity_scores(text)["compound"] * len(set(words)) / max(len(words), 1))
+    return found
+"""
+
+
+@pytest.mark.long
+def test_the_alarm_goes_off_before_the_true_reward_has_fallen_by_a_standard_deviation(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: an unbounded reward at a learning rate of 1e-3 ends in one happy word over and over."""
+    (tmp_path / "rules.py").write_text(UNBOUNDED)
+    job = benchmark("stories_sentiment", monkeypatch).job(tmp_path / "run", data_dir, seed=0, steps=40, threads=2)
+    rules = [
+        {"name": "happy_words", "function": f"{tmp_path}/rules.py:unbounded"},
+        {"name": "true", "function": f"{tmp_path}/rules.py:true", "weight": 0.0},
+    ]
+    data = {**job.data.model_dump(exclude_unset=True), "eval_max_rows": 64}
+    job = _changed(job, rewards=rules, watch="true", eval_steps=2, kl_coef=0.0, data=data)
+    run = ppo(job, NullConsole())
+    rows = read_metrics(Path(run.run_dir) / "metrics.jsonl")
+    measured = {row["step"]: row["eval/reward/true"] for row in rows if "eval/reward/true" in row}
+    deviation = rows[0]["eval/reward_se/true"] * rows[0]["eval/rows"] ** 0.5
+    alarm = min(row["step"] for row in rows if any(name.startswith("alarm/") for name in row))
+    fallen = [step for step, value in measured.items() if value < max(measured.values()) - deviation]
+    print({"alarm": alarm, "deviation": deviation, "true": measured, "kl": run.metrics["eval/kl_k1_per_response"]})
+    assert fallen, "the control collapses, or it controls nothing"
+    assert alarm < min(fallen)
+    assert run.metrics["best/step"] < min(fallen)

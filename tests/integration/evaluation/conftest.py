@@ -88,6 +88,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Pa
             data={"train": prompts, "held_out_fraction": 0.4},
             sft=made["sft"],
             rewards=[{"name": "reward", "run": made["reward"]}],
+            allow_chance_rewards=True,
             rollout_batch_size=8,
             per_device_train_batch_size=8,
             num_mini_batches=1,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +43,22 @@ def test_policies_need_nothing_but_their_folders(chain: Any, console: Any) -> No
     assert console.warnings == []
     lines = next(e for e in console.events if e["kind"] == "header")["lines"]
     assert "template   alpaca_short" in lines and f"bases      1 loaded: {chain.base}" in lines
+
+
+def test_a_comparison_sheet_shows_policies_side_by_side_and_takes_a_vote(chain: Any, tmp_path: Path) -> None:
+    """Of a file, by the command; names are short where they tell policies apart; votes are on the prompt without its template."""
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"instruction": f"Name {what}.", "input": ""}) + "\n" for what in ("a", "b")))
+    words = ["generate", *(w for p in ("base", chain.sft, chain.ppo) for w in ("--policy", p)), "--file", str(asked)]
+    assert main([*words, "--max-new-tokens", "8", "--out", str(tmp_path / "sheet.html")]) == 0
+    page = (tmp_path / "sheet.html").read_text()
+    told = re.findall(r'data-ballot="([^"]*)"', page)
+    first, second = (json.loads(html.unescape(ballot)) for ballot in told)
+    assert (first["prompt"], second["prompt"]) == ("Name a.", "Name b.")
+    assert [reply["model"] for reply in first["replies"]] == ["base", "sft", "ppo"]
+    rows = ask(["base", chain.sft, chain.ppo], file=str(asked), max_new_tokens=8)
+    assert [reply["text"] for reply in first["replies"]] == [rows[0][f"output_{i}"] for i in (1, 2, 3)]
+    assert "2 prompts" in page and "reward <b>" in page and "http" not in page.replace("http-equiv", "")
 
 
 def test_the_same_seed_gives_the_same_reply(chain: Any) -> None:

@@ -115,7 +115,7 @@ def test_the_chain_on_24_gb(
         *(f"sft.data.train={rows}", "sft.max_steps=2", "sft.max_length=384"),
         *(f"reward.data.train={write_jsonl('pairs.jsonl', pairs)}", "reward.max_steps=2"),
         *(f"ppo.data.train={rows}", "ppo.response_length=16", "ppo.min_response_length=8", "ppo.max_steps=1"),
-        "ppo.data.eval_max_rows=8",
+        *("ppo.data.eval_max_rows=8", "ppo.allow_chance_rewards=true"),
     ]
     config = load(PipelineConfig, JOBS / "alpaca_8b_24gb.yaml", changes)
     run = pipeline(config, console)

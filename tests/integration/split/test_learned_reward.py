@@ -51,7 +51,7 @@ def test_it_gives_the_adapter_of_colocate(
     del fields["lora"]
     many = {"name": "many", "ensemble": [third.run_dir, second.run_dir], "weight": 0.5}
     fields |= {"sft": first.run_dir, "rewards": [{"name": "helpful", "run": second.run_dir}, many]}
-    fields |= {"value": {"init_from": "reward:many/1"}}
+    fields |= {"value": {"init_from": "reward:many/1"}, "allow_chance_rewards": True}
     beside = {"placement": "colocate", "learner": {"num_workers": 0, "num_threads": 1}}
     here = ppo(PPOConfig(**{**fields, **beside, "output_dir": str(tmp_path / "colocate")}), console)
     apart = ppo(PPOConfig(**{**fields, "output_dir": str(tmp_path / "split")}), console)
@@ -73,6 +73,7 @@ def test_in_a_pipeline(two_gpus: Any, split_job: Callable[..., PPOConfig], tmp_p
     fields = split_job("x").model_dump(exclude_unset=True)
     shared = ("model_name_or_path", "template", "report_to", "learner")
     ppo_fields = {k: v for k, v in fields.items() if k not in (*shared, "output_dir", "rewards", "lora")}
+    ppo_fields["allow_chance_rewards"] = True
     small = {"train_batch_size": 8, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": 96}
     lora = {"lora": {"r": 4, "lora_alpha": 8}}
 

@@ -63,6 +63,7 @@ def jobs(tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.Mo
             "data": {"train": prompts},
             "sft": "runs/sft",
             "rewards": [{"name": "helpful", "run": "runs/reward"}],
+            "allow_chance_rewards": True,
             "rollout_batch_size": 16,
             "rollout_chunk_size": 8,
             "num_mini_batches": 2,

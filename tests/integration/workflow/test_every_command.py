@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 
 PLUMBING = {"output_dir", "sft", "rewards", "model_name_or_path", "template", "learner", "report_to"}
 TRIED = {
-    *("sft", "reward", "ppo", "merge", "generate", "score", "pipeline", "evaluate", "resume", "report", "demo"),
+    *("sft", "dpo", "reward", "ppo", "merge", "generate", "score", "pipeline", "evaluate", "resume", "report", "demo"),
     *("sweep", "promote", "rollback", "adapters", "plan", "serve", "api-key", "submit", "doctor", "chat"),
 }
 
@@ -107,6 +107,7 @@ def test_the_demo_in_few_steps(
         small = {"max_steps": 2, "eval_steps": 2}
         sections = {s: {**getattr(config, s), **small} for s in ("sft", "reward", "ppo")}
         sections["ppo"] |= {"rollout_batch_size": 16, "num_mini_batches": 2, "response_length": 8}
+        sections["ppo"]["allow_chance_rewards"] = True  # of two steps
         data = {**config.evaluate["data"], "eval_max_rows": 8}
         sections["ppo"]["data"] = data
         sections["evaluate"] = {**config.evaluate, "data": data, "response_length": 8}

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[3]
 SMALL = "max_steps=1 train_batch_size=4 per_device_train_batch_size=4 max_length=128 data.eval_max_rows=4".split()
 STAGES = [f"{stage}.{field}" for stage in ("sft", "reward") for field in SMALL] + (
     "ppo.max_steps=1 ppo.rollout_batch_size=8 ppo.num_mini_batches=1 ppo.response_length=8 ppo.max_length=128"
-    " ppo.data.eval_max_rows=4 evaluate.data.eval_max_rows=4 evaluate.response_length=8 evaluate.max_length=128"
+    " ppo.data.eval_max_rows=4 ppo.allow_chance_rewards=true"
+    " evaluate.data.eval_max_rows=4 evaluate.response_length=8 evaluate.max_length=128"
 ).split()
 
 

@@ -72,8 +72,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(args) == 0
         out, err = capsys.readouterr()
         commands = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
-        assert commands == ["sft", "reward", "ppo", "evaluate", "pipeline", "sweep", "serve", "demo", "resume", "merge", "generate",
-                            "chat", "score", "plan", "report", "submit", "doctor", "promote",
+        assert commands == ["sft", "dpo", "reward", "ppo", "evaluate", "pipeline", "sweep", "serve", "demo", "resume", "merge",
+                            "generate", "chat", "score", "plan", "report", "submit", "doctor", "promote",
                             "rollback", "adapters", "api-key", "data", "import"]  # fmt: skip
         assert err == "" and "..." not in out.split("Commands:\n")[1]
 

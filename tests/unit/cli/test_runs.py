@@ -54,7 +54,7 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ("29 newer", ("resume", "newer"), 5,
      "{here}/newer/manifest.json: written by a newer version; expected schema up to 1; got 99; fix: update rlhf_ray"),
     ("29 another stage", ("resume", "foreign"), 2,
-     "stage: unknown; expected one of sft, reward, ppo, evaluate, pipeline, demo; got distil"),
+     "stage: unknown; expected one of sft, dpo, reward, ppo, evaluate, pipeline, demo; got distil"),
     ("57 elsewhere", ("resume", "started", "output_dir=there", "resume=never"), 2,
      "override output_dir=there: resume takes the run folder as it is; fix: leave it out\n"
      "error: override resume=never: resume takes the run folder as it is; fix: leave it out"),

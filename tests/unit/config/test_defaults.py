@@ -34,8 +34,9 @@ PROJECT = Path(__file__).parents[3]
 JOB: dict[str, Any] = {"output_dir": "o", "model_name_or_path": "m", "data": {"train": "x.jsonl"}}
 PPO: dict[str, Any] = {**JOB, "rewards": [{"run": "r"}, {"name": "rule", "function": "f.py:f"}]}
 COMPARED: dict[str, Any] = {**JOB, "policies": [{"name": "b", "policy": "base"}]}
-OF_NO_EFFECT = {"defaults_version", "max_prompt_length"}
-"""Fields that differ between versions and change nothing where max_length, or the model's context, leaves less room."""
+OF_NO_EFFECT = {"defaults_version", "max_prompt_length", "allow_chance_rewards"}
+"""Fields that differ between versions and change no number: max_prompt_length where max_length, or the model's context, leaves
+less room; allow_chance_rewards is asked before the first step."""
 
 
 def test_those_for_1b_to_8b() -> None:

@@ -47,7 +47,10 @@ def test_a_fault_in_a_stage_names_the_stage_and_the_line(complaints: Callable[..
             HEAD + "stages: [ppo]\nppo: {data: {train: x}}\n",
             "job.yaml:4: ppo.rewards: missing; expected list of sections (what is maximised)",
         ),
-        (FULL + "stages: [reward, sft, ppo]\n", "job.yaml:11: stages: each at most once, in the order sft, reward, ppo, evaluate"),
+        (
+            FULL + "stages: [reward, sft, ppo]\n",
+            "job.yaml:11: stages: each at most once, in the order sft, dpo, reward, ppo, evaluate",
+        ),
         (FULL + "stages: [sft, reward]\n", "job.yaml:8: ppo: has settings but is not among stages: sft, reward"),
         (FULL + "  output_dir: x\n", "job.yaml:11: ppo.output_dir: stages write to output_dir/<stage>; set output_dir at the top"),
         (
@@ -117,7 +120,7 @@ def test_an_ambiguous_job_asks_for_the_stage(workdir: Path) -> None:
         load_any("x.yaml")
     assert caught.value.lines() == [
         "error: x.yaml: cannot tell which stage this job is for; "
-        "fix: add --stage, one of sft, reward, ppo, evaluate, pipeline, sweep, serve"
+        "fix: add --stage, one of sft, dpo, reward, ppo, evaluate, pipeline, sweep, serve"
     ]
     assert load_any("x.yaml", stage="reward")[0] == "reward"
     assert isinstance(load_any("x.yaml", ["rewards=[{run: runs/reward}]"])[1], PPOConfig)

@@ -286,3 +286,22 @@ def test_centring_by_hand_and_its_pull() -> None:
     assert chosen.grad.tolist() == rejected.grad.tolist() == [3.0, -2.0]
     with pytest.raises(ValueError, match="rejected: expected the shape of chosen"):
         losses.centring_loss_sum(chosen, rejected[:1])
+
+
+def test_dpo_golden_stats_and_extremes(golden) -> None:
+    """From the definition; policy = reference gives ln 2; far apart it stays finite, with a gradient that points the right way."""
+    assert golden["losses"]["dpo"][0][-1] == pytest.approx(math.log(2), rel=1e-12)
+    for *logps, beta, smoothing, expected in golden["losses"]["dpo"]:
+        total, count, stats = losses.dpo_loss_sum(*torch.tensor(logps)[:, None], beta, smoothing)
+        assert total.item() == pytest.approx(expected, rel=1e-6) and int(count) == 1
+        gap = beta * ((logps[0] - logps[2]) - (logps[1] - logps[3]))
+        assert float(stats["chosen"] - stats["rejected"]) == pytest.approx(gap, abs=1e-6)
+        assert float(stats["won"]) == (0.5 if gap == 0 else float(gap > 0))
+    chosen = torch.tensor([-900.0], requires_grad=True)
+    far, *_ = losses.dpo_loss_sum(chosen, torch.zeros(1), torch.zeros(1), torch.tensor([-900.0]), 1.0)
+    far.backward()
+    assert math.isfinite(far.item()) and chosen.grad is not None and chosen.grad.item() == pytest.approx(-1.0)
+    with pytest.raises(ValueError, match="rejected"):
+        losses.dpo_loss_sum(torch.zeros(2), torch.zeros(1), torch.zeros(2), torch.zeros(2), 0.1)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        losses.dpo_loss_sum(*torch.zeros(4, 1), 0.1, 0.5)

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_ray.maths.standard_errors import (
     block_deviation,
+    deviation,
     error_of_difference,
     error_of_mean,
     logistic_intercept,
@@ -33,6 +34,7 @@ NO_ERRORS = {
 def test_standard_error() -> None:
     assert standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3 / 4))
     assert standard_error(torch.tensor([[1, 2], [3, 4]])) == pytest.approx(math.sqrt(5 / 3 / 4))
+    assert deviation(standard_error([1.0, 2.0, 3.0, 4.0]), 4) == pytest.approx(math.sqrt(5 / 3))
     assert math.isnan(standard_error([1.0])) and math.isnan(standard_error([]))
 
 

@@ -35,6 +35,7 @@ ELEMENTS = frozenset(
         "b",
         "small",
         "em",
+        "mark",
         "i",
         "a",
         "pre",

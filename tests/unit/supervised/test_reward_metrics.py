@@ -9,9 +9,13 @@ import torch
 
 from rlhf_ray.metrics import describe
 from rlhf_ray.supervised.reward_metrics import (
+    MOST_GROUPS,
     PairScores,
+    accuracy_by_group,
+    accuracy_by_length,
     calibration_error,
     correlation,
+    held_out_record,
     longer_wins,
     presentation,
     score_metrics,
@@ -76,3 +80,38 @@ def test_undefined_figures_are_left_out() -> None:
 
 def test_spread_is_over_all_replies() -> None:
     assert pairs([2.0, 4.0], [0, 0]).spread() == pytest.approx({"mean": 1.5, "std": math.sqrt(11 / 3), "replies": 4.0})
+
+
+def test_a_model_that_pays_for_length_fails_where_the_shorter_reply_is_better() -> None:
+    """Three of four right in all; but always wrong where the shorter one is better. Equal lengths count for neither."""
+    found = score_metrics(pairs([1.0, 2.0, 3.0, -1.0, 5.0], [4, 2, 1, -3, 0]), seed=0)
+    assert found["eval/accuracy_shorter_chosen"] == 0.0 and found["eval/accuracy_longer_chosen"] == 1.0
+    assert math.isnan(accuracy_by_length(pairs([1.0], [0]))["accuracy_shorter_chosen"])
+    assert "eval/accuracy_shorter_chosen" not in score_metrics(pairs([1.0, 2.0], [1, 1]), seed=0)
+
+
+def test_groups_have_accuracies_of_their_own_with_intervals() -> None:
+    scored = pairs([1.0, 1.0, -1.0, -1.0, 2.0], [1] * 5)
+    named = PairScores(scored.scores, scored.lengths, ["code", "code", "chat", "chat", ""])
+    found = accuracy_by_group(named)
+    assert {name: (of["accuracy"], of["pairs"]) for name, of in found.items()} == {
+        "chat": (0.0, 2.0),
+        "code": (1.0, 2.0),
+    }
+    assert found["code"]["low"] == pytest.approx(0.3424, abs=1e-4) and found["code"]["high"] == pytest.approx(1.0)
+    metrics = score_metrics(named, seed=0)
+    assert (metrics["eval/accuracy_by/chat"], metrics["eval/accuracy_by/code"]) == (0.0, 1.0)
+    assert accuracy_by_group(scored) == {} == accuracy_by_group(PairScores(scored.scores, scored.lengths, ["one"] * 5))
+    many = PairScores(torch.zeros(50, 2), torch.zeros(50, 2).long(), [str(i) for i in range(50)])
+    assert len(accuracy_by_group(many)) == MOST_GROUPS
+    for name in metrics:
+        describe(name)
+
+
+def test_the_record_holds_the_interval_and_what_the_reliability_picture_draws() -> None:
+    """Eight of ten right at p = 0.8: the bin of p says 0.8, or, presented the other way round, 0.2."""
+    record = held_out_record(pairs([math.log(4.0)] * 8 + [-math.log(4.0)] * 2, [0] * 10), seed=3)
+    assert (record["accuracy"], record["pairs"]) == (0.8, 10.0) and record["low"] < 0.8 < record["high"]
+    assert {round(b["predicted"], 6) for b in record["reliability"]} == {0.2, 0.8}
+    assert sum(b["pairs"] for b in record["reliability"]) == 10
+    assert all(b["low"] <= b["observed"] <= b["high"] for b in record["reliability"])

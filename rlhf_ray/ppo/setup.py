@@ -114,7 +114,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     """Load, check, and say what this run is. Raises the error tree before the first rollout."""
     remote_roles = RemoteRoles(session.actor_handles, session) if config.placement == "split" else None
     loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
-    assembly, roles = assemble(config, session.device)
+    assembly, roles = assemble(config, session.device, None if session.seat is None else session.seat.place)
     backbone, template = assembly.base, roles.template
     prompts = load_prompts(config, backbone, template, is_resumed=bool(folder.checkpoints()))
     if folder.checkpoints():
@@ -172,7 +172,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         listed_saves=listed,
         to_texts=to_texts,
         tolerance=tolerance(backbone.dtype, config.load_in_8bit or config.load_in_4bit),
-        policy_config=adapter_config(policy_model, "policy"),
+        policy_config=adapter_config(policy_model, str(models.bindings["policy"].adapter)),
         value_config=_value_config(models),
         writers=Writers(config, folder, session.is_main),
     )
@@ -217,7 +217,9 @@ def _own_collector(
     module, lockstep, max_over_ranks = learner.engine.module, learner.lockstep, learner.models.max_over_ranks
     rewards = roles.build(module, rows, session.device, max_over_ranks)
     forward = partial(module, "decode") if lockstep else None
-    sampler = policy_sampler(config, assembly, models.stack_of("policy").model, forward)
+    sampler: Any = policy_sampler(config, assembly, models.stack_of("policy").model, forward)
+    if session.seat is not None:
+        sampler = session.seat.sampler(sampler)
     some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
     generator = Generator(sampler, pad_id, config.seed, some_rank_decodes)
 

@@ -11,6 +11,7 @@ from rlhf_ray.errors import ResourceError
 from rlhf_ray.launch.ray_cluster import at_hand
 from rlhf_ray.plan.job_plan import Plan, plan
 from rlhf_ray.sweep.capacity import capacity
+from rlhf_ray.sweep.sharing import check_sharing, described
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trials import job_of, planned, trial_of
 
@@ -33,6 +34,7 @@ def plan_sweep(
 ) -> Plan:
     """See `stages.plan.plan`. ConfigError for settings that make no PPO job."""
     jobs = _jobs(config)
+    check_sharing(config, jobs)
     plans = [plan(job, device, gpu_gib, prompt_tokens) for job in jobs]
     worst = max(plans, key=lambda found: max(found.needed(stage) for stage in found.stages))
     stages = [replace(stage, stage="a trial (ppo)") for stage in worst.stages]
@@ -43,10 +45,7 @@ def plan_sweep(
     except ResourceError as error:
         told = "; ".join(f"{p.where}: {p.what}" for p in error.problems)
         return replace(worst, stages=stages, placed=False, placement=told)
-    at_once = min(fits.at_once, config.max_concurrent_trials or fits.at_once)
-    each = ", ".join(f"{amount:g} {kind}" for kind, amount in fits.each.items())
-    where = f"each in a process of {each}" if fits.in_process else "each with workers of its own"
-    return replace(worst, stages=stages, placed=True, placement=f"{count} trials, {at_once} at once, {where}")
+    return replace(worst, stages=stages, placed=True, placement=f"{count} trials, {described(config, fits, count)}")
 
 
 def _jobs(config: SweepConfig) -> list[PPOConfig]:

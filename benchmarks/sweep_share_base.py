@@ -9,7 +9,7 @@ Each case runs the same trials: stories260K, the VADER reward, learning rates an
     in turn       one `rlhf-ray sweep` without share_base, one trial at a time in one process that Tune uses again
 
 Seconds are wall time; CPU seconds those of every process of the case, which other work on the machine disturbs less. Memory is
-the highest sum at one time over all processes of the case, looked at every quarter of a second: proportional (PSS: a page that
+the highest sum at one time over all processes of the case, looked at every second: proportional (PSS: a page that
 several processes map counts once) and resident (RSS). Where fewer processes run at once than there are trials, the memory of all at
 once is that of one process times their number, and the report says so. Equality: how the replies that samples.jsonl keeps of every
 step, and the held-out scores, compare between the shared case and the processes.
@@ -38,7 +38,8 @@ from rlhf_ray.storage.run import load_run
 from rlhf_ray.sweep.trials import Trial, job_of, planned
 
 TICKS = os.sysconf("SC_CLK_TCK")
-LOOK_S = 0.25
+LOOK_S = 1.0
+"""Adding up the pages of a large process takes the kernel a while, which the case must not notice."""
 
 
 @dataclass
@@ -166,12 +167,12 @@ def equality(one: SweepConfig, other: SweepConfig) -> dict[str, float]:
     gaps = []
     for a, b in zip(planned(one), planned(other), strict=True):
         for x, y in zip(rows_of(a), rows_of(b), strict=True):
-            equal = x["response"] == y["response"]
+            equal = x["reply"] == y["reply"]
             total, same = total + 1, same + equal
             if x["step"] == 1:
                 first, same_first = first + 1, same_first + equal
-            length += max(len(x["response"]), len(y["response"]))
-            characters += sum(p == q for p, q in zip(x["response"], y["response"]))
+            length += max(len(x["reply"]), len(y["reply"]))
+            characters += sum(p == q for p, q in zip(x["reply"], y["reply"]))
         gaps.append(abs(score(a) - score(b)))
     return {
         "replies": total,
@@ -183,9 +184,7 @@ def equality(one: SweepConfig, other: SweepConfig) -> dict[str, float]:
 
 
 def rows_of(trial: Trial) -> Sequence[dict[str, Any]]:
-    return [
-        row for row in map(json.loads, (trial.folder / "samples.jsonl").read_text().splitlines()) if "response" in row
-    ]
+    return [json.loads(line) for line in (trial.folder / "samples.jsonl").read_text().splitlines()]
 
 
 def score(trial: Trial) -> float:
@@ -235,8 +234,8 @@ def main() -> None:
                     pairs = zip(cases["shared"], cases[name])
                     figures[f"{key}_ratio to {name}"] = spread([a[key] / b[key] for a, b in pairs])
         found[f"{trials} trials"] = figures
-    settings = {"model": "stories260K, 260,032 parameters, float32, CPU", "steps": arguments.steps, "replies": 64}
-    emit(report("sweep_share_base", settings, found, arguments.repeats, arguments.threads), arguments.output)
+        settings = {"model": "stories260K, 260,032 parameters, float32, CPU", "steps": arguments.steps, "replies": 64}
+        emit(report("sweep_share_base", settings, found, arguments.repeats, arguments.threads), arguments.output)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def rewards(job: PPOConfig) -> list[float]:
 
 def replies(job: PPOConfig) -> list[Any]:
     rows = map(json.loads, (Path(job.output_dir) / "samples.jsonl").read_text().splitlines())
-    return [(row["step"], row.get("response")) for row in rows]
+    return [(row["step"], row["reply"]) for row in rows]
 
 
 def test_a_run_alone_on_a_shared_base_is_the_run_without_one_bit_for_bit(ppo_job: Any, console: Any) -> None:

@@ -34,6 +34,14 @@ class SweepConfig(JobFields):
     grace_evaluations: Count = field(2, "evaluations of a trial before it can be stopped early")
     reduction_factor: Annotated[int, Field(ge=2)] = field(3, "asha: at each rung one in this many trials continues")
     max_concurrent_trials: Count | None = field(None, "trials at once; default: as many as fit")
+    share_base: bool = field(
+        False,
+        "trials run several at a time in one process on one loaded base, each with adapters and optimizer of its own; they sample"
+        " in one batch and take turns for the rest. For colocated trials of one worker at ZeRO 0 to 2",
+    )
+    trials_per_base: Count = field(
+        8, "with share_base: trials at once in a process; more of them take another process, where resources allow one"
+    )
     time_budget_s: Positive | None = field(None, "seconds for the whole sweep; what has not ended by then is stopped")
     max_trial_failures: Annotated[int, Field(ge=0)] = field(
         1, "how often a trial that fails or dies is resumed from its checkpoint"

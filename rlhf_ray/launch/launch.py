@@ -55,10 +55,16 @@ GROUP_TIMEOUT_S = 1800
 """Of torch's process group: the longest that a rank waits for another one, loading included. The watchdog is quicker."""
 
 
-def launch(body: Body, config: JobFields, console: Console, builders: Mapping[str, Builder] | None = None) -> Run:
+def launch(
+    body: Body,
+    config: JobFields,
+    console: Console,
+    builders: Mapping[str, Builder] | None = None,
+    seat: Any = None,
+) -> Run:
     """Run `body` on every rank and return what rank 0 returns. A worker's error of ours is raised here as it is.
 
-    builders: by role, for the actors of a split job."""
+    builders: by role, for the actors of a split job.   seat: of a run in this process that shares it, and its base, with others."""
     resume = resume_command(config.output_dir)
     check_place(config.output_dir, config.resume)
     config = with_defaults_as_begun(config)
@@ -69,10 +75,10 @@ def launch(body: Body, config: JobFields, console: Console, builders: Mapping[st
 
         config = with_template_date(config)
     if config.learner.num_workers == 0:
-        stop = Stop()
+        stop = Stop() if seat is None else seat.stop
         signals = Signals(stop, console, config.output_dir, resume, config.stop_grace_s)
         with signals, _with_the_way_on(config), memory_released():
-            return imported(body)(config, process_session(console, config.learner.num_threads, stop))
+            return imported(body)(config, process_session(console, config.learner.num_threads, stop, seat))
     check_this_machine(config)
     with open_channel(Path(config.output_dir).absolute().parent) as channel:
         signals = Signals(channel.stop(), console, config.output_dir, resume, config.stop_grace_s)

@@ -60,6 +60,7 @@ __all__ = [
     "read_adapter",
     "remove_adapter",
     "resolve_targets",
+    "rest_on_base",
     "save_adapter",
     "set_trainable",
     "use_adapter",
@@ -114,16 +115,23 @@ def add_from_files(model: nn.Module, adapter_name: str, files: AdapterFiles, tra
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Forget an adapter and free its weights. The active adapter, which must be another one, stays the active one."""
+    """Forget an adapter and free its weights. The active adapter stays the active one; it must be another one, and PEFT cannot be
+    without any."""
     peft_model: Any = as_peft(model)
-    if adapter_name not in peft_model.peft_config or adapter_name in _active(model):
+    if adapter_name not in peft_model.peft_config or adapter_name in _active(model) or len(peft_model.peft_config) < 2:
         raise InvariantError.at(
-            f"adapter {adapter_name}", "does not exist, or is active", ", ".join(peft_model.peft_config)
+            f"adapter {adapter_name}",
+            "does not exist, is active, or is the only one",
+            ", ".join(peft_model.peft_config),
         )
     active = _active(model)
     peft_model.delete_adapter(adapter_name)
     if _active(model) != active:
         peft_model.base_model.active_adapter = active
+    if peft_model.active_adapter not in peft_model.peft_config:
+        # PEFT's outermost module reads, in every forward, the configuration of the adapter that it was made with. Which adapters
+        # compute is the layers' affair (`_activate`).
+        peft_model.active_adapter = next(iter(peft_model.peft_config))
 
 
 def copy_adapter(model: nn.Module, source: str, target: str, trainable: bool = True) -> None:
@@ -216,6 +224,12 @@ class use_adapter:
 
     def __exit__(self, *_: object) -> None:
         _activate(self._model, self._before)
+
+
+def rest_on_base(model: nn.Module) -> None:
+    """From here on no adapter is active outside of `use_adapter`: for a model that several runs share, each with adapters of its
+    own that come and go."""
+    _activate(model, [])
 
 
 def gradient_checkpointing(model: nn.Module) -> None:

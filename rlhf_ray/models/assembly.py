@@ -6,7 +6,8 @@ model, or a policy that is a whole checkpoint, brings a base of its own; two rol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import header_line
 from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
+from rlhf_ray.models.shared_base import Place
 from rlhf_ray.models.specs import ModelSpec
 
 BASE = "base"
@@ -39,12 +41,19 @@ SYNCED_REFERENCE = "synced_reference"
 class Assembly:
     """Add roles, then `finish`. `device`: where everything goes. `seed`: of fresh adapters.
 
+    place: on bases that other runs of this process share; None: bases of its own.
+
     lineage: one line per role, for the header of the run."""
 
     def __init__(
-        self, job: JobFields, device: torch.device, seed: int, stop_token_ids: tuple[int, ...] | None = None
+        self,
+        job: JobFields,
+        device: torch.device,
+        seed: int,
+        stop_token_ids: tuple[int, ...] | None = None,
+        place: Place | None = None,
     ) -> None:
-        self.job, self.device, self.seed = job, device, seed
+        self.job, self.device, self.seed, self.place = job, device, seed, place
         self.stop_token_ids = stop_token_ids
         self.stacks: dict[str, AdapterStack] = {}
         self.bindings: dict[str, RoleBinding] = {}
@@ -53,15 +62,14 @@ class Assembly:
         self.files: dict[str, AdapterFiles] = {}
         self.loaded: dict[str, str] = {}
         self.base = self._causal_lm(job.model_name_or_path, job.revision)
-        self.stacks[BASE] = AdapterStack(self.base, None)
+        self.stacks[BASE] = self._stack(self.base)
 
     def add_policy(self, role: str, source: ModelSpec) -> None:
         """A frozen policy: the base, an adapter on it, or a whole checkpoint."""
         if source.kind == "base":
             self.bindings[role] = RoleBinding(BASE, None)
         elif source.kind == "adapter":
-            self._load(BASE, role, self._read(source.path), trainable=False)
-            self.bindings[role] = RoleBinding(BASE, role)
+            self.bindings[role] = RoleBinding(BASE, self._saved(BASE, role, self._read(source.path), trainable=False))
         else:
             self.bindings[role] = RoleBinding(self._full(source, "causal_lm"), None)
         self.lineage.append(header_line(role, source.describe()))
@@ -70,8 +78,9 @@ class Assembly:
         """`policy`, trainable, and `reference`, what it starts from: the SFT adapter frozen, or the base with adapters off.
 
         with_reference: false where another process holds the reference."""
+        policy = self._name("policy")
         if source is None or source.kind == "base":
-            self._fresh(BASE, "policy", lora)
+            self._fresh(BASE, policy, lora)
             if with_reference:
                 self.bindings["reference"] = RoleBinding(BASE, None)
             self.lineage += [
@@ -80,10 +89,9 @@ class Assembly:
             ]
         elif source.kind == "adapter":
             files = self._read(source.path)
-            self._load(BASE, "policy", files, trainable=True)
+            self._saved(BASE, "policy", files, trainable=True)
             if with_reference:
-                self._load(BASE, "reference", files, trainable=False)
-                self.bindings["reference"] = RoleBinding(BASE, "reference")
+                self.bindings["reference"] = RoleBinding(BASE, self._saved(BASE, "reference", files, trainable=False))
             self.lineage += [
                 header_line("policy", f"copy of adapter {source.path}"),
                 header_line("reference", f"adapter {source.path}, frozen"),
@@ -96,18 +104,19 @@ class Assembly:
                 source.path,
                 "set model_name_or_path to it and drop sft: the policy is then a fresh adapter on it",
             )
-        self.bindings["policy"] = RoleBinding(BASE, "policy")
+        self.bindings["policy"] = RoleBinding(BASE, policy)
 
     def add_synced_reference(self, lora: LoraConfig) -> None:
         """`synced_reference`, frozen, of the policy's shape: holds the policy as it was when the reference was reset.
 
         lora: of the policy, where it is fresh. The policy, or the reference that it starts from, must be there."""
         binding = self.bindings.get("policy") or self.bindings["reference"]
+        name = self._name(SYNCED_REFERENCE)
         if binding.adapter is not None:
-            self._copy(BASE, binding.adapter, SYNCED_REFERENCE)
+            self._copy(BASE, binding.adapter, name)
         else:
-            self._fresh(BASE, SYNCED_REFERENCE, lora, trained=False)
-        self.bindings[SYNCED_REFERENCE] = RoleBinding(BASE, SYNCED_REFERENCE)
+            self._fresh(BASE, name, lora, trained=False)
+        self.bindings[SYNCED_REFERENCE] = RoleBinding(BASE, name)
 
     def add_reward(self, role: str, source: ModelSpec) -> None:
         """A reward model: an adapter with a scalar head on the base, or a classifier of its own."""
@@ -117,9 +126,9 @@ class Assembly:
                 raise ArtifactError.at(
                     source.path, "has no reward head", "the adapter of a reward run", "a policy adapter"
                 )
-            self._load(BASE, role, files, trainable=False)
+            adapter = self._saved(BASE, role, files, trainable=False)
             self._head(BASE, role, files.head)
-            self.bindings[role] = RoleBinding(BASE, role, role)
+            self.bindings[role] = RoleBinding(BASE, adapter, role)
         else:
             stack = self._full(source, "classifier")
             classifier: Any = self.stacks[stack].backbone.model
@@ -133,24 +142,24 @@ class Assembly:
         init_from: `policy`, or the role of a reward.   adapter: `shared` puts the head on the policy's own adapter.
         lora: the adapter when it is fresh. ConfigError if it is set where the value model copies a reward adapter."""
         if adapter == "shared":
-            self.bindings["value"] = RoleBinding(BASE, "policy", "value")
+            self.bindings["value"] = RoleBinding(BASE, self._name("policy"), "value")
             self._head(BASE, "value", None)
             self.lineage.append(header_line("value", "head on the policy's own adapter"))
             return
-        binding = self.bindings[init_from]
+        binding, name = self.bindings[init_from], self._name("value")
         if binding.adapter is not None and lora is not None and init_from != "policy":
             raise ConfigError.at(
                 "value.lora", f"the value model copies the r, alpha and targets of {init_from}", fix="drop value.lora"
             )
         if binding.adapter is not None and lora is None:
-            self._copy(binding.stack, binding.adapter, "value")
-            self._mark_trained(binding.stack, "value")
+            self._copy(binding.stack, binding.adapter, name)
+            self._mark_trained(binding.stack, name)
             how = f"copy of the adapter of {init_from}"
         else:
-            self._fresh(binding.stack, "value", lora or self._policy_shape())
+            self._fresh(binding.stack, name, lora or self._policy_shape())
             how = f"fresh adapter on the trunk of {init_from}"
         self._head(binding.stack, "value", None)
-        self.bindings["value"] = RoleBinding(binding.stack, "value", "value")
+        self.bindings["value"] = RoleBinding(binding.stack, name, "value")
         self.lineage.append(header_line("value", f"{how}, head zero"))
 
     def finish(self) -> RoleModels:
@@ -166,6 +175,8 @@ class Assembly:
             models.recompute = True
             for stack in self.trained:
                 gradient_checkpointing(self.stacks[stack].peft)
+        if self.place is not None:
+            self.place.trains(models)
         return models
 
     def describe(self) -> list[str]:
@@ -179,7 +190,7 @@ class Assembly:
         return self.device.type == "cuda" if wanted is None else wanted
 
     def _policy_shape(self) -> LoraConfig:
-        config = adapter_config(self.stacks[BASE].peft, "policy")
+        config = adapter_config(self.stacks[BASE].peft, self._name("policy"))
         names = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora")
         return LoraConfig(**{name: config[name] for name in names})
 
@@ -192,16 +203,31 @@ class Assembly:
             add_fresh(self.stacks[stack].peft, name, lora, seed=self.seed)
         else:
             self._wrapped(stack, wrap(holder.backbone.model, lora, name, seed=self.seed))
+        self._added(stack, name)
         if trained:
             self._mark_trained(stack, name)
 
+    def _name(self, role: str) -> str:
+        """Of the adapter that this run has for `role`."""
+        return role if self.place is None else self.place.adapter(role)
+
+    def _saved(self, stack: str, role: str, files: AdapterFiles, trainable: bool) -> str:
+        """The name of the adapter that holds `files`: of this run, or of all that share the base and have it frozen."""
+        self.files[role] = files
+        name, is_new = self._name(role), True
+        if self.place is not None and not trainable:
+            name, is_new = self.place.frozen(self.stacks[stack].backbone, files)
+        if is_new:
+            self._load(stack, name, files, trainable)
+        return name
+
     def _load(self, stack: str, name: str, files: AdapterFiles, trainable: bool) -> None:
-        self.files[name] = files
         self._check_stacked(files.config.get("target_parameters") or ())
         if isinstance(self.stacks[stack].model, PeftModel):
             add_from_files(self.stacks[stack].peft, name, files, trainable)
         else:
             self._wrapped(stack, wrap(self.stacks[stack].backbone.model, files, name))
+        self._added(stack, name)
         if trainable:
             self._mark_trained(stack, name)
 
@@ -216,6 +242,13 @@ class Assembly:
                 ", ".join(names),
             )
 
+    def _stack(self, backbone: Backbone) -> AdapterStack:
+        return AdapterStack(backbone, None if self.place is None else self.place.model(backbone))
+
+    def _added(self, stack: str, name: str) -> None:
+        if self.place is not None:
+            self.place.added(self.stacks[stack].backbone, self.stacks[stack].peft, name)
+
     def _wrapped(self, stack: str, model: PeftModel) -> None:
         heads = self.stacks[stack].heads
         self.stacks[stack] = AdapterStack(self.stacks[stack].backbone, model)
@@ -226,6 +259,7 @@ class Assembly:
 
     def _copy(self, stack: str, source: str, target: str) -> None:
         copy_adapter(self.stacks[stack].peft, source, target)
+        self._added(stack, target)
 
     def _mark_trained(self, stack: str, name: str) -> None:
         self.trained.setdefault(stack, []).append(name)
@@ -241,16 +275,21 @@ class Assembly:
         name = self.loaded.setdefault(key, f"{kind}_{len(self.loaded)}")
         if name not in self.stacks:
             backbone = self._classifier(source.path) if kind == "classifier" else self._causal_lm(source.path, None)
-            self.stacks[name] = AdapterStack(backbone, None)
+            self.stacks[name] = self._stack(backbone)
         return name
 
     def _causal_lm(self, path: str, revision: str | None) -> Backbone:
-        return load_backbone(
-            path=path, revision=revision, stop_token_ids=self.stop_token_ids, **load_options(self.job, self.device)
-        )
+        how: dict[str, Any] = {"path": path, "revision": revision, "stop_token_ids": self.stop_token_ids}
+        return self._loaded(load_backbone, how | load_options(self.job, self.device))
 
     def _classifier(self, path: str) -> Backbone:
-        return load_classifier(path, revision=None, **load_options(self.job, self.device))
+        return self._loaded(load_classifier, {"path": path, "revision": None} | load_options(self.job, self.device))
+
+    def _loaded(self, load: Callable[..., Backbone], how: dict[str, Any]) -> Backbone:
+        """A base, which another run of this process may have loaded already."""
+        if self.place is None:
+            return load(**how)
+        return self.place.backbone(f"{load.__name__} {sorted(how.items())}", partial(load, **how))
 
 
 def load_options(job: JobFields, device: torch.device) -> dict[str, Any]:

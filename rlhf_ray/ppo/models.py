@@ -17,6 +17,7 @@ from rlhf_ray.models.assembly import SYNCED_REFERENCE, Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import check_lineage
 from rlhf_ray.models.role_models import RoleModels
+from rlhf_ray.models.shared_base import Place
 from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
@@ -64,9 +65,11 @@ def add_scorer_roles(assembly: Assembly, config: PPOConfig, start: ModelSpec | N
         add_reward(reward, list(reward.models(reward.name)))
 
 
-def assemble(config: PPOConfig, device: torch.device) -> tuple[Assembly, RewardBuilder]:
-    """Load the base and what the learner has on it, with the lineage of each checked."""
-    assembly, start = _base(config, device)
+def assemble(config: PPOConfig, device: torch.device, place: Place | None = None) -> tuple[Assembly, RewardBuilder]:
+    """Load the base and what the learner has on it, with the lineage of each checked.
+
+    place: on bases that other runs of this process share."""
+    assembly, start = _base(config, device, place)
     template = load_template(
         config.template, assembly.base.tokenizer, config.template_date, config.chat_template_kwargs
     )
@@ -117,7 +120,8 @@ def synced_reference(models: RoleModels) -> LoadedAdapter | None:
     """What takes the policy's weights when the reference is reset; None where this process holds no such adapter."""
     if SYNCED_REFERENCE not in models.bindings:
         return None
-    return LoadedAdapter(models.stack_of(SYNCED_REFERENCE).peft, SYNCED_REFERENCE, "scorer")
+    name = str(models.bindings[SYNCED_REFERENCE].adapter)
+    return LoadedAdapter(models.stack_of(SYNCED_REFERENCE).peft, name, "scorer")
 
 
 def value_init_role(config: PPOConfig, foreign: Collection[str] = ()) -> str:
@@ -170,6 +174,6 @@ def _template(config: PPOConfig, assembly: Assembly) -> Template:
     return load_template(config.template, assembly.base.tokenizer, *told)
 
 
-def _base(config: PPOConfig, device: torch.device) -> tuple[Assembly, ModelSpec | None]:
-    assembly = Assembly(config, device, config.seed, config.stop_token_ids)
+def _base(config: PPOConfig, device: torch.device, place: Place | None = None) -> tuple[Assembly, ModelSpec | None]:
+    assembly = Assembly(config, device, config.seed, config.stop_token_ids, place)
     return assembly, policy_source(config.sft) if config.sft is not None else None

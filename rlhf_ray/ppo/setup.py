@@ -125,7 +125,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
     engine_adapter = policy_engine(config, session.device, "generator")[1] if beside else None
     remote_roles = _remote_roles(session) if config.placement == "split" else None
     loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
-    assembly, roles = assemble(config, session.device)
+    assembly, roles = assemble(config, session.device, None if session.seat is None else session.seat.place)
     backbone, template = assembly.base, roles.template
     prompts = load_prompts(config, backbone, template, is_resumed=bool(folder.checkpoints()))
     if folder.checkpoints():
@@ -184,7 +184,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
         listed_saves=listed,
         to_texts=to_texts,
         tolerance=tolerance(backbone.dtype, config.load_in_8bit or config.load_in_4bit),
-        policy_config=adapter_config(policy_model, "policy"),
+        policy_config=adapter_config(policy_model, str(models.bindings["policy"].adapter)),
         value_config=_value_config(models),
         writers=Writers(config, folder, session.is_main),
     )
@@ -240,7 +240,9 @@ def _own_collector(
         generator: Generator = BesideGenerator(pad_id, config.seed, engine_adapter)
     else:
         forward = partial(module, "decode") if lockstep else None
-        sampler = policy_sampler(config, assembly, models.stack_of("policy").model, forward)
+        sampler: Any = policy_sampler(config, assembly, models.stack_of("policy").model, forward)
+        if session.seat is not None:
+            sampler = session.seat.sampler(sampler)
         some_rank_decodes = (lambda busy: bool(session.highest(int(busy)))) if lockstep else None
         generator = Generator(sampler, pad_id, config.seed, some_rank_decodes)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.data.records import Row
+from rlhf_ray.models.assembly import SYNCED_REFERENCE
 from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
 from rlhf_ray.roles import invariants
@@ -103,7 +104,7 @@ class Scorer:
             return found
 
         start = torch.zeros(rollout.response_mask.shape) if self.reference is None else logprobs(self.reference)
-        moved = logprobs(self._synced().name) if reference_sha256 else None
+        moved = logprobs(SYNCED_REFERENCE) if reference_sha256 else None
         parts = {name: part for reward in self.rewards for name, part in reward.parts(inputs).items()}
         total = weighted_sum(self.rewards, parts, len(rollout))
         for reward in self.rewards:
@@ -125,7 +126,7 @@ class Scorer:
     @torch.no_grad()
     def join(self, reference: ActiveAdapter | None = None) -> None:
         """Under ZeRO-3, what a rank without a rollout does while others score theirs: the same passes, over one token."""
-        for role in (self.reference, None if reference is None else self._synced().name):
+        for role in (self.reference, None if reference is None else SYNCED_REFERENCE):
             for _ in range(self.max_over_ranks(0) if role is not None else 0):
                 self.models("logprobs", role, padding_batch(self.device), self.temperature)
         for reward in self.rewards:

@@ -48,7 +48,8 @@ class Session:
 
     pools: handles of the generator and scorer actors (roles/actor_pool.py), None where every rank plays all roles.
     where: process, node and GPU of a Ray worker, for people.  stop: who asked this run to end.  attempt: starts of the learner
-    group before this one, because a process or node was lost."""
+    group before this one, because a process or node was lost.
+    seat: among the runs that share this process and its base (`Seat` in roles/turns.py), None for a run that has both to itself."""
 
     rank: int
     world_size: int
@@ -60,6 +61,7 @@ class Session:
     stop: Stop = field(default_factory=Stop)
     attempt: int = 0
     preemption: Preemption = field(default_factory=Preemption)
+    seat: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -153,14 +155,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def process_session(console: Console, num_threads: int | None = None, stop: Stop | None = None) -> Session:
+def process_session(
+    console: Console, num_threads: int | None = None, stop: Stop | None = None, seat: Any = None
+) -> Session:
     """A session of world size 1 in this very process."""
     device = own_device()
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
         dist.init_process_group(group_backend(device), store=dist.HashStore(), rank=0, world_size=1)
-    return _prepared(Session(0, 1, device, num_threads or usable_cores(), console, stop=stop or Stop()))
+    return _prepared(Session(0, 1, device, num_threads or usable_cores(), console, stop=stop or Stop(), seat=seat))
 
 
 def worker_session(console: Console, num_threads: int | None, actor_handles: Any, stop: Stop, attempt: int) -> Session:
@@ -209,18 +213,27 @@ def seed_everything(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def global_generators(seed: int) -> Iterator[None]:
-    """Code that we do not know finds the global generators of Python, NumPy and torch (CPU) seeded with `seed`; they are afterwards
-    as they were before."""
+def kept_generators() -> Iterator[None]:
+    """The global generators of Python, NumPy and torch (CPU) are afterwards as they were before."""
     import numpy
 
     before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(before[0])
         numpy.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+@contextlib.contextmanager
+def global_generators(seed: int) -> Iterator[None]:
+    """Code that we do not know finds the global generators of Python, NumPy and torch (CPU) seeded with `seed`; they are afterwards
+    as they were before."""
+    import numpy
+
+    with kept_generators():
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        yield

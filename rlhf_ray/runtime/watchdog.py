@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from rlhf_ray.console import Console
@@ -37,7 +37,8 @@ def forget_stacks(run: Path) -> None:
 class Watchdog:
     """One rank's. run: the run folder, which gets stacks/.  least_s: 0 switches it off.  resume: the command that goes on.
 
-    patience: seconds that a phase may take in any case, by its name."""
+    patience: seconds that a phase may take in any case, by its name.   waits: whether other runs of this process have their turn
+    now, whose time does not count."""
 
     def __init__(
         self,
@@ -48,7 +49,9 @@ class Watchdog:
         console: Console,
         resume: str,
         patience: Mapping[str, float] | None = None,
+        waits: Callable[[], bool] | None = None,
     ) -> None:
+        self.waits = waits or (lambda: False)
         self.run, self.rank, self.world_size, self.least_s = run, rank, world_size, least_s
         self.patience = patience or {}
         self.console, self.resume = console, resume
@@ -91,7 +94,7 @@ class Watchdog:
             now = time.monotonic()
             with self._lock:
                 # A process that was stopped and continued has not hung: at most two polls count for one.
-                self._spent += min(now - last, 2 * self.poll_s)
+                self._spent += 0.0 if self.waits() else min(now - last, 2 * self.poll_s)
                 phase, step, spent, limit = self._phase, self._step, self._spent, self.limit(self._phase)
             last = now
             if (self.run / FOLDER / "asked").exists():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.errors import ConfigError, InvariantError, RlhfRayError
 from rlhf_ray.models.context import rope_limit
 from rlhf_ray.sampler.adapter_routing import AdapterRouter
 from rlhf_ray.sampler.requests import (
@@ -117,22 +117,52 @@ class Sampler:
         idle_adapter: str | None = None,
     ) -> list[DecodeResult]:
         """See `DecodeEngine.run`. Rows are admitted in the order of the requests."""
-        if self.busy:
-            raise RuntimeError("Sampler.run: the engine still has submitted requests")
         check_requests(requests, self._limits())
-        self._clear(requests)
-        rows = [self._queue(request) for request in requests]
+        rows = self._begin(requests)
         try:
             with self.session():
                 while True:
                     busy = self.busy
                     more = keep_stepping(busy) if keep_stepping is not None else busy
                     if busy:
-                        _raise_on_error(self._advance(), rows)
+                        if (error := _broken(self._advance(), rows)) is not None:
+                            raise error
                     elif more:
                         self._idle_forward(idle_adapter)
                     else:
                         return [row.result() for row in rows]
+        finally:
+            self._clear()
+
+    def run_apart(
+        self, requests: Mapping[str, Sequence[DecodeRequest]]
+    ) -> dict[str, list[DecodeResult] | RlhfRayError]:
+        """`run` for several owners in one batch, whose rows are admitted owner by owner.
+
+        An owner of whom a request is wrong, or whose logits are not finite, gets the error that `run` would raise, and the others
+        their replies. What breaks a forward as a whole is raised."""
+        found: dict[str, list[DecodeResult] | RlhfRayError] = {}
+        for owner, mine in requests.items():
+            try:
+                check_requests(mine, self._limits())
+            except ConfigError as error:
+                found[owner] = error
+        queued = iter(self._begin([r for owner, mine in requests.items() if owner not in found for r in mine]))
+        rows = {
+            owner: list(itertools.islice(queued, len(mine))) for owner, mine in requests.items() if owner not in found
+        }
+        try:
+            with self.session():
+                while self.busy:
+                    events = self._advance()
+                    for owner, theirs in rows.items():
+                        if owner not in found and (broken := _broken(events, theirs)) is not None:
+                            found[owner] = broken
+                            for row in theirs:
+                                self.cancel(row.id)
+            return {
+                owner: found[owner] if owner in found else [row.result() for row in rows[owner]] for owner in requests
+            }
         finally:
             self._clear()
 
@@ -188,6 +218,13 @@ class Sampler:
 
     def _limits(self) -> Limits:
         return Limits(self._vocabulary, self._context, self._router.names)
+
+    def _begin(self, requests: Sequence[DecodeRequest]) -> list[DecodeRow]:
+        """Queue `requests` in an engine that is empty, with a cache as long as they need."""
+        if self.busy:
+            raise RuntimeError("Sampler.run: the engine still has submitted requests")
+        self._clear(requests)
+        return [self._queue(request) for request in requests]
 
     def _queue(self, request: DecodeRequest) -> DecodeRow:
         row = DecodeRow(next(self._ids), request, frozenset(request.stop_ids), list(request.begun))
@@ -313,17 +350,19 @@ class Sampler:
         self._logits(self._router.forward([adapter]), ids, torch.ones_like(ids), torch.zeros_like(ids), None)
 
 
-def _raise_on_error(events: Sequence[DecodeEvent], rows: Sequence[DecodeRow]) -> None:
+def _broken(events: Sequence[DecodeEvent], rows: Sequence[DecodeRow]) -> InvariantError | None:
+    """The error for the first of `rows` whose logits were not finite."""
     broken = {event.request_id for event in events if event.end == "error"}
     for index, row in enumerate(rows):
         if row.id in broken:
-            raise InvariantError.at(
+            return InvariantError.at(
                 f"request {index} of the sampler, adapter {row.request.adapter or 'none'}",
                 "the model's logits are not finite",
                 "finite numbers",
                 f"nan or inf at reply token {len(row.token_ids) - 1}",
                 "look at the adapter's weights and at the base model's precision",
             )
+    return None
 
 
 def _check_pad(config: Any, pad_id: int) -> None:

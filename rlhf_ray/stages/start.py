@@ -3,6 +3,8 @@ Train's controller, come up without transformers and PEFT (5 s of a core in each
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlhf_ray.config import DPOConfig, EvaluateConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.config.deepspeed import read_deepspeed_json
 from rlhf_ray.console import Console, LocalConsole
@@ -28,11 +30,13 @@ def reward(config: RewardConfig, console: Console | None = None) -> Run:
     return launch("rlhf_ray.supervised.reward:train_reward", config, console or LocalConsole())
 
 
-def ppo(config: PPOConfig, console: Console | None = None) -> Run:
-    """Run PPO as `config` says and return the finished run. Raises the error tree of errors.py."""
+def ppo(config: PPOConfig, console: Console | None = None, seat: Any = None) -> Run:
+    """Run PPO as `config` says and return the finished run. Raises the error tree of errors.py.
+
+    seat: of a trial that shares process and base with others (`sweep.share_base`)."""
     if config.learner.deepspeed is not None:
         read_deepspeed_json(config.learner.deepspeed, config.learner.zero_stage)  # refused before anything is started
-    return launch("rlhf_ray.ppo.loop:train_ppo", config, console or LocalConsole(), BUILDERS)
+    return launch("rlhf_ray.ppo.loop:train_ppo", config, console or LocalConsole(), BUILDERS, seat)
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> Run:

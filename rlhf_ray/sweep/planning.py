@@ -1,4 +1,4 @@
-"""`plan` of a sweep: its most demanding trial, and how many trials run at once."""
+"""`plan` of a sweep: its most demanding trial, or the process of trials that share a base, and how many run at once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.launch.ray_cluster import at_hand
-from rlhf_ray.plan.job_plan import Plan, plan
+from rlhf_ray.plan.advice import option
+from rlhf_ray.plan.job_plan import Plan, StagePlan, plan
+from rlhf_ray.plan.memory import GIB, Parts
 from rlhf_ray.sweep.capacity import capacity
+from rlhf_ray.sweep.sharing import check_sharing, described, processes
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trials import job_of, planned, trial_of
 
@@ -33,6 +36,7 @@ def plan_sweep(
 ) -> Plan:
     """See `stages.plan.plan`. ConfigError for settings that make no PPO job."""
     jobs = _jobs(config)
+    check_sharing(config, jobs)
     plans = [plan(job, device, gpu_gib, prompt_tokens) for job in jobs]
     worst = max(plans, key=lambda found: max(found.needed(stage) for stage in found.stages))
     stages = [replace(stage, stage="a trial (ppo)") for stage in worst.stages]
@@ -43,10 +47,28 @@ def plan_sweep(
     except ResourceError as error:
         told = "; ".join(f"{p.where}: {p.what}" for p in error.problems)
         return replace(worst, stages=stages, placed=False, placement=told)
-    at_once = min(fits.at_once, config.max_concurrent_trials or fits.at_once)
-    each = ", ".join(f"{amount:g} {kind}" for kind, amount in fits.each.items())
-    where = f"each in a process of {each}" if fits.in_process else "each with workers of its own"
-    return replace(worst, stages=stages, placed=True, placement=f"{count} trials, {at_once} at once, {where}")
+    if config.share_base:
+        bases, trials = processes(config, fits, count)
+        stages = [_of_a_base(stage, -(-trials // bases), jobs[0].learner.zero_stage) for stage in stages]
+    return replace(worst, stages=stages, placed=True, placement=f"{count} trials, {described(config, fits, count)}")
+
+
+def _of_a_base(stage: StagePlan, trials: int, zero_stage: int) -> StagePlan:
+    """The plan of a trial, as that of the process in which `trials` such trials share a base: they decode together, and take turns
+    for the rest."""
+    own = {"adapters", "optimizer", *(("gradients",) if zero_stage else ())}  # ZeRO's buckets stay with their engine
+
+    def of_all(phase: str, parts: Parts) -> Parts:
+        many = own | ({"activations", "logits", "kv cache"} if phase == "sampling" else set())
+        return {part: size * trials if part in many else size for part, size in parts.items()}
+
+    shared = [
+        replace(p, role=f"{trials} trials", phases={name: of_all(name, parts) for name, parts in p.phases.items()})
+        for p in stage.processes
+    ]
+    whole = option("as written", "", shared)
+    advice = f"{whole.fullest / GIB:.1f} GiB for {trials} trials on one base; lower trials_per_base if that is too much"
+    return replace(stage, stage="trials (ppo)", processes=shared, written=whole, options=[], advice=advice)
 
 
 def _jobs(config: SweepConfig) -> list[PPOConfig]:

@@ -31,6 +31,7 @@ from rlhf_ray.sweep.capacity import Capacity, capacity
 from rlhf_ray.sweep.choice import comparison_sentence, confirmation_sentence
 from rlhf_ray.sweep.record import Record
 from rlhf_ray.sweep.report import write_sweep_report
+from rlhf_ray.sweep.sharing import check_sharing, described
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trial import run_trial
 from rlhf_ray.sweep.trials import check_trials, job_of, planned, trial_of, written_out
@@ -45,6 +46,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     config = with_defaults_as_begun(config)
     trials = planned(config)
     jobs = check_trials(config.confirming(True), trials)
+    check_sharing(config, jobs)
     is_new = not is_run(config.output_dir)
     values = written_out(config.confirming(True), jobs[0])
     folder = create_run(config.output_dir, "sweep", values, config.resume)
@@ -76,6 +78,11 @@ def _run(config: SweepConfig, record: Record, signals: Signals, console: Console
         fits = capacity(jobs, cluster_total(), nodes, own_ray)
         _tell_plan(config, record, fits, console)
         record.write()
+        if config.share_base:
+            from rlhf_ray.sweep.bases import SharedTrials
+
+            SharedTrials(config, record, fits, console).run()
+            return
         from rlhf_ray.sweep.tuning import run_trials
 
         run_trials(config, record, fits, partial(run_trial, config), console)
@@ -83,9 +90,7 @@ def _run(config: SweepConfig, record: Record, signals: Signals, console: Console
 
 def _tell_plan(config: SweepConfig, record: Record, fits: Capacity, console: Console) -> None:
     count, left = len(record.trials), len(record.left())
-    at_once = min(fits.at_once, config.max_concurrent_trials or fits.at_once)
-    each = ", ".join(f"{amount:g} {kind}" for kind, amount in fits.each.items())
-    where = "in one process each" if fits.in_process else "each with workers of its own"
+    asked = left or config.num_samples * len(config.seeds)
     trials = f"{count // len(config.seeds)} settings x {len(config.seeds)} seeds, {left} trials to run"
     if config.search == "optuna":
         trials = f"{config.num_samples} settings to be suggested x {len(config.seeds)} seeds"
@@ -95,7 +100,7 @@ def _tell_plan(config: SweepConfig, record: Record, fits: Capacity, console: Con
             f"search     {config.search}: {trials}",
             f"varies     {', '.join(config.space)}",
             f"maximises  {config.metric}; scheduler {config.scheduler}",
-            f"trials     {at_once} at once, {where}: {each}",
+            f"trials     {described(config, fits, asked)}",
         ],
     )
 

@@ -1,4 +1,4 @@
-"""One trial, as Tune runs it: the PPO stage, whose evaluations Tune hears of.
+"""One trial: the PPO stage, whose evaluations Tune hears of.
 
 A colocated job with one worker runs in the trial's own process, which Tune uses for the next trial again: starting a process
 with torch costs seconds. Other jobs start their worker group from the trial's process. Either way the run folder is the truth; Tune
@@ -8,7 +8,7 @@ keeps nothing of ours, and a trial that starts again goes on from its newest che
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_ray.config import PPOConfig
@@ -21,12 +21,15 @@ from rlhf_ray.storage.files import atomic_write_json
 from rlhf_ray.sweep.results import K1, LENGTH, failure_file
 from rlhf_ray.sweep.trials import Trial, job_of, trial_of
 
+Report = Callable[[dict[str, Any]], None]
+"""Hears of an evaluation: score, KL, length, step, and the time left."""
+
 
 class TrialConsole(Console):
-    """Tells Tune of every evaluation after training has begun. Everything else a trial says is in its run folder."""
+    """Tells of every evaluation after training has begun. Everything else a trial says is in its run folder."""
 
-    def __init__(self, metric: str, total_steps: int) -> None:
-        self.metric, self.total, self.seen = metric, total_steps, False
+    def __init__(self, metric: str, total_steps: int, report: Report) -> None:
+        self.metric, self.total, self.report, self.seen = metric, total_steps, report, False
         self._started, self._first = time.monotonic(), 0
 
     def emit(self, event: dict[str, Any]) -> None:
@@ -40,8 +43,6 @@ class TrialConsole(Console):
             self.tell(step, values)
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:
-        from ray import tune
-
         if self.metric not in values:
             known = ", ".join(sorted(name for name in values if name.startswith("eval/")))
             raise InvariantError.at(
@@ -50,26 +51,34 @@ class TrialConsole(Console):
         self.seen = True
         seconds = (time.monotonic() - self._started) / max(step - self._first + 1, 1) * max(self.total - step, 0)
         shown = {"score": values[self.metric], "KL": values.get(K1), "length": values.get(LENGTH)}
-        tune.report({**shown, "step": step, "left": duration(seconds)})
+        self.report({**shown, "step": step, "left": duration(seconds)})
 
 
 def run_trial(config: SweepConfig, params: dict[str, Any], in_process: bool, threads: int, folder: str) -> None:
-    """The body of a trial. params: {"settings", "seed"}.  folder: the driver's working directory."""
+    """The body of a trial in a process of Tune's. params: {"settings", "seed"}.  folder: the driver's working directory."""
+    from ray import tune
+
     enter(folder)
     trial = trial_of(config, params["settings"], params["seed"])
-    failure_file(trial).unlink(missing_ok=True)
     job = job_of(config, trial)
-    if in_process:
-        job = alone(job, threads)
-    console = TrialConsole(config.metric, max(job.max_steps, 0))
+    train_trial(config, trial, alone(job, threads) if in_process else job, tune.report)
+
+
+def train_trial(config: SweepConfig, trial: Trial, job: PPOConfig, report: Report, seat: Any = None) -> None:
+    """Train, and leave beside the run why, if it does not come to its end. Raises what the stage raises, but for limits.
+
+    seat: of a trial that shares process and base with others."""
+    failure_file(trial).unlink(missing_ok=True)
+    console = TrialConsole(config.metric, max(job.max_steps, 0), report)
     try:
-        run = ppo(job, console)
+        run = ppo(job, console, seat)
         if not console.seen:  # it was finished already
             console.tell(run.steps, run.metrics)
     except LimitReached as error:  # a verdict on the setting: neither a failure, nor worth another try
         write_failure(trial, error)
     except Exception as error:
-        write_failure(trial, error)
+        if seat is None or not seat.stop.asked():
+            write_failure(trial, error)
         raise
 
 

@@ -58,7 +58,7 @@ def run_trials(config: SweepConfig, record: Record, fits: Capacity, body: Body, 
                 metric="score",
                 mode="max",
                 search_alg=search,
-                scheduler=_scheduler(config),
+                scheduler=scheduler_of(config),
                 num_samples=1 if search is None else config.num_samples * len(config.seeds) - search.done,
                 max_concurrent_trials=min(fits.at_once, config.max_concurrent_trials or fits.at_once),
                 time_budget_s=config.time_budget_s,
@@ -77,7 +77,7 @@ def run_trials(config: SweepConfig, record: Record, fits: Capacity, body: Body, 
     watcher.close()
 
 
-def _scheduler(config: SweepConfig) -> TrialScheduler:
+def scheduler_of(config: SweepConfig) -> TrialScheduler:
     """Time is counted in evaluations."""
     if config.scheduler == "asha":
         return ASHAScheduler(

@@ -253,3 +253,24 @@ def test_a_rank_without_work_keeps_forwarding_until_all_are_done(peft_model, mak
     seen.clear()
     assert Sampler(peft_model, PAD).run([], Lockstep(4), idle_adapter="value") == []
     assert seen == [(1, ["value"])] * 4
+
+
+def test_owners_in_one_batch_get_their_replies_or_their_own_error(peft_model, make_requests):
+    """Each as in a run of its own; a wrong request and logits that are not finite are their owner's affair alone."""
+    requests = make_requests(8, stop_ids=(5,))
+    mine = {name: [dataclasses.replace(q, adapter=name) for q in requests] for name in ("policy", "value")}
+    wrong = [dataclasses.replace(requests[0], top_p=0.0)]
+    sampler = Sampler(peft_model, PAD, 24)
+    for _ in range(2):  # an engine that starts empty and ends empty
+        found = sampler.run_apart({"wrong": wrong, **mine})
+        assert isinstance(found["wrong"], ConfigError) and list(found) == ["wrong", "policy", "value"]
+        for name, theirs in mine.items():
+            alone = Sampler(peft_model, PAD, 24).run(theirs)
+            assert [r.token_ids for r in found[name]] == [r.token_ids for r in alone]
+    assert sampler.run_apart({"policy": mine["policy"]})["policy"] == Sampler(peft_model, PAD, 24).run(mine["policy"])
+    peft_model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["value"].weight.data[0] = float("nan")
+    found = sampler.run_apart(mine)
+    assert isinstance(found["value"], InvariantError) and "not finite" in str(found["value"])
+    alone = Sampler(peft_model, PAD, 24).run(mine["policy"])
+    assert [r.token_ids for r in found["policy"]] == [r.token_ids for r in alone]
+    assert not sampler.busy and sampler.run_apart({}) == {}

@@ -1,0 +1,237 @@
+"""The driver of a sweep whose trials share bases (`share_base`): Tune's scheduler and searcher, without a process for each trial.
+
+A process holds one base and up to `trials_per_base` trials (`host.py`). Tune would give every trial a process of its own, which
+imports Tune and, for a trial, torch; here its schedulers and searchers are asked directly, about trials that live elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.tune.schedulers import TrialScheduler
+
+from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.console import Console
+from rlhf_ray.launch.resources import ACCELERATOR
+from rlhf_ray.sweep.capacity import Capacity
+from rlhf_ray.sweep.host import GO_ON, STOP, Event, Host
+from rlhf_ray.sweep.record import Record
+from rlhf_ray.sweep.sharing import processes
+from rlhf_ray.sweep.space import read_space
+from rlhf_ray.sweep.tuning import Watcher, scheduler_of
+
+POLL_S = 1.0
+"""How long a process is asked for news at a time: how soon the driver notices a signal, or the end of its time."""
+SAVE_S = 20.0
+"""How long trials that are ended with the sweep may take to save their last whole step."""
+
+
+@dataclass(eq=False)
+class Placed:
+    """A trial as Tune's schedulers, and our `Watcher`, know trials. tries: starts after the first one."""
+
+    trial_id: str
+    config: dict[str, Any]
+    status: str = "PENDING"
+    last_result: dict[str, Any] = field(default_factory=dict)
+    tries: int = 0
+
+    @property
+    def params(self) -> dict[str, Any]:
+        params: dict[str, Any] = self.config["trial"]
+        return params
+
+
+class _Alone:
+    """What a scheduler may ask of Tune's controller: no trial waits for another one to be paused."""
+
+    def get_live_trials(self) -> list[Any]:
+        return []
+
+
+class _Process:
+    """A process with a base. trials: that it trains, by our name.  turn: a file that says whose turn it is there."""
+
+    def __init__(self, config: SweepConfig, fits: Capacity, turn: Path) -> None:
+        self.turn = turn
+        each = {k: v for k, v in fits.each.items() if k not in ("CPU", "GPU")}
+        options: dict[str, Any] = {"num_cpus": fits.each.get("CPU", 0), "num_gpus": fits.each.get("GPU", 0)}
+        accelerator = next((k.removeprefix(ACCELERATOR) for k in each if k.startswith(ACCELERATOR)), None)
+        self._make = lambda: (
+            ray.remote(Host)
+            .options(
+                **options,
+                accelerator_type=accelerator,
+                max_concurrency=4,
+                runtime_env={"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}},
+            )
+            .remote(config, fits.threads, os.getcwd(), str(turn.absolute()))
+        )
+        self.trials: dict[str, Placed] = {}
+        self.answers: dict[str, str] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the process, or another one after it died."""
+        self.turn.unlink(missing_ok=True)
+        self.actor: Any = self._make()
+        self.news: Any = None
+
+    def start(self, trials: Sequence[tuple[str, Placed]]) -> None:
+        self.trials |= dict(trials)
+        self.actor.start.remote([placed.params for _, placed in trials])
+
+    def ask(self) -> Any:
+        """The answer to come, of what is new."""
+        if self.news is None:
+            self.news = self.actor.news.remote(self.answers, POLL_S)
+            self.answers = {}
+        return self.news
+
+
+class SharedTrials:
+    """Trials of a sweep on shared bases, until all have ended. Failed and stopped ones are in the record, not raised."""
+
+    def __init__(self, config: SweepConfig, record: Record, fits: Capacity, console: Console) -> None:
+        self.config, self.record, self.console = config, record, console
+        self.watcher = Watcher(config, record, console)
+        self.scheduler = scheduler_of(config)
+        self.scheduler.set_search_properties("score", "max")
+        self.search: Any = None
+        self.waiting = [Placed(t.id, {"trial": {"settings": t.settings, "seed": t.seed}}) for t in record.left()]
+        self.to_suggest = 0
+        if config.search == "optuna":
+            from rlhf_ray.sweep.suggest import Suggestions
+
+            self.waiting, self.search = [], Suggestions(read_space(config.space), config, record)
+            self.to_suggest = config.num_samples * len(config.seeds) - self.search.done
+        count, self.at_once = processes(config, fits, len(self.waiting) or self.to_suggest)
+        self.all: list[Placed] = []
+        self.processes = [_Process(config, fits, record.folder / f".turn{i}") for i in range(count)]
+
+    def run(self) -> None:
+        try:
+            self._fill()
+            while any(process.trials for process in self.processes):
+                self._hear()
+                self._show()
+                if self.watcher.out_of_time:
+                    break
+                self._fill()
+        finally:
+            self._close()
+        self.watcher.close()
+        self._show(done=True)
+
+    def _fill(self) -> None:
+        """Start trials where there is room, each process's together."""
+        room = self.at_once - sum(len(process.trials) for process in self.processes)
+        coming: dict[int, list[tuple[str, Placed]]] = {}
+        for _ in range(room):
+            placed = self._next()
+            if placed is None:
+                break
+            number = min(
+                range(len(self.processes)), key=lambda i: len(self.processes[i].trials) + len(coming.get(i, ()))
+            )
+            placed.status = "RUNNING"
+            coming.setdefault(number, []).append((self.watcher.ours(placed).id, placed))
+            self.watcher.on_trial_start(0, self.all, placed)
+        for number, trials in coming.items():
+            self.processes[number].start(trials)
+
+    def _next(self) -> Placed | None:
+        """The next trial to be started: one that waits, or one that is suggested."""
+        if self.waiting:
+            placed = self.waiting.pop(0)
+        elif self.to_suggest > 0:
+            self.to_suggest -= 1
+            name = f"suggested{self.to_suggest}"
+            placed = Placed(name, self.search.suggest(name))
+        else:
+            return None
+        if placed not in self.all:
+            self.all.append(placed)
+            self.scheduler.on_trial_add(_Alone(), placed)  # type: ignore[arg-type]
+        return placed
+
+    def _hear(self) -> None:
+        asked = {process.ask(): process for process in self.processes if process.trials}
+        ready, _ = ray.wait(list(asked), timeout=2 * POLL_S)
+        for reference in ready:
+            process = asked[reference]
+            process.news = None
+            try:
+                events: list[Event] = ray.get(reference)
+            except RayError as error:
+                self._died(process, error)
+                continue
+            for event in events:
+                placed = process.trials[event["trial"]]
+                if "report" in event:
+                    process.answers[event["trial"]] = self._judge(placed, event["report"])
+                else:
+                    del process.trials[event["trial"]]
+                    self._ended(placed, event["end"])
+
+    def _judge(self, placed: Placed, report: dict[str, Any]) -> str:
+        """Whether a trial goes on after an evaluation."""
+        count = placed.last_result.get("training_iteration", 0) + 1
+        placed.last_result = {**report, "training_iteration": count}
+        self.watcher.on_trial_result(count, self.all, placed, placed.last_result)
+        decision = self.scheduler.on_trial_result(_Alone(), placed, placed.last_result)  # type: ignore[arg-type]
+        return STOP if decision == TrialScheduler.STOP else GO_ON
+
+    def _ended(self, placed: Placed, end: str) -> None:
+        if end not in ("done", "stopped"):
+            self._failed(placed)
+            return
+        placed.status = "TERMINATED"
+        self.scheduler.on_trial_complete(_Alone(), placed, placed.last_result)  # type: ignore[arg-type]
+        self._tell_search(placed, error=False)
+        self.watcher.on_trial_complete(0, self.all, placed)
+
+    def _failed(self, placed: Placed, counts: bool = True) -> None:
+        """Try it again, from its newest checkpoint, or leave it.   counts: as one of its own failures."""
+        if placed.tries < self.config.max_trial_failures or not counts:
+            placed.tries += counts
+            placed.status = "PENDING"
+            self.waiting.insert(0, placed)
+            return
+        placed.status = "ERROR"
+        self.scheduler.on_trial_error(_Alone(), placed)  # type: ignore[arg-type]
+        self._tell_search(placed, error=True)
+        self.watcher.on_trial_error(0, self.all, placed)
+
+    def _died(self, process: _Process, error: RayError) -> None:
+        """Its trials go on in another process. Whoever had the turn is to blame; where nobody had it, all may be."""
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        self.console.warn(f"the process of {len(process.trials)} trials died, and they go on in another one: {first}")
+        blamed = process.turn.read_text() if process.turn.is_file() else ""
+        lost, process.trials, process.answers = dict(process.trials), {}, {}
+        process.begin()
+        for name, placed in reversed(lost.items()):
+            self._failed(placed, counts=blamed not in lost or name == blamed)
+
+    def _tell_search(self, placed: Placed, error: bool) -> None:
+        if self.search is not None:
+            self.search.on_trial_complete(placed.trial_id, placed.last_result, error)
+
+    def _show(self, done: bool = False) -> None:
+        if self.watcher.reporter.should_report(self.all, done):
+            self.watcher.reporter.report(self.all, done)
+
+    def _close(self) -> None:
+        """End the processes; trials that run save what is whole."""
+        busy = [process.actor.close.remote(SAVE_S) for process in self.processes if process.trials]
+        if busy:
+            ray.wait(busy, num_returns=len(busy), timeout=SAVE_S + POLL_S)
+        for process in self.processes:
+            ray.kill(process.actor)
+            process.turn.unlink(missing_ok=True)

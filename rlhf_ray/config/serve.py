@@ -50,10 +50,20 @@ class LimitsConfig(Section):
 
     max_batch_rows: Annotated[int, Field(ge=1, le=1024)] = field(32, "replies that a copy writes at the same time")
     max_waiting_rows: Annotated[int, Field(ge=0, le=100_000)] = field(
-        16, "replies that may wait for a place in each copy; beyond that a request is answered 429"
+        16,
+        "replies that may wait for a place in each copy, taking turns; beyond that a request is answered 429, unless it asks for"
+        " no more than its share of the places",
     )
     max_loaded_adapters: Annotated[int, Field(ge=1, le=1024)] = field(
-        32, "adapters in the memory of each copy; the least recently used one that is idle makes room"
+        32, "adapters on the device of each copy; the least recently used one that is idle makes room for another"
+    )
+    max_adapter_bytes: Annotated[int, Field(ge=1)] | None = field(
+        None, "bytes of all adapters on the device of each copy, beside max_loaded_adapters; null: no limit of bytes"
+    )
+    max_host_adapter_bytes: Annotated[int, Field(ge=0)] = field(
+        1 << 30,
+        "bytes of adapters kept in the host's memory of each copy, read and verified, behind those on the device; what does not"
+        " fit is read from disk again (the tiers of S-LoRA, arXiv:2311.03285)",
     )
     max_tokens: Count = field(1024, "longest reply that a request may ask for")
     default_max_tokens: Count = field(256, "longest reply if a request does not say; max_tokens if that is less")
@@ -106,7 +116,7 @@ class ServeConfig(Section):
     )
     replicas: ReplicasConfig = field(ReplicasConfig(), "copies of the base")
     limits: LimitsConfig = field(LimitsConfig(), "limits of requests")
-    poll_interval_s: Positive = field(1.0, "the registry is looked at for changes so often")
+    poll_interval_s: Positive = field(0.5, "the registry is looked at for changes so often")
     log_prompts: bool = field(False, "write prompts and replies into the access log too")
     access_log_max_bytes: Annotated[int, Field(ge=1024)] = field(
         100_000_000, "size at which access.jsonl is renamed to access.jsonl.1, and begun again"

@@ -34,6 +34,14 @@ class ReplicasConfig(Section):
         None,
         "CPUs each copy asks Ray for; default: 1 on a cluster; on a Ray that the command starts, a share that always fits",
     )
+    affinity_slack: NotNegative = field(
+        8.0,
+        "requests that the copy which has an adapter may have more than the least busy one, before another copy takes requests for"
+        " that adapter and loads it too",
+    )
+    unresponsive_after_s: Annotated[Float, Field(ge=3)] = field(
+        15.0, "a copy that has answered no health check for so long is ended, and another one started"
+    )
     num_threads: Count | None = field(None, "CPU threads of each copy; default: usable cores shared among min_replicas")
 
     @model_validator(mode="after")
@@ -65,6 +73,20 @@ class LimitsConfig(Section):
         "bytes of adapters kept in the host's memory of each copy, read and verified, behind those on the device; what does not"
         " fit is read from disk again (the tiers of S-LoRA, arXiv:2311.03285)",
     )
+    max_context: Count | None = field(
+        None,
+        "tokens of a prompt and its reply together, if that is to be less than the model's own limit; null: the model's",
+    )
+    max_cached_tokens: Annotated[int, Field(ge=64)] | None = field(
+        None,
+        "tokens in the key-value cache of each copy: replies written at the same time, times the tokens that the longest of them"
+        " may come to; further ones wait; default: max_batch_rows x 2 x max_tokens, and one reply of any length always has room",
+    )
+    prompt_chunk: Annotated[int, Field(ge=16)] = field(
+        512,
+        "prompt tokens that are read between two tokens of the replies being written; a longer prompt is read in pieces"
+        " (chunked prefill: Sarathi-Serve, arXiv:2403.02310)",
+    )
     max_tokens: Count = field(1024, "longest reply that a request may ask for")
     default_max_tokens: Count = field(256, "longest reply if a request does not say; max_tokens if that is less")
     max_n: Annotated[int, Field(ge=1, le=128)] = field(8, "replies per prompt, and models per comparison")
@@ -73,6 +95,11 @@ class LimitsConfig(Section):
     body_timeout_s: Positive = field(10.0, "a request's body must be there within this time (408)")
     request_timeout_s: Positive = field(120.0, "a reply must be finished within this time, waiting included (504)")
     retry_after_s: Count = field(1, "Retry-After of a 429 answer, seconds")
+
+    @property
+    def cached_tokens(self) -> int:
+        """max_cached_tokens, or its default."""
+        return self.max_cached_tokens or self.max_batch_rows * 2 * self.max_tokens
 
 
 class ServeConfig(Section):

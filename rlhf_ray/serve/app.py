@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
@@ -227,8 +228,13 @@ def application(config: ServeConfig, own_ray: bool = False) -> serve.Application
         "max_queued_requests": max_requests(config),
         "graceful_shutdown_timeout_s": limits.request_timeout_s + 5,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "health_check_period_s": 5,
-        "health_check_timeout_s": 40,
+        "health_check_period_s": 1,
+        # Serve gives a replica up after three checks in a row without an answer.
+        "health_check_timeout_s": replicas.unresponsive_after_s / 3,
+        "request_router_config": RequestRouterConfig(
+            request_router_class="rlhf_ray.serve.affinity:AffinityRouter",  # type: ignore[arg-type]  # it is imported from this
+            request_router_kwargs={"slack": replicas.affinity_slack},
+        ),
         "max_constructor_retry_count": 3,
     }
     if replicas.max_replicas is not None:

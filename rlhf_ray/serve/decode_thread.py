@@ -47,6 +47,8 @@ PLACEHOLDER = "placeholder"
 """PEFT keeps one adapter active and must not lose it: a rank-1 one with B = 0 on a single layer, which no row ever names."""
 
 
+IDLE_S = 10.0
+"""After so long without a row the memory of the key-value cache is given back."""
 FAILURES = 3
 """Steps that raise one after the other, until all rows are given up: then it is not the rows."""
 
@@ -84,13 +86,22 @@ class DecodeThread:
     """backbone: a causal language model without adapters.  max_rows: rows that take a step together.
 
     deliver: called on this thread with the tokens of every step; it must not block.  num_threads: of torch, on this thread.
+    chunk, max_cached: see `Sampler`.
     Every public method may be called from any thread."""
 
-    def __init__(self, backbone: Backbone, max_rows: int, deliver: Deliver, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        max_rows: int,
+        deliver: Deliver,
+        num_threads: int | None = None,
+        chunk: int | None = None,
+        max_cached: int | None = None,
+    ) -> None:
         self.backbone, self.max_rows = backbone, max_rows
         self.model: PeftModel = _with_placeholder(backbone)
         self.pool = AdapterPool(self.model)
-        self.sampler = Sampler(self.model, backbone.pad_id, max_rows=max_rows)
+        self.sampler = Sampler(self.model, backbone.pad_id, max_rows, chunk=chunk, max_cached=max_cached)
         self.steps = 0
         """Forward passes so far: a health check sees whether it moves."""
         self.failures = 0
@@ -205,7 +216,8 @@ class DecodeThread:
     def _wait_for_work(self) -> bool:
         with self._changed:
             while not (self._stopping or self._pending or self._calls or self._changes or self.sampler.busy):
-                self._changed.wait()
+                if not self._changed.wait(IDLE_S):
+                    self.sampler.release()
             return not self._stopping
 
     def _run_calls(self, calls: deque[_Call]) -> None:

@@ -9,7 +9,6 @@ status file, output_dir/replicas/<replica>.json.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -23,7 +22,7 @@ from rlhf_ray.registry.alias import now
 from rlhf_ray.serve.adapter_cache import AdapterCache
 from rlhf_ray.serve.metrics import Metrics
 from rlhf_ray.serve.model_index import ModelCheckpoint, ModelIndex, ModelVersion, registry_versions
-from rlhf_ray.storage.files import atomic_write_json, read_json
+from rlhf_ray.storage.files import atomic_write_json
 
 log = logging.getLogger(__name__)
 
@@ -131,12 +130,3 @@ class RegistryWatcher:
             },
             "refused": dict(self.model_index.refused),
         }
-
-
-def remove_stale_status(folder: Path) -> None:
-    """Remove the status files of replicas of this machine that were killed."""
-    for path in folder.glob("*.json"):
-        with contextlib.suppress(RlhfRayError, OSError, KeyError, TypeError):
-            found = read_json(path)
-            if found["host"] == socket.gethostname() and not Path("/proc", str(int(found["pid"]))).exists():
-                path.unlink(missing_ok=True)

@@ -33,13 +33,13 @@ from rlhf_ray.serve.generation_stream import GenerationStream, TokenBuffer, Toke
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.model_index import BASE, ModelCheckpoint, ModelIndex, ModelVersion, list_models, run_versions
 from rlhf_ray.serve.prompt_encoder import PromptEncoder
-from rlhf_ray.serve.registry_watcher import RegistryWatcher, remove_stale_status
+from rlhf_ray.serve.registry_watcher import RegistryWatcher
 from rlhf_ray.serve.response_scorer import ResponseScorer
 from rlhf_ray.serve.response_text import ResponseText, special_stop_ids
+from rlhf_ray.serve.status_files import read_statuses, remove_stale
 
 SWITCH_INTERVAL_S = 0.001
 """The decode thread gives up Python's lock this often for the event loop; the default of 5 ms would delay every response."""
-HEALTH_TIMEOUT_S = 30.0
 MAX_REQUEST_ROWS = 4096
 
 
@@ -62,7 +62,14 @@ class Replica:
         self.template = load_template(config.template or chat, self.backbone.tokenizer)
         self.runs = run_versions(config.adapters, self.backbone)
         self.router = TokenRouter()
-        self.engine = DecodeThread(self.backbone, self.limits.max_batch_rows, self.router.deliver, threads)
+        self.engine = DecodeThread(
+            self.backbone,
+            self.limits.max_batch_rows,
+            self.router.deliver,
+            threads,
+            chunk=self.limits.prompt_chunk,
+            max_cached=self.limits.cached_tokens,
+        )
         self.adapter_cache = AdapterCache[ModelCheckpoint](
             self.engine,
             self.limits.max_loaded_adapters,
@@ -77,7 +84,7 @@ class Replica:
         registry = None if config.registry is None else Registry(config.registry)
         status_file = Path(config.output_dir) / "replicas" / f"{name}.json"
         status_file.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_status(status_file.parent)
+        remove_stale(status_file.parent, read_statuses(status_file.parent))
         self.watcher = RegistryWatcher(
             self.model_index, self.adapter_cache, self.backbone, registry, status_file, self.metrics
         )
@@ -185,7 +192,7 @@ class Replica:
         ticket = self.engine.submit(DecodeRequest(tuple(ids), 0, 1, (), greedy=True))
         self.router.buffers[ticket] = buffer
         try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            async with asyncio.timeout(self.config.replicas.unresponsive_after_s):
                 [token, *_] = await buffer.get()
         finally:
             self.router.buffers.pop(ticket, None)

@@ -127,7 +127,7 @@ def test_a_step_that_raises_ends_all_rows_and_the_engine_goes_on(
     engine: DecodeThread, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> list[object]:
-        engine.sampler._clear(256)
+        engine.sampler._clear()
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(engine.sampler, "step", broken)

@@ -285,7 +285,7 @@ def test_a_health_check_decodes_a_token(job: Callable[..., ServeConfig], monkeyp
         assert replica.engine.steps > steps
 
         def broken() -> list[object]:
-            replica.engine.sampler._clear(256)
+            replica.engine.sampler._clear()
             raise RuntimeError("broken")
 
         monkeypatch.setattr(replica.engine.sampler, "step", broken)

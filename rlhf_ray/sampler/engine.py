@@ -285,6 +285,9 @@ class Sampler:
 
     def _fill_slots(self) -> None:
         """Give free slots to staged rows, then close the gaps that are left with the last rows."""
+        if self._max_cached is not None and any(row.end is not None for row in self._rows):
+            self._close_gaps()  # before and not behind: the cache must not grow for slots that are about to go
+            self._batch = None
         gaps = [slot for slot, row in enumerate(self._rows) if row.end is not None]
         room = self.max_rows - len(self._rows) + len(gaps)
         coming = [row for row in self._staged if row.is_read][:room]

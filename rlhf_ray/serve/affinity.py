@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from hashlib import blake2b
 from typing import Any
 
@@ -22,6 +23,8 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from rlhf_ray.serve.generation import GenerationRequest
 
 BASE = "base"
+_ROUTED: ContextVar[PendingRequest | None] = ContextVar("routed", default=None)
+"""By the task that routes it."""
 
 
 def order_of(name: str, replicas: Sequence[str]) -> list[str]:
@@ -52,6 +55,7 @@ class AffinityRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Groups of replicas to be tried one after the other; within a group Serve takes the least busy one."""
+        _ROUTED.set(pending_request)
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # after all of them were tried and are full
         name = _adapter_of(pending_request)
@@ -60,6 +64,17 @@ class AffinityRouter(RequestRouter):
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         lengths = {id: self.replica_queue_len_cache.get(one.replica_id) or 0 for id, one in by_id.items()}
         return [[by_id[id]] for id in preferred(name, lengths, self.slack)]
+
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
+        """The replica is for the request that it was chosen for. Serve 2.60 finds that by an id which all calls of one handler have
+        in common, and knows the first of these alone: the others would wait for ever."""
+        pending = _ROUTED.get()
+        if pending is None:
+            super()._fulfill_next_pending_request(replica, request_metadata)
+        elif not pending.future.done():
+            pending.future.set_result(replica)
+            if self._pending_requests_by_id.get(pending.metadata.internal_request_id) is pending:
+                self._remove_pending_request_from_indices(pending)
 
 
 def _adapter_of(pending: PendingRequest | None) -> str | None:

@@ -32,7 +32,9 @@ def test_others_get_tokens_while_a_long_prompt_is_read(make_llama: Callable[...,
     """A prompt of 16,000 tokens kept everybody else waiting for 4.4 s: it was one forward."""
     widths: list[int] = []
     model = make_llama().eval()
-    model.register_forward_pre_hook(lambda m, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     sampler = Sampler(model, PAD, 4, chunk=10)
     first = sampler.submit(request(0, 4, new=40))
     while not sampler.step():

@@ -12,19 +12,18 @@ a second for it, and a request can name one model. Numbers: benchmarks/README.md
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from hashlib import blake2b
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from rlhf_ray.serve.generation import GenerationRequest
 
 BASE = "base"
-_ROUTED: ContextVar[PendingRequest | None] = ContextVar("routed", default=None)
-"""By the task that routes it."""
 
 
 def order_of(name: str, replicas: Sequence[str]) -> list[str]:
@@ -50,12 +49,14 @@ class AffinityRouter(RequestRouter):
 
     def initialize_state(self, slack: float = 0.0, **others: object) -> None:
         self.slack = slack
+        # By the task that routes it. Not a variable of this module: Serve sends the class itself to its routers.
+        self._routed: WeakKeyDictionary[Any, PendingRequest | None] = WeakKeyDictionary()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Groups of replicas to be tried one after the other; within a group Serve takes the least busy one."""
-        _ROUTED.set(pending_request)
+        self._routed[asyncio.current_task()] = pending_request
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # after all of them were tried and are full
         name = _adapter_of(pending_request)
@@ -68,7 +69,7 @@ class AffinityRouter(RequestRouter):
     def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
         """The replica is for the request that it was chosen for. Serve 2.60 finds that by an id which all calls of one handler have
         in common, and knows the first of these alone: the others would wait for ever."""
-        pending = _ROUTED.get()
+        pending = self._routed.get(asyncio.current_task())
         if pending is None:
             super()._fulfill_next_pending_request(replica, request_metadata)
         elif not pending.future.done():

@@ -6,6 +6,8 @@ request ──> admission ──> models in memory ──> prompt ids ──> ge
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -90,6 +92,7 @@ class Replica:
         )
         self.started_at = int(time.time())
         self._listed: tuple[int, list[dict[str, Any]]] | None = None
+        self._known_as: tuple[Any, str] = None, ""
         self._claims: dict[str, list[int]] = {}  # of places, by API key, for each request
         self._checked_steps = -1
         self._told_waiting: set[str] = set()
@@ -150,6 +153,15 @@ class Replica:
         if self._listed is None or self._listed[0] != self.model_index.revision:
             self._listed = self.model_index.revision, list_models(self.model_index, self.started_at)
         return self._listed[1]
+
+    async def models_since(self, known: str) -> tuple[str, list[dict[str, Any]] | None]:
+        """(what the list of `models` is known by, the list; None if it is still that of `known`). Replicas that serve the same
+        know it by the same, so that a list of many names crosses processes only when it has changed."""
+        models = await self.models()
+        if self._known_as[0] is not models:
+            text = await asyncio.to_thread(json.dumps, [{**m, "created": 0} for m in models], sort_keys=True)
+            self._known_as = models, hashlib.sha256(text.encode()).hexdigest()
+        return self._known_as[1], None if self._known_as[1] == known else models
 
     async def tokenize(self, model: str, prompt: Mapping[str, Any]) -> dict[str, Any]:
         """{ids, texts, context}: what `model` would read of a prompt (generation.py). {error} for an ApiError."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.config.serve import ServeConfig, is_loopback
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError, ResourceError
 from rlhf_ray.launch.model_families import check_models
@@ -90,6 +90,11 @@ def _resolve(config: ServeConfig) -> ServeConfig:
         ApiKeys(config.api_keys)
     if not config.adapters and config.registry is None:
         LocalConsole().warn("neither registry nor adapters is set: the base alone is served")
+    if not is_loopback(config.host):
+        LocalConsole().warn(
+            f"host: {config.host} can be reached from other machines. Put nginx with cluster/nginx.conf in front of it: TLS, and bounds"
+            " on headers, idle connections and paths, which Ray's proxy leaves open"
+        )
     if config.registry is not None and not Path(config.registry).is_dir():
         raise ConfigError.at("registry", "no such folder", "a folder that rlhf-ray promote has made", config.registry)
     with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:

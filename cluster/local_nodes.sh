@@ -44,7 +44,7 @@ start() {
         od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$folder/token"
     fi
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token" RAY_worker_niceness=0
-    export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=rlhf_ray.serve.admission.middlewares RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1
+    export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=rlhf_ray.serve.admission.middlewares RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1 RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1
     unset RAY_ADDRESS
     trap 'stop' ERR INT TERM
     launch head ray start --head --block --disable-usage-stats --temp-dir "$folder/ray" --port "$port" \

@@ -11,7 +11,10 @@ def api_key(
     file: Annotated[str, typer.Argument(metavar="FILE", help="file of hashed keys; created if missing")],
     name: Annotated[str, typer.Option(help="owner of the key; shown in the access log")],
     model: Annotated[list[str] | None, typer.Option(help="the key may use this model only; may be repeated")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(min=1, help="requests of this key at a time")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="replies of this key at a time")] = None,
+    max_tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="tokens of prompts and replies of this key in a minute")
+    ] = None,
     revoke: Annotated[bool, typer.Option("--revoke", help="take the key back instead")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -21,7 +24,7 @@ def api_key(
     if revoke:
         revoke_key(file, name)
     else:
-        print(add_key(file, name, tuple(model or ()), max_concurrent))
+        print(add_key(file, name, tuple(model or ()), max_concurrent, max_tokens_per_minute))
 
 
 def add_serve_commands(app: typer.Typer) -> None:

@@ -34,6 +34,14 @@ class ReplicasConfig(Section):
         None,
         "CPUs each copy asks Ray for; default: 1 on a cluster; on a Ray that the command starts, a share that always fits",
     )
+    affinity_slack: NotNegative = field(
+        8.0,
+        "requests that the copy which has an adapter may have more than the least busy one, before another copy takes requests for"
+        " that adapter and loads it too",
+    )
+    unresponsive_after_s: Annotated[Float, Field(ge=3)] = field(
+        15.0, "a copy that has answered no health check for so long is ended, and another one started"
+    )
     num_threads: Count | None = field(None, "CPU threads of each copy; default: usable cores shared among min_replicas")
 
     @model_validator(mode="after")
@@ -50,10 +58,34 @@ class LimitsConfig(Section):
 
     max_batch_rows: Annotated[int, Field(ge=1, le=1024)] = field(32, "replies that a copy writes at the same time")
     max_waiting_rows: Annotated[int, Field(ge=0, le=100_000)] = field(
-        16, "replies that may wait for a place in each copy; beyond that a request is answered 429"
+        16,
+        "replies that may wait for a place in each copy, taking turns; beyond that a request is answered 429, unless it asks for"
+        " no more than its share of the places",
     )
     max_loaded_adapters: Annotated[int, Field(ge=1, le=1024)] = field(
-        32, "adapters in the memory of each copy; the least recently used one that is idle makes room"
+        32, "adapters on the device of each copy; the least recently used one that is idle makes room for another"
+    )
+    max_adapter_bytes: Annotated[int, Field(ge=1)] | None = field(
+        None, "bytes of all adapters on the device of each copy, beside max_loaded_adapters; null: no limit of bytes"
+    )
+    max_host_adapter_bytes: Annotated[int, Field(ge=0)] = field(
+        1 << 30,
+        "bytes of adapters kept in the host's memory of each copy, read and verified, behind those on the device; what does not"
+        " fit is read from disk again (the tiers of S-LoRA, arXiv:2311.03285)",
+    )
+    max_context: Count | None = field(
+        None,
+        "tokens of a prompt and its reply together, if that is to be less than the model's own limit; null: the model's",
+    )
+    max_cached_tokens: Annotated[int, Field(ge=64)] | None = field(
+        None,
+        "tokens in the key-value cache of each copy: replies written at the same time, times the tokens that the longest of them"
+        " may come to; further ones wait; default: max_batch_rows x 2 x max_tokens, and one reply of any length always has room",
+    )
+    prompt_chunk: Annotated[int, Field(ge=16)] = field(
+        512,
+        "prompt tokens that are read between two tokens of the replies being written; a longer prompt is read in pieces"
+        " (chunked prefill: Sarathi-Serve, arXiv:2403.02310)",
     )
     max_tokens: Count = field(1024, "longest reply that a request may ask for")
     default_max_tokens: Count = field(256, "longest reply if a request does not say; max_tokens if that is less")
@@ -63,6 +95,11 @@ class LimitsConfig(Section):
     body_timeout_s: Positive = field(10.0, "a request's body must be there within this time (408)")
     request_timeout_s: Positive = field(120.0, "a reply must be finished within this time, waiting included (504)")
     retry_after_s: Count = field(1, "Retry-After of a 429 answer, seconds")
+
+    @property
+    def cached_tokens(self) -> int:
+        """max_cached_tokens, or its default."""
+        return self.max_cached_tokens or self.max_batch_rows * 2 * self.max_tokens
 
 
 class ServeConfig(Section):
@@ -94,7 +131,7 @@ class ServeConfig(Section):
         None,
         "adapter that scores replies where a request says `reward: true`; default: the only reward adapter there is",
     )
-    host: str = field("127.0.0.1", "address to listen on; any but a loopback address needs api_keys")
+    host: str = field("127.0.0.1", "address to listen on; any but a loopback address needs api_keys, and cluster/nginx.conf in front of it")
     port: Annotated[int, Field(ge=1, le=65535)] = field(8000, "port to listen on")
     api_keys: Path | None = field(None, "file of hashed API keys that `rlhf-ray api-key` writes; null: no key needed")
     allowed_hosts: Strings = field(
@@ -106,7 +143,7 @@ class ServeConfig(Section):
     )
     replicas: ReplicasConfig = field(ReplicasConfig(), "copies of the base")
     limits: LimitsConfig = field(LimitsConfig(), "limits of requests")
-    poll_interval_s: Positive = field(1.0, "the registry is looked at for changes so often")
+    poll_interval_s: Positive = field(0.5, "the registry is looked at for changes so often")
     log_prompts: bool = field(False, "write prompts and replies into the access log too")
     access_log_max_bytes: Annotated[int, Field(ge=1024)] = field(
         100_000_000, "size at which access.jsonl is renamed to access.jsonl.1, and begun again"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import peft
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
-from rlhf_ray.models.adapter_files import KEY
+from rlhf_ray.models.adapter_files import KEY, AdapterFiles
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.recurrent import is_read_past
 from rlhf_ray.models.zero3 import whole_shape
@@ -136,6 +136,40 @@ def parameter_shapes(model: nn.Module, names: Iterable[str], r: int) -> dict[str
             shapes[f"{key}.lora_A.weight"] = (r * experts, n_in)
             shapes[f"{key}.lora_B.weight"] = (n_out, r * experts)
     return shapes
+
+
+def fit_tensors(
+    base: nn.Module, files: AdapterFiles, linear: Mapping[str, nn.Module]
+) -> tuple[str | list[str], dict[str, Tensor]]:
+    """(target modules, {key under which `base` keeps the tensor: tensor}) of an adapter that belongs on `base`.
+
+    linear: `linear_layers` of base.   ArtifactError naming missing and unmatched keys, wrong shapes, targets that PEFT refuses."""
+    given = {own_key(base, key): t for key, t in files.tensors.items()}
+    targets = files.config["target_modules"]
+    if targets == "all-linear":
+        targets = resolve_targets(base, targets)
+    refused = refused_by_peft(base, targets)
+    fix = "merge it into its base with PEFT, and use the result as model_name_or_path"
+    ArtifactError.raise_all(Problem(files.path, f"target {name}: {why}", fix=fix) for name, why in refused.items())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in linear.items():
+        if any(matches(t, name) for t in targets):
+            n_in, n_out = width_in_out(layer)
+            shapes[f"base_model.model.{name}.lora_A.weight"] = (files.config["r"], n_in)
+            shapes[f"base_model.model.{name}.lora_B.weight"] = (n_out, files.config["r"])
+    shapes |= parameter_shapes(base, files.config.get("target_parameters") or (), files.config["r"])
+    compare_shapes(shapes, given, files.path)
+    return targets, given
+
+
+def compare_shapes(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], where: str) -> None:
+    """ArtifactError, one line a tensor, unless names and shapes agree."""
+    problems = [Problem(where, f"lacks tensor {key}") for key in expected if key not in given]
+    problems += [Problem(where, f"tensor {key} has no place in this model") for key in given if key not in expected]
+    for key, shape in expected.items():
+        if key in given and tuple(given[key].shape) != shape:
+            problems.append(Problem(where, f"wrong shape of {key}", str(shape), str(tuple(given[key].shape))))
+    ArtifactError.raise_all(problems)
 
 
 def matches(target: str, module_name: str) -> bool:

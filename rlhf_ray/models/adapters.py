@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.errors import ArtifactError, ConfigError, InvariantError, Problem
+from rlhf_ray.errors import ConfigError, InvariantError
 from rlhf_ray.models.adapter_files import (
     HEAD_KEY,
     AdapterFiles,
@@ -30,16 +30,16 @@ from rlhf_ray.models.adapter_files import (
     read_adapter,
     save_adapter,
 )
+from rlhf_ray.models.adapter_pool import pool_of
 from rlhf_ray.models.adapter_targets import (
+    compare_shapes,
+    fit_tensors,
     linear_layers,
     matches,
     module_of,
     own_key,
-    parameter_shapes,
-    refused_by_peft,
     resolve_parameters,
     resolve_targets,
-    width_in_out,
 )
 from rlhf_ray.models.zero3 import gathered, whole_shape
 
@@ -148,7 +148,7 @@ def load_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[s
     Under ZeRO-3 a collective: every rank calls it with the same tensors."""
     parameters = adapter_parameters(model, adapter_name)
     given = {own_key(model, key): t for key, t in tensors.items()}
-    _compare({k: whole_shape(p) for k, p in parameters.items()}, given, f"adapter {adapter_name}")
+    compare_shapes({k: whole_shape(p) for k, p in parameters.items()}, given, f"adapter {adapter_name}")
     with torch.no_grad(), gathered(parameters.values(), change=True):
         for key, parameter in parameters.items():
             parameter.copy_(given[key])
@@ -209,10 +209,15 @@ class use_adapter:
     is the base itself, bit for bit. On leaving, the adapter that was active before is active again.
 
     Which adapters train does not change: every requires_grad flag is the same inside, after, and after an exception. Run the
-    backward pass anywhere; under gradient checkpointing, see `gradient_checkpointing`. Not for several threads at once."""
+    backward pass anywhere; under gradient checkpointing, see `gradient_checkpointing`. Not for several threads at once.
+    An adapter of a pool beside the model (adapter_pool.py) is put on top of the base by hooks."""
 
     def __init__(self, model: nn.Module, adapter_name: str | None) -> None:
-        if adapter_name is not None and adapter_name not in as_peft(model).peft_config:
+        pool = pool_of(model)
+        self._hooks = None if pool is None or adapter_name not in pool else pool.hooks(str(adapter_name))
+        if self._hooks is not None:
+            adapter_name = None
+        elif adapter_name is not None and adapter_name not in as_peft(model).peft_config:
             raise InvariantError.at(f"adapter {adapter_name}", "no such adapter", ", ".join(as_peft(model).peft_config))
         self._model = model
         self._wanted = [] if adapter_name is None else [adapter_name]
@@ -221,8 +226,12 @@ class use_adapter:
     def __enter__(self) -> None:
         self._before = _active(self._model)
         _activate(self._model, self._wanted)
+        if self._hooks is not None:
+            self._hooks.register()
 
     def __exit__(self, *_: object) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
         _activate(self._model, self._before)
 
 
@@ -266,34 +275,10 @@ def _plan(model: nn.Module, source: LoraConfig | AdapterFiles) -> tuple[dict[str
             "fan_in_fan_out": all(isinstance(m, Conv1D) for m in chosen),
         }
         return config, None
-    given = {own_key(base, key): t for key, t in source.tensors.items()}
-    targets = source.config["target_modules"]
-    if targets == "all-linear":
-        targets = resolve_targets(base, targets)
-    refused = refused_by_peft(base, targets)
-    fix = "merge it into its base with PEFT, and use the result as model_name_or_path"
-    ArtifactError.raise_all(Problem(source.path, f"target {name}: {why}", fix=fix) for name, why in refused.items())
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, layer in linear.items():
-        if any(matches(t, name) for t in targets):
-            n_in, n_out = width_in_out(layer)
-            shapes[f"base_model.model.{name}.lora_A.weight"] = (source.config["r"], n_in)
-            shapes[f"base_model.model.{name}.lora_B.weight"] = (n_out, source.config["r"])
-    shapes |= parameter_shapes(base, source.config.get("target_parameters") or (), source.config["r"])
-    _compare(shapes, given, source.path)
+    placed, given = fit_tensors(base, source, linear)
     chosen = [linear[module] for key in given if (module := module_of(key)) in linear]
     conv = all(isinstance(m, Conv1D) for m in chosen)
-    return {**source.config, "target_modules": targets, "lora_dropout": 0.0, "fan_in_fan_out": conv}, given
-
-
-def _compare(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], where: str) -> None:
-    """ArtifactError, one line a tensor, unless names and shapes agree."""
-    problems = [Problem(where, f"lacks tensor {key}") for key in expected if key not in given]
-    problems += [Problem(where, f"tensor {key} has no place in this model") for key in given if key not in expected]
-    for key, shape in expected.items():
-        if key in given and tuple(given[key].shape) != shape:
-            problems.append(Problem(where, f"wrong shape of {key}", str(shape), str(tuple(given[key].shape))))
-    ArtifactError.raise_all(problems)
+    return {**source.config, "target_modules": placed, "lora_dropout": 0.0, "fan_in_fan_out": conv}, given
 
 
 def _add(model: nn.Module, name: str, source: LoraConfig | AdapterFiles, seed: int | None, trainable: bool) -> None:

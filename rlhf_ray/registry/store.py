@@ -38,6 +38,8 @@ ENVIRONMENT = "RLHF_RAY_REGISTRY"
 DEFAULT = "registry"
 WAIT_S = 120.0
 """How long a writer waits for another one; a promotion takes about as long as copying the adapter."""
+Stamp = tuple[int, int, int]
+"""Size, time and inode of a name's file."""
 _LEFTOVER = re.compile(r"\..+\.(tmp|old)-[0-9a-f]+")
 _WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
@@ -70,11 +72,13 @@ class Registry:
 
     def names(self) -> list[str]:
         """All names with a live version, sorted. ArtifactError if an alias file is damaged."""
-        return [name for name in self._listed() if self.alias(name).live is not None]
+        listed = self._listed()
+        return [name for name in listed if read_alias(self._alias_file(name), name).live is not None]
 
     def alias(self, name: str) -> Alias:
         """Versions and history of `name`. ConfigError if there is no such name, ArtifactError if its file is damaged."""
-        if not is_alias(name) or name not in self._listed():
+        self._check_schema()
+        if not is_alias(name) or not self._alias_file(name).is_file():
             raise self._unknown(name)
         return read_alias(self._alias_file(name), name)
 
@@ -99,16 +103,20 @@ class Registry:
         return open_entry(self.path / "adapters" / recorded["id"], recorded)
 
     def poll(self) -> str:
-        """A token that changes whenever any name does. Costs one look at the folder, no reading: poll it as often as you like."""
+        """A token that changes whenever any name does. Costs one look at the folder, no reading; `RegistryFollower` says what
+        has changed."""
+        return ";".join(f"{name}:{':'.join(map(str, stamp))}" for name, stamp in sorted(self.stamps().items()))
+
+    def stamps(self) -> dict[str, Stamp]:
+        """Of every name's file. An alias file only grows, so that its size tells two changes within one tick of the clock apart."""
         try:
             with os.scandir(self.path / "aliases") as found:
-                files = [(entry.name, entry.stat()) for entry in found if not entry.name.startswith(".")]
+                files = {
+                    entry.name.removesuffix(".json"): entry.stat() for entry in found if entry.name.endswith(".json")
+                }
         except FileNotFoundError:
-            return ""
-        # An alias file only grows, so that its size tells two changes within one tick of the clock apart.
-        return ";".join(
-            f"{name}:{s.st_size}:{s.st_mtime_ns}:{s.st_ino}" for name, s in sorted(files, key=lambda f: f[0])
-        )
+            return {}
+        return {name: (s.st_size, s.st_mtime_ns, s.st_ino) for name, s in files.items() if is_alias(name)}
 
     # ---------------------------------------------------------------- writing
 

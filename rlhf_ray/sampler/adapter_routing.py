@@ -2,6 +2,7 @@
 
 Rows that share one adapter run under `use_adapter`. Rows of different adapters share a batch by stacking (stacked_lora.py), if all
 are plain LoRA, else through PEFT's `adapter_names`; both equal separate passes. No adapter is the base with its adapters off.
+Where a pool of adapters is beside the model (models/adapter_pool.py), rows mix adapters of the pool, and PEFT's take turns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models.adapter_pool import AdapterPool, pool_of
 from rlhf_ray.models.adapters import lora_layers, use_adapter
 from rlhf_ray.sampler.stacked_lora import Stacks, can_stack
 
@@ -36,7 +38,17 @@ class AdapterRouter:
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that rows may name, as of now."""
-        return tuple(self._peft.peft_config) if self._peft is not None else ()
+        if self._peft is None:
+            return ()
+        return (*self._peft.peft_config, *(() if self._pool is None else self._pool.names))
+
+    def knows(self, name: str) -> bool:
+        """Whether `name` is among `names`."""
+        return self._peft is not None and (name in self._peft.peft_config or name in (self._pool or ()))
+
+    @property
+    def _pool(self) -> AdapterPool | None:
+        return None if self._peft is None else pool_of(self._peft)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -50,15 +62,21 @@ class AdapterRouter:
         training = [module for module in self._model.modules() if module.training]
         self.is_open = True
         self._can_stack.clear()
-        self._stacks = None
+        self._forget()
         try:
             for module in training:
                 module.training = False
             yield
         finally:
-            self.is_open, self._stacks = False, None
+            self.is_open = False
+            self._forget()
             for module in training:
                 module.training = True
+
+    def _forget(self) -> None:
+        """Copies of weights, which may change between sessions: not those of a pool."""
+        if self._pool is None:
+            self._stacks = None
 
     def forward(self, adapters: Sequence[str | None], stage: str = "") -> Callable[..., Any]:
         """The model as a function for batches whose row i uses adapters[i]; valid while the adapters' weights stay the same, and
@@ -71,7 +89,7 @@ class AdapterRouter:
         if all(name == first for name in adapters):
             return partial(_under_one, self._peft, self._forward, first)
         if self.mixes(adapters):
-            self._stacks = self._stacks or Stacks(self._peft)
+            self._stacks = self._stacks or Stacks(self._peft, self._pool)
             return self._stacks.forward(adapters, stage)
         self._refuse_dora(adapters)
         return partial(self._forward, adapter_names=[BASE if name is None else name for name in adapters])
@@ -85,9 +103,13 @@ class AdapterRouter:
         names = set(adapters)
         if len(names) < 2 or self._peft is None:
             return True
+        if self._pool is not None:
+            return all(name is None or name in self._pool for name in names)
         return not any(self._peft.peft_config[name].target_parameters for name in names if name is not None)
 
     def _stackable(self, name: str) -> bool:
+        if self._pool is not None:
+            return name in self._pool
         if name not in self._can_stack:
             self._can_stack[name] = can_stack(self._peft, name)
         return self._can_stack[name]

@@ -35,7 +35,7 @@ from rlhf_ray.sampler.requests import (
     Limits,
     check_requests,
 )
-from rlhf_ray.sampler.rows import Batch, DecodeRow, live, prompt_groups
+from rlhf_ray.sampler.rows import PREFILL_TOKENS, Batch, DecodeRow, Reading, live, prompt_groups
 from rlhf_ray.sampler.sampling import likeliest, sample_tokens
 from rlhf_ray.sampler.state_cache import Caches
 
@@ -68,6 +68,9 @@ class Sampler:
     pad_id: any id of the vocabulary, used as padding and always masked.   max_rows: rows that take a step together.
     forward: how `model` is called where that must go through a module around it (ZeRO-3's hooks); None calls it directly.
     width_multiple: the columns that a step attends to are rounded up to one of it; default: WIDTHS of the model's device, else 1.
+    chunk: prompt tokens that are read before the rows in their slots take their next step; a longer prompt is read in pieces
+    (chunked prefill: Sarathi-Serve, arXiv:2403.02310). None reads prompts whole, and all that have a slot first: most tokens a
+    second, and what training uses.   max_cached: rows times tokens of the longest one, which the cache is kept to; others wait.
     Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
     Raises ConfigError if the model keeps state other than in a cache of transformers, or if pad_id is not in its vocabulary.
     """
@@ -79,6 +82,8 @@ class Sampler:
         max_rows: int = 64,
         forward: Callable[..., Any] | None = None,
         width_multiple: int | None = None,
+        chunk: int | None = None,
+        max_cached: int | None = None,
     ) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config = base.config.get_text_config()
@@ -92,6 +97,7 @@ class Sampler:
         self._pad_id = pad_id
         self.max_rows = max_rows
         self._multiple = width_multiple or WIDTHS.get(self._device.type, 1)
+        self._chunk, self._max_cached = chunk, max_cached
         self._ids = itertools.count()
         self._clear()
 
@@ -99,14 +105,17 @@ class Sampler:
         """Forget everything, free the cache; prepare for `requests`, or for whatever may be submitted if there is none."""
         self._waiting: deque[DecodeRow] = deque()
         self._staged: deque[DecodeRow] = deque()
-        self._to_read: deque[list[DecodeRow]] = deque()  # prompts of staged rows, one forward each
+        self._to_read: deque[list[DecodeRow]] = deque()  # prompts of staged rows, to be read together
+        self._reading: Reading | None = None
+        self._has_read = False  # in the last step
         self._rows: list[DecodeRow] = []  # by slot
         self._batch: Batch | None = None
         if requests:
             longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
             self._cache = self._caches.slots(min(self.max_rows, len(requests)), longest, self._multiple, whole=True)
         else:
-            self._cache = self._caches.slots(self.max_rows, self._context or UNLIMITED, self._multiple)
+            longest = self._context or UNLIMITED
+            self._cache = self._caches.slots(self.max_rows, longest, self._multiple, max_cells=self._max_cached)
 
     # ---- the engine, as callers see it ------------------------------------------------------------------------------------
 
@@ -191,7 +200,14 @@ class Sampler:
         self._waiting = deque(row for row in self._waiting if row.end is None)
         self._staged = deque(row for row in self._staged if row.end is None)
         self._to_read = deque(group for group in map(live, self._to_read) if group)
+        if self._reading is not None and not live(self._reading.rows):
+            self._reading = None
         return True
+
+    def release(self) -> None:
+        """Give back the memory of the cache. Nothing happens while requests are there."""
+        if not self.busy:
+            self._clear()
 
     @property
     def busy(self) -> bool:
@@ -217,7 +233,7 @@ class Sampler:
     # ---- the schedule -----------------------------------------------------------------------------------------------------
 
     def _limits(self) -> Limits:
-        return Limits(self._vocabulary, self._context, self._router.names)
+        return Limits(self._vocabulary, self._context, self._router.knows, lambda: self._router.names)
 
     def _begin(self, requests: Sequence[DecodeRequest]) -> list[DecodeRow]:
         """Queue `requests` in an engine that is empty, with a cache as long as they need."""
@@ -232,13 +248,18 @@ class Sampler:
         return row
 
     def _advance(self) -> list[DecodeEvent]:
-        """Exactly one forward: some prompts, or one token of every row."""
+        """Exactly one forward: some prompts, or a part of one, or one token of every row."""
         wanted = self.max_rows - len(live(self._rows)) - len(self._staged)
         if self._waiting and wanted > 0:
             self._stage(max(wanted, self.max_rows // STAGED_SHARE))
-        if self._to_read:
-            self._read_prompts(self._to_read.popleft())
+        waits = (
+            self._has_read and self._chunk is not None and (live(self._rows) or any(r.is_read for r in self._staged))
+        )
+        if (self._reading is not None or self._to_read) and not waits:
+            self._has_read = True
+            self._read_prompts()
             return []
+        self._has_read = False
         self._fill_slots()
         return self._decode()
 
@@ -248,18 +269,29 @@ class Sampler:
         adapters = {row.request.adapter for row in (*live(self._rows), *self._staged)}
         while self._waiting and len(rows) < count:
             adapters.add(self._waiting[0].request.adapter)
-            if not self._router.together(adapters):
+            if not self._router.together(adapters) or not self._is_room([*rows, self._waiting[0]]):
                 break
             rows.append(self._waiting.popleft())
         self._staged.extend(rows)
         mixed = self._router.mixes(row.request.adapter for row in rows)
-        self._to_read.extend(prompt_groups(rows, mixed, padded=not self._caches.recurrent))
+        tokens = PREFILL_TOKENS if self._chunk is None else self._chunk
+        self._to_read.extend(prompt_groups(rows, mixed, not self._caches.recurrent, tokens))
+
+    def _is_room(self, coming: Sequence[DecodeRow]) -> bool:
+        """Whether the cache may become as large as it takes for these rows beside those that are there. One always may."""
+        rows = [*live(self._rows), *self._staged, *coming]
+        held = min(len(rows), self.max_rows) * max(row.most for row in rows)
+        return self._max_cached is None or len(rows) == 1 or held <= self._max_cached
 
     def _fill_slots(self) -> None:
         """Give free slots to staged rows, then close the gaps that are left with the last rows."""
+        if self._max_cached is not None and any(row.end is not None for row in self._rows):
+            self._close_gaps()  # before and not behind: the cache must not grow for slots that are about to go
+            self._batch = None
         gaps = [slot for slot, row in enumerate(self._rows) if row.end is not None]
         room = self.max_rows - len(self._rows) + len(gaps)
-        coming = [self._staged.popleft() for _ in range(min(room, len(self._staged)))]
+        coming = [row for row in self._staged if row.is_read][:room]
+        self._staged = deque(row for row in self._staged if row not in coming)
         if not gaps and not coming:
             return
         self._batch = None
@@ -290,23 +322,23 @@ class Sampler:
 
     # ---- the forwards -----------------------------------------------------------------------------------------------------
 
-    def _read_prompts(self, rows: list[DecodeRow]) -> None:
-        """Run all but the last token of some prompts, LEFT padded (recurrent layers: of one length), equal ones under one adapter
-        once."""
-        of_row = [(row.request.adapter, row.to_read) for row in rows]
-        distinct = list(dict.fromkeys(of_row))
-        width = max(len(prefix) for _, prefix in distinct)
-        ids = torch.tensor([(self._pad_id,) * (width - len(p)) + p for _, p in distinct]).to(self._device)
-        lengths = torch.tensor([len(p) for _, p in distinct]).to(self._device)
-        positions = torch.arange(width, device=self._device) - (width - lengths[:, None])
-        cache = self._caches.prompts()
-        forward = self._router.forward([adapter for adapter, _ in distinct], "prompts")
-        mask = None if self._caches.recurrent else positions >= 0
-        self._logits(forward, ids, mask, positions.clamp(min=0), cache)
-        self._caches.finish_read(cache)
-        number = {key: i for i, key in enumerate(distinct)}
-        for row, key in zip(rows, of_row):
-            row.prefix = cache, number[key]
+    def _read_prompts(self) -> None:
+        """Run all but the last token of some prompts, or the next part of them, LEFT padded (recurrent layers: of one length)."""
+        if self._reading is None:
+            self._reading = Reading.of(self._to_read.popleft(), self._pad_id, self._device, self._caches.prompts())
+        reading, whole = self._reading, self._chunk is None or self._caches.recurrent or len(self._reading.ids) > 1
+        end = reading.width if whole else min(reading.done + (self._chunk or 0), reading.width)
+        forward = self._router.forward(reading.adapters, "prompts")
+        mask = None if self._caches.recurrent else reading.positions[:, :end] >= 0
+        part = slice(reading.done, end)
+        self._logits(forward, reading.ids[:, part], mask, reading.positions[:, part].clamp(min=0), reading.cache)
+        reading.done = end
+        if end < reading.width:
+            return
+        self._reading = None
+        self._caches.finish_read(reading.cache)
+        for row, place in zip(reading.rows, reading.places):
+            row.prefix = reading.cache, place
 
     def _decode(self) -> list[DecodeEvent]:
         """One token of every row."""

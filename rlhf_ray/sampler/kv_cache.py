@@ -30,6 +30,11 @@ SPARE_COLUMNS = 64
 """Steps between two moves of the columns to the start of the buffer: a move then costs under 2 % of the steps it serves."""
 
 
+SHRINK = 4
+SMALL_CELLS = 16_384
+"""Buffers of more slots times columns than this shrink when they are SHRINK times as large as what is in use needs."""
+
+
 @dataclass
 class Geometry:
     """What all layers share. slots, columns: the size of the buffers. rows, width: what the current step attends to."""
@@ -121,9 +126,11 @@ class SlotLayer(CacheLayerMixin):
 
 class SlotCache(Cache):
     """The layers' buffers and their common geometry, of at most `max_slots` rows of `max_tokens` tokens. Buffers double when rows
-    or columns run out; whole: they are made at their full size at once, where what will come is known.
+    or columns run out, and shrink when no more than a quarter of them is in use; whole: they are made at their full size at once,
+    where what will come is known, and stay.
 
-    multiple: a step's slice is as wide as one of it.  make: the layers, where not all have keys and values alone."""
+    multiple: a step's slice is as wide as one of it.  make: the layers, where not all have keys and values alone.
+    max_cells: slots times columns that doubling keeps to."""
 
     layers: list[SlotLayer]  # type: ignore[assignment]
 
@@ -134,8 +141,9 @@ class SlotCache(Cache):
         make: Callable[[Geometry], list[SlotLayer]] | None = None,
         multiple: int = 1,
         whole: bool = False,
+        max_cells: int | None = None,
     ) -> None:
-        self._geometry = Geometry()
+        self._geometry, self._max_cells = Geometry(), max_cells
         self._multiple, self._whole = multiple, whole
         self._max_slots, self._max_columns = max_slots, _round_up(max_tokens + multiple - 1 + SPARE_COLUMNS)
         if make is None:
@@ -168,16 +176,23 @@ class SlotCache(Cache):
         """
         g = self._geometry
         before = max(longest, incoming) + self._multiple - 1
-        if rows <= g.slots and before <= g.cursor < g.columns:
+        least = _round_up(before + SPARE_COLUMNS)
+        wasteful = not self._whole and g.slots * g.columns > max(SHRINK * rows * least, SMALL_CELLS)
+        if rows <= g.slots and before <= g.cursor < g.columns and not wasteful:
             return
         source = slice(g.cursor - longest, g.cursor)
         held = min(rows, g.slots)
-        if rows > g.slots:
-            g.slots = self._max_slots if self._whole else min(max(rows, 2 * g.slots), self._max_slots)
-        if before + SPARE_COLUMNS > g.columns:
+        slots = rows if wasteful else g.slots
+        columns = least if wasteful else g.columns
+        if rows > slots:
+            slots = self._max_slots if self._whole else min(max(rows, 2 * slots), self._max_slots)
+        if before + SPARE_COLUMNS > columns:
             most = self._max_columns
-            g.columns = most if self._whole else min(_round_up(max(before + SPARE_COLUMNS, 2 * g.columns)), most)
-        g.cursor = before
+            columns = most if self._whole else min(max(least, _round_up(2 * columns)), most)
+        if self._max_cells is not None and slots * columns > self._max_cells:
+            columns = max(min(columns, self._max_cells // slots), min(least, self._max_columns))
+            slots = max(rows, min(slots, self._max_cells // columns))
+        g.slots, g.columns, g.cursor = slots, columns, before
         for layer in self.layers:
             layer.relocate(held, source, slice(before - longest, before))
 

@@ -115,11 +115,13 @@ class DecodeEngine(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model can do. context: positions it has, 0 if unlimited. adapters: the names it knows."""
+    """What the model can do. context: positions it has, 0 if unlimited. knows: whether it has an adapter of this name; adapters:
+    all of them, asked for only to be told to people."""
 
     vocabulary: int
     context: int
-    adapters: Collection[str]
+    knows: Callable[[str], bool]
+    adapters: Callable[[], Collection[str]]
 
 
 def check_requests(requests: Sequence[DecodeRequest], limits: Limits) -> None:
@@ -130,7 +132,8 @@ def check_requests(requests: Sequence[DecodeRequest], limits: Limits) -> None:
 def _problems(where: str, request: DecodeRequest, limits: Limits) -> list[Problem]:
     r, vocabulary = request, limits.vocabulary
     prompt, new = len(r.prompt_ids), r.max_new_tokens
-    known = sorted(limits.adapters)
+    unknown = r.adapter is not None and not limits.knows(r.adapter)
+    known = sorted(limits.adapters()) if unknown else []
     in_vocabulary = f"0 <= id < {vocabulary}"
     checks: list[tuple[bool, str, str, str, str]] = [
         (prompt > 0, "prompt_ids", "at least one token", "an empty prompt", "start the prompt with the bos token"),
@@ -170,7 +173,7 @@ def _problems(where: str, request: DecodeRequest, limits: Limits) -> list[Proble
         ),
         (-(2**63) <= r.row_seed < 2**63, "row_seed", "a signed 64-bit integer", str(r.row_seed), ""),
         (
-            r.adapter is None or r.adapter in limits.adapters,
+            not unknown,
             "adapter",
             f"one of {', '.join(known)}" if known else "none: this model has no adapters",
             repr(r.adapter),

@@ -46,6 +46,16 @@ class DecodeRow:
         return (self.request.prompt_ids + self.request.begun)[:-1]
 
     @property
+    def is_read(self) -> bool:
+        """Its prompt is in a cache, or there is nothing of it to be read."""
+        return self.prefix is not None or not self.to_read
+
+    @property
+    def most(self) -> int:
+        """Tokens that it may come to hold."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
+
+    @property
     def next_input(self) -> int:
         return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
 
@@ -62,6 +72,36 @@ class DecodeRow:
 
     def result(self) -> DecodeResult:
         return DecodeResult(tuple(self.token_ids), tuple(self.logprobs), self.end == "stop")
+
+
+@dataclass
+class Reading:
+    """Prompts that are being read together, equal ones under one adapter once. adapters: of each distinct prompt.  ids, positions:
+    i64[prompts, width], LEFT padded; positions of padding are below 0.  places: of each row, its prompt among them.
+    done: columns that have been read into the cache."""
+
+    rows: list[DecodeRow]
+    adapters: list[str | None]
+    ids: Tensor
+    positions: Tensor
+    places: list[int]
+    cache: Cache
+    done: int = 0
+
+    @classmethod
+    def of(cls, rows: Sequence[DecodeRow], pad_id: int, device: torch.device, cache: Cache) -> Reading:
+        of_row = [(row.request.adapter, row.to_read) for row in rows]
+        distinct = list(dict.fromkeys(of_row))
+        number = {key: i for i, key in enumerate(distinct)}
+        width = max(len(prefix) for _, prefix in distinct)
+        ids = torch.tensor([(pad_id,) * (width - len(p)) + p for _, p in distinct]).to(device)
+        lengths = torch.tensor([len(p) for _, p in distinct]).to(device)
+        positions = torch.arange(width, device=device) - (width - lengths[:, None])
+        return cls(list(rows), [name for name, _ in distinct], ids, positions, [number[key] for key in of_row], cache)
+
+    @property
+    def width(self) -> int:
+        return self.ids.shape[1]
 
 
 @dataclass
@@ -137,24 +177,26 @@ def live(rows: Iterable[DecodeRow]) -> list[DecodeRow]:
     return [row for row in rows if row.end is None]
 
 
-def prompt_groups(rows: Sequence[DecodeRow], mixed: bool, padded: bool = True) -> Iterator[list[DecodeRow]]:
-    """Rows whose prompts are read in one forward: similar lengths (equal ones, unless `padded`), not too many tokens; one adapter,
-    unless `mixed`."""
+def prompt_groups(
+    rows: Sequence[DecodeRow], mixed: bool, padded: bool = True, tokens: int = PREFILL_TOKENS
+) -> Iterator[list[DecodeRow]]:
+    """Rows whose prompts are read in one forward: similar lengths (equal ones, unless `padded`), no more than `tokens` unless one
+    prompt alone has more; one adapter, unless `mixed`."""
     groups: defaultdict[str | None, list[DecodeRow]] = defaultdict(list)
     for row in rows:
         if row.held > 0:
             groups[None if mixed else row.request.adapter].append(row)
     for group in groups.values():
         group.sort(key=lambda row: -row.held)
-        yield from _split(group, PREFILL_FILL if padded else 1.0)
+        yield from _split(group, PREFILL_FILL if padded else 1.0, tokens)
 
 
-def _split(rows: Sequence[DecodeRow], fill: float) -> Iterator[list[DecodeRow]]:
+def _split(rows: Sequence[DecodeRow], fill: float, tokens: int) -> Iterator[list[DecodeRow]]:
     group: list[DecodeRow] = []
     real = 0
     for row in rows:  # the longest first
         padded = (len(group) + 1) * (group[0].held if group else row.held)
-        if group and (padded > PREFILL_TOKENS or real + row.held < fill * padded):
+        if group and (padded > tokens or real + row.held < fill * padded):
             yield group
             group, real = [], 0
         group.append(row)

@@ -6,7 +6,8 @@ terms. PEFT's own `adapter_names` loops over the adapters in every layer instead
 arXiv:2310.18547, which gather the factors by row in a kernel.) Where the ranks of all adapters together are no longer small against
 the layers, as in small models with many adapters, each row gets its own factors side by side: batched products of the same terms.
 
-Either form is kept while the weights stay the same, since rows come and go at every token: only what a new row brings is copied.
+Either form has a buffer for each group of layers of one shape, with places that adapters of any rank take: a row that comes brings
+one copy for each group and not one for each layer, and what it finds there already costs nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from rlhf_ray.errors import InvariantError
+from rlhf_ray.models.adapter_pool import AdapterPool, Hook, Hooks, LayerGroup, PackedAdapter, layer_groups, pack
 from rlhf_ray.models.adapters import lora_layers, use_adapter
 from rlhf_ray.models.zero3 import is_sharded
 
@@ -30,27 +32,56 @@ BY_ROW_SHARE = 8
 BY_ROW_BYTES = 1 << 30
 """Copies of factors, one for each row, may take so much memory."""
 KEPT = 2
-"""Stacks hold at most so many times the adapters of the batch: those of rows that left cost products with 0."""
-
-Hook = tuple[Any, Callable[..., Any]]
+"""Stacks are at most so many times as wide as the adapters of the batch: entries of rows that left cost products with 0."""
 
 
 class Stacks:
-    """Forwards of `peft_model` in which each row uses an adapter of its own. Build it anew when weights of an adapter change."""
+    """Forwards of `peft_model` in which each row uses an adapter of its own: of `pool`, or without one of PEFT's.
 
-    def __init__(self, peft_model: PeftModel) -> None:
+    Build it anew when weights of an adapter change; those of a pool never do."""
+
+    def __init__(self, peft_model: PeftModel, pool: AdapterPool | None = None) -> None:
         self._model = peft_model
-        self._layers = [layer for _, layer in lora_layers(peft_model)]
-        self._shared = _SharedFactors(self._layers)
+        source = _PeftAdapters(peft_model) if pool is None else pool
+        self.groups = source.groups
+        self._get: Callable[[str], PackedAdapter] = source.__getitem__
+        self._shared = _SharedFactors(self.groups, self._get)
         self._by_row: dict[str, _RowFactors] = {}
 
     def forward(self, adapters: Sequence[str | None], stage: str = "") -> Callable[..., Any]:
         """The model as a function for batches whose row i uses adapters[i]; valid until the next call for the same `stage`."""
         names = list(dict.fromkeys(name for name in adapters if name is not None))
-        if _prefers_rows(self._layers, names, len(adapters)):
-            factors = self._by_row.setdefault(stage, _RowFactors(self._layers))
-            return _Hooked(self._model, factors.of(adapters))
-        return _Hooked(self._model, self._shared.of(adapters, names))
+        packed = [self._get(name) for name in names]
+        if _prefers_rows(self.groups, packed, len(adapters)):
+            factors = self._by_row.setdefault(stage, _RowFactors(self.groups, self._get))
+            return _Hooked(self._model, factors.of(adapters, max(one.r for one in packed)))
+        return _Hooked(self._model, self._shared.of(adapters, dict(zip(names, packed))))
+
+
+class _PeftAdapters:
+    """The adapters inside PEFT's layers, copied as they are asked for."""
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        layers = lora_layers(peft_model)
+        self.groups = layer_groups((name, layer, layer.in_features, layer.out_features) for name, layer in layers)
+        self._packed: dict[str, PackedAdapter] = {}
+
+    def __getitem__(self, name: str) -> PackedAdapter:
+        if name not in self._packed:
+            layers: list[Any] = [layer for group in self.groups for layer in group.layers]
+            r = max((layer.r[name] for layer in layers if name in layer.lora_A), default=0)
+            self._packed[name] = pack(self.groups, r, 1.0, partial(_peft_halves, adapter=name, r=r))
+        return self._packed[name]
+
+
+def _peft_halves(name: str, layer: Any, adapter: str, r: int) -> tuple[Tensor, Tensor] | None:
+    """Scaled, and filled up with zeros to rank r."""
+    if adapter not in layer.lora_A:
+        return None
+    down = layer.lora_A[adapter].weight.detach()
+    up = layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]
+    missing = r - len(down)
+    return nn.functional.pad(down, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing))
 
 
 class _Hooked:
@@ -61,52 +92,84 @@ class _Hooked:
 
     def __call__(self, **inputs: Any) -> Any:
         tokens = inputs["input_ids"].shape[1]
-        handles = [layer.register_forward_hook(partial(delta, tokens)) for layer, delta in self.hooks]
+        hooks = Hooks([(layer, partial(delta, tokens)) for layer, delta in self.hooks])
+        hooks.register()
         try:
             with use_adapter(self._model, None):
                 return self._model(**inputs)
         finally:
-            for handle in handles:
-                handle.remove()
+            hooks.remove()
 
 
 class _SharedFactors:
-    """One stack per layer, of all adapters of the batch and some that were in it before."""
+    """One stack per group of layers, with places of any rank: of the adapters of the batch, and of some that were in it before."""
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self._layers = layers
-        self._names: list[str] = []
-        self._stacks: list[tuple[Any, Tensor, Tensor, tuple[int, ...]]] = []  # layer, down, up, owner of each entry
+    def __init__(self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter]) -> None:
+        self._groups, self._get = groups, get
+        self._places: dict[str, tuple[int, int]] = {}  # first entry, one past the last
+        self._size = 0
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # down [layers, size, in], up [layers, size, out], scaled
 
-    def of(self, adapters: Sequence[str | None], names: Sequence[str]) -> list[Hook]:
-        if not set(names) <= set(self._names) or len(self._names) > KEPT * len(names):
-            kept = [name for name in self._names if name not in names]
-            self._build([*names, *kept[: (KEPT - 1) * len(names)]])
-        number = {name: i for i, name in enumerate(self._names)}
-        chosen = torch.tensor([-1 if name is None else number[name] for name in adapters])
-        masks: dict[tuple[int, ...], Tensor] = {}
-        for _, down, _, owner in self._stacks:
-            if owner not in masks:
-                masks[owner] = (torch.tensor(owner) != chosen[:, None])[:, None].to(down.device)
-        return [(layer, _Delta(down, up, masks[owner])) for layer, down, up, owner in self._stacks]
+    def of(self, adapters: Sequence[str | None], packed: dict[str, PackedAdapter]) -> list[Hook]:
+        needed = sum(one.r for one in packed.values())
+        if self._size > KEPT * needed or not self._place(packed):
+            self._places, self._size = {}, needed + needed // KEPT
+            some = next(f for one in packed.values() for f in one.factors if f is not None).down
+            self._buffers = [
+                (some.new_zeros(len(g.names), self._size, g.n_in), some.new_zeros(len(g.names), self._size, g.n_out))
+                for g in self._groups
+            ]
+            self._place(packed)
+        foreign = torch.ones(len(adapters), 1, self._size, dtype=torch.bool)
+        for row, name in enumerate(adapters):
+            if name is not None:
+                foreign[row, :, slice(*self._places[name])] = False
+        foreign = foreign.to(self._buffers[0][0].device)
+        return [
+            (layer, _Delta(down[i], up[i], foreign))
+            for group, (down, up) in zip(self._groups, self._buffers)
+            for i, layer in enumerate(group.layers)
+        ]
 
-    def _build(self, names: Sequence[str]) -> None:
-        self._names, self._stacks = list(names), []
-        for layer in self._layers:
-            here = [(i, name) for i, name in enumerate(names) if name in layer.lora_A]
-            if here:
-                down = torch.cat([layer.lora_A[name].weight for _, name in here])
-                up = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for _, name in here], dim=1)
-                owner = tuple(i for i, name in here for _ in range(layer.r[name]))
-                self._stacks.append((layer, down.detach(), up.detach(), owner))
+    def _place(self, packed: dict[str, PackedAdapter]) -> bool:
+        """Find places for all of them, over those of adapters that are not among them; False if there is no room."""
+        kept = {name: place for name, place in self._places.items() if name in packed}
+        coming = [name for name in packed if name not in kept]
+        for name in sorted(coming, key=lambda n: -packed[n].r):
+            start = 0
+            for first, end in sorted(kept.values()):
+                if first - start >= packed[name].r:
+                    break
+                start = max(start, end)
+            if start + packed[name].r > self._size:
+                return False
+            kept[name] = start, start + packed[name].r
+        taken = {i for name in coming for i in range(*kept[name])}
+        stays = {n: p for n, p in self._places.items() if n not in kept and not taken.intersection(range(*p))}
+        self._places = stays | kept
+        for name in coming:
+            self._fill(packed[name], *kept[name])
+        return True
+
+    def _fill(self, adapter: PackedAdapter, first: int, end: int) -> None:
+        for (down, up), factors in zip(self._buffers, adapter.factors):
+            if factors is None or factors.which is not None:
+                up[:, first:end] = 0  # where B is 0, whatever finite A there still is adds nothing
+            if factors is not None and factors.which is None:
+                down[:, first:end] = factors.down
+                torch.mul(factors.up, adapter.scale, out=up[:, first:end])
+            elif factors is not None:
+                which = list(factors.which or ())
+                down[which, first:end] = factors.down
+                up[which, first:end] = factors.up * adapter.scale
 
 
 class _Delta:
-    """A forward hook: what the adapters add to a layer's output. down: [K, in]. up: [out, K]. foreign: bool[N, 1, K], True on the
+    """A forward hook: what the adapters add to a layer's output. down: [K, in]. up: [K, out]. foreign: bool[N, 1, K], True on the
     entries of other rows' adapters."""
 
     def __init__(self, down: Tensor, up: Tensor, foreign: Tensor) -> None:
-        self._down, self._up, self._foreign = down.t(), up.t(), foreign
+        self._down, self._up, self._foreign = down.t(), up, foreign
 
     def __call__(self, tokens: int, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = _by_row(args[0], len(self._foreign), tokens)
@@ -114,53 +177,74 @@ class _Delta:
         return (output + (inner @ self._up).view(output.shape)).to(output.dtype)
 
 
-def _prefers_rows(layers: Sequence[Any], names: Sequence[str], rows: int) -> bool:
+def _prefers_rows(groups: Sequence[LayerGroup], packed: Sequence[PackedAdapter], rows: int) -> bool:
     """Whether each row should get its own factors, by what both forms cost."""
-    if len(names) < 3:
+    if len(packed) < 3:
         return False
-    ranks = [[layer.r[name] for name in names if name in layer.lora_A] for layer in layers]
-    widths = [layer.in_features + layer.out_features for layer in layers]
-    copies = sum(4 * rows * max(r, default=0) * width for r, width in zip(ranks, widths))
-    return copies <= BY_ROW_BYTES and 2 * BY_ROW_SHARE * sum(map(sum, ranks)) > sum(widths)
+    widths = sum(group.width * len(group.names) for group in groups)
+    copies = 4 * rows * max(one.r for one in packed) * widths
+    return copies <= BY_ROW_BYTES and 2 * BY_ROW_SHARE * sum(one.entries for one in packed) > widths
 
 
 class _RowFactors:
     """Each row's own factors, side by side in every layer; a row that keeps its adapter keeps its copy."""
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self._layers = layers
+    def __init__(self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter]) -> None:
+        self._groups, self._get = groups, get
         self._rank = 0
         self._names: list[str | None] = []  # by row, whose factors are there
-        self._factors: list[tuple[Any, Tensor, Tensor]] = []  # layer, down [rows, r, in], up [rows, r, out]
+        self._buffers: list[
+            tuple[Tensor, Tensor]
+        ] = []  # down [rows, layers, rank, in], up [rows, layers, rank, out], scaled
+        self._hooks: list[Hook] = []  # of so many rows as were asked for last
 
-    def of(self, adapters: Sequence[str | None]) -> list[Hook]:
-        names = set(adapters)
-        rank = max(layer.r[n] for layer in self._layers for n in names if n in layer.lora_A)
-        if rank > self._rank or len(adapters) > len(self._names):
-            self._allocate(max(len(adapters), min(2 * len(self._names), 2 * len(adapters))), max(rank, self._rank))
+    def of(self, adapters: Sequence[str | None], rank: int) -> list[Hook]:
+        """rank: the largest of the adapters."""
+        count = len(adapters)
+        if rank > self._rank or count > len(self._names):
+            self._allocate(max(count, min(2 * len(self._names), 2 * count)), max(rank, self._rank), adapters)
         for row, name in enumerate(adapters):
             if self._names[row] != name:
                 self._put(row, name)
-        count = len(adapters)
-        return [(layer, _RowDelta(down[:count], up[:count])) for layer, down, up in self._factors]
+        if not self._hooks or len(self._hooks[0][1]._up) != count:  # type: ignore[attr-defined]  # a _RowDelta
+            self._hooks = [
+                (layer, _RowDelta(down[:count, i], up[:count, i]))
+                for group, (down, up) in zip(self._groups, self._buffers)
+                for i, layer in enumerate(group.layers)
+            ]
+        return self._hooks
 
-    def _allocate(self, rows: int, rank: int) -> None:
+    def _allocate(self, rows: int, rank: int, adapters: Sequence[str | None]) -> None:
         """Zeros: rows without an adapter."""
-        self._rank, self._names, self._factors = rank, [None] * rows, []
-        for layer in self._layers:
-            some = next(iter(layer.lora_A.values())).weight
-            down = some.new_zeros(rows, rank, layer.in_features)
-            self._factors.append((layer, down, some.new_zeros(rows, rank, layer.out_features)))
+        self._rank, self._names, self._hooks = rank, [None] * rows, []
+        packed = self._get(next(name for name in adapters if name is not None))
+        some = next(f for f in packed.factors if f is not None).down
+        self._buffers = [
+            (
+                some.new_zeros(rows, len(group.names), rank, group.n_in),
+                some.new_zeros(rows, len(group.names), rank, group.n_out),
+            )
+            for group in self._groups
+        ]
 
     def _put(self, row: int, name: str | None) -> None:
         """Where B is 0, whatever finite A there still is adds nothing."""
-        for layer, down, up in self._factors:
-            r = layer.r[name] if name is not None and name in layer.lora_A else 0
-            if r:
-                down[row, :r] = layer.lora_A[name].weight.detach()
-                torch.mul(layer.lora_B[name].weight.detach().t(), layer.scaling[name], out=up[row, :r])
-            if r < self._rank:
-                up[row, r:] = 0
+        adapter = None if name is None else self._get(name)
+        for group, (down, up) in enumerate(self._buffers):
+            factors = None if adapter is None else adapter.factors[group]
+            if adapter is None or factors is None:
+                up[row] = 0
+                continue
+            r = adapter.r
+            if factors.which is None:
+                down[row, :, :r] = factors.down
+                torch.mul(factors.up, adapter.scale, out=up[row, :, :r])
+                up[row, :, r:] = 0
+            else:
+                up[row] = 0
+                which = list(factors.which)
+                down[row, which, :r] = factors.down
+                up[row, which, :r] = factors.up * adapter.scale
         self._names[row] = name
 
 

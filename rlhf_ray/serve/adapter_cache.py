@@ -1,6 +1,10 @@
-"""Adapters in the model's memory: loaded on demand, the least recently used one is evicted, one in use never is.
+"""Adapters ready for use, in three tiers: beside the model on its device, in the host's memory, and on disk.
 
-Lives on one event loop; only reading files and changing the model happen elsewhere.
+Loaded on demand. What does not fit any more goes, the least recently used first: from the device those that no request uses, from
+the host's memory any. A request gets all its adapters at once or waits for its turn, so that two can never wait for each other; and
+while one waits for room, the adapter that is to go takes no new requests, so that its turn comes.
+
+Lives on one event loop; reading, checking and copying happen on other threads, and none of it on the decode thread.
 """
 
 from __future__ import annotations
@@ -8,19 +12,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
-from peft import PeftModel
 
-from rlhf_ray.errors import ArtifactError
+from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.models.adapter_files import AdapterFiles
-from rlhf_ray.models.adapters import adapter_parameters, adapter_sha256, add_from_files, remove_adapter
+from rlhf_ray.models.adapter_pool import PackedAdapter
 from rlhf_ray.serve.decode_thread import DecodeThread
+from rlhf_ray.serve.metrics import Metrics, NoMetrics
 
 
 class AdapterCheckpoint(Protocol):
@@ -30,109 +33,230 @@ class AdapterCheckpoint(Protocol):
     def files(self) -> AdapterFiles: ...
 
     def without_tensors(self) -> Self:
-        """For an adapter whose tensors the model holds."""
+        """For an adapter whose tensors are kept elsewhere."""
         ...
 
 
 C = TypeVar("C", bound=AdapterCheckpoint)
 
 
-class CacheBusy(Exception):
-    """The cache is full, and every adapter in it is in use."""
+class CacheTooSmall(Exception):
+    """One request wants more adapters at once than the cache can ever hold."""
+
+
+@dataclass(eq=False)
+class HostAdapter(Generic[C]):
+    """An adapter in the host's memory, checked. packed: None where it has to go into PEFT's modules; files then has tensors."""
+
+    checkpoint: C
+    packed: PackedAdapter | None
+    files: AdapterFiles
+
+    @property
+    def nbytes(self) -> int:
+        tensors = self.files.tensors.values()
+        return sum(t.numel() * 4 for t in tensors) if self.packed is None else self.packed.nbytes
 
 
 @dataclass(eq=False)
 class CachedAdapter(Generic[C]):
-    """An adapter that the model holds. adapter_name: in PEFT.  head: of a reward model.  users: requests that use it now."""
+    """An adapter beside the model. adapter_name: of the sampler.  head: of a reward model.  users: requests that use it now.
+    leaving: it takes no new ones, and goes when those are done."""
 
     key: str
     adapter_name: str
     checkpoint: C
+    nbytes: int
     head: torch.Tensor | None = None
     users: int = 0
+    leaving: bool = False
 
 
-@dataclass
 class AdapterCache(Generic[C]):
-    """capacity: adapters in memory at once.  loads, evictions: how often each happened."""
+    """capacity, max_bytes: adapters on the device at once, and what they may take there; None is no limit.
+    host_bytes: what they may take of the host's memory; host_used: what they do.
+    loads, evictions: how often an adapter came onto the device, and made room for another."""
 
-    engine: DecodeThread
-    capacity: int
-    loads: int = 0
-    evictions: int = 0
-    _cached: OrderedDict[str, CachedAdapter[C]] = field(default_factory=OrderedDict)  # the least recently used first
-    _loading: dict[str, asyncio.Task[CachedAdapter[C]]] = field(default_factory=dict)
-    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
-    _adding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    def __init__(
+        self,
+        engine: DecodeThread,
+        capacity: int,
+        max_bytes: int | None = None,
+        host_bytes: int = 0,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.engine, self.capacity, self.max_bytes, self.host_bytes = engine, capacity, max_bytes, host_bytes
+        self.metrics = metrics or NoMetrics()
+        self.on_refused: Callable[[str, RlhfRayError], None] = lambda key, error: None
+        """Called with every adapter that could not be read, or does not fit the model."""
+        self.loads = self.evictions = self.host_used = 0
+        self._cached: OrderedDict[str, CachedAdapter[C]] = OrderedDict()  # the least recently used first
+        self._host: OrderedDict[str, HostAdapter[C]] = OrderedDict()
+        self._reading: dict[str, asyncio.Task[HostAdapter[C]]] = {}
+        self._numbers = itertools.count(1)
+        self._turn = asyncio.Lock()  # of requests that need room, first come, first served
+        self._released = asyncio.Event()
 
     @asynccontextmanager
     async def use(self, key: str, read: Callable[[], C]) -> AsyncIterator[CachedAdapter[C]]:
-        """The adapter `key`, which is not evicted while the block runs. read: gets it from disk, on a thread of its own.
+        """`use_all` of one."""
+        async with self.use_all({key: read}) as cached:
+            yield cached[key]
 
-        CacheBusy if no adapter can be evicted for it; whatever `read` raises; ArtifactError if it does not fit the model."""
-        cached = await self._get(key, read)
+    @asynccontextmanager
+    async def use_all(self, reads: Mapping[str, Callable[[], C]]) -> AsyncIterator[dict[str, CachedAdapter[C]]]:
+        """Adapters by key, which stay while the block runs. reads: get them from disk, on threads of their own.
+
+        Waits as long as others use what would have to go. CacheTooSmall if they can never be there together; whatever a `read`
+        raises; ArtifactError if one does not fit the model."""
+        cached = await self._acquire(reads)
         try:
             yield cached
         finally:
-            cached.users -= 1
+            self._release(cached.values())
 
     async def load(self, key: str, read: Callable[[], C]) -> CachedAdapter[C]:
-        """`use` for a moment: it is in memory afterwards, until it is evicted."""
+        """`use` for a moment: it is beside the model afterwards, until it is evicted."""
         async with self.use(key, read) as cached:
             return cached
 
+    async def verify(self, key: str, read: Callable[[], C]) -> C:
+        """Read and checked, as far as the host's memory; without tensors."""
+        return (await self._on_host(key, read)).checkpoint
+
     def keys(self) -> list[str]:
-        """The least recently used first."""
+        """On the device, the least recently used first."""
         return list(self._cached)
 
-    async def _get(self, key: str, read: Callable[[], C]) -> CachedAdapter[C]:
-        while True:
-            cached = self._cached.get(key)
-            if cached is None:
-                task = self._loading.get(key)
-                if task is None:
-                    task = self._loading[key] = asyncio.create_task(self._load(key, read))
-                    task.add_done_callback(lambda done: self._load_done(key, done))
-                cached = await asyncio.shield(task)  # a request that is cancelled does not cancel it for the others
-            if self._cached.get(key) is cached:  # else it was evicted before this request came to run
-                cached.users += 1
-                self._cached.move_to_end(key)
-                return cached
+    def __contains__(self, key: object) -> bool:
+        return key in self._cached
 
-    def _load_done(self, key: str, done: asyncio.Task[CachedAdapter[C]]) -> None:
-        del self._loading[key]
+    @property
+    def is_full(self) -> bool:
+        """Something would have to go for another adapter."""
+        return len(self._cached) >= self.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """On the device."""
+        return sum(cached.nbytes for cached in self._cached.values())
+
+    # ---- the device ------------------------------------------------------------------------------------------------------
+
+    async def _acquire(self, reads: Mapping[str, Callable[[], C]]) -> dict[str, CachedAdapter[C]]:
+        if len(reads) > self.capacity:
+            raise CacheTooSmall(f"{len(reads)} adapters are wanted at once, and {self.capacity} can be loaded")
+        there = {key: self._cached.get(key) for key in reads}
+        if all(cached is not None and not cached.leaving for cached in there.values()):
+            self.metrics.count("adapter_lookups", len(reads), found="device")
+            return {key: self._pin(cached) for key, cached in there.items() if cached is not None}
+        missing = [key for key, cached in there.items() if cached is None]
+        for key in missing:
+            self.metrics.count("adapter_lookups", found="host" if key in self._host else "disk")
+        self.metrics.count("adapter_lookups", len(reads) - len(missing), found="device")
+        ready = dict(zip(missing, await asyncio.gather(*(self._on_host(key, reads[key]) for key in missing))))
+        nbytes = sum(one.nbytes for one in ready.values()) + sum(
+            one.nbytes for one in there.values() if one is not None
+        )
+        if self.max_bytes is not None and nbytes > self.max_bytes:
+            raise CacheTooSmall(f"they take {nbytes:,} bytes together, and there is room for {self.max_bytes:,}")
+        pinned: dict[str, CachedAdapter[C]] = {}
+        async with self._turn:
+            try:
+                for key in sorted(
+                    reads, key=lambda k: k not in self._cached
+                ):  # first those that must not be evicted for others
+                    cached = self._cached.get(key)
+                    if cached is None:
+                        adapter = ready.get(key) or await self._on_host(key, reads[key])
+                        cached = await self._add(key, adapter, reads)
+                    cached.leaving = False
+                    pinned[key] = self._pin(cached)
+            except BaseException:
+                self._release(pinned.values())
+                raise
+        return {key: pinned[key] for key in reads}
+
+    def _pin(self, cached: CachedAdapter[C]) -> CachedAdapter[C]:
+        cached.users += 1
+        self._cached.move_to_end(cached.key)
+        return cached
+
+    def _release(self, adapters: Iterable[CachedAdapter[C]]) -> None:
+        for cached in adapters:
+            cached.users -= 1
+        self._released.set()
+
+    async def _add(self, key: str, adapter: HostAdapter[C], own: Container[str]) -> CachedAdapter[C]:
+        """With the turn held. own: keys of the request."""
+        await self._make_room(adapter.nbytes, own)
+        name = f"ad_{next(self._numbers):04d}"
+        await asyncio.to_thread(self.engine.add_adapter, name, adapter.packed, adapter.files)
+        head = adapter.files.head
+        if head is not None:
+            head = head.to(self.engine.backbone.device)
+        cached = self._cached[key] = CachedAdapter(key, name, adapter.checkpoint, adapter.nbytes, head)
+        self.loads += 1
+        self.metrics.count("adapter_loads")
+        return cached
+
+    async def _make_room(self, nbytes: int, own: Container[str]) -> None:
+        leaving: CachedAdapter[C] | None = None
+        try:
+            while len(self._cached) >= self.capacity or not self._has_bytes(nbytes):
+                others = [cached for cached in self._cached.values() if cached.key not in own]
+                idle = next((cached for cached in others if cached.users == 0), None)
+                if idle is not None:
+                    await self._evict(idle)
+                    continue
+                if leaving is None:
+                    leaving = others[0]
+                    leaving.leaving = True
+                self._released.clear()
+                await self._released.wait()
+        finally:
+            if leaving is not None:
+                leaving.leaving = False
+
+    def _has_bytes(self, nbytes: int) -> bool:
+        return self.max_bytes is None or self.nbytes + nbytes <= self.max_bytes
+
+    async def _evict(self, cached: CachedAdapter[C]) -> None:
+        del self._cached[cached.key]
+        self.evictions += 1
+        self.metrics.count("adapter_evictions")
+        await asyncio.wrap_future(self.engine.remove_adapter(cached.adapter_name))
+
+    # ---- the host's memory -----------------------------------------------------------------------------------------------
+
+    async def _on_host(self, key: str, read: Callable[[], C]) -> HostAdapter[C]:
+        adapter = self._host.get(key)
+        if adapter is not None:
+            self._host.move_to_end(key)
+            return adapter
+        task = self._reading.get(key)
+        if task is None:
+            task = self._reading[key] = asyncio.create_task(self._read(key, read))
+            task.add_done_callback(lambda done: self._read_done(key, done))
+        return await asyncio.shield(task)  # a request that is cancelled does not cancel it for the others
+
+    def _read_done(self, key: str, done: asyncio.Task[HostAdapter[C]]) -> None:
+        del self._reading[key]
         if not done.cancelled():
             done.exception()  # retrieved: it is raised to whoever waits, if anybody still does
 
-    async def _load(self, key: str, read: Callable[[], C]) -> CachedAdapter[C]:
-        checkpoint = await asyncio.to_thread(read)
-        async with self._adding:
-            await self._evict()
-            name = f"ad_{next(self._numbers):04d}"
-            await asyncio.wrap_future(self.engine.call(lambda model: _add(model, name, checkpoint.files)))
-            head = checkpoint.files.head
-            if head is not None:
-                head = head.to(self.engine.backbone.device)
-            cached = self._cached[key] = CachedAdapter(key, name, checkpoint.without_tensors(), head)
-            self.loads += 1
-            return cached
+    async def _read(self, key: str, read: Callable[[], C]) -> HostAdapter[C]:
+        def prepared() -> HostAdapter[C]:
+            checkpoint = read()
+            packed, light = self.engine.pack(checkpoint.files), checkpoint.without_tensors()
+            return HostAdapter(light, packed, checkpoint.files if packed is None else light.files)
 
-    async def _evict(self) -> None:
-        while len(self._cached) >= self.capacity:
-            idle = next((cached for cached in self._cached.values() if cached.users == 0), None)
-            if idle is None:
-                raise CacheBusy
-            del self._cached[idle.key]
-            self.evictions += 1
-            await asyncio.wrap_future(self.engine.call(partial(remove_adapter, adapter_name=idle.adapter_name)))
-
-
-def _add(model: PeftModel, name: str, files: AdapterFiles) -> None:
-    """Add the adapter, and compare what the model now holds with the files."""
-    add_from_files(model, name, files, trainable=False)
-    model.eval()
-    added = {key: parameter.detach().cpu() for key, parameter in adapter_parameters(model, name).items()}
-    sha256 = adapter_sha256(added, files.head) if files.tensors.keys() == added.keys() else files.sha256
-    if sha256 != files.sha256:
-        remove_adapter(model, name)
-        raise ArtifactError.at(files.path, "the model does not hold the adapter that was read", files.sha256, sha256)
+        try:
+            adapter = self._host[key] = await asyncio.to_thread(prepared)
+        except RlhfRayError as error:
+            self.on_refused(key, error)
+            raise
+        self.host_used += adapter.nbytes
+        while self.host_used > self.host_bytes:
+            self.host_used -= self._host.popitem(last=False)[1].nbytes
+        return adapter

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.serve.api_errors import overloaded, send_error
+from rlhf_ray.serve.api_errors import ApiError, overloaded, send_error
 from rlhf_ray.serve.metrics import Metrics
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "rlhf_ray.serve.admission.middlewares"
 CAPACITY_HEADER = b"x-rlhf-ray-places"
+MAX_PREFIXES = 64
+"""Applications of one proxy whose capacity is remembered: those that answered last. Any client can make prefixes up, before it is
+asked for a key."""
+MAX_HEADER_BYTES = 32_768
+MAX_PATH_BYTES = 2_048
 LIMITED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/compare")
 
 
@@ -81,6 +86,9 @@ class AdmissionControl:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         is_http = scope["type"] == "http"
+        if is_http and (problem := _too_long(scope)) is not None:
+            await send_error(problem, send)
+            return
         route = next((path for path in LIMITED_ROUTES if is_http and scope["path"].endswith(path)), None)
         if route is None or scope["method"] != "POST":
             await self.app(scope, receive, send)
@@ -104,7 +112,10 @@ class AdmissionControl:
                 headers = list(message.get("headers", ()))
                 for name, value in headers:
                     if name == CAPACITY_HEADER:
-                        known = self.capacities.setdefault(prefix, capacity)
+                        known = self.capacities.pop(prefix, capacity)
+                        self.capacities[prefix] = known  # the last of all
+                        while len(self.capacities) > MAX_PREFIXES:
+                            del self.capacities[next(iter(self.capacities))]
                         known.max_requests, known.retry_after_s = map(int, value.split(b";"))
                 message = {**message, "headers": [(n, v) for n, v in headers if n != CAPACITY_HEADER]}
             elif message["type"] == "http.response.body" and not message.get("more_body"):
@@ -115,3 +126,13 @@ class AdmissionControl:
             await self.app(scope, receive_and_acquire, send_and_release)
         finally:
             admission.release()
+
+
+def _too_long(scope: Any) -> ApiError | None:
+    """A path and headers beyond what the service ever needs go no further. That they are read at all is uvicorn's; see
+    cluster/nginx.conf."""
+    if len(scope.get("raw_path") or scope["path"]) > MAX_PATH_BYTES:
+        return ApiError(414, "The path is too long.", "path_too_long")
+    if sum(len(name) + len(value) for name, value in scope.get("headers", ())) > MAX_HEADER_BYTES:
+        return ApiError(431, f"The headers are longer than {MAX_HEADER_BYTES} bytes.", "headers_too_long")
+    return None

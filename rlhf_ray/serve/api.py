@@ -8,7 +8,6 @@ import hashlib
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from rlhf_ray.serve.host_check import HostCheck
 from rlhf_ray.serve.idempotency import IdempotencyCache
 from rlhf_ray.serve.info_routes import InfoRoutes
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
+from rlhf_ray.serve.key_usage import KeyUsage
 from rlhf_ray.serve.openai_responses import ResponseBuilder, sse_stream
 from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest, to_prompt
 from rlhf_ray.serve.page import Page
@@ -74,6 +74,8 @@ class RequestContext:
     def __init__(self, request: Request, key: ApiKey | None) -> None:
         self.request, self.key = request, key
         self.log: dict[str, Any] = {}
+        self.rows = 0
+        """That it counts as in `KeyUsage`."""
         self.is_streaming = False
         """The line is written when the stream ends."""
 
@@ -109,7 +111,8 @@ class HttpApi:
         self.tie_log = RequestLog(folder / TIE_LOG, durable=True)
         self.page = Page()
         self.idempotency = IdempotencyCache()
-        self.in_flight: Counter[str] = Counter()  # requests by key
+        self.usage = KeyUsage(self.limits.retry_after_s)
+        self._listed: tuple[Any, bytes] | None = None  # what the backend gave, and all of it as JSON
         info = InfoRoutes(config, backend)
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         for path, method, handler in (
@@ -144,8 +147,13 @@ class HttpApi:
         )
 
     async def list_models(self, context: RequestContext) -> Response:
-        models = [model for model in await self.backend.models() if context.allows(model["id"])]
-        return JSONResponse({"object": "list", "data": models})
+        models = await self.backend.models()
+        if context.key is not None and context.key.models:
+            return JSONResponse({"object": "list", "data": [m for m in models if context.allows(m["id"])]})
+        if self._listed is None or self._listed[0] is not models:  # with many names this takes a while, and changes seldom
+            listed = {"object": "list", "data": models}
+            self._listed = models, await asyncio.to_thread(lambda: JSONResponse(listed).body)
+        return Response(self._listed[1], media_type="application/json")
 
     async def retrieve_model(self, context: RequestContext) -> Response:
         wanted = context.request.path_params["model"]
@@ -242,6 +250,12 @@ class HttpApi:
         context.log["model"] = builder.model
         if self.config.log_prompts:
             context.log["prompt"] = [dict(p) for p in request.prompts]
+        if context.key is not None:
+            self.usage.end(context.key, context.rows)  # it was counted as one reply until what it asks for was known
+            context.rows = 0
+            self.usage.begin(context.key, request.rows)
+            context.rows = request.rows
+            request = replace(request, key=context.key.name)
         if request.seed is None:  # so that a second attempt, on another replica, gives the same response
             request = replace(request, seed=secrets.randbits(62))
         if stream:
@@ -282,9 +296,12 @@ class HttpApi:
         return ClosingStreamingResponse(content(), media_type="text/event-stream", headers=headers)
 
     def _log_generation(self, context: RequestContext, builder: ResponseBuilder) -> None:
+        usage = builder.token_usage()
+        if context.key is not None:
+            self.usage.charge(context.key, usage["total_tokens"])
         context.log |= {
             "adapter": builder.adapter_ids(),
-            **{k: v for k, v in builder.token_usage().items() if k != "total_tokens"},
+            **{k: v for k, v in usage.items() if k != "total_tokens"},
         }
         if self.config.log_prompts:
             context.log["replies"] = [partial.text for partial in builder.partials.values()]
@@ -315,8 +332,8 @@ class HttpApi:
             try:
                 if self.keys is not None:
                     key = self.keys.authenticate(request.headers.get("authorization"))
-                    self._count_in_flight(key)
-                    context.key = key
+                    self.usage.begin(key, 1)
+                    context.key, context.rows = key, 1
                 response = await handler(context)
                 status = response.status_code
                 return response
@@ -335,14 +352,9 @@ class HttpApi:
 
         return endpoint
 
-    def _count_in_flight(self, key: ApiKey) -> None:
-        if key.max_concurrent is not None and self.in_flight[key.name] >= key.max_concurrent:
-            raise overloaded(self.limits.retry_after_s)
-        self.in_flight[key.name] += 1
-
     def _finish_request(self, context: RequestContext, status: int) -> None:
         if context.key is not None:
-            self.in_flight[context.key.name] -= 1
+            self.usage.end(context.key, context.rows)
         seconds = round(time.time() - context.log["time"], 4)
         with contextlib.suppress(OSError):  # a full disk must not take the service down
             self.access_log.append({**context.log, "key": context.key_name, "status": status, "seconds": seconds})

@@ -28,12 +28,14 @@ REFRESH_S = 1.0
 
 @dataclass(frozen=True)
 class ApiKey:
-    """name: for the access log.  models: names that it may use, empty for all.  max_concurrent: requests at a time."""
+    """name: for the access log.  models: names that it may use, empty for all.  max_concurrent: replies at a time, those of all its
+    requests together.  max_tokens_per_minute: of prompts and replies."""
 
     name: str
     sha256: str
     models: tuple[str, ...] = ()
     max_concurrent: int | None = None
+    max_tokens_per_minute: int | None = None
 
     def allows(self, model: str) -> bool:
         return not self.models or model.partition("@")[0] in self.models
@@ -109,7 +111,13 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']}")
         return tuple(
-            ApiKey(str(k["name"]), _sha256(k["sha256"]), tuple(map(str, k["models"])), k["max_concurrent"])
+            ApiKey(
+                str(k["name"]),
+                _sha256(k["sha256"]),
+                tuple(map(str, k["models"])),
+                k["max_concurrent"],
+                k.get("max_tokens_per_minute"),
+            )
             for k in found["keys"]
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -122,7 +130,13 @@ def _sha256(value: Any) -> str:
     return value
 
 
-def add_key(path: Path | str, name: str, models: tuple[str, ...] = (), max_concurrent: int | None = None) -> str:
+def add_key(
+    path: Path | str,
+    name: str,
+    models: tuple[str, ...] = (),
+    max_concurrent: int | None = None,
+    max_tokens_per_minute: int | None = None,
+) -> str:
     """Make a key, store its hash in the file (made if it is not there), and return the key: it cannot be recovered."""
     path = Path(path)
     if not ADAPTER_NAME.fullmatch(name):
@@ -131,7 +145,7 @@ def add_key(path: Path | str, name: str, models: tuple[str, ...] = (), max_concu
     if any(key.name == name for key in keys):
         raise ConfigError.at("--name", f"{path} has a key of this name", "another name, or revoke it first", name)
     key = KEY_PREFIX + secrets.token_urlsafe(32)
-    _write(path, (*keys, ApiKey(name, hash_key(key), models, max_concurrent)))
+    _write(path, (*keys, ApiKey(name, hash_key(key), models, max_concurrent, max_tokens_per_minute)))
     return key
 
 

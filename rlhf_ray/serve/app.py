@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
@@ -61,8 +62,9 @@ class EngineDeployment:
         finally:
             await events.aclose()  # type: ignore[attr-defined]  # now, not when it is garbage-collected: its rows are being decoded
 
-    async def models(self) -> list[dict[str, Any]]:
-        return await self.replica.models()
+    async def models(self, known: str = "") -> tuple[str, list[dict[str, Any]] | None]:
+        """(what the list is known by, the list; None if it is still that of `known`)."""
+        return await self.replica.models_since(known)
 
     async def tokenize(self, model: str, prompt: dict[str, Any]) -> dict[str, Any]:
         return await self.replica.tokenize(model, prompt)
@@ -92,6 +94,7 @@ class ServeBackend:
         self._engine, self._limits = engine, config.limits
         self._streaming = engine.options(stream=True)
         self._models: tuple[float, list[dict[str, Any]]] | None = None
+        self._models_known = ""
 
     async def complete(self, request: GenerationRequest) -> list[Event]:
         return list(await self._retried(self._engine.complete, request))
@@ -139,7 +142,10 @@ class ServeBackend:
         if self._models is None or now - self._models[0] > MODELS_TTL_S:
             try:
                 async with asyncio.timeout(10):
-                    self._models = now, await self._engine.models.remote()
+                    known = "" if self._models is None else self._models_known
+                    self._models_known, listed = await self._engine.models.remote(known)
+                assert listed is not None or self._models is not None
+                self._models = now, self._models[1] if listed is None and self._models is not None else listed or []
             except (RayError, BackPressureError, DeploymentUnavailableError, TimeoutError) as error:
                 if self._models is None:
                     self._raise_unless_retryable(error, last=True)
@@ -227,8 +233,13 @@ def application(config: ServeConfig, own_ray: bool = False) -> serve.Application
         "max_queued_requests": max_requests(config),
         "graceful_shutdown_timeout_s": limits.request_timeout_s + 5,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "health_check_period_s": 5,
-        "health_check_timeout_s": 40,
+        "health_check_period_s": 1,
+        # Serve gives a replica up after three checks in a row without an answer.
+        "health_check_timeout_s": replicas.unresponsive_after_s / 3,
+        "request_router_config": RequestRouterConfig(
+            request_router_class="rlhf_ray.serve.affinity:AffinityRouter",  # type: ignore[arg-type]  # it is imported from this
+            request_router_kwargs={"slack": replicas.affinity_slack},
+        ),
         "max_constructor_retry_count": 3,
     }
     if replicas.max_replicas is not None:

@@ -1,8 +1,9 @@
 """The thread that owns a base, its adapters and the sampler, and decodes all requests in one batch (continuous batching).
 
 Only this thread touches the model. Other threads queue what they want of it: rows to decode, rows to cancel, or a function to be
-called between two steps (to load an adapter, to score responses). Rows join and leave the batch at every token; the tokens of a
-step go to one callback, all together.
+called between two steps (to score responses). Rows join and leave the batch at every token; the tokens of a step go to one
+callback, all together. Rows that wait for a place take turns (fair_queue.py). Adapters are made ready by other threads and put
+beside the model (models/adapter_pool.py), where nothing that is in use changes; this thread alone lets them go.
 
 A row that breaks fails alone. Logits that are not finite end their row; where a step raises, the rows that had not been through one
 yet take theirs one by one, what raises again is refused, and all others go on behind the tokens that they have.
@@ -26,12 +27,15 @@ import torch
 from peft import PeftModel
 
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.errors import ArtifactError, RlhfRayError
+from rlhf_ray.models.adapter_files import AdapterFiles
+from rlhf_ray.models.adapter_pool import AdapterPool, PackedAdapter
 from rlhf_ray.models.adapter_targets import linear_layers, refused_by_peft
-from rlhf_ray.models.adapters import wrap
+from rlhf_ray.models.adapters import adapter_parameters, adapter_sha256, add_from_files, remove_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.sampler.engine import Sampler
+from rlhf_ray.sampler.engine import STAGED_SHARE, Sampler
 from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest
+from rlhf_ray.serve.fair_queue import FairQueue, Flow
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,6 +47,8 @@ PLACEHOLDER = "placeholder"
 """PEFT keeps one adapter active and must not lose it: a rank-1 one with B = 0 on a single layer, which no row ever names."""
 
 
+IDLE_S = 10.0
+"""After so long without a row the memory of the key-value cache is given back."""
 FAILURES = 3
 """Steps that raise one after the other, until all rows are given up: then it is not the rows."""
 
@@ -73,16 +79,29 @@ class _Row:
     proven: bool = False
 
 
+_Call = tuple[Callable[[PeftModel], Any], Future[Any]]
+
+
 class DecodeThread:
     """backbone: a causal language model without adapters.  max_rows: rows that take a step together.
 
     deliver: called on this thread with the tokens of every step; it must not block.  num_threads: of torch, on this thread.
+    chunk, max_cached: see `Sampler`.
     Every public method may be called from any thread."""
 
-    def __init__(self, backbone: Backbone, max_rows: int, deliver: Deliver, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        max_rows: int,
+        deliver: Deliver,
+        num_threads: int | None = None,
+        chunk: int | None = None,
+        max_cached: int | None = None,
+    ) -> None:
         self.backbone, self.max_rows = backbone, max_rows
         self.model: PeftModel = _with_placeholder(backbone)
-        self.sampler = Sampler(self.model, backbone.pad_id, max_rows=max_rows)
+        self.pool = AdapterPool(self.model)
+        self.sampler = Sampler(self.model, backbone.pad_id, max_rows, chunk=chunk, max_cached=max_cached)
         self.steps = 0
         """Forward passes so far: a health check sees whether it moves."""
         self.failures = 0
@@ -90,8 +109,12 @@ class DecodeThread:
         self._deliver = deliver
         self._num_threads = num_threads
         self._tickets = itertools.count()
-        self._pending: deque[tuple[int, DecodeRequest | None]] = deque()  # to decode, or None: to cancel
-        self._calls: deque[tuple[Callable[[PeftModel], Any], Future[Any]]] = deque()
+        self.longest_step_s = 0.0
+        """The longest time between two steps while rows waited for the second one. Whoever reads it sets it to 0."""
+        self._pending: deque[tuple[int, DecodeRequest | None, Flow]] = deque()  # to decode, or None: to cancel
+        self._queue = FairQueue[DecodeRequest]()
+        self._calls: deque[_Call] = deque()  # between two steps
+        self._changes: deque[_Call] = deque()  # of PEFT's modules, which no step may see half done
         self._rows: dict[int, _Row] = {}  # by ticket
         self._by_id: dict[int, _Row] = {}  # by request id of the sampler
         self._changed = threading.Condition()
@@ -101,25 +124,48 @@ class DecodeThread:
 
     # ---- from any thread -----------------------------------------------------------------------------------------------
 
-    def submit(self, request: DecodeRequest) -> int:
-        """Queue a row; its tokens are delivered under the ticket that is returned. A bad request is delivered as an error."""
+    def submit(self, request: DecodeRequest, flow: Flow = ("", "", "")) -> int:
+        """Queue a row; its tokens are delivered under the ticket that is returned. A bad request is delivered as an error.
+
+        flow: whose turn it takes, by API key, model and request."""
         ticket = next(self._tickets)
-        self._enqueue(ticket, request)
+        self._enqueue(ticket, request, flow)
         return ticket
 
     def cancel(self, ticket: int) -> None:
         """The row is dropped before the next step. No further token of it is delivered after that step; it has no last one."""
         self._enqueue(ticket, None)
 
-    def call(self, function: Callable[[PeftModel], T]) -> Future[T]:
-        """`function(model)` between two steps, on the decode thread, without gradients."""
+    def call(self, function: Callable[[PeftModel], T], changes_modules: bool = False) -> Future[T]:
+        """`function(model)` between two steps, on the decode thread, without gradients; after what was cancelled before is gone.
+
+        changes_modules: it adds or removes adapters of PEFT; all batches are then put together anew."""
         future: Future[T] = Future()
         with self._changed:
             if self._stopping:
                 raise RuntimeError("the engine is stopped")
-            self._calls.append((function, future))
+            (self._changes if changes_modules else self._calls).append((function, future))
             self._changed.notify()
         return future
+
+    def pack(self, files: AdapterFiles) -> PackedAdapter | None:
+        """An adapter made ready for `add_adapter`; None if it has to go into PEFT's modules. Costs this thread nothing.
+
+        ArtifactError if it does not fit the base."""
+        return self.pool.pack(files) if self.pool.fits(files) else None
+
+    def add_adapter(self, name: str, packed: PackedAdapter | None, files: AdapterFiles) -> None:
+        """Call it on a thread that may wait. files: with tensors, where `packed` is None."""
+        if packed is not None:
+            self.pool.add(name, packed)
+        else:
+            self.call(lambda model: _add_to_peft(model, name, files), changes_modules=True).result()
+
+    def remove_adapter(self, name: str) -> Future[None]:
+        """Rows that use it must have been cancelled, or be over."""
+        if name in self.pool:
+            return self.call(lambda _: self.pool.remove(name))
+        return self.call(lambda model: remove_adapter(model, name), changes_modules=True)
 
     def stop(self) -> None:
         """Ends the thread after the step it is in; rows that are left get an error."""
@@ -135,13 +181,17 @@ class DecodeThread:
     @property
     def running(self) -> int:
         """Rows submitted and not over."""
-        return len(self._rows) + len(self._pending)
+        return len(self._rows) + len(self._queue) + len(self._pending)
 
-    def _enqueue(self, ticket: int, request: DecodeRequest | None) -> None:
+    def waiting_by_model(self) -> dict[str, int]:
+        """Rows that wait for a place, by the model they are for."""
+        return dict(self._queue.waiting(1))
+
+    def _enqueue(self, ticket: int, request: DecodeRequest | None, flow: Flow = ()) -> None:
         with self._changed:
             if self._stopping:
                 raise RuntimeError("the engine is stopped")
-            self._pending.append((ticket, request))
+            self._pending.append((ticket, request, flow))
             self._changed.notify()
 
     # ---- on the decode thread ------------------------------------------------------------------------------------------
@@ -153,24 +203,27 @@ class DecodeThread:
             torch.set_num_threads(self._num_threads)
         with torch.no_grad():
             while self._wait_for_work():
-                self._run_calls()
+                self._run_calls(self._changes)
                 try:
                     self._decode()
                 except Exception as error:
                     self._fail_step(error)
         self._fail_rows("the service is stopping")
-        while self._calls:
-            self._calls.popleft()[1].cancel()
+        for calls in (self._calls, self._changes):
+            while calls:
+                calls.popleft()[1].cancel()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not (self._stopping or self._pending or self._calls or self.sampler.busy):
-                self._changed.wait()
+            while not (self._stopping or self._pending or self._calls or self._changes or self.sampler.busy):
+                if not self._changed.wait(IDLE_S):
+                    self.sampler.release()
             return not self._stopping
 
-    def _run_calls(self) -> None:
-        while self._calls:
-            function, future = self._calls.popleft()
+    def _run_calls(self, calls: deque[_Call]) -> None:
+        while calls:
+            self._admit_pending()  # rows that were cancelled before the call
+            function, future = calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -179,33 +232,42 @@ class DecodeThread:
                 future.set_exception(error)
 
     def _decode(self) -> None:
-        """Step until no row is left, or a call waits: a call may change the model, which a session must not see."""
+        """Step until no row is left, or a change of the modules waits, which a session must not see."""
         with self.sampler.session():
-            while not self._stopping and not self._calls:
+            since = time.monotonic()
+            while not self._stopping and not self._changes:
+                self._run_calls(self._calls)
                 self._admit_pending()
+                self._feed()
                 if not self.sampler.busy:
                     return
                 events = self.sampler.step()
                 self.steps += 1
                 self.failures = 0
                 self._take(events)
+                now = time.monotonic()
+                self.longest_step_s, since = max(self.longest_step_s, now - since), now
 
     def _admit_pending(self) -> None:
-        rejected = []
         while self._pending:
-            ticket, request = self._pending.popleft()
-            if request is None:
-                if ticket in self._rows:
-                    self.sampler.cancel(self._rows[ticket].request_id)
-                    self._drop(self._rows[ticket])
-                continue
-            row = _Row(ticket, request)
+            ticket, request, flow = self._pending.popleft()
+            if request is not None:
+                self._queue.push(ticket, flow, len(request.prompt_ids) + request.max_new_tokens, request)
+            elif not self._queue.remove(ticket) and ticket in self._rows:
+                self.sampler.cancel(self._rows[ticket].request_id)
+                self._drop(self._rows[ticket])
+
+    def _feed(self) -> None:
+        """Give the sampler the next rows: those that have a place, and as many more as it reads the prompts of together."""
+        rejected = []
+        while self._queue and len(self._rows) < self.max_rows + self.max_rows // STAGED_SHARE:
+            row = _Row(*self._queue.pop())
             try:
                 self._submit(row)
             except RlhfRayError as error:
-                rejected.append(DecodedToken(ticket, -1, 0.0, "error", str(error)))
+                rejected.append(DecodedToken(row.ticket, -1, 0.0, "error", str(error)))
             else:
-                self._rows[ticket] = row
+                self._rows[row.ticket] = row
         if rejected:
             self._deliver(rejected)
 
@@ -269,8 +331,10 @@ class DecodeThread:
         self._deliver([DecodedToken(row.ticket, -1, 0.0, "error", "a decoding step failed")])
 
     def _fail_rows(self, why: str) -> None:
-        pending = [ticket for ticket, request in self._pending if request is not None] if self._stopping else []
-        failed = [DecodedToken(ticket, -1, 0.0, "error", why) for ticket in [*self._rows, *pending]]
+        if self._stopping:
+            self._admit_pending()
+        waiting = list(self._queue) if self._stopping else []
+        failed = [DecodedToken(ticket, -1, 0.0, "error", why) for ticket in [*self._rows, *waiting]]
         self._rows.clear()
         self._by_id.clear()
         if failed:
@@ -285,3 +349,14 @@ def _with_placeholder(backbone: Backbone) -> PeftModel:
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _add_to_peft(model: PeftModel, name: str, files: AdapterFiles) -> None:
+    """Add the adapter, and compare what the model now holds with the files."""
+    add_from_files(model, name, files, trainable=False)
+    model.eval()
+    added = {key: parameter.detach().cpu() for key, parameter in adapter_parameters(model, name).items()}
+    sha256 = adapter_sha256(added, files.head) if files.tensors.keys() == added.keys() else files.sha256
+    if sha256 != files.sha256:
+        remove_adapter(model, name)
+        raise ArtifactError.at(files.path, "the model does not hold the adapter that was read", files.sha256, sha256)

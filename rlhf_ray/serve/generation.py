@@ -41,6 +41,7 @@ class GenerationRequest:
     stop_token_ids: tokens that end a reply, and are not part of it.  schema: JSON schema, as text, that the reply must follow.
     calls_tools: replies may hold tool calls, in the model's own form.  ranked: the client wants the likeliest replies.
     reward: name of a reward adapter, True for the default one.  kl: also nats between the adapter and the base, over the response.
+    key: name of the API key that asks; rows wait by turns of keys.
     Choices are numbered by prompt, then model, then sample."""
 
     models: tuple[str, ...]
@@ -69,6 +70,7 @@ class GenerationRequest:
     ranked: bool = False
     reward: str | bool = False
     kl: bool = False
+    key: str = ""
 
     @property
     def reads_again(self) -> bool:

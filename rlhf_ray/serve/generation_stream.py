@@ -143,7 +143,8 @@ class GenerationStream:
             generation.end = "length"
             self._scoring[generation] = asyncio.create_task(self._score(generation))
             return
-        ticket = self.engine.submit(self._decode_request(generation, self._seed))
+        flow = self.request.key, generation.served.model, str(id(self))
+        ticket = self.engine.submit(self._decode_request(generation, self._seed), flow)
         self._by_ticket[ticket] = generation
         self.router.buffers[ticket] = self.buffer
 

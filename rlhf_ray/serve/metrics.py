@@ -12,13 +12,20 @@ COUNTERS = {
     "prompt_tokens": ("prompt tokens read", ("adapter",)),
     "completion_tokens": ("reply tokens written", ("adapter",)),
     "refused": ("requests answered 429", ()),
-    "adapter_loads": ("adapters loaded into memory", ()),
+    "adapter_lookups": (
+        "adapters that requests asked for, by where they were found: device, host or disk; device / all is the hit rate",
+        ("found",),
+    ),
+    "adapter_loads": ("adapters that came onto the device", ()),
     "adapter_evictions": ("adapters that made room for others", ()),
     "adapters_refused": ("versions that were not fit to be served", ("adapter",)),
     "preferences": ("preferences stored", ()),
 }
 GAUGES = {
     "rows_running": ("replies being written or waiting, in this replica", ()),
+    "rows_waiting": ("replies that wait for a place, in this replica, by adapter", ("adapter",)),
+    "adapter_bytes": ("weights of adapters, in this replica, by where they are: device or host", ("where",)),
+    "longest_step_seconds": ("longest time between two decoding steps since the last report, in this replica", ()),
     "adapters_loaded": ("adapters in memory, in this replica", ()),
     "decode_steps": ("forward passes of the decoder since the replica started", ()),
     "live_version": ("version that is served under a name, in this replica", ("adapter",)),

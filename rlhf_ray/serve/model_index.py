@@ -25,9 +25,14 @@ from rlhf_ray.models.lineage import (
 )
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.registry import Registry
+from rlhf_ray.registry.alias import Alias
 from rlhf_ray.registry.entry import Entry
 
 BASE = "base"
+RETRY_S = 30.0
+"""A version that was refused is read again for a request after so long."""
+LISTED_ANEW = 1000
+"""Up to so many versions, each one that is loaded is told of in the list of models at once."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +59,33 @@ class ModelCheckpoint:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """id: `helper@v3-1a2b3c4d`.  load: from disk, with every check; raises RlhfRayError."""
+    """id: `helper@v3-1a2b3c4d`.  load: from disk, with every check; raises RlhfRayError.
+    problem: why it cannot be served, as far as that is known without reading it; None if nothing is."""
 
     id: str
     name: str
     number: int
     sha256: str
     created: int
+    kind: Literal["policy", "reward"]
     load: Callable[[], ModelCheckpoint]
+    problem: ArtifactError | None = None
 
 
 @dataclass
 class ModelIndex:
     """versions: by id.  desired: name -> id that the registry says is live.  live: name -> id that is served under it.
-    checkpoints: of versions that were loaded, by id, without tensors.  refused: id -> why it is not served."""
+    checkpoints: of versions that were loaded, by id, without tensors.  refused: id -> why it is not served.
+    revision: counts what changes the list of models."""
 
     versions: dict[str, ModelVersion] = field(default_factory=dict)
     desired: dict[str, str] = field(default_factory=dict)
     live: dict[str, str] = field(default_factory=dict)
     checkpoints: dict[str, ModelCheckpoint] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    revision: int = 0
     _by_number: dict[str, str] = field(default_factory=dict)
+    _retry_at: dict[str, float] = field(default_factory=dict)
 
     def update(self, found: Mapping[str, tuple[list[ModelVersion], str]]) -> list[str]:
         """Add names, with their versions and the id of the live one. Returns names whose live version is to change."""
@@ -82,7 +93,33 @@ class ModelIndex:
             self.versions.update({v.id: v for v in versions})
             self._by_number.update({f"{name}@v{v.number}": v.id for v in versions})
             self.desired[name] = live
+        self.revision += 1
         return [name for name, version in self.desired.items() if self.live.get(name) != version]
+
+    def serve(self, version: ModelVersion) -> None:
+        """Its name means it from now on."""
+        self.live[version.name] = version.id
+        self._retry_at.pop(version.id, None)
+        self.refused.pop(version.id, None)
+        self.revision += 1
+
+    def refuse(self, version: ModelVersion, why: str) -> None:
+        """It is not served, and not read again for RETRY_S."""
+        self.refused[version.id] = why
+        self._retry_at[version.id] = time.monotonic() + RETRY_S
+        self.revision += 1
+
+    def loaded(self, version: ModelVersion, checkpoint: ModelCheckpoint) -> None:
+        """Read, and fit to be served. What is told of a version is more from now on; many versions are not listed anew for that."""
+        if self.refused.pop(version.id, None) is not None or (
+            version.id not in self.checkpoints and len(self.versions) <= LISTED_ANEW
+        ):
+            self.revision += 1
+        self.checkpoints[version.id] = checkpoint
+
+    def may_be_read(self, version: ModelVersion) -> bool:
+        """Not while it was refused a moment ago; after that the files, or the disk, may be in order again."""
+        return version.id not in self.refused or time.monotonic() >= self._retry_at.get(version.id, 0.0)
 
     def resolve(self, model: str) -> ModelVersion | None:
         """The version that NAME, NAME@v3 or NAME@v3-hash8 stands for now."""
@@ -94,16 +131,18 @@ class ModelIndex:
 
     def reward_models(self) -> list[str]:
         """Names of live reward adapters."""
-        return [
-            name for name, id in self.live.items() if id in self.checkpoints and self.checkpoints[id].kind == "reward"
-        ]
+        return [name for name, id in self.live.items() if self.versions[id].kind == "reward"]
 
 
-def registry_versions(registry: Registry, backbone: Backbone) -> dict[str, tuple[list[ModelVersion], str]]:
-    """Every name in the registry. Raises RlhfRayError if the registry cannot be read."""
+def registry_versions(
+    registry: Registry, aliases: Mapping[str, Alias], backbone: Backbone
+) -> dict[str, tuple[list[ModelVersion], str]]:
+    """The versions of these names, and the id of the live one: nothing of the adapters is read. Names without a live one are left
+    out."""
     found = {}
-    for name in registry.names():
-        alias = registry.alias(name)
+    for name, alias in aliases.items():
+        if alias.live is None:
+            continue
         versions = [
             ModelVersion(
                 recorded["id"],
@@ -111,12 +150,29 @@ def registry_versions(registry: Registry, backbone: Backbone) -> dict[str, tuple
                 number,
                 recorded["adapter_sha256"],
                 _unix_seconds(recorded.get("created", "")),
+                "reward" if recorded.get("kind") == "reward" else "policy",
                 partial(_load_version, registry, recorded["id"], backbone),
+                _base_problem(recorded, backbone),
             )
             for number, recorded in alias.versions.items()
         ]
-        found[name] = versions, alias.versions[alias.live]["id"]  # type: ignore[index]  # names() have a live version
+        found[name] = versions, alias.versions[alias.live]["id"]
     return found
+
+
+def _base_problem(recorded: Mapping[str, Any], backbone: Backbone) -> ArtifactError | None:
+    """By what the name's file records of the base."""
+    base, identity = recorded["base"], backbone.identity
+    for what, key, loaded in (
+        ("base (weights)", "weights_sha256", identity.weights_sha256),
+        ("base (config)", "config_sha256", identity.config_sha256),
+    ):
+        if base.get(key) not in (None, loaded):
+            got = f"sha256 {base[key]}"
+            return ArtifactError.at(
+                f"adapter {recorded['id']}", f"was trained on another {what}", f"sha256 {loaded}", got
+            )
+    return None
 
 
 def _load_version(registry: Registry, id: str, backbone: Backbone) -> ModelCheckpoint:
@@ -156,7 +212,7 @@ def run_versions(adapters: Mapping[str, str], backbone: Backbone) -> dict[str, t
     for name, spec in adapters.items():
         checkpoint = load_run(name, spec, backbone)
         reload = partial(_reload_run, name, spec, backbone, checkpoint.sha256)
-        version = ModelVersion(checkpoint.id, name, 0, checkpoint.sha256, int(time.time()), reload)
+        version = ModelVersion(checkpoint.id, name, 0, checkpoint.sha256, int(time.time()), checkpoint.kind, reload)
         found[name] = [version], version.id
     return found
 
@@ -241,11 +297,11 @@ def list_models(model_index: ModelIndex, started_at: int) -> list[dict[str, Any]
 
 
 def _metadata(model_index: ModelIndex, version: ModelVersion) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"version": version.number, "sha256": version.sha256}
+    metadata: dict[str, Any] = {"version": version.number, "sha256": version.sha256, "kind": version.kind}
     checkpoint = model_index.checkpoints.get(version.id)
     if checkpoint is None:
         return metadata
-    return {**metadata, "kind": checkpoint.kind, "template": checkpoint.template.name, "lineage": checkpoint.lineage}
+    return {**metadata, "template": checkpoint.template.name, "lineage": checkpoint.lineage}
 
 
 def _model_object(id: str, root: str, parent: str | None, created: int, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 from rlhf_ray.config import EvaluateConfig, LoraConfig, PPOConfig
@@ -32,7 +33,9 @@ def plan_service(
     num_gpus = config.replicas.num_gpus
     on_gpu = torch.cuda.is_available() if num_gpus is None else num_gpus > 0
     chosen: Device = ("cuda" if on_gpu else "cpu") if device == "auto" else device
-    estimator = Estimator(chosen, prompt=prompt_tokens)
+    limits = config.limits
+    prompt = prompt_tokens or max(limits.cached_tokens // limits.max_batch_rows - limits.max_tokens, 1)
+    estimator = Estimator(chosen, prompt=prompt)
     rows, copies = config.limits.max_batch_rows, config.replicas.max_replicas or config.replicas.min_replicas
     evaluation = EvaluateConfig(
         **_base_fields(config),
@@ -44,7 +47,7 @@ def plan_service(
     )
     (found,) = estimator.processes(evaluation)
     adapter = _adapter_bytes(config, estimator)
-    adapters = adapter * config.limits.max_loaded_adapters
+    adapters = min(adapter * limits.max_loaded_adapters, limits.max_adapter_bytes or sys.maxsize)
     phases: Phases = {name: dict(found.phases[name]) for name in ("load", "sampling")}
     for parts in phases.values():
         parts["adapters"] = parts.get("adapters", 0) + adapters
@@ -55,6 +58,11 @@ def plan_service(
         f"{config.limits.max_loaded_adapters} adapters (limits.max_loaded_adapters) of rank {ASSUMED.r} on all linear layers are"
         f" assumed, {adapter / 2**20:.0f} MiB each"
     ]
+    if prompt_tokens is None:
+        notes.append(
+            f"the key-value cache is kept to {limits.cached_tokens:,} tokens (limits.max_cached_tokens): {rows} replies of"
+            f" {limits.max_tokens} tokens to prompts of {prompt}, or fewer and longer ones"
+        )
     written = option("as written", "", [process])
     advice = f"{process.total / GIB:.1f} GiB for each copy"
     if chosen == "cuda" and written.card is not None:

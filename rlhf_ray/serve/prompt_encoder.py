@@ -67,19 +67,23 @@ class PromptEncoder:
 
     def max_new_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """Most tokens of a response to a prompt of `prompt_tokens`. max_tokens: of the request, None for the default."""
-        context = self.backbone.context_length
+        context = min(self.backbone.context_length, self.limits.max_context or self.backbone.context_length)
         if max_tokens is None:
             max_tokens = min(self.limits.default_max_tokens, self.limits.max_tokens, max(context - prompt_tokens, 1))
         if prompt_tokens + max_tokens > context:
             message = (
                 f"This model's maximum context length is {context} tokens"
-                f"{rope_note(self.backbone.model.config.get_text_config())}. However, you requested"
+                f"{self._reason(context)}. However, you requested"
                 f" {prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion)."
                 " Please reduce the length of the prompt or of the completion."
             )
             raise ApiError(400, message, "context_length_exceeded", "messages")
         return max_tokens
 
+    def _reason(self, context: int) -> str:
+        if context < self.backbone.context_length:
+            return " (limits.max_context)"
+        return rope_note(self.backbone.model.config.get_text_config())
 
 def _message(turn: Mapping[str, Any]) -> Message:
     """extra: as rows of data have it (`data/fields.py`), so that both render alike."""

@@ -6,6 +6,8 @@ request ──> admission ──> models in memory ──> prompt ids ──> ge
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from rlhf_ray.models.backbone import Backbone, load_backbone
 from rlhf_ray.registry import Registry
 from rlhf_ray.runtime.devices import own_device
 from rlhf_ray.sampler.requests import DecodeRequest
-from rlhf_ray.serve.adapter_cache import AdapterCache, CacheBusy
+from rlhf_ray.serve.adapter_cache import AdapterCache, CachedAdapter, CacheTooSmall
 from rlhf_ray.serve.api_errors import ApiError, adapter_refused, model_not_found, overloaded, request_timeout
 from rlhf_ray.serve.decode_options import DecodeOptions, DecodeOptionsReader
 from rlhf_ray.serve.decode_thread import DecodedToken, DecodeThread
@@ -33,13 +35,14 @@ from rlhf_ray.serve.generation_stream import GenerationStream, TokenBuffer, Toke
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.model_index import BASE, ModelCheckpoint, ModelIndex, ModelVersion, list_models, run_versions
 from rlhf_ray.serve.prompt_encoder import PromptEncoder
-from rlhf_ray.serve.registry_watcher import RegistryWatcher, remove_stale_status
+from rlhf_ray.serve.registry_watcher import RegistryWatcher
 from rlhf_ray.serve.response_scorer import ResponseScorer
 from rlhf_ray.serve.response_text import ResponseText, special_stop_ids
+from rlhf_ray.serve.status_files import read_statuses, remove_stale
 
 SWITCH_INTERVAL_S = 0.001
 """The decode thread gives up Python's lock this often for the event loop; the default of 5 ms would delay every response."""
-HEALTH_TIMEOUT_S = 30.0
+MAX_REQUEST_ROWS = 4096
 
 
 class Replica:
@@ -61,8 +64,21 @@ class Replica:
         self.template = load_template(config.template or chat, self.backbone.tokenizer)
         self.runs = run_versions(config.adapters, self.backbone)
         self.router = TokenRouter()
-        self.engine = DecodeThread(self.backbone, self.limits.max_batch_rows, self.router.deliver, threads)
-        self.adapter_cache = AdapterCache[ModelCheckpoint](self.engine, self.limits.max_loaded_adapters)
+        self.engine = DecodeThread(
+            self.backbone,
+            self.limits.max_batch_rows,
+            self.router.deliver,
+            threads,
+            chunk=self.limits.prompt_chunk,
+            max_cached=self.limits.cached_tokens,
+        )
+        self.adapter_cache = AdapterCache[ModelCheckpoint](
+            self.engine,
+            self.limits.max_loaded_adapters,
+            self.limits.max_adapter_bytes,
+            self.limits.max_host_adapter_bytes,
+            self.metrics,
+        )
         self.prompt_encoder = PromptEncoder(self.backbone, self.limits)
         self.options_reader = DecodeOptionsReader(self.backbone, config.tool_call_parser)
         self.scorer = ResponseScorer(self.engine, self.prompt_encoder)
@@ -70,18 +86,21 @@ class Replica:
         registry = None if config.registry is None else Registry(config.registry)
         status_file = Path(config.output_dir) / "replicas" / f"{name}.json"
         status_file.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_status(status_file.parent)
+        remove_stale(status_file.parent, read_statuses(status_file.parent))
         self.watcher = RegistryWatcher(
             self.model_index, self.adapter_cache, self.backbone, registry, status_file, self.metrics
         )
         self.started_at = int(time.time())
-        self._reserved_rows = 0
+        self._listed: tuple[int, list[dict[str, Any]]] | None = None
+        self._known_as: tuple[Any, str] = None, ""
+        self._claims: dict[str, list[int]] = {}  # of places, by API key, for each request
         self._checked_steps = -1
+        self._told_waiting: set[str] = set()
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serve the names there are, and follow the registry from now on."""
-        await self.watcher.apply(self.runs)
+        await self.watcher.apply(self.runs, unread=True)
         await self.watcher.poll()
         self._watching = asyncio.create_task(self.watcher.run(self.config.poll_interval_s))
 
@@ -130,14 +149,25 @@ class Replica:
             yield [{"error": request_timeout(self.limits.request_timeout_s).as_dict()}]
 
     async def models(self) -> list[dict[str, Any]]:
-        """See `model_index.list_models`."""
-        return list_models(self.model_index, self.started_at)
+        """See `model_index.list_models`. Made once for every change; not to be changed."""
+        if self._listed is None or self._listed[0] != self.model_index.revision:
+            self._listed = self.model_index.revision, list_models(self.model_index, self.started_at)
+        return self._listed[1]
+
+    async def models_since(self, known: str) -> tuple[str, list[dict[str, Any]] | None]:
+        """(what the list of `models` is known by, the list; None if it is still that of `known`). Replicas that serve the same
+        know it by the same, so that a list of many names crosses processes only when it has changed."""
+        models = await self.models()
+        if self._known_as[0] is not models:
+            text = await asyncio.to_thread(json.dumps, [{**m, "created": 0} for m in models], sort_keys=True)
+            self._known_as = models, hashlib.sha256(text.encode()).hexdigest()
+        return self._known_as[1], None if self._known_as[1] == known else models
 
     async def tokenize(self, model: str, prompt: Mapping[str, Any]) -> dict[str, Any]:
         """{ids, texts, context}: what `model` would read of a prompt (generation.py). {error} for an ApiError."""
         try:
             async with AsyncExitStack() as resources:
-                served = await self._policy(model, resources)
+                served = self._policy(model, await self._load([model], resources))
                 ids = await self.prompt_encoder.encode(prompt, served.template)
         except ApiError as error:
             return {"error": error.as_dict()}
@@ -174,7 +204,7 @@ class Replica:
         ticket = self.engine.submit(DecodeRequest(tuple(ids), 0, 1, (), greedy=True))
         self.router.buffers[ticket] = buffer
         try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            async with asyncio.timeout(self.config.replicas.unresponsive_after_s):
                 [token, *_] = await buffer.get()
         finally:
             self.router.buffers.pop(ticket, None)
@@ -184,34 +214,58 @@ class Replica:
             raise RuntimeError(f"the decoder has failed: {token.error}")
         self._checked_steps = self.engine.steps
 
+    @property
+    def places_taken(self) -> int:
+        """Of max_batch_rows + max_waiting_rows, by requests that were admitted."""
+        return sum(map(sum, self._claims.values()))
+
     def export_gauges(self) -> None:
         self.metrics.set("rows_running", self.engine.running)
         self.metrics.set("adapters_loaded", len(self.adapter_cache.keys()))
         self.metrics.set("decode_steps", self.engine.steps)
+        self.metrics.set("adapter_bytes", self.adapter_cache.nbytes, where="device")
+        self.metrics.set("adapter_bytes", self.adapter_cache.host_used, where="host")
+        self.metrics.set("longest_step_seconds", self.engine.longest_step_s)
+        self.engine.longest_step_s = 0.0
+        waiting = self.engine.waiting_by_model()
+        for adapter in self._told_waiting | waiting.keys():  # also that none waits any more
+            self.metrics.set("rows_waiting", waiting.get(adapter, 0), adapter=adapter)
+        self._told_waiting = set(waiting)
         self.watcher.export_gauges()
 
     # ---- from a request to generations -----------------------------------------------------------------------------------
 
     def _admit(self, request: GenerationRequest, resources: AsyncExitStack) -> None:
-        """Reserve the rows that the request may have at a time until `resources` is closed; its other replies wait for these.
-        ApiError
-        429 if there are too many already."""
-        rows = min(request.rows, self.limits.max_batch_rows)
-        if self._reserved_rows + rows > self.limits.max_batch_rows + self.limits.max_waiting_rows:
-            raise overloaded(self.limits.retry_after_s)
-        self._reserved_rows += rows
-        resources.callback(self._release, rows)
+        """Take the request in, until `resources` is closed. ApiError 429 if all places are taken.
 
-    def _release(self, rows: int) -> None:
-        self._reserved_rows -= rows
+        A request for more than half of the places claims half: its rows take turns. Where places are taken, who asks for no more
+        than a fair share still comes in and waits: of the places divided among keys, or of a key's share divided among its
+        requests. So large requests keep nobody out, and C places take C requests of one row at most."""
+        places = self.limits.max_batch_rows + self.limits.max_waiting_rows
+        if request.rows > MAX_REQUEST_ROWS:
+            message = f"{request.rows} replies are asked for at once; at most {MAX_REQUEST_ROWS} can be."
+            raise ApiError(400, message, "too_many_replies", "n")
+        claim, own = min(request.rows, max(places // 2, 1)), self._claims.get(request.key, [])
+        share = places / (len(self._claims) + (not own))
+        if self.places_taken + claim > places and sum(own) + claim > share and claim > share / (len(own) + 1):
+            raise overloaded(self.limits.retry_after_s)
+        self._claims.setdefault(request.key, []).append(claim)
+        resources.callback(self._release, request.key, claim)
+
+    def _release(self, key: str, claim: int) -> None:
+        self._claims[key].remove(claim)
+        if not self._claims[key]:
+            del self._claims[key]
 
     async def _prepare(
         self, request: GenerationRequest, resources: AsyncExitStack
     ) -> tuple[list[Generation], list[ServedModel], ServedModel | None, DecodeOptions]:
         """Generations ready to be submitted; the models that write them; the reward model, if one is requested; what is asked of
         the sampler."""
-        served_models = [await self._policy(model, resources) for model in request.models]
-        reward_model = await self._reward_model(request.reward, resources) if request.reward else None
+        reward = self._reward_name(request.reward) if request.reward else None
+        cached = await self._load([*request.models, *(() if reward is None else (reward,))], resources)
+        served_models = [self._policy(model, cached) for model in request.models]
+        reward_model = None if reward is None else self._reward_model(reward, cached)
         options = await self.options_reader.read(request, served_models)
         generations: list[Generation] = []
         for prompt in request.prompts:
@@ -229,18 +283,18 @@ class Replica:
                     generations.append(generation)
         return generations, served_models, reward_model, options
 
-    async def _policy(self, model: str, resources: AsyncExitStack) -> ServedModel:
+    def _policy(self, model: str, cached: Mapping[str, CachedAdapter[ModelCheckpoint]]) -> ServedModel:
         if model == BASE:
             sha256 = self.backbone.identity.weights_sha256
             return ServedModel(model, BASE, sha256, self.template, self.backbone.stop_ids(self.template))
-        served = await self._load(model, resources)
-        if served.cached is not None and served.cached.checkpoint.kind == "reward":
+        served = _served(model, cached[model])
+        if cached[model].checkpoint.kind == "reward":
             raise ApiError(
                 400, f"{model!r} is a reward model: it scores replies, and writes none.", "not_a_policy", "model"
             )
         return served
 
-    async def _reward_model(self, reward: str | bool, resources: AsyncExitStack) -> ServedModel:
+    def _reward_name(self, reward: str | bool) -> str:
         """reward: of the request, the name of an adapter, or True for the default one."""
         names = self.model_index.reward_models()
         name = reward if isinstance(reward, str) else self.config.reward or (names[0] if len(names) == 1 else None)
@@ -248,31 +302,40 @@ class Replica:
             what = (
                 "no reward adapter is served"
                 if not names
-                else f"several are served; name one of {', '.join(sorted(names))}"
+                else f"several are served; name one of {', '.join(sorted(names)[:20])}"
             )
             raise ApiError(400, f"reward: {what}.", "no_reward", "reward")
-        reward_model = await self._load(name, resources)
-        if reward_model.cached is None or reward_model.cached.head is None:
-            raise ApiError(400, f"reward: {name!r} is no reward adapter.", "not_a_reward", "reward")
-        return reward_model
+        return name
 
-    async def _load(self, model: str, resources: AsyncExitStack) -> ServedModel:
-        """The adapter that `model` names, kept in memory until `resources` is closed."""
-        version = self._resolve(model)
+    def _reward_model(self, name: str, cached: Mapping[str, CachedAdapter[ModelCheckpoint]]) -> ServedModel:
+        if name == BASE or cached[name].head is None:
+            raise ApiError(400, f"reward: {name!r} is no reward adapter.", "not_a_reward", "reward")
+        return _served(name, cached[name])
+
+    async def _load(
+        self, models: Sequence[str], resources: AsyncExitStack
+    ) -> dict[str, CachedAdapter[ModelCheckpoint]]:
+        """The adapters that `models` name, by these names, ready until `resources` is closed. Waits while others use all places."""
+        versions = {model: self._resolve(model) for model in models if model != BASE}
+        reads = {version.id: version.load for version in versions.values()}
         try:
-            cached = await resources.enter_async_context(self.adapter_cache.use(version.id, version.load))
-        except CacheBusy:
-            raise overloaded(self.limits.retry_after_s, "model") from None
-        except RlhfRayError as error:
-            self.model_index.refused[version.id] = "; ".join(map(str, error.problems))
-            raise adapter_refused(model) from None
-        checkpoint = cached.checkpoint
-        self.model_index.checkpoints.setdefault(version.id, checkpoint)
-        return ServedModel(model, version.id, checkpoint.sha256, checkpoint.template, checkpoint.stop_ids, cached)
+            cached = await resources.enter_async_context(self.adapter_cache.use_all(reads))
+        except CacheTooSmall as error:
+            what = (
+                f"{len(reads)} models are asked for at once; {error} (limits.max_loaded_adapters, max_adapter_bytes)."
+            )
+            raise ApiError(400, what, "too_many_models", "models") from None
+        except RlhfRayError:
+            await self.watcher.write_status()
+            refused = [model for model, version in versions.items() if version.id in self.model_index.refused]
+            raise adapter_refused(refused[0] if refused else models[0]) from None
+        for version in versions.values():
+            self.model_index.loaded(version, cached[version.id].checkpoint)
+        return {model: cached[version.id] for model, version in versions.items()}
 
     def _resolve(self, model: str) -> ModelVersion:
         version = self.model_index.resolve(model)
-        if self.model_index.is_refused(model) or (version is not None and version.id in self.model_index.refused):
+        if self.model_index.is_refused(model) or (version is not None and not self.model_index.may_be_read(version)):
             raise adapter_refused(model)
         if version is None:
             raise model_not_found(model)
@@ -287,3 +350,8 @@ class Replica:
                 s.model: {"id": s.id, "sha256": s.sha256, "fingerprint": f"{base}/{s.id}"} for s in served_models
             },
         }
+
+
+def _served(model: str, cached: CachedAdapter[ModelCheckpoint]) -> ServedModel:
+    checkpoint = cached.checkpoint
+    return ServedModel(model, checkpoint.id, checkpoint.sha256, checkpoint.template, checkpoint.stop_ids, cached)

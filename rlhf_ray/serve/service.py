@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -14,18 +13,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.config.serve import ServeConfig, is_loopback
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError, ResourceError
 from rlhf_ray.launch.model_families import check_models
 from rlhf_ray.launch.ray_cluster import cluster
 from rlhf_ray.runtime.session import usable_cores
 from rlhf_ray.serve import admission
+from rlhf_ray.serve.status_files import read_statuses, remove_stale, stamps
 
 POLL_S = 0.5
-RAY_ENVIRONMENT = {admission.CALLBACK_VARIABLE: admission.CALLBACK, "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
+LISTED = 20
+"""Names in the header."""
+RAY_ENVIRONMENT = {
+    admission.CALLBACK_VARIABLE: admission.CALLBACK,
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
 """For Serve on a Ray of our own; the files under cluster/ set the same. A proxy is restarted after three health checks without a
-response, and until then no request is answered: with Serve's default of 10 s between checks, for half a minute."""
+response, and until then no request is answered: with Serve's default of 10 s between checks, for half a minute. A replica that
+answers no health check is ended at once: Serve's default waits for it to end its requests, which a frozen one never does."""
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -83,6 +90,11 @@ def _resolve(config: ServeConfig) -> ServeConfig:
         ApiKeys(config.api_keys)
     if not config.adapters and config.registry is None:
         LocalConsole().warn("neither registry nor adapters is set: the base alone is served")
+    if not is_loopback(config.host):
+        LocalConsole().warn(
+            f"host: {config.host} can be reached from other machines. Put nginx with cluster/nginx.conf in front of it: TLS, and bounds"
+            " on headers, idle connections and paths, which Ray's proxy leaves open"
+        )
     if config.registry is not None and not Path(config.registry).is_dir():
         raise ConfigError.at("registry", "no such folder", "a folder that rlhf-ray promote has made", config.registry)
     with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
@@ -156,12 +168,16 @@ def _header_lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
     return [
         f"page       {url}/",
         f"OpenAI     {url}/v1   (base_url of any OpenAI client)",
-        f"models     base{''.join(f', {name}' for name in names)}",
+        f"models     base{''.join(f', {name}' for name in names[:LISTED])}{_more(len(names))}",
         f"access     {who}",
         f"metrics    {_metrics_address()}",
         f"replicas   {config.replicas.min_replicas}, {config.replicas.num_threads} threads each; up after {seconds:.0f} s",
         "stop       Ctrl-C",
     ]
+
+
+def _more(count: int) -> str:
+    return f", and {count - LISTED} more" if count > LISTED else ""
 
 
 def _metrics_address() -> str:
@@ -177,22 +193,18 @@ def _url_host(host: str) -> str:
 
 
 def _statuses(config: ServeConfig) -> list[dict[str, Any]]:
-    return list(_read_statuses(Path(config.output_dir) / "replicas").values())
-
-
-def _read_statuses(folder: Path) -> dict[str, dict[str, Any]]:
-    found = {}
-    for path in folder.glob("*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            found[path.stem] = json.loads(path.read_text())
-    return found
+    return list(read_statuses(Path(config.output_dir) / "replicas").values())
 
 
 def _log_changes(folder: Path, console: Console, stopping: threading.Event) -> None:
     """Until the service stops, log every change of what the replicas serve, as their status files say."""
-    before = _read_statuses(folder)
+    before, seen = read_statuses(folder), stamps(folder)
     while not stopping.wait(POLL_S):
-        now = _read_statuses(folder)
+        remove_stale(folder, before)
+        if seen == (now_seen := stamps(folder)):
+            continue
+        seen = now_seen
+        now = read_statuses(folder)
         for replica, status in now.items():
             old = before.get(replica, {"live": {}, "refused": {}})
             for name, version in status["live"].items():

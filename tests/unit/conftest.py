@@ -28,3 +28,24 @@ def make_backbone(tiny_llama: Callable[..., Path], tiny_gpt2: Callable[..., Path
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def alias_of() -> Callable[..., Any]:
+    """alias_of(name, versions=1) -> what a registry knows of a name; there are no adapters behind it."""
+    from rlhf_ray.registry.alias import Alias
+    from rlhf_ray.registry.names import adapter_id
+
+    sha256 = "0123456789abcdef" * 4
+    hashes = {"adapter_sha256": sha256, "manifest_sha256": sha256}
+
+    def make(name: str, versions: int = 1) -> Alias:
+        numbers = range(1, versions + 1)
+        found = Alias(
+            name, None, {n: {"id": adapter_id(name, n, sha256), "kind": "sft", "base": {}, **hashes} for n in numbers}
+        )
+        for n in numbers:
+            found = found.then("promote", n)
+        return found
+
+    return make

@@ -267,6 +267,46 @@ def test_a_killed_replica(service: Service, retries: int, note: Any) -> None:
 
 
 @pytest.mark.fault
+def test_a_frozen_replica_is_replaced_within_30_s(service: Service) -> None:
+    """138 s before, and its process stayed. A stream from it ends with an error event, a request that waits for it is answered."""
+    pids = {replica: int(status["pid"]) for replica, status in service.replicas().items()}
+    victim = min(pids)
+    client, ended = service.client(max_retries=0, timeout=50), []
+
+    def stream(seed: int) -> None:
+        try:
+            for _ in client.chat.completions.create(
+                model="base", messages=HELLO, max_tokens=200, stream=True, seed=seed
+            ):
+                time.sleep(0.05)  # slow, so that it is still being written
+            ended.append("whole")
+        except Exception as error:
+            ended.append(type(error).__name__)
+
+    threads = [threading.Thread(target=stream, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    os.kill(pids[victim], signal.SIGSTOP)
+    try:
+        found = service.client(max_retries=0, timeout=50).chat.completions.create(
+            model="base", messages=HELLO, max_tokens=5
+        )
+        assert found.choices[0].finish_reason == "length"
+        service.wait(lambda: victim not in service.replicas() and len(service.replicas()) == 2, 60)
+        seconds = time.monotonic() - started
+        for thread in threads:
+            thread.join(60)
+        assert len(ended) == 6 and set(ended) <= {"whole", "APIError"}, ended
+        assert not Path("/proc", str(pids[victim])).exists()
+        print(f"replaced after {seconds:.1f} s")
+        assert seconds < 30
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pids[victim], signal.SIGCONT)
+
+
 def test_the_controller_is_killed(service: Service, note: Any) -> None:
     """Fault 25. Requests do not pass through it; Ray starts it again."""
     with Load(service, CLIENTS, retries=0) as load:

@@ -198,3 +198,36 @@ def test_the_callback_returns_what_serve_expects() -> None:
 
     (middleware,) = validate_http_proxy_callback_return(call_function_from_import_path(CALLBACK))
     assert middleware.cls is AdmissionControl
+
+
+def test_prefixes_that_clients_make_up_are_forgotten() -> None:
+    """Each of them was kept for good, before authentication."""
+
+    async def run() -> None:
+        service = Service(5)
+        service.may_respond.set()
+        control = AdmissionControl(service, Counted())
+        for i in range(500):
+            await send_request(control, f"/{i}/v1/completions")
+        await send_request(control)
+        assert len(control.capacities) <= 64 and control.capacities[""].max_requests == 5
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("field", "status"), [({"path": "/" + "x" * 5000}, 414), ({"headers": [(b"x-a", b"y" * 40_000)]}, 431)]
+)
+def test_long_paths_and_headers_go_no_further(field: dict[str, Any], status: int) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        service = Service(5)
+        control = AdmissionControl(service, Counted())
+        await control({"type": "http", "path": "/", "method": "GET", **field}, None, send)
+        assert sent[0]["status"] == status and service.requests == 0
+
+    asyncio.run(run())

@@ -56,3 +56,36 @@ def test_the_dashboard_uses_metrics_that_are_exported() -> None:
     }
     exported = {f"{name}_total" for name in COUNTERS} | {*GAUGES} | {f"{name}_bucket" for name in HISTOGRAMS}
     assert used <= exported and len(panels) >= 8
+
+
+def test_nginx_bounds_what_the_proxy_leaves_open() -> None:
+    """Ray's proxy reads a header without end, waits for slow ones and idle connections, and keeps metrics for every path."""
+    text = "\n".join(line.partition("#")[0] for line in (CLUSTER / "nginx.conf").read_text().splitlines())
+    assert text.count("{") == text.count("}")
+    said = {words[0]: words[1:] for line in re.split(r"[;{}]", text) if (words := line.split())}
+    limits = ServeConfig(output_dir="x", model_name_or_path="x").limits
+    seconds = {name: int(said[name][0].removesuffix("s")) for name in said if name.endswith("_timeout")}
+    assert seconds["client_header_timeout"] <= 10 and seconds["keepalive_timeout"] <= 60
+    assert seconds["client_body_timeout"] <= limits.body_timeout_s
+    assert seconds["proxy_read_timeout"] > limits.request_timeout_s
+    assert said["large_client_header_buffers"] == ["4", "8k"] and said["client_max_body_size"] == ["1m"]
+    assert limits.max_body_bytes <= 1 << 20 and said["proxy_buffering"] == ["off"]
+    assert {"limit_conn", "limit_req", "ssl_certificate", "send_timeout"} <= said.keys()
+    for header in ("X-Request-Timeout-Seconds", "X-Request-Disconnect-Disabled", "Serve-Multiplexed-Model-Id"):
+        assert f'proxy_set_header {header} "";' in text, "any client could send it to Serve"
+
+
+def test_nginx_lets_through_every_route_of_the_service_and_nothing_else(tmp_path: Path) -> None:
+    from rlhf_ray.serve.api import HttpApi
+
+    text = (CLUSTER / "nginx.conf").read_text()
+    exact = set(re.findall(r"location = (\S+) \{ proxy_pass", text))
+    patterns = re.findall(r"location ~ (\S+) \{ proxy_pass", text)
+
+    def passes(path: str) -> bool:
+        return path in exact or any(re.search(pattern, path) for pattern in patterns)
+
+    api: Any = HttpApi(ServeConfig(output_dir=str(tmp_path), model_name_or_path="x"), None)  # type: ignore[arg-type]
+    routes = {route.path.replace("{model:path}", "helper@v3-0a1b2c3d") for route in api.app.app.routes}
+    assert len(routes) > 8 and [path for path in routes if not passes(path)] == []
+    assert not any(map(passes, ("/x", "/v1/", "/v1/models/a/b", "/v1/chat/completions/x", "/-/routes", "//", "/v1/score/x")))

@@ -93,7 +93,7 @@ class FakeEngine:
         self.submitted: list[DecodeRequest] = []
         self.cancelled: list[int] = []
 
-    def submit(self, request: DecodeRequest) -> int:
+    def submit(self, request: DecodeRequest, flow: tuple[str, ...]) -> int:
         self.submitted.append(request)
         return len(self.submitted) - 1
 

@@ -411,9 +411,9 @@ def test_a_client_that_disconnects_frees_its_rows(live: MakeLive) -> None:
         leaving.sendall(head.encode() + body)
         leaving.recv(2000)
     deadline = time.monotonic() + 10
-    while (service.replica.engine.running or service.replica._reserved_rows) and time.monotonic() < deadline:
+    while (service.replica.engine.running or service.replica.places_taken) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert service.replica.engine.running == 0 and service.replica._reserved_rows == 0
+    assert service.replica.engine.running == 0 and service.replica.places_taken == 0
     cached = service.replica.adapter_cache._cached.values()
     assert all(adapter.users == 0 for adapter in cached)
 
@@ -423,9 +423,9 @@ def test_full_is_429_with_retry_after_in_under_100_ms(live: MakeLive) -> None:
     hold = threading.Event()
     service.replica.engine.call(lambda model: hold.wait(30))  # the decoder stands still meanwhile
     with ThreadPoolExecutor(4) as pool:
-        busy = [pool.submit(chat, service, n=2, seed=i) for i in range(2)]
+        busy = [pool.submit(chat, service, seed=i) for i in range(4)]
         deadline = time.monotonic() + 20
-        while service.replica._reserved_rows < 4 and time.monotonic() < deadline:
+        while service.replica.places_taken < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         seconds = []
         for _ in range(10):

@@ -226,7 +226,7 @@ def test_stop_strings_log_probabilities_and_greedy(job: Callable[..., ServeConfi
         assert cut["choices"][0]["completion_tokens"] < 30
         greedy = [(await generate(replica, "base", temperature=0.0))["choices"][0]["text"] for _ in range(2)]
         assert greedy[0] == greedy[1] == alone(base_dir, None, "none", 0, greedy=True)[0]
-        assert replica.engine.running == 0 and replica._reserved_rows == 0 and not replica.router.buffers
+        assert replica.engine.running == 0 and not replica._claims and not replica.router.buffers
 
     run(job(), body)
 
@@ -246,13 +246,13 @@ def test_bad_requests_are_errors_with_a_status(
             (("base",), {"prompt": {"ids": [5000]}}, 400, "invalid_token"),
             (("base",), {"max_tokens": 250}, 400, "context_length_exceeded"),
             (("one",), {"prompt": conversation}, 400, "template"),
-            (("base",), {"n": 65}, 400, "too_many_replies"),
+            (("base",), {"n": 5000}, 400, "too_many_replies"),
         ):
             error = (await generate(replica, *models, **fields))["error"]
             assert (error["status"], error["code"]) == (status, code)
         assert (await generate(replica, "one@v0"))["error"] is None
         assert (
-            replica._reserved_rows == 0
+            not replica._claims
             and replica.adapter_cache._cached["one@v0-" + read_adapter(one / "adapter").sha256[:8]].users == 0
         )
 
@@ -261,12 +261,13 @@ def test_bad_requests_are_errors_with_a_status(
 
 def test_a_full_replica_refuses_at_once_and_a_deadline_holds(job: Callable[..., ServeConfig]) -> None:
     async def body(replica: Replica) -> None:
-        first = replica.events(GenerationRequest(("base",), (PROMPT,), n=4, max_tokens=100))
-        await anext(first)
-        await anext(first)
+        running = [replica.events(GenerationRequest(("base",), (PROMPT,), max_tokens=100)) for _ in range(4)]
+        for first in running:
+            await anext(first)
         full = (await generate(replica, "base"))["error"]
         assert (full["status"], full["retry_after"]) == (429, 1)
-        await first.aclose()  # the client disconnects
+        for first in running:
+            await first.aclose()  # the client disconnects
         assert (await generate(replica, "base"))["error"] is None
         assert replica.engine.running == 0 and replica.engine.steps < 100
 
@@ -284,7 +285,7 @@ def test_a_health_check_decodes_a_token(job: Callable[..., ServeConfig], monkeyp
         assert replica.engine.steps > steps
 
         def broken() -> list[object]:
-            replica.engine.sampler._clear(256)
+            replica.engine.sampler._clear()
             raise RuntimeError("broken")
 
         monkeypatch.setattr(replica.engine.sampler, "step", broken)

@@ -190,7 +190,7 @@ def test_lists_longer_than_the_places_are_queued(live: MakeLive) -> None:
     texts = [choice["text"] for choice in found["choices"]]
     alone = [complete(service, prompt=prompt, temperature=0)["choices"][0]["text"] for prompt in prompts[::7]]
     assert texts[::21] == alone and texts[0:60:3] == texts[1:60:3] == texts[2:60:3]
-    assert service.replica._reserved_rows == 0 and service.replica.engine.running == 0
+    assert service.replica.places_taken == 0 and service.replica.engine.running == 0
 
 
 def test_best_of_returns_the_likeliest(live: MakeLive) -> None:

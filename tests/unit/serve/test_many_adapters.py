@@ -1,0 +1,270 @@
+"""Many adapters on one replica: loading them holds nobody up, and requests for more than there is room for wait for their turn."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.models.adapter_files import read_adapter
+from rlhf_ray.registry import Registry
+from rlhf_ray.serve.adapter_cache import AdapterCache, CacheTooSmall
+from rlhf_ray.serve.decode_thread import DecodeThread
+from rlhf_ray.serve.generation import GenerationRequest
+from rlhf_ray.serve.metrics import NoMetrics
+from rlhf_ray.serve.replica import Replica
+
+from .test_decode_thread import PlainCheckpoint, Sink, engine, request, sink  # noqa: F401  # fixtures
+from .test_replica import PROMPT, generate, job, run  # noqa: F401
+
+
+class Counted(NoMetrics):
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, ...]] = Counter()
+
+    def count(self, name: str, value: float = 1, **tags: str) -> None:
+        self.counts[(name, *tags.values())] += int(value)
+
+
+def reader(adapters: Callable[..., Path], seed: int, **fields: Any) -> Callable[[], PlainCheckpoint]:
+    return lambda: PlainCheckpoint(read_adapter(adapters(seed, **fields)))
+
+
+def test_an_adapter_is_loaded_while_the_decode_thread_is_busy(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    """Loading was a call on that thread: 2.9 s at 32 layers with many adapters loaded, in which nobody got a token."""
+    hold = threading.Event()
+    try:
+        engine.call(lambda model: hold.wait(30))
+
+        async def run() -> None:
+            cache = AdapterCache[PlainCheckpoint](engine, 4)
+            await asyncio.wait_for(asyncio.gather(*(cache.load(str(i), reader(adapters, i)) for i in range(4))), 20)
+            assert len(engine.pool.names) == 4
+
+        asyncio.run(run())
+        assert not hold.is_set()
+    finally:
+        hold.set()
+
+
+def test_requests_for_more_adapters_than_there_is_room_for_all_come_to_their_turn(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    """Each holds what it has while it waits for the rest: two of them would wait for each other for ever."""
+
+    async def use(cache: AdapterCache[PlainCheckpoint], *seeds: int) -> None:
+        async with cache.use_all({str(seed): reader(adapters, seed) for seed in seeds}) as cached:
+            await asyncio.sleep(0.02)
+            assert set(cached) == set(map(str, seeds)) and all(
+                one.adapter_name in engine.pool for one in cached.values()
+            )
+
+    async def run() -> None:
+        cache = AdapterCache[PlainCheckpoint](engine, 2)
+        pairs = [(a, b) for a in range(4) for b in range(4) if a != b] * 2
+        await asyncio.wait_for(asyncio.gather(*(use(cache, *pair) for pair in pairs)), 60)
+        assert len(cache.keys()) <= 2
+        with pytest.raises(CacheTooSmall):
+            await use(cache, 0, 1, 2)
+        assert all(one.users == 0 for one in cache._cached.values())
+
+    asyncio.run(run())
+
+
+def test_a_popular_adapter_does_not_keep_others_out_for_ever(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    async def run() -> None:
+        cache = AdapterCache[PlainCheckpoint](engine, 1)
+        done = asyncio.Event()
+
+        async def popular() -> None:
+            while not done.is_set():
+                async with cache.use("0", reader(adapters, 0)):
+                    await asyncio.sleep(0.01)
+
+        crowd = [asyncio.create_task(popular()) for _ in range(5)]  # it is never idle
+        await asyncio.sleep(0.2)
+        await asyncio.wait_for(cache.load("1", reader(adapters, 1)), 20)
+        done.set()
+        await asyncio.gather(*crowd)
+
+    asyncio.run(run())
+
+
+def test_tiers_have_budgets_in_bytes_and_are_counted(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    """adapter_loads and adapter_evictions were declared and never counted."""
+    size = engine.pool.pack(read_adapter(adapters(0))).nbytes
+    reads: Counter[int] = Counter()
+
+    def read(seed: int, r: int = 4) -> PlainCheckpoint:
+        reads[seed] += 1
+        return PlainCheckpoint(read_adapter(adapters(seed, r=r)))
+
+    async def run() -> None:
+        metrics = Counted()
+        cache = AdapterCache[PlainCheckpoint](engine, 8, 2 * size, 3 * size, metrics)
+        for seed in (0, 1, 2, 3, 2, 0):
+            await cache.load(str(seed), partial(read, seed))
+        # 0 1 2 3 read; 2 is on the device; 0 has left the host's memory by then
+        assert reads == {0: 2, 1: 1, 2: 1, 3: 1} and cache.keys() == ["2", "0"]
+        await cache.load("3", partial(read, 3))  # from the host's memory
+        assert reads[3] == 1 and cache.nbytes == 2 * size and cache.host_used == 3 * size
+        assert metrics.counts == {
+            ("adapter_lookups", "disk"): 5,
+            ("adapter_lookups", "device"): 1,
+            ("adapter_lookups", "host"): 1,
+            ("adapter_loads",): 6,
+            ("adapter_evictions",): 4,
+        }
+        await cache.load("big", partial(read, 9, r=8))  # as large as both places: the others go
+        assert cache.keys() == ["big"]
+        with pytest.raises(CacheTooSmall, match="bytes"):
+            await cache.load("bigger", partial(read, 10, r=12))
+
+    asyncio.run(run())
+
+
+def test_ranks_share_a_batch(
+    job: Callable[..., ServeConfig],  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    """Eight ranks and the base in one batch: every reply is the one that its adapter gives alone."""
+    ranks = (1, 2, 3, 4, 8, 16, 32, 64)
+    named = {f"r{r}": str(adapters(r, r=r)) for r in ranks}
+    names = ("base", *named)
+
+    async def body(replica: Replica) -> None:
+        alone = [(await generate(replica, name, seed=5))["choices"][0]["text"] for name in names]
+        together = await asyncio.gather(*(generate(replica, name, seed=5, n=2) for name in names))
+        assert [found["choices"][0]["text"] for found in together] == alone and len(set(alone)) > 6
+
+    run(job(adapters=named), body)
+
+
+def test_a_comparison_of_more_models_than_places_is_400_and_a_busy_cache_is_waited_for(
+    job: Callable[..., ServeConfig],  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    """Both were 429, the first for ever."""
+    named = {f"m{seed}": str(adapters(seed)) for seed in range(3)}
+
+    async def body(replica: Replica) -> None:
+        error = (await generate(replica, "m0", "m1", "m2"))["error"]
+        assert (error["status"], error["code"]) == (400, "too_many_models")
+        found = await asyncio.gather(*(generate(replica, name, max_tokens=40) for name in [*named] * 4))
+        assert all(one["error"] is None for one in found)
+
+    run(job(adapters=named, limits={"max_loaded_adapters": 2}), body)
+
+
+def test_a_start_reads_no_adapter_and_a_damaged_one_is_refused_at_its_first_request(
+    job: Callable[..., ServeConfig],  # noqa: F811
+    tiny_run: Callable[..., Path],
+    base_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every adapter was read, hashed and put into the model: 62 s with 200 of them."""
+    registry = Registry(tmp_path / "registry")
+    source = str(tiny_run(tmp_path / "run", base_dir, seed=1))
+    entries = [registry.promote(source, f"n{i}", force=True, reason="a test").entry for i in range(6)]
+    weights = entries[2].path / "adapter_model.safetensors"
+    os.chmod(weights, stat.S_IRUSR | stat.S_IWUSR)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    monkeypatch.setattr("rlhf_ray.serve.model_index.RETRY_S", 0.3)
+
+    async def body(replica: Replica) -> None:
+        cache = replica.adapter_cache
+        assert len(replica.model_index.live) == 6 and (cache.loads, cache.host_used) == (0, 0)
+        assert (await generate(replica, "n1"))["error"] is None and cache.loads == 1
+        error = (await generate(replica, "n2"))["error"]
+        assert (error["status"], error["code"]) == (503, "adapter_refused")
+        status = replica.watcher.status()
+        assert "n2" not in status["live"] and "sha256" in status["refused"][entries[2].id]
+        listed = await replica.models()
+        assert listed is await replica.models(), "made once for every change"
+        assert {m["id"]: m.get("kind") for m in listed}["n1"] == "policy" and entries[2].id not in {
+            m["id"] for m in listed
+        }
+        weights.write_bytes(whole)  # repaired: it is tried again after a while, without a change in the registry
+        assert (await generate(replica, "n2"))["error"]["status"] == 503
+        await asyncio.sleep(0.4)
+        assert (await generate(replica, "n2"))["error"] is None and entries[2].id not in replica.model_index.refused
+
+    run(job(registry=str(tmp_path / "registry")), body)
+
+
+def test_six_large_requests_do_not_keep_a_small_one_out(job: Callable[..., ServeConfig]) -> None:  # noqa: F811
+    """They took every place, so that everybody else got 429 until they were done."""
+
+    async def body(replica: Replica) -> None:
+        large = [
+            asyncio.create_task(generate(replica, "base", n=8, max_tokens=100, seed=i, key="large")) for i in range(6)
+        ]
+        while replica.engine.running < 24:
+            await asyncio.sleep(0.01)
+        small = await generate(replica, "base", max_tokens=4, key="small")
+        assert small["error"] is None and not all(task.done() for task in large)
+        done = sum(task.done() and task.result()["error"] is None for task in large)
+        found = [one["error"] for one in await asyncio.gather(*large)]
+        assert done <= 2 and None in found and all(error is None or error["status"] == 429 for error in found)
+        assert not replica._claims
+
+    run(job(limits={"max_batch_rows": 8, "max_waiting_rows": 16}), body)
+
+
+def test_a_list_longer_than_the_places_is_queued(job: Callable[..., ServeConfig]) -> None:  # noqa: F811
+    """It was a 400; its rows take turns with those of others."""
+
+    async def body(replica: Replica) -> None:
+        found: dict[int, Any] = {}
+        prompts = tuple({"text": f"Name bird {i}."} for i in range(40))
+        async for events in replica.events(GenerationRequest(("base",), prompts, max_tokens=3)):
+            found |= {event["i"]: event["end"] for event in events if "end" in event}
+        assert len(found) == 40
+
+    run(job(limits={"max_batch_rows": 2, "max_waiting_rows": 2}), body)
+
+
+def test_a_promotion_is_seen_within_a_second_at_many_names(
+    job: Callable[..., ServeConfig],  # noqa: F811
+    tiny_run: Callable[..., Path],
+    base_dir: Path,
+    tmp_path: Path,
+    alias_of: Callable[..., Any],
+) -> None:
+    registry = Registry(tmp_path / "registry")
+    runs = [str(tiny_run(tmp_path / f"run{i}", base_dir, seed=i)) for i in range(2)]
+    registry.promote(runs[0], "helper", force=True, reason="a test")
+    for i in range(3000):
+        alias_of(f"name{i:04d}").write(tmp_path / "registry" / "aliases" / f"name{i:04d}.json")
+
+    async def body(replica: Replica) -> None:
+        assert len(replica.model_index.live) == 3001
+        await asyncio.to_thread(registry.promote, runs[1], "helper", force=True, reason="a test")
+        started = time.monotonic()
+        while not replica.model_index.live["helper"].startswith("helper@v2"):
+            await asyncio.sleep(0.01)
+        assert time.monotonic() - started < 1.0
+
+    run(job(registry=str(tmp_path / "registry"), poll_interval_s=0.5), body)

@@ -1,4 +1,6 @@
-"""TRL's side of ppo_step_vs_trl.py: FOLDER STEPS THREADS. Needs trl==1.12.0, not rlhf_ray. Prints seconds and memory as JSON."""
+"""TRL's side of ppo_step_vs_trl.py and ppo_step_real_lengths.py: FOLDER STEPS THREADS [NEW_TOKENS]. Needs trl==1.12.0 alone.
+
+With NEW_TOKENS replies end at the end token, else they do not end. Prints seconds, CPU seconds and memory as JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 folder, steps, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+new_tokens = int(sys.argv[4]) if len(sys.argv) > 4 else None
 torch.set_num_threads(threads)
 
 
@@ -37,14 +41,16 @@ class Watch(TrainerCallback):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.cpu: list[float] = []
         self.before = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.before = resident()
-        self.times.append(time.perf_counter())
+        self.on_step_end(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.times.append(time.perf_counter())
+        self.cpu.append(time.process_time())
 
 
 tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"), padding_side="left")
@@ -66,7 +72,8 @@ arguments = PPOConfig(
     num_ppo_epochs=4,
     total_episodes=64 * steps,
     local_rollout_forward_batch_size=64,
-    response_length=64,
+    response_length=new_tokens or 64,
+    stop_token="eos" if new_tokens else None,
     temperature=0.7,
     learning_rate=1e-4,
     kl_coef=0.05,
@@ -93,6 +100,6 @@ trainer = PPOTrainer(
     callbacks=[watch],
 )
 trainer.train()
-seconds = [b - a for a, b in zip(watch.times, watch.times[1:])]
+seconds, cpu = ([b - a for a, b in pairwise(times)] for times in (watch.times, watch.cpu))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": seconds, "peak_bytes": peak, "before_bytes": watch.before}))
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak, "before_bytes": watch.before}))

@@ -31,6 +31,7 @@ def main() -> int:
     ]
     if trl:
         commands.insert(0, ["ppo_step_vs_trl.py", "--trl-python", trl])
+        commands.insert(1, ["ppo_step_real_lengths.py", "--trl-python", trl])
     failed = []
     for name, *more in commands:
         print(f"== {name}", file=sys.stderr, flush=True)

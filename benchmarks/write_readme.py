@@ -188,6 +188,17 @@ def trl() -> str:
     )
 
 
+def real_lengths() -> str:
+    m = measured("ppo_step_real_lengths")
+    told = []
+    for key, name in (("ours_before", "the code before"), ("trl", "TRL 1.12.0")):
+        if f"{key}/peak_mib" in m:
+            rate, peak = (m[f"ours_over_{key}/{what}"] for what in ("episodes_per_cpu_second", "peak_mib"))
+            told.append(f"{scattered(rate)} times {name} by CPU seconds, {mid(peak)} times its peak memory")
+    share = mid(m["ours/real_token_share"])
+    return f"{mid(m['ours/episodes_per_cpu_second'])} episodes a CPU second: {'; '.join(told)}; {share} of what the update computes is real"
+
+
 def sampler() -> str:
     m = measured("sampler_vs_generate")
     return (
@@ -299,6 +310,12 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "random Llama, 5.8 M parameters",
         trl,
         "ppo_step_vs_trl",
+    ),
+    (
+        f"The same with rows as long as Alpaca's, replies that end anywhere up to 128 tokens ({BUSY})",
+        "random Llama, 5.8 M parameters",
+        real_lengths,
+        "ppo_step_real_lengths",
     ),
     (
         "The sampler against transformers' `generate`, batch 64, replies of 8 to 128 tokens",

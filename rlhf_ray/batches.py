@@ -276,23 +276,41 @@ class Sequences:
     """Prompt and reply of some rows, cut to the narrowest width that holds them: what a forward pass sees.
 
     tokens: i64[M, P'+R'].  attention_mask: bool[M, P'+R'].  response_mask: bool[M, R'].
+    length: tokens of the longest row, for a pass that reads prompt and reply one right behind the other: all padding is then on the
+    right, and is `length` columns wide at most.  None: rows are read as they lie here, prompts padded on the left.
+    reply_at: i64[K], where `response_mask` is True, counted row by row; None: everywhere, or nobody looked.
     """
 
     tokens: Tensor
     attention_mask: Tensor
     response_mask: Tensor
+    length: int | None = None
+    reply_at: Tensor | None = None
 
     @property
     def response_width(self) -> int:
         return int(self.response_mask.shape[1])
 
+    @property
+    def computed_tokens(self) -> int:
+        """Of a forward pass, padding included."""
+        rows, width = self.tokens.shape
+        return int(rows) * (int(width) if self.length is None else self.length)
+
     @classmethod
-    def trim(cls, tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> Sequences:
-        """Drop columns that are padding in every row. Widths depend on these rows alone, never on the rest of the batch."""
+    def trim(cls, tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor, contiguous: bool = True) -> Sequences:
+        """Drop columns that are padding in every row. Widths depend on these rows alone, never on the rest of the batch.
+
+        contiguous: a forward pass reads each prompt and its reply without padding between them."""
         prompt_width = prompt_mask.shape[1]
         left = int((~prompt_mask.any(dim=0)).sum())
         response = int(response_mask.any(dim=0).sum())
         mask = torch.cat([prompt_mask[:, left:], response_mask[:, :response]], dim=1)
+        real = response_mask[:, :response].contiguous()
         return cls(
-            tokens[:, left : prompt_width + response].contiguous(), mask, response_mask[:, :response].contiguous()
+            tokens[:, left : prompt_width + response].contiguous(),
+            mask,
+            real,
+            int(mask.sum(dim=1).max()) if contiguous else None,
+            real.flatten().nonzero().flatten() if contiguous else None,
         )

@@ -84,6 +84,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
     ("policy/entropy", "nats", "entropy per token over the full vocabulary", "policy/entropy_avg"),
     ("policy/epochs", "", "passes over the rollout; fewer than num_ppo_epochs if target_kl ended them"),
     ("policy/skipped_updates", "", "minibatches skipped because a gradient was not finite"),
+    ("update/real_token_share", "share", "tokens of prompts and replies, of all that the update's passes compute; the rest pads"),
     ("policy/adapter_norm", "", "norm of the adapter's weight update, all modules"),
     ("loss/policy", "", "clipped policy loss, mean over tokens", "loss/policy_avg"),
     ("loss/value", "", "value loss, mean over tokens", "loss/value_avg"),

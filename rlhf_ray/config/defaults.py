@@ -14,7 +14,10 @@ from pydantic import BaseModel
 
 from rlhf_ray.config.sections import MAX_TEMPERATURE, MIN_TEMPERATURE, VALUE_LEARNING_RATE
 
-VERSION = 2
+VERSION = 3
+CONTIGUOUS_ROWS_SINCE = 3
+"""Until then forward passes took rows in the order in which they came, prompts padded on the left. Sums in another order have other
+last bits, so what was begun so ends so."""
 CHAT_RESPONSE_LENGTH = 512
 ROOM_FOR_CHAT = 1024
 """max_length from which on a reply to a chat template may take CHAT_RESPONSE_LENGTH."""

@@ -135,6 +135,11 @@ class JobFields(Section):
         " written, and the learner group restarts from the newest checkpoint; 0: off",
     )
 
+    @property
+    def has_contiguous_rows(self) -> bool:
+        """Whether forward passes read prompt and reply without padding between them; see defaults.py."""
+        return self.defaults_version >= defaults.CONTIGUOUS_ROWS_SINCE
+
     @model_validator(mode="wrap")
     @classmethod
     def _open_fields(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
@@ -251,6 +256,12 @@ class SFTConfig(_SupervisedFields):
         True, "end every reply with the chat template's end of turn, else the end-of-sequence token"
     )
     group_by_length: bool = field(False, "batch rows of similar length together")
+    packing: bool = field(
+        False,
+        "read the rows of a forward pass as one row, without padding: positions begin again with each, and none sees another; the"
+        " loss is the same. For flash-attn, whose variable-length kernel then does no useless work; elsewhere a mask of all"
+        " pairs of tokens is made. Not for models with a state",
+    )
     sft: Path | None = field(
         None,
         "SFT or PPO run, or adapter, that training goes on from: a copy of it is trained (default: a fresh adapter)",
@@ -366,6 +377,11 @@ class PPOConfig(JobFields, OptimFields):
     rollout_chunk_size: Count = field(64, "replies sampled together; results depend on it, not on who samples a chunk")
     sampler_rows: Count | None = field(None, SAMPLER_ROWS)
     per_device_train_batch_size: Count = field(16, "rows per forward pass and worker: memory only")
+    tokens_per_microbatch: Count | None = field(
+        None,
+        "tokens per forward pass and worker, padding included, in updates and scores: as many rows as fit, more short ones than"
+        " long (verl's ppo_max_token_len_per_gpu); memory only; null: per_device_train_batch_size rows",
+    )
     num_ppo_epochs: Count = field(2, "passes over each rollout")
     num_mini_batches: Count = field(4, "optimizer steps per pass")
     advantage_estimator: Literal["gae", "rloo", "grpo"] = field(

@@ -90,6 +90,18 @@ _OPTIMIZER: list[Rule] = [
 ]
 _PPO: list[Rule] = [
     (
+        ("per_device_train_batch_size",),
+        lambda c: c.tokens_per_microbatch is not None and c.has_contiguous_rows,
+        "with tokens_per_microbatch, which takes as many rows as fit; drop one of the two",
+    ),
+    (
+        ("tokens_per_microbatch",),
+        lambda c: not c.has_contiguous_rows,
+        lambda c: (
+            f"with defaults_version {c.defaults_version}, whose passes take per_device_train_batch_size rows; drop one of the two"
+        ),
+    ),
+    (
         (
             *("value.init_from", "value.adapter", "value.lora", "value.learning_rate", "value.warmup_steps", "vf_coef"),
             *("cliprange_value", "gamma", "lam", "whiten_rewards", "bootstrap_truncated"),

@@ -25,7 +25,7 @@ LOGITS_AT_ONCE = 2**26
 
 def response_states(trunk: nn.Module, seq: Sequences) -> Tensor:
     """Hidden states [M, R+1, D] of columns P-1 .. T-1, under whichever adapter is active."""
-    return hidden_states(trunk, seq.tokens, seq.attention_mask, seq.response_width + 1)
+    return hidden_states(trunk, seq.tokens, seq.attention_mask, seq.response_width + 1, seq.length)
 
 
 def response_logprobs(
@@ -38,16 +38,26 @@ def response_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """log-probabilities (and entropies, nats) of the reply's own tokens: f32[M, R], 0 outside the mask.
 
-    states: [M, R+1, D] of `response_states`.   head: the language-model head, [N, D] -> [N, V].   temperature: divides the logits.
-    agree: under ZeRO-3, how ranks with replies of different widths come to call the head equally often.
+    states: [M, R+1, D] of `response_states`.   head: the language-model head, [N, D] -> [N, V], which sees the states of real reply
+    tokens alone where `seq` knows them.   temperature: divides the logits.
+    max_over_ranks: under ZeRO-3, how ranks with replies of different lengths come to call the head equally often.
     """
-    tokens = seq.tokens[:, -seq.response_width :]
+    tokens, mask, at = seq.tokens[:, -seq.response_width :], seq.response_mask, seq.reply_at
+    wanted = states[:, :-1]
+    if at is not None:
+        wanted, tokens = wanted.flatten(0, 1).index_select(0, at)[None], tokens.flatten()[at][None]
     vocabulary = getattr(head, "out_features", None) or 32_000
     chunk = max(LOGITS_AT_ONCE // int(vocabulary), 1)
     calls = max_over_ranks(chunk_calls(tokens.numel(), chunk))
-    logprobs, entropy = chunked_token_logprobs(states[:, :-1], head, tokens, temperature, chunk, with_entropy, calls)
-    mask = seq.response_mask
+    logprobs, entropy = chunked_token_logprobs(wanted, head, tokens, temperature, chunk, with_entropy, calls)
+    if at is not None:
+        return _put_back(logprobs, at, mask), None if entropy is None else _put_back(entropy, at, mask)
     return zero_outside(logprobs, mask), None if entropy is None else zero_outside(entropy, mask)
+
+
+def _put_back(values: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    """values [1, K] at the True places of `mask`, 0 elsewhere."""
+    return values.new_zeros(mask.numel()).index_copy(0, at, values[0]).view(mask.shape)
 
 
 def response_values(states: Tensor, head: nn.Module, seq: Sequences) -> tuple[Tensor, Tensor]:
@@ -65,4 +75,5 @@ def after_last_token(every: Tensor, seq: Sequences) -> Tensor:
 
 
 def to_device(seq: Sequences, device: torch.device) -> Sequences:
-    return Sequences(*(t.to(device) for t in (seq.tokens, seq.attention_mask, seq.response_mask)))
+    tokens, mask, reply = (t.to(device) for t in (seq.tokens, seq.attention_mask, seq.response_mask))
+    return Sequences(tokens, mask, reply, seq.length, None if seq.reply_at is None else seq.reply_at.to(device))

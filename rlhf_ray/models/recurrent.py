@@ -2,7 +2,8 @@
 
 Attention masks padding away. A state has been through everything that came before, so padding on the left enters it, unless the
 layer takes a mask and every bias on the way to the state is 0: some do, some do not. Padding on the right comes after everything
-that matters, in recurrences as in causal attention. So models with such layers get their rows right padded, and no mask.
+that matters, in recurrences as in causal attention. So models with such layers get their rows right padded, and no mask; so do all
+others, since what is not masked is faster (runs begun under defaults_version 1 and 2 are finished with the left padding they had).
 """
 
 from __future__ import annotations
@@ -42,22 +43,33 @@ def is_recurrent(config: Any) -> bool:
     return bool(set(getattr(config.get_text_config(), "layer_types", None) or ()) & (STATE | BOTH))
 
 
-def hidden_states(trunk: Any, tokens: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
+def hidden_states(
+    trunk: Any, tokens: Tensor, mask: Tensor, last: int | None = None, length: int | None = None
+) -> Tensor:
     """The trunk's last hidden states [N, T, D] of rows padded on either side, or of their `last` columns.
 
     tokens: i64[N, T].   mask: bool[N, T], True on real tokens, which lie together.   Real tokens' states do not depend on padding;
-    those of padding mean nothing."""
+    those of padding mean nothing.
+    length: tokens of the longest row. The trunk then reads rows of that width, padded on the right where causal layers do not see
+    it: no mask, so that the fastest kernels serve. None: rows as they lie, with a mask; layers with a state read them turned even
+    so."""
     columns = slice(None if last is None else -last, None)
-    if not is_recurrent(trunk.config):
+    if length is None and not is_recurrent(trunk.config):
         output = trunk(input_ids=tokens, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False)
         return output.last_hidden_state[:, columns]
-    width = tokens.shape[1]
-    every = torch.arange(width, device=tokens.device)
-    begin = mask.long().argmax(dim=1, keepdim=True)  # rows are turned until their padding is all on the right
-    turned = tokens.gather(1, (every + begin) % width)
-    states = trunk(input_ids=turned, use_cache=False).last_hidden_state
-    back = ((every - begin) % width)[:, columns]
-    return states[torch.arange(len(tokens), device=tokens.device)[:, None], back]
+    rows, width = tokens.shape
+    length = width if length is None else length
+    every, begin = torch.arange(width, device=tokens.device), mask.long().argmax(dim=1, keepdim=True)
+    states = trunk(input_ids=turned(tokens, begin)[:, :length], use_cache=False).last_hidden_state
+    back = ((every - begin) % width)[:, columns].clamp_max(length - 1)
+    flat = back + length * torch.arange(rows, device=tokens.device)[:, None]
+    return states.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, flat.shape)
+
+
+def turned(values: Tensor, begin: Tensor) -> Tensor:
+    """Rows [N, T] turned to the left by `begin` i64[N, 1]; if that is each row's first real entry, all padding comes last."""
+    width = values.shape[1]
+    return values.gather(1, (torch.arange(width, device=values.device) + begin) % width)
 
 
 def one_recurrence(model: nn.Module) -> None:

@@ -119,6 +119,8 @@ def _smaller_passes(job: JobFields, worst: Process) -> dict[str, Any] | None:
         name, least = "rollout_chunk_size", LEAST_CHUNK
     elif isinstance(job, EvaluateConfig) or (worst.phase == "evaluation" and not isinstance(job, PPOConfig)):
         name, least = "per_device_eval_batch_size", 1
+    elif isinstance(job, PPOConfig) and job.tokens_per_microbatch is not None:
+        name, least = "tokens_per_microbatch", 1
     else:
         name, least = "per_device_train_batch_size", 1
     size = int(getattr(job, name))

@@ -49,7 +49,15 @@ _SHAPE_FIELDS = {
         "rollout_chunk_size",
         "sampler_rows",
     ),
-    *("per_device_train_batch_size", "num_mini_batches", "max_length", "response_length", "learner", "generator"),
+    *(
+        "per_device_train_batch_size",
+        "tokens_per_microbatch",
+        "num_mini_batches",
+        "max_length",
+        "response_length",
+        "learner",
+        "generator",
+    ),
     *("scorer", "wait_for_resources", "per_device_eval_batch_size"),
 }
 """Fields that change no model: two jobs that differ in these alone have the same cast."""
@@ -96,20 +104,14 @@ class Estimator:
         prompt = min(room, self.prompt or longest)
         if isinstance(job, EvaluateConfig):
             rows = job.per_device_eval_batch_size
-            return Shapes(
-                rows,
-                min(rows, job.rollout_chunk_size),
-                job.rollout_chunk_size,
-                1,
-                prompt,
-                job.response_length,
-                job.sampler_rows,
-            )
+            scored, chunk = min(rows, job.rollout_chunk_size), job.rollout_chunk_size
+            return Shapes(rows, scored, chunk, 1, prompt, job.response_length, job.sampler_rows)
         chunk = min(job.rollout_chunk_size, job.rollout_batch_size)
         share = -(-job.rollout_batch_size // job.num_mini_batches // max(job.learner.num_workers, 1))
         rows = min(job.per_device_train_batch_size, share)
         scored = min(job.per_device_train_batch_size, chunk)
-        return Shapes(rows, scored, chunk, job.num_generations, prompt, job.response_length, job.sampler_rows)
+        reply, at_once, contiguous = job.response_length, job.sampler_rows, job.has_contiguous_rows
+        return Shapes(rows, scored, chunk, job.num_generations, prompt, reply, at_once, contiguous)
 
     def about(self, job: JobFields) -> str:
         """What the estimate stands on, in a line."""
@@ -182,9 +184,9 @@ class Estimator:
             else:
                 phases["sampling"] = phases["load"]
             phases |= self._acting("scorer", cast, shapes, job)
-        phases["evaluation"] = self._peak(cast, "evaluation", shapes, lambda: learning.evaluation(shapes, job))
-        joint = stage > 0
-        phases["update"] = self._peak(cast, ("update", joint), shapes, lambda: learning.updates(shapes, job, joint))
+        joint, passes = stage > 0, shapes.within(job.tokens_per_microbatch)
+        phases["evaluation"] = self._widest(cast, "evaluation", passes, lambda s: learning.evaluation(s, job))
+        phases["update"] = self._widest(cast, ("update", joint), passes, lambda s: learning.updates(s, job, joint))
         file = job.learner.deepspeed
         settings = read_deepspeed_json(file, stage).get("zero_optimization", {}) if file is not None else {}
         zero = Zero.of(stage, workers, cast.trained, cast.base_weights, settings)
@@ -200,9 +202,10 @@ class Estimator:
             how = job.eval_sampling.model_copy(update={"temperature": job.temperature})  # rollouts never truncate
             return {"sampling": self._peak(cast, "sampling", shapes, lambda: cast.sampling(shapes, how))}
         rewards = [role for r in job.rewards for role in r.models(r.name) if role in cast.models.bindings]
+        passes = shapes.within(job.tokens_per_microbatch)
         return {
-            "scoring": self._peak(
-                cast, "scoring", shapes, lambda: cast.scoring(shapes, job.temperature, "reference", rewards)
+            "scoring": self._widest(
+                cast, "scoring", passes, lambda s: cast.scoring(s, job.temperature, "reference", rewards)
             )
         }
 
@@ -253,6 +256,11 @@ class Estimator:
         if key not in self._casts:
             self._casts[key] = make()
         return self._casts[key]
+
+    def _widest(self, cast: Cast, what: Any, passes: list[Shapes], run: Callable[[Shapes], Peak]) -> Parts:
+        """`_peak` of the passes that take most."""
+        found = [self._peak(cast, what, shapes, partial(run, shapes)) for shapes in passes]
+        return max(found, key=lambda parts: sum(parts.values()))
 
     def _peak(self, cast: Cast, what: Any, shapes: Any, run: Callable[[], Peak]) -> Parts:
         key = id(cast), what, shapes

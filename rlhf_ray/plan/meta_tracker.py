@@ -52,6 +52,8 @@ class MetaMemoryTracker(TorchDispatchMode):
         self._peak = Peak()
         self._total = 0
         self._true: set[int] = set()
+        self.packs = False
+        """Rows are packed, and the attention kernel keeps them apart by a mask, which is then made."""
 
     def own(self, part: str, tensors: Iterable[Tensor | None]) -> int:
         """Put the storages of `tensors` under `part`; the bytes that this moved."""
@@ -97,7 +99,7 @@ class MetaMemoryTracker(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._add(tensor, part)
-        if func is _aten.all.default and args[0].dim() == 1:
+        if func is _aten.all.default and args[0].dim() == 1 and not (self.packs and args[0].numel() == 1):
             self._true.add(out.untyped_storage()._cdata)
         inside = _INSIDE.get(func)
         if inside is not None:

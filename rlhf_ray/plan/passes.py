@@ -6,7 +6,7 @@ Widest case: every prompt and every reply has its full length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +31,8 @@ from rlhf_ray.supervised.trained_model import LanguageModel, PreferenceModel, Re
 @dataclass(frozen=True)
 class Shapes:
     """Rows and tokens of the passes. rows: of a forward pass in updates.  scored: of one in scoring.  chunk: replies sampled
-    together.  same: replies to one prompt.  prompt, reply: tokens.  at_once: sampler_rows of the job."""
+    together.  same: replies to one prompt.  prompt, response: tokens.  at_once: sampler_rows of the job.  contiguous: rows are read
+    without a mask."""
 
     rows: int
     scored: int
@@ -40,17 +41,39 @@ class Shapes:
     prompt: int
     response: int
     at_once: int | None = None
+    contiguous: bool = True
+
+    @property
+    def _length(self) -> int | None:
+        return self.prompt + self.response if self.contiguous else None
+
+    def within(self, tokens: int | None) -> list[Shapes]:
+        """The widest passes of at most so many tokens (`tokens_per_microbatch`): as many of the longest rows as fit, and a row
+        more of somewhat shorter ones.   None: these."""
+        if tokens is None or not self.contiguous:
+            return [self]
+        longest = self.prompt + self.response
+        most = max(self.chunk, self.rows)
+        whole = max(tokens // longest, 1)
+        found = [self._of(whole, longest)]
+        if tokens > whole * longest and whole < most:
+            found.append(self._of(whole + 1, tokens // (whole + 1)))
+        return found
+
+    def _of(self, rows: int, length: int) -> Shapes:
+        response = min(self.response, length - 1)
+        return replace(self, rows=rows, scored=min(rows, self.chunk), prompt=length - response, response=response)
 
     def texts(self, rows: int) -> Sequences:
         """Rows of ptx_data: every token but the first is predicted, as `PtxBatch` has them."""
         tokens = torch.zeros(rows, self.prompt + self.response, dtype=torch.int64, device="meta")
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        return Sequences(tokens, mask, mask[:, 1:])
+        return Sequences(tokens, mask, mask[:, 1:], self._length)
 
     def sequences(self, rows: int) -> Sequences:
         tokens = torch.zeros(rows, self.prompt + self.response, dtype=torch.int64, device="meta")
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        return Sequences(tokens, mask, mask[:, self.prompt :])
+        return Sequences(tokens, mask, mask[:, self.prompt :], self._length)
 
 
 class Cast:
@@ -207,13 +230,14 @@ class SupervisedLearning(Learning):
         self.job, self.length = job, min(job.max_length, base.context_length)
         trained: dict[str, Any] = dict(adapter_parameters(peft_model, "trained"))
         if isinstance(job, SFTConfig):
-            self.model: Any = LanguageModel(base, peft_model)
+            self.model: Any = LanguageModel(base, peft_model, job.has_contiguous_rows, job.packing)
+            cast.tracker.packs = job.packing and job.attn_implementation != "flash_attention_2"
         elif isinstance(job, DPOConfig):
             self.model = PreferenceModel(base, peft_model, None if job.sft is None else "reference")
         else:
             head = Head(base.hidden_size).to("meta")
             trained |= dict(head.named_parameters())
-            self.model = RewardModel(base, peft_model, head)
+            self.model = RewardModel(base, peft_model, head, job.has_contiguous_rows)
         super().__init__(cast.tracker, [ParameterGroup("all", trained)], job)
 
     def training(self, rows: int) -> Peak:

@@ -9,6 +9,7 @@ import torch
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.backbone import BaseIdentity
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.lineage import header_line
 from rlhf_ray.ppo.models import assemble_generator, assemble_scorer, policy_sampler, synced_reference, text_maker
 from rlhf_ray.ppo.vllm import policy_engine
@@ -41,10 +42,10 @@ def build_scorer(config: PPOConfig, on_gpu: bool) -> Scorer:
     device = _device(on_gpu)
     assembly, roles = assemble_scorer(config, device)
     models = assembly.finish()
-    rows = config.per_device_train_batch_size
+    batching = Batching.of(config)
     to_texts = text_maker(assembly.base, roles.template)
-    rewards, synced = roles.build(models, rows, device), synced_reference(models)
-    scorer = Scorer(models, rewards, to_texts, config.temperature, rows, device, synced=synced)
+    rewards, synced = roles.build(models, batching, device), synced_reference(models)
+    scorer = Scorer(models, rewards, to_texts, config.temperature, batching, device, synced=synced)
     scorer.about = _about(assembly.base.identity, len(assembly.stacks), device)
     return scorer
 

@@ -90,6 +90,7 @@ def minimal_ppo(
         response_ids, mask = pad_right([response.token_ids for response in responses], base.pad_id)
         tokens = torch.cat([prompt_ids, response_ids], dim=1)
         finished = torch.tensor([response.finished for response in responses])
+        lengths = prompt_mask.sum(dim=1) + mask.sum(dim=1)
 
         def sequences(
             index: Tensor, tokens: Tensor = tokens, prompt_mask: Tensor = prompt_mask, mask: Tensor = mask
@@ -103,7 +104,9 @@ def minimal_ppo(
         rewards = torch.tensor(reward([template.render(row.row.prompt) for row in rows], texts), dtype=torch.float32)
         reference = torch.zeros(mask.shape)
         with torch.no_grad():
-            for index in torch.arange(len(rows)).split(config.per_device_train_batch_size):
+            for index in (
+                i for chunk in torch.arange(len(rows)).split(size) for i in by_length(chunk, lengths, config)
+            ):
                 logprobs, _ = models("logprobs", "reference", sequences(index), config.temperature)
                 reference[index, : logprobs.shape[1]] = logprobs.cpu()
 
@@ -111,7 +114,7 @@ def minimal_ppo(
         #    probability ratio is exactly 1.
         old, old_values, after_end = torch.zeros(mask.shape), torch.zeros(mask.shape), torch.zeros(len(rows))
         with torch.no_grad():
-            for index in (i for minibatch in minibatches(config, step, 0, len(rows)) for i in minibatch):
+            for index in (i for minibatch in minibatches(config, step, 0, lengths) for i in minibatch):
                 logprobs, _, values, bootstrap = models("both", sequences(index), config.temperature)
                 old[index, : logprobs.shape[1]] = logprobs.cpu()
                 old_values[index, : values.shape[1]] = values.cpu()
@@ -134,7 +137,7 @@ def minimal_ppo(
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * factor
         for epoch in range(config.num_ppo_epochs):
-            for minibatch in minibatches(config, step, epoch, len(rows)):
+            for minibatch in minibatches(config, step, epoch, lengths):
                 count = int(mask[torch.cat(minibatch)].sum())
                 for index in minibatch:
                     seq = sequences(index)
@@ -164,7 +167,13 @@ def minimal_ppo(
     return adapter_tensors(peft, "policy"), history
 
 
-def minibatches(config: PPOConfig, step: int, epoch: int, rows: int) -> Iterator[tuple[Tensor, ...]]:
+def minibatches(config: PPOConfig, step: int, epoch: int, lengths: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """One optimizer step each, cut into batches that fit into memory: row indices i64[M]. A permutation of (seed, step, epoch)."""
-    for minibatch in permutation(config.seed, step, epoch, rows).chunk(config.num_mini_batches):
-        yield minibatch.split(config.per_device_train_batch_size)
+    for minibatch in permutation(config.seed, step, epoch, len(lengths)).chunk(config.num_mini_batches):
+        yield by_length(minibatch, lengths, config)
+
+
+def by_length(rows: Tensor, lengths: Tensor, config: PPOConfig) -> tuple[Tensor, ...]:
+    """Rows of like length together, the longest first: as little padding as can be. A gradient is a sum over rows in any order."""
+    longest_first = rows[torch.argsort(lengths[rows], descending=True, stable=True)]
+    return longest_first.split(config.per_device_train_batch_size)

@@ -233,9 +233,9 @@ def _own_collector(
     engine_adapter: EngineAdapter | None,
 ) -> Callable[[float], Collector]:
     """Makes collectors, by temperature, that sample and score on the learner's own models, or sample in an engine beside them."""
-    models, pad_id, rows = learner.models, assembly.base.pad_id, config.per_device_train_batch_size
+    models, pad_id, batching = learner.models, assembly.base.pad_id, learner.batching
     module, lockstep, max_over_ranks = learner.engine.module, learner.lockstep, learner.models.max_over_ranks
-    rewards = roles.build(module, rows, session.device, max_over_ranks)
+    rewards = roles.build(module, batching, session.device, max_over_ranks)
     if engine_adapter is not None:
         generator: Generator = BesideGenerator(pad_id, config.seed, engine_adapter)
     else:
@@ -252,7 +252,7 @@ def _own_collector(
             rewards,
             to_texts,
             temperature,
-            rows,
+            batching,
             session.device,
             max_over_ranks=max_over_ranks,
             synced=synced,

@@ -13,6 +13,7 @@ from rlhf_ray.config import EndpointConfig, JobFields, PPOConfig, RewardSource
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.assembly import Assembly
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.lineage import (
     check_lineage,
     header_line,
@@ -39,8 +40,8 @@ from rlhf_ray.storage.answers import Answers
 
 ANSWERS = "answers"
 """Folder of a run for what its servers and judges have said."""
-Maker = Callable[[Any, int, torch.device, MaxOverRanks], Reward]
-"""(models, rows per forward, device, max_over_ranks) -> the reward."""
+Maker = Callable[[Any, Batching, torch.device, MaxOverRanks], Reward]
+"""(models, how rows are cut into passes, device, max_over_ranks) -> the reward."""
 
 
 class RewardBuilder:
@@ -193,8 +194,8 @@ class RewardBuilder:
                 "a template only where the reward model has another tokenizer",
                 fix="drop it",
             )
-        own: Maker = lambda models, rows, device, agree: ModelReward(  # noqa: E731
-            reward.name, reward.weight, models, role, rows, device, agree
+        own: Maker = lambda models, batching, device, agree: ModelReward(  # noqa: E731
+            reward.name, reward.weight, models, role, batching, device, agree
         )
         return _normalised(own, spread) if is_normalised else own
 
@@ -207,8 +208,8 @@ class RewardBuilder:
             self.readers[role] = reader_of(source, backbone, template)
             how = f"replies are decoded, put in template {template.name}, encoded again"
             self.lines.append(header_line("", f"{reward.name} has its own tokenizer: {how}"))
-        return lambda models, rows, device, agree: RetokenisedReward(
-            reward.name, reward.weight, models, role, self.readers[role], self.assembly.base, rows, agree
+        return lambda models, batching, device, agree: RetokenisedReward(
+            reward.name, reward.weight, models, role, self.readers[role], self.assembly.base, batching, agree
         )
 
     def kinds_of_parents(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -217,10 +218,10 @@ class RewardBuilder:
         return models, [parent for parent in self.parents if parent["path"] in self._functions]
 
     def build(
-        self, models: Any, rows_per_forward: int, device: torch.device, max_over_ranks: MaxOverRanks = int
+        self, models: Any, batching: Batching, device: torch.device, max_over_ranks: MaxOverRanks = int
     ) -> list[Reward]:
         """What scores, in the job's order, over the finished models. max_over_ranks: as the scorer's."""
-        return [make(models, rows_per_forward, device, max_over_ranks) for make in self._makers]
+        return [make(models, batching, device, max_over_ranks) for make in self._makers]
 
     def is_foreign(self, reward: RewardSource) -> bool:
         """Whether it reads text through a tokenizer of its own. Loads nothing."""

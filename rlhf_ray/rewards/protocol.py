@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rlhf_ray.batches import Rollout, Sequences
 from rlhf_ray.data.records import Row
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.forward import to_device
-from rlhf_ray.models.zero3 import MaxOverRanks, lockstep_batches
+from rlhf_ray.models.zero3 import MaxOverRanks
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,21 @@ class RewardInputs:
         return list(self.rollout.finished.tolist())
 
     def sequences(
-        self, rows_per_forward: int, device: torch.device, max_over_ranks: MaxOverRanks = int
-    ) -> Iterator[tuple[slice, Sequences]]:
-        """Token ids in forward passes of at most `rows_per_forward` rows, without columns that are padding in all of them.
+        self, batching: Batching, device: torch.device, max_over_ranks: MaxOverRanks = int
+    ) -> Iterator[tuple[Tensor, Sequences]]:
+        """Token ids of the rows of every forward pass, and which rows these are: i64[M].
 
         max_over_ranks: under ZeRO-3, how ranks with rollouts of different sizes come to make equally many passes."""
-        for rows in lockstep_batches(len(self), rows_per_forward, max_over_ranks):
-            some = self.rollout.rows(rows)
-            yield rows, to_device(Sequences.trim(some.tokens, some.prompt_mask, some.response_mask), device)
+        return sequences_of(self.rollout, batching, device, max_over_ranks)
+
+
+def sequences_of(
+    rollout: Rollout, batching: Batching, device: torch.device, max_over_ranks: MaxOverRanks = int
+) -> Iterator[tuple[Tensor, Sequences]]:
+    """`RewardInputs.sequences` of a rollout alone."""
+    for rows in batching.passes(rollout.attention_mask.sum(dim=1), max_over_ranks):
+        seq = batching.sequences(rollout.tokens, rollout.prompt_mask, rollout.response_mask, rows)
+        yield rows, to_device(seq, device)
 
 
 def broken_as_inf(scores: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from rlhf_ray.data.encode import encode_prompts, encode_texts, end_of_turn
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.forward import to_device
-from rlhf_ray.models.zero3 import MaxOverRanks, lockstep_batches, padding_batch
+from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, broken_as_inf
 
 
@@ -52,18 +53,20 @@ class Reader:
             )
         ]
 
-    def sequences(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Sequences:
-        """Padded, on the reward model's device. Every prompt and reply must hold a token."""
+    def sequences(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], contiguous: bool = True
+    ) -> Sequences:
+        """Padded, on the reward model's device. Every prompt and reply must hold a token.   contiguous: see `Sequences.trim`."""
         before, real_before = pad_left(prompts, self.backbone.pad_id)
         after, real_after = pad_right(responses, self.backbone.pad_id)
-        together = torch.cat([before, after], dim=1), torch.cat([real_before, real_after], dim=1)
-        return to_device(Sequences(*together, real_after), self.backbone.device)
+        seq = Sequences.trim(torch.cat([before, after], dim=1), real_before, real_after, contiguous)
+        return to_device(seq, self.backbone.device)
 
 
 class RetokenisedReward(Reward):
     """A whole reward model with a tokenizer of its own, by its role.
 
-    reader: of the reward model.  writer: the policy's base.  rows_per_forward: memory only.  max_over_ranks: as the scorer's."""
+    reader: of the reward model.  writer: the policy's base.  batching, max_over_ranks: as the scorer's."""
 
     def __init__(
         self,
@@ -73,16 +76,11 @@ class RetokenisedReward(Reward):
         role: str,
         reader: Reader,
         writer: Backbone,
-        rows_per_forward: int,
+        batching: Batching,
         max_over_ranks: MaxOverRanks = int,
     ) -> None:
         self.name, self.weight, self.models, self.role = name, weight, models, role
-        self.reader, self.writer, self.rows_per_forward, self.max_over_ranks = (
-            reader,
-            writer,
-            rows_per_forward,
-            max_over_ranks,
-        )
+        self.reader, self.writer, self.batching, self.max_over_ranks = reader, writer, batching, max_over_ranks
 
     @torch.no_grad()
     def score(self, inputs: RewardInputs) -> Tensor:
@@ -90,9 +88,11 @@ class RetokenisedReward(Reward):
         prompts, responses = self.reader.encode(inputs.rows, inputs.texts.completions, inputs.finished)
         fitted = [_fit(p, r, self.reader.backbone.context_length) for p, r in zip(prompts, responses, strict=True)]
         found = torch.zeros(len(inputs))
-        for batch in lockstep_batches(len(inputs), self.rows_per_forward, self.max_over_ranks):
-            seq = self.reader.sequences([p for p, _ in fitted[batch]], [r for _, r in fitted[batch]])
-            found[batch] = self.models("rewards", self.role, seq).float().cpu()
+        lengths = torch.tensor([len(p) + len(r) for p, r in fitted])
+        for rows in self.batching.passes(lengths, self.max_over_ranks):
+            some = [fitted[i] for i in rows.tolist()]
+            seq = self.reader.sequences([p for p, _ in some], [r for _, r in some], self.batching.contiguous)
+            found[rows] = self.models("rewards", self.role, seq).float().cpu()
         return broken_as_inf(found)
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.metrics import figure
 from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.heads import ScalarHead, scalar_head
 from rlhf_ray.models.lineage import (
     DEFAULT_TEMPLATE,
@@ -84,7 +85,9 @@ def load_scoring_model(
     for line in check_lineage(found, backbone.identity, prompt_template, role=ROLE):
         console.warn(line)
     reader = reader_of(found, backbone, prompt_template)
-    model = ScoringModel(reader, ModelReward(source.name, source.weight, models, ROLE, ROWS_PER_FORWARD, device))
+    model = ScoringModel(
+        reader, ModelReward(source.name, source.weight, models, ROLE, Batching(ROWS_PER_FORWARD), device)
+    )
     ending = "without eos" if reader.end_id is None else f"in {backbone.tokenizer.decode([reader.end_id])}"
     console.log(
         f"{found.describe()} on {backbone.identity.path} ({backbone.identity.precision}); template {prompt_template.name};"

@@ -20,6 +20,7 @@ from rlhf_ray.batches import Sequences
 from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.maths.stats import disagreement, ensemble_scores
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts, broken_as_inf
 from rlhf_ray.runtime import coroutines
@@ -34,7 +35,7 @@ PAUSES_S = (0.5, 2.0)
 class ModelReward(Reward):
     """A reward adapter or a reward model of its own, by its role, on token ids.
 
-    rows_per_forward: memory only.  device: where the models are.  max_over_ranks: see `RewardInputs.sequences`."""
+    batching: how rows are cut into passes.  device: where the models are.  max_over_ranks: see `RewardInputs.sequences`."""
 
     def __init__(
         self,
@@ -42,18 +43,18 @@ class ModelReward(Reward):
         weight: float,
         models: Callable[..., Any],
         role: str,
-        rows_per_forward: int,
+        batching: Batching,
         device: torch.device,
         max_over_ranks: MaxOverRanks = int,
     ) -> None:
         self.name, self.weight, self.models, self.role = name, weight, models, role
-        self.rows_per_forward, self.device, self.max_over_ranks = rows_per_forward, device, max_over_ranks
+        self.batching, self.device, self.max_over_ranks = batching, device, max_over_ranks
 
     @torch.no_grad()
     def score(self, inputs: RewardInputs) -> Tensor:
         """The scalar head's output after the reply's last token, on token ids, never re-tokenised."""
         found = torch.zeros(len(inputs))
-        for rows, seq in inputs.sequences(self.rows_per_forward, self.device, self.max_over_ranks):
+        for rows, seq in inputs.sequences(self.batching, self.device, self.max_over_ranks):
             found[rows] = self.score_sequences(seq).cpu()
         return broken_as_inf(found)
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ray.batches import PromptBatch, Rollout, Sequences
-from rlhf_ray.models.forward import to_device
+from rlhf_ray.batches import PromptBatch, Rollout
+from rlhf_ray.models.batching import Batching
+from rlhf_ray.rewards.protocol import sequences_of
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding, Generator
 from rlhf_ray.roles.invariants import check_sampler_agrees
 from rlhf_ray.sampler.engine import Sampler
@@ -21,7 +22,7 @@ class CheckedGenerator(Generator):
     reference. Two policies with equal weights are then at a KL of exactly 0, in any precision (F15), and a sampler that used
     another adapter than the one asked for is found out: `limit` bounds the mean difference to its log-probabilities.
 
-    models: `RoleModels`, called through its `forward`.   rows_per_forward: as the scorer's."""
+    models: `RoleModels`, called through its `forward`.   batching: as the scorer's."""
 
     def __init__(
         self,
@@ -30,13 +31,13 @@ class CheckedGenerator(Generator):
         seed: int,
         models: Callable[..., Any],
         policy: str,
-        rows_per_forward: int,
+        batching: Batching,
         device: torch.device,
         limit: float,
     ) -> None:
         super().__init__(sampler, pad_id, seed)
         self.models, self.policy, self.device = models, policy, device
-        self.rows_per_forward, self.limit = rows_per_forward, limit
+        self.batching, self.limit = batching, limit
 
     def generate(
         self, prompts: PromptBatch, adapter: ActiveAdapter, decoding: Decoding, role: str, step: int
@@ -50,10 +51,7 @@ class CheckedGenerator(Generator):
     @torch.no_grad()
     def _logprobs(self, rollout: Rollout, temperature: float) -> Tensor:
         found = torch.zeros(rollout.response_mask.shape)
-        for start in range(0, len(rollout), self.rows_per_forward):
-            piece = slice(start, start + self.rows_per_forward)
-            some = rollout.rows(piece)
-            seq = to_device(Sequences.trim(some.tokens, some.prompt_mask, some.response_mask), self.device)
+        for rows, seq in sequences_of(rollout, self.batching, self.device):
             logprobs, _ = self.models("logprobs", self.policy, seq, temperature)
-            found[piece, : seq.response_width] = logprobs.float().cpu()
+            found[rows, : seq.response_width] = logprobs.float().cpu()
         return found

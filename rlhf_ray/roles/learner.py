@@ -18,13 +18,14 @@ from rlhf_ray.errors import InvariantError
 from rlhf_ray.maths import losses
 from rlhf_ray.maths.masks import zero_outside
 from rlhf_ray.models.adapters import adapter_parameters, adapter_tensors, load_adapter_tensors
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.forward import to_device
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.zero3 import padding_batch
 from rlhf_ray.roles.deepspeed_engine import ParameterGroup, TrainingEngine
 from rlhf_ray.roles.experience import Evaluation
 from rlhf_ray.roles.guards import Guards
-from rlhf_ray.roles.minibatches import Microbatch, microbatches, minibatches
+from rlhf_ray.roles.minibatches import Microbatch, by_length, microbatches, minibatches
 from rlhf_ray.roles.optimizer_state import export_state, forget_state, restore_state
 from rlhf_ray.roles.ptx import PtxBatch, PtxRows
 from rlhf_ray.roles.trained_weights import TrainedWeights, load_weights, read_weights
@@ -75,6 +76,8 @@ class UpdateStats:
             "policy/epochs": float(self.epochs),
             "policy/skipped_updates": float(self.skipped),
         }
+        if "computed_tokens" in self.sums:
+            found["update/real_token_share"] = self.sums["real_tokens"] / self.sums["computed_tokens"]
         if "kl_loss" in self.sums:
             found["loss/kl"] = self.sums["kl_loss"] / tokens
         if "ptx_tokens" in self.sums:
@@ -96,6 +99,7 @@ class Learner:
 
     def __init__(self, models: RoleModels, config: PPOConfig, session: Session, ptx: PtxRows | None = None) -> None:
         self.models, self.config, self.session, self.ptx = models, config, session, ptx
+        self.batching = Batching.of(config)
         self.lockstep = config.learner.zero_stage == 3
         if self.lockstep:
             models.max_over_ranks = session.highest
@@ -112,12 +116,13 @@ class Learner:
         Computed in the very rows and widths of epoch 0's microbatches, so that the first ratio is exactly 1 in any dtype.
         learnt: bool[B], the rows that the update gets; None for all."""
         found: list[tuple[Tensor, list[Tensor]]] = []
+        lengths = rollout.attention_mask.sum(dim=1)
         chosen = torch.ones(len(rollout), dtype=torch.bool) if learnt is None else learnt
         inside, outside = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
         batches = [inside[index] for index in self._minibatches(step, 0, len(inside))] if len(inside) else []
         for minibatch in [*batches, outside] if len(outside) else batches:
-            for micro in self._microbatches(minibatch):
-                seq = self._sequences(rollout.tokens, rollout.prompt_mask, rollout.response_mask, micro)
+            for micro in self._microbatches(minibatch, lengths[minibatch]):
+                seq = self._sequences(rollout, micro)
                 with torch.no_grad():
                     passed = self.engine.module("both", seq, self.config.temperature, with_entropy=True)
                 rows = [x.float().cpu()[micro.counts] for x in passed if x is not None]
@@ -135,8 +140,8 @@ class Learner:
         found: list[tuple[Tensor, Tensor]] = []
         load_adapter_tensors(model, name, adapter.tensors)
         try:
-            for micro in self._microbatches(torch.arange(len(rollout))):
-                seq = self._sequences(rollout.tokens, rollout.prompt_mask, rollout.response_mask, micro)
+            for micro in self._microbatches(torch.arange(len(rollout)), rollout.attention_mask.sum(dim=1)):
+                seq = self._sequences(rollout, micro)
                 with torch.no_grad():
                     logprobs, _ = self.engine.module("logprobs", "policy", seq, self.config.temperature)
                 found.append((micro.index[micro.counts], logprobs.float().cpu()[micro.counts]))
@@ -228,18 +233,20 @@ class Learner:
     ) -> float:
         tokens = int(experience.response_mask[minibatch].sum())
         train_policy = learning_rates["policy"] > 0
-        micros = self._microbatches(minibatch)
         lengths = experience.response_mask.sum(dim=1)
+        whole = lengths + experience.prompt_mask.sum(dim=1)
+        micros = self._microbatches(minibatch, whole[minibatch])
         row_weights = torch.ones(len(experience))
         aggregated = losses.aggregation_weights(self.config.loss_aggregation, lengths[minibatch])
         if aggregated is not None:
             row_weights[minibatch] = aggregated
         sums: dict[str, float] = {"tokens": float(tokens) if self.session.is_main else 0.0}
         if ptx is not None:  # ahead: the last backward, after which gradients are reduced, must reach every parameter
-            sums |= self._accumulate_ptx(ptx)
+            self._accumulate_ptx(ptx, sums)
         deviation, ratio = 0.0, 0.0
         for number, micro in enumerate(micros):
-            seq = self._sequences(experience.tokens, experience.prompt_mask, experience.response_mask, micro)
+            seq = self._sequences(experience, micro)
+            self._count_tokens(sums, seq, whole, micro)
             rows = experience.rows(micro.index)
             mask = seq.response_mask & micro.counts.to(seq.tokens.device)[:, None]
             weights = None if aggregated is None else row_weights[micro.index]
@@ -267,18 +274,19 @@ class Learner:
             stats.sums[name] = stats.sums.get(name, 0.0) + value
         return totals["approx_kl"] / tokens
 
-    def _accumulate_ptx(self, ptx: PtxBatch) -> dict[str, float]:
-        """Backward of ptx_coef x the mean of -log p over the learnt tokens of all ranks' rows. Returns this rank's sums."""
-        total, sums = int(ptx.learnt.sum()), {"ptx_loss": 0.0, "ptx_tokens": 0.0}
-        for number, micro in enumerate(self._microbatches(torch.arange(len(ptx)))):
-            seq = to_device(ptx.sequences(micro.index), self.session.device)
+    def _accumulate_ptx(self, ptx: PtxBatch, sums: dict[str, float]) -> None:
+        """Backward of ptx_coef x the mean of -log p over the learnt tokens of all ranks' rows. Adds this rank's to `sums`."""
+        total = int(ptx.learnt.sum())
+        sums |= {"ptx_loss": 0.0, "ptx_tokens": 0.0}
+        for number, micro in enumerate(self._microbatches(torch.arange(len(ptx)), ptx.lengths)):
+            seq = to_device(ptx.sequences(micro.index, self.batching.contiguous), self.session.device)
+            self._count_tokens(sums, seq, ptx.lengths, micro)
             logprobs, _ = self.engine.module("logprobs", "policy", seq, 1.0)
             learnt = (ptx.learnt[micro.index] & micro.counts[:, None])[:, : seq.response_width].to(logprobs.device)
             loss, count = losses.ptx_loss_sum(logprobs, learnt)
             self.engine.accumulate(self.config.ptx_coef * loss / total + self._reach_value(number), last=False)
             sums["ptx_loss"] += float(loss.detach())
             sums["ptx_tokens"] += float(count)
-        return sums
 
     def _reach_value(self, number: int) -> Tensor | float:
         """0, under ZeRO-3 in an accumulation's first backward with a gradient of 0 for the value model.
@@ -382,13 +390,23 @@ class Learner:
     def _minibatches(self, step: int, epoch: int, rows: int) -> list[Tensor]:
         return minibatches(self.config.seed, step, epoch, rows, self.config.num_mini_batches)
 
-    def _microbatches(self, minibatch: Tensor) -> list[Microbatch]:
-        width = self.config.per_device_train_batch_size
-        return microbatches(minibatch, self.session.rank, self.session.world_size, width)
+    def _microbatches(self, minibatch: Tensor, lengths: Tensor) -> list[Microbatch]:
+        rank, world_size = self.session.rank, self.session.world_size
+        if not self.batching.contiguous:
+            return microbatches(minibatch, rank, world_size, self.batching.rows)
+        return by_length(minibatch, lengths, rank, world_size, self.batching)
 
-    def _sequences(self, tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor, micro: Microbatch) -> Sequences:
-        i = micro.index
-        return to_device(Sequences.trim(tokens[i], prompt_mask[i], response_mask[i]), self.session.device)
+    def _count_tokens(self, sums: dict[str, float], seq: Sequences, lengths: Tensor, micro: Microbatch) -> None:
+        """What a pass reads of rows that count, and what it computes. Older runs log what they have logged.
+
+        lengths: tokens of every row that `micro` may name."""
+        if self.batching.contiguous:
+            sums["real_tokens"] = sums.get("real_tokens", 0.0) + float(lengths[micro.index[micro.counts]].sum())
+            sums["computed_tokens"] = sums.get("computed_tokens", 0.0) + float(seq.computed_tokens)
+
+    def _sequences(self, rows: Rollout | Experience, micro: Microbatch) -> Sequences:
+        seq = self.batching.sequences(rows.tokens, rows.prompt_mask, rows.response_mask, micro.index)
+        return to_device(seq, self.session.device)
 
 
 def trained_groups(models: RoleModels) -> list[ParameterGroup]:

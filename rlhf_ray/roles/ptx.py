@@ -28,9 +28,14 @@ class PtxBatch:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def sequences(self, index: Tensor) -> Sequences:
+    @property
+    def lengths(self) -> Tensor:
+        """i64[N], tokens of each row."""
+        return self.real.sum(dim=1)
+
+    def sequences(self, index: Tensor, contiguous: bool = True) -> Sequences:
         """Some rows as a forward pass sees them: the first token, which nothing predicts, is the prompt; the others the reply."""
-        return Sequences.trim(self.tokens[index], self.real[index, :1], self.real[index, 1:])
+        return Sequences.trim(self.tokens[index], self.real[index, :1], self.real[index, 1:], contiguous)
 
 
 class PtxRows:

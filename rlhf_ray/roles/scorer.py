@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.data.records import Row
 from rlhf_ray.models.assembly import SYNCED_REFERENCE
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.zero3 import MaxOverRanks, padding_batch
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
 from rlhf_ray.roles import invariants
@@ -36,7 +37,7 @@ def weighted_sum(rewards: Sequence[Reward], parts: Mapping[str, Tensor], rows: i
 class Scorer:
     """rewards: in the job's order.  reference: the role whose log-probabilities the KL is taken against, None for none.
 
-    rows_per_forward: memory only.  to_texts: the texts of a rollout's rows, for Python rewards.  device: where the models are.
+    batching: how rows are cut into passes.  to_texts: the texts of a rollout's rows, for Python rewards.  device: of the models.
 
     max_over_ranks: under ZeRO-3, how ranks with chunks of different sizes come to make equally many forward passes.
 
@@ -48,14 +49,14 @@ class Scorer:
         rewards: Sequence[Reward],
         to_texts: Callable[[Rollout, Sequence[Row]], Texts],
         temperature: float,
-        rows_per_forward: int,
+        batching: Batching,
         device: torch.device,
         reference: str | None = "reference",
         max_over_ranks: MaxOverRanks = int,
         synced: LoadedAdapter | None = None,
     ) -> None:
         self.models, self.rewards, self.to_texts = models, tuple(rewards), to_texts
-        self.temperature, self.rows_per_forward, self.device = temperature, rows_per_forward, device
+        self.temperature, self.batching, self.device = temperature, batching, device
         self.reference, self.max_over_ranks, self.synced = reference, max_over_ranks, synced
         self.about: dict[str, Any] = {}
 
@@ -98,7 +99,7 @@ class Scorer:
 
         def logprobs(role: str) -> Tensor:
             found = torch.zeros(rollout.response_mask.shape)
-            for batch, seq in inputs.sequences(self.rows_per_forward, self.device, self.max_over_ranks):
+            for batch, seq in inputs.sequences(self.batching, self.device, self.max_over_ranks):
                 passed, _ = self.models("logprobs", role, seq, temperature)
                 found[batch, : seq.response_width] = passed.float().cpu()
             return found

@@ -23,6 +23,7 @@ from rlhf_ray.data.tokenise import TooLong
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.lineage import check_lineage, header_line, parent_of
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.sources import resolve_source
@@ -155,7 +156,7 @@ class EvaluationModels:
             texts_ = Texts(
                 [self.template.render(row.prompt) for row in rows], replies.texts, ids, [row.columns for row in rows]
             )
-            scorer = self._scorer(lambda *_: texts_, self.config.per_device_eval_batch_size, None)
+            scorer = self._scorer(lambda *_: texts_, Batching(self.config.per_device_eval_batch_size), None)
             collected = Collected(rollout, scorer.score(rollout, rows), {})
             return PolicyResponses(_without_kl(HeldOut.of(collected)), texts_), cut
 
@@ -169,7 +170,8 @@ class EvaluationModels:
         stack, config = self.models.stack_of(policy.role), self.config
         to_texts = text_maker(self.backbone, self.template)
         quantised = config.load_in_8bit or config.load_in_4bit
-        pad_id, rows, device = self.backbone.pad_id, config.per_device_eval_batch_size, self.session.device
+        pad_id, device = self.backbone.pad_id, self.session.device
+        batching = Batching(config.per_device_eval_batch_size)
         at_once = rows_at_once(config.sampler_rows, config.rollout_chunk_size, device.type)
         generator = CheckedGenerator(
             Sampler(stack.model, stack.backbone.pad_id, at_once),
@@ -177,13 +179,13 @@ class EvaluationModels:
             config.seed,
             self.models,
             policy.role,
-            rows,
+            batching,
             device,
             tolerance(stack.backbone.dtype, quantised),
         )
         collector = LocalCollector(
             generator,
-            self._scorer(to_texts, rows, self.reference),
+            self._scorer(to_texts, batching, self.reference),
             self.session,
             config.rollout_chunk_size,
             pad_id,
@@ -196,11 +198,13 @@ class EvaluationModels:
             figures = _without_kl(figures)
         return PolicyResponses(figures, to_texts(collected.rollout, [p.row for p in prompts]))
 
-    def _scorer(self, to_texts: Callable[[Rollout, Sequence[Row]], Texts], rows: int, against: str | None) -> Scorer:
+    def _scorer(
+        self, to_texts: Callable[[Rollout, Sequence[Row]], Texts], batching: Batching, against: str | None
+    ) -> Scorer:
         found = self.policies[against] if against is not None else None
         reference = found.role if isinstance(found, Policy) else None
         temperature, device = self.config.sampling.temperature, self.session.device
-        return Scorer(self.models, self.rewards, to_texts, temperature, rows, device, reference)
+        return Scorer(self.models, self.rewards, to_texts, temperature, batching, device, reference)
 
 
 def best_of(found: PolicyResponses, n: int, chooser: RewardSource) -> PolicyResponses:
@@ -266,7 +270,7 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
         template,
         models,
         policies,
-        roles.build(models, config.per_device_eval_batch_size, session.device),
+        roles.build(models, Batching(config.per_device_eval_batch_size), session.device),
         reference,
         [*builder.parents, *roles.parents],
         [*builder.lines, *roles.lines, header_line("bases", f"{len(bases)} loaded: {', '.join(bases)}")],

@@ -71,7 +71,8 @@ class RewardTask(PairTask):
             start = copy_of(config.sft, backbone, template, self.adapter, session)
         head = ScalarHead(backbone.hidden_size, initial_head(backbone.hidden_size, config.seed)).to(backbone.device)
         lineage = [*describe(backbone.identity, start.parents, template), f"adapter    {start.told}; scalar head"]
-        super().__init__(RewardModel(backbone, start.model, head), start.parents, lineage)
+        model = RewardModel(backbone, start.model, head, config.has_contiguous_rows)
+        super().__init__(model, start.parents, lineage)
         self.config = config
         self.spread: dict[str, float] | None = None
         self.held_out: dict[str, Any] | None = None

@@ -64,7 +64,8 @@ class SFTTask(Task):
         else:
             start = copy_of(config.sft, backbone, template, self.adapter, session)
         stands_on = describe(backbone.identity, start.parents, template)
-        super().__init__(LanguageModel(backbone, start.model), start.parents, [*stands_on, f"adapter    {start.told}"])
+        model = LanguageModel(backbone, start.model, config.has_contiguous_rows, config.packing)
+        super().__init__(model, start.parents, [*stands_on, f"adapter    {start.told}"])
         self.config = config
         self.label_smoothing = float(config.trainer.get("label_smoothing_factor", 0.0))
         self._trained_tokens = 0.0

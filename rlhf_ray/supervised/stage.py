@@ -36,6 +36,7 @@ from rlhf_ray.supervised.callback import RunCallback
 from rlhf_ray.supervised.checkpoint import MAY_CHANGE
 from rlhf_ray.supervised.header import header_lines, warnings_about
 from rlhf_ray.supervised.task import Examples, Job, Recipe, SupervisedConfig, Task
+from rlhf_ray.supervised.trained_model import check_packing
 from rlhf_ray.supervised.trainer import SupervisedTrainer, total_steps, training_arguments, undisturbed
 from rlhf_ray.training import run_entry
 from rlhf_ray.training.ancestry import check_ancestors
@@ -77,6 +78,8 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     examples = tokenise(config, recipe, rows, template, backbone)
     require_rows(config, len(examples.train), [*context_warnings(config, backbone), *examples.lines])
     task = recipe.build(backbone, template)
+    if getattr(config, "packing", False):
+        check_packing(task.model, [row.input_ids for row in examples.train[:3]])
     if session.device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing:
         gradient_checkpointing(task.model.peft_model)
     run_entry.check_same_models(folder, backbone.identity, template, [p.manifest() for p in task.parents])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,26 +11,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_ray.data.collate import IGNORE_INDEX
+from rlhf_ray.data.collate import IGNORE_INDEX, pad_right
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.maths.logprobs import chunked_token_logprobs
-from rlhf_ray.maths.masks import last_token_index
+from rlhf_ray.maths.masks import last_token_index, position_ids
 from rlhf_ray.models.adapters import use_adapter
 from rlhf_ray.models.backbone import Backbone, trunk
 from rlhf_ray.models.forward import LOGITS_AT_ONCE
 from rlhf_ray.models.heads import ScalarHead
-from rlhf_ray.models.recurrent import hidden_states
+from rlhf_ray.models.recurrent import hidden_states, turned
 
 
 class TrainedModel(nn.Module):
-    """`backbone` with the PEFT model around it. Only the active adapter, and a head where there is one, has gradients."""
+    """`backbone` with the PEFT model around it. Only the active adapter, and a head where there is one, has gradients.
 
-    def __init__(self, backbone: Backbone, peft_model: PeftModel) -> None:
+    contiguous: rows are read with their padding on the right and without a mask; False for runs begun under defaults_version 1 and
+    2, whose sums were made with one."""
+
+    def __init__(self, backbone: Backbone, peft_model: PeftModel, contiguous: bool = True) -> None:
         super().__init__()
-        self.backbone, self.peft_model = backbone, peft_model
+        self.backbone, self.peft_model, self.contiguous = backbone, peft_model, contiguous
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states [N, T, D]; positions count real tokens, so padding on either side changes nothing."""
-        return hidden_states(trunk(self.peft_model), input_ids, attention_mask.bool())
+        width = input_ids.shape[1] if self.contiguous else None
+        return hidden_states(trunk(self.peft_model), input_ids, attention_mask.bool(), length=width)
+
+    def read(self, attention_mask: Tensor, input_ids: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        """`states`, and mask and what lies `beside` the ids (i64[N, T]), all with padding on one side: that which costs nothing."""
+        if not self.contiguous:
+            return self.states(input_ids, attention_mask), attention_mask, *beside
+        begin = attention_mask.long().argmax(dim=1, keepdim=True)
+        mask, ids, *others = (turned(values, begin) for values in (attention_mask, input_ids, *beside))
+        states = trunk(self.peft_model)(input_ids=ids, use_cache=False).last_hidden_state
+        return states, mask, *others
 
     # What Trainer and accelerate ask a model for: NEFTune its embeddings, Liger the model inside, bitsandbytes how it was loaded.
 
@@ -54,7 +69,13 @@ class TrainedModel(nn.Module):
 
 
 class LanguageModel(TrainedModel):
-    """SFT: the loss of a batch."""
+    """SFT: the loss of a batch.   packing: see `packed_states`."""
+
+    def __init__(
+        self, backbone: Backbone, peft_model: PeftModel, contiguous: bool = True, packing: bool = False
+    ) -> None:
+        super().__init__(backbone, peft_model, contiguous)
+        self.packing = packing
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, label_smoothing: float = 0.0
@@ -62,10 +83,14 @@ class LanguageModel(TrainedModel):
         """sum_t -log p(labels_t | tokens before t), over labels that are not IGNORE_INDEX.   All i64[N, T], labels not shifted.
 
         label_smoothing e: (1 - e) x that + e x the mean of -log p over the vocabulary (arXiv:1512.00567)."""
-        states = self.states(input_ids, attention_mask)
-        targets = labels[:, 1:]
+        if self.packing:
+            real = attention_mask.bool()
+            states, targets = packed_states(trunk(self.peft_model), input_ids, real), _next(labels)[real]
+        else:
+            states, _, labels = self.read(attention_mask, input_ids, labels)
+            states, targets = states[:, :-1], labels[:, 1:]
         wanted = targets != IGNORE_INDEX
-        return token_loss_sum(states[:, :-1][wanted], self._lm_head(), targets[wanted], label_smoothing)
+        return token_loss_sum(states[wanted], self._lm_head(), targets[wanted], label_smoothing)
 
     def next_token_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """f32[N, V], after each row's last real token."""
@@ -90,7 +115,8 @@ class PreferenceModel(LanguageModel):
         """f32[N]: log p of each row's reply, summed over its tokens, under the active adapter.
 
         input_ids, attention_mask: i64[N, T], padded on the right.   replies: bool[N, T], True on the tokens of the reply."""
-        states, targets, wanted = self.states(input_ids, attention_mask), input_ids[:, 1:], replies[:, 1:]
+        states, _, ids, replies = self.read(attention_mask, input_ids, input_ids, replies)
+        targets, wanted = ids[:, 1:], replies[:, 1:]
         head = self._lm_head()
         size = max(LOGITS_AT_ONCE // int(getattr(head, "out_features", 0) or 32_000), 1)
         said, _ = chunked_token_logprobs(states[:, :-1][wanted], head, targets[wanted], 1.0, size, with_entropy=False)
@@ -106,13 +132,63 @@ class PreferenceModel(LanguageModel):
 class RewardModel(TrainedModel):
     """The scalar head, read after the last real token."""
 
-    def __init__(self, backbone: Backbone, peft_model: PeftModel, head: ScalarHead) -> None:
-        super().__init__(backbone, peft_model)
+    def __init__(self, backbone: Backbone, peft_model: PeftModel, head: ScalarHead, contiguous: bool = True) -> None:
+        super().__init__(backbone, peft_model, contiguous)
         self.head = head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """f32[N] scores of sequences i64[N, T]. They depend on the real tokens alone, wherever the padding is (F11)."""
-        return self.head(at_last_token(self.states(input_ids, attention_mask), attention_mask))
+        states, mask = self.read(attention_mask, input_ids)
+        return self.head(at_last_token(states, mask))
+
+
+def packed_states(body: nn.Module, input_ids: Tensor, real: Tensor) -> Tensor:
+    """[K, D]: the last hidden states of rows' real tokens, row after row, read by trunk `body` as one row without padding.
+
+    Positions begin again with every row, by which attention keeps rows apart: flash-attn by cutting them up, other kernels by a
+    block-diagonal mask. A state would be carried from row to row (`check_packing`).   input_ids: i64[N, T].   real: bool[N, T]."""
+    output = body(input_ids=input_ids[real][None], position_ids=position_ids(real)[real][None], use_cache=False)
+    states: Tensor = output.last_hidden_state[0]
+    return states
+
+
+@torch.no_grad()
+def check_packing(model: TrainedModel, rows: Sequence[Sequence[int]]) -> None:
+    """ConfigError if the base does not read these rows packed as it reads each alone: layers with a state, attention that goes by
+    columns, kernels that take no mask of pairs.   rows: token ids, a few short rows."""
+    body, name = trunk(model.peft_model), model.backbone.model.config.model_type
+    device, some = model.backbone.device, [list(row)[:PROBED_TOKENS] for row in rows]
+    ids, real = (tensor.to(device) for tensor in pad_right(some, model.backbone.pad_id))
+    try:
+        packed = packed_states(body, ids, real)
+        alone = [
+            body(input_ids=torch.tensor([row], device=device), use_cache=False).last_hidden_state[0] for row in some
+        ]
+        each = torch.cat(alone).float()
+        off = float((packed.float() - each).abs().max() / each.abs().max().clamp_min(1e-9))
+        got = "" if off <= PACKING_TOLERANCE.get(packed.dtype, 0.1) else f"off by {off:.2g} of the largest"
+    except (RuntimeError, TypeError, ValueError) as error:  # whatever a model does with what it was not made for
+        got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if got:
+        raise ConfigError.at(
+            "packing",
+            f"models of type {name} do not read packed rows as they read each alone (tried on the first rows)",
+            "the same hidden states",
+            got,
+            "set packing: false",
+        )
+
+
+PROBED_TOKENS = 24
+"""Of each row: enough for a mask that is wrong to show."""
+PACKING_TOLERANCE = {torch.float32: 1e-3}
+"""Largest difference of hidden states over the largest of them, in shorter precisions 0.1. Sums in another order differ by 1e-6,
+rows that see each other by 0.1 to 1."""
+
+
+def _next(labels: Tensor) -> Tensor:
+    """[N, T]: of every column the label of the next one; of the last none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def at_last_token(states: Tensor, attention_mask: Tensor) -> Tensor:

@@ -31,7 +31,15 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = (
     *("output_dir", "resume", "run_name", "report_to", "learner.", "wait_for_resources", "stop_grace_s", "watchdog_s"),
-    *("per_device_train_batch_size", "gradient_checkpointing", "save_steps", "save_total_limit", "copy_to"),
+    *(
+        "per_device_train_batch_size",
+        "tokens_per_microbatch",
+        "packing",
+        "gradient_checkpointing",
+        "save_steps",
+        "save_total_limit",
+        "copy_to",
+    ),
 )
 """Fields that may differ between the job that started a run and the one that goes on with it: where and how often, never what."""
 

@@ -211,6 +211,38 @@ def test_more_takes_more(model: Callable[..., str], fields: dict[str, Any], phas
     assert sum(more.values()) > sum(less.values())
 
 
+def test_a_budget_of_tokens_is_that_many_tokens_of_rows(model: Callable[..., str]) -> None:
+    """Rows have 96 tokens: a budget of 4 of them takes what 4 rows take; half a row more takes more than 4 rows and less than 5."""
+    path = model()
+
+    def peaks(**fields: Any) -> dict[str, int]:
+        phases = only(ppo(path, rollout_batch_size=64, num_mini_batches=1, **fields)).phases
+        return {name: sum(phases[name].values()) for name in ("scoring", "evaluation", "update")}
+
+    four, five = peaks(per_device_train_batch_size=4), peaks(per_device_train_batch_size=5)
+    assert peaks(tokens_per_microbatch=4 * 96) == four and peaks(tokens_per_microbatch=95) == peaks(
+        per_device_train_batch_size=1
+    )
+    between = peaks(tokens_per_microbatch=4 * 96 + 48)
+    assert all(four[name] < between[name] < five[name] for name in four)
+
+
+def test_rows_without_a_mask_take_less(model: Callable[..., str]) -> None:
+    """Than the layout of older runs, which are planned as they are finished; packed rows have a mask of all pairs, but not where
+    flash-attn reads them."""
+    path = model()
+    now, before = (sum(only(ppo(path, defaults_version=v)).phases["update"].values()) for v in (3, 2))
+    assert now < before
+
+    def sft(**fields: Any) -> int:
+        job = SFTConfig(output_dir="run", model_name_or_path=path, data={"train": "d"}, **fields)  # type: ignore[arg-type]
+        return sum(only(job).phases["update"].values())
+
+    tokens = 8 * 512
+    assert sft(packing=True) > sft() + tokens**2
+    assert sft(packing=True, attn_implementation="flash_attention_2") < 1.1 * sft()
+
+
 def test_quantised_bases_take_less_and_a_second_base_more(model: Callable[..., str]) -> None:
     sizes = [
         only(ppo(model(), **f)).phases["load"]["bases"] for f in ({}, {"load_in_8bit": True}, {"load_in_4bit": True})

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_ray.batches import Rollout, Scores
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
 from rlhf_ray.rewards.sources import EnsembleReward, ModelReward, NormalisedReward
 from rlhf_ray.roles.scorer import Scorer
@@ -73,8 +74,10 @@ def test_the_scorer_takes_any_kind_beside_the_others() -> None:
         decoded.append(len(some))
         return Texts(["a"] * 3, ["four", "", "six..."], [[5, 6], [7], [8, 9]], [{}, {}, {}])
 
-    ids = ModelReward("ids", 1.0, models, "ids", 2, CPU)
-    scores = Scorer(models, [FinishedReward(), ids, LengthReward()], to_texts, 1.0, 2, CPU).score(rollout(), rows())
+    ids = ModelReward("ids", 1.0, models, "ids", Batching(2), CPU)
+    scores = Scorer(models, [FinishedReward(), ids, LengthReward()], to_texts, 1.0, Batching(2), CPU).score(
+        rollout(), rows()
+    )
     assert scores.parts["finished"].tolist() == [1.0, 0.0, 1.0]
     assert scores.parts["ids"].tolist() == [12.0, 8.0, 18.0]
     assert scores.parts["length"].tolist() == [4.0, 0.0, 6.0]
@@ -95,7 +98,7 @@ class Says(Reward):
 
 
 def scored(*rewards: Reward) -> Scores:
-    return Scorer(models, rewards, lambda *_: None, 1.0, 2, CPU, reference=None).score(rollout(), rows())  # type: ignore[arg-type,return-value]
+    return Scorer(models, rewards, lambda *_: None, 1.0, Batching(2), CPU, reference=None).score(rollout(), rows())  # type: ignore[arg-type,return-value]
 
 
 NONE, BROKEN = math.nan, math.inf
@@ -158,7 +161,7 @@ def test_nothing_is_decoded_where_no_reward_reads_text() -> None:
     def never(*given: Any) -> Texts:
         raise AssertionError("nobody reads text")
 
-    scores = Scorer(models, [FinishedReward()], never, 1.0, 2, CPU, reference=None).score(rollout(), rows())
+    scores = Scorer(models, [FinishedReward()], never, 1.0, Batching(2), CPU, reference=None).score(rollout(), rows())
     assert scores.reward.tolist() == [0.5, 0.0, 0.5] and not scores.ref_logprobs.any()
 
 
@@ -173,11 +176,15 @@ def test_a_rank_without_rows_joins_the_passes_of_the_others() -> None:
     def most(own: int) -> int:
         return max(own, 2)
 
-    ids = ModelReward("ids", 1.0, counted, "ids", 2, CPU, most)
+    ids = ModelReward("ids", 1.0, counted, "ids", Batching(2), CPU, most)
     pair = EnsembleReward(
-        "pair", 1.0, [ModelReward(f"pair/{i}", 1.0, counted, f"pair/{i}", 2, CPU, most) for i in (1, 2)], "min", None
+        "pair",
+        1.0,
+        [ModelReward(f"pair/{i}", 1.0, counted, f"pair/{i}", Batching(2), CPU, most) for i in (1, 2)],
+        "min",
+        None,
     )
-    scorer = Scorer(counted, [FinishedReward(), ids, pair], lambda *_: None, 1.0, 2, CPU, max_over_ranks=most)  # type: ignore[arg-type,return-value]
+    scorer = Scorer(counted, [FinishedReward(), ids, pair], lambda *_: None, 1.0, Batching(2), CPU, max_over_ranks=most)  # type: ignore[arg-type,return-value]
     scorer.join()
     joined = list(seen)
     seen.clear()

@@ -14,6 +14,7 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.rewards.protocol import RewardInputs, Texts
 from rlhf_ray.rewards.retokenised import Reader, RetokenisedReward, _fit
 
@@ -93,7 +94,7 @@ def test_padding_and_batching_change_no_score(backbone: Backbone) -> None:
 
     def score(per_forward: int) -> torch.Tensor:
         reader = Reader(backbone, load_template("none"), True)
-        reward = RetokenisedReward("r", 1.0, sums, "r", reader, backbone, per_forward)
+        reward = RetokenisedReward("r", 1.0, sums, "r", reader, backbone, Batching(per_forward))
         return reward.score(inputs(rows, texts, [True, False, False]))
 
     assert torch.equal(score(1), score(3))
@@ -102,7 +103,9 @@ def test_padding_and_batching_change_no_score(backbone: Backbone) -> None:
 
 def test_drift_counts_replies_whose_text_is_other_tokens(backbone: Backbone) -> None:
     tokenizer = backbone.tokenizer
-    reward = RetokenisedReward("r", 1.0, print, "r", Reader(backbone, load_template("none"), True), backbone, 8)
+    reward = RetokenisedReward(
+        "r", 1.0, print, "r", Reader(backbone, load_template("none"), True), backbone, Batching(8)
+    )
     clean = tokenizer.encode("hello", add_special_tokens=False)
     broken = [tokenizer.encode("é", add_special_tokens=False)[0]]  # half of a character
     ids = [[*clean, tokenizer.eos_token_id], broken]

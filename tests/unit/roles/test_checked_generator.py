@@ -9,6 +9,7 @@ import torch
 
 from rlhf_ray.batches import PromptBatch, Sequences
 from rlhf_ray.errors import InvariantError
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.roles.checked_generator import CheckedGenerator
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding
 from rlhf_ray.sampler.requests import DecodeRequest, DecodeResult
@@ -39,7 +40,7 @@ class Models:
 
 
 def generator(models: Models) -> CheckedGenerator:
-    return CheckedGenerator(Script(), 0, 0, models, "policy_3", 2, torch.device("cpu"), 1e-3)  # type: ignore[arg-type]
+    return CheckedGenerator(Script(), 0, 0, models, "policy_3", Batching(2), torch.device("cpu"), 1e-3)  # type: ignore[arg-type]
 
 
 def prompts() -> PromptBatch:
@@ -50,7 +51,7 @@ def prompts() -> PromptBatch:
 def test_log_probabilities_are_the_models_own() -> None:
     models = Models(gap=1e-4)
     rollout = generator(models).generate(prompts(), ActiveAdapter("a"), Decoding((2,), 0.7), "evaluate", 0)
-    assert models.passes == [(2, 2), (1, 3)]  # in pieces of two rows, each as wide as its longest reply
+    assert models.passes == [(2, 3), (1, 1)]  # the longest two, then the third: each as wide as its longest reply
     mask = rollout.response_mask
     assert mask.sum(dim=1).tolist() == [1, 2, 3]
     assert rollout.sample_logprobs[mask].tolist() == pytest.approx([LOGPROB + 1e-4] * 6)

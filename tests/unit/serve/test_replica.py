@@ -22,6 +22,7 @@ from rlhf_ray.data.templates import load_template
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.adapter_files import read_adapter
 from rlhf_ray.models.adapters import wrap
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.registry import Registry
@@ -169,7 +170,9 @@ def test_reward_and_kl_are_those_of_training(
     _, result, ids = alone(base_dir, policy, "alpaca_short", derived_seed(3, "serve", 0, 0))
     seq = Reader(backbone, None, False).sequences([ids], [list(result.token_ids)])  # type: ignore[arg-type]
     with torch.no_grad():
-        score = ModelReward("reward", 1.0, models, "reward", 8, torch.device("cpu")).score_sequences(seq).item()
+        score = (
+            ModelReward("reward", 1.0, models, "reward", Batching(8), torch.device("cpu")).score_sequences(seq).item()
+        )
         base = models("logprobs", "base", seq, 1.0)[0].sum().item()
     assert found["choices"][0]["reward"] == pytest.approx(score, abs=1e-4)
     assert found["choices"][0]["kl"] == pytest.approx(sum(result.logprobs) - base, abs=1e-3)
@@ -207,7 +210,9 @@ def test_reward_and_kl_leave_out_what_a_stop_string_hid(
     models = RoleModels({"s": stack}, {"reward": RoleBinding("s", "reward", "reward"), "base": RoleBinding("s", None)})
     seq = Reader(backbone, None, False).sequences([ids], [list(result.token_ids[:count])])  # type: ignore[arg-type]
     with torch.no_grad():
-        score = ModelReward("reward", 1.0, models, "reward", 8, torch.device("cpu")).score_sequences(seq).item()
+        score = (
+            ModelReward("reward", 1.0, models, "reward", Batching(8), torch.device("cpu")).score_sequences(seq).item()
+        )
         base = models("logprobs", "base", seq, 1.0)[0].sum().item()
     assert found["reward"] == pytest.approx(score, abs=1e-4)
     assert found["kl"] == pytest.approx(sum(result.logprobs[:count]) - base, abs=1e-3)

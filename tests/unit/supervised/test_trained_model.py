@@ -75,6 +75,32 @@ def test_pad_columns_and_the_pad_id_change_nothing(make_backbone: Callable[..., 
     assert float(model(**sft_batch(pad=77, extra=5))) == pytest.approx(plain, rel=1e-6)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_packed_rows_and_the_masked_rows_of_older_runs_have_the_same_loss_and_gradient(
+    make_backbone: Callable[..., Backbone], kernel: str
+) -> None:
+    """Rows of unequal lengths, one of a single token. A row's last token does not predict the next row's first."""
+    model = with_adapter(make_backbone())
+    model.backbone.model.set_attn_implementation(kernel)
+    batch = sft_batch(extra=3)
+    batch = {name: torch.cat([rows, rows[:1]]) for name, rows in batch.items()}
+    batch["attention_mask"][-1, 1:], batch["labels"][-1] = 0, IGNORE_INDEX
+    batch["labels"][:-1, 0] = batch["input_ids"][:-1, 0]  # learnt in no layout: nothing comes before it
+    parameters = list(adapter_parameters(model.peft_model, "sft").values())
+
+    def learnt() -> tuple[float, list[Tensor]]:
+        loss = model(**batch)
+        return float(loss.detach()), list(torch.autograd.grad(loss, parameters))
+
+    expected, gradients = learnt()
+    assert max(float(g.abs().max()) for g in gradients) > 1e-3
+    for model.packing, model.contiguous in ((True, True), (False, False)):
+        loss, others = learnt()
+        assert loss == pytest.approx(expected, rel=1e-6)
+        for other, gradient in zip(others, gradients):
+            torch.testing.assert_close(other, gradient, atol=1e-6, rtol=1e-5)
+
+
 def test_label_smoothing_mixes_in_the_mean_over_the_vocabulary(make_backbone: Callable[..., Backbone]) -> None:
     model = with_adapter(make_backbone())
     batch = sft_batch()

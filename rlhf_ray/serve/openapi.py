@@ -94,6 +94,13 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         usage=USAGE,
     ),
     "StoredPreference": _object(id=STRING, object={"const": "preference"}, created=INTEGER),
+    "Scores": _object(
+        object={"const": "score"},
+        model=STRING,
+        sha256=STRING,
+        ids=_list({"type": ["string", "integer"]}),
+        rewards=_list(_null(NUMBER)),
+    ),
     "Tokens": _object(
         {"token_strs": _null(_list(STRING))}, count=INTEGER, max_model_len=INTEGER, tokens=_list(INTEGER)
     ),
@@ -127,12 +134,15 @@ def document(with_keys: bool) -> dict[str, Any]:
     from rlhf_ray.serve.info_routes import DetokenizeRequest, TokenizeRequest
     from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest
 
+    from rlhf_ray.serve.score import ScoreRequest
+
     schemas = dict(SCHEMAS)
 
     def post(summary: str, body: type[BaseModel], answer: str, streams: bool = False) -> dict[str, Any]:
         whole = body.model_json_schema(ref_template=REF, by_alias=True)
         for name, schema in ({**whole.pop("$defs", {}), body.__name__: whole}).items():
-            schemas[name] = {**schema, "additionalProperties": ASKS_FOR_NOTHING}
+            is_strict = schema.get("additionalProperties") is False
+            schemas[name] = {**schema, "additionalProperties": ASKS_FOR_NOTHING} if is_strict else schema
         asked = {"required": True, "content": {"application/json": {"schema": _ref(body.__name__)}}}
         return {"summary": summary, "requestBody": asked, "responses": _responses(answer, ERRORS, streams, with_keys)}
 
@@ -159,6 +169,7 @@ def document(with_keys: bool) -> dict[str, Any]:
                 "post": post(f"One prompt, several models; {generated}", CompareRequest, "Comparison", True)
             },
             "/v1/preferences": {"post": post("Which reply is better", PreferenceRequest, "StoredPreference")},
+            "/v1/score": {"post": post("Rewards of replies that were written elsewhere", ScoreRequest, "Scores")},
             "/tokenize": {"post": post("What a model reads of a prompt", TokenizeRequest, "Tokens")},
             "/detokenize": {"post": post("The text of tokens", DetokenizeRequest, "DetokenizedText")},
             "/tokenizer_info": {

@@ -315,7 +315,17 @@ def _set_environment() -> None:
 def _started(options: VLLMOptions, processor: type) -> Any:
     """vLLM's engine, in this process."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
+
+    if (built := str(current_platform.device_type)) != options.device:
+        raise ResourceError.at(
+            "rollout.engine",
+            f"vLLM {vllm_version()} here is made for {built}, and whoever samples has {options.device}",
+            options.device,
+            built,
+            "install the vLLM of that device, or give the process one (generator.num_gpus, learner.num_gpus)",
+        )
 
     values: dict[str, Any] = {
         "model": options.model,

@@ -54,7 +54,7 @@ def train_ppo(config: PPOConfig, session: Session) -> Run:
             return Run.load(folder.path)
         seed_everything(config.seed)
         with discarded_on_error(folder, is_new):
-            setup = set_up(config, session, folder)
+            setup = set_up(config, session, folder, held)
         loop = PPOLoop(config, session, setup)
         with setup.writers, session.stop.deferred(), loop.monitor.watchdog.watching():
             loop.restore()

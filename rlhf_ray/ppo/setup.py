@@ -118,11 +118,16 @@ class PPOSetup:
         return self.learner.models.stack_of("value").backbone.identity.path
 
 
-def set_up(config: PPOConfig, session: Session, folder: RunFolder) -> PPOSetup:
-    """Load, check, and say what this run is. Raises the error tree before the first rollout."""
+def set_up(config: PPOConfig, session: Session, folder: RunFolder, held: ExitStack | None = None) -> PPOSetup:
+    """Load, check, and say what this run is. Raises the error tree before the first rollout.
+
+    held: ends what must not outlive the run, an engine beside the learner; None leaves it to the process's end."""
     weak = check_reward_models(config) if not folder.checkpoints() else []
-    beside = config.rollout.engine == "vllm" and config.placement == "colocate"
-    engine_adapter = policy_engine(config, session.device, "generator")[1] if beside else None
+    engine_adapter = None
+    if config.rollout.engine == "vllm" and config.placement == "colocate":
+        _, engine_adapter = policy_engine(config, session.device, "generator")
+        if held is not None:
+            held.callback(engine_adapter.engine.close)
     remote_roles = _remote_roles(session) if config.placement == "split" else None
     loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
     assembly, roles = assemble(config, session.device, None if session.seat is None else session.seat.place)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_ray.errors import ConfigError, InvariantError, ResourceError, RlhfRayError
+from rlhf_ray.errors import ConfigError, InvariantError, Problem, ResourceError, RlhfRayError
 from rlhf_ray.runtime.imports import is_installed, vllm_missing
 from rlhf_ray.sampler import vllm_lora
 from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest, DecodeResult, KeepStepping, Limits, check_requests
@@ -95,7 +95,7 @@ class VLLMEngine:
         """See `DecodeEngine.run`. keep_stepping and idle_adapter: not needed, its base is its own and whole."""
         if self.busy:
             raise RuntimeError("VLLMEngine.run: the engine still has submitted requests")
-        check_requests(requests, self._limits())
+        self._check(requests)
         self._engine.reset_prefix_cache()  # what was read for other chunks would change the last bits of this one
         numbers = [self._queue(request) for request in requests]
         drawn: dict[int, list[DecodeEvent]] = {number: [] for number in numbers}
@@ -108,7 +108,7 @@ class VLLMEngine:
 
     def submit(self, request: DecodeRequest) -> int:
         """See `DecodeEngine.submit`."""
-        check_requests([request], self._limits())
+        self._check([request])
         return self._queue(request)
 
     def step(self) -> list[DecodeEvent]:
@@ -209,8 +209,15 @@ class VLLMEngine:
         except Exception as error:
             raise _translated(error) from error
 
-    def _limits(self) -> Limits:
-        return Limits(self._vocabulary, self.options.longest, self._adapters)
+    def _check(self, requests: Sequence[DecodeRequest]) -> None:
+        check_requests(requests, Limits(self._vocabulary, self.options.longest, self._adapters))
+        ConfigError.raise_all(
+            Problem(
+                f"request {i}", "penalties, bias, min_tokens and grammars", "none: vLLM draws as rollouts do", "some"
+            )
+            for i, request in enumerate(requests)
+            if request.logits is not None
+        )
 
     def _in_worker(self, function: Any, *args: Any) -> Any:
         return self._engine.collective_rpc(function, args=args)[0]
@@ -245,23 +252,23 @@ class VLLMEngine:
         number, completion = int(output.request_id), output.outputs[0]
         drawn, tokens, told = self._shared.drawn[number], list(completion.token_ids), self._told[number]
         mine = drawn[told : told + len(tokens)]
-        if [token for token, _ in mine] != tokens:
+        if [token for token, *_ in mine] != tokens:
             raise InvariantError.at(
                 "rollout.engine",
                 f"vLLM {vllm_version()} took other tokens than were drawn for it",
-                str([token for token, _ in mine]),
+                str([token for token, *_ in mine]),
                 str(tokens),
                 f"use vLLM {TRIED}, or set rollout.engine: builtin",
             )
         self._told[number] += len(tokens)
-        for i, (token, logprob) in enumerate(mine):
+        for i, (token, logprob, top) in enumerate(mine):
             last = output.finished and i + 1 == len(mine)
             if not math.isfinite(logprob):
                 self._forget([number], abort=not output.finished)
                 self._spoilt = True
                 yield DecodeEvent(number, token, logprob, "error")
                 return
-            yield DecodeEvent(number, token, logprob, completion.finish_reason if last else None)
+            yield DecodeEvent(number, token, logprob, completion.finish_reason if last else None, top)
         if output.finished:
             self._forget([number], abort=False)
 
@@ -308,7 +315,17 @@ def _set_environment() -> None:
 def _started(options: VLLMOptions, processor: type) -> Any:
     """vLLM's engine, in this process."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
+
+    if (built := str(current_platform.device_type)) != options.device:
+        raise ResourceError.at(
+            "rollout.engine",
+            f"vLLM {vllm_version()} here is made for {built}, and whoever samples has {options.device}",
+            options.device,
+            built,
+            "install the vLLM of that device, or give the process one (generator.num_gpus, learner.num_gpus)",
+        )
 
     values: dict[str, Any] = {
         "model": options.model,

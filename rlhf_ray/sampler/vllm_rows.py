@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_ray.sampler.requests import DecodeRequest
 from rlhf_ray.sampler.rows import sampling_plan
-from rlhf_ray.sampler.sampling import SamplingPlan, sample_tokens
+from rlhf_ray.sampler.sampling import SamplingPlan, likeliest, sample_tokens
 
 ROW = "rlhf_ray_row"
 """Key of a request's number among vLLM's extra arguments."""
@@ -25,10 +25,10 @@ ROW = "rlhf_ray_row"
 @dataclass
 class DrawnTokens:
     """What engine and processor, both of this process, tell each other. requests: of rows under way, by number.
-    drawn: number -> (token, log-probability) of each token of the reply; `begun` is not among them."""
+    drawn: number -> token, log-probability and the likeliest tokens at each place of the reply; `begun` is not among them."""
 
     requests: dict[int, DecodeRequest] = field(default_factory=dict)
-    drawn: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    drawn: dict[int, list[tuple[int, float, tuple[tuple[int, float], ...]]]] = field(default_factory=dict)
 
     def add(self, number: int, request: DecodeRequest) -> None:
         self.requests[number] = request
@@ -74,9 +74,9 @@ class RowSampler:
         told = [len(output) for _, output in rows]
         index = torch.tensor([len(request.begun) + n for request, n in zip(requests, told)]).to(logits.device)
         tokens, logprobs = sample_tokens(logits, self._plan[1], index)
-        for number, at, token, logprob in zip(numbers, told, tokens.tolist(), logprobs.tolist()):
-            drawn = self.shared.drawn[number]
-            drawn[at:] = [(token, logprob)]
+        tops = likeliest(logits, self._plan[1])
+        for number, at, *found in zip(numbers, told, tokens.tolist(), logprobs.tolist(), tops):
+            self.shared.drawn[number][at:] = [tuple(found)]
         return logits.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 

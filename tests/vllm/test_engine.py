@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import ConfigError, InvariantError
 from rlhf_ray.sampler import vllm_lora
+from rlhf_ray.sampler.logits import LogitsOptions
 from rlhf_ray.sampler.requests import DecodeRequest, DecodeResult
 from rlhf_ray.sampler.vllm_engine import VLLMEngine, VLLMOptions
 
@@ -113,6 +115,26 @@ def test_200_versions_in_a_row_and_never_a_stale_answer(pair: Pair) -> None:
     assert wrong == 0 and len(answers) > 300  # the versions do answer differently
     assert len(pair.vllm._in_worker(lambda worker: worker.model_runner.lora_manager.list_adapters())) == 1
     assert max(sizes[150:]) < 1.02 * max(sizes[20:70])
+
+
+def test_fields_that_serving_asks_for(pair: Pair) -> None:
+    """min_p, log-probabilities at temperature 1, the likeliest tokens; what changes logits from token to token is refused."""
+    pair.load(pair.draw(7))
+    [one] = build_requests(1, adapter="policy", max_new_tokens=6)
+    request = replace(one, temperature=0.7, min_p=0.05, raw_logprobs=True, top_logprobs=3)
+    told: list[list[Any]] = []
+    for engine in (pair.builtin, pair.vllm):
+        engine.submit(request)
+        events = []
+        while engine.busy:
+            events += engine.step()
+        told.append(events)
+    for ours, theirs in zip(*told, strict=True):
+        assert (ours.token_id, ours.end) == (theirs.token_id, theirs.end)
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert [i for i, _ in ours.top] == [i for i, _ in theirs.top] and len(ours.top) == 3
+    with pytest.raises(ConfigError, match="request 0: penalties, bias, min_tokens and grammars"):
+        pair.vllm.run([replace(one, logits=LogitsOptions(min_tokens=3))])
 
 
 class TestTheHandOver:

@@ -66,7 +66,7 @@ class HttpReward(Reward):
         rows = len(texts.prompts)
         batches = [range(i, min(i + self.batch_size, rows)) for i in range(0, rows, self.batch_size)]
         bodies = [self._body(texts, finished, prompt_ids, batch) for batch in batches]
-        keys = [digest([self.name, self.client.url, body]) for body in bodies]
+        keys = [digest([self.name, body]) for body in bodies]
         found: list[Any] = [MISSING if self.answers is None else self.answers.get(key) for key in keys]
         asked = [i for i, answer in enumerate(found) if answer is MISSING]
 

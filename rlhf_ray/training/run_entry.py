@@ -46,6 +46,11 @@ MAY_CHANGE = (
 LENGTH = ("num_train_epochs", "max_steps")
 """An unfinished run may be given another length; learning rates follow the schedule of that length from there on."""
 
+ASKED = ("url", "timeout_s", "max_retries", "concurrency", "requests_per_minute", "headers_file", "api_key_env")
+LIMITS = ("input_price", "output_price", "max_cost", "max_total_tokens")
+"""Of rewards: where and how a server is asked, and what a judge may cost. A server may move, a limit be raised; what they said is
+kept."""
+
 KEPT = ("output_dir", "resume")
 """Of these, what a start says holds for that start alone."""
 
@@ -103,7 +108,7 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
     stored = load_stored(type(config), folder.config(), str(folder.path / "config.yaml"))
     changes = other_settings(to_dict(stored), to_dict(config))
     is_done = folder.manifest()["status"] == "done"
-    refused = {n: c for n, c in changes.items() if not n.startswith(may_change) or (n in LENGTH and is_done)}
+    refused = {n: c for n, c in changes.items() if not _may_change(n, c, may_change) or (n in LENGTH and is_done)}
     causes = {name: change for name, change in refused.items() if not follows(config, name)}
     kind = "a finished run" if is_done else "a run"
     ConfigError.raise_all(
@@ -117,6 +122,25 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
         for name, (old, new) in (causes or refused).items()
     )
     return changes
+
+
+def _may_change(name: str, change: tuple[Any, Any], may_change: tuple[str, ...]) -> bool:
+    return name.startswith(may_change) or (name == "rewards" and _asked(change[0]) == _asked(change[1]))
+
+
+def _asked(rewards: Any) -> Any:
+    """Rewards without what may change of them; the name of a kind that is asked over HTTP stays."""
+    if not isinstance(rewards, list):
+        return rewards
+    found = []
+    for reward in rewards:
+        left = {name: value for name, value in reward.items() if name not in ASKED} | {
+            "is_server": bool(reward.get("url"))
+        }
+        if isinstance(reward.get("llm"), dict):
+            left["llm"] = {name: value for name, value in reward["llm"].items() if name not in (*ASKED, *LIMITS)}
+        found.append(left)
+    return found
 
 
 def _another_run(folder: RunFolder) -> str:
@@ -177,7 +201,7 @@ def require_same_as_saved(
             f"put it back in {checkpoint.parents[1] / 'config.yaml'}, or start another run",
         )
         for name, (old, new) in other_settings(then, to_dict(config)).items()
-        if not name.startswith(may_change)
+        if not _may_change(name, (old, new), may_change)
     )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig, RewardSource
 from rlhf_ray.console import NullConsole
-from rlhf_ray.errors import Interrupted
+from rlhf_ray.errors import ConfigError, Interrupted
 from rlhf_ray.rewards import http_client
 from rlhf_ray.rewards.scoring_model import ScoringModel, load_scoring_model
 from rlhf_ray.stages.start import ppo
@@ -101,7 +101,7 @@ def test_a_run_whose_server_went_away_resumes_to_the_same_bits(
         known.append(len(told))  # a second request with the same rows would be told another reward
         return {"rewards": [r + known[-1] + len(known) for r in answer(body)["rewards"]]}
 
-    settings = {"batch_size": 4, "concurrency": 1, "max_retries": 0}
+    settings: dict[str, Any] = {"batch_size": 4, "concurrency": 1, "max_retries": 0}
     with serving(moody) as server:
         whole = ppo(job(chain, tmp_path / "whole", {"url": server.url, **settings}), NullConsole())
         requests = len(server.asked)
@@ -113,9 +113,12 @@ def test_a_run_whose_server_went_away_resumes_to_the_same_bits(
         with pytest.raises(Interrupted, match=r"reward rm .*: answered with status 503"):
             ppo(interrupted, NullConsole())
         refused = len(server.asked)
-        server.answer = moody
-        resumed = ppo(interrupted.model_copy(update={"resume": "auto"}), NullConsole())
-    asked = [json.dumps(body) for body in server.asked]
+        with serving(moody) as moved:  # and comes back somewhere else, slower
+            settings |= {"url": moved.url, "timeout_s": 90.0}
+            resumed = ppo(job(chain, tmp_path / "cut", settings, resume="auto"), NullConsole())
+        with pytest.raises(ConfigError, match=r"rewards: .* holds a finished run with another value"):
+            ppo(job(chain, tmp_path / "cut", {**settings, "batch_size": 8}, resume="auto"), NullConsole())
+    asked = [json.dumps(body) for body in (*server.asked, *moved.asked)]
     assert asked[: refused - 1] + asked[refused:] == first and len(asked) == len(set(asked)) + 1
     assert equal(weights(whole), weights(resumed))
     lines = [(Path(run.run_dir) / "metrics.jsonl").read_text().splitlines() for run in (whole, resumed)]

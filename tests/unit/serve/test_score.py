@@ -12,14 +12,18 @@ import pytest
 import torch
 
 from rlhf_ray.batches import Rollout
-from rlhf_ray.config import RewardSource
+from rlhf_ray.config import LLMJudgeConfig, RewardSource
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.errors import Interrupted
+from rlhf_ray.rewards.build import request_limits
 from rlhf_ray.rewards.http_client import HttpClient, credentials
 from rlhf_ray.rewards.http_reward import HttpReward
+from rlhf_ray.rewards.judge_usage import JudgeUsage
+from rlhf_ray.rewards.llm_judge import LLMJudge, read_completion
 from rlhf_ray.rewards.protocol import RewardInputs, Texts
 from rlhf_ray.rewards.scoring_model import load_scoring_model
 from rlhf_ray.serve.api_keys import add_key
+from rlhf_ray.storage.answers import Answers
 
 from .conftest import LiveService
 
@@ -142,3 +146,17 @@ def test_a_key_from_a_file_opens_it(live: MakeLive, tmp_path_factory: pytest.Tem
         with pytest.raises(Interrupted, match=told) as error:
             served(service, headers=headers(key)).score(sampled(2))
         assert key not in str(error.value)
+
+
+def test_a_judge_asks_this_service_as_any_other(live: MakeLive, tmp_path: Path) -> None:
+    """A random model is no judge: its answers are no verdicts, which is counted, not guessed. Every field of a request is taken."""
+    service = live()
+    pool = ({"temperature": 0.5}, {})
+    config = LLMJudgeConfig(base_url=f"{service.url}/v1", model="one", annotators=pool, max_tokens=8, verdict_retries=1)
+    client = HttpClient(
+        "judge", f"{config.base_url}/chat/completions", {}, accept=read_completion, **request_limits(config)
+    )
+    judge = LLMJudge("j", config, client, Answers(tmp_path), JudgeUsage("judge", config, tmp_path / "usage"))
+    found = judge.rate([f"Name bird {i}." for i in range(4)], ["owl"] * 4)
+    assert all(opinion.value is None and opinion.unparsable and not opinion.refused for opinion in found)
+    assert judge.usage.total()["requests"] == 8 and judge.usage.total()["completion_tokens"] > 0

@@ -196,7 +196,8 @@ def real_lengths() -> str:
             rate, peak = (m[f"ours_over_{key}/{what}"] for what in ("episodes_per_cpu_second", "peak_mib"))
             told.append(f"{scattered(rate)} times {name} by CPU seconds, {mid(peak)} times its peak memory")
     share = mid(m["ours/real_token_share"])
-    return f"{mid(m['ours/episodes_per_cpu_second'])} episodes a CPU second: {'; '.join(told)}; {share} of what the update computes is real"
+    rate = mid(m["ours/episodes_per_cpu_second"])
+    return f"{rate} episodes a CPU second: {'; '.join(told)}; {share} of what the update computes is real"
 
 
 def sampler() -> str:

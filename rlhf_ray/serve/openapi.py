@@ -133,7 +133,6 @@ def document(with_keys: bool) -> dict[str, Any]:
     """OpenAPI 3.1.   with_keys: requests need an API key."""
     from rlhf_ray.serve.info_routes import DetokenizeRequest, TokenizeRequest
     from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest
-
     from rlhf_ray.serve.score import ScoreRequest
 
     schemas = dict(SCHEMAS)

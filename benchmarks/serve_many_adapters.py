@@ -5,8 +5,9 @@
 One replica without HTTP and Ray, in this process. The registry holds `adapters` real ones of ranks 4 to 64 on all linear layers,
 and names without files behind them up to `names`; clients ask for adapters by Zipf's law (the k-th has 1/k of the first one's
 share), one request after the other, and read the reply as it comes. Baseline, in the same run and in turn with it: the same
-clients, all for the first adapter. A stall is the longest time between two steps of the decode thread while replies wait for the second one; the start
-with all adapters is compared with one with three. --busy says in the report that other work was on the machine.
+clients, all for the first adapter. A stall is the longest time between two steps of the decode thread while replies wait for the
+second one; the start with all adapters is compared with one with three. --busy says in the report that other work was on the
+machine.
 """
 
 from __future__ import annotations

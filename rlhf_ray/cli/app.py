@@ -101,7 +101,7 @@ def _fields_table(stage: str) -> str:
 
 STAGE_HELP = {
     "sft": "Fine-tune a LoRA adapter on instruction data.",
-    "dpo": "Train a policy on preference pairs directly, without a reward model.",
+    "dpo": "Train a policy on preference pairs directly.",
     "reward": "Train a reward model on preference pairs.",
     "ppo": "Train the policy by PPO on the rewards listed.",
     "evaluate": "Compare policies on held-out prompts.",

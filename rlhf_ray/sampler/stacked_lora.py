@@ -62,7 +62,8 @@ class _PeftAdapters:
     """The adapters inside PEFT's layers, copied as they are asked for."""
 
     def __init__(self, peft_model: PeftModel) -> None:
-        layers = lora_layers(peft_model)
+        # Adapters of stacked expert weights are never stacked themselves (`can_stack`), but others may be beside them.
+        layers = [(name, layer) for name, layer in lora_layers(peft_model) if not isinstance(layer, ParamWrapper)]
         self.groups = layer_groups((name, layer, layer.in_features, layer.out_features) for name, layer in layers)
         self._packed: dict[str, PackedAdapter] = {}
 

@@ -232,7 +232,14 @@ def test_prometheus_scrapes_what_ray_writes() -> None:
     assert job["file_sd_configs"][0]["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
 
 
-TESTED = {"serve.yaml", "local_nodes.sh", "grafana_serving.json", "grafana_training.json", "prometheus.yml"}
+TESTED = {
+    "serve.yaml",
+    "nginx.conf",
+    "local_nodes.sh",
+    "grafana_serving.json",
+    "grafana_training.json",
+    "prometheus.yml",
+}
 
 
 @pytest.mark.parametrize("path", sorted(set(CLUSTER.iterdir()) - {README}), ids=lambda p: p.name)

@@ -15,6 +15,7 @@ import torch
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import ResourceError
+from rlhf_ray.models import quantisation
 from rlhf_ray.models.adapters import adapter_parameters, read_adapter, use_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.merge import merge_run
@@ -114,7 +115,10 @@ def test_offloaded_layers_go_to_the_own_gpu_and_the_host(monkeypatch: pytest.Mon
     }
 
 
-def test_a_warning_of_every_layer_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_of_every_layer_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantisation._once, "_told", set())  # other tests may have had it told
     quantised_kwargs(8, torch.device("cpu"), cpu_offload=False)
     quantised_kwargs(8, torch.device("cpu"), cpu_offload=False)
     log = logging.getLogger("bitsandbytes.autograd._functions")

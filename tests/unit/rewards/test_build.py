@@ -14,6 +14,7 @@ from rlhf_ray.config import PPOConfig, RewardSource
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.assembly import Assembly
+from rlhf_ray.models.batching import Batching
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Reward, RewardInputs
 from rlhf_ray.rewards.sources import NormalisedReward
@@ -58,7 +59,7 @@ def test_rewards_are_normalised_by_the_held_out_scores_of_their_run(
         assembly = Assembly(config, torch.device("cpu"), 0, None)
         builder = RewardBuilder(assembly, load_template("alpaca", assembly.base.tokenizer), "alpaca")
         builder.add(config.rewards[0], "judge")
-        return builder, builder.build(lambda *_: torch.tensor([5.0, 1.0]), 8, torch.device("cpu"))
+        return builder, builder.build(lambda *_: torch.tensor([5.0, 1.0]), Batching(8), torch.device("cpu"))
 
     with pytest.raises(ConfigError, match=r"rewards.judge.normalize: the reward run recorded no held-out scores"):
         built(True)

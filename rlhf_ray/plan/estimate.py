@@ -212,16 +212,17 @@ class Estimator:
     def _evaluation(self, job: EvaluateConfig) -> list[Process]:
         cast = self._first(job)
         shapes = self.shapes(job, min(s.backbone.context_length for s in cast.assembly.stacks.values()))
-        policies = [f"policy_{i}" for i in range(len(job.policies))]
+        policies = [f"policy_{i}" for i, policy in enumerate(job.policies) if policy.policy is not None]
         rewards = [role for i, r in enumerate(job.rewards) for role in r.models(f"reward_{i}")]
         heat = job.sampling.temperature
         phases = {"load": self._peak(cast, "load", (), cast.load)}
         sampled = [
             self._peak(cast, ("sampling", p), shapes, partial(cast.sampling, shapes, job.sampling, p)) for p in policies
         ]
-        phases["sampling"] = max(sampled, key=lambda parts: sum(parts.values()))
+        if sampled:
+            phases["sampling"] = max(sampled, key=lambda parts: sum(parts.values()))
         phases["scoring"] = self._peak(
-            cast, "scoring", shapes, lambda: cast.scoring(shapes, heat, policies[0], rewards)
+            cast, "scoring", shapes, lambda: cast.scoring(shapes, heat, next(iter(policies), None), rewards)
         )
         return [self._process("learner", max(job.learner.num_workers, 1), job.learner.num_gpus, phases, cast)]
 

@@ -31,7 +31,7 @@ from rlhf_ray.models.zero3 import MaxOverRanks
 from rlhf_ray.rewards.http_client import HttpClient, check_reachable, credentials
 from rlhf_ray.rewards.http_reward import HttpReward
 from rlhf_ray.rewards.judge_usage import JudgeUsage
-from rlhf_ray.rewards.llm_judge import LLMJudge, LLMReward, read_completion
+from rlhf_ray.rewards.llm_judge import LLMJudge, LLMReward, read_completion, read_refusal
 from rlhf_ray.rewards.protocol import Reward
 from rlhf_ray.rewards.retokenised import Reader, RetokenisedReward
 from rlhf_ray.rewards.scoring_model import reader_of
@@ -251,7 +251,9 @@ def make_judge(reward: RewardSource, job: JobFields) -> LLMJudge:
     url = f"{config.base_url.rstrip('/')}/chat/completions"
     headers = credentials(where, config.headers_file, config.api_key_env)
     named = f"judge {reward.name} ({url})"
-    client = HttpClient(named, url, headers, accept=read_completion, **request_limits(config))
+    client = HttpClient(
+        named, url, headers, accept=read_completion, accept_error=read_refusal, **request_limits(config)
+    )
     usage = JudgeUsage(named, config, run / "usage" / reward.name)
     judge = LLMJudge(reward.name, config, client, Answers(cache), usage)
     check_reachable(f"{where}.base_url", config.base_url)

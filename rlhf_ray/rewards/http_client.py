@@ -50,7 +50,8 @@ class HttpClient:
 
     timeout_s, max_retries, concurrency, requests_per_minute: as in config/endpoints.py.
 
-    accept: turns the answer's JSON into a result; a ValueError of it is nonsense, after which the server is asked again."""
+    accept: turns the answer's JSON into a result; a ValueError of it is nonsense, after which the server is asked again.
+    accept_error: (status, JSON) of an error that is a result all the same, which it returns; None for all others."""
 
     def __init__(
         self,
@@ -63,8 +64,9 @@ class HttpClient:
         concurrency: int,
         requests_per_minute: float | None = None,
         accept: Callable[[Any], Any] = lambda answer: answer,
+        accept_error: Callable[[int, Any], Any] = lambda status, answer: None,
     ) -> None:
-        self.where, self.url, self.accept = where, url, accept
+        self.where, self.url, self.accept, self.accept_error = where, url, accept, accept_error
         self._headers = {"Content-Type": "application/json", **headers}
         self._secrets = [s for value in headers.values() for s in (value, value.rpartition(" ")[2]) if len(s) > 3]
         self.timeout_s, self.max_retries, self.concurrency = timeout_s, max_retries, concurrency
@@ -170,6 +172,8 @@ class HttpClient:
 
     def _read(self, response: aiohttp.ClientResponse, body: bytes) -> Any:
         if response.status != 200:
+            if (found := self.accept_error(response.status, _json_or_none(body))) is not None:
+                return found
             says = body[:SHOWN].decode("utf-8", "replace")
             what = f"answered with status {response.status}" + (f": {says}" if says.strip() else "")
             raise _Failed(what, response.status in AGAIN, _retry_after(response.headers.get("Retry-After")))
@@ -236,6 +240,13 @@ async def _body(response: aiohttp.ClientResponse) -> bytes:
         if size > MAX_ANSWER_BYTES:
             raise _Failed(f"its answer is longer than {MAX_ANSWER_BYTES:,} bytes", again=False)
     return b"".join(parts)
+
+
+def _json_or_none(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -35,6 +35,9 @@ from rlhf_ray.storage.answers import MISSING, Answers, digest
 
 VERSION = 1
 """Of what is kept of an answer."""
+REFUSED: dict[str, Any] = {"text": "", "refused": True, "prompt_tokens": None, "completion_tokens": None}
+"""What an endpoint says that does not take a question."""
+_OF_ONE_QUESTION = ("context_length", "context length", "content_filter", "content_policy", "string_above_max_length")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class _Question:
 
 
 class LLMJudge:
-    """name: of the reward.  client: for the endpoint's /chat/completions, with `accept=read_completion`.  answers: what is kept.
+    """name: of the reward.  client: for the endpoint's /chat/completions, with `accept=read_completion` and
+    `accept_error=read_refusal`.  answers: what is kept.
 
     progress: told how many questions of how many are answered."""
 
@@ -168,9 +172,11 @@ class LLMJudge:
 
         def keep(number: int, answer: dict[str, Any]) -> Any:
             nonlocal done
+            done += 1
+            if answer is REFUSED:  # free, and another time it may be taken
+                return answer
             kept = self.answers.keep(keys[missing[number]], answer)
             self.usage.add(answer)
-            done += 1
             self.progress(done, len(bodies))
             return kept
 
@@ -199,6 +205,15 @@ def read_completion(answer: Any) -> dict[str, Any]:
             for name in ("prompt_tokens", "completion_tokens")
         },
     }
+
+
+def read_refusal(status: int, answer: Any) -> dict[str, Any] | None:
+    """REFUSED for an error that is about this question alone: longer than the judge's context, stopped by a filter. None else."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if status not in (400, 413, 422) or not isinstance(error, dict):
+        return None
+    told = f"{error.get('code')} {error.get('type')} {error.get('message')}".lower()
+    return REFUSED if any(sign in told for sign in _OF_ONE_QUESTION) else None
 
 
 def _together(opinions: Sequence[tuple[Opinion, bool]]) -> PairOpinion:

@@ -14,6 +14,7 @@ from rlhf_ray.config import EvaluateConfig, PPOConfig
 from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import ConfigError, Interrupted
 from rlhf_ray.maths.stats import cohen_kappa
+from rlhf_ray.plan.job_plan import plan as plan_of
 from rlhf_ray.rewards import http_client
 from rlhf_ray.stages.start import evaluate, ppo
 from rlhf_ray.storage.run_folder import open_run
@@ -178,6 +179,27 @@ def test_policies_that_are_not_loaded_and_the_best_of_four(
         and decoding["bon"]["best_of"] == 4
         and decoding["far"]["model"] == "far"
     )
+
+
+def test_two_files_of_outputs_need_no_policy_of_ours(evaluation: Make, chain: Any, rule: str, tmp_path: Path) -> None:
+    """As AlpacaFarm compares: a reference's file and a system's. The prompts may come from one of them."""
+    asked = [json.loads(line) for line in Path(chain.prompts).read_text().splitlines()]
+    for name, text in (("davinci", "short"), ("ppo", "long enough")):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row | {"output": text} for row in asked]))
+    policies = [{"name": name, "outputs": str(tmp_path / f"{name}.json")} for name in ("davinci", "ppo")]
+    rewards = [{"name": "rule", "function": rule}, {"name": "rm", "run": chain.reward}]
+    config = evaluation(
+        tmp_path / "run",
+        policies=policies,
+        rewards=rewards,
+        judge="rule",
+        data={"train": chain.prompts, "eval": policies[0]["outputs"]},
+    )
+    run = evaluate(config, QUIET)
+    assert run.metrics["win_rate/ppo"] == 1.0 and run.metrics["rows/ppo"] == len(asked)
+    assert run.metrics["length/ppo"] > run.metrics["length/davinci"] and "reward/rm/ppo" in run.metrics
+    assert not any(name.startswith("kl_") for name in run.metrics)
+    assert "sampling" not in plan_of(config, "cpu").stages[0].processes[0].phases
 
 
 def test_best_of_n_by_its_own_judge_is_told(evaluation: Make, tmp_path: Path, console: Any) -> None:

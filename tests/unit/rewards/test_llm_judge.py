@@ -17,7 +17,7 @@ from rlhf_ray.rewards.build import request_limits
 from rlhf_ray.rewards.http_client import HttpClient
 from rlhf_ray.rewards.judge_prompts import FOLDER, load_prompt, read_score, read_verdict
 from rlhf_ray.rewards.judge_usage import JudgeUsage
-from rlhf_ray.rewards.llm_judge import LLMJudge, read_completion
+from rlhf_ray.rewards.llm_judge import LLMJudge, read_completion, read_refusal
 from rlhf_ray.storage.answers import Answers
 from tests.servers import Reply, ScriptedServer, serving
 
@@ -55,7 +55,9 @@ def judge(server: ScriptedServer, folder: Path, mode: str = "pairwise", run: str
     config = LLMJudgeConfig(
         **{"base_url": base, "model": "m", "mode": mode, "timeout_s": 5.0, "max_retries": 2, **fields}
     )
-    client = HttpClient("judge gpt", server.url, {}, accept=read_completion, **request_limits(config))
+    client = HttpClient(
+        "judge gpt", server.url, {}, accept=read_completion, accept_error=read_refusal, **request_limits(config)
+    )
     usage = JudgeUsage("judge gpt", config, folder / run)
     return LLMJudge("gpt", config, client, Answers(folder / "cache"), usage)
 
@@ -113,24 +115,23 @@ def test_refusals_and_what_cannot_be_read_are_counted_and_not_guessed(tmp_path: 
         request = shown(body)["request"]
         if "refuse" in request:
             return said(None, refusal="I cannot judge this.")
-        return (
-            said("", finish_reason="content_filter")
-            if "filter" in request
-            else said("Hm.")
-            if "hm" in request
-            else right(body)
-        )
+        if "long" in request:
+            return Reply({"error": {"message": "This model's maximum context length is 8 tokens.", "code": 400}}, 400)
+        if "filter" in request:
+            return said("", finish_reason="content_filter")
+        return said("Hm.") if "hm" in request else right(body)
 
     with serving(answer, path=PATH) as server:
         one = judge(server, tmp_path, verdict_retries=1)
-        found = one.compare(["refuse", "filter", "hm", "fine"], ["a"] * 4, ["bb"] * 4)
+        found = one.compare(["refuse", "filter", "hm", "fine", "long"], ["a"] * 5, ["bb"] * 5)
     assert [(o.code, o.refused, o.unparsable) for o in found] == [
         (None, True, False),
         (None, True, False),
         (None, False, True),
         (2, False, False),
+        (None, True, False),
     ]
-    assert len(server.asked) == 2 + 2 + 4 + 2
+    assert len(server.asked) == 2 + 2 + 4 + 2 + 2 and one.usage.total()["requests"] == 10
 
 
 @pytest.mark.parametrize(

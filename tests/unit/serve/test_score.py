@@ -19,7 +19,7 @@ from rlhf_ray.rewards.build import request_limits
 from rlhf_ray.rewards.http_client import HttpClient, credentials
 from rlhf_ray.rewards.http_reward import HttpReward
 from rlhf_ray.rewards.judge_usage import JudgeUsage
-from rlhf_ray.rewards.llm_judge import LLMJudge, read_completion
+from rlhf_ray.rewards.llm_judge import LLMJudge, read_completion, read_refusal
 from rlhf_ray.rewards.protocol import RewardInputs, Texts
 from rlhf_ray.rewards.scoring_model import load_scoring_model
 from rlhf_ray.serve.api_keys import add_key
@@ -113,12 +113,12 @@ def test_a_reply_that_cannot_be_read_has_no_reward(live: MakeLive) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "told"),
     [
-        ({"prompts": ["p"], "completions": ["a", "b"]}, 422, "completions: expected 1, one for each prompt; got 2"),
-        ({"prompts": [], "completions": []}, 422, "prompts"),
+        ({"prompts": ["p"], "completions": ["a", "b"]}, 400, "completions: expected 1, one for each prompt; got 2"),
+        ({"prompts": [], "completions": []}, 400, "prompts"),
         ({"prompts": ["p"], "completions": ["a"], "model": "one"}, 400, "is no reward adapter"),
         ({"prompts": ["p"], "completions": ["a"], "model": "none"}, 404, "does not exist"),
         ({"prompts": [""], "completions": ["a"]}, 400, "prompt is empty"),
-        ({"prompts": ["p"]}, 422, "completions"),
+        ({"prompts": ["p"]}, 400, "completions"),
         ([1], 400, "one JSON object"),
     ],
 )
@@ -151,12 +151,22 @@ def test_a_key_from_a_file_opens_it(live: MakeLive, tmp_path_factory: pytest.Tem
 def test_a_judge_asks_this_service_as_any_other(live: MakeLive, tmp_path: Path) -> None:
     """A random model is no judge: its answers are no verdicts, which is counted, not guessed. Every field of a request is taken."""
     service = live()
-    pool = ({"temperature": 0.5}, {})
+    prompt = tmp_path / "short.txt"
+    prompt.write_text("[user]\n{instruction} {output} SCORE:\n")
+    pool = ({"temperature": 0.5, "prompt": str(prompt)}, {"prompt": str(prompt)})
     config = LLMJudgeConfig(base_url=f"{service.url}/v1", model="one", annotators=pool, max_tokens=8, verdict_retries=1)
     client = HttpClient(
-        "judge", f"{config.base_url}/chat/completions", {}, accept=read_completion, **request_limits(config)
+        "judge",
+        f"{config.base_url}/chat/completions",
+        {},
+        accept=read_completion,
+        accept_error=read_refusal,
+        **request_limits(config),
     )
     judge = LLMJudge("j", config, client, Answers(tmp_path), JudgeUsage("judge", config, tmp_path / "usage"))
     found = judge.rate([f"Name bird {i}." for i in range(4)], ["owl"] * 4)
     assert all(opinion.value is None and opinion.unparsable and not opinion.refused for opinion in found)
     assert judge.usage.total()["requests"] == 8 and judge.usage.total()["completion_tokens"] > 0
+    judge.pool = LLMJudge("j", config.model_copy(update={"annotators": ()}), client, judge.answers, judge.usage).pool
+    (long,) = judge.rate(["Name a bird."], ["owl"])  # 475 tokens for a context of 256: a fault of this question alone
+    assert long.refused and not long.unparsable and judge.usage.total()["requests"] == 8

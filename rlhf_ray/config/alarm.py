@@ -15,8 +15,8 @@ class AlarmConfig(Section):
     """Signs of over-optimisation (Gao et al. 2022, arXiv:2210.10760). What is measured in training counts once it has been out of
     its band in two steps in a row; the bands start from the first step."""
 
-    action: Literal["warn", "stop", "off"] = field(
-        "warn", "warn: say so, once for each sign; stop: save, and end the run with exit 75; off: look for none"
+    action: Literal["warn", "stop", "none"] = field(
+        "warn", "warn: say so, once for each sign; stop: save, and end the run with exit 75; none: look for none"
     )
     watch_errors: Annotated[Float, Field(gt=0)] | None = field(
         2.0,

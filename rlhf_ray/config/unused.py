@@ -186,6 +186,21 @@ _PPO: list[Rule] = [
         "without overlong_buffer; drop it, or set the tokens over which it grows",
     ),
     (
+        ("alarm.watch_errors",),
+        lambda c: c.watch is None,
+        "without watch; drop it, or name a reward of weight 0 in watch",
+    ),
+    (
+        (
+            "alarm.watch_errors",
+            "alarm.length_factor",
+            "alarm.repetition_rise",
+            "alarm.entropy_factor",
+        ),
+        lambda c: c.alarm.action == "none",
+        "with alarm.action none; drop it, or set warn or stop",
+    ),
+    (
         ("max_clip_fraction",),
         lambda c: c.num_ppo_epochs == 1 and c.num_mini_batches == 1,
         "with one optimizer step per rollout, in which every ratio is 1; drop it",
@@ -196,6 +211,7 @@ _PPO: list[Rule] = [
             "over_optimisation_patience",
             "eval_steps",
             "confirm_held_out",
+            "kl_cap",
             "watch",
         ),
         _holds_nothing_out,

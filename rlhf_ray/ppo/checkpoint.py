@@ -44,7 +44,7 @@ MAY_CHANGE = (
     *run_entry.LENGTH,
     *("placement", "generator.", "scorer.", "probe_steps"),
     *(f"rollout.{name}" for name in RolloutConfig.model_fields if name != "engine"),
-    *("max_kl", "max_clip_fraction", "min_finished", "over_optimisation_patience"),
+    *("max_kl", "max_clip_fraction", "min_finished", "over_optimisation_patience", "alarm.", "allow_chance_rewards"),
 )
 """Fields that may differ between the job that started a run and the one that resumes it."""
 

@@ -258,7 +258,7 @@ class PPOLoop:
                 checkpoint_time = {"time/checkpoint": time.perf_counter() - started}
             state.guards.check(self.config, metrics, step)
             if signs and self.config.alarm.action == "stop":
-                raise StopTraining(signs[0].problem(step), saves=True, is_limit=True)
+                raise StopTraining(signs[0].problem(step, stops=True), saves=True, is_limit=True)
             self.monitor.enter("step_end", step)
 
     def save_if_new(self) -> None:

@@ -90,7 +90,7 @@ def _over_optimised(run: RunFiles) -> Finding | None:
 def _signs(run: RunFiles) -> Finding | None:
     """What the alarm saw while the run was under way."""
     alarm = run.config.get("alarm")
-    if not isinstance(alarm, dict) or alarm.get("action") == "off" or not run.values("reward/mean"):
+    if not isinstance(alarm, dict) or alarm.get("action") == "none" or not run.values("reward/mean"):
         return None
     seen = {n.removeprefix("alarm/"): run.points(n)[0][0] for n in run.names() if n.startswith("alarm/")}
     if not seen:

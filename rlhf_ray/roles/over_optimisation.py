@@ -19,6 +19,7 @@ from rlhf_ray.metrics import held_out_reward, standard_error_name
 IN_A_ROW = 2
 """Steps out of a band after which it counts: one noisy step is none."""
 ADVICE = "take the best checkpoint, raise kl_coef or lower learning_rate"
+GO_ON = "or go on by alarm.action=warn at the end of the command"
 LENGTH, REPETITION, ENTROPY = "response/length", "response/repetition", "policy/entropy"
 WORDS = {
     LENGTH: ("have become shorter", "have become longer"),
@@ -37,8 +38,10 @@ class Sign:
     expected: str
     got: str
 
-    def problem(self, step: int) -> Problem:
-        return Problem(f"step {step}", f"over-optimisation: {self.what}", self.expected, self.got, ADVICE)
+    def problem(self, step: int, stops: bool = False) -> Problem:
+        """stops: the run is ended by it."""
+        fix = f"{ADVICE}, {GO_ON}" if stops else ADVICE
+        return Problem(f"step {step}", f"over-optimisation: {self.what}", self.expected, self.got, fix)
 
 
 @dataclass
@@ -64,7 +67,7 @@ class OverOptimisation:
 
     def look(self, config: PPOConfig, metrics: Mapping[str, float]) -> list[Sign]:
         """The signs in the metrics of a step, or of an evaluation alone."""
-        if config.alarm.action == "off":
+        if config.alarm.action == "none":
             return []
         found = []
         for sign, metric in self._bands(config, metrics):

@@ -82,9 +82,12 @@ def true(prompts, completions, **_):
 def test_the_alarm_goes_off_before_the_true_reward_has_fallen_by_a_standard_deviation(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative control: an unbounded reward at a learning rate of 1e-3 ends in one happy word over and over."""
+    """The negative control: an unbounded reward at a learning rate of 1e-3 ends in one happy word over and over.
+
+    Measured: the true reward rises from 0.30 to 0.71 in step 8, and in step 24 is 0.33, one standard deviation (0.38) below; the
+    alarm goes off in step 12, at 0.67, and the best step is 8."""
     (tmp_path / "rules.py").write_text(UNBOUNDED)
-    job = benchmark("stories_sentiment", monkeypatch).job(tmp_path / "run", data_dir, seed=0, steps=40, threads=2)
+    job = benchmark("stories_sentiment", monkeypatch).job(tmp_path / "run", data_dir, seed=0, steps=26, threads=2)
     rules = [
         {"name": "happy_words", "function": f"{tmp_path}/rules.py:unbounded"},
         {"name": "true", "function": f"{tmp_path}/rules.py:true", "weight": 0.0},
@@ -92,12 +95,13 @@ def test_the_alarm_goes_off_before_the_true_reward_has_fallen_by_a_standard_devi
     data = {**job.data.model_dump(exclude_unset=True), "eval_max_rows": 64}
     job = _changed(job, rewards=rules, watch="true", eval_steps=2, kl_coef=0.0, data=data)
     run = ppo(job, NullConsole())
+    assert run.metrics["eval/reward_start"] < run.metrics["eval/reward"], "what is maximised has risen all the while"
     rows = read_metrics(Path(run.run_dir) / "metrics.jsonl")
     measured = {row["step"]: row["eval/reward/true"] for row in rows if "eval/reward/true" in row}
     deviation = rows[0]["eval/reward_se/true"] * rows[0]["eval/rows"] ** 0.5
     alarm = min(row["step"] for row in rows if any(name.startswith("alarm/") for name in row))
-    fallen = [step for step, value in measured.items() if value < max(measured.values()) - deviation]
-    print({"alarm": alarm, "deviation": deviation, "true": measured, "kl": run.metrics["eval/kl_k1_per_response"]})
+    best = max(measured, key=lambda step: measured[step])
+    fallen = [step for step, value in measured.items() if step > best and value < measured[best] - deviation]
     assert fallen, "the control collapses, or it controls nothing"
-    assert alarm < min(fallen)
-    assert run.metrics["best/step"] < min(fallen)
+    assert best < alarm < min(fallen)
+    assert run.metrics["best/step"] == best

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.console import Console, LocalConsole, NullConsole
-from rlhf_ray.errors import ArtifactError, ConfigError, DataError, Interrupted, InvariantError
+from rlhf_ray.errors import ArtifactError, ConfigError, DataError, Interrupted, InvariantError, LimitReached
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.roles.experience import Evaluation
 from rlhf_ray.roles.learner import Learner
@@ -56,6 +56,32 @@ def test_bare_defaults_run(tmp_path: Path, tiny_llama: Callable[..., Path], rewa
     last = rows_of(done)[-1]
     assert (last["step"], last["kl/coef"], last["response/length"] > 1) == (1, 0.05, True)
     assert load_file(Path(done.run_dir) / "adapter" / "adapter_model.safetensors")
+
+
+def test_the_alarm_stops_a_run_where_that_is_asked_for_and_it_can_go_on(ppo_job: Job) -> None:
+    """Two steps outside of a band that is narrow on purpose; the checkpoint of that step is there, and warning is the default."""
+    narrow = {"entropy_factor": 1.0000001, "length_factor": None, "repetition_rise": None}
+    config = ppo_job("alarmed", alarm={"action": "stop", **narrow}, max_steps=5, save_steps=5, learning_rate=1e-3)
+    with pytest.raises(LimitReached, match=r"step 3: over-optimisation: replies have .* policy/entropy left its band"):
+        run(config)
+    folder = open_run(config.output_dir, verify=False)
+    assert [checkpoint.step for checkpoint in folder.checkpoints()] == [3]
+    assert [row["step"] for row in read_metrics(folder.path / "metrics.jsonl") if "alarm/entropy" in row] == [3]
+    said = io.StringIO()
+    done = resume(config.output_dir, LocalConsole(file=said), overrides=["alarm.action=warn"])
+    assert done.status == "done" and done.steps == 5
+    assert said.getvalue().count("over-optimisation") == 0, "it was told before the run was stopped"
+    assert {row["step"] for row in rows_of(done) if "alarm/entropy" in row} == {3, 4, 5}
+    assert "The alarm for over-optimisation went off" in (folder.path / "report.html").read_text()
+
+
+def test_the_best_step_is_one_within_the_kl_cap(ppo_job: Job) -> None:
+    """A learning rate that moves the policy far: whatever is earned there, only the start is near enough."""
+    fields: dict[str, Any] = {"learning_rate": 5e-2, "max_steps": 3, "eval_steps": 1, "load_best_model_at_end": True}
+    free, near = (run(ppo_job(name, kl_cap=cap, **fields)) for name, cap in (("free", None), ("near", 1e-6)))
+    rows = {row["step"]: row for row in rows_of(free) if "eval/reward" in row}
+    assert max(rows, key=lambda step: rows[step]["eval/reward"]) > 0 and rows[3]["eval/kl_k1_per_response"] > 1e-6
+    assert (free.metrics["best/step"] > 0, near.metrics["best/step"]) == (True, 0)
 
 
 def test_rewards_for_some_prompts_only_and_a_watcher_that_breaks(ppo_job: Job, tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ UNUSED = [
     ),
     ("bootstrap_truncated: true\nmissing_eos_penalty: 2", "missing_eos_penalty", "leaves out the score"),
     ("data: {train: prompts.jsonl, held_out_fraction: 0}\neval_steps: 3", "eval_steps", "no prompt is held out"),
+    ("data: {train: prompts.jsonl, held_out_fraction: 0}\nkl_cap: 3", "kl_cap", "no prompt is held out"),
+    ("alarm: {watch_errors: 3}", "alarm.watch_errors", "without watch"),
+    ("alarm: {action: none, length_factor: 3}", "alarm.length_factor", "with alarm.action none"),
     ("lr_scheduler_type: constant\nmin_lr_ratio: 0.5", "min_lr_ratio", "which does not decay"),
     ("optim: adafactor\nadam_beta1: 0.8", "adam_beta1", "with optim adafactor"),
 ]

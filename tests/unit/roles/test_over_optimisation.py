@@ -72,7 +72,7 @@ def test_each_sign_can_be_left_out_and_all_of_them_be_switched_off() -> None:
     assert sorted(kinds(OverOptimisation(), job(), *steps)[-1]) == ["entropy", "length", "repetition", "watch"]
     none: dict[str, Any] = dict.fromkeys(("watch_errors", "length_factor", "repetition_rise", "entropy_factor"))
     assert kinds(OverOptimisation(), job(**none), *steps) == [[]] * 3
-    assert kinds(OverOptimisation(), job(action="off"), *steps) == [[]] * 3
+    assert kinds(OverOptimisation(), job(action="none"), *steps) == [[]] * 3
     assert kinds(OverOptimisation(), job(**{**none, "length_factor": 20.0}), *steps) == [[]] * 3
 
 

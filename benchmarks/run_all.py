@@ -22,7 +22,13 @@ def main() -> int:
     )
     trl = options.parse_args().trl_python
     commands = [["sampler_vs_generate.py"], ["stories_sentiment.py"], ["stories_chain.py"], ["plan_memory.py"]]
-    commands += [["staleness.py"], ["placements.py"], ["sweep_overhead.py"], ["submit_overhead.py"]]
+    commands += [
+        ["update_real_lengths.py"],
+        ["staleness.py"],
+        ["placements.py"],
+        ["sweep_overhead.py"],
+        ["submit_overhead.py"],
+    ]
     commands += [
         ["mixed_adapters.py"],
         ["mixed_adapters.py", "--model", "stories260k"],

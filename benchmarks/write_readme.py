@@ -189,15 +189,14 @@ def trl() -> str:
 
 
 def real_lengths() -> str:
-    m = measured("ppo_step_real_lengths")
-    told = []
-    for key, name in (("ours_before", "the code before"), ("trl", "TRL 1.12.0")):
-        if f"{key}/peak_mib" in m:
-            rate, peak = (m[f"ours_over_{key}/{what}"] for what in ("episodes_per_cpu_second", "peak_mib"))
-            told.append(f"{scattered(rate)} times {name} by CPU seconds, {mid(peak)} times its peak memory")
-    share = mid(m["ours/real_token_share"])
-    rate = mid(m["ours/episodes_per_cpu_second"])
-    return f"{rate} episodes a CPU second: {'; '.join(told)}; {share} of what the update computes is real"
+    m = measured("update_real_lengths")
+    ways = ("padded", "contiguous", "budget")
+    cpu, share = ([mid(m[f"{way}/{what}"]) for way in ways] for what in ("cpu_seconds", "real_token_share"))
+    faster = " and ".join(scattered(m[f"{way}/times_faster_cpu"]) for way in ways[1:])
+    return (
+        f"padded as before, contiguous and sorted, and by a token budget: {', '.join(cpu)} CPU seconds, of what is computed "
+        f"{', '.join(share)} real; {faster} times as fast as before"
+    )
 
 
 def sampler() -> str:
@@ -313,10 +312,10 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "ppo_step_vs_trl",
     ),
     (
-        f"The same with rows as long as Alpaca's, replies that end anywhere up to 128 tokens ({BUSY})",
+        f"Evaluation and update of a PPO step, 64 rows as long as Alpaca's, replies up to 128 tokens, one epoch ({BUSY})",
         "random Llama, 5.8 M parameters",
         real_lengths,
-        "ppo_step_real_lengths",
+        "update_real_lengths",
     ),
     (
         "The sampler against transformers' `generate`, batch 64, replies of 8 to 128 tokens",

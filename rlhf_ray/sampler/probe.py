@@ -104,7 +104,7 @@ def differences(model: Any) -> dict[str, float]:
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for i, (prompt, row) in enumerate(zip(prompts, rows)):
         mask[i, left - len(prompt) : left - len(prompt) + len(row)] = True
-    states = hidden_states(trunk(model), ids, mask)
+    states = hidden_states(trunk(model), ids, mask, length=int(mask.sum(dim=1).max()))
     alone = [trunk(model)(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
     padded = [_largest(states[i][mask[i]] - state) for i, state in enumerate(alone)]
     return {"the sampler": max(sampled), "padded rows": max(padded)}

@@ -1,0 +1,136 @@
+"""Evaluation and update of a PPO step on rows as long as Alpaca's, by the row layout of now and by that of before.
+
+    python benchmarks/update_real_lengths.py --output
+
+The learner's part of ppo_step_real_lengths.py in one process: 64 prompts and replies (Alpaca's own lengths, replies cut off at
+128), one PPO epoch of one minibatch, microbatches of 16 rows, policy and value model with LoRA r 8 on q and v, a random Llama of
+5.8 million parameters, float32. `padded` is the layout of defaults_version 2, which is the code before, bit for bit
+(tests/integration/test_old_files.py); `budget` is contiguous rows with tokens_per_microbatch at 16 rows of 150 tokens. Ways take
+turns; CPU seconds (user and system) of the process come first, since other work disturbs them less.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import data_folder, emit, interleaved, parser, report, spread
+from ppo_step_real_lengths import NEW_TOKENS, PROMPTS, ROWS, VOCABULARY, alpaca_lengths, make_models
+
+from rlhf_ray.batches import Experience, Rollout
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.console import NullConsole
+from rlhf_ray.models.assembly import Assembly
+from rlhf_ray.roles.guards import Guards
+from rlhf_ray.roles.learner import Learner
+from rlhf_ray.runtime.session import process_session
+
+WAYS: dict[str, dict[str, Any]] = {
+    "padded": {"defaults_version": 2},
+    "contiguous": {},
+    "budget": {"tokens_per_microbatch": ROWS * 150},
+}
+
+
+def reply_lengths() -> list[int]:
+    """Words and punctuation marks of every reply and its end, at most NEW_TOKENS."""
+    with gzip.open(data_folder() / "sft_alpaca_2000.jsonl.gz", "rt") as file:
+        outputs = [json.loads(line)["output"] for line in file]
+    return [min(len(re.findall(r"\w+|[^\w\s]", text)) + 1, NEW_TOKENS) for text in outputs]
+
+
+def rollout() -> Rollout:
+    """64 rows of the data, drawn once."""
+    noise = torch.Generator().manual_seed(0)
+    rows = torch.randperm(2000, generator=noise)[:PROMPTS]
+    before, after = (torch.tensor(lengths)[rows] for lengths in (alpaca_lengths(), reply_lengths()))
+    wide, long = int(before.max()), int(after.max())
+    prompts = torch.arange(wide)[None] >= wide - before[:, None]
+    replies = torch.arange(long)[None] < after[:, None]
+    tokens = torch.randint(4, VOCABULARY, (PROMPTS, wide + long), generator=noise)
+    said = torch.zeros(replies.shape)
+    return Rollout(tokens, prompts, replies, said, torch.ones(PROMPTS, dtype=torch.bool), torch.arange(PROMPTS))
+
+
+def learner(folder: Path, threads: int, **fields: Any) -> Learner:
+    common: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "model_name_or_path": str(folder / "policy"),
+        "template": "none",
+        "data": {"train": "unused.jsonl"},
+        "rewards": [{"name": "r", "function": "unused.py:f"}],
+        "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+        "learner": {"num_workers": 0, "num_threads": threads},
+        "rollout_batch_size": PROMPTS,
+        "num_mini_batches": 1,
+        "num_ppo_epochs": 1,
+        "per_device_train_batch_size": ROWS,
+        "max_steps": 1,
+    }
+    config = PPOConfig(**{**common, **fields})
+    assembly = Assembly(config, torch.device("cpu"), config.seed, None)
+    assembly.add_trained_policy(None, config.lora, with_reference=False)
+    assembly.add_value("policy", "own", None)
+    return Learner(assembly.finish(), config, process_session(NullConsole(), threads))
+
+
+def main() -> None:
+    args = parser(__doc__, repeats=3, threads=1).parse_args()
+    torch.set_num_threads(args.threads)
+    sampled, noise = rollout(), torch.Generator().manual_seed(1)
+    width = sampled.response_width
+    numbers = [torch.where(sampled.response_mask, torch.randn(PROMPTS, width, generator=noise), 0.0) for _ in range(3)]
+    masks = sampled.tokens, sampled.prompt_mask, sampled.response_mask
+    shares: dict[str, float] = {}
+
+    def step(way: str, one: Learner) -> Callable[[], None]:
+        def run() -> None:
+            found = one.evaluate(sampled, 1)
+            assert found.values is not None
+            experience = Experience(*masks, found.logprobs, numbers[0], found.values, *numbers[1:])
+            rates = {"policy": 1e-5, "value": 1e-5}
+            stats = one.update(experience, 1, rates, 0.0, Guards())
+            shares[way] = stats.metrics().get("update/real_token_share", 0.0)
+
+        return run
+
+    with tempfile.TemporaryDirectory() as scratch:
+        make_models(Path(scratch), "5.8m")
+        learners = {way: learner(Path(scratch), args.threads, **fields) for way, fields in WAYS.items()}
+        timings = interleaved({way: step(way, one) for way, one in learners.items()}, args.repeats)
+    real = int(sampled.attention_mask.sum())
+    shares["padded"] = real / sum(
+        seq.computed_tokens
+        for micro in learners["padded"]._microbatches(
+            learners["padded"]._minibatches(1, 0, PROMPTS)[0], torch.zeros(PROMPTS)
+        )
+        for seq in [learners["padded"]._sequences(sampled, micro)]
+    )
+    measured: dict[str, Any] = {}
+    for way in WAYS:
+        measured[f"{way}/cpu_seconds"] = spread([t.cpu for t in timings[way]])
+        measured[f"{way}/wall_seconds"] = spread([t.wall for t in timings[way]])
+        measured[f"{way}/real_token_share"] = spread([shares[way]])
+        if way != "padded":
+            pairs = zip(timings["padded"], timings[way], strict=True)
+            measured[f"{way}/times_faster_cpu"] = spread([a.cpu / b.cpu for a, b in pairs])
+    settings = {
+        "model": "random Llama, 5.8 M parameters, float32, CPU",
+        "rows": PROMPTS,
+        "real_tokens": real,
+        "microbatch": ROWS,
+        "ppo_epochs": 1,
+        "lora": "r 8 on q_proj and v_proj, policy and critic",
+    }
+    emit(report("update_real_lengths", settings, measured, args.repeats, args.threads), args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

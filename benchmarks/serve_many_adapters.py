@@ -2,11 +2,11 @@
 
     python benchmarks/serve_many_adapters.py --adapters 1000 --seconds 60 --output
 
-One replica without HTTP and Ray, in this process. The registry holds `adapters` real ones of ranks 4 to 64 on all linear layers, and
-names without files behind them up to `names`; clients ask for adapters by Zipf's law (the k-th has 1/k of the first one's share), one
-request after the other, and read the reply as it comes. Baseline, in the same run and in turn with it: the same clients, all for the
-first adapter. A stall is the longest time between two steps of the decode thread while replies wait for the second one; the start
-with all adapters is compared with one with three. --busy says in the report that other work was on the machine.
+One replica without HTTP and Ray, in this process. The registry holds `adapters` real ones of ranks 4 to 64 on all linear layers,
+and names without files behind them up to `names`. Clients ask for adapters by Zipf's law (the k-th has 1/k of the first one's
+share), one request after the other, and read the reply as it comes. Baseline, in the same run and in turn with it: the same clients,
+all for the first adapter. A stall is the longest time between two steps of the decode thread while replies wait for the second one;
+the start with all adapters is compared with one with three. --busy says in the report that other work was on the machine.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class Registry:
             alias.write(self.folder / "aliases" / f"{name}.json")
 
 
-async def started(base: Path, registry: Path, output: Path, limits: dict[str, Any], threads: int) -> tuple[Replica, float]:
+async def started(
+    base: Path, registry: Path, output: Path, limits: dict[str, Any], threads: int
+) -> tuple[Replica, float]:
     config = ServeConfig(
         output_dir=str(output),
         model_name_or_path=str(base),
@@ -234,7 +236,9 @@ def main() -> None:
     options = parser(__doc__, repeats=3, threads=2)
     options.add_argument("--model", choices=("stories260k", "6m"), default="stories260k")
     options.add_argument("--adapters", type=int, default=1000)
-    options.add_argument("--names", type=int, default=10_000, help="names in the registry, those of the adapters included")
+    options.add_argument(
+        "--names", type=int, default=10_000, help="names in the registry, those of the adapters included"
+    )
     options.add_argument("--loaded", type=int, default=256, help="limits.max_loaded_adapters")
     options.add_argument("--host-mib", type=int, default=1024, help="limits.max_host_adapter_bytes, MiB")
     options.add_argument("--clients", type=int, default=16)

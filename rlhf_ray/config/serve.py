@@ -131,7 +131,10 @@ class ServeConfig(Section):
         None,
         "adapter that scores replies where a request says `reward: true`; default: the only reward adapter there is",
     )
-    host: str = field("127.0.0.1", "address to listen on; any but a loopback address needs api_keys, and cluster/nginx.conf in front of it")
+    host: str = field(
+        "127.0.0.1",
+        "address to listen on; any but a loopback address needs api_keys, and cluster/nginx.conf in front of it",
+    )
     port: Annotated[int, Field(ge=1, le=65535)] = field(8000, "port to listen on")
     api_keys: Path | None = field(None, "file of hashed API keys that `rlhf-ray api-key` writes; null: no key needed")
     allowed_hosts: Strings = field(

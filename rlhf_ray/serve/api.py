@@ -18,14 +18,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from rlhf_ray.config.serve import ServeConfig
-from rlhf_ray.serve.api_errors import ApiError, internal_error, model_not_found, overloaded
+from rlhf_ray.serve.api_errors import ApiError, internal_error, model_not_found
 from rlhf_ray.serve.api_keys import ApiKey, ApiKeys
 from rlhf_ray.serve.generation import Event, GenerationRequest
 from rlhf_ray.serve.host_check import HostCheck
 from rlhf_ray.serve.idempotency import IdempotencyCache
 from rlhf_ray.serve.info_routes import InfoRoutes
-from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.key_usage import KeyUsage
+from rlhf_ray.serve.metrics import Metrics, NoMetrics
 from rlhf_ray.serve.openai_responses import ResponseBuilder, sse_stream
 from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest, to_prompt
 from rlhf_ray.serve.page import Page
@@ -150,9 +150,11 @@ class HttpApi:
         models = await self.backend.models()
         if context.key is not None and context.key.models:
             return JSONResponse({"object": "list", "data": [m for m in models if context.allows(m["id"])]})
-        if self._listed is None or self._listed[0] is not models:  # with many names this takes a while, and changes seldom
+        if (
+            self._listed is None or self._listed[0] is not models
+        ):  # with many names this takes a while, and changes seldom
             listed = {"object": "list", "data": models}
-            self._listed = models, await asyncio.to_thread(lambda: JSONResponse(listed).body)
+            self._listed = models, await asyncio.to_thread(lambda: bytes(JSONResponse(listed).body))
         return Response(self._listed[1], media_type="application/json")
 
     async def retrieve_model(self, context: RequestContext) -> Response:

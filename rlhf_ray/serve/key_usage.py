@@ -36,8 +36,8 @@ class KeyUsage:
             del self.rows[key.name]
 
     def charge(self, key: ApiKey, tokens: int) -> None:
-        """Tokens of a request that has ended. They fill up again evenly (a token bucket of one minute); the request that uses up the
-        last ones may take more than are left."""
+        """Tokens of a request that has ended. They fill up again evenly (a token bucket of one minute); the request that uses up
+        the last ones may take more than are left."""
         if key.max_tokens_per_minute is not None:
             self._tokens[key.name] = self._left(key) - tokens, time.monotonic()
 

@@ -85,6 +85,7 @@ class PromptEncoder:
             return " (limits.max_context)"
         return rope_note(self.backbone.model.config.get_text_config())
 
+
 def _message(turn: Mapping[str, Any]) -> Message:
     """extra: as rows of data have it (`data/fields.py`), so that both render alike."""
     extra = {name: value for name, value in turn.items() if name not in ("role", "content")}

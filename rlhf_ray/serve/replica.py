@@ -307,6 +307,11 @@ class Replica:
             raise ApiError(400, f"reward: {what}.", "no_reward", "reward")
         return name
 
+    async def reward_model(self, reward: str | bool, resources: AsyncExitStack) -> ServedModel:
+        """The reward adapter `reward`, or the default one for True, ready until `resources` is closed. Raises ApiError."""
+        name = self._reward_name(reward)
+        return self._reward_model(name, await self._load([name], resources))
+
     def _reward_model(self, name: str, cached: Mapping[str, CachedAdapter[ModelCheckpoint]]) -> ServedModel:
         if name == BASE or cached[name].head is None:
             raise ApiError(400, f"reward: {name!r} is no reward adapter.", "not_a_reward", "reward")

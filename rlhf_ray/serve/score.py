@@ -58,7 +58,7 @@ async def score_on(replica: Replica, request: ScoreRequest) -> dict[str, Any]:
     {error}, as plain data."""
     try:
         async with AsyncExitStack() as resources, asyncio.timeout(replica.limits.request_timeout_s):
-            served = await replica._reward_model(request.model or True, resources)
+            served = await replica.reward_model(request.model or True, resources)
             prompts, replies = await _encoded(replica, request, served)
             rewards = await _rewards(replica, served, prompts, replies)
             return {"model": served.model, "sha256": served.sha256, "ids": request.row_ids(), "rewards": rewards}

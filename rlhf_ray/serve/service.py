@@ -92,8 +92,8 @@ def _resolve(config: ServeConfig) -> ServeConfig:
         LocalConsole().warn("neither registry nor adapters is set: the base alone is served")
     if not is_loopback(config.host):
         LocalConsole().warn(
-            f"host: {config.host} can be reached from other machines. Put nginx with cluster/nginx.conf in front of it: TLS, and bounds"
-            " on headers, idle connections and paths, which Ray's proxy leaves open"
+            f"host: {config.host} can be reached from other machines. Put nginx with cluster/nginx.conf in front of it: TLS, and"
+            " bounds on headers, idle connections and paths, which Ray's proxy leaves open"
         )
     if config.registry is not None and not Path(config.registry).is_dir():
         raise ConfigError.at("registry", "no such folder", "a folder that rlhf-ray promote has made", config.registry)

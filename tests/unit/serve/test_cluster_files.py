@@ -88,4 +88,6 @@ def test_nginx_lets_through_every_route_of_the_service_and_nothing_else(tmp_path
     api: Any = HttpApi(ServeConfig(output_dir=str(tmp_path), model_name_or_path="x"), None)  # type: ignore[arg-type]
     routes = {route.path.replace("{model:path}", "helper@v3-0a1b2c3d") for route in api.app.app.routes}
     assert len(routes) > 8 and [path for path in routes if not passes(path)] == []
-    assert not any(map(passes, ("/x", "/v1/", "/v1/models/a/b", "/v1/chat/completions/x", "/-/routes", "//", "/v1/score/x")))
+    assert not any(
+        map(passes, ("/x", "/v1/", "/v1/models/a/b", "/v1/chat/completions/x", "/-/routes", "//", "/v1/score/x"))
+    )

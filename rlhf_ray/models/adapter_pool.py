@@ -119,7 +119,7 @@ class AdapterPool:
         self._base: Any = model.get_base_model()
         self._linear = linear_layers(self._base)
         self.groups = layer_groups((n, layer, *width_in_out(layer)) for n, layer in self._linear.items())
-        self._packed: dict[str, PackedAdapter] = {}
+        self.packed: dict[str, PackedAdapter] = {}
         self._device: torch.device = self._base.get_input_embeddings().weight.device
         _POOLS[peft_model] = self
 
@@ -148,32 +148,32 @@ class AdapterPool:
 
     def add(self, name: str, packed: PackedAdapter) -> None:
         """Make `name` known, once its weights are on the device."""
-        if name in self._packed:
+        if name in self.packed:
             raise InvariantError.at(f"adapter {name}", "there is one of this name already")
         there = packed.to(self._device)
         if there is not packed and not all(
             torch.equal(a.cpu(), b) for a, b in zip(there._tensors(), packed._tensors())
         ):
             raise InvariantError.at(f"adapter {name}", "the device does not hold the adapter that was read")
-        self._packed[name] = there
+        self.packed[name] = there
 
     def remove(self, name: str) -> None:
         """Between two steps: no row may name it any more."""
-        del self._packed[name]
+        del self.packed[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._packed
+        return name in self.packed
 
     def __getitem__(self, name: str) -> PackedAdapter:
-        return self._packed[name]
+        return self.packed[name]
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._packed)
+        return tuple(self.packed)
 
     def hooks(self, name: str) -> Hooks:
         """That put one adapter on top of the base."""
-        adapter = self._packed[name]
+        adapter = self.packed[name]
         found: list[Hook] = []
         for group, factors in zip(self.groups, adapter.factors):
             if factors is not None:

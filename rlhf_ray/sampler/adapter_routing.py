@@ -7,7 +7,8 @@ Where a pool of adapters is beside the model (models/adapter_pool.py), rows mix 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -36,15 +37,11 @@ class AdapterRouter:
         self._stacks: Stacks | None = None
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters that rows may name, as of now."""
+    def names(self) -> Collection[str]:
+        """The adapters that rows may name, as they are at any time."""
         if self._peft is None:
             return ()
-        return (*self._peft.peft_config, *(() if self._pool is None else self._pool.names))
-
-    def knows(self, name: str) -> bool:
-        """Whether `name` is among `names`."""
-        return self._peft is not None and (name in self._peft.peft_config or name in (self._pool or ()))
+        return self._peft.peft_config if self._pool is None else ChainMap(self._peft.peft_config, self._pool.packed)  # type: ignore[no-any-return]
 
     @property
     def _pool(self) -> AdapterPool | None:

@@ -233,7 +233,7 @@ class Sampler:
     # ---- the schedule -----------------------------------------------------------------------------------------------------
 
     def _limits(self) -> Limits:
-        return Limits(self._vocabulary, self._context, self._router.knows, lambda: self._router.names)
+        return Limits(self._vocabulary, self._context, self._router.names)
 
     def _begin(self, requests: Sequence[DecodeRequest]) -> list[DecodeRow]:
         """Queue `requests` in an engine that is empty, with a cache as long as they need."""

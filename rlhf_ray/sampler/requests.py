@@ -115,13 +115,11 @@ class DecodeEngine(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model can do. context: positions it has, 0 if unlimited. knows: whether it has an adapter of this name; adapters:
-    all of them, asked for only to be told to people."""
+    """What the model can do. context: positions it has, 0 if unlimited. adapters: the names it knows."""
 
     vocabulary: int
     context: int
-    knows: Callable[[str], bool]
-    adapters: Callable[[], Collection[str]]
+    adapters: Collection[str]
 
 
 def check_requests(requests: Sequence[DecodeRequest], limits: Limits) -> None:
@@ -132,8 +130,8 @@ def check_requests(requests: Sequence[DecodeRequest], limits: Limits) -> None:
 def _problems(where: str, request: DecodeRequest, limits: Limits) -> list[Problem]:
     r, vocabulary = request, limits.vocabulary
     prompt, new = len(r.prompt_ids), r.max_new_tokens
-    unknown = r.adapter is not None and not limits.knows(r.adapter)
-    known = sorted(limits.adapters()) if unknown else []
+    unknown = r.adapter is not None and r.adapter not in limits.adapters
+    known = sorted(limits.adapters) if unknown else []  # there may be thousands
     in_vocabulary = f"0 <= id < {vocabulary}"
     checks: list[tuple[bool, str, str, str, str]] = [
         (prompt > 0, "prompt_ids", "at least one token", "an empty prompt", "start the prompt with the bos token"),

@@ -154,7 +154,7 @@ class HttpApi:
             self._listed is None or self._listed[0] is not models
         ):  # with many names this takes a while, and changes seldom
             listed = {"object": "list", "data": models}
-            self._listed = models, await asyncio.to_thread(lambda: JSONResponse(listed).body)
+            self._listed = models, await asyncio.to_thread(lambda: bytes(JSONResponse(listed).body))
         return Response(self._listed[1], media_type="application/json")
 
     async def retrieve_model(self, context: RequestContext) -> Response:

@@ -177,7 +177,9 @@ def test_rows_do_not_see_their_padding(family, make):
     padded = hidden_states(body, tokens, mask)
     grad = torch.autograd.grad(padded[mask].square().sum(), weight)[0]
     torch.testing.assert_close(hidden_states(body, other, mask)[mask], padded[mask], atol=1e-5, rtol=1e-5)
-    cut = hidden_states(body, other, mask, length=11)  # the longest row: what all others have behind them is not computed
+    cut = hidden_states(
+        body, other, mask, length=11
+    )  # the longest row: what all others have behind them is not computed
     torch.testing.assert_close(cut[mask], padded[mask], atol=1e-5, rtol=1e-5)
     alone = [body(input_ids=row[real][None]).last_hidden_state[0] for row, real in zip(tokens, mask)]
     torch.testing.assert_close(padded[mask], torch.cat(alone), atol=1e-4, rtol=1e-4)

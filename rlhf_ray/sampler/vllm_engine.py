@@ -152,6 +152,11 @@ class VLLMEngine:
         number = next(self._adapter_numbers)
         try:
             self._in_worker(vllm_lora.put, number, config, tensors)
+        except AttributeError as error:
+            what = f"vLLM {vllm_version()} keeps adapters in another way than {TRIED}: {error}"
+            raise ConfigError.at(
+                "rollout.engine", what, f"vLLM {TRIED}", fix="or set rollout.engine: builtin"
+            ) from error
         except BaseException:
             self._in_worker(vllm_lora.take, number)
             raise

@@ -193,12 +193,18 @@ class VLLMEngine:
             self._asleep = False
 
     def close(self) -> None:
-        """End the engine and free its memory."""
+        """End the engine and free its memory.
+
+        Its parts are ended one by one: vLLM's own end of all takes the process group with it, which is the learner's."""
         self._forget(list(self._waiting))
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.engine_core.shutdown()
-            del engine
+            core = engine.engine_core.engine_core
+            core.structured_output_manager.clear_backend()
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            del engine, core
+        gc.unfreeze()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -220,6 +220,21 @@ def mixed(name: str) -> str:
     )
 
 
+def engines(name: str) -> str:
+    """vLLM and `generate` as shares of the builtin engine, without an adapter, under one, and under the most in one batch."""
+    m, report = measured(name), result(name)
+    most = max(int(key.rpartition("/")[2]) for key in m)
+    said = [
+        f"{what}: {mid(m[f'tokens_per_second/builtin/{n}'])} tokens a second, "
+        f"vLLM {scattered(m[f'times_builtin/vllm/{n}'])} times that, `generate` {scattered(m[f'times_builtin/generate/{n}'])}"
+        for what, n in (("base", 0), ("one adapter", 1), (f"{most} adapters", most))
+    ]
+    differ = sum(value for key, f in m.items() if key.startswith("replies_that_differ") for value in f["values"])
+    load, cores = report["machine"]["load_average"], report["machine"]["cores"]
+    busy = f"; on a busy machine (load {load:g} on {cores} cores)" if load > 1.5 * cores else ""
+    return "; ".join(said) + ("; all replies equal" if not differ else f"; {differ:g} replies differ") + busy
+
+
 def service() -> str:
     m = measured("serve_load")
     return (
@@ -331,6 +346,12 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "mixed_adapters_5_8m",
     ),
     ("The same", STORIES, lambda: mixed("mixed_adapters_stories260k"), "mixed_adapters_stories260k"),
+    (
+        "The builtin engine, vLLM 0.30 (CPU build) and transformers' `generate`, same greedy requests, 32 rows at a time",
+        "random Llama, 5.8 M parameters",
+        lambda: engines("engines_5_8m"),
+        "engines_5_8m",
+    ),
     (
         "The service: 32 clients that stream replies of 64 tokens, greedy, against each server in turn",
         "random Llama, 6 M parameters, head dimension 32",

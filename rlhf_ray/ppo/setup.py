@@ -28,7 +28,7 @@ from rlhf_ray.ppo.actors import check_and_describe
 from rlhf_ray.ppo.models import assemble, decoding, policy_sampler, synced_reference, text_maker
 from rlhf_ray.ppo.prompts import Prompts, load_prompts
 from rlhf_ray.ppo.reward_gate import check_reward_models
-from rlhf_ray.ppo.vllm import engine_line, policy_engine
+from rlhf_ray.ppo.vllm import engine_lines, policy_engine
 from rlhf_ray.rewards.build import RewardBuilder
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.roles.collector import Collector, LocalCollector
@@ -314,7 +314,7 @@ def header_lines(
             "placement",
             f"{config.placement}, {world} worker{'s' if world > 1 else ''}, ZeRO {config.learner.zero_stage}",
         ),
-        *engine_line(config),
+        *engine_lines(config, session.device),
         *zero_3_lines(config, session),
         header_line("device", f"{session.device}, {session.num_threads} threads, {backbone.attn_implementation}"),
         *([header_line("", f"not bit-exact: {why}")] if (why := not_exact(session.device)) else []),

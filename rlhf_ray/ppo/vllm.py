@@ -13,7 +13,7 @@ from rlhf_ray.models.backbone import BaseFiles, base_files
 from rlhf_ray.models.lineage import header_line
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.roles.loaded_adapter import EngineAdapter
-from rlhf_ray.sampler.vllm_engine import VLLMEngine, VLLMOptions, vllm_version
+from rlhf_ray.sampler.vllm_engine import TRIED, VLLMEngine, VLLMOptions, vllm_version
 from rlhf_ray.sampler.vllm_lora import largest_rank
 
 SHARE_ALONE, SHARE_BESIDE = 0.9, 0.3
@@ -81,9 +81,14 @@ def longest_row(config: PPOConfig, context: int) -> int:
     return min(limit, config.max_prompt_length + config.response_length)
 
 
-def engine_line(config: PPOConfig) -> list[str]:
-    """For the header of a run."""
+def engine_lines(config: PPOConfig, device: torch.device) -> list[str]:
+    """For the header of a run.   device: of the learner."""
     if config.rollout.engine == "builtin":
         return []
     cap = f"importance weights of at most {config.importance_sampling_cap:g}"
-    return [header_line("engine", f"vLLM {vllm_version()}, a base of its own where it samples; {cap}")]
+    lines = [header_line("engine", f"vLLM {vllm_version()}, a base of its own where it samples; {cap}")]
+    if vllm_version() and not vllm_version().startswith(f"{TRIED}."):
+        lines.append(header_line("", f"this project's tests run vLLM {TRIED}"))
+    if config.rollout.enable_sleep_mode and device.type != "cuda":
+        lines.append(header_line("", "rollout.enable_sleep_mode has no effect without CUDA"))
+    return lines

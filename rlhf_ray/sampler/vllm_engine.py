@@ -152,6 +152,11 @@ class VLLMEngine:
         number = next(self._adapter_numbers)
         try:
             self._in_worker(vllm_lora.put, number, config, tensors)
+        except AttributeError as error:
+            what = f"vLLM {vllm_version()} keeps adapters in another way than {TRIED}: {error}"
+            raise ConfigError.at(
+                "rollout.engine", what, f"vLLM {TRIED}", fix="or set rollout.engine: builtin"
+            ) from error
         except BaseException:
             self._in_worker(vllm_lora.take, number)
             raise
@@ -188,12 +193,18 @@ class VLLMEngine:
             self._asleep = False
 
     def close(self) -> None:
-        """End the engine and free its memory."""
+        """End the engine and free its memory.
+
+        Its parts are ended one by one: vLLM's own end of all takes the process group with it, which is the learner's."""
         self._forget(list(self._waiting))
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.engine_core.shutdown()
-            del engine
+            core = engine.engine_core.engine_core
+            core.structured_output_manager.clear_backend()
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            del engine, core
+        gc.unfreeze()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

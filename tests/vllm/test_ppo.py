@@ -47,6 +47,19 @@ def test_it_learns_what_the_builtin_engine_learns(vllm_job: Job) -> None:
         assert theirs["sync/bytes"] == ours["sync/bytes"] > 0
 
 
+def test_the_reward_rises_as_it_does_with_the_builtin_engine(vllm_job: Job) -> None:
+    """20 steps of 32 replies, one run after the other in this process: both end at the same reward, well above the start."""
+    fields = {"rollout_batch_size": 32, "max_steps": 20, "learning_rate": 5e-3, "eval_steps": 20, "num_ppo_epochs": 1}
+    ends = {}
+    for engine in ("builtin", "vllm"):
+        done = run(vllm_job(engine, rollout={"engine": engine}, **fields))
+        rows = read_metrics(Path(done.run_dir, "metrics.jsonl"))
+        ends[engine] = rows[-1]["eval/reward"]
+        start = rows[0]["eval/reward"]
+        assert ends[engine] > start + 0.1, (engine, start, ends[engine])
+    assert ends["vllm"] == pytest.approx(ends["builtin"], abs=0.05)
+
+
 def test_it_leaves_the_process_as_it_was(vllm_job: Job) -> None:
     """Random generators, threads and what sets them: vLLM changes all of them where it starts."""
     random.seed(1), np.random.seed(1), torch.manual_seed(1)

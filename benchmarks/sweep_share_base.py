@@ -17,6 +17,7 @@ step, and the held-out scores, compare between the shared case and the processes
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.storage.run import load_run
 from rlhf_ray.sweep.trials import Trial, job_of, planned
 
+REPLIES = 32
 TICKS = os.sysconf("SC_CLK_TCK")
 LOOK_S = 1.0
 """Adding up the pages of a large process takes the kernel a while, which the case must not notice."""
@@ -110,7 +112,11 @@ def command(stage: str, path: Path) -> subprocess.Popen[bytes]:
 
 def sweep_config(data: Path, folder: Path, trials: int, steps: int, share: bool) -> SweepConfig:
     fields = job(folder, data, 0, steps, 1).model_dump(mode="json", exclude_unset=True)
-    fields |= {"rollout_batch_size": 64, "num_mini_batches": 2, "data": {**fields["data"], "eval_max_rows": 64}}
+    fields |= {
+        "rollout_batch_size": REPLIES,
+        "num_mini_batches": 2,
+        "data": {**fields["data"], "eval_max_rows": REPLIES},
+    }
     for name in ("output_dir", "seed", "learner", "learning_rate"):
         del fields[name]
     shared = {name: fields.pop(name) for name in ("model_name_or_path", "template", "report_to", "defaults_version")}
@@ -191,51 +197,66 @@ def score(trial: Trial) -> float:
     return float(load_run(trial.folder).metrics["eval/reward"])
 
 
+Runs = dict[str, list[dict[str, float]]]
+"""Case -> its repeats."""
+
+
+def run_cases(data: Path, trials: int, arguments: argparse.Namespace, runs: Runs) -> None:
+    """Each case once, into `runs`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        configs = {
+            name: sweep_config(data, folder / name, trials, arguments.steps, name == "shared")
+            for name in ("shared", "processes", "in turn")
+        }
+        runs.setdefault("shared", []).append(as_sweep(configs["shared"], folder))
+        if trials <= arguments.most_processes:
+            at_once = min(trials, arguments.at_once)
+            runs.setdefault("processes", []).append(as_commands(configs["processes"], folder, at_once))
+            if "in turn" not in arguments.without:
+                runs.setdefault("in turn", []).append(as_sweep(configs["in turn"], folder))
+            runs.setdefault("equality", []).append(equality(configs["shared"], configs["processes"]))
+    for name, found in runs.items():
+        print(f"{trials} trials, {name}: {found[-1]}", file=sys.stderr, flush=True)
+
+
+def figures(trials: int, at_once: int, runs: Runs) -> dict[str, Any]:
+    """What was measured, and the shared case as times each other one."""
+    found: dict[str, Any] = {
+        name: {key: spread([run[key] for run in repeats]) for key in repeats[0]} for name, repeats in runs.items()
+    }
+    for name in ("processes", "in turn"):
+        for key in ("seconds", "cpu_seconds") if name in runs else ():
+            found[f"{key} to {name}"] = spread([a[key] / b[key] for a, b in zip(runs["shared"], runs[name])])
+    if "processes" in runs:
+        found["processes"]["at_once"] = at_once
+        for key in ("pss_mib", "rss_mib"):
+            whole = [run[key] * trials / at_once for run in runs["processes"]]
+            found["processes"][f"{key}_of_all_at_once"] = spread(whole)
+            found[f"{key} to processes"] = spread([run[key] / all_ for run, all_ in zip(runs["shared"], whole)])
+    return found
+
+
 def main() -> None:
     options = parser(__doc__, repeats=1, threads=1)
-    options.add_argument("--steps", type=int, default=6, help="PPO steps of 64 replies (default 6)")
+    options.add_argument("--steps", type=int, default=6, help=f"PPO steps of {REPLIES} replies (default 6)")
     options.add_argument("--trials", type=int, nargs="+", default=[1, 4, 8, 16], help="how many (default 1 4 8 16)")
     options.add_argument("--at-once", type=int, default=8, help="of the processes of one trial each (default 8)")
-    options.add_argument(
-        "--most-processes", type=int, default=8, help="more trials than this: the shared case alone (default 8)"
-    )
+    options.add_argument("--most-processes", type=int, default=8, help="more trials: the shared case alone (default 8)")
+    options.add_argument("--without", choices=("in turn",), nargs="*", default=[], help="leave a case out")
     arguments = options.parse_args()
     data, found = data_folder(), {}
     for trials in arguments.trials:
-        cases: dict[str, list[dict[str, float]]] = {"shared": [], "processes": [], "in turn": []}
-        equal: list[dict[str, float]] = []
-        at_once = min(trials, arguments.at_once)
+        runs: Runs = {}
         for _ in range(arguments.repeats):
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = Path(scratch)
-                configs = {
-                    name: sweep_config(data, folder / name, trials, arguments.steps, name == "shared") for name in cases
-                }
-                cases["shared"].append(as_sweep(configs["shared"], folder))
-                if trials <= arguments.most_processes:
-                    cases["processes"].append(as_commands(configs["processes"], folder, at_once))
-                    cases["in turn"].append(as_sweep(configs["in turn"], folder))
-                    equal.append(equality(configs["shared"], configs["processes"]))
-            for name, runs in cases.items():
-                print(f"{trials} trials, {name}: {runs[-1:]}", file=sys.stderr, flush=True)
-        figures: dict[str, Any] = {
-            name: {key: spread([run[key] for run in runs]) for key in runs[0]} for name, runs in cases.items() if runs
-        }
-        if equal:
-            figures["equality"] = {key: spread([run[key] for run in equal]) for key in equal[0]}
-            figures["processes"]["at_once"] = at_once
-            for key in ("pss_mib", "rss_mib"):
-                whole = [run[key] * trials / at_once for run in cases["processes"]]
-                figures["processes"][f"{key}_of_all_at_once"] = spread(whole)
-                ours = [run[key] for run in cases["shared"]]
-                figures[f"{key}_ratio"] = spread([a / b for a, b in zip(ours, whole)])
-            for key in ("seconds", "cpu_seconds"):
-                for name in ("processes", "in turn"):
-                    pairs = zip(cases["shared"], cases[name])
-                    figures[f"{key}_ratio to {name}"] = spread([a[key] / b[key] for a, b in pairs])
-        found[f"{trials} trials"] = figures
-        settings = {"model": "stories260K, 260,032 parameters, float32, CPU", "steps": arguments.steps, "replies": 64}
-        emit(report("sweep_share_base", settings, found, arguments.repeats, arguments.threads), arguments.output)
+            run_cases(data, trials, arguments, runs)
+        found[f"{trials} trials"] = figures(trials, min(trials, arguments.at_once), runs)
+    settings = {
+        "model": "stories260K, 260,032 parameters, float32, CPU",
+        "steps": arguments.steps,
+        "replies": REPLIES,
+    }
+    emit(report("sweep_share_base", settings, found, arguments.repeats, arguments.threads), arguments.output)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ driver fetches; after an evaluation the trial waits until the driver has said wh
 from __future__ import annotations
 
 import contextlib
-import gc
 import queue
 import threading
 import time
@@ -82,10 +81,7 @@ class Host:
         end = "done"
         try:
             with seat.taken():
-                try:
-                    end = self._train(trial, seat)
-                finally:
-                    gc.collect()  # engines and modules are in cycles: they would keep their adapters
+                end = self._train(trial, seat)
         except BaseException as error:  # a thread that ends without a word would leave the driver waiting
             end = _told(error)
         finally:

@@ -93,12 +93,13 @@ def test_packed_rows_and_the_masked_rows_of_older_runs_have_the_same_loss_and_gr
         return float(loss.detach()), list(torch.autograd.grad(loss, parameters))
 
     expected, gradients = learnt()
-    assert max(float(g.abs().max()) for g in gradients) > 1e-3
+    largest = max(float(g.abs().max()) for g in gradients)
+    assert largest > 1e-3
     for model.packing, model.contiguous in ((True, True), (False, False)):
         loss, others = learnt()
         assert loss == pytest.approx(expected, rel=1e-6)
         for other, gradient in zip(others, gradients):
-            torch.testing.assert_close(other, gradient, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(other, gradient, atol=1e-6 * largest, rtol=0.0)
 
 
 def test_label_smoothing_mixes_in_the_mean_over_the_vocabulary(make_backbone: Callable[..., Backbone]) -> None:

@@ -221,10 +221,7 @@ class VLLMEngine:
             raise _translated(error) from error
 
     def _check(self, requests: Sequence[DecodeRequest]) -> None:
-        check_requests(
-            requests,
-            Limits(self._vocabulary, self.options.longest, self._adapters.__contains__, lambda: self._adapters),
-        )
+        check_requests(requests, Limits(self._vocabulary, self.options.longest, self._adapters))
         ConfigError.raise_all(
             Problem(
                 f"request {i}", "penalties, bias, min_tokens and grammars", "none: vLLM draws as rollouts do", "some"

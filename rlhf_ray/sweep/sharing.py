@@ -39,11 +39,9 @@ def check_sharing(config: SweepConfig, jobs: Sequence[PPOConfig]) -> None:
             problems.append(
                 Problem("share_base", "trials have actors of their own", "placement: colocate", job.placement, drop)
             )
-        if job.rollout.engine != "builtin":
-            got = job.rollout.engine
-            problems.append(
-                Problem("share_base", "trials sample with another engine", "rollout.engine: builtin", got, drop)
-            )
+        if (engine := job.rollout.engine) != "builtin":
+            what, expected = "trials sample with another engine", "rollout.engine: builtin"
+            problems.append(Problem("share_base", what, expected, engine, drop))
         if learner.num_workers > 1:
             got = str(learner.num_workers)
             problems.append(Problem("share_base", "trials have several workers", "learner.num_workers: 1", got, drop))

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -19,8 +19,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.serve.api_errors import ApiError, internal_error, model_not_found
-from rlhf_ray.serve.api_keys import ApiKey, ApiKeys
-from rlhf_ray.serve.generation import Event, GenerationRequest
+from rlhf_ray.serve.api_keys import ApiKeys
+from rlhf_ray.serve.generation import GenerationRequest
 from rlhf_ray.serve.host_check import HostCheck
 from rlhf_ray.serve.idempotency import IdempotencyCache
 from rlhf_ray.serve.info_routes import InfoRoutes
@@ -30,70 +30,11 @@ from rlhf_ray.serve.openai_responses import ResponseBuilder, sse_stream
 from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest, to_prompt
 from rlhf_ray.serve.page import Page
 from rlhf_ray.serve.request_body import parsed, read_body
+from rlhf_ray.serve.request_context import Backend, Handler, RequestContext
 from rlhf_ray.serve.request_log import ACCESS_LOG, PREFERENCE_LOG, TIE_LOG, RequestLog, preference_row
 from rlhf_ray.serve.score import ScoreRequest
 
 log = logging.getLogger(__name__)
-
-
-class Backend(Protocol):
-    """The replicas."""
-
-    async def complete(self, request: GenerationRequest) -> list[Event]:
-        """All events of a request."""
-        ...
-
-    def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        """The events as they come. Closing the iterator ends the work."""
-        ...
-
-    async def score(self, request: ScoreRequest) -> dict[str, Any]:
-        """See score.py."""
-        ...
-
-    async def models(self) -> list[dict[str, Any]]: ...
-
-    async def tokenize(self, model: str, prompt: dict[str, Any]) -> dict[str, Any]:
-        """{ids, texts, context}: what a model reads of a prompt; or {error}."""
-        ...
-
-    async def detokenize(self, ids: list[int]) -> dict[str, Any]:
-        """{text}, or {error}."""
-        ...
-
-    async def tokenizer_info(self) -> dict[str, Any]: ...
-
-    async def check_health(self) -> None:
-        """ApiError unless a replica answers."""
-        ...
-
-
-class RequestContext:
-    """One HTTP request while it is handled. log: its line in the access log."""
-
-    def __init__(self, request: Request, key: ApiKey | None) -> None:
-        self.request, self.key = request, key
-        self.log: dict[str, Any] = {}
-        self.rows = 0
-        """That it counts as in `KeyUsage`."""
-        self.is_streaming = False
-        """The line is written when the stream ends."""
-
-    @property
-    def key_name(self) -> str | None:
-        return None if self.key is None else self.key.name
-
-    def allows(self, model: str) -> bool:
-        return self.key is None or self.key.allows(model)
-
-    def require_access(self, *models: str) -> None:
-        """ApiError as for a model that does not exist: a key does not learn of others' models."""
-        for model in models:
-            if not self.allows(model):
-                raise model_not_found(model)
-
-
-Handler = Callable[[RequestContext], Awaitable[Response]]
 
 
 class HttpApi:

@@ -4,50 +4,19 @@ from __future__ import annotations
 
 import functools
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.serve.api_errors import ApiError
-from rlhf_ray.serve.openai_messages import Messages, StrictModel, Text, Tool
-from rlhf_ray.serve.openai_types import ModelName, TokenId, prompt_of_chat
+from rlhf_ray.serve.openai_types import DetokenizeRequest, TokenizeRequest, prompt_of_chat
 from rlhf_ray.serve.openapi import document
 from rlhf_ray.serve.request_body import parsed, read_body
-
-if TYPE_CHECKING:
-    from rlhf_ray.serve.api import Backend, RequestContext
-
+from rlhf_ray.serve.request_context import Backend, RequestContext
 
 BASE = "base"
-
-
-class TokenizeRequest(StrictModel):
-    """A text or a conversation. add_special_tokens: of a text; a conversation has those of its template."""
-
-    model: ModelName | None = None
-    prompt: Text | None = None
-    messages: Annotated[Messages, Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: Literal[True] | None = None
-    return_token_strs: bool | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("Give exactly one of prompt and messages")
-        if self.messages is not None and self.add_special_tokens is not None:
-            raise ValueError("add_special_tokens: only of a prompt")
-        return self
-
-
-class DetokenizeRequest(StrictModel):
-    model: ModelName | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=200_000, fail_fast=True)]
 
 
 class InfoRoutes:

@@ -305,6 +305,32 @@ class PreferenceRequest(StrictModel):
     verdict: Literal["better", "tie", "both_bad"] = "better"
 
 
+class TokenizeRequest(StrictModel):
+    """A text or a conversation. add_special_tokens: of a text; a conversation has those of its template."""
+
+    model: ModelName | None = None
+    prompt: Text | None = None
+    messages: Annotated[Messages, Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: Literal[True] | None = None
+    return_token_strs: bool | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("Give exactly one of prompt and messages")
+        if self.messages is not None and self.add_special_tokens is not None:
+            raise ValueError("add_special_tokens: only of a prompt")
+        return self
+
+
+class DetokenizeRequest(StrictModel):
+    model: ModelName | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=200_000, fail_fast=True)]
+
+
 def to_prompt(prompt: str | None, messages: list[ChatMessage] | None, limits: LimitsConfig) -> dict[str, Any]:
     """One of the two, as a prompt of a GenerationRequest. A conversation of one user turn is its text."""
     if (prompt is None) == (messages is None):

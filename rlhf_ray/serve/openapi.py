@@ -7,6 +7,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from rlhf_ray.serve.openai_types import (
+    ChatRequest,
+    CompareRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    PreferenceRequest,
+    TokenizeRequest,
+)
+from rlhf_ray.serve.score import ScoreRequest
+
 REF = "#/components/schemas/{model}"
 STRING, INTEGER, NUMBER, BOOLEAN = ({"type": kind} for kind in ("string", "integer", "number", "boolean"))
 
@@ -131,10 +141,6 @@ ERRORS = {
 
 def document(with_keys: bool) -> dict[str, Any]:
     """OpenAPI 3.1.   with_keys: requests need an API key."""
-    from rlhf_ray.serve.info_routes import DetokenizeRequest, TokenizeRequest
-    from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest, PreferenceRequest
-    from rlhf_ray.serve.score import ScoreRequest
-
     schemas = dict(SCHEMAS)
 
     def post(summary: str, body: type[BaseModel], answer: str, streams: bool = False) -> dict[str, Any]:

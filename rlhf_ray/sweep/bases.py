@@ -26,6 +26,9 @@ from rlhf_ray.sweep.sharing import processes
 from rlhf_ray.sweep.space import read_space
 from rlhf_ray.sweep.tuning import Watcher, scheduler_of
 
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+"""Of a process: glibc gives each thread a heap of its own, and what one trial has freed the next one could not use. They take
+turns, so that one heap for all has no price."""
 POLL_S = 1.0
 """How long a process is asked for news at a time: how soon the driver notices a signal, or the end of its time."""
 SAVE_S = 20.0
@@ -69,7 +72,7 @@ class _Process:
                 **options,
                 accelerator_type=accelerator,
                 max_concurrency=4,
-                runtime_env={"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}},
+                runtime_env={"env_vars": ENVIRONMENT},
             )
             .remote(config, fits.threads, os.getcwd(), str(turn.absolute()))
         )

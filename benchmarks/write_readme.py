@@ -188,17 +188,6 @@ def trl() -> str:
     )
 
 
-def real_lengths() -> str:
-    m = measured("update_real_lengths")
-    ways = ("padded", "contiguous", "budget")
-    cpu, share = ([mid(m[f"{way}/{what}"]) for way in ways] for what in ("cpu_seconds", "real_token_share"))
-    faster = " and ".join(scattered(m[f"{way}/times_faster_cpu"]) for way in ways[1:])
-    return (
-        f"padded as before, contiguous and sorted, and by a token budget: {', '.join(cpu)} CPU seconds, of what is computed "
-        f"{', '.join(share)} real; {faster} times as fast as before"
-    )
-
-
 def sampler() -> str:
     m = measured("sampler_vs_generate")
     return (
@@ -325,12 +314,6 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "random Llama, 5.8 M parameters",
         trl,
         "ppo_step_vs_trl",
-    ),
-    (
-        f"Evaluation and update of a PPO step, 64 rows as long as Alpaca's, replies up to 128 tokens, one epoch ({BUSY})",
-        "random Llama, 5.8 M parameters",
-        real_lengths,
-        "update_real_lengths",
     ),
     (
         "The sampler against transformers' `generate`, batch 64, replies of 8 to 128 tokens",

@@ -18,6 +18,8 @@ VERSION = 3
 CONTIGUOUS_ROWS_SINCE = 3
 """Until then forward passes took rows in the order in which they came, prompts padded on the left. Sums in another order have other
 last bits, so what was begun so ends so."""
+REWARD_GATE_SINCE = 3
+"""From then on PPO asks whether a reward run is better than chance."""
 CHAT_RESPONSE_LENGTH = 512
 ROOM_FOR_CHAT = 1024
 """max_length from which on a reply to a chat template may take CHAT_RESPONSE_LENGTH."""
@@ -28,7 +30,6 @@ VERSION_1: dict[str, Any] = {
     "value.warmup_steps": 0,
     "response_length": 128,
     "max_prompt_length": None,
-    "allow_chance_rewards": True,
 }
 """Constants that were other ones in version 1, in every stage that has the field. `_value_rate` and `_reward_runs_as_they_are` have
 the rest."""
@@ -73,12 +74,19 @@ def _max_prompt_length(values: Values) -> Any:
     return UNSET if values.get("max_length") is None else None
 
 
+def _allow_chance_rewards(values: Values) -> Any:
+    """Jobs of versions without the gate go on without it."""
+    version = values.get("defaults_version", VERSION)
+    return True if isinstance(version, int) and version < REWARD_GATE_SINCE else UNSET
+
+
 FOLLOWS: dict[str, Callable[[Values], Any]] = {
     "whiten_advantages": _whiten_advantages,
     "eval_sampling.temperature": _eval_temperature,
     "value.learning_rate": _value_learning_rate,
     "response_length": _response_length,
     "max_prompt_length": _max_prompt_length,
+    "allow_chance_rewards": _allow_chance_rewards,
 }
 """Field -> its default beside the job's other values; UNSET where it is the constant that the field's class says."""
 

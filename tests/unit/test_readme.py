@@ -89,8 +89,8 @@ def test_every_job_in_readme_is_a_job(block: str) -> None:
 
 def test_the_rewards_and_policies_in_the_page_of_jobs_are_some() -> None:
     block, compared = re.findall(r"```yaml\n(.*?)```", (ROOT / "jobs/README.md").read_text(encoding="utf-8"), re.S)
-    values = {"output_dir": "x", "model_name_or_path": "x", "data": {"train": "x"}, **yaml.safe_load(block)}
-    config = load_dict(PPOConfig, values, "jobs/README.md")
+    values = {"output_dir": "x", "model_name_or_path": "x", "data": {"train": "x"}}
+    config = load_dict(PPOConfig, {**values, **yaml.safe_load(block)}, "jobs/README.md")
     assert [len(reward.members) for reward in config.rewards] == [3, 0, 0] and config.rewards[0].std_coef == 1
     judged = load_dict(EvaluateConfig, {**values, **yaml.safe_load(compared)}, "jobs/README.md")
     assert [policy.best_of for policy in judged.policies] == [1, 1, 16, 1, 1] and judged.judge == ("gpt", "rm")

@@ -117,6 +117,7 @@ def walk_ppo(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "entropy_coef": 0.01,
         "ptx_coef": 0.1,
         "ptx_data": {"train": str(plain)},
+        "allow_chance_rewards": True,
     }
     run = ppo(PPOConfig(**{**fields, **small, **common, **changes}))
     return {"steps": run.steps, "reward": run.metrics.get("eval/reward"), "run": run.run_dir}

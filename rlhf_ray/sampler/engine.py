@@ -110,12 +110,16 @@ class Sampler:
         self._has_read = False  # in the last step
         self._rows: list[DecodeRow] = []  # by slot
         self._batch: Batch | None = None
-        if requests:
+        if not requests:
+            how: dict[str, Any] = {"multiple": self._multiple, "max_cells": self._max_cached}
+            self._cache = self._caches.slots(self.max_rows, self._context or UNLIMITED, **how)
+        elif len(requests) > self.max_rows:
             longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
-            self._cache = self._caches.slots(min(self.max_rows, len(requests)), longest, self._multiple, whole=True)
-        else:
-            longest = self._context or UNLIMITED
-            self._cache = self._caches.slots(self.max_rows, longest, self._multiple, max_cells=self._max_cached)
+            self._cache = self._caches.slots(self.max_rows, longest, multiple=self._multiple, whole=True)
+        else:  # all begin together, and end before the columns do
+            longest = max(len(r.prompt_ids) for r in requests) + max(r.max_new_tokens for r in requests)
+            how = {"multiple": self._multiple, "whole": True, "spare": 0}
+            self._cache = self._caches.slots(len(requests), longest, **how)
 
     # ---- the engine, as callers see it ------------------------------------------------------------------------------------
 

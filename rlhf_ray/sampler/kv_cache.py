@@ -129,6 +129,7 @@ class SlotCache(Cache):
     or columns run out, and shrink when no more than a quarter of them is in use; whole: they are made at their full size at once,
     where what will come is known, and stay.
 
+    spare: columns beyond those of `max_tokens`, for as many steps between two moves; none where no row follows another.
     multiple: a step's slice is as wide as one of it.  make: the layers, where not all have keys and values alone.
     max_cells: slots times columns that doubling keeps to."""
 
@@ -142,10 +143,11 @@ class SlotCache(Cache):
         multiple: int = 1,
         whole: bool = False,
         max_cells: int | None = None,
+        spare: int = SPARE_COLUMNS,
     ) -> None:
         self._geometry, self._max_cells = Geometry(), max_cells
         self._multiple, self._whole = multiple, whole
-        self._max_slots, self._max_columns = max_slots, _round_up(max_tokens + multiple - 1 + SPARE_COLUMNS)
+        self._max_slots, self._max_columns = max_slots, _round_up(max_tokens + multiple - 1 + spare)
         if make is None:
             Cache.__init__(self, layer_class_to_replicate=partial(SlotLayer, self._geometry))  # type: ignore[arg-type]
         else:

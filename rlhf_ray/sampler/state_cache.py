@@ -171,12 +171,10 @@ class Caches:
         places = [i for i, kind in enumerate(self._types) if kind in STATE]
         self._blocks = dict(zip(places, blocks)) if blocks else {}  # by layer
 
-    def slots(
-        self, max_slots: int, max_tokens: int, multiple: int = 1, whole: bool = False, max_cells: int | None = None
-    ) -> SlotCache:
-        """See `SlotCache`."""
+    def slots(self, max_slots: int, max_tokens: int, **how: Any) -> SlotCache:
+        """how: further arguments of `SlotCache`."""
         if not self.recurrent:
-            return SlotCache(max_slots, max_tokens, multiple=multiple, whole=whole, max_cells=max_cells)
+            return SlotCache(max_slots, max_tokens, **how)
         kinds: dict[str, Any] = {
             "state": SlotStates,
             "both": SlotHybrid,
@@ -189,7 +187,7 @@ class Caches:
             return [SlotBlock(self._blocks[i], geometry) if i in self._blocks else m for i, m in enumerate(made)]
 
         cache = self._made_as(SlotCache)
-        SlotCache.__init__(cache, max_slots, max_tokens, layers, multiple, whole, max_cells)
+        SlotCache.__init__(cache, max_slots, max_tokens, layers, **how)
         return cache
 
     def prompts(self) -> Cache:

@@ -36,7 +36,7 @@ run = pipeline(PipelineConfig(
     sft={"data": {"train": rows}, "train_batch_size": 8, "max_length": 128, **small},
     reward={"data": {"train": pairs}, "train_batch_size": 8, "max_length": 128, **{k: v for k, v in small.items() if k != "lora"}},
     ppo={"data": {"train": rows, "eval_max_rows": 4}, "rollout_batch_size": 8, "num_mini_batches": 1, "num_ppo_epochs": 1,
-         "response_length": 4, **{k: v for k, v in small.items() if k != "lora"}},
+         "response_length": 4, "allow_chance_rewards": True, **{k: v for k, v in small.items() if k != "lora"}},
     evaluate={"data": {"train": rows, "eval_max_rows": 4}},
 ))
 left["end"] = sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects())

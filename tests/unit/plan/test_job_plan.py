@@ -171,10 +171,10 @@ def test_a_pipeline_knows_the_adapters_that_it_will_make(model: Callable[..., st
 
 def test_the_key_value_cache_by_hand(model: Callable[..., str]) -> None:
     """8 rows, 65 + 32 tokens: the prompts' cache (64 columns, the last token is not read with them) stands beside the slots'
-    buffer, whose columns are made at once: 97, 63 for widths that are multiples of 64, and 64 spare ones, rounded up to 32.
-    K and V of 16 layers, 2 heads of 16, bfloat16: 2048 bytes a token."""
+    buffer, whose columns are made at once: 97, and 63 for widths that are multiples of 64. K and V of 16 layers, 2 heads of 16,
+    bfloat16: 2048 bytes a token."""
     job = ppo(model(num_hidden_layers=16), max_length=97, rollout_chunk_size=8)
-    assert only(job).phases["sampling"]["kv cache"] == 2048 * 8 * (64 + 224)
+    assert only(job).phases["sampling"]["kv cache"] == 2048 * 8 * (64 + 160)
 
 
 def test_moments_and_masters_by_hand(model: Callable[..., str]) -> None:

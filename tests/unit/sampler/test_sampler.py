@@ -236,3 +236,15 @@ def test_columns_beside_the_rows_change_no_token(make_llama, make_requests, asse
 def test_how_many_rows_take_a_step_together():
     assert [rows_at_once(None, 512, device) for device in ("cpu", "cuda", "meta")] == [64, 256, 64]
     assert [rows_at_once(wanted, 128, "cuda") for wanted in (None, 96, 1000)] == [128, 96, 128]
+
+
+def test_a_chunk_that_begins_together_needs_no_column_to_spare(llama, make_requests):
+    """A key-value buffer as large as its rows, made once and never moved; the same replies as with rows that follow each other."""
+    requests = make_requests(12, stop_ids=(5, 11))
+    sampler, seen = Sampler(llama, PAD, max_rows=12), []
+    forward = sampler._logits
+    sampler._logits = lambda *args: seen.append(args[4]) or forward(*args)
+    found = sampler.run(requests)
+    longest = max(len(r.prompt_ids) for r in requests) + max(r.max_new_tokens for r in requests)
+    assert seen[-1].shape == (12, -(-longest // 32) * 32)
+    assert [r.token_ids for r in found] == [r.token_ids for r in Sampler(llama, PAD, max_rows=5).run(requests)]

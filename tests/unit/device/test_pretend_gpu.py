@@ -15,6 +15,7 @@ WALK = Path(__file__).with_name("walk.py")
 UTILITY = Path(__file__).parents[2] / "pretend_gpu.py"
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_nothing_is_left_on_the_cpu_and_what_would_be_is_noticed(
     tiny_llama: Callable[..., Path], tmp_path: Path

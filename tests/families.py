@@ -147,6 +147,7 @@ def chain(base: Path, folder: Path) -> dict[str, Any]:
             max_steps=2,
             learning_rate=1e-2,
             eval_on_start=False,
+            allow_chance_rewards=True,  # of two held-out pairs
             **{k: v for k, v in common.items() if k != "lora"},
         ),
     }

@@ -111,13 +111,16 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def require_same(run: str, undisturbed: str, made_on: dict[str, str]) -> None:
-    """Weights and metrics of `run` are, to the bit, those of `undisturbed`; on another machine, near them, with a warning."""
+    """Weights and metrics of `run` are, to the bit, those of `undisturbed`; on another machine, near them, with a warning.
+
+    Metrics that the version which made `undisturbed` did not have are not compared."""
     pairs = [
         (load_file(Path(run) / name / ADAPTER), load_file(Path(undisturbed) / name / ADAPTER))
         for name in ("adapter", "value")
         if (Path(undisturbed) / name).is_dir()
     ]
-    rows, expected = metrics(Path(run)), metrics(Path(undisturbed))
+    expected = metrics(Path(undisturbed))
+    rows = [{k: v for k, v in row.items() if k in old} for row, old in zip(metrics(Path(run)), expected, strict=True)]
     assert pairs and all(a.keys() == b.keys() for a, b in pairs)
     bits = all(torch.equal(a[key], b[key]) for a, b in pairs for key in b)
     if bits and rows == expected:
@@ -283,7 +286,8 @@ def test_it_ends_under_the_defaults_that_it_was_begun_with(
     ended, undisturbed = load_run(f"half/{name}"), load_run(f"runs/{name}")
     if not elsewhere(older_defaults):
         told = {k: v for k, v in undisturbed.metrics.items() if not {"time", "memory"} & set(k.split("/"))}
-        assert {k: ended.metrics.get(k) for k in told} == told
+        for k, v in told.items():  # an evaluation has no half: its rows are cut as now, and rewards have other last bits
+            assert ended.metrics.get(k) == (pytest.approx(v, abs=1e-5) if k.startswith("evaluate/") else v), k
     kept = yaml.safe_load(Path(f"half/{name}/config.yaml").read_text())
     assert kept.get("defaults_version", 1) == 1
 

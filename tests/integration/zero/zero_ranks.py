@@ -69,8 +69,8 @@ def train(session: Session, jobs: Sequence[PPOConfig], head_calls: int | None = 
         forward.LOGITS_AT_ONCE = 260 * head_calls
     published: list[str] = []
 
-    def watched(config: PPOConfig, session: Session, folder: Any) -> Any:
-        setup = set_up(config, session, folder)
+    def watched(config: PPOConfig, *others: Any) -> Any:
+        setup = set_up(config, *others)
         if config.learner.zero_stage == 3:
             assert_sharded(setup.learner.models)
         learners.append(setup.learner)

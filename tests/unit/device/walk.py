@@ -26,17 +26,12 @@ spec.loader.exec_module(pretend)
 
 def forgotten() -> dict[str, tuple[str, Any, str, Any]]:
     """Name -> the walk that must notice, and the module, its attribute and what is put there instead."""
-    from rlhf_ray.models import assembly
     from rlhf_ray.rewards import protocol
     from rlhf_ray.roles import learner
     from rlhf_ray.sampler import engine
     from rlhf_ray.serve import echo
 
     of, tensor = engine.Batch.of, torch.tensor
-
-    class Stays(assembly.ScalarHead):
-        def to(self, *args: Any, **kwargs: Any) -> Any:
-            return self
 
     plain = type("torch", (), {**vars(torch), "tensor": staticmethod(lambda x, device=None: tensor(x))})
     stay = lambda seq, device: seq  # noqa: E731
@@ -49,7 +44,6 @@ def forgotten() -> dict[str, tuple[str, Any, str, Any]]:
         ),
         "rows of the learner": ("ppo", learner, "to_device", stay),
         "rows of the scorer": ("ppo", protocol, "to_device", stay),
-        "a head": ("ppo", assembly, "ScalarHead", Stays),
         "a prompt that is echoed": ("serve", echo, "torch", plain),
     }
 

@@ -49,6 +49,7 @@ from rlhf_ray.training.run_entry import check_same_models, mended_functions
 
 if TYPE_CHECKING:
     from rlhf_ray.roles.actor_collector import RemoteRoles
+    from rlhf_ray.roles.actor_pool import PendingCall
 
 EVALUATIONS = 10
 
@@ -123,11 +124,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder, held: ExitSta
 
     held: ends what must not outlive the run, an engine beside the learner; None leaves it to the process's end."""
     weak = check_reward_models(config) if not folder.checkpoints() else []
-    engine_adapter = None
-    if config.rollout.engine == "vllm" and config.placement == "colocate":
-        _, engine_adapter = policy_engine(config, session.device, "generator")
-        if held is not None:
-            held.callback(engine_adapter.engine.close)
+    engine_adapter = _engine_beside(config, session, held)
     remote_roles = _remote_roles(session) if config.placement == "split" else None
     loading = remote_roles.wake() if remote_roles is not None and session.is_main else []
     assembly, roles = assemble(config, session.device, None if session.seat is None else session.seat.place)
@@ -152,15 +149,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder, held: ExitSta
         collector = lambda temperature: split  # noqa: E731  # scorers take the temperature with each request
     else:
         collector = _own_collector(config, session, assembly, roles, learner, to_texts, synced, engine_adapter)
-    total = config.max_steps if config.max_steps > 0 else prompts.schedule.steps(config.num_train_epochs)
-    if value_warmup(config.value.warmup_steps, total) >= total and "value" in models.bindings:
-        raise ConfigError.at(
-            "value.warmup_steps",
-            f"the run has {total} steps, and in none of them would the policy learn",
-            f"less than {total}",
-            f"{config.value.warmup_steps:g}",
-            "lower it, or add prompts or max_steps",
-        )
+    total = _total_steps(config, prompts.schedule, "value" in models.bindings)
     eval_every = config.eval_steps or max(total // EVALUATIONS, 1)
     listed = frozenset(config.save_steps) if isinstance(config.save_steps, tuple) else frozenset()
     save_every = config.save_steps if isinstance(config.save_steps, int) else None if listed else eval_every
@@ -196,29 +185,62 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder, held: ExitSta
     whereabouts = [f"rank {rank}, {line}" for rank, line in enumerate(session.gather(session.where)) if line]
     if session.is_main:
         _write_manifest(setup, assembly, roles, prompts, session)
-        lines = header_lines(config, setup, roles, session, prompts.lines, whereabouts)
-        if remote_roles is not None and setup.writers.roles is not None:
-            found = remote_roles.introduce(loading)
-            actors = check_and_describe(found, backbone.identity)
-            learners = [header_line("learner", line) for line in whereabouts]
-            setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
-            lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
-        session.console.header(f"ppo  {config.output_dir}", lines)
-        _, never = reference_resets(config, total)
+        _tell(config, session, setup, roles, prompts, loading, whereabouts)
         notes = [note for stack in assembly.stacks.values() for note in stack.backbone.notes]
         if config.sft is None and config.lora.target_modules == "all-linear":
             notes += adapter_notes(trunk(policy_model), "policy")
-        for line in [
-            *notes,
-            *prompts.warnings,
-            *roles.warnings,
-            *weak,
-            *map(str, unused_fields(config)),
-            *never,
-            *controller_warnings(config),
-        ]:
-            session.console.warn(line)
+        _warn(config, session, total, [*notes, *prompts.warnings, *roles.warnings, *weak])
     return setup
+
+
+def _engine_beside(config: PPOConfig, session: Session, held: ExitStack | None) -> EngineAdapter | None:
+    """vLLM beside the learner, if this process is to sample with it."""
+    if config.rollout.engine != "vllm" or config.placement != "colocate":
+        return None
+    _, adapter = policy_engine(config, session.device, "generator")
+    if held is not None:
+        held.callback(adapter.engine.close)
+    return adapter
+
+
+def _total_steps(config: PPOConfig, schedule: PromptSchedule, has_value: bool) -> int:
+    """Steps of the run. ConfigError if the value model would warm up through all of them."""
+    total = config.max_steps if config.max_steps > 0 else schedule.steps(config.num_train_epochs)
+    if has_value and value_warmup(config.value.warmup_steps, total) >= total:
+        raise ConfigError.at(
+            "value.warmup_steps",
+            f"the run has {total} steps, and in none of them would the policy learn",
+            f"less than {total}",
+            f"{config.value.warmup_steps:g}",
+            "lower it, or add prompts or max_steps",
+        )
+    return total
+
+
+def _tell(
+    config: PPOConfig,
+    session: Session,
+    setup: PPOSetup,
+    roles: RewardBuilder,
+    prompts: Prompts,
+    loading: list[list[PendingCall]],
+    whereabouts: list[str],
+) -> None:
+    """The run's header, and who is who in roles.log.   loading: actors that were woken.   whereabouts: a line for each rank."""
+    lines = header_lines(config, setup, roles, session, prompts.lines, whereabouts)
+    if setup.remote_roles is not None and setup.writers.roles is not None:
+        found = setup.remote_roles.introduce(loading)
+        actors = check_and_describe(found, setup.backbone.identity)
+        learners = [header_line("learner", line) for line in whereabouts]
+        setup.writers.roles.start([*learners, *actors], {name: about["pid"] for name, about in found})
+        lines += [*actors, header_line("log", "roles.log: who sampled and scored each step, with which adapter")]
+    session.console.header(f"ppo  {config.output_dir}", lines)
+
+
+def _warn(config: PPOConfig, session: Session, total: int, notes: Sequence[str]) -> None:
+    _, never = reference_resets(config, total)
+    for line in [*notes, *map(str, unused_fields(config)), *never, *controller_warnings(config)]:
+        session.console.warn(line)
 
 
 def _remote_roles(session: Session) -> RemoteRoles:

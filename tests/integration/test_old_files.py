@@ -286,7 +286,8 @@ def test_it_ends_under_the_defaults_that_it_was_begun_with(
     ended, undisturbed = load_run(f"half/{name}"), load_run(f"runs/{name}")
     if not elsewhere(older_defaults):
         told = {k: v for k, v in undisturbed.metrics.items() if not {"time", "memory"} & set(k.split("/"))}
-        for k, v in told.items():  # an evaluation has no half: its rows are cut as now, and rewards have other last bits
+        # An evaluation has no half: its rows are cut as now, and rewards have other last bits.
+        for k, v in told.items():
             assert ended.metrics.get(k) == (pytest.approx(v, abs=1e-5) if k.startswith("evaluate/") else v), k
     kept = yaml.safe_load(Path(f"half/{name}/config.yaml").read_text())
     assert kept.get("defaults_version", 1) == 1

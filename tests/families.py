@@ -1,7 +1,7 @@
 """The whole chain on a tiny random model of every causal family of the installed transformers, and the table of what works.
 
     make families                                        all that are not done; rewrites the table in rlhf_ray/models/README.md
-    python tests/families.py --only llama,qwen3_5_text   prints the rows of some, rewrites nothing
+    python tests/families.py --only llama,qwen3_5_text   these, if they are not done
 
 Each family has a process of its own: whatever one of them does, the others are tried. A cell is "yes", or what was said instead.
 """
@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -89,7 +90,7 @@ def try_family(model_type: str, folder: Path) -> dict[str, str]:
         "merge": lambda: check_merge(folder / "sft"),
         "plan": lambda: check_plan(jobs["ppo"]),
     }
-    needs = {"reward": "SFT", "PPO": "reward", "merge": "SFT"}
+    needs = {"reward": "SFT", "PPO": "reward", "merge": "SFT", "plan": "reward"}
     for column, step in steps.items():
         found[column] = (
             attempt(step) if found.get(needs.get(column, "greedy"), "yes") == "yes" or column not in needs else ""
@@ -234,7 +235,7 @@ def attempt(step: Callable[[], object]) -> str:
 def told(error: BaseException) -> str:
     """One short line."""
     text = str(error.problems[0]) if isinstance(error, RlhfRayError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:300]
+    return re.sub(r"/\S*/(?=[\w.]+)", "", " ".join(text.split()))[:300]
 
 
 def apart(model_type: str) -> dict[str, Any]:
@@ -313,17 +314,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="model types, comma separated; prints the rows alone")
+    parser.add_argument("--only", help="model types, comma separated; default: all")
     parser.add_argument("--output", type=Path, default=ROWS, help="rows, one a line; done ones are kept")
     options = parser.parse_args()
-    if options.only:
-        for name in options.only.split(","):
-            print(json.dumps(apart(name)), flush=True)
-        return 0
     options.output.parent.mkdir(parents=True, exist_ok=True)
     lines = options.output.read_text().splitlines() if options.output.exists() else []
     rows = {row["family"]: row for row in map(json.loads, lines)}
-    for name in families():
+    for name in options.only.split(",") if options.only else families():
         if name not in rows:
             rows[name] = apart(name)
             with options.output.open("a") as file:

@@ -308,7 +308,7 @@ def _note_replies(rows: Sequence[Row], replies: Sequence[Reply], out: Tokenised[
         if reply.note:
             out.noted.add(reply.note, row.where)
         if reply.differs:
-            out.differing.add("chat_template_kwargs may mend that", row.where, reply.differs)
+            out.differing.add("chat_template_kwargs may change that", row.where, reply.differs)
 
 
 def _note_spelled(

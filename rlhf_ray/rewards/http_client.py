@@ -34,7 +34,7 @@ MAX_ANSWER_BYTES = 256 * 2**20
 MAX_REDIRECTS = 3
 REACH_TIMEOUT_S = 10.0
 SHOWN = 200
-FIX = "start or mend the server, then resume"
+FIX = "start or repair the server, then resume"
 
 
 class _Failed(Exception):
@@ -292,4 +292,4 @@ def check_reachable(where: str, url: str) -> None:
         socket.create_connection((parts.hostname, _origin(url)[2]), REACH_TIMEOUT_S).close()
     except OSError as error:
         what = f"{_origin(url)[1]}:{_origin(url)[2]} cannot be reached from this node: {error.strerror or error}"
-        raise ResourceError.at(where, what, fix="start the server, or mend the address") from None
+        raise ResourceError.at(where, what, fix="start the server, or correct the address") from None

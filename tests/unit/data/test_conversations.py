@@ -92,7 +92,7 @@ def test_no_answer_is_learnt_inside_a_thought_that_the_template_opens(learn: Any
         "1 replies: no reasoning: the thought that the template opens (<think>) is closed at once"
     )
     assert told[1].startswith(
-        "1 differ from the conversation rendered whole: chat_template_kwargs may mend that (first rows."
+        "1 differ from the conversation rendered whole: chat_template_kwargs may change that (first rows."
     )
     assert "learnt '" in told[1] and r"assistant\n<think>\n\n</think>\n\nWren.<|im_end|>'" in told[1]
     for reply in (THOUGHT, {**WREN, "content": "<think>\nIt sings.\n</think>\n\nWren."}):

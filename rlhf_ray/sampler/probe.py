@@ -149,6 +149,7 @@ def tiny_config(config: Any, width: int = WIDTH, of_each: int = 1, vocabulary: i
     factor = 1
     # Heads stay of an even dimension, which rotary positions turn in pairs.
     parts = {k: 4 if "head" in k else 2 for k in widths}
+    parts["hidden_size"] = 8  # rows of 16 bytes, as grouped products of experts want them
     heads = int(values.get("num_attention_heads") or 1)
     if not any("head" in k for k in widths) and text.hidden_size % (4 * heads) == 0:
         parts["hidden_size"] = 4 * heads

@@ -283,18 +283,19 @@ def _uniform(tensors: dict[str, Tensor], config: dict[str, Any], alphas: Mapping
     ranks = {module: len(tensors[key]) for module, key in downs.items()}
     if not config.pop("ranks_differ") and not alphas:
         return
-    largest, alpha = max(ranks.values()), config["lora_alpha"]
-
-    def divisor(r: int) -> float:
-        return math.sqrt(r) if config["use_rslora"] else float(r)
-
+    largest, alpha, rslora = max(ranks.values()), config["lora_alpha"], config["use_rslora"]
     for module, key in downs.items():
         own = next((a for name, a in alphas.items() if module == name or module.endswith(f".{name}")), alpha)
         up, missing = key.replace("lora_A", "lora_B"), largest - ranks[module]
-        factor = (own / divisor(ranks[module])) / (alpha / divisor(largest))
+        factor = lora_scale(own, ranks[module], rslora) / lora_scale(alpha, largest, rslora)
         tensors[key] = torch.nn.functional.pad(tensors[key], (0, 0, 0, missing))
         tensors[up] = torch.nn.functional.pad(tensors[up], (0, missing)) * factor
     config["r"] = largest
+
+
+def lora_scale(alpha: float, r: int, use_rslora: bool) -> float:
+    """What B A is multiplied by: lora_alpha / r (arXiv:2106.09685); rsLoRA: lora_alpha / sqrt(r) (arXiv:2312.03732)."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def _is_number(value: Any) -> bool:

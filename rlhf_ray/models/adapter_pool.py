@@ -8,7 +8,6 @@ take its names like PEFT's. Adapters on stacked expert weights stay with PEFT (`
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rlhf_ray.errors import ArtifactError, InvariantError
-from rlhf_ray.models.adapter_files import AdapterFiles, adapter_sha256
+from rlhf_ray.models.adapter_files import AdapterFiles, adapter_sha256, lora_scale
 from rlhf_ray.models.adapter_targets import fit_tensors, linear_layers, width_in_out
 
 Hook = tuple[nn.Module, Callable[..., Any]]
@@ -131,14 +130,14 @@ class AdapterPool:
     def pack(self, files: AdapterFiles) -> PackedAdapter:
         """On the CPU. ArtifactError if it does not belong on this base; what is packed is compared with the files' sha256."""
         given = fit_tensors(self._base, files, self._linear)[1]
-        r, alpha = files.config["r"], files.config["lora_alpha"]
+        config = files.config
 
         def halves(name: str, layer: nn.Module) -> tuple[Tensor, Tensor] | None:
             key = f"base_model.model.{name}.lora_%s.weight"
             return (given[key % "A"], given[key % "B"]) if key % "A" in given else None
 
-        scale = alpha / (math.sqrt(r) if files.config["use_rslora"] else r)
-        packed = pack(self.groups, r, scale, halves)
+        scale = lora_scale(config["lora_alpha"], config["r"], config["use_rslora"])
+        packed = pack(self.groups, config["r"], scale, halves)
         held, own = self._unpacked(packed), {key: theirs for theirs, key in zip(files.tensors, given)}
         sha256 = adapter_sha256({own[key]: held[key] for key in held if key in own}, files.head)
         if sha256 != files.sha256:

@@ -24,7 +24,6 @@ NO_ERRORS = {
     "rlhf_ray/supervised/reward_metrics.py": "the spread of scores, a correlation",
     "rlhf_ray/supervised/reward.py": "how a head starts",
     "rlhf_ray/models/adapter_files.py": "rsLoRA's scale, alpha / sqrt(r)",
-    "rlhf_ray/models/adapter_pool.py": "rsLoRA's scale",
     "rlhf_ray/roles/experience.py": "the spread of rewards and advantages",
     "benchmarks/_kl_analysis.py": "a KL, and the range of two that is a t",
     "benchmarks/_kl_figure.py": "the scale of an axis",

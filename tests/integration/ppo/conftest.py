@@ -27,6 +27,12 @@ def score(prompts, completions, **columns):
 '''
 
 
+@pytest.fixture(autouse=True)
+def _asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a reward that raises: pauses of 2.5 s in all."""
+    monkeypatch.setattr("rlhf_ray.rewards.sources.PAUSES_S", (0.0, 0.0))
+
+
 @pytest.fixture
 def prompts_file(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"

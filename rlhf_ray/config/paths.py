@@ -128,6 +128,11 @@ def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
+def user_cache(*parts: str) -> Path:
+    """A folder of this package in the user's cache: $XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath("rlhf_ray", *parts)
+
+
 def _hub_cache() -> Path:
     """Where huggingface_hub keeps models, by its documented variables (importing it would cost half a second)."""
     if "HF_HUB_CACHE" in os.environ:

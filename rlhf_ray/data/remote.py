@@ -13,6 +13,7 @@ import urllib.parse
 import uuid
 from pathlib import Path
 
+from rlhf_ray.config.paths import user_cache
 from rlhf_ray.config.uris import has_credentials
 from rlhf_ray.errors import DataError
 
@@ -40,7 +41,7 @@ def fetch(uri: str) -> Path:
         if info.type != fs.FileType.File:
             raise DataError.at(uri, "no such file" if info.type == fs.FileType.NotFound else "is a folder, not a file")
         key = hashlib.sha256(f"{uri}\n{info.size}\n{info.mtime_ns}".encode()).hexdigest()[:24]
-        target = _cache() / key / posixpath.basename(path)
+        target = user_cache("data") / key / posixpath.basename(path)
         if not target.is_file():
             _copy(store.open_input_stream(path, compression=None), target, info.size)
     except (ArrowException, OSError, ValueError) as error:
@@ -63,10 +64,6 @@ def _copy(source: object, target: Path, size: int) -> None:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_ray" / "data"
 
 
 def _bare(uri: str) -> str:

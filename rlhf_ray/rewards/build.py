@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.config import EndpointConfig, JobFields, PPOConfig, RewardSource
+from rlhf_ray.config.paths import user_cache
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.assembly import Assembly
@@ -247,7 +247,7 @@ def make_judge(reward: RewardSource, job: JobFields) -> LLMJudge:
     if config.cache_dir is not None:
         cache = Path(config.cache_dir).expanduser()
     else:
-        cache = run / ANSWERS / reward.name if isinstance(job, PPOConfig) else user_cache() / "judges"
+        cache = run / ANSWERS / reward.name if isinstance(job, PPOConfig) else user_cache("judges")
     url = f"{config.base_url.rstrip('/')}/chat/completions"
     headers = credentials(where, config.headers_file, config.api_key_env)
     named = f"judge {reward.name} ({url})"
@@ -258,11 +258,6 @@ def make_judge(reward: RewardSource, job: JobFields) -> LLMJudge:
     judge = LLMJudge(reward.name, config, client, Answers(cache), usage)
     check_reachable(f"{where}.base_url", config.base_url)
     return judge
-
-
-def user_cache() -> Path:
-    """The user's cache folder for this package ($XDG_CACHE_HOME, default ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_ray"
 
 
 def request_limits(config: EndpointConfig) -> dict[str, Any]:

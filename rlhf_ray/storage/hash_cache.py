@@ -6,11 +6,11 @@ exactly that.
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from rlhf_ray.config.paths import user_cache
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.storage.files import atomic_write_json, read_json, sha256_file, sha256_text
 
@@ -18,11 +18,6 @@ LARGE = 64 * 2**20
 """Bytes from which a hash is worth keeping; smaller files are hashed in the time that looking it up takes."""
 SETTLED_S = 2.0
 """A file that was changed less long ago may change again within one tick of its file system's clock: its hash is not kept."""
-
-
-def cache_folder() -> Path:
-    """`rlhf_ray` in XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_ray" / "sha256"
 
 
 def cached_sha256(path: Path) -> str:
@@ -48,7 +43,7 @@ def cached_sha256(path: Path) -> str:
 def _entry(path: Path) -> Path | None:
     """Where the hash of the file as it is now would be kept; None without a home."""
     try:
-        return cache_folder() / f"{sha256_text(repr(_state(path)))[:32]}.json"
+        return user_cache("sha256") / f"{sha256_text(repr(_state(path)))[:32]}.json"
     except RuntimeError:
         return None
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.config.paths import user_cache
 from rlhf_ray.models.sources import weights_sha256
 from rlhf_ray.storage import hash_cache
 from rlhf_ray.storage.files import sha256_file
-from rlhf_ray.storage.hash_cache import cache_folder, cached_sha256
+from rlhf_ray.storage.hash_cache import cached_sha256
 
 OLD = time.time() - 3600
 
@@ -42,7 +43,7 @@ def test_a_large_file_is_hashed_once(hashed: list[Path], tmp_path: Path) -> None
     file = a_file(tmp_path / "model.safetensors", b"weights")
     assert cached_sha256(file) == cached_sha256(file) == sha256_file(file)
     assert hashed == [file]
-    (entry,) = cache_folder().iterdir()
+    (entry,) = user_cache("sha256").iterdir()
     assert entry.is_relative_to(tmp_path / "cache") and json.loads(entry.read_text())["path"] == str(file)
 
 
@@ -61,14 +62,14 @@ def test_a_small_or_fresh_file_is_hashed_every_time(hashed: list[Path], tmp_path
     small, fresh = a_file(tmp_path / "s", b"abc"), a_file(tmp_path / "f", b"weights", time.time())
     for _ in range(2):
         cached_sha256(small), cached_sha256(fresh)
-    assert hashed == [small, fresh] * 2 and not cache_folder().exists()
+    assert hashed == [small, fresh] * 2 and not user_cache("sha256").exists()
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"sha256": "00"}', ""])
 def test_a_damaged_entry_is_no_entry(hashed: list[Path], tmp_path: Path, damage: str) -> None:
     file = a_file(tmp_path / "m", b"weights")
     cached_sha256(file)
-    (entry,) = cache_folder().iterdir()
+    (entry,) = user_cache("sha256").iterdir()
     entry.write_text(damage)
     assert cached_sha256(file) == sha256_file(file) and len(hashed) == 2
     assert json.loads(entry.read_text())["sha256"] == sha256_file(file)

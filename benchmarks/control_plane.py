@@ -101,10 +101,8 @@ def run_cases(data: Path, actors: int, ranks: int, cases: list[dict[str, Any]]) 
 def seconds_of(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By phase, over the steps after the first."""
     steps = [phases | {"step": row["time/step"]} for phases, row in zip(case["phases"], case["metrics"])]
-    late = case["metrics"][1:]  # a checkpoint is told with the step after it
-    for phases, row in zip(steps, late):
-        phases["checkpoint"] = row["time/checkpoint"]
     found = {name: [s[name] for s in steps[1:] if name in s] for name in PHASES}
+    found["checkpoint"] = [row["time/checkpoint"] for row in case["metrics"][1:]]  # told with the step after it
     return {name: spread(values) for name, values in found.items() if values}
 
 
@@ -153,7 +151,7 @@ def on_paper(rows: list[dict[str, Any]], adapters: list[dict[str, Any]], ranks: 
     if ranks:
         alone = next(c for c in rows if c["rows"] == ranks[0]["rows"])
         more = [figures(c)["seconds"]["rollout"]["median"] for c in (alone, ranks[0])]
-        gathered = max(more[1] - more[0] / len(ranks), 0.0) / ranks[0]["rows"] / bytes_of_a_row(64, 64)
+        gathered = max(more[1] - more[0], 0.0) / ranks[0]["rows"] / bytes_of_a_row(64, 64)
     prompt, reply = ASSUMED["tokens per prompt, per reply"]  # type: ignore[misc]
     samples, learns = ASSUMED["share of GPUs that sample, that learn (the rest scores)"]  # type: ignore[misc]
     found = {}
@@ -189,7 +187,7 @@ def main() -> None:
     options.add_argument(
         "--steps", type=int, default=4, help="of each case, the first of which does not count (default 4)"
     )
-    options.add_argument("--actors", type=int, nargs="+", default=[2, 4, 8, 16])
+    options.add_argument("--actors", type=int, nargs="+", default=[2, 4, 16])
     options.add_argument("--rows", type=int, nargs="+", default=[256, 1024, 4096, 16384, 65536])
     options.add_argument("--adapters", type=float, nargs="+", default=[10, 0.2, 100, 500], help="MB")
     options.add_argument("--ranks", type=int, default=2, help="learner ranks of the last case, 1 for none (default 2)")
@@ -199,8 +197,9 @@ def main() -> None:
     data, steps = data_folder(), arguments.steps
     ray.init(num_cpus=DECLARED_CPUS, include_dashboard=False, log_to_driver=False, object_store_memory=2 * 10**9)
 
-    def case(rows: int, megabytes: float, count: int = steps) -> dict[str, Any]:
-        return {"rows": rows, "adapter_mb": megabytes, "steps": count}
+    def case(rows: int, megabytes: float) -> dict[str, Any]:
+        takes_long = rows > 20_000 or megabytes > 200
+        return {"rows": rows, "adapter_mb": megabytes, "steps": 2 if takes_long else steps}
 
     try:
         first = [case(arguments.rows[0], a) for a in arguments.adapters] + [case(r, 10) for r in arguments.rows[1:]]

@@ -29,6 +29,7 @@ def main() -> int:
         ["sweep_overhead.py"],
         ["submit_overhead.py"],
         ["start_time.py"],
+        ["reward_overlap.py"],
         ["control_plane.py"],
         ["sweep_share_base.py"],
     ]

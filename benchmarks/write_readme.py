@@ -276,6 +276,15 @@ def overhead() -> str:
     )
 
 
+def overlapping() -> str:
+    m = measured("reward_overlap")
+    alone, beside = (m[name] for name in ("one thread", "beside"))
+    return (
+        f"{mid(beside['time/step'])} s a step, {mid(alone['time/step'])} with everything on one thread: "
+        f"{scattered(m['beside to one thread'])} times; of these scoring {mid(beside['time/score'])} and {mid(alone['time/score'])} s"
+    )
+
+
 def sharing() -> str:
     m = measured("sweep_share_base")
     most = max((k for k in m if "processes" in m[k]), key=lambda k: int(k.split()[0]))
@@ -350,7 +359,13 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "control_plane",
     ),
     (
-        "Trials of a sweep on one base (`share_base`) against as many commands at once: 6 steps of 32 replies, VADER reward",
+        "A reward server that takes 0.25 s a request, asked while later chunks are sampled: 8 chunks of 16 replies",
+        STORIES,
+        overlapping,
+        "reward_overlap",
+    ),
+    (
+        "Trials of a sweep on one base (`share_base`) against as many commands at once: 32 replies a step, VADER reward",
         STORIES,
         sharing,
         "sweep_share_base",

@@ -281,7 +281,8 @@ def overlapping() -> str:
     alone, beside = (m[name] for name in ("one thread", "beside"))
     return (
         f"{mid(beside['time/step'])} s a step, {mid(alone['time/step'])} with everything on one thread: "
-        f"{scattered(m['beside to one thread'])} times; of these scoring {mid(beside['time/score'])} and {mid(alone['time/score'])} s"
+        f"{scattered(m['beside to one thread'])} times; of these scoring {mid(beside['time/score'])} and "
+        f"{mid(alone['time/score'])} s"
     )
 
 

@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _common import data_folder, emit, parser, report, spread
+from _common import RESULTS, data_folder, emit, parser, report, spread
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.launch.launch import launch
+from rlhf_ray.storage.files import atomic_write_json
 
 HERE = Path(__file__).parent
 CHUNK = 64
@@ -41,19 +42,21 @@ BUILDERS = {role: f"_control_plane:build_{role}" for role in ("generator", "scor
 NOTHING = "def score(prompts, completions, **columns):\n    return [0.0 for _ in completions]\n"
 PHASES = ("rollout", "evaluate", "experience", "update", "publish", "checkpoint", "step")
 
-ASSUMED = {
-    "model": "8B, bfloat16, LoRA r 16 on all linear layers: an adapter of 168 MB in float32",
+ASSUMED: dict[str, Any] = {
+    "model": "8B, bfloat16, LoRA r 16 on all linear layers",
+    "adapter, bytes": 168e6,
     "rows per GPU and step": 64,
-    "tokens per prompt, per reply": (512, 512),
-    "share of GPUs that sample, that learn (the rest scores)": (0.5, 0.375),
+    "tokens per prompt": 512,
+    "tokens per reply": 512,
+    "share of GPUs that sample": 0.5,
+    "share of GPUs that learn (the rest scores)": 0.375,
     "decode, tokens per second and GPU": 8_000,
-    "update and evaluation, tokens per second and GPU": 12_000,
-    "passes of the update, the evaluation counted as a third": 1.33,
+    "update, tokens per second and GPU": 12_000,
+    "evaluation, as a share of the update": 0.33,
     "GPUs per node": 8,
     "network, bytes per second and node": 12.5e9,
-    "checkpoint and adapter, bytes per second to disk": 1e9,
 }
-ADAPTER_BYTES = 168e6
+GPUS = (8, 64, 512)
 
 
 def job(folder: Path, data: Path, actors: int, ranks: int) -> PPOConfig:
@@ -119,7 +122,7 @@ def figures(case: dict[str, Any]) -> dict[str, Any]:
         "calls_per_step": {name: count / steps for name, count in case["calls"].items()},
         "bytes_per_chunk": case["sizes"],
         "driver_mib": case["driver_rss"] / 2**20,
-        "learner_peak_mib": max(row["memory/process_peak"] for row in case["metrics"]) / 2**20,
+        "learner_mib": case["learner_rss"] / 2**20,
     }
 
 
@@ -131,47 +134,59 @@ def overhead(case: dict[str, Any]) -> dict[str, float]:
     return {"bare": bare, "step": without, "checkpoint": seconds["checkpoint"], "all": without + seconds["checkpoint"]}
 
 
-def slope(small: dict[str, Any], large: dict[str, Any], phase: str, by: str) -> float:
-    """Seconds of `phase` per unit of `by`, between two cases."""
-    at = [figures(c)["seconds"][phase]["median"] for c in (small, large)]
-    return max((at[1] - at[0]) / (large[by] - small[by]), 0.0)
+def slope(cases: dict[str, Any], phase: str) -> float:
+    """Seconds of `phase` per unit of what the cases are named by, between the smallest and the largest."""
+    small, large = min(cases, key=float), max(cases, key=float)
+    at = [cases[name]["seconds"][phase]["median"] for name in (small, large)]
+    return max((at[1] - at[0]) / (float(large) - float(small)), 0.0)
 
 
-def on_paper(rows: list[dict[str, Any]], adapters: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds of a step on 8, 64 and 512 GPUs: what computes, and what it costs around."""
-    small, large = rows[0], rows[-1]
-    adapters = sorted(adapters, key=lambda case: case["adapter_mb"])
-    learners_here = 1
-    per_chunk = slope(small, large, "rollout", "chunks")
-    per_row = slope(small, large, "experience", "rows") / (64 + 64)  # and reply token
-    per_byte = {
-        p: slope(adapters[0], adapters[-1], p, "adapter_mb") / 1e6 for p in ("publish", "checkpoint", "rollout")
+def costs_of(measured: dict[str, Any]) -> dict[str, float]:
+    """Seconds per chunk, row and token, byte, from the tables."""
+    rows, adapters = measured["rows"], measured["adapter_mb"]
+    costs = {
+        "second_per_chunk": slope(rows, "rollout") * CHUNK,
+        "second_per_row_and_token": slope(rows, "experience") / (64 + 64),
+        "second_per_gathered_byte": 0.0,
     }
-    gathered = 0.0
-    if ranks:
-        alone = next(c for c in rows if c["rows"] == ranks[0]["rows"])
-        more = [figures(c)["seconds"]["rollout"]["median"] for c in (alone, ranks[0])]
-        gathered = max(more[1] - more[0], 0.0) / ranks[0]["rows"] / bytes_of_a_row(64, 64)
-    prompt, reply = ASSUMED["tokens per prompt, per reply"]  # type: ignore[misc]
-    samples, learns = ASSUMED["share of GPUs that sample, that learn (the rest scores)"]  # type: ignore[misc]
+    for case in measured["ranks"].values():
+        alone = next(c for c in rows.values() if c["chunks"] == case["chunks"])
+        more = [c["seconds"]["rollout"]["median"] for c in (case, alone)]
+        costs["second_per_gathered_byte"] = max(more[0] - more[1], 0.0) / (
+            case["chunks"] * CHUNK * bytes_of_a_row(64, 64)
+        )
+    for phase in ("publish", "checkpoint", "rollout"):
+        costs[f"second_per_adapter_byte_{phase}"] = slope(adapters, phase) / 1e6
+    return costs
+
+
+def on_paper(measured: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a step on 8, 64 and 512 GPUs: what computes, and what it costs around."""
+    costs, a = costs_of(measured), ASSUMED
+    prompt, reply, adapter = a["tokens per prompt"], a["tokens per reply"], a["adapter, bytes"]
     found = {}
-    for gpus in (8, 64, 512):
-        count, nodes, learners = gpus * 64, max(gpus // 8, 1), gpus * learns
-        of_step = count * bytes_of_a_row(prompt, reply)
-        wire = of_step * min(8, learners) / 12.5e9 if gpus > 8 else 0.0
+    for gpus in GPUS:
+        count, nodes = gpus * a["rows per GPU and step"], -(-gpus // a["GPUs per node"])
+        samplers, learners = (
+            gpus * a[name] for name in ("share of GPUs that sample", "share of GPUs that learn (the rest scores)")
+        )
+        held = count * bytes_of_a_row(prompt, reply)
+        beside = min(a["GPUs per node"], learners)
+        wire = held * beside / a["network, bytes per second and node"] if nodes > 1 else 0.0
+        updated = (1 + a["evaluation, as a share of the update"]) * count * (prompt + reply)
         found[str(gpus)] = {
-            "decode": count * reply / (gpus * samples * 8_000),
-            "update": 1.33 * count * (prompt + reply) / (learners * 12_000),
-            "chunks of each learner rank": per_chunk * (count / CHUNK) / (learners / learners_here),
-            "gather of all rows on every rank": gathered * of_step + wire,
-            "shaping of all rows on every rank": per_row * count * (prompt + reply),
-            "publish": per_byte["publish"] * ADAPTER_BYTES,
-            "adapter to the generators' nodes": nodes * ADAPTER_BYTES / 12.5e9 if nodes > 1 else 0.0,
-            "adapter loaded and hashed by a generator": per_byte["rollout"] * ADAPTER_BYTES,
-            "checkpoint": per_byte["checkpoint"] * ADAPTER_BYTES,
+            "decode": count * reply / (samplers * a["decode, tokens per second and GPU"]),
+            "evaluation and update": updated / (learners * a["update, tokens per second and GPU"]),
+            "chunks of each learner rank": costs["second_per_chunk"] * (count / CHUNK) / learners,
+            "gather of all rows on every rank": costs["second_per_gathered_byte"] * held + wire,
+            "shaping of all rows on every rank": costs["second_per_row_and_token"] * count * (prompt + reply),
+            "publish": costs["second_per_adapter_byte_publish"] * adapter,
+            "adapter to the generators' nodes": (
+                nodes * adapter / a["network, bytes per second and node"] if nodes > 1 else 0.0
+            ),
+            "adapter loaded and hashed by a generator": costs["second_per_adapter_byte_rollout"] * adapter,
+            "checkpoint, if each step has one": costs["second_per_adapter_byte_checkpoint"] * adapter,
         }
-    costs = {"second_per_chunk": per_chunk, "second_per_row_and_token": per_row, "second_per_gathered_byte": gathered}
-    costs |= {f"second_per_adapter_byte_{name}": value for name, value in per_byte.items()}
     return {"assumed": ASSUMED, "measured_costs": costs, "seconds": found}
 
 
@@ -191,7 +206,16 @@ def main() -> None:
     options.add_argument("--rows", type=int, nargs="+", default=[256, 1024, 4096, 16384, 65536])
     options.add_argument("--adapters", type=float, nargs="+", default=[10, 0.2, 100, 500], help="MB")
     options.add_argument("--ranks", type=int, default=2, help="learner ranks of the last case, 1 for none (default 2)")
+    options.add_argument(
+        "--paper", action="store_true", help="measure nothing: the model on paper anew, in the result that is there"
+    )
     arguments = options.parse_args()
+    if arguments.paper:
+        path = RESULTS / "control_plane.json"
+        result = json.loads(path.read_text())
+        result["measured"]["on_paper"] = on_paper(result["measured"])
+        atomic_write_json(path, result)
+        return
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("RAY_worker_niceness", "0")
     data, steps = data_folder(), arguments.steps
@@ -218,8 +242,8 @@ def main() -> None:
         "actors": {str(n): figures(c) for n, c in by_actors.items()},
         "ranks": {str(arguments.ranks): figures(c) for c in ranks},
         "overhead": {f"{c['adapter_mb']:g}": overhead(c) for c in adapters},
-        "on_paper": on_paper(rows, adapters, ranks),
     }
+    measured["on_paper"] = on_paper(measured)
     settings = {
         "roles": "compute nothing; learner one thread, a process for each actor",
         "tokens": "64 + 64 per row",

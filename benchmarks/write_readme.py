@@ -651,20 +651,31 @@ def control_plane() -> list[str]:
         for value, case in m[kind].items():
             seconds = [f"{case['seconds'][p]['median']:.3g}" if p in case["seconds"] else "" for p in phases]
             calls = sum(case["calls_per_step"][c] for c in ("wait", "get", "put"))
-            rows.append(
-                [name.format(value), str(case["chunks"]), *seconds, f"{calls:.0f}", f"{case['learner_peak_mib']:.0f}"]
-            )
-    return table(f"case | chunks | {' | '.join(phases)} | Ray calls of the learner | its peak MiB", rows)
+            rows.append([name.format(value), str(case["chunks"]), *seconds, f"{calls:.0f}"])
+    return table(f"case | chunks | {' | '.join(phases)} | Ray calls of the learner", rows)
 
 
 def on_paper() -> list[str]:
     paper = measured("control_plane")["on_paper"]
     sizes = list(paper["seconds"])
     rows = [[part, *(f"{paper['seconds'][n][part]:.3g}" for n in sizes)] for part in paper["seconds"][sizes[0]]]
-    assumed = "; ".join(
-        f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in paper["assumed"].items()
-    )
-    return [*table(f"seconds of a step | {' | '.join(f'{n} GPUs' for n in sizes)}", rows), "", f"Assumed: {assumed}."]
+    assumed = "; ".join(f"{k}: {v if isinstance(v, str) else f'{v:g}'}" for k, v in paper["assumed"].items())
+    bounds = []
+    for n in sizes:
+        parts = paper["seconds"][n]
+        around = {part: parts[part] for part in parts if part not in COMPUTES and not part.startswith("checkpoint")}
+        first, whole = max(around, key=around.__getitem__), sum(parts[part] for part in COMPUTES)
+        bounds.append(f"{n} GPUs {first} ({around[first]:.2g} s, {around[first] / whole:.1%} of what computes)")
+    return [
+        *table(f"seconds of a step | {' | '.join(f'{n} GPUs' for n in sizes)}", rows),
+        "",
+        f"Largest beside computing and checkpoints: {'; '.join(bounds)}.",
+        "",
+        f"Assumed: {assumed}.",
+    ]
+
+
+COMPUTES = ("decode", "evaluation and update")
 
 
 def shared_base() -> list[str]:

@@ -28,6 +28,10 @@ def main() -> int:
         ["placements.py"],
         ["sweep_overhead.py"],
         ["submit_overhead.py"],
+        ["start_time.py"],
+        ["reward_overlap.py"],
+        ["control_plane.py"],
+        ["sweep_share_base.py"],
     ]
     commands += [
         ["mixed_adapters.py"],

@@ -4,7 +4,8 @@
 
 Each case runs the same trials: stories260K, the VADER reward, learning rates and seeds that differ.
 
-    shared        one `rlhf-ray sweep` with share_base: a Ray, and one process for all trials
+    shared        one `rlhf-ray sweep` with share_base and learner.num_workers 0: one process for all trials, without Ray
+    with Ray      the same with num_workers 1: a Ray, and one process for all trials
     processes     one `rlhf-ray ppo` command a trial, `--at-once` of them at a time, without Ray
     in turn       one `rlhf-ray sweep` without share_base, one trial at a time in one process that Tune uses again
 
@@ -38,6 +39,7 @@ from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.storage.run import load_run
 from rlhf_ray.sweep.trials import Trial, job_of, planned
 
+SHARED = ("shared", "with Ray")
 REPLIES = 32
 TICKS = os.sysconf("SC_CLK_TCK")
 LOOK_S = 1.0
@@ -110,7 +112,7 @@ def command(stage: str, path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "rlhf_ray.cli", stage, str(path)], stderr=subprocess.DEVNULL)
 
 
-def sweep_config(data: Path, folder: Path, trials: int, steps: int, share: bool) -> SweepConfig:
+def sweep_config(data: Path, folder: Path, trials: int, steps: int, share: bool, workers: int = 1) -> SweepConfig:
     fields = job(folder, data, 0, steps, 1).model_dump(mode="json", exclude_unset=True)
     fields |= {
         "rollout_batch_size": REPLIES,
@@ -124,7 +126,7 @@ def sweep_config(data: Path, folder: Path, trials: int, steps: int, share: bool)
     return SweepConfig(
         output_dir=str(folder),
         **shared,
-        learner={"num_threads": 1},
+        learner={"num_threads": 1, "num_workers": workers},
         ppo=fields,
         space={"learning_rate": rates},
         seeds=tuple(range(max(trials // 4, 1))),
@@ -206,10 +208,12 @@ def run_cases(data: Path, trials: int, arguments: argparse.Namespace, runs: Runs
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         configs = {
-            name: sweep_config(data, folder / name, trials, arguments.steps, name == "shared")
-            for name in ("shared", "processes", "in turn")
+            name: sweep_config(data, folder / name, trials, arguments.steps, name in SHARED, int(name != "shared"))
+            for name in (*SHARED, "processes", "in turn")
         }
-        runs.setdefault("shared", []).append(as_sweep(configs["shared"], folder))
+        for name in SHARED:
+            if name not in arguments.without:
+                runs.setdefault(name, []).append(as_sweep(configs[name], folder))
         if trials <= arguments.most_processes:
             at_once = min(trials, arguments.at_once)
             runs.setdefault("processes", []).append(as_commands(configs["processes"], folder, at_once))
@@ -243,7 +247,7 @@ def main() -> None:
     options.add_argument("--trials", type=int, nargs="+", default=[1, 4, 8, 16], help="how many (default 1 4 8 16)")
     options.add_argument("--at-once", type=int, default=8, help="of the processes of one trial each (default 8)")
     options.add_argument("--most-processes", type=int, default=8, help="more trials: the shared case alone (default 8)")
-    options.add_argument("--without", choices=("in turn",), nargs="*", default=[], help="leave a case out")
+    options.add_argument("--without", choices=("in turn", "with Ray"), nargs="*", default=[], help="leave cases out")
     arguments = options.parse_args()
     data, found = data_folder(), {}
     for trials in arguments.trials:

@@ -251,6 +251,50 @@ def planned() -> str:
     )
 
 
+def starting() -> str:
+    m = measured("start_time")
+    return (
+        f"first step after {scattered(m['with Ray/first_step_seconds'])} s with a Ray of its own, "
+        f"{scattered(m['without Ray/first_step_seconds'])} s without; the imports of torch, transformers, PEFT and DeepSpeed alone "
+        f"take {mid(m['baseline_seconds'])} s"
+    )
+
+
+def overhead() -> str:
+    m = measured("control_plane")
+    rows = m["rows"]
+    told = [
+        f"{o['step']:.3f} s, its checkpoint {o['checkpoint']:.3f} s (adapter of {mb} MB)"
+        for mb, o in sorted(m["overhead"].items(), key=lambda item: float(item[0]))[:2]
+    ]
+    least, most = min(rows, key=int), max(rows, key=int)
+    whole = {n: rows[n]["seconds"]["step"]["median"] for n in (least, most)}
+    return (
+        f"against the same roles called bare, a step of {least} replies costs {'; '.join(told)}; "
+        f"{int(most) / int(least):g} times the replies: {whole[most]:.3g} s a step, {whole[most] / whole[least]:.0f} times "
+        "([details](#what-a-step-costs-beside-its-models))"
+    )
+
+
+def overlapping() -> str:
+    m = measured("reward_overlap")
+    alone, beside = (m[name] for name in ("one thread", "beside"))
+    return (
+        f"{mid(beside['time/step'])} s a step, {mid(alone['time/step'])} with everything on one thread: "
+        f"{scattered(m['beside to one thread'])} times; of these scoring {mid(beside['time/score'])} and "
+        f"{mid(alone['time/score'])} s"
+    )
+
+
+def sharing() -> str:
+    m = measured("sweep_share_base")
+    most = max((k for k in m if "processes" in m[k]), key=lambda k: int(k.split()[0]))
+    return (
+        f"{most}: {mid(m[most]['seconds to processes'])} times the seconds and {mid(m[most]['pss_mib to processes'])} times the "
+        "memory of as many processes ([details](#trials-on-one-base))"
+    )
+
+
 STORIES, TINY, BUSY = "stories260K, 260,032 parameters", "bundled Llama, 0.66 M parameters", "other work on the machine"
 OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
     (
@@ -302,6 +346,30 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         STORIES,
         submitting,
         "submit_overhead",
+    ),
+    (
+        "From the command to the first PPO step: with a Ray that the job starts, and without Ray",
+        STORIES,
+        starting,
+        "start_time",
+    ),
+    (
+        "The loop, its actors, checks and files around roles that compute nothing, a checkpoint each step",
+        "none",
+        overhead,
+        "control_plane",
+    ),
+    (
+        "A reward server that takes 0.25 s a request, asked while later chunks are sampled: 8 chunks of 16 replies",
+        STORIES,
+        overlapping,
+        "reward_overlap",
+    ),
+    (
+        "Trials of a sweep on one base (`share_base`) against as many commands at once: 32 replies a step, VADER reward",
+        STORIES,
+        sharing,
+        "sweep_share_base",
     ),
     (
         "One PPO job as colocate, split, and split with `max_staleness: 1`",
@@ -574,6 +642,52 @@ def plan() -> list[str]:
     return table("case | planned MiB | measured MiB | planned / measured | by phase", rows)
 
 
+def control_plane() -> list[str]:
+    """A row per case: seconds by phase, and what it takes."""
+    m, rows = measured("control_plane"), []
+    kinds = {"rows": "{} replies", "adapter_mb": "adapter of {} MB", "actors": "{} actors", "ranks": "{} learner ranks"}
+    phases = ("rollout", "evaluate", "experience", "update", "publish", "checkpoint")
+    for kind, name in kinds.items():
+        for value, case in m[kind].items():
+            seconds = [f"{case['seconds'][p]['median']:.3g}" if p in case["seconds"] else "" for p in phases]
+            calls = sum(case["calls_per_step"][c] for c in ("wait", "get", "put"))
+            rows.append([name.format(value), str(case["chunks"]), *seconds, f"{calls:.0f}"])
+    return table(f"case | chunks | {' | '.join(phases)} | Ray calls of the learner", rows)
+
+
+def on_paper() -> list[str]:
+    paper = measured("control_plane")["on_paper"]
+    sizes = list(paper["seconds"])
+    rows = [[part, *(f"{paper['seconds'][n][part]:.3g}" for n in sizes)] for part in paper["seconds"][sizes[0]]]
+    assumed = "; ".join(f"{k}: {v if isinstance(v, str) else f'{v:g}'}" for k, v in paper["assumed"].items())
+    bounds = []
+    for n in sizes:
+        parts = paper["seconds"][n]
+        around = {part: parts[part] for part in parts if part not in COMPUTES and not part.startswith("checkpoint")}
+        first, whole = max(around, key=around.__getitem__), sum(parts[part] for part in COMPUTES)
+        bounds.append(f"{n} GPUs {first} ({around[first]:.2g} s, {around[first] / whole:.1%} of what computes)")
+    return [
+        *table(f"seconds of a step | {' | '.join(f'{n} GPUs' for n in sizes)}", rows),
+        "",
+        f"Largest beside computing and checkpoints: {'; '.join(bounds)}.",
+        "",
+        f"Assumed: {assumed}.",
+    ]
+
+
+COMPUTES = ("decode", "evaluation and update")
+
+
+def shared_base() -> list[str]:
+    rows = []
+    for trials, m in measured("sweep_share_base").items():
+        for name in ("shared", "with Ray", "processes", "in turn"):
+            if name in m:
+                memory = m[name].get("pss_mib_of_all_at_once", m[name]["pss_mib"])
+                rows.append([trials, name, mid(m[name]["seconds"]), mid(m[name]["cpu_seconds"]), mid(memory)])
+    return table("trials | how | seconds | CPU seconds | peak MiB (PSS)", rows)
+
+
 def conditions() -> list[str]:
     rows = []
     for _, _, _, name in OVERVIEW:
@@ -606,6 +720,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "servers": servers,
     "overload": overloaded,
     "plan": plan,
+    "control-plane": control_plane,
+    "on-paper": on_paper,
+    "shared-base": shared_base,
     "conditions": conditions,
 }
 """Name of the marker in README -> what stands there."""

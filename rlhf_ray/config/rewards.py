@@ -51,7 +51,8 @@ class RewardSource(Section):
     function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")] | None = field(
         None,
         "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns); None for a reply that it"
-        " does not apply to; may be `async def`; what it draws from random, numpy.random or torch depends on the texts alone",
+        " does not apply to; may be `async def`, and is then asked while later replies are sampled, as url and llm are;"
+        " what it draws from random, numpy.random or torch depends on the texts alone",
     )
     url: HttpUrl | None = field(
         None,

@@ -37,7 +37,8 @@ class SweepConfig(JobFields):
     share_base: bool = field(
         False,
         "trials run several at a time in one process on one loaded base, each with adapters and optimizer of its own; they sample"
-        " in one batch and take turns for the rest. For colocated trials of one worker at ZeRO 0 to 2",
+        " in one batch and take turns for the rest. For colocated trials of one worker at ZeRO 0 to 2; with learner.num_workers 0"
+        " that process is this one, without Ray",
     )
     trials_per_base: Count = field(
         8, "with share_base: trials at once in a process; more of them take another process, where resources allow one"

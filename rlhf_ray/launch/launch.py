@@ -89,7 +89,7 @@ def launch(
             check_all_see(channel.path, requests[-1])
             check_engine_there(config, requests)
             with placed(config, requests, console, builders or {}) as actor_handles:
-                return _fit(body, config, console, requests[-1], actor_handles, channel)
+                return _fit(body, config, console, requests[-1], actor_handles, channel, own_ray)
 
 
 @contextlib.contextmanager
@@ -136,15 +136,26 @@ def placement_of(config: JobFields) -> dict[str, list[str]]:
 
 
 def _fit(
-    body: Body, config: JobFields, console: Console, request: ResourceRequest, actor_handles: Any, channel: RunChannel
+    body: Body,
+    config: JobFields,
+    console: Console,
+    request: ResourceRequest,
+    actor_handles: Any,
+    channel: RunChannel,
+    own_ray: bool,
 ) -> Run:
     import ray
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import (
         FailureConfig,
         RunConfig,
         ScalingConfig,
     )  # what ray.train exports by default
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from rlhf_ray.launch.train_group import TorchGroup, begin_coordinator
+
+    if own_ray:
+        begin_coordinator()
 
     job = {
         "body": body,
@@ -156,17 +167,18 @@ def _fit(
     if actor_handles is not None:
         job["threads"] = default_threads(config)
     resources = {kind: amount for kind, amount in request.each.items() if not kind.startswith(ACCELERATOR)}
-    trainer = TorchTrainer(
+    uses_gpu = bool(resources.get("GPU"))
+    trainer = DataParallelTrainer(
         _worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=config.learner.num_workers,
-            use_gpu=bool(resources.get("GPU")),
+            use_gpu=uses_gpu,
             resources_per_worker=resources,
             accelerator_type=config.learner.accelerator_type,
             label_selector=request.labels or None,
         ),
-        torch_config=TorchConfig(backend=_backend(ray.nodes()), timeout_s=GROUP_TIMEOUT_S),
+        backend_config=TorchGroup(_backend(ray.nodes(), uses_gpu), GROUP_TIMEOUT_S),
         run_config=RunConfig(  # type: ignore[arg-type]
             name="group",
             storage_path=str(channel.path),
@@ -210,10 +222,10 @@ def _beside_signals(work: Callable[[], Any]) -> Any:
     return result
 
 
-def _backend(nodes: list[dict[str, Any]]) -> str | None:
-    """Train's own choice, NCCL between GPUs; gloo where GPUs are only declared: Ray knows no model of any of them."""
+def _backend(nodes: list[dict[str, Any]], uses_gpu: bool) -> str:
+    """NCCL between GPUs; gloo where GPUs are only declared: Ray knows no model of any of them."""
     real = any(kind.startswith(ACCELERATOR) for n in nodes if n.get("Alive") for kind in n["Resources"])
-    return None if real else "gloo"
+    return "nccl" if real and uses_gpu else "gloo"
 
 
 def _worker(job: dict[Any, Any]) -> Any:

@@ -216,6 +216,7 @@ def _start(
                 num_threads=settings.num_threads or default_threads(config),
                 bundles=range(first, first + request.count),
                 timeout_s=settings.timeout_s,
+                imports=builders[request.role],
             )
         )
         first += request.count

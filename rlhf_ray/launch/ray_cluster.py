@@ -31,6 +31,8 @@ SOCKET_PATH = 107
 """Bytes of a Unix socket's path, without the NUL that ends it."""
 SESSION_SOCKET = "/ray/session_2026-01-31_09-00-00_000000_/sockets/plasma_store"
 """What Ray puts behind its temporary folder, without the number of the process."""
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Ray Train's variable."""
 POLL_S = 2.0
 AGENTS = 2
 """Of a node: that of the dashboard and that of runtime environments."""
@@ -110,6 +112,18 @@ def cluster(again: str) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
+def _no_preemption() -> Iterator[None]:
+    """Nobody takes a node of our own Ray away: Ray Train starts no process that looks."""
+    before = os.environ.get(PREEMPTION_WATCHER)
+    os.environ.setdefault(PREEMPTION_WATCHER, "0")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(PREEMPTION_WATCHER, None)
+
+
+@contextlib.contextmanager
 def _one_end(again: str) -> Iterator[None]:
     """The processes of a Ray of our own end with this one, however it ends; and this one tells where it has lost its Ray."""
     # A shell that reads from a pipe to this process learns of any end of it, kill -9 included.
@@ -117,7 +131,7 @@ def _one_end(again: str) -> Iterator[None]:
         ["sh", "-c", REAPER], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True
     ) as reaper:
         try:
-            with _watched(again, GCS_GONE_S / 2, reaper.stdin):
+            with _no_preemption(), _watched(again, GCS_GONE_S / 2, reaper.stdin):
                 yield
         finally:
             with contextlib.suppress(OSError):

@@ -283,6 +283,7 @@ def _own_collector(
             session.device,
             max_over_ranks=max_over_ranks,
             synced=synced,
+            overlaps=session.seat is None,  # runs that share a process take turns
         )
         return LocalCollector(generator, scorer, session, config.rollout_chunk_size, pad_id, lockstep)
 

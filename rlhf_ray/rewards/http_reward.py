@@ -42,6 +42,8 @@ class HttpReward(Reward):
     """batch_size: replies per request.  answers: where what was said is kept; None to keep nothing.  tokenizer_sha256: of the
     policy's tokenizer, for servers that have the same one."""
 
+    waits = True
+
     def __init__(
         self,
         name: str,

@@ -230,6 +230,8 @@ def _together(opinions: Sequence[tuple[Opinion, bool]]) -> PairOpinion:
 class LLMReward(Reward):
     """A pointwise judge as a reward: its score, NaN where it refuses or is unparsable, which is counted."""
 
+    waits = True
+
     def __init__(self, name: str, weight: float, judge: LLMJudge) -> None:
         self.name, self.weight, self.judge = name, weight, judge
 

@@ -76,10 +76,14 @@ def broken_as_inf(scores: Tensor) -> Tensor:
 
 
 class Reward(ABC):
-    """name: of its metric, `reward/<name>`.  weight: its factor in the sum of a job's rewards."""
+    """name: of its metric, `reward/<name>`.  weight: its factor in the sum of a job's rewards.
+
+    waits: whether it mostly waits for somebody else, and uses no model and nothing of the calling thread: it is then asked on a
+    thread beside, while the models go on."""
 
     name: str
     weight: float
+    waits: bool = False
 
     @abstractmethod
     def score(self, inputs: RewardInputs) -> Tensor:

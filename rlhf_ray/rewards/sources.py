@@ -123,6 +123,8 @@ class FunctionReward(Reward):
     def __init__(self, name: str, weight: float, spec: str) -> None:
         self.name, self.weight, self.spec = name, weight, spec
         self.function, self.sha256 = load_function(spec)
+        # A plain function keeps the thread that it has always had: it may need it (signal.alarm, a connection to sqlite).
+        self.waits = inspect.iscoroutinefunction(self.function)
 
     def score(self, inputs: RewardInputs) -> Tensor:
         return self.score_texts(inputs.texts)

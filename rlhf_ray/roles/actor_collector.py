@@ -8,6 +8,7 @@ and prompts, so it comes out the same.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -187,7 +188,12 @@ class _ChunksInFlight:
         self.results = RankResults(busy={"generator": 0.0, "scorer": 0.0}, faults={"faults/retries": 0.0})
         self.flying: dict[int, _ChunkInFlight] = {}
         self.sampled: dict[int, float] = {}
-        self.silence: dict[str, tuple[list[Any], float]] = {}  # role -> work it has, and since when it is that
+        # What each actor has been given, by role and index: chunk number and call. It answers in that order, so that only the first
+        # of each need be looked at, however many chunks there are.
+        self.given: dict[tuple[str, int], deque[tuple[int, PendingCall]]] = {}
+        self.heard = dict.fromkeys(
+            ("generator", "scorer"), time.monotonic()
+        )  # when something of a role's work last changed
 
     def send(self, mine: Sequence[Chunk]) -> None:
         """Hand all chunks out, without waiting for anything but a restart."""
@@ -198,6 +204,7 @@ class _ChunksInFlight:
     def wait(self) -> RankResults:
         """What became of them. Its seconds are those of waiting: up to the last rollout, and from then to the last scores."""
         started = time.perf_counter()
+        self.heard = dict.fromkeys(self.heard, time.monotonic())  # nobody has listened since they were sent
         done = self._land_all()
         last = max((when for when, *_ in done.values()), default=started)
         self.results.seconds = {"time/generate": last - started, "time/score": time.perf_counter() - last}
@@ -210,56 +217,88 @@ class _ChunksInFlight:
         """Chunk number -> (when its rollout was seen, rollout, scores)."""
         done: dict[int, tuple[float, Rollout, Scores]] = {}
         while self.flying:
-            self._watch()
+            ended = self._watch()
             if (why := self.stop_requested()) != "":
                 self.results.abandoned = why
                 return {}
-            for number, flight in list(self.flying.items()):
-                if (scored := self._land(flight)) is not None:
-                    done[number] = (self.sampled.get(number, time.perf_counter()), *scored)
+            for number in dict.fromkeys(ended):
+                if (landed := self._land(self.flying[number])) is not None:
+                    done[number] = (self.sampled.get(number, time.perf_counter()), *landed)
                     del self.flying[number]
         return done
 
     def _sample(self, chunk: Chunk, attempt: int) -> PendingCall:
         what = (chunk.prompts, self.adapter, self.adapter_ref, self.decoding, self.role, self.step)
-        return self.remote_roles.generators.submit(chunk.number + attempt, "generate_with", *what)
+        pool = self.remote_roles.generators
+        return self._note(pool, chunk, pool.submit(chunk.number + attempt, "generate_with", *what))
 
     def _score(self, chunk: Chunk, rollout: Any, attempt: int) -> PendingCall:
-        what, scorers = (rollout, chunk.rows, self.decoding.temperature), self.remote_roles.scorers
+        what, pool = (rollout, chunk.rows, self.decoding.temperature), self.remote_roles.scorers
         if self.reference is None:
-            return scorers.submit(chunk.number + attempt, "score_at", *what)
-        return scorers.submit(chunk.number + attempt, "score_with", *what, self.reference, self.synced_ref)
+            return self._note(pool, chunk, pool.submit(chunk.number + attempt, "score_at", *what))
+        what_with = (*what, self.reference, self.synced_ref)
+        return self._note(pool, chunk, pool.submit(chunk.number + attempt, "score_with", *what_with))
 
-    def _watch(self) -> None:
-        """Wait until something happens; a role that is silent for its timeout loses the actor that has its oldest work."""
-        open_ = [f.sampling.work for n, f in self.flying.items() if n not in self.sampled]
-        open_ += [f.scoring.work for f in self.flying.values()]
-        ready: list[Any] = []
-        while not ready and not self.stop_requested():
-            ready, _ = ray.wait(open_, num_returns=1, timeout=LOOK_S)
-            for number, flight in self.flying.items():
-                if number not in self.sampled and flight.sampling.work in ready:
-                    self.sampled[number] = time.perf_counter()
+    def _note(self, pool: ActorPool, chunk: Chunk, call: PendingCall) -> PendingCall:
+        self.given.setdefault((pool.role, call.index), deque()).append((chunk.number, call))
+        self.heard[pool.role] = time.monotonic()
+        return call
+
+    def _watch(self) -> list[int]:
+        """Wait until something happens; the chunks that have been scored or lost. A role that is silent for its timeout loses the
+        actor that has its oldest work."""
+        while True:
+            first = self._first_of_each_actor()
+            ready, _ = ray.wait(list(first), num_returns=1, timeout=LOOK_S)
+            if ready and len(first) > 1:  # the others that have ended meanwhile, in the same look
+                ready, _ = ray.wait(list(first), num_returns=len(first), timeout=0)
+            ended = [number for work in ready for number in self._ended(*first[work])]
             for pool, doing in ((self.remote_roles.generators, "sampling"), (self.remote_roles.scorers, "scoring")):
                 self._end_if_silent(pool, doing)
+            if ready or self.stop_requested():
+                return ended
+
+    def _first_of_each_actor(self) -> dict[Any, tuple[str, int]]:
+        """The reference to what each actor has to do first -> its key in `given`. What another actor has got since is dropped."""
+        first: dict[Any, tuple[str, int]] = {}
+        for key, calls in self.given.items():
+            while calls and not self._is_under_way(key[0], *calls[0]):
+                calls.popleft()
+            if calls:
+                first[calls[0][1].work] = key
+        return first
+
+    def _is_under_way(self, role: str, number: int, call: PendingCall) -> bool:
+        flight = self.flying.get(number)
+        return flight is not None and call is (flight.sampling if role == "generator" else flight.scoring)
+
+    def _ended(self, role: str, index: int) -> list[int]:
+        """An actor has done, or lost, the first of what it had. The chunk, unless it is yet to be scored."""
+        number, call = self.given[role, index].popleft()
+        self.heard[role] = time.monotonic()
+        if role == "scorer":
+            return [number]
+        self.heard["scorer"] = self.heard[role]  # there is one more to score
+        self.sampled[number] = time.perf_counter()
+        try:
+            ray.get(call.work)
+        except Exception:  # whoever lands the chunk raises it, or sends the chunk on its way again
+            return [number]
+        return []
 
     def _end_if_silent(self, pool: ActorPool, doing: str) -> None:
-        scoring, now = doing == "scoring", time.monotonic()
-        waiting = [f for n, f in self.flying.items() if (n in self.sampled) == scoring]
-        calls = [f.scoring if scoring else f.sampling for f in waiting]
-        stats = [call.work for call in calls]
-        before, since = self.silence.get(pool.role, ([], now))
-        if stats != before or not stats:
-            self.silence[pool.role] = stats, now
-        elif now - since > pool.timeout_s:
-            pool.end(calls[0].index, self._doing(waiting[0], doing))
-            self.silence[pool.role] = stats, now
+        now = time.monotonic()
+        if now - self.heard[pool.role] <= pool.timeout_s:
+            return
+        self.heard[pool.role] = now
+        scoring = doing == "scoring"
+        waiting = next((f for n, f in self.flying.items() if (n in self.sampled) == scoring), None)
+        if waiting is not None:
+            call = waiting.scoring if scoring else waiting.sampling
+            pool.end(call.index, self._doing(waiting, doing))
 
     def _land(self, flight: _ChunkInFlight) -> tuple[Rollout, Scores] | None:
-        """Rollout and scores if the chunk is done; None if it is still under way, or sent on its way again."""
-        ready, _ = ray.wait([flight.scoring.work], timeout=0)
-        if not ready:
-            return None
+        """Rollout and scores of a chunk that has ended; None if it was lost, and is sent on its way again."""
         try:
             rollout, sampling = self._get(self.remote_roles.generators, flight, flight.sampling, "sampling")
         except LOST as error:

@@ -11,10 +11,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.exceptions import (
     ActorDiedError,
     GetTimeoutError,
@@ -30,7 +29,11 @@ from rlhf_ray.errors import Interrupted, RlhfRayError
 from rlhf_ray.roles.out_of_memory import LESS_MEMORY, TABLE_S, LastWords, memory_of
 from rlhf_ray.runtime.devices import LESS_GPU_MEMORY, first_sentence, free_cached_memory, gpu_memory_ran_out, own_device
 from rlhf_ray.runtime.fault_injection import fault_point
+from rlhf_ray.runtime.imports import begin_imports
 from rlhf_ray.runtime.session import enter, peak_memory
+
+if TYPE_CHECKING:
+    import torch
 
 ATTEMPTS = 3
 """Tries of one piece of work, over all actors."""
@@ -60,10 +63,17 @@ class CallStats:
 
 
 class RoleActor:
-    """The actor: any plain class, built when it is first needed. index: within its role."""
+    """The actor: any plain class, built when it is first needed. index: within its role.  imports: a function whose module it
+    takes a while to import, begun at once."""
 
-    def __init__(self, index: int, build: Callable[[], Any], num_threads: int, folder: str) -> None:
+    def __init__(
+        self, index: int, build: Callable[[], Any], num_threads: int, folder: str, imports: str | None = None
+    ) -> None:
+        import torch
+
         enter(folder)
+        if imports is not None:
+            begin_imports(imports)
         torch.set_num_threads(num_threads)  # Ray gives a process of one CPU one thread
         self.index, self.build, self.device = index, build, own_device()
         self.role: Any = None
@@ -121,7 +131,7 @@ class ActorHandles:
 
 @dataclass(frozen=True)
 class ActorSpec:
-    """How the actors of one role are started. bundles: theirs in the placement group."""
+    """How the actors of one role are started. bundles: theirs in the placement group.  imports: see `RoleActor`."""
 
     role: str
     build: Callable[[], Any]
@@ -129,6 +139,7 @@ class ActorSpec:
     num_threads: int
     bundles: Sequence[int]
     timeout_s: float
+    imports: str | None = None
 
 
 def start(specs: Sequence[ActorSpec], group: Any, with_ref_store: bool, resume: str) -> ActorHandles:
@@ -145,7 +156,7 @@ def start(specs: Sequence[ActorSpec], group: Any, with_ref_store: bool, resume: 
         actors[spec.role] = tuple(
             ray.remote(RoleActor)
             .options(**options, scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle))
-            .remote(index, spec.build, spec.num_threads, os.getcwd())
+            .remote(index, spec.build, spec.num_threads, os.getcwd(), spec.imports)
             for index, bundle in enumerate(spec.bundles)
         )
     ref_store = ray.remote(AdapterRefStore).options(num_cpus=0).remote() if with_ref_store else None

@@ -23,7 +23,7 @@ from rlhf_ray.errors import InvariantError
 from rlhf_ray.roles.generator import ActiveAdapter, Decoding, Generator
 from rlhf_ray.roles.minibatches import chunks
 from rlhf_ray.roles.roles_log import Done
-from rlhf_ray.roles.scorer import Scorer
+from rlhf_ray.roles.scorer import PendingScores, Scorer
 from rlhf_ray.runtime.fault_injection import fault_point, inject_nan
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.runtime.signals import Abandoned
@@ -209,22 +209,31 @@ class LocalCollector(Collector):
         step: int,
         reference: ActiveAdapter | None,
     ) -> RankResults:
-        """This rank's chunks, sampled and scored here, one after the other."""
-        results = RankResults()
-        for chunk in mine:
-            if (why := self.stop_requested(role)) != "":
-                results.abandoned = why
-                break
+        """This rank's chunks, sampled and scored here, one after the other. What a reward has to wait for arrives while later
+        chunks are sampled."""
+        results, scored = RankResults(), list[PendingScores]()
+        try:
+            for chunk in mine:
+                if (why := self.stop_requested(role)) != "":
+                    return RankResults(seconds=results.seconds, abandoned=why)
+                started = time.perf_counter()
+                fault_point("generator", "sample", step, self.session.rank)
+                rollout = self.generator.generate(chunk.prompts, adapter, decoding, role, step)
+                sampled = time.perf_counter()
+                for earlier in scored:
+                    earlier.check()  # a reward that cannot be had ends the step now
+                fault_point("scorer", "score", step, self.session.rank)
+                scored.append(self.scorer.begin(rollout, chunk.rows, reference))
+                results.rollouts.append(rollout)
+                results.seconds["time/generate"] += sampled - started
+                results.seconds["time/score"] += time.perf_counter() - sampled
             started = time.perf_counter()
-            fault_point("generator", "sample", step, self.session.rank)
-            rollout = self.generator.generate(chunk.prompts, adapter, decoding, role, step)
-            sampled = time.perf_counter()
-            fault_point("scorer", "score", step, self.session.rank)
-            scores = self.scorer.score(rollout, chunk.rows, reference)
-            results.scores.append(replace(scores, reward=inject_nan("scorer", "score", scores.reward, step)))
-            results.rollouts.append(rollout)
-            results.seconds["time/generate"] += sampled - started
-            results.seconds["time/score"] += time.perf_counter() - sampled
+            for pending in scored:
+                scores = pending.result()
+                results.scores.append(replace(scores, reward=inject_nan("scorer", "score", scores.reward, step)))
+            results.seconds["time/score"] += time.perf_counter() - started
+        finally:
+            self.scorer.beside.drop()  # what nobody waits for any more
         return results
 
     def join(self, adapter: ActiveAdapter, reference: ActiveAdapter | None) -> None:

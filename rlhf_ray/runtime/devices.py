@@ -13,10 +13,12 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-import torch
+from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import RlhfRayError
+
+if TYPE_CHECKING:
+    import torch
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 """Torch's settings of its CUDA allocator, read when CUDA is first used. Newer versions also know it as PYTORCH_ALLOC_CONF."""
@@ -25,6 +27,8 @@ ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 def own_device() -> torch.device:
     """Where this process computes: the first of the GPUs that Ray gave it; the first GPU there is in a process that Ray did not
     start; else the CPU. Ray may declare GPUs that torch does not see, so torch is asked too. CUDA is prepared for use."""
+    import torch
+
     given = assigned_gpus()
     if given == () or not torch.cuda.is_available():
         device = torch.device("cpu")
@@ -58,6 +62,8 @@ def prepare(device: torch.device) -> None:
     cuDNN's attention is off: it plans anew for every length of keys, which in decoding grows with every token, and its backward
     pass has given NaN under a mask (pytorch/pytorch#196678). Segments of the allocator grow, so that buffers of many lengths do
     not leave it in pieces; whoever sets PYTORCH_CUDA_ALLOC_CONF chooses for himself."""
+    import torch
+
     torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type != "cuda":
         return
@@ -73,6 +79,8 @@ def group_backend(device: torch.device) -> str:
 
 def free_cached_memory(device: torch.device) -> None:
     """Give memory that torch keeps for later back to a GPU that other processes share."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -82,6 +90,8 @@ def memory_released() -> Iterator[None]:
     """What a stage loads and leaves inside this is freed when it ends, also with an error: models are parts of cycles (DeepSpeed's
     engine and its hooks) that only the garbage collector ends, torch keeps what they held on a GPU, and the traceback of an error
     holds the local variables of every function that it came through."""
+    import torch
+
     try:
         yield
     except BaseException as error:
@@ -112,6 +122,8 @@ OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STAT
 
 def gpu_memory_ran_out(error: BaseException) -> bool:
     """Whether `error` says that the memory of a GPU ran out."""
+    import torch
+
     if isinstance(error, RlhfRayError):
         return False
     said = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

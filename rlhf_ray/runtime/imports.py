@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import pkgutil
 import sys
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -27,6 +29,16 @@ def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
     finally:
         if waits:
             gc.enable()
+
+
+def begin_imports(function: str) -> None:
+    """Import what `function` (by name) needs, on a thread of its own. Whoever asks for it meanwhile waits, and gets the errors."""
+
+    def work() -> None:
+        with contextlib.suppress(Exception):
+            imported(function)
+
+    threading.Thread(target=work, name="imports", daemon=True).start()
 
 
 def call_imported(function: str, *args: Any, **kwargs: Any) -> Any:

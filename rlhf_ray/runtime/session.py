@@ -11,17 +11,18 @@ import contextlib
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.console import Console
 from rlhf_ray.runtime.devices import group_backend, own_device
 from rlhf_ray.runtime.signals import Stop
+
+if TYPE_CHECKING:
+    import torch
 
 PREEMPTION_POLL_S = 5.0
 
@@ -68,11 +69,15 @@ class Session:
         return self.rank == 0
 
     def barrier(self) -> None:
+        import torch.distributed as dist
+
         if self.world_size > 1:
             dist.barrier()
 
     def gather(self, mine: Any) -> list[Any]:
         """Every rank's object, in rank order, on every rank. Tensors in it must be on the CPU."""
+        import torch.distributed as dist
+
         if self.world_size == 1:
             return [mine]
         everyone: list[Any] = [None] * self.world_size
@@ -100,6 +105,9 @@ class Session:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, in float64."""
+        import torch
+        import torch.distributed as dist
+
         if self.world_size == 1:
             return [float(v) for v in values]
         total = torch.tensor(list(values), dtype=torch.float64)
@@ -121,6 +129,9 @@ class Session:
 
     def highest(self, value: int) -> int:
         """The largest of all ranks' numbers."""
+        import torch
+        import torch.distributed as dist
+
         if self.world_size == 1:
             return value
         found = torch.tensor(value)
@@ -133,6 +144,8 @@ _groups: dict[str, Any] = {}
 
 def cpu_group() -> Any:
     """The group for CPU objects: the default one under gloo, a second one beside NCCL."""
+    import torch.distributed as dist
+
     if dist.get_backend() == "gloo":
         return dist.group.WORLD
     if "cpu" not in _groups:
@@ -159,6 +172,8 @@ def process_session(
     console: Console, num_threads: int | None = None, stop: Stop | None = None, seat: Any = None
 ) -> Session:
     """A session of world size 1 in this very process."""
+    import torch.distributed as dist
+
     device = own_device()
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
@@ -186,6 +201,8 @@ def worker_session(console: Console, num_threads: int | None, actor_handles: Any
 def _prepared(session: Session) -> Session:
     """Ray gives a worker of one CPU a single thread, so every session sets its own number. It also writes cuda:0 as accelerate's
     device where GPUs are only declared."""
+    import torch
+
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(session.device)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if session.device.type == "cuda" else "cpu")
     torch.set_num_threads(session.num_threads)
@@ -195,6 +212,8 @@ def _prepared(session: Session) -> Session:
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Bytes of this process and of its GPU, under the names of metrics.py."""
     import resource
+
+    import torch
 
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"memory/process_peak": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
@@ -206,6 +225,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 def seed_everything(seed: int) -> None:
     """Seed the generators that libraries use for initialisation; sampling and schedules have counter-based randomness."""
     import numpy
+    import torch
 
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
@@ -216,6 +236,7 @@ def seed_everything(seed: int) -> None:
 def kept_generators() -> Iterator[None]:
     """The global generators of Python, NumPy and torch (CPU) are afterwards as they were before."""
     import numpy
+    import torch
 
     before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     try:
@@ -226,13 +247,17 @@ def kept_generators() -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
+_seeded = threading.RLock()
+
+
 @contextlib.contextmanager
 def global_generators(seed: int) -> Iterator[None]:
     """Code that we do not know finds the global generators of Python, NumPy and torch (CPU) seeded with `seed`; they are afterwards
-    as they were before."""
+    as they were before. One thread at a time."""
     import numpy
+    import torch
 
-    with kept_generators():
+    with _seeded, kept_generators():
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)

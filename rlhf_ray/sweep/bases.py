@@ -1,12 +1,15 @@
 """The driver of a sweep whose trials share bases (`share_base`): Tune's scheduler and searcher, without a process for each trial.
 
-A process holds one base and up to `trials_per_base` trials (`host.py`). Tune would give every trial a process of its own, which
+A process holds one base and up to `trials_per_base` trials (`host.py`): an actor of Ray's, or with learner.num_workers 0 the driver
+itself, without Ray, whose own processes take more memory than some bases. Tune would give every trial a process of its own, which
 imports Tune and, for a trial, torch; here its schedulers and searchers are asked directly, about trials that live elsewhere.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,8 @@ from rlhf_ray.sweep.tuning import Watcher, scheduler_of
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 """Of a process: glibc gives each thread a heap of its own, and what one trial has freed the next one could not use. They take
 turns, so that one heap for all has no price."""
+M_ARENA_MAX = -8
+"""Its name to glibc's mallopt."""
 POLL_S = 1.0
 """How long a process is asked for news at a time: how soon the driver notices a signal, or the end of its time."""
 SAVE_S = 20.0
@@ -98,6 +103,28 @@ class _Process:
         return self.news
 
 
+class _Here:
+    """This very process, with a base: what `_Process` is, without Ray. It dies with its trials, which the sweep's resume goes on
+    with."""
+
+    def __init__(self, config: SweepConfig, fits: Capacity, turn: Path) -> None:
+        self.turn = turn
+        self.trials: dict[str, Placed] = {}
+        self.answers: dict[str, str] = {}
+        if sys.platform == "linux":  # what ENVIRONMENT says to a process that is yet to start
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        self.host = Host(config, fits.threads, os.getcwd(), str(turn.absolute()))
+
+    def start(self, trials: Sequence[tuple[str, Placed]]) -> None:
+        self.trials |= dict(trials)
+        self.host.start([placed.params for _, placed in trials])
+
+    def news(self) -> list[Event]:
+        """What has happened; waits for something for a while."""
+        answers, self.answers = self.answers, {}
+        return self.host.news(answers, POLL_S)
+
+
 class SharedTrials:
     """Trials of a sweep on shared bases, until all have ended. Failed and stopped ones are in the record, not raised."""
 
@@ -116,7 +143,10 @@ class SharedTrials:
             self.to_suggest = config.num_samples * len(config.seeds) - self.search.done
         count, self.at_once = processes(config, fits, len(self.waiting) or self.to_suggest)
         self.all: list[Placed] = []
-        self.processes = [_Process(config, fits, record.folder / f".turn{i}") for i in range(count)]
+        turns = [record.folder / f".turn{i}" for i in range(count)]
+        self.processes: list[_Process | _Here] = (
+            [_Here(config, fits, turns[0])] if fits.is_here else [_Process(config, fits, turn) for turn in turns]
+        )
 
     def run(self) -> None:
         try:
@@ -165,23 +195,30 @@ class SharedTrials:
         return placed
 
     def _hear(self) -> None:
-        asked = {process.ask(): process for process in self.processes if process.trials}
-        ready, _ = ray.wait(list(asked), timeout=2 * POLL_S)
+        asked: dict[Any, _Process] = {}
+        for process in self.processes:
+            if isinstance(process, _Here):
+                self._take(process, process.news())
+            elif process.trials:
+                asked[process.ask()] = process
+        ready, _ = ray.wait(list(asked), timeout=2 * POLL_S) if asked else ([], [])
         for reference in ready:
             process = asked[reference]
             process.news = None
             try:
-                events: list[Event] = ray.get(reference)
+                self._take(process, ray.get(reference))
             except RayError as error:
                 self._died(process, error)
-                continue
-            for event in events:
-                placed = process.trials[event["trial"]]
-                if "report" in event:
-                    process.answers[event["trial"]] = self._judge(placed, event["report"])
-                else:
-                    del process.trials[event["trial"]]
-                    self._ended(placed, event["end"])
+
+    def _take(self, process: _Process | _Here, events: Sequence[Event]) -> None:
+        """Judge what trials of `process` have told, and note which have ended."""
+        for event in events:
+            placed = process.trials[event["trial"]]
+            if "report" in event:
+                process.answers[event["trial"]] = self._judge(placed, event["report"])
+            else:
+                del process.trials[event["trial"]]
+                self._ended(placed, event["end"])
 
     def _judge(self, placed: Placed, report: dict[str, Any]) -> str:
         """Whether a trial goes on after an evaluation."""
@@ -232,9 +269,13 @@ class SharedTrials:
 
     def _close(self) -> None:
         """End the processes; trials that run save what is whole."""
-        busy = [process.actor.close.remote(SAVE_S) for process in self.processes if process.trials]
+        away = [process for process in self.processes if isinstance(process, _Process)]
+        busy = [process.actor.close.remote(SAVE_S) for process in away if process.trials]
         if busy:
             ray.wait(busy, num_returns=len(busy), timeout=SAVE_S + POLL_S)
         for process in self.processes:
-            ray.kill(process.actor)
+            if isinstance(process, _Here):
+                process.host.close(SAVE_S)
+            else:
+                ray.kill(process.actor)
             process.turn.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.launch.preflight import check, place
 from rlhf_ray.launch.resources import ACCELERATOR, Node, ResourceRequest, role_requests
+from rlhf_ray.runtime.session import usable_cores
 
 DRIVER = {"CPU": 0.01}
 """What the process of a trial asks for that starts workers of its own; Ray refuses a request for nothing."""
@@ -16,12 +17,14 @@ MOST = 64
 
 @dataclass(frozen=True)
 class Capacity:
-    """in_process: the trial's own process does the work.  each: what it asks for.  threads: of it.  at_once: trials that fit."""
+    """in_process: the trial's own process does the work.  each: what it asks for.  threads: of it.  at_once: trials that fit.
+    is_here: that process is this one, without Ray."""
 
     in_process: bool
     each: dict[str, float]
     threads: int
     at_once: int
+    is_here: bool = False
 
 
 def capacity(jobs: Sequence[PPOConfig], total: Mapping[str, float], nodes: Sequence[Node], own_ray: bool) -> Capacity:
@@ -38,6 +41,11 @@ def capacity(jobs: Sequence[PPOConfig], total: Mapping[str, float], nodes: Seque
         found.append((at_once(requests, nodes), requests[0].each, int(requests[0].each.get("CPU", 1))))
     fits, each, threads = min(found, key=lambda f: f[0])
     return Capacity(in_process, each if in_process else DRIVER, max(threads, 1), fits)
+
+
+def here(jobs: Sequence[PPOConfig]) -> Capacity:
+    """Of this process, for trials that share a base in it (learner.num_workers 0)."""
+    return Capacity(True, {}, max(job.learner.num_threads or usable_cores() for job in jobs), 1, is_here=True)
 
 
 def own_process(job: PPOConfig, total: Mapping[str, float]) -> ResourceRequest:

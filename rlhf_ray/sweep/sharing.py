@@ -68,6 +68,8 @@ def described(config: SweepConfig, fits: Capacity, trials: int) -> str:
     if config.share_base:
         count, at_once = processes(config, fits, trials)
         where = "one base" if count == 1 else f"{count} bases"
+        if fits.is_here:
+            return f"{at_once} at once on {where}, in this process, without Ray"
         return f"{at_once} at once on {where}, in a process of {each} each"
     at_once = min(fits.at_once, config.max_concurrent_trials or fits.at_once)
     where = f"each in a process of {each}" if fits.in_process else f"each with workers of its own: {each}"

@@ -27,7 +27,7 @@ from rlhf_ray.runtime.signals import Signals, Stop
 from rlhf_ray.stages.resume import where_it_began
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, create_run, is_run, open_run, resume_command
-from rlhf_ray.sweep.capacity import Capacity, capacity
+from rlhf_ray.sweep.capacity import Capacity, capacity, here
 from rlhf_ray.sweep.choice import comparison_sentence, confirmation_sentence
 from rlhf_ray.sweep.record import Record
 from rlhf_ray.sweep.report import write_sweep_report
@@ -66,26 +66,35 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
 
 
 def _run(config: SweepConfig, record: Record, signals: Signals, console: Console) -> None:
+    sample = list(record.trials.values()) or [
+        trial_of(config, settings, config.seeds[0]) for settings in corners(read_space(config.space))
+    ]
+    jobs = [job_of(config, trial) for trial in sample]
+    if config.share_base and all(job.learner.num_workers == 0 for job in jobs):
+        _run_shared(config, record, here(jobs), console)
+        return
     with cluster(resume_command(config.output_dir)) as own_ray:
         import ray
 
         signals.install()  # ray.init takes SIGTERM
-        sample = list(record.trials.values()) or [
-            trial_of(config, settings, config.seeds[0]) for settings in corners(read_space(config.space))
-        ]
-        jobs = [job_of(config, trial) for trial in sample]
         nodes = cluster_nodes() or nodes_of(ray.nodes())
         fits = capacity(jobs, cluster_total(), nodes, own_ray)
+        if config.share_base:
+            _run_shared(config, record, fits, console)
+            return
         _tell_plan(config, record, fits, console)
         record.write()
-        if config.share_base:
-            from rlhf_ray.sweep.bases import SharedTrials
-
-            SharedTrials(config, record, fits, console).run()
-            return
         from rlhf_ray.sweep.tuning import run_trials
 
         run_trials(config, record, fits, partial(run_trial, config), console)
+
+
+def _run_shared(config: SweepConfig, record: Record, fits: Capacity, console: Console) -> None:
+    from rlhf_ray.sweep.bases import SharedTrials
+
+    _tell_plan(config, record, fits, console)
+    record.write()
+    SharedTrials(config, record, fits, console).run()
 
 
 def _tell_plan(config: SweepConfig, record: Record, fits: Capacity, console: Console) -> None:

@@ -76,9 +76,27 @@ def collector(two_gpus: Any) -> Iterator[Any]:
     remove_placement_group(group)
 
 
-def collect(collector: Any, adapter: ActiveAdapter, width: int) -> Any:
-    prompts = [TokenisedPrompt((5,) * width, Row("f:1", Prompt("x"))) for _ in range(4)]
-    return collector.collect(prompts, [1] * 4, adapter, Decoding((2,)), "rollout", 9)
+def collect(collector: Any, adapter: ActiveAdapter, width: int, rows: int = 4) -> Any:
+    prompts = [TokenisedPrompt((5,) * width, Row("f:1", Prompt("x"))) for _ in range(rows)]
+    return collector.collect(prompts, [1] * rows, adapter, Decoding((2,)), "rollout", 9)
+
+
+def test_a_chunk_costs_the_same_however_many_there_are(collector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in references that Ray is asked about: those to what each actor has to do first. They were those of all chunks, for
+    each chunk: in a step of 65,536 replies two million, and as many calls."""
+    import ray
+
+    looked: list[int] = []
+    wait = ray.wait
+    monkeypatch.setattr(ray, "wait", lambda refs, **how: looked.append(len(refs)) or wait(refs, **how))
+    collector.remote_roles.publish(PUBLISHED)
+    named = ActiveAdapter("policy", 3, PUBLISHED.sha256)
+    for chunks in (10, 40):
+        looked.clear()
+        found = collect(collector, named, 1, 2 * chunks)
+        assert found.rollout.row_id.tolist() == list(range(2 * chunks))
+        assert max(looked) <= 2, "one generator, one scorer"
+        assert sum(looked) <= 2 * 4 * chunks, "two looks, of two references each, at either half of a chunk"
 
 
 def test_wrong_adapters_are_caught_by_name(collector: Any) -> None:

@@ -96,6 +96,18 @@ def test_a_trial_that_kills_the_process_or_fails_leaves_the_others_alone(
     assert any("died, and they go on in another one" in line for line in console.warnings)
 
 
+def test_without_ray_the_process_is_this_one(sweep_job: Job, console: Any, tmp_path: Path, pid_reward: Any) -> None:
+    """learner.num_workers 0: less memory, and the same sweep; a trial that fails is tried again and leaves the others alone."""
+    space = {"rewards": [pid_reward(name) for name in ("score", "fails")], "kl_coef": [0.01, 0.1]}
+    fields = {"learner": {"num_workers": 0, "num_threads": 1}, "space": space, "metric": "eval/reward"}
+    rows = table(sweep(sweep_job("here", share_base=True, **fields), console))
+    assert "4 at once on one base, in this process, without Ray" in console.text
+    assert [row["status"] for row in rows] == ["done"] * 2 + ["failed"] * 2
+    assert all("the reward service is gone" in row["reason"] for row in rows[2:])
+    assert [path.name for path in tmp_path.glob("pid*[0-9]")] == [f"pid{os.getpid()}"]
+    assert not list((tmp_path / "here").glob(".turn*"))
+
+
 def test_asha_stops_trials_on_a_shared_base(two_cpus: Any, sweep_job: Job, console: Any) -> None:
     ppo_fields = {"max_steps": 6, "confirm_held_out": False}
     space = {"learning_rate": [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3]}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from rlhf_ray.runtime.imports import call_imported, imported
+from rlhf_ray.runtime.imports import begin_imports, call_imported, imported
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -28,3 +30,19 @@ def test_the_collector_is_left_as_it_was(enabled: bool, monkeypatch: pytest.Monk
 
 def test_a_function_is_itself() -> None:
     assert imported(len) is len
+
+
+def test_imports_are_begun_on_another_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever needs the module meanwhile waits for it, once imported; an error is raised where the function is asked for."""
+    (tmp_path / "slow_module.py").write_text(
+        "import threading, time\ntime.sleep(0.3)\nthread = threading.current_thread().name\ndef work(): return thread\n"
+    )
+    (tmp_path / "broken_module.py").write_text("raise ValueError('broken')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    begin_imports("slow_module:work")
+    begin_imports("broken_module:work")
+    while "slow_module" not in sys.modules:  # it is being imported
+        time.sleep(0.01)
+    assert call_imported("slow_module:work") == "imports"
+    with pytest.raises(ValueError, match="broken"):
+        call_imported("broken_module:work")

@@ -7,15 +7,16 @@ arXiv:2310.18547, which gather the factors by row in a kernel.) That computes ro
 Where there are so many of both that this costs more, each row gets its own factors side by side: batched products of the same
 terms, in pieces of one rank, so that a row of rank 4 does not cost as much as one of rank 64.
 
-Either form has a buffer for each group of layers of one shape, with places that adapters of any rank take: a row that comes brings
-one copy for each group and not one for each layer, and what it finds there already costs nothing.
+Either form has a buffer for each group of layers of one shape, in pages that adapters of any rank take: a row that comes brings a
+copy for each group and not one for each layer, and what it finds there already costs nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,8 +48,11 @@ BY_ROW_SHARE = 8
 """On a GPU: all adapters' ranks together above an eighth of a layer's width cost more than each row's own factors."""
 BY_ROW_BYTES = 1 << 30
 """Copies of factors, one for each row, may take so much memory."""
-KEPT = 2
-"""Stacks are at most so many times as wide as the adapters of the batch: entries of rows that left cost products with 0."""
+PAGE = 4
+"""Entries of a page of shared factors: a rank that is no multiple of it has some that are 0."""
+KEPT = 4
+SMALL = 64 << 20
+"""Buffers of more bytes than SMALL are at most KEPT times as large as the adapters of the batch."""
 
 
 class Stacks:
@@ -128,98 +132,113 @@ Key = tuple[str, int]
 """An adapter's name, and which of its copies."""
 
 
-class _Places:
-    """Buffers for each group of layers, down [layers, size, in] and up [layers, size, out] (scaled), with places for adapters of
-    any rank. What is there already is not copied again.
+class _Pages:
+    """Buffers for each group of layers, down [layers, entries, in] and up [layers, entries, out] (scaled), cut into pages of `unit`
+    entries, of which an adapter takes as many as its rank needs, wherever they are (as S-LoRA's unified paging). What is there
+    already is not copied again; those that come take the first pages that no other one in the batch has, so that the pages in use
+    are the first ones."""
 
-    unit: places are multiples of so many entries; what an adapter does not fill of its own is 0.   keeps: adapters that are not
-    asked for stay as long as there is room; else their places are 0."""
-
-    def __init__(
-        self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter], unit: int = 1, keeps: bool = True
-    ) -> None:
-        self._groups, self._get, self._keeps = groups, get, keeps
-        self.unit = unit
-        self.size = 0
+    def __init__(self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter], unit: int) -> None:
+        self._groups, self._get, self.unit = groups, get, unit
         self.buffers: list[tuple[Tensor, Tensor]] = []
-        self._places: dict[Key, tuple[int, int]] = {}  # first entry, one past the last
+        self._owners: list[Key | None] = []  # by page: whose factors are there, of this batch or of one before
+        self._pages: dict[Key, list[int]] = {}
 
-    def of(self, keys: Sequence[Key]) -> list[tuple[int, int]]:
-        """Where each one is: its first entry, and one past its last."""
+    def of(self, keys: Sequence[Key]) -> dict[Key, list[int]]:
+        """The pages of each."""
         packed = {key: self._get(key[0]) for key in keys}
-        needed = sum(map(self._length, packed.values()))
-        if self.size > KEPT * needed or not self._place(packed):
-            self._places, self.size = {}, -(-(needed + needed // KEPT) // self.unit) * self.unit
-            some = next(f for one in packed.values() for f in one.factors if f is not None).down
-            shapes = [(len(g.names), self.size, g) for g in self._groups]
-            self.buffers = [(some.new_zeros(n, k, g.n_in), some.new_zeros(n, k, g.n_out)) for n, k, g in shapes]
-            self._place(packed)
-        return [self._places[key] for key in keys]
+        counts = {key: -(-one.r // self.unit) for key, one in packed.items()}
+        needed = sum(counts.values())
+        is_wasteful = len(self._owners) > KEPT * needed and sum(b.nbytes for pair in self.buffers for b in pair) > SMALL
+        if needed > len(self._owners) or is_wasteful:
+            self._allocate(needed + needed // 2, next(iter(packed.values())))
+        held = {page for key in keys for page in self._pages.get(key, ())}
+        free = (page for page in range(len(self._owners)) if page not in held)
+        for key in packed:
+            if key not in self._pages:
+                self._take(key, list(islice(free, counts[key])))
+                self._fill(packed[key], self._pages[key])
+        return {key: self._pages[key] for key in keys}
 
-    def _length(self, adapter: PackedAdapter) -> int:
-        return -(-adapter.r // self.unit) * self.unit
+    def clear(self, pages: Iterable[int]) -> None:
+        """Set them to 0, where they are not."""
+        for page in pages:
+            if self._owners[page] is not None:
+                self._take(None, [page])
+                self._zero(page * self.unit, (page + 1) * self.unit)
 
-    def _place(self, packed: dict[Key, PackedAdapter]) -> bool:
-        """Find places for all of them, over those of adapters that are not among them; False if there is no room."""
-        kept = {key: place for key, place in self._places.items() if key in packed}
-        coming = [key for key in packed if key not in kept]
-        for key in sorted(coming, key=lambda k: -packed[k].r):
-            start, length = 0, self._length(packed[key])
-            for first, end in sorted(kept.values()):
-                if first - start >= length:
-                    break
-                start = max(start, end)
-            if start + length > self.size:
-                return False
-            kept[key] = start, start + length
-        taken = {i for key in coming for i in range(*kept[key])}
-        gone = {key: place for key, place in self._places.items() if key not in kept}
-        if self._keeps:
-            kept |= {key: place for key, place in gone.items() if not taken.intersection(range(*place))}
-        else:
-            self._clear({i for place in gone.values() for i in range(*place)} - taken)
-        self._places = kept
-        for key in coming:
-            self._fill(packed[key], *kept[key])
-        return True
+    def _allocate(self, pages: int, like: PackedAdapter) -> None:
+        some = next(factors for factors in like.factors if factors is not None).down
+        shapes = [(len(g.names), pages * self.unit, g) for g in self._groups]
+        self.buffers = [(some.new_zeros(n, k, g.n_in), some.new_zeros(n, k, g.n_out)) for n, k, g in shapes]
+        self._owners, self._pages = [None] * pages, {}
 
-    def _clear(self, entries: set[int]) -> None:
-        if entries:
-            which = sorted(entries)
-            for down, up in self.buffers:
-                down[:, which], up[:, which] = 0, 0
+    def _take(self, key: Key | None, pages: list[int]) -> None:
+        for page in pages:
+            before = self._owners[page]
+            if before is not None and page in self._pages.get(before, ()):
+                del self._pages[before]  # what is in its other pages is of no use
+            self._owners[page] = key
+        if key is not None:
+            self._pages[key] = pages
 
-    def _fill(self, adapter: PackedAdapter, first: int, end: int) -> None:
-        whole, own = slice(first, end), slice(first, first + adapter.r)
-        for (down, up), factors in zip(self.buffers, adapter.factors):
-            if factors is None or factors.which is not None or adapter.r < end - first:
-                down[:, whole], up[:, whole] = 0, 0
-            if factors is not None and factors.which is None:
-                down[:, own] = factors.down
-                torch.mul(factors.up, adapter.scale, out=up[:, own])
-            elif factors is not None:
-                which = list(factors.which or ())
-                down[which, own] = factors.down
-                up[which, own] = factors.up * adapter.scale
+    def _zero(self, first: int, end: int) -> None:
+        for down, up in self.buffers:
+            down[:, first:end] = 0
+            up[:, first:end] = 0
+
+    def _fill(self, adapter: PackedAdapter, pages: Sequence[int]) -> None:
+        done, unit = 0, self.unit
+        for first, end in _runs(pages):
+            own = slice(done, min(done + (end - first) * unit, adapter.r))
+            there = slice(first * unit, first * unit + own.stop - own.start)
+            is_whole = there.stop == end * unit
+            for (down, up), factors in zip(self.buffers, adapter.factors):
+                if factors is None or factors.which is not None or not is_whole:
+                    down[:, first * unit : end * unit] = 0
+                    up[:, first * unit : end * unit] = 0
+                if factors is not None and factors.which is None:
+                    down[:, there] = factors.down[:, own]
+                    torch.mul(factors.up[:, own], adapter.scale, out=up[:, there])
+                elif factors is not None:
+                    which = list(factors.which or ())
+                    down[which, there] = factors.down[:, own]
+                    up[which, there] = factors.up[:, own] * adapter.scale
+            done = own.stop
+
+
+def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """
+    >>> list(_runs([3, 4, 5, 9]))
+    [(3, 6), (9, 10)]
+    """
+    first = 0
+    for i in range(1, len(pages) + 1):
+        if i == len(pages) or pages[i] != pages[i - 1] + 1:
+            yield pages[first], pages[i - 1] + 1
+            first = i
 
 
 class _SharedFactors:
     """One stack per group of layers: of the adapters of the batch, and of some that were in it before."""
 
     def __init__(self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter]) -> None:
-        self._groups, self._places = groups, _Places(groups, get)
+        self._groups, self._pages = groups, _Pages(groups, get, PAGE)
 
     def of(self, adapters: Sequence[str | None]) -> list[Hook]:
         names = list(dict.fromkeys(name for name in adapters if name is not None))
-        places = dict(zip(names, self._places.of([(name, 0) for name in names])))
-        foreign = torch.ones(len(adapters), 1, self._places.size, dtype=torch.bool)
-        for row, name in enumerate(adapters):
-            if name is not None:
-                foreign[row, :, slice(*places[name])] = False
-        foreign = foreign.to(self._places.buffers[0][0].device)
+        pages = self._pages.of([(name, 0) for name in names])
+        top = 1 + max((page for own in pages.values() for page in own), default=-1)
+        whose = [-1] * top
+        for number, own in enumerate(pages.values()):
+            for page in own:
+                whose[page] = number
+        wanted = torch.tensor([-2 if name is None else names.index(name) for name in adapters])
+        foreign = (torch.tensor(whose) != wanted[:, None]).repeat_interleave(self._pages.unit, dim=1)[:, None]
+        foreign, size = foreign.to(self._pages.buffers[0][0].device), top * self._pages.unit
         return [
-            (layer, _Delta(down[i], up[i], foreign))
-            for group, (down, up) in zip(self._groups, self._places.buffers)
+            (layer, _Delta(down[i, :size], up[i, :size], foreign))
+            for group, (down, up) in zip(self._groups, self._pages.buffers)
             for i, layer in enumerate(group.layers)
         ]
 
@@ -244,7 +263,7 @@ class _RowFactors:
 
     def __init__(self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter]) -> None:
         self._groups, self._get = groups, get
-        self._places = _Places(groups, get)
+        self._pages = _Pages(groups, get, 1)
 
     def of(self, adapters: Sequence[str | None], unit: int) -> list[Hook]:
         """unit: rank of a piece, at least."""
@@ -254,20 +273,16 @@ class _RowFactors:
             if name is not None:
                 rows[name, copies[name]] = row
                 copies[name] += 1
-        if unit > self._places.unit:
-            self._places = _Places(self._groups, self._get, unit, keeps=False)
-        unit = self._places.unit
-        places = self._places.of([*rows])
-        row_of = [0] * (
-            max(end for _, end in places) // unit
-        )  # pieces that nobody has are 0: the first row may have them
-        for row, (first, end) in zip(rows.values(), places):
-            row_of[first // unit : end // unit] = [row] * ((end - first) // unit)
-        index = torch.tensor(row_of).to(self._places.buffers[0][0].device)
+        if unit > self._pages.unit:
+            self._pages = _Pages(self._groups, self._get, unit)
+        row_of = {page: rows[key] for key, own in self._pages.of([*rows]).items() for page in own}
+        count = 1 + max(row_of, default=-1)
+        self._pages.clear(page for page in range(count) if page not in row_of)  # 0, so that the first row may have them
+        index = torch.tensor([row_of.get(page, 0) for page in range(count)]).to(self._pages.buffers[0][0].device)
         return [
-            (layer, _RowDelta(down[i, : len(row_of)], up[i, : len(row_of)], index, len(adapters)))
-            for group, buffers in zip(self._groups, self._places.buffers)
-            for down, up in [[one.unflatten(1, (-1, unit)) for one in buffers]]
+            (layer, _RowDelta(down[i, :count], up[i, :count], index, len(adapters)))
+            for group, buffers in zip(self._groups, self._pages.buffers)
+            for down, up in [[one.unflatten(1, (-1, self._pages.unit)) for one in buffers]]
             for i, layer in enumerate(group.layers)
         ]
 

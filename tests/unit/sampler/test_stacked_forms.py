@@ -98,9 +98,9 @@ def test_a_row_costs_what_its_rank_costs(make_llama: Callable[..., nn.Module], m
 def test_what_is_there_is_not_copied_again(model: Any, monkeypatch: pytest.MonkeyPatch, by_row: bool) -> None:
     """A row that moved within the batch was copied, and reading the prompts of two rows threw away what all others had."""
     filled: list[int] = []
-    fill = stacked_lora._Places._fill
+    fill = stacked_lora._Pages._fill
     monkeypatch.setattr(stacked_lora, "_prefers_rows", lambda *args: by_row)
-    monkeypatch.setattr(stacked_lora._Places, "_fill", lambda *args: filled.append(args[1].r) or fill(*args))
+    monkeypatch.setattr(stacked_lora._Pages, "_fill", lambda *args: filled.append(args[1].r) or fill(*args))
     stacks = Stacks(model)
     stacks.forward(["p", "q", "s", "t"], "rows")
     stacks.forward(["q", "p"], "prompts")

@@ -6,6 +6,7 @@ request ──> admission ──> models in memory ──> prompt ids ──> ge
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
 import sys
@@ -40,8 +41,10 @@ from rlhf_ray.serve.response_scorer import ResponseScorer
 from rlhf_ray.serve.response_text import ResponseText, special_stop_ids
 from rlhf_ray.serve.status_files import read_statuses, remove_stale
 
-SWITCH_INTERVAL_S = 0.001
-"""The decode thread gives up Python's lock this often for the event loop; the default of 5 ms would delay every response."""
+SWITCH_INTERVAL_S = 0.0001
+"""Python's lock changes hands this often between threads that want it. The decode thread gives it up in each of the hundreds of
+operations of a step, and waits for so long to get it back while another thread (the event loop, a thread that reads an adapter) has
+work; the default of 5 ms would make a step of that a second."""
 MAX_REQUEST_ROWS = 4096
 
 
@@ -97,15 +100,25 @@ class Replica:
         self._checked_steps = -1
         self._told_waiting: set[str] = set()
         self._watching: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serve the names there are, and follow the registry from now on."""
         await self.watcher.start(self.runs)
         self._watching = asyncio.create_task(self.watcher.run(self.config.poll_interval_s))
+        self._settling = asyncio.create_task(self._settle())
+
+    async def _settle(self) -> None:
+        """Take what is there for good out of the garbage collector's sight: it walked through models, tokenizer and names for a
+        quarter of a second every few minutes, on whichever thread, and nobody got a token meanwhile."""
+        await self.watcher.know_all()
+        gc.freeze()
 
     async def close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in (self._watching, self._settling):
+            if task is not None:
+                task.cancel()
+        gc.unfreeze()
         await asyncio.to_thread(self.engine.stop)
         self.watcher.status_file.unlink(missing_ok=True)
 

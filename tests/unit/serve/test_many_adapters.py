@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import stat
@@ -306,3 +307,17 @@ def test_a_start_reads_a_few_of_many_names_and_what_a_request_names_before_the_r
         assert status["unread"] == 0 and status["live"].keys() == live.keys()
 
     run(job(registry=str(tmp_path / "registry")), body)
+
+
+def test_the_garbage_collector_does_not_walk_through_what_stays(job: Callable[..., ServeConfig]) -> None:  # noqa: F811
+    """A full collection took a quarter of a second, in which nobody got a token."""
+
+    async def body(replica: Replica) -> None:
+        while not gc.get_freeze_count():
+            await asyncio.sleep(0.01)
+        seen = {id(found) for found in gc.get_objects()}
+        assert id(replica.engine.sampler) not in seen
+        assert len(seen) < 0.05 * gc.get_freeze_count()
+
+    run(job(), body)
+    assert not gc.get_freeze_count()

@@ -40,9 +40,9 @@ class AdapterCheckpoint(Protocol):
 
 C = TypeVar("C", bound=AdapterCheckpoint)
 
-READERS = 2
-"""Adapters that are read and checked at a time. Each takes Python's lock, which decoding needs some hundred times in every step: a
-burst of new adapters is to make it a little slower for a while, not to stop it."""
+READERS = 1
+"""Adapters that are read and checked at a time. That takes Python's lock most of its time, which decoding needs some hundred times
+in every step: a burst of new adapters is to make it slower for a while, not to stop it."""
 
 
 class CacheTooSmall(Exception):

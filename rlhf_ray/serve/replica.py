@@ -111,8 +111,9 @@ class Replica:
     async def _settle(self) -> None:
         """Take what is there for good out of the garbage collector's sight: it walked through models, tokenizer and names for a
         quarter of a second every few minutes, on whichever thread, and nobody got a token meanwhile."""
-        await self.watcher.know_all()
         gc.freeze()
+        await self.watcher.know_all()
+        gc.freeze()  # with what was read of the registry's names
 
     async def close(self) -> None:
         for task in (self._watching, self._settling):

@@ -136,7 +136,8 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # no copy, and without Python's lock
+        plain = tensor if tensor.dtype == torch.float32 else tensor.reshape(-1).view(torch.uint8)
+        digest.update(plain.numpy())  # no copy, and without Python's lock
     return digest.hexdigest()
 
 

@@ -63,6 +63,29 @@ def test_an_adapter_is_loaded_while_the_decode_thread_is_busy(
         hold.set()
 
 
+def test_a_burst_of_new_adapters_is_read_one_by_one(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    """All at once, they took Python's lock from decoding together: steps of a third of a second."""
+    reading, most = set[int](), list[int]()
+
+    def read(seed: int) -> PlainCheckpoint:
+        reading.add(seed)
+        most.append(len(reading))
+        time.sleep(0.02)
+        checkpoint = PlainCheckpoint(read_adapter(adapters(seed)))
+        reading.discard(seed)
+        return checkpoint
+
+    async def run() -> None:
+        cache = AdapterCache[PlainCheckpoint](engine, 6)
+        await asyncio.gather(*(cache.load(str(seed), partial(read, seed)) for seed in range(6)))
+
+    asyncio.run(run())
+    assert most == [1] * 6
+
+
 def test_requests_for_more_adapters_than_there_is_room_for_all_come_to_their_turn(
     engine: DecodeThread,  # noqa: F811
     adapters: Callable[..., Path],

@@ -70,6 +70,10 @@ class PackedAdapter:
         return sum(t.numel() * t.element_size() for t in self._tensors())
 
     @property
+    def device(self) -> torch.device:
+        return next(self._tensors()).device
+
+    @property
     def entries(self) -> int:
         """Ranks of all its layers together."""
         return sum(len(f.down) * self.r for f in self.factors if f is not None)
@@ -218,8 +222,15 @@ class _Addition:
         self._down, self._up, self._scale = down.t(), up, scale
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = args[0].to(self._down.dtype)
-        return (output + (x @ self._down @ self._up) * self._scale).to(output.dtype)
+        x = args[0]
+        inner = x.reshape(-1, x.shape[-1]).to(self._down.dtype) @ self._down
+        return add_product(output, inner, self._up, self._scale)
+
+
+def add_product(output: Tensor, inner: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
+    """output + scale * inner @ up, in the type of `output`.   output: [..., out].   inner: [rows of output, K].   up: [K, out]."""
+    flat = output.reshape(-1, output.shape[-1])
+    return torch.addmm(flat.to(inner.dtype), inner, up, alpha=scale).to(output.dtype).view(output.shape)
 
 
 _POOLS: weakref.WeakKeyDictionary[nn.Module, AdapterPool] = weakref.WeakKeyDictionary()

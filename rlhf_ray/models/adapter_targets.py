@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import peft
 import torch
@@ -54,26 +55,33 @@ def refused_by_peft(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
     In mixtures of experts it takes gate_proj and the like for the experts, as they were called before transformers 5 stacked them
     into parameters, and no name reaches a shared expert or a dense layer of that name; and Mamba's kernels read the weights of
-    out_proj themselves."""
+    out_proj themselves. Each name is asked about once for each base: a service asks again with every adapter that it loads."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = {}
-    for name in sorted({_last(name) for name in names}):
-        config = peft.LoraConfig(target_modules=[name])
-        try:
-            LoraModel._check_target_module_compatiblity(None, config, base, name)  # type: ignore[arg-type]
-        except ValueError:
-            found[name] = (
-                f"PEFT does not adapt it in {base.config.model_type}, whose kernels read its weights themselves"
-            )
-            continue
-        try:
-            convert_peft_config_for_transformers(config, model=base, conversions=None)
-            is_taken = name not in (config.target_modules or ())
-        except ValueError:  # one half of gate_proj and up_proj, which are one parameter now
-            is_taken = True
-        if is_taken:
-            found[name] = f"PEFT takes the name for the experts of {base.config.model_type}, whose weights are stacked"
-    return found
+    known = _REFUSED.setdefault(base, {})
+    lasts = sorted({_last(name) for name in names})
+    known.update((name, _why_refused(base, name)) for name in lasts if name not in known)
+    return {name: why for name in lasts if (why := known[name]) is not None}
+
+
+_REFUSED: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
+
+
+def _why_refused(base: Any, name: str) -> str | None:
+    config = peft.LoraConfig(target_modules=[name])
+    try:
+        LoraModel._check_target_module_compatiblity(None, config, base, name)  # type: ignore[arg-type]
+    except ValueError:
+        return f"PEFT does not adapt it in {base.config.model_type}, whose kernels read its weights themselves"
+    try:
+        convert_peft_config_for_transformers(config, model=base, conversions=None)
+        is_taken = name not in (config.target_modules or ())
+    except ValueError:  # one half of gate_proj and up_proj, which are one parameter now
+        is_taken = True
+    return (
+        f"PEFT takes the name for the experts of {base.config.model_type}, whose weights are stacked"
+        if is_taken
+        else None
+    )
 
 
 def _last(name: str) -> str:
@@ -124,7 +132,7 @@ def parameter_shapes(model: nn.Module, names: Iterable[str], r: int) -> dict[str
     PEFT wraps a module once for each of its weights, the first one innermost, and calls all but the outermost `base_layer`."""
     wanted = list(names)
     by_module: dict[str, list[tuple[nn.Module, nn.Parameter]]] = {}
-    for name, found in stacked_parameters(model).items():
+    for name, found in stacked_parameters(model).items() if wanted else ():
         if any(matches(one, name) for one in wanted):
             by_module.setdefault(name.rpartition(".")[0], []).append(found)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -144,7 +152,7 @@ def fit_tensors(
     """(target modules, {key under which `base` keeps the tensor: tensor}) of an adapter that belongs on `base`.
 
     linear: `linear_layers` of base.   ArtifactError naming missing and unmatched keys, wrong shapes, targets that PEFT refuses."""
-    given = {own_key(base, key): t for key, t in files.tensors.items()}
+    given = dict(zip(own_keys(base, files.tensors), files.tensors.values()))
     targets = files.config["target_modules"]
     if targets == "all-linear":
         targets = resolve_targets(base, targets)
@@ -231,12 +239,12 @@ def module_of(key: str) -> str:
     return match["module"]
 
 
-def own_key(model: nn.Module, key: str) -> str:
-    """The key under which `model` keeps the tensor: adapters of a bare trunk lack the trunk's name (`model.`, `transformer.`)."""
-    module = module_of(key)
+def own_keys(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """The keys under which `model` keeps the tensors: adapters of a bare trunk lack the trunk's name (`model.`, `transformer.`)."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     body = trunk(base)
     path = next(name for name, part in base.named_modules() if part is body)
-    if path and not module.startswith(f"{path}."):
-        return key.replace(module, f"{path}.{module}", 1)
-    return key
+    return [
+        key.replace(module, f"{path}.{module}", 1) if path and not module.startswith(f"{path}.") else key
+        for key, module in ((key, module_of(key)) for key in keys)
+    ]

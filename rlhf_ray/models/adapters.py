@@ -37,7 +37,7 @@ from rlhf_ray.models.adapter_targets import (
     linear_layers,
     matches,
     module_of,
-    own_key,
+    own_keys,
     resolve_parameters,
     resolve_targets,
 )
@@ -147,7 +147,7 @@ def load_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[s
 
     Under ZeRO-3 a collective: every rank calls it with the same tensors."""
     parameters = adapter_parameters(model, adapter_name)
-    given = {own_key(model, key): t for key, t in tensors.items()}
+    given = dict(zip(own_keys(model, tensors), tensors.values()))
     compare_shapes({k: whole_shape(p) for k, p in parameters.items()}, given, f"adapter {adapter_name}")
     with torch.no_grad(), gathered(parameters.values(), change=True):
         for key, parameter in parameters.items():

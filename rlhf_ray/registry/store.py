@@ -118,6 +118,22 @@ class Registry:
             return {}
         return {name: (s.st_size, s.st_mtime_ns, s.st_ino) for name, s in files.items() if is_alias(name)}
 
+    def stamp(self, name: str) -> Stamp | None:
+        """Of one name's file; None if there is none."""
+        try:
+            s = os.stat(self._alias_file(name))
+        except OSError:
+            return None
+        return s.st_size, s.st_mtime_ns, s.st_ino
+
+    def listed(self) -> list[str]:
+        """Names by their files, which are not looked at: those included of which no promotion has got to its end."""
+        try:
+            found = os.listdir(self.path / "aliases")
+        except FileNotFoundError:
+            return []
+        return sorted(filter(is_alias, (name.removesuffix(".json") for name in found if name.endswith(".json"))))
+
     # ---------------------------------------------------------------- writing
 
     def promote(
@@ -195,11 +211,8 @@ class Registry:
         return self.path / "aliases" / f"{name}.json"
 
     def _listed(self) -> list[str]:
-        """Names by their files, those included of which no promotion has got to its end."""
         self._check_schema()
-        folder = self.path / "aliases"
-        found = sorted(p.stem for p in folder.iterdir() if p.suffix == ".json") if folder.is_dir() else []
-        return [name for name in found if is_alias(name)]
+        return self.listed()
 
     def _check_schema(self) -> None:
         if not (self.path / "registry.json").is_file():

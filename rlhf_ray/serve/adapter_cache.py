@@ -13,6 +13,7 @@ import asyncio
 import itertools
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
@@ -38,6 +39,10 @@ class AdapterCheckpoint(Protocol):
 
 
 C = TypeVar("C", bound=AdapterCheckpoint)
+
+READERS = 1
+"""Adapters that are read and checked at a time. That takes Python's lock most of its time, which decoding needs some hundred times
+in every step: a burst of new adapters is to make it slower for a while, not to stop it."""
 
 
 class CacheTooSmall(Exception):
@@ -96,6 +101,7 @@ class AdapterCache(Generic[C]):
         self._numbers = itertools.count(1)
         self._turn = asyncio.Lock()  # of requests that need room, first come, first served
         self._released = asyncio.Event()
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="adapters")
 
     @asynccontextmanager
     async def use(self, key: str, read: Callable[[], C]) -> AsyncIterator[CachedAdapter[C]]:
@@ -252,7 +258,8 @@ class AdapterCache(Generic[C]):
             return HostAdapter(light, packed, checkpoint.files if packed is None else light.files)
 
         try:
-            adapter = self._host[key] = await asyncio.to_thread(prepared)
+            loop = asyncio.get_running_loop()
+            adapter = self._host[key] = await loop.run_in_executor(self._readers, prepared)
         except RlhfRayError as error:
             self.on_refused(key, error)
             raise

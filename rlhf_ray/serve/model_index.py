@@ -87,14 +87,17 @@ class ModelIndex:
     _by_number: dict[str, str] = field(default_factory=dict)
     _retry_at: dict[str, float] = field(default_factory=dict)
 
-    def update(self, found: Mapping[str, tuple[list[ModelVersion], str]]) -> list[str]:
-        """Add names, with their versions and the id of the live one. Returns names whose live version is to change."""
+    def update(self, found: Mapping[str, tuple[list[ModelVersion], str]]) -> None:
+        """Add names, with their versions and the id of the live one."""
         for name, (versions, live) in found.items():
             self.versions.update({v.id: v for v in versions})
             self._by_number.update({f"{name}@v{v.number}": v.id for v in versions})
             self.desired[name] = live
         self.revision += 1
-        return [name for name, version in self.desired.items() if self.live.get(name) != version]
+
+    def behind(self) -> list[ModelVersion]:
+        """The live versions of names that are served by another one, or not at all."""
+        return [self.versions[id] for name, id in self.desired.items() if self.live.get(name) != id]
 
     def serve(self, version: ModelVersion) -> None:
         """Its name means it from now on."""

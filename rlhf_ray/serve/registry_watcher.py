@@ -1,17 +1,21 @@
 """A replica's names follow the registry: what is promoted or rolled back is served within a moment, without a restart.
 
-A start reads no adapter: what the registry says is live is, and is read and checked with its first request. From then on a new
-version is read and checked before it takes over the name, and put beside the old one where that is in use. A version that is
-refused never does: the old one goes on. Requests keep the version that they began with. Each replica writes what it serves to its
-status file, output_dir/replicas/<replica>.json.
+A start reads no adapter: what the registry says is live is, and is read and checked with its first request. Of many names a start
+does not even read what is live: that is read beside the requests, a few names at a time, and first what a request names. From then
+on a new version is read and checked before it takes over the name, and put beside the old one where that is in use. A version that
+is refused never does: the old one goes on. Requests keep the version that they began with. Each replica writes what it serves to
+its status file, output_dir/replicas/<replica>.json.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import os
 import socket
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +23,22 @@ from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.registry import Registry, RegistryFollower
 from rlhf_ray.registry.alias import now
+from rlhf_ray.registry.follow import Changes
 from rlhf_ray.serve.adapter_cache import AdapterCache
 from rlhf_ray.serve.metrics import Metrics
 from rlhf_ray.serve.model_index import ModelCheckpoint, ModelIndex, ModelVersion, registry_versions
-from rlhf_ray.storage.files import atomic_write_json
+from rlhf_ray.storage.files import atomic_write_text
 
 log = logging.getLogger(__name__)
 
 MAX_SERIES = 100
 """Names up to which Prometheus gets the live version of each."""
+AT_ONCE = 100
+"""Names whose files are read in one go (about 15 ms of Python, which decoding waits for)."""
+PAUSE_S = 0.01
+"""Between two such goes."""
+KNOWN_S = 8.0
+"""How long a list of all names waits for those that have not been read."""
 
 
 class RegistryWatcher:
@@ -46,43 +57,88 @@ class RegistryWatcher:
         self.status_file, self.metrics = status_file, metrics
         adapter_cache.on_refused = lambda id, error: self.refuse(model_index.versions[id], error)
         self._follower = None if registry is None else RegistryFollower(registry)
-        self._started = self._applied = False
+        self._unread: set[str] = set()  # names that were there at the start, and of which nothing is known yet
+        self._started = False
+        self._applied = True
+        self._turn = asyncio.Lock()  # of the follower
+        self._all_read = asyncio.Event()
+
+    async def start(self, runs: Mapping[str, tuple[list[ModelVersion], str]]) -> None:
+        """Serve these and the names of the registry, as far as a start reads them."""
+        self._serve_unread(runs)
+        await self._poll_some()
 
     async def run(self, interval_s: float) -> None:
         while True:
-            await asyncio.sleep(interval_s)
             try:
                 await self.poll()
             except Exception:  # a registry that cannot be read now may be readable again
                 log.exception("the registry could not be followed; what is served stays as it is")
+            await asyncio.sleep(interval_s)
 
     async def poll(self) -> None:
-        """Apply what has changed in the registry since the last poll."""
-        if self._follower is None:
-            return
-        changes = await asyncio.to_thread(self._follower.changes)
+        """Apply what has changed in the registry since the last poll, and read what the start has left."""
+        while await self._poll_some():
+            await asyncio.sleep(PAUSE_S)
+
+    async def know(self, models: Iterable[str]) -> None:
+        """What these models' names stand for, if that has not been read yet."""
+        names = {model.partition("@")[0] for model in models} & self._unread
+        if names and self._follower is not None:
+            async with self._turn:
+                await self._follow(await asyncio.to_thread(self._follower.read, names))
+
+    async def know_all(self) -> None:
+        """What the names that were there at the start stand for; they have been read a few seconds later."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_read.wait(), KNOWN_S)
+
+    async def _poll_some(self) -> bool:
+        """Whether names are left to be read."""
+        changes = Changes()
+        async with self._turn:
+            if self._follower is not None:
+                changes = await asyncio.to_thread(self._follower.changes, AT_ONCE)
+                if not self._started:
+                    self._unread = {*changes.aliases, *changes.problems, *self._follower.due}
+                await self._follow(changes)
+        has_all, was_started, self._started = not self._unread, self._started, True
+        if not was_started or (has_all and (changes or not self._all_read.is_set())):
+            self.export_gauges()
+            await self.write_status()
+        if has_all:
+            self._all_read.set()
+        return self._follower is not None and bool(self._follower.due)
+
+    async def _follow(self, changes: Changes) -> None:
+        assert self._follower is not None
         for name, problem in changes.problems.items():
             log.error("registry %s, %s: %s", self._follower.registry.path, name, problem)
-        if changes or not self._applied:
+        found = registry_versions(self._follower.registry, changes.aliases, self.backbone)
+        first = {name: found.pop(name) for name in [*found] if name in self._unread}
+        is_change = bool(changes.problems or changes.aliases.keys() - self._unread)
+        self._unread.intersection_update(self._follower.due)
+        self._serve_unread(first)
+        if is_change or not self._applied:
             self._applied = False
-            found = registry_versions(self._follower.registry, changes.aliases, self.backbone)
-            await self.apply(found, unread=not self._started)
-        self._started = self._applied = True
+            self.model_index.update(found)
+            # Those that were refused, too: something has changed, perhaps their files.
+            for version in self.model_index.behind():
+                if version.problem is not None:
+                    self.refuse(version, version.problem)
+                else:
+                    await self._activate(version)
+            self._applied = True
 
-    async def apply(self, found: dict[str, tuple[list[ModelVersion], str]], unread: bool = False) -> None:
-        """Serve these names. A version that was refused is tried again: something has changed, perhaps its files.
-
-        unread: they are served before they are read."""
-        for name in self.model_index.update(found):
-            version = self.model_index.versions[self.model_index.desired[name]]
+    def _serve_unread(self, found: Mapping[str, tuple[list[ModelVersion], str]]) -> None:
+        """Serve these names before their adapters are read."""
+        self.model_index.update(found)
+        for _, id in found.values():
+            version = self.model_index.versions[id]
             if version.problem is not None:
                 self.refuse(version, version.problem)
-            elif unread:
-                self.model_index.serve(version)
             else:
-                await self._activate(version)
-        self.export_gauges()
-        await self.write_status()
+                self.model_index.serve(version)
 
     async def _activate(self, version: ModelVersion) -> None:
         try:
@@ -113,7 +169,9 @@ class RegistryWatcher:
         await asyncio.to_thread(self._write_status)
 
     def _write_status(self) -> None:
-        atomic_write_json(self.status_file, self.status())
+        atomic_write_text(
+            self.status_file, json.dumps(self.status(), ensure_ascii=False)
+        )  # not indented: C writes that
 
     def status(self) -> dict[str, Any]:
         """{replica, host, pid, when, live: {name: {id, version, sha256}}, refused: {id: why}}."""
@@ -123,6 +181,7 @@ class RegistryWatcher:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "when": now(),
+            "unread": len(self._unread),
             "live": {
                 name: {"id": id, "version": versions[id].number, "sha256": versions[id].sha256}
                 for name, id in sorted(self.model_index.live.items())

@@ -6,6 +6,7 @@ request ──> admission ──> models in memory ──> prompt ids ──> ge
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
 import sys
@@ -40,8 +41,10 @@ from rlhf_ray.serve.response_scorer import ResponseScorer
 from rlhf_ray.serve.response_text import ResponseText, special_stop_ids
 from rlhf_ray.serve.status_files import read_statuses, remove_stale
 
-SWITCH_INTERVAL_S = 0.001
-"""The decode thread gives up Python's lock this often for the event loop; the default of 5 ms would delay every response."""
+SWITCH_INTERVAL_S = 0.0001
+"""Python's lock changes hands this often between threads that want it. The decode thread gives it up in each of the hundreds of
+operations of a step, and waits for so long to get it back while another thread (the event loop, a thread that reads an adapter) has
+work; the default of 5 ms would make a step of that a second."""
 MAX_REQUEST_ROWS = 4096
 
 
@@ -97,16 +100,26 @@ class Replica:
         self._checked_steps = -1
         self._told_waiting: set[str] = set()
         self._watching: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serve the names there are, and follow the registry from now on."""
-        await self.watcher.apply(self.runs, unread=True)
-        await self.watcher.poll()
+        await self.watcher.start(self.runs)
         self._watching = asyncio.create_task(self.watcher.run(self.config.poll_interval_s))
+        self._settling = asyncio.create_task(self._settle())
+
+    async def _settle(self) -> None:
+        """Take what is there for good out of the garbage collector's sight: it walked through models, tokenizer and names for a
+        quarter of a second every few minutes, on whichever thread, and nobody got a token meanwhile."""
+        gc.freeze()
+        await self.watcher.know_all()
+        gc.freeze()  # with what was read of the registry's names
 
     async def close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in (self._watching, self._settling):
+            if task is not None:
+                task.cancel()
+        gc.unfreeze()
         await asyncio.to_thread(self.engine.stop)
         self.watcher.status_file.unlink(missing_ok=True)
 
@@ -150,6 +163,7 @@ class Replica:
 
     async def models(self) -> list[dict[str, Any]]:
         """See `model_index.list_models`. Made once for every change; not to be changed."""
+        await self.watcher.know_all()
         if self._listed is None or self._listed[0] != self.model_index.revision:
             self._listed = self.model_index.revision, list_models(self.model_index, self.started_at)
         return self._listed[1]
@@ -262,7 +276,7 @@ class Replica:
     ) -> tuple[list[Generation], list[ServedModel], ServedModel | None, DecodeOptions]:
         """Generations ready to be submitted; the models that write them; the reward model, if one is requested; what is asked of
         the sampler."""
-        reward = self._reward_name(request.reward) if request.reward else None
+        reward = await self._reward_name(request.reward) if request.reward else None
         cached = await self._load([*request.models, *(() if reward is None else (reward,))], resources)
         served_models = [self._policy(model, cached) for model in request.models]
         reward_model = None if reward is None else self._reward_model(reward, cached)
@@ -294,22 +308,20 @@ class Replica:
             )
         return served
 
-    def _reward_name(self, reward: str | bool) -> str:
+    async def _reward_name(self, reward: str | bool) -> str:
         """reward: of the request, the name of an adapter, or True for the default one."""
+        if (name := reward if isinstance(reward, str) else self.config.reward) is not None:
+            return name
+        await self.watcher.know_all()
         names = self.model_index.reward_models()
-        name = reward if isinstance(reward, str) else self.config.reward or (names[0] if len(names) == 1 else None)
-        if name is None:
-            what = (
-                "no reward adapter is served"
-                if not names
-                else f"several are served; name one of {', '.join(sorted(names)[:20])}"
-            )
-            raise ApiError(400, f"reward: {what}.", "no_reward", "reward")
-        return name
+        if len(names) == 1:
+            return names[0]
+        several = f"several are served; name one of {', '.join(sorted(names)[:20])}"
+        raise ApiError(400, f"reward: {several if names else 'no reward adapter is served'}.", "no_reward", "reward")
 
     async def reward_model(self, reward: str | bool, resources: AsyncExitStack) -> ServedModel:
         """The reward adapter `reward`, or with True the default one, ready until `resources` is closed. ApiError if it is none."""
-        name = self._reward_name(reward)
+        name = await self._reward_name(reward)
         return self._reward_model(name, await self._load([name], resources))
 
     def _reward_model(self, name: str, cached: Mapping[str, CachedAdapter[ModelCheckpoint]]) -> ServedModel:
@@ -321,6 +333,7 @@ class Replica:
         self, models: Sequence[str], resources: AsyncExitStack
     ) -> dict[str, CachedAdapter[ModelCheckpoint]]:
         """The adapters that `models` name, by these names, ready until `resources` is closed. Waits while others use all places."""
+        await self.watcher.know(models)
         versions = {model: self._resolve(model) for model in models if model != BASE}
         reads = {version.id: version.load for version in versions.values()}
         try:

@@ -163,12 +163,14 @@ def _startup_error(application: Any) -> Exception:
 
 
 def _header_lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
-    names = sorted({name for status in _statuses(config) for name in status.get("live", {})})
+    statuses = _statuses(config)
+    names = sorted({name for status in statuses for name in status.get("live", {})})
+    count = len(names) + max((status.get("unread", 0) for status in statuses), default=0)
     who = f"keys of {config.api_keys}" if config.api_keys is not None else "no key; this machine only"
     return [
         f"page       {url}/",
         f"OpenAI     {url}/v1   (base_url of any OpenAI client)",
-        f"models     base{''.join(f', {name}' for name in names[:LISTED])}{_more(len(names))}",
+        f"models     base{''.join(f', {name}' for name in names[:LISTED])}{_more(count)}",
         f"access     {who}",
         f"metrics    {_metrics_address()}",
         f"replicas   {config.replicas.min_replicas}, {config.replicas.num_threads} threads each; up after {seconds:.0f} s",
@@ -208,7 +210,8 @@ def _log_changes(folder: Path, console: Console, stopping: threading.Event) -> N
         for replica, status in now.items():
             old = before.get(replica, {"live": {}, "refused": {}})
             for name, version in status["live"].items():
-                if old["live"].get(name) != version:
+                # What was only read is no change.
+                if old["live"].get(name) != version and (name in old["live"] or not old.get("unread")):
                     console.log(f"replica {replica}: {name} is now {version['id']} (sha256 {version['sha256'][:12]})")
             for version, reason in status["refused"].items():
                 if version not in old["refused"]:

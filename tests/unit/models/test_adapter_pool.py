@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import ArtifactError, InvariantError
+from rlhf_ray.models import adapter_targets
 from rlhf_ray.models.adapter_files import AdapterFiles, adapter_sha256
 from rlhf_ray.models.adapter_pool import AdapterPool
 from rlhf_ray.models.adapters import adapter_config, adapter_tensors, add_from_files, use_adapter, wrap
@@ -88,3 +89,17 @@ def test_what_does_not_fit_or_is_not_what_was_read_is_refused(files_of: Callable
     pool.remove("ad")
     with pytest.raises(InvariantError, match="no such adapter"):
         use_adapter(model, "ad")
+
+
+def test_peft_is_asked_once_which_layers_it_refuses(
+    files_of: Callable[..., AdapterFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked again with every adapter that a service loads, which took longer than reading it."""
+    first, second = (files_of(llama(), seed=seed) for seed in (1, 2))
+    pool = AdapterPool(wrap(llama(), LoraConfig(r=1, lora_alpha=1.0), "placeholder", seed=0))
+    asked: list[str] = []
+    ask = adapter_targets._why_refused
+    monkeypatch.setattr(adapter_targets, "_why_refused", lambda base, name: asked.append(name) or ask(base, name))
+    pool.pack(first)
+    pool.pack(second)
+    assert len(asked) == len(set(asked))

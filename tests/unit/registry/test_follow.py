@@ -92,3 +92,18 @@ def test_a_registry_that_is_not_there_yet_is_followed_from_its_first_name(tmp_pa
     (tmp_path / "aliases").mkdir()
     alias_of("first").write(tmp_path / "aliases" / "first.json")
     assert list(follower.changes().aliases) == ["first"]
+
+
+def test_many_names_are_read_a_few_at_a_time_and_changes_before_the_rest(
+    registry: Registry, alias_of: MakeAlias, reads: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All were read before the first answer: a start with 10,000 names took 20 times as long as one with 3."""
+    monkeypatch.setattr(follow, "LOOK_S", 0.0)
+    follower = RegistryFollower(registry)
+    assert list(follower.changes(10).aliases) == [f"name{i:02d}" for i in range(10)] and len(follower.due) == 40
+    assert sum(reads.values()) == 10, "and the folder was listed alone"
+    assert follower.read(["name33", "name02", "unknown"]).aliases.keys() == {"name33"}
+    alias_of("name05", 2).write(registry.path / "aliases" / "name05.json")
+    (registry.path / "aliases" / "name40.json").unlink()
+    assert [*follower.changes(3).aliases][:1] == ["name05"] and len(follower.due) == 36
+    assert len(follower.changes().aliases) == 36 and not follower.due and "name40" not in reads

@@ -15,7 +15,7 @@ from rlhf_ray.models.adapters import adapter_parameters, add_fresh, use_adapter,
 from rlhf_ray.sampler import stacked_lora
 from rlhf_ray.sampler.stacked_lora import Stacks
 
-SHAPES = (("p", 4, "all-linear"), ("q", 2, ("q_proj", "v_proj")), ("s", 8, ("down_proj",)), ("t", 4, "all-linear"))
+SHAPES = (("p", 4, "all-linear"), ("q", 2, ("q_proj", "v_proj")), ("s", 8, ("down_proj",)), ("t", 20, "all-linear"))
 
 
 @pytest.fixture
@@ -61,14 +61,53 @@ def test_rows_that_come_and_go_leave_nothing_behind(model: Any, monkeypatch: pyt
         ["q", "q", "q", "q", "q"],  # a smaller rank where a larger one was
         [None, "p"],
         ["s", "t", "p", "q", None, None, "t"],
+        ["t", "q", "p", None],  # other places
     ):
         assert_as_apart(model, stacks, rows)
 
 
+def many(make_llama: Callable[..., nn.Module], ranks: Sequence[int]) -> Any:
+    model = wrap(make_llama(), LoraConfig(r=ranks[0], lora_alpha=8.0), "p0", seed=0)
+    for number, r in enumerate(ranks[1:], start=1):
+        add_fresh(model, f"p{number}", LoraConfig(r=r, lora_alpha=8.0), seed=number)
+    return model
+
+
 def test_the_form_is_chosen_by_what_it_costs(make_llama: Callable[..., nn.Module]) -> None:
-    model = wrap(make_llama(), LoraConfig(r=4, lora_alpha=8.0), "p0", seed=0)
-    for number in range(1, 8):
-        add_fresh(model, f"p{number}", LoraConfig(r=4, lora_alpha=8.0), seed=number)
-    names = [f"p{number}" for number in range(8)]
-    assert isinstance(Stacks(model).forward(names[:2]).hooks[0][1], stacked_lora._Delta)
-    assert isinstance(Stacks(model).forward(names).hooks[0][1], stacked_lora._RowDelta)
+    """Sixteen rows of sixteen ranks got factors of the largest rank each, at twice the time of one stack for all."""
+    stacks = Stacks(many(make_llama, [8] * 24))
+
+    def form(rows: int, tokens: int = 1) -> type:
+        return type(stacks.forward([f"p{row}" for row in range(rows)], tokens=tokens).hooks[0][1])  # type: ignore[attr-defined]
+
+    shared, by_row = stacked_lora._Delta, stacked_lora._RowDelta
+    assert [form(2), form(12), form(24)] == [shared, shared, by_row]
+    assert [form(2, 16), form(12, 16)] == [shared, by_row], "products of matrices in either form"
+
+
+def test_a_row_costs_what_its_rank_costs(make_llama: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row had factors of the largest rank."""
+    monkeypatch.setattr(stacked_lora, "_prefers_rows", lambda *args: True)
+    ranks = (4, 8, 16, 32, 64)
+    stacks = Stacks(many(make_llama, ranks))
+    delta: Any = stacks.forward([None, *(f"p{i}" for i in range(5))]).hooks[0][1]  # type: ignore[attr-defined]
+    assert delta._down.shape[0] == 1 + 1 + 2 + 4 + 8 and delta._row_of.bincount().tolist() == [0, 1, 1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_what_is_there_is_not_copied_again(model: Any, monkeypatch: pytest.MonkeyPatch, by_row: bool) -> None:
+    """A row that moved within the batch was copied, and reading the prompts of two rows threw away what all others had."""
+    filled: list[int] = []
+    fill = stacked_lora._Pages._fill
+    monkeypatch.setattr(stacked_lora, "_prefers_rows", lambda *args: by_row)
+    monkeypatch.setattr(stacked_lora._Pages, "_fill", lambda *args: filled.append(args[1].r) or fill(*args))
+    stacks = Stacks(model)
+    stacks.forward(["p", "q", "s", "t"], "rows")
+    stacks.forward(["q", "p"], "prompts")
+    assert sorted(filled) == [2, 2, 4, 4, 8, 20]
+    filled.clear()
+    stacks.forward(["t", "s", "q", "p"], "rows")
+    stacks.forward(["p", "q"], "prompts")
+    assert not filled
+    stacks.forward(["t", "s", "p", "p"], "rows")
+    assert filled == ([4] if by_row else [])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import os
 import stat
 import threading
@@ -17,7 +19,8 @@ import pytest
 
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.models.adapter_files import read_adapter
-from rlhf_ray.registry import Registry
+from rlhf_ray.registry import Registry, follow
+from rlhf_ray.serve import registry_watcher
 from rlhf_ray.serve.adapter_cache import AdapterCache, CacheTooSmall
 from rlhf_ray.serve.decode_thread import DecodeThread
 from rlhf_ray.serve.generation import GenerationRequest
@@ -58,6 +61,29 @@ def test_an_adapter_is_loaded_while_the_decode_thread_is_busy(
         assert not hold.is_set()
     finally:
         hold.set()
+
+
+def test_a_burst_of_new_adapters_is_read_one_by_one(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    """All at once, they took Python's lock from decoding together: steps of a third of a second."""
+    reading, most = set[int](), list[int]()
+
+    def read(seed: int) -> PlainCheckpoint:
+        reading.add(seed)
+        most.append(len(reading))
+        time.sleep(0.02)
+        checkpoint = PlainCheckpoint(read_adapter(adapters(seed)))
+        reading.discard(seed)
+        return checkpoint
+
+    async def run() -> None:
+        cache = AdapterCache[PlainCheckpoint](engine, 6)
+        await asyncio.gather(*(cache.load(str(seed), partial(read, seed)) for seed in range(6)))
+
+    asyncio.run(run())
+    assert most == [1] * 6
 
 
 def test_requests_for_more_adapters_than_there_is_room_for_all_come_to_their_turn(
@@ -260,6 +286,7 @@ def test_a_promotion_is_seen_within_a_second_at_many_names(
         alias_of(f"name{i:04d}").write(tmp_path / "registry" / "aliases" / f"name{i:04d}.json")
 
     async def body(replica: Replica) -> None:
+        await replica.watcher.know_all()
         assert len(replica.model_index.live) == 3001
         await asyncio.to_thread(registry.promote, runs[1], "helper", force=True, reason="a test")
         started = time.monotonic()
@@ -268,3 +295,52 @@ def test_a_promotion_is_seen_within_a_second_at_many_names(
         assert time.monotonic() - started < 1.0
 
     run(job(registry=str(tmp_path / "registry"), poll_interval_s=0.5), body)
+
+
+def test_a_start_reads_a_few_of_many_names_and_what_a_request_names_before_the_rest(
+    job: Callable[..., ServeConfig],  # noqa: F811
+    tiny_run: Callable[..., Path],
+    base_dir: Path,
+    tmp_path: Path,
+    alias_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The file of each of 10,000 names was read before the first answer: 3.3 s, against 0.16 s with three names."""
+    registry = Registry(tmp_path / "registry")
+    runs = [str(tiny_run(tmp_path / f"run{i}", base_dir, seed=i)) for i in range(2)]
+    last = registry.promote(runs[0], "zz", force=True, reason="a test").entry
+    for i in range(400):
+        alias_of(f"name{i:04d}").write(tmp_path / "registry" / "aliases" / f"name{i:04d}.json")
+    monkeypatch.setattr(registry_watcher, "PAUSE_S", 1e6)  # the rest is read when the test says so
+
+    async def body(replica: Replica) -> None:
+        live, watcher = replica.model_index.live, replica.watcher
+        assert len(live) == registry_watcher.AT_ONCE and watcher.status()["unread"] == 301
+        assert (await generate(replica, "nobody"))["error"]["status"] == 404
+        assert (await generate(replica, "zz"))["error"] is None and live["zz"] == last.id
+        assert (await generate(replica, f"{last.id}"))["error"] is None
+        assert len(live) == 2 * registry_watcher.AT_ONCE + 1, "another hundred beside it, no other name for it"
+        await asyncio.to_thread(registry.promote, runs[1], "zz", force=True, reason="a test")
+        monkeypatch.setattr(registry_watcher, "PAUSE_S", 0.0)
+        monkeypatch.setattr(follow, "LOOK_S", 0.0)
+        await watcher.poll()
+        assert live["zz"].startswith("zz@v2") and len(live) == 401
+        assert len(await replica.models()) == 1 + 401 + 402
+        status = json.loads(watcher.status_file.read_text())
+        assert status["unread"] == 0 and status["live"].keys() == live.keys()
+
+    run(job(registry=str(tmp_path / "registry")), body)
+
+
+def test_the_garbage_collector_does_not_walk_through_what_stays(job: Callable[..., ServeConfig]) -> None:  # noqa: F811
+    """A full collection took a quarter of a second, in which nobody got a token."""
+
+    async def body(replica: Replica) -> None:
+        while not gc.get_freeze_count():
+            await asyncio.sleep(0.01)
+        seen = {id(found) for found in gc.get_objects()}
+        assert id(replica.engine.sampler) not in seen
+        assert len(seen) < 0.05 * gc.get_freeze_count()
+
+    run(job(), body)
+    assert not gc.get_freeze_count()

@@ -288,6 +288,15 @@ def score(
     run: Annotated[str | None, typer.Option(help="reward run, or its merged checkpoint")] = None,
     model: Annotated[str | None, typer.Option(help="one-label sequence-classification checkpoint")] = None,
     function: Annotated[str | None, typer.Option(help="my_reward.py:score")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="reward server: /v1/score of rlhf-ray serve, or one of OpenRLHF's remote_rm_url")
+    ] = None,
+    headers_file: Annotated[
+        str | None, typer.Option(help="with --url: a file (mode 600) of `Name: value` lines to send; never a key here")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="with --url: variable of the environment that holds the key")
+    ] = None,
     file: Annotated[str | None, typer.Option(help="score every row (or pair) of this file")] = None,
     prompt: Annotated[str | None, typer.Option(help="prompt of one text to score")] = None,
     completion: Annotated[str | None, typer.Option(help="the reply to score")] = None,
@@ -297,12 +306,13 @@ def score(
     debug: Debug = False,
 ) -> None:
     """Print the reward of a reply, or of the rows of a file."""
-    _exactly_one({"--run": run, "--model": model, "--function": function})
+    _exactly_one({"--run": run, "--model": model, "--function": function, "--url": url})
     _exactly_one({"--completion": completion, "--file": file})
     from rlhf_ray.config import RewardSource
     from rlhf_ray.config.load import load_dict
 
-    source = load_dict(RewardSource, {"run": run, "model": model, "function": function}, "score")
+    server = {"url": url, "headers_file": headers_file, "api_key_env": api_key_env}
+    source = load_dict(RewardSource, {"run": run, "model": model, "function": function, **server}, "score")
     if run or model:
         from rlhf_ray.models.specs import reward_source
 

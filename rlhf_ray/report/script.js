@@ -118,6 +118,12 @@ for (const sheet of document.querySelectorAll(".sheet")) {
   });
   download.hidden = true;
 
+  // What was pressed is gone: whoever votes by keyboard goes on here.
+  function show(block) {
+    block.open = true;
+    block.querySelector("summary").focus();
+  }
+
   function vote(block, names, chosen) {
     const ballot = JSON.parse(block.dataset.ballot);
     const id = "cmp-" + [...crypto.getRandomValues(new Uint8Array(12))].map((n) => n.toString(16).padStart(2, "0")).join("");
@@ -135,7 +141,8 @@ for (const sheet of document.querySelectorAll(".sheet")) {
     download.hidden = !rows.length;
     download.textContent = "Download preferences.jsonl (" + rows.length + (rows.length === 1 ? " row)" : " rows)");
     const next = blocks.find((each) => each.classList.contains("blind"));
-    if (next) { next.open = true; next.querySelector("summary").focus(); }
+    if (next) show(next);
+    else if (rows.length) download.focus();
   }
 
   const start = button("Vote blind", () => {
@@ -152,7 +159,7 @@ for (const sheet of document.querySelectorAll(".sheet")) {
       });
       block.append(button("None is better", () => vote(block, names, null)));
     }
-    blocks[0].open = true;
+    show(blocks[0]);
     said.textContent = "Names and figures are hidden until you have chosen. ";
   });
   bar.append(start, said, download);

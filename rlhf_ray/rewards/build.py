@@ -29,7 +29,7 @@ from rlhf_ray.models.specs import ModelSpec, reward_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
 from rlhf_ray.models.zero3 import MaxOverRanks
 from rlhf_ray.rewards.http_client import HttpClient, check_reachable, credentials
-from rlhf_ray.rewards.http_reward import HttpReward
+from rlhf_ray.rewards.http_reward import make_http_reward
 from rlhf_ray.rewards.judge_usage import JudgeUsage
 from rlhf_ray.rewards.llm_judge import LLMJudge, LLMReward, read_completion, read_refusal
 from rlhf_ray.rewards.protocol import Reward
@@ -89,27 +89,10 @@ class RewardBuilder:
         return lambda *_: function
 
     def _add_server(self, reward: RewardSource) -> Maker:
-        where, url = f"rewards.{reward.name}", str(reward.url)
-        headers = credentials(where, reward.headers_file, reward.api_key_env)
-        check_reachable(f"{where}.url", url)
-        client = HttpClient(
-            f"reward {reward.name} ({url})",
-            url,
-            headers,
-            timeout_s=float(reward.timeout_s or 0.0),
-            max_retries=int(reward.max_retries or 0),
-            concurrency=int(reward.concurrency or 1),
-        )
-        found = HttpReward(
-            reward.name,
-            reward.weight,
-            client,
-            int(reward.batch_size or 1),
-            Answers(Path(self.assembly.job.output_dir).absolute() / ANSWERS / reward.name),
-            self.assembly.base.identity.tokenizer_sha256,
-        )
+        kept = Answers(Path(self.assembly.job.output_dir).absolute() / ANSWERS / reward.name)
+        found = make_http_reward(reward, kept, self.assembly.base.identity.tokenizer_sha256)
         weight = "" if reward.weight == 1 else f", weight {reward.weight:g}"
-        self.lines.append(header_line("reward", f"{reward.name}: server {url}{weight}"))
+        self.lines.append(header_line("reward", f"{reward.name}: server {reward.url}{weight}"))
         return lambda *_: found
 
     def _add_judge(self, reward: RewardSource) -> None:

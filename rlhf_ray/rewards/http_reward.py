@@ -7,7 +7,7 @@
      "finished": [true, false],                   whether the reply ended by itself
      "columns": {"answer": ["4", "7"], ...},      columns of the data that all rows have
      "query": ["...", "..."],                     prompt and completion as one text
-     "tokenizer_sha256": "...", "prompt_ids": [[1, 5], [1, 7]], "completion_ids": [[9, 2], [4]]}
+     "tokenizer_sha256": "...", "prompt_ids": [[1, 5], [1, 7]], "completion_ids": [[9, 2], [4]]}     not of texts (`score --url`)
 
     {"ids": ["0", "1"], "rewards": [0.25, null]}
 
@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_ray.config import RewardSource
 from rlhf_ray.errors import Interrupted
-from rlhf_ray.rewards.http_client import HttpClient
+from rlhf_ray.rewards.http_client import HttpClient, check_reachable, credentials
 from rlhf_ray.rewards.protocol import Reward, RewardInputs, Texts
 from rlhf_ray.rewards.sources import checked_rewards, shared_columns, spoken
 from rlhf_ray.storage.answers import MISSING, Answers, digest
@@ -40,7 +41,8 @@ FIX = "fix the server"
 
 class HttpReward(Reward):
     """batch_size: replies per request.  answers: where what was said is kept; None to keep nothing.  tokenizer_sha256: of the
-    policy's tokenizer, for servers that have the same one."""
+    policy's tokenizer, for servers that have the same one; empty where texts are scored that no tokenizer here has read: then no
+    ids are sent."""
 
     waits = True
 
@@ -93,17 +95,40 @@ class HttpReward(Reward):
             texts.completion_ids[start:stop],
             texts.columns[start:stop],
         )
-        return {
+        body = {
             "version": VERSION,
             "ids": [str(i) for i in rows],
             **spoken(some),
             "finished": [bool(finished[i]) for i in rows],
             "columns": plain(shared_columns(some)),
             "query": [prompt + said for prompt, said in zip(some.prompts, some.completions)],
+        }
+        if not self.tokenizer_sha256:
+            return body
+        return {
+            **body,
             "tokenizer_sha256": self.tokenizer_sha256,
             "prompt_ids": [list(prompt_ids[i]) for i in rows],
             "completion_ids": [list(ids) for ids in some.completion_ids],
         }
+
+
+def make_http_reward(reward: RewardSource, answers: Answers | None, tokenizer_sha256: str = "") -> HttpReward:
+    """The reward server that `reward` names. answers, tokenizer_sha256: of `HttpReward`.
+
+    ConfigError: its key is not there; ResourceError: nobody listens."""
+    where, url = f"rewards.{reward.name}", str(reward.url)
+    headers = credentials(where, reward.headers_file, reward.api_key_env)
+    check_reachable(f"{where}.url", url)
+    client = HttpClient(
+        f"reward {reward.name} ({url})",
+        url,
+        headers,
+        timeout_s=float(reward.timeout_s or 0.0),
+        max_retries=int(reward.max_retries or 0),
+        concurrency=int(reward.concurrency or 1),
+    )
+    return HttpReward(reward.name, reward.weight, client, int(reward.batch_size or 1), answers, tokenizer_sha256)
 
 
 def by_id(answer: Any, ids: Sequence[str], where: str) -> list[Any]:

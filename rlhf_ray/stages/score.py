@@ -1,6 +1,6 @@
 """The reward of texts: one reply, or every row of a file. Pairs also tell how often the reward model prefers the chosen reply.
 
-A text is scored as PPO scores replies (rewards/scoring_model.py). Runs in this process.
+A text is scored as PPO scores replies (rewards/scoring_model.py; by a server: rewards/http_reward.py). Runs in this process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_ray.config import DataConfig, RewardSource
 from rlhf_ray.console import Console, LocalConsole, quiet_libraries
@@ -22,6 +23,7 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.maths.stats import preference_metrics, wilson_interval
 from rlhf_ray.metrics import figure
+from rlhf_ray.rewards.http_reward import make_http_reward
 from rlhf_ray.rewards.protocol import Texts
 from rlhf_ray.rewards.scoring_model import load_scoring_model
 from rlhf_ray.rewards.sources import FunctionReward, none_broken
@@ -30,7 +32,9 @@ from rlhf_ray.storage.rows_file import write_rows
 
 CONFIDENCE = 0.95
 ONE_ROW = "--completion"
-NOT_SCORED = "too long for the model, a reply without a token, or one that the function answers with None"
+NOT_SCORED = (
+    "too long for the model, a reply without a token, or one that the function or server answers with no number"
+)
 
 Grade = Callable[[Sequence[Row], Sequence[str]], list[float | None]]
 """Rewards of replies to the rows' prompts; None for a reply that cannot be scored (too long, or no token)."""
@@ -48,22 +52,22 @@ def score(
     num_threads: int | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
-    """Score `completion` (as a reply to `prompt`), or every row of `file`, with a reward run, a reward checkpoint or a function.
+    """Score `completion` (as a reply to `prompt`), or every row of `file`, with a reward run, a reward checkpoint, a function or a
+    reward server.
 
-    template: default: the one the reward model was trained with; for a function, the prompt as it is.
+    template: default: the one the reward model was trained with; for a function or a server, the prompt as it is.
 
     Rows of replies give {where, prompt, completion, reward}. Rows of pairs give {where, prompt, chosen, rejected, reward_chosen,
     reward_rejected, correct}, and the console tells the accuracy with its 95 % Wilson interval. `out` gets the rows as JSON lines,
     or as one JSON list if its name ends in .json. Rows that cannot be scored are left out, counted and told.
 
-    Raises ConfigError, DataError, ArtifactError."""
+    Raises ConfigError, DataError, ArtifactError; of a server ResourceError (nobody listens) and Interrupted (it does not answer as
+    it should)."""
     console = console or LocalConsole()
     if (completion is None) == (file is None):
         raise ConfigError.at("score", "needs a completion or a file", "exactly one of the two")
     read = _read(file, console) if file is not None else None
-    grade = (
-        function_grader(source, template) if source.function else model_grader(source, template, num_threads, console)
-    )
+    grade = grader_of(source, template, num_threads, console)
     if read is None:
         row = Row(ONE_ROW, Prompt(prompt or ""), completion=completion, columns={"prompt": prompt or ""})
         found = [{k: v for k, v in line.items() if k != "where"} for line in score_responses([row], grade, console)]
@@ -155,19 +159,42 @@ def response_verdict(rows: Sequence[dict[str, Any]]) -> str:
     return f"mean reward {figure(sum(rewards) / len(rewards))}{error} of {len(rows)} replies"
 
 
+def grader_of(source: RewardSource, template: str | None, num_threads: int | None, console: Console) -> Grade:
+    if source.function is not None:
+        return function_grader(source, template)
+    if source.url is not None:
+        return server_grader(source, template)
+    return model_grader(source, template, num_threads, console)
+
+
 def function_grader(source: RewardSource, template: str | None) -> Grade:
     """A Python function on texts. Raises ConfigError if it asks for token ids, which exist only where a model is."""
     reward = FunctionReward(source.name, source.weight, source.function or "")
-    prompt_template = load_template(template or "none")
     if "completion_ids" in inspect.signature(reward.function).parameters:
         raise ConfigError.at(
             "function", f"{source.function} reads completion_ids, but there is no tokenizer here", fix="use evaluate"
         )
+    return _text_grader(reward.score_texts, template, f"reward {source.name} ({source.function})")
+
+
+def server_grader(source: RewardSource, template: str | None) -> Grade:
+    """A reward server on texts, by the protocol of rewards[].url; every reply is one that ended by itself, as in a data file."""
+    reward = make_http_reward(source, None)
+
+    def score_texts(texts: Texts) -> Tensor:
+        return reward.score_texts(texts, [True] * len(texts.prompts), [])
+
+    return _text_grader(score_texts, template, reward.client.where)
+
+
+def _text_grader(score_texts: Callable[[Texts], Tensor], template: str | None, where: str) -> Grade:
+    """Of what reads texts: prompts in `template`, which is none unless it is named."""
+    prompt_template = load_template(template or "none")
 
     def grade(rows: Sequence[Row], responses: Sequence[str]) -> list[float | None]:
         prompts = [prompt_template.render(row.prompt) for row in rows]
         texts = Texts(prompts, list(responses), [[] for _ in rows], [row.columns for row in rows])
-        found = none_broken(reward.score_texts(texts), f"reward {source.name} ({source.function})")
+        found = none_broken(score_texts(texts), where)
         return [None if math.isnan(score) else score for score in found.tolist()]
 
     return grade

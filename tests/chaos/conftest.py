@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_ray.metrics import NON_DETERMINISTIC, read_metrics
+from tests.runs import lasting, lasting_rows
 
 REWARD = '''
 """A reward with TRL's signature: the share of ASCII characters, and noise from every generator that it could draw from."""
@@ -165,14 +165,6 @@ def differences(a: Path, b: Path) -> list[str]:
     first, second = ({k: v for k, v in t.items() if lasting(k)} for t in totals)
     found += [f"summary {k}" for k in first.keys() | second.keys() if first.get(k) != second.get(k)]
     return found
-
-
-def lasting(name: str) -> bool:
-    return name.split("/")[0] not in NON_DETERMINISTIC
-
-
-def lasting_rows(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if lasting(k)} for row in read_metrics(run / "metrics.jsonl")]
 
 
 def wait_for(condition: Callable[[], Any], timeout: float = 120.0, what: str = "") -> Any:

@@ -55,6 +55,41 @@ def write_jsonl(tmp_path: Path) -> Callable[[str, Iterable[dict[str, Any]]], str
 
 
 @pytest.fixture
+def supervised_job(
+    tiny_llama: Callable[..., Path], tmp_path: Path, write_jsonl: Callable[[str, Iterable[dict[str, Any]]], str]
+) -> Callable[..., Any]:
+    """supervised_job(SFTConfig, "sft", rows, data={...}, field=value) -> a job of four short steps on `rows`, in this process.
+    data: fields beside `train`.  model: folder of the base."""
+
+    def make(
+        kind: Callable[..., Any],
+        name: str,
+        rows: Iterable[dict[str, Any]],
+        *,
+        data: dict[str, Any] | None = None,
+        model: str | None = None,
+        **values: Any,
+    ) -> Any:
+        fixed: dict[str, Any] = {
+            "output_dir": str(tmp_path / name),
+            "model_name_or_path": model or str(tiny_llama()),
+            "template": "none",
+            "data": {"train": write_jsonl(f"{name}.jsonl", rows), **(data or {})},
+            "learner": {"num_workers": 0, "num_threads": 1},
+            "max_length": 64,
+            "train_batch_size": 16,
+            "per_device_train_batch_size": 16,
+            "max_steps": 4,
+            "eval_steps": 2,
+            "learning_rate": 1e-2,
+            "report_to": [],
+        }
+        return kind(**{**fixed, **values})
+
+    return make
+
+
+@pytest.fixture
 def run_without_us(tmp_path: Path) -> Callable[..., Any]:
     """run_without_us(code, *args) -> the JSON that `code` prints, run by a fresh interpreter that must not import rlhf_ray."""
 

@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlhf_ray.config import DPOConfig, PipelineConfig, SFTConfig
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.errors import ConfigError, Interrupted
-from rlhf_ray.metrics import read_metrics
 from rlhf_ray.plan.job_plan import plan
 from rlhf_ray.registry import Registry
 from rlhf_ray.stages.generate import generate
 from rlhf_ray.stages.start import dpo, pipeline, sft
 from rlhf_ray.storage.run import Run, load_run
+from tests.runs import lasting_rows, weights, yes_or_no
 
 pytestmark = pytest.mark.integration
 Write = Callable[[str, Iterable[dict[str, Any]]], str]
 Make = Callable[..., DPOConfig]
+HELD_OUT = {"held_out_fraction": 0.3}
 
 LOGITS = """
 import json, torch
@@ -39,64 +39,19 @@ print(json.dumps(float((after - before).abs().max())))
 """
 
 
-def pairs(count: int) -> list[dict[str, str]]:
-    """The better reply says "yes", the worse one "no", at random lengths; who is longer says nothing."""
-    lengths = [(1 + i % 3, 1 + (i // 3) % 4) for i in range(count)]
-    return [
-        {"user_input": f"Is {i} a number?", "completion_a": "yes" * better, "completion_b": "no" * worse}
-        for i, (better, worse) in enumerate(lengths)
-    ]
-
-
 @pytest.fixture
-def sft_run(tiny_llama: Callable[..., Path], tmp_path: Path, write_jsonl: Write, console: Any) -> Run:
+def sft_run(supervised_job: Callable[..., SFTConfig], console: Any) -> Run:
     rows = [{"instruction": f"Is {i} a number?", "input": "", "output": "maybe"} for i in range(20)]
-    config = SFTConfig(
-        output_dir=str(tmp_path / "sft"),
-        model_name_or_path=str(tiny_llama()),
-        template="none",
-        data={"train": write_jsonl("sft.jsonl", rows), "held_out_fraction": 0.3},  # type: ignore[arg-type]
-        learner={"num_workers": 0, "num_threads": 1},  # type: ignore[arg-type]
-        lora={"r": 4, "lora_alpha": 8},  # type: ignore[arg-type]
-        max_length=64,
-        train_batch_size=8,
-        per_device_train_batch_size=8,
-        max_steps=3,
-        learning_rate=1e-2,
-        report_to=(),
-    )
-    return sft(config, console)
+    small = {"lora": {"r": 4, "lora_alpha": 8}, "train_batch_size": 8, "per_device_train_batch_size": 8, "max_steps": 3}
+    return sft(supervised_job(SFTConfig, "sft", rows, data=HELD_OUT, eval_steps=None, **small), console)
 
 
 @pytest.fixture
-def make_config(tiny_llama: Callable[..., Path], tmp_path: Path, write_jsonl: Write) -> Make:
-    def make(rows: int = 120, **values: Any) -> DPOConfig:
-        fixed: dict[str, Any] = {
-            "output_dir": str(tmp_path / "dpo"),
-            "model_name_or_path": str(tiny_llama()),
-            "template": "none",
-            "data": {"train": write_jsonl("pairs.jsonl", pairs(rows)), "held_out_fraction": 0.3},
-            "learner": {"num_workers": 0, "num_threads": 1},
-            "max_length": 64,
-            "train_batch_size": 16,
-            "per_device_train_batch_size": 16,
-            "max_steps": 4,
-            "eval_steps": 2,
-            "learning_rate": 1e-2,
-            "report_to": [],
-        }
-        return DPOConfig(**{**fixed, **values})
+def make_config(supervised_job: Callable[..., DPOConfig]) -> Make:
+    def make(**values: Any) -> DPOConfig:
+        return supervised_job(DPOConfig, "dpo", yes_or_no(120), **{"data": HELD_OUT, **values})
 
     return make
-
-
-def weights_of(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.adapter_dir / "adapter_model.safetensors")
-
-
-def lasting(run: Run) -> list[dict[str, Any]]:
-    rows = read_metrics(Path(run.run_dir) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def test_it_learns_what_the_pairs_say_from_the_sft_adapter(
@@ -109,7 +64,7 @@ def test_it_learns_what_the_pairs_say_from_the_sft_adapter(
     assert found["eval/loss_start"] == pytest.approx(math.log(2), rel=1e-6)
     assert found["eval/accuracy"] > 0.95 and found["eval/accuracy_low"] > 0.8 and found["eval/loss"] < 0.4
     assert found["eval/rewards/margins"] == pytest.approx(found["eval/rewards/chosen"] - found["eval/rewards/rejected"])
-    rows = lasting(run)
+    rows = lasting_rows(run)
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 6, 12]
     assert {"rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"} <= rows[-1].keys()
     manifest = run.folder.manifest()
@@ -124,7 +79,7 @@ def test_it_learns_what_the_pairs_say_from_the_sft_adapter(
     }
     config_json = json.loads((run.adapter_dir / "adapter_config.json").read_text())
     assert (config_json["r"], config_json["task_type"]) == (4, "CAUSAL_LM")
-    assert weights_of(run).keys() == weights_of(sft_run).keys()
+    assert weights(run).keys() == weights(sft_run).keys()
     assert f"reference {sft_run.run_dir}, frozen" in console.text and load_run(run.run_dir) == run
     assert not any("usual for full fine-tuning" in line for line in console.warnings)
     assert run_without_us(LOGITS, config.model_name_or_path, str(run.adapter_dir)) > 1e-3
@@ -160,8 +115,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         dpo(make_config(resume="auto", beta=0.2, **often), console)
     run = dpo(make_config(resume="auto", **often), console)
     assert "dpo: resuming from step 3 " in console.text
-    assert all(torch.equal(t, weights_of(run)[n]) for n, t in weights_of(whole).items())
-    assert lasting(whole) == lasting(run)
+    assert all(torch.equal(t, weights(run)[n]) for n, t in weights(whole).items())
+    assert lasting_rows(whole) == lasting_rows(run)
 
 
 def test_gradient_checkpointing_changes_no_number(
@@ -172,8 +127,8 @@ def test_gradient_checkpointing_changes_no_number(
         dpo(make_config(output_dir=str(tmp_path / str(on)), sft=sft_run.run_dir, gradient_checkpointing=on), console)
         for on in (True, False)
     ]
-    for name, tensor in weights_of(runs[0]).items():
-        torch.testing.assert_close(weights_of(runs[1])[name], tensor, atol=1e-6, rtol=1e-5)
+    for name, tensor in weights(runs[0]).items():
+        torch.testing.assert_close(weights(runs[1])[name], tensor, atol=1e-6, rtol=1e-5)
 
 
 def test_microbatches_change_no_number_and_the_held_out_rule_holds_along_the_chain(
@@ -182,9 +137,9 @@ def test_microbatches_change_no_number_and_the_held_out_rule_holds_along_the_cha
     whole = dpo(make_config(output_dir=str(tmp_path / "whole"), sft=sft_run.run_dir), console)
     parts = make_config(output_dir=str(tmp_path / "parts"), sft=sft_run.run_dir, per_device_train_batch_size=4)
     run = dpo(parts, console)
-    for name, tensor in weights_of(whole).items():
-        torch.testing.assert_close(weights_of(run)[name], tensor, atol=2e-5, rtol=1e-3)
-    data = {**make_config().data.model_dump(exclude_unset=True), "held_out_fraction": 0.6}
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(run)[name], tensor, atol=2e-5, rtol=1e-3)
+    data = {"held_out_fraction": 0.6}
     with pytest.raises(ConfigError, match=r"sft \(.*\) held out by data.held_out_fraction 0.3, this stage by"):
         dpo(make_config(output_dir=str(tmp_path / "leaky"), sft=sft_run.run_dir, data=data), console)
 
@@ -246,7 +201,7 @@ def test_two_ray_workers_train_what_this_process_trains(
     alone = dpo(make_config(output_dir=str(tmp_path / "alone"), **common), console)
     group = make_config(output_dir=str(tmp_path / "group"), learner={"num_workers": 2, "num_threads": 1}, **common)
     run = dpo(group, console)
-    for name, tensor in weights_of(alone).items():
-        torch.testing.assert_close(weights_of(run)[name], tensor, atol=2e-5, rtol=1e-3)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(run)[name], tensor, atol=2e-5, rtol=1e-3)
     for name in ("eval/loss", "eval/rewards/margins", "rewards/margins", "logps/chosen", "loss"):
         assert run.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-3), name

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlhf_ray.config import RewardConfig, SFTConfig
 from rlhf_ray.errors import ArtifactError, ConfigError, DataError
@@ -18,6 +17,7 @@ from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import HEAD_KEY
 from rlhf_ray.stages.start import reward, sft
 from rlhf_ray.storage.run import Run, load_run
+from tests.runs import weights, yes_or_no
 
 pytestmark = pytest.mark.integration
 Write = Callable[[str, Iterable[dict[str, Any]]], str]
@@ -34,57 +34,21 @@ with torch.no_grad():
 """
 
 
-def pairs(count: int) -> list[dict[str, str]]:
-    """The better reply says "yes", the worse one "no", at random lengths; who is longer says nothing."""
-    made = []
-    for i in range(count):
-        better, worse = "yes" * (1 + i % 3), "no" * (1 + (i // 3) % 4)
-        made.append({"user_input": f"Is {i} a number?", "completion_a": better, "completion_b": worse})
-    return made
-
-
 @pytest.fixture
-def make_config(tiny_llama: Callable[..., Path], tmp_path: Path, write_jsonl: Write) -> Callable[..., RewardConfig]:
-    def make(
-        rows: int = 120, model: str | None = None, data: dict[str, Any] | None = None, **values: Any
-    ) -> RewardConfig:
-        fixed: dict[str, Any] = {
-            "output_dir": str(tmp_path / "reward"),
-            "model_name_or_path": model or str(tiny_llama()),
-            "template": "none",
-            "data": {"train": write_jsonl("pairs.jsonl", pairs(rows)), "held_out_fraction": 0.3, **(data or {})},
-            "learner": {"num_workers": 0, "num_threads": 1},
-            "max_length": 64,
-            "train_batch_size": 16,
-            "per_device_train_batch_size": 16,
-            "max_steps": 4,
-            "eval_steps": 2,
-            "learning_rate": 1e-2,
-            "report_to": [],
-        }
-        return RewardConfig(**{**fixed, **values})
+def make_config(supervised_job: Callable[..., RewardConfig]) -> Callable[..., RewardConfig]:
+    def make(rows: int = 120, data: dict[str, Any] | None = None, **values: Any) -> RewardConfig:
+        data = {"held_out_fraction": 0.3, **(data or {})}
+        return supervised_job(RewardConfig, "reward", yes_or_no(rows), data=data, **values)
 
     return make
 
 
 @pytest.fixture
-def sft_run(tiny_llama: Callable[..., Path], tmp_path: Path, write_jsonl: Write, console: Any) -> Run:
+def sft_run(supervised_job: Callable[..., SFTConfig], console: Any) -> Run:
     rows = [{"instruction": f"Is {i} a number?", "input": "", "output": "yes"} for i in range(20)]
-    config = SFTConfig(
-        output_dir=str(tmp_path / "sft"),
-        model_name_or_path=str(tiny_llama()),
-        template="none",
-        data={"train": write_jsonl("sft.jsonl", rows), "held_out_fraction": 0.3},
-        learner={"num_workers": 0, "num_threads": 1},
-        lora={"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-        max_length=64,
-        train_batch_size=8,
-        per_device_train_batch_size=8,
-        max_steps=3,
-        learning_rate=1e-2,
-        report_to=[],
-    )
-    return sft(config, console)
+    lora = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    small = {"lora": lora, "train_batch_size": 8, "per_device_train_batch_size": 8, "max_steps": 3, "eval_steps": None}
+    return sft(supervised_job(SFTConfig, "sft", rows, data={"held_out_fraction": 0.3}, **small), console)
 
 
 def manifest_of(run: Run) -> dict[str, Any]:
@@ -92,14 +56,10 @@ def manifest_of(run: Run) -> dict[str, Any]:
     return found
 
 
-def weights_of(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.adapter_dir / "adapter_model.safetensors")
-
-
 def test_margins_of_the_data_widen_the_gap_and_centring_moves_the_scores_to_0(
     make_config: Callable[..., RewardConfig], write_jsonl: Write, console: Any, tmp_path: Path
 ) -> None:
-    wide = write_jsonl("wide.jsonl", [{**row, "margin": 3.0} for row in pairs(120)])
+    wide = write_jsonl("wide.jsonl", [{**row, "margin": 3.0} for row in yes_or_no(120)])
     common: dict[str, Any] = {"max_steps": 12, "eval_steps": 12, "learning_rate": 2e-2}
     runs = {
         "plain": make_config(output_dir=str(tmp_path / "plain"), **common),
@@ -115,7 +75,7 @@ def test_margins_of_the_data_widen_the_gap_and_centring_moves_the_scores_to_0(
 def test_a_margin_that_is_no_number_is_a_row_fault(
     make_config: Callable[..., RewardConfig], write_jsonl: Write, console: Any
 ) -> None:
-    bad = write_jsonl("bad.jsonl", [{**row, "margin": "much"} for row in pairs(40)])
+    bad = write_jsonl("bad.jsonl", [{**row, "margin": "much"} for row in yes_or_no(40)])
     with pytest.raises(DataError, match=r"bad.jsonl:1: 'margin': expected a finite number, got 'much'"):
         reward(make_config(data={"train": bad}), console)
 
@@ -125,7 +85,7 @@ def test_it_starts_from_the_sft_adapter_and_says_so(
 ) -> None:
     """Seeds F35: a reward model on the raw base. With next to no learning rate, the result is the SFT adapter."""
     run = reward(make_config(sft=sft_run.run_dir, learning_rate=1e-9), console)
-    trained, start = weights_of(run), load_file(sft_run.adapter_dir / "adapter_model.safetensors")
+    trained, start = weights(run), weights(sft_run)
     assert trained.keys() == start.keys() | {HEAD_KEY}
     assert all((trained[n] - t).abs().max() < 1e-6 for n, t in start.items())
     config = json.loads((run.adapter_dir / "adapter_config.json").read_text())
@@ -191,15 +151,15 @@ def test_the_best_step_is_kept_with_its_head(make_config: Callable[..., RewardCo
     best = int(run.metrics["best/step"])
     rows = {r["step"]: r for r in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "eval/loss" in r}
     assert best < 10 and run.metrics["eval/accuracy"] == rows[best]["eval/accuracy"]
-    saved = load_file(Path(run.run_dir) / f"checkpoints/step_{best:06d}/adapter/adapter_model.safetensors")
-    assert all(torch.equal(saved[n], t) for n, t in weights_of(run).items())
+    saved = weights(run, f"checkpoints/step_{best:06d}/adapter")
+    assert all(torch.equal(saved[n], t) for n, t in weights(run).items())
 
 
 def test_two_runs_of_a_job_are_equal_bit_for_bit(
     make_config: Callable[..., RewardConfig], console: Any, tmp_path: Path
 ) -> None:
     runs = [reward(make_config(output_dir=str(tmp_path / n), init_from="base"), console) for n in ("one", "two")]
-    assert all(torch.equal(t, weights_of(runs[1])[n]) for n, t in weights_of(runs[0]).items())
+    assert all(torch.equal(t, weights(runs[1])[n]) for n, t in weights(runs[0]).items())
 
 
 class TestRefused:
@@ -247,8 +207,8 @@ def test_a_ray_worker_trains_what_this_process_trains(
     alone = reward(make_config(output_dir=str(tmp_path / "alone"), **common), console)
     group = make_config(output_dir=str(tmp_path / "group"), learner={"num_workers": 2, "num_threads": 1}, **common)
     run = reward(group, console)
-    for name, tensor in weights_of(alone).items():
-        torch.testing.assert_close(weights_of(run)[name], tensor, atol=2e-5, rtol=1e-3)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(run)[name], tensor, atol=2e-5, rtol=1e-3)
     for name in ("eval/loss", "eval/margin", "accuracy", "loss"):
         assert run.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-4), name
 

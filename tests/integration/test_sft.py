@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from rlhf_ray.config import SamplingConfig, SFTConfig
 from rlhf_ray.config.resolved import dump_yaml
@@ -22,8 +21,9 @@ from rlhf_ray.models.adapters import read_adapter
 from rlhf_ray.stages.generate import generate
 from rlhf_ray.stages.resume import resume
 from rlhf_ray.stages.start import sft
-from rlhf_ray.storage.run import Run, load_run
+from rlhf_ray.storage.run import load_run
 from rlhf_ray.supervised import stage
+from tests.runs import lasting_rows, weights
 
 pytestmark = pytest.mark.integration
 Write = Callable[[str, Iterable[dict[str, Any]]], str]
@@ -47,32 +47,13 @@ def qa(count: int) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def make_config(tiny_llama: Callable[..., Path], tmp_path: Path, write_jsonl: Write) -> Callable[..., SFTConfig]:
+def make_config(supervised_job: Callable[..., SFTConfig]) -> Callable[..., SFTConfig]:
     """A short job on 80 rows; any field may be set."""
 
-    def make(rows: int = 80, model: str | None = None, data: dict[str, Any] | None = None, **values: Any) -> SFTConfig:
-        fixed: dict[str, Any] = {
-            "output_dir": str(tmp_path / "sft"),
-            "model_name_or_path": model or str(tiny_llama()),
-            "template": "none",
-            "data": {"train": write_jsonl("sft.jsonl", qa(rows)), **(data or {})},
-            "learner": {"num_workers": 0, "num_threads": 1},
-            "lora": {"r": 4, "lora_alpha": 8},
-            "max_length": 64,
-            "train_batch_size": 16,
-            "per_device_train_batch_size": 16,
-            "max_steps": 4,
-            "eval_steps": 2,
-            "learning_rate": 1e-2,
-            "report_to": [],
-        }
-        return SFTConfig(**{**fixed, **values})
+    def make(rows: int = 80, **values: Any) -> SFTConfig:
+        return supervised_job(SFTConfig, "sft", qa(rows), **{"lora": {"r": 4, "lora_alpha": 8}, **values})
 
     return make
-
-
-def adapter_of(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.adapter_dir / "adapter_model.safetensors")
 
 
 def test_a_chat_model_learns_to_end_its_turn_and_is_stopped_there(
@@ -105,8 +86,8 @@ def test_a_run_leaves_a_complete_folder_that_plain_peft_loads(
     for name in ("config.yaml", "manifest.json", "summary.json", "metrics.jsonl", "report.html"):
         assert (folder / name).stat().st_size > 0, name
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["LATEST", "step_000002", "step_000004"]
-    last = load_file(folder / "checkpoints/step_000004/adapter/adapter_model.safetensors")
-    assert all(torch.equal(last[n], t) for n, t in adapter_of(run).items())
+    last = weights(folder, "checkpoints/step_000004/adapter")
+    assert all(torch.equal(last[n], t) for n, t in weights(run).items())
 
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (
@@ -296,8 +277,8 @@ class TestResume:
         assert "sft: resuming from step 3 " in console.text and "exact" not in console.text
         resume(tmp_path / "two", console, overrides=["learner.num_threads=2"])
         assert console.text.count("resumes, not bit-exact: threads 1 -> 2") == 1
-        assert all(torch.equal(t, adapter_of(whole)[n]) for n, t in adapter_of(run).items())
-        one, two = (lasting(Path(r.run_dir) / "metrics.jsonl") for r in (whole, run))
+        assert all(torch.equal(t, weights(whole)[n]) for n, t in weights(run).items())
+        one, two = (lasting_rows(r) for r in (whole, run))
         assert one == two and [row["step"] for row in two if "loss" in row] == [1, 2, 4]
 
     def test_a_stopped_run_may_be_given_another_length(
@@ -316,7 +297,7 @@ class TestResume:
             resume(tmp_path / "sft", console, overrides=["max_steps=2"])
         run = resume(tmp_path / "sft", console, overrides=["max_steps=6"])
         assert "continuing with max_steps 6 (was 4)" in console.text and run.steps == 6
-        assert all(torch.equal(t, adapter_of(whole)[n]) for n, t in adapter_of(run).items())
+        assert all(torch.equal(t, weights(whole)[n]) for n, t in weights(run).items())
 
     def test_training_goes_on_from_a_finished_run_in_another_one(
         self, make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path
@@ -339,10 +320,6 @@ class TestResume:
             make_config(output_dir="x", sft=first.run_dir)
 
 
-def lasting(log: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in read_metrics(log)]
-
-
 def test_the_best_step_is_kept_and_its_checkpoint_survives(
     make_config: Callable[..., SFTConfig], console: Any, tmp_path: Path
 ) -> None:
@@ -363,8 +340,8 @@ def test_the_best_step_is_kept_and_its_checkpoint_survives(
             break
     assert best < 11
     assert run.metrics["eval/loss"] == pytest.approx(rows[best], rel=1e-5)
-    saved = load_file(Path(run.run_dir) / f"checkpoints/step_{best:06d}/adapter/adapter_model.safetensors")
-    assert all(torch.equal(saved[n], t) for n, t in adapter_of(run).items())
+    saved = weights(run, f"checkpoints/step_{best:06d}/adapter")
+    assert all(torch.equal(saved[n], t) for n, t in weights(run).items())
     assert {c.step for c in run.folder.checkpoints()} == {best, 11, 12}
 
 
@@ -372,7 +349,7 @@ def test_the_best_step_is_kept_and_its_checkpoint_survives(
 def test_variants_train(values: dict[str, Any], make_config: Callable[..., SFTConfig], console: Any) -> None:
     run = sft(make_config(max_steps=20, eval_steps=20, **values), console)
     assert run.metrics["loss"] < run.metrics["loss_start"] / 2
-    assert all(t.dtype is torch.float32 for t in adapter_of(run).values())
+    assert all(t.dtype is torch.float32 for t in weights(run).values())
 
 
 def test_gradient_checkpointing_changes_no_number(
@@ -381,7 +358,7 @@ def test_gradient_checkpointing_changes_no_number(
     runs = [
         sft(make_config(output_dir=str(tmp_path / str(on)), gradient_checkpointing=on), console) for on in (False, True)
     ]
-    assert all(torch.equal(t, adapter_of(runs[1])[n]) for n, t in adapter_of(runs[0]).items())
+    assert all(torch.equal(t, weights(runs[1])[n]) for n, t in weights(runs[0]).items())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -405,8 +382,8 @@ def test_two_ray_workers_train_what_one_process_trains(
     group = make_config(output_dir=str(tmp_path / "group"), learner={"num_workers": 2, "num_threads": 1}, **common)
     run = sft(group, console)
     assert "16 rows a step = 4 per device x 2 accumulated x 2 workers" in console.text
-    for name, tensor in adapter_of(alone).items():
-        torch.testing.assert_close(adapter_of(run)[name], tensor, atol=2e-5, rtol=1e-3)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(run)[name], tensor, atol=2e-5, rtol=1e-3)
     for name in ("eval/loss", "loss", "grad_norm"):
         assert run.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-4), name
     assert run.metrics["tokens/train"] == alone.metrics["tokens/train"]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlhf_ray.config import PPOConfig, RewardSource
 from rlhf_ray.console import NullConsole
@@ -17,6 +16,7 @@ from rlhf_ray.errors import ConfigError, Interrupted
 from rlhf_ray.rewards import http_client
 from rlhf_ray.rewards.scoring_model import ScoringModel, load_scoring_model
 from rlhf_ray.stages.start import ppo
+from tests.runs import equal, weights
 from tests.servers import Reply, serving
 
 FUNCTION = """
@@ -54,14 +54,6 @@ def job(chain: Any, output_dir: Path, reward: dict[str, Any], **fields: Any) -> 
     return PPOConfig(**{**values, **fields})
 
 
-def weights(run: Any) -> dict[str, torch.Tensor]:
-    return load_file(Path(run.run_dir) / "adapter/adapter_model.safetensors")
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.fixture
 def model(chain: Any) -> ScoringModel:
     return load_scoring_model(RewardSource(run=chain.reward), None, torch.device("cpu"), NullConsole())
@@ -85,7 +77,7 @@ def test_by_run_by_function_and_by_http_the_adapter_is_the_same(
     with serving(answer) as server:
         by_http = weights(ppo(job(chain, tmp_path / "http", {"url": server.url}), NullConsole()))
     assert equal(by_run, by_function) and equal(by_run, by_http)
-    assert not equal(by_run, load_file(Path(chain.sft) / "adapter/adapter_model.safetensors"))
+    assert not equal(by_run, weights(chain.sft))
 
 
 def test_a_run_whose_server_went_away_resumes_to_the_same_bits(

@@ -14,7 +14,9 @@ from rlhf_ray.cli import main
 from rlhf_ray.config import RewardSource
 from rlhf_ray.errors import ArtifactError, ConfigError, DataError
 from rlhf_ray.maths.stats import wilson_interval
+from rlhf_ray.rewards import http_client
 from rlhf_ray.stages.score import pair_verdict, score
+from tests.servers import Reply, serving
 
 pytestmark = pytest.mark.integration
 
@@ -137,6 +139,74 @@ def test_what_cannot_be_scored_is_left_out_and_told(chain: Any, tmp_path: Path, 
     assert "1 rows left out" in str(console.warnings) and "rows.jsonl:2" in str(console.warnings)
     with pytest.raises(DataError, match="cannot be scored"):
         grade(console, run=chain.reward, completion="long " * 40)
+
+
+def test_a_reward_server_of_openrlhf_scores_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It reads `query`, and answers with `rewards` alone; null is no reward. By the command, whose key is sent and never shown."""
+    file, keys = tmp_path / "rows.jsonl", tmp_path / "headers"
+    rows = [{"instruction": f"Say {i}.", "output": "x" * i or "-"} for i in range(5)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys.write_text("Authorization: Bearer secret-of-mine\n")
+    keys.chmod(0o600)
+    with serving(lambda body: {"rewards": [None if q.endswith("-") else len(q) for q in body["query"]]}) as server:
+        command = ["score", "--url", server.url, "--headers-file", str(keys), "--file", str(file), "--json"]
+        assert main(command) == 0
+    out, err = capfd.readouterr()
+    assert [json.loads(line)["reward"] for line in out.splitlines()] == [6.0 + i for i in range(1, 5)]
+    assert "mean reward" in err and "1 rows left out" in err and "secret-of-mine" not in out + err
+    (body,), (headers,) = server.asked, server.seen
+    assert headers["Authorization"] == "Bearer secret-of-mine" and not {"prompt_ids", "tokenizer_sha256"} & body.keys()
+    assert body["prompts"] == [row["instruction"] for row in rows] and body["columns"]["output"][1] == "x"
+
+
+NAN = Reply(b'{"rewards": [NaN]}')
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "told"),
+    [
+        ({"rewards": [1.0, 2.0]}, 75, "answered with the wrong number of rewards; expected 1; got 2 rewards"),
+        ({"scores": [1.0]}, 75, "did not answer with rewards"),
+        ({"ids": ["7"], "rewards": [1.0]}, 75, "answered with other ids than it was asked about"),
+        ({"rewards": ["much"]}, 75, "did not return a list of numbers; expected list[float]; got 'much' for reply 0"),
+        (NAN, 1, "not finite"),
+        (Reply("no such model", 404), 75, "answered with status 404"),
+        (Reply("busy", 503), 75, 'answered with status 503: "busy" (6 tries)'),
+    ],
+)
+def test_a_reward_server_that_answers_wrongly_is_one_line(
+    answer: Any, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(http_client, "FIRST_PAUSE_S", 0.001)
+    with serving(lambda body: answer) as server:
+        assert main(["score", "--url", server.url, "--completion", "x"]) == code
+    out, err = capfd.readouterr()
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert told in line and server.url in line and out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (("--url", "http://127.0.0.1:1/score"), 3, "rewards.reward.url: 127.0.0.1:1 cannot be reached from this node"),
+        (("--url", "reward-server"), 2, "score: url: is no URL of a server"),
+        (("--url", "http://me:pw@localhost/score"), 2, "score: url: has credentials in it"),
+        (("--url", "http://localhost/score", "--api-key-env", "NO_SUCH_KEY"), 2, "NO_SUCH_KEY is not set on this node"),
+        (
+            ("--url", "http://localhost/score", "--headers-file", "./none"),
+            2,
+            "rewards.reward.headers_file: cannot be read",
+        ),
+        (("--function", "r.py:score", "--headers-file", "h"), 2, "headers_file: only a reward with a url has one"),
+        (("--url", "http://localhost/score", "--run", "r"), 2, "give exactly one of --run, --model, --function, --url"),
+    ],
+)
+def test_a_reward_server_that_cannot_be_asked_is_one_line(
+    options: tuple[str, ...], code: int, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["score", *options, "--completion", "x"]) == code
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
+    assert told in line and ":pw@" not in line
 
 
 def test_what_is_refused(chain: Any, tiny_llama: Callable[..., Path], tmp_path: Path, console: Any) -> None:

@@ -23,6 +23,7 @@ from rlhf_ray.rewards.llm_judge import LLMJudge, read_completion, read_refusal
 from rlhf_ray.rewards.protocol import RewardInputs, Texts
 from rlhf_ray.rewards.scoring_model import load_scoring_model
 from rlhf_ray.serve.api_keys import add_key
+from rlhf_ray.stages.score import score
 from rlhf_ray.storage.answers import Answers
 
 from .conftest import LiveService
@@ -98,6 +99,28 @@ def test_texts_are_read_as_the_reward_model_reads_them(live: MakeLive) -> None:
         "completions": [[{"role": "assistant", "content": "Hi!"}]],
     }
     assert post(service, messages, "?model=judge")[0] == 200
+
+
+def test_the_score_command_asks_it_as_ppo_does(live: MakeLive, tmp_path: Path) -> None:
+    """`score --url`: replies and pairs of files, with the numbers of `score --run`; what the service cannot read is left out."""
+    service, console = live(), LocalConsole(quiet=True)
+    by_run = RewardSource(run=service.config.adapters["judge"])
+    by_url = RewardSource(url=f"{service.url}/v1/score?model=judge", batch_size=2)
+    rows = [{"instruction": f"Name bird {i}.", "output": "owl " * (i + 1)} for i in range(5)]
+    rows.append({"instruction": "Name all birds.", "output": "word " * 3000})
+    replies, pairs = tmp_path / "replies.jsonl", tmp_path / "pairs.jsonl"
+    replies.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = {"user_input": "Name a bird.", "completion_a": "An owl.", "completion_b": "A cat."}
+    pairs.write_text(json.dumps(pair) + "\n")
+    for file in (str(replies), str(pairs)):
+        here, there = (score(source=source, file=file, template="none", console=console) for source in (by_run, by_url))
+        assert [row["where"] for row in there] == [row["where"] for row in here] and len(here) in (5, 1)
+        for one, other in zip(here, there):
+            numbers = [name for name in one if name.startswith("reward")]
+            assert [other[n] for n in numbers] == pytest.approx([one[n] for n in numbers], abs=2e-5)
+            assert {**one, **dict.fromkeys(numbers)} == {**other, **dict.fromkeys(numbers)}
+    rewards = [row["reward"] for row in score(source=by_url, file=str(replies), console=console)]
+    assert max(rewards) - min(rewards) > 1e-3
 
 
 def test_a_reply_that_cannot_be_read_has_no_reward(live: MakeLive) -> None:

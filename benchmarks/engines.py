@@ -22,6 +22,7 @@ from _common import emit, parser, report, spread
 from mixed_adapters import NEW, PROMPT, ROWS, build, ours, requests, switching, with_adapters
 
 from rlhf_ray.models.adapters import adapter_config, adapter_tensors
+from rlhf_ray.runtime.devices import own_device
 from rlhf_ray.sampler.requests import DecodeRequest
 from rlhf_ray.sampler.vllm_engine import VLLMEngine, VLLMOptions
 
@@ -31,12 +32,11 @@ COUNTS = (0, 1, 8, 32)
 
 def engine(peft: Any, folder: Path, names: Sequence[str], cache_gb: float) -> VLLMEngine:
     """vLLM with the adapters of `peft` on the base in `folder`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     found = VLLMEngine(
         VLLMOptions(
             str(folder),
             str(peft.dtype).removeprefix("torch."),
-            device,
+            own_device(),
             PROMPT + NEW,
             ROWS,
             max_rank=8,

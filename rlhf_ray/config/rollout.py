@@ -17,6 +17,11 @@ class RolloutConfig(Section):
         "builtin: the decode engine of this package; vllm: vLLM in the process that samples, with a base of its own and the same"
         " random numbers (needs vLLM there: pip install 'rlhf_ray[vllm]')",
     )
+    cuda_graphs: bool = field(
+        False,
+        "builtin on CUDA: decode steps as CUDA graphs over buffers of few shapes, where rows share an adapter and no layer slides"
+        " or keeps a state; on a CPU the same buffers without graphs, which is how it is tested: it has not been run on a GPU yet",
+    )
     gpu_memory_utilization: Annotated[Float, Field(gt=0, lt=1)] | None = field(
         None,
         "vllm on CUDA: share of the GPU's memory for its weights and its keys and values; default: 0.9 times generator.num_gpus"

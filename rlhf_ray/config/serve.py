@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.config.sections import Count, Float, NotNegative, OutputDir, Path, Positive, Section, Strings, field
 from rlhf_ray.config.stages import JobFields
 
@@ -102,6 +103,36 @@ class LimitsConfig(Section):
         return self.max_cached_tokens or self.max_batch_rows * 2 * self.max_tokens
 
 
+class ServeVLLMConfig(Section):
+    """vLLM in each copy, with `engine: vllm`."""
+
+    max_lora_rank: Annotated[int, Field(ge=1, le=512)] = field(
+        16,
+        "largest rank of an adapter; memory for limits.max_loaded_adapters of this rank is taken at the start (vLLM's name and"
+        " default)",
+    )
+    gpu_memory_utilization: Annotated[Float, Field(gt=0, lt=1)] | None = field(
+        None,
+        "on CUDA: share of the GPU's memory for vLLM's weights and its keys and values; default: 0.9 times replicas.num_gpus, less"
+        " what the scoring base takes (vLLM's name)",
+    )
+    kv_cache_gb: Positive | None = field(
+        None, "GiB of keys and values, instead of what gpu_memory_utilization leaves for them; default on a CPU: 1"
+    )
+    enforce_eager: bool = field(False, RolloutConfig.model_fields["enforce_eager"].description or "")
+    scoring_base: bool = field(
+        True,
+        "a second base in each copy, on which `reward`, `kl`, `/v1/score`, `prompt_logprobs` and `echo` with `logprobs` are"
+        " computed; false: no memory for it, and these are refused (400)",
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> ServeVLLMConfig:
+        if self.kv_cache_gb is not None and self.gpu_memory_utilization is not None:
+            raise ValueError("kv_cache_gb and gpu_memory_utilization exclude each other; drop one")
+        return self
+
+
 class ServeConfig(Section):
     """The endpoint: OpenAI's API over a base and its adapters."""
 
@@ -113,6 +144,12 @@ class ServeConfig(Section):
     load_in_8bit: bool = _as_in_jobs("load_in_8bit")
     load_in_4bit: bool = _as_in_jobs("load_in_4bit")
     cpu_offload: bool = _as_in_jobs("cpu_offload")
+    engine: Literal["builtin", "vllm"] = field(
+        "builtin",
+        "builtin: the decode engine of this package; vllm: vLLM in the process of each copy, under the same API, the same registry"
+        " and the same random numbers (needs vLLM there: pip install 'rlhf_ray[vllm]')",
+    )
+    vllm: ServeVLLMConfig = field(ServeVLLMConfig(), "memory and limits of `engine: vllm`")
     registry: Path | None = field(
         None, "folder that `rlhf-ray promote` writes to; its names are served, and changes to them followed; null: none"
     )
@@ -158,6 +195,7 @@ class ServeConfig(Section):
         problems = []
         if self.load_in_8bit and self.load_in_4bit:
             problems.append("load_in_8bit and load_in_4bit exclude each other")
+        problems += self._engine_rules()
         if not is_loopback(self.host) and self.api_keys is None:
             problems.append(
                 f"host: {self.host} can be reached from other machines: api_keys is needed (rlhf-ray api-key FILE --name NAME)"
@@ -173,6 +211,29 @@ class ServeConfig(Section):
         if problems:
             raise ValueError(" | ".join(problems))
         return self
+
+    def _engine_rules(self) -> list[str]:
+        if self.engine == "builtin":
+            defaults = ServeVLLMConfig()
+            idle = [
+                name for name in ServeVLLMConfig.model_fields if getattr(self.vllm, name) != getattr(defaults, name)
+            ]
+            return [f"vllm.{name}: has no effect with engine builtin; drop it, or set vllm" for name in idle]
+        problems = []
+        if self.load_in_8bit or self.load_in_4bit or self.cpu_offload:
+            problems.append(
+                "engine: vllm has a base that is not quantised, on its device alone; expected builtin, or load_in_8bit,"
+                " load_in_4bit and cpu_offload off; got vllm"
+            )
+        if self.limits.max_cached_tokens is not None:
+            problems.append(
+                "limits.max_cached_tokens: has no effect with engine vllm; drop it, or set vllm.kv_cache_gb"
+            )
+        if self.reward is not None and not self.vllm.scoring_base:
+            problems.append(
+                f"vllm.scoring_base: reward {self.reward!r} needs it; expected true, or no reward; got false"
+            )
+        return problems
 
 
 def is_loopback(host: str) -> bool:

@@ -166,9 +166,14 @@ _PPO: list[Rule] = [
         "with max_staleness 0 and rollout.engine builtin; drop it, or set max_staleness: 1",
     ),
     (
-        tuple(f"rollout.{name}" for name in RolloutConfig.model_fields if name != "engine"),
+        tuple(f"rollout.{name}" for name in RolloutConfig.model_fields if name not in ("engine", "cuda_graphs")),
         lambda c: c.rollout.engine == "builtin",
         "with rollout.engine builtin; drop it, or set vllm",
+    ),
+    (
+        ("rollout.cuda_graphs",),
+        lambda c: c.rollout.engine == "vllm",
+        "with rollout.engine vllm, which has its own; drop it",
     ),
     (
         ("rollout.enable_sleep_mode",),

@@ -14,10 +14,20 @@ from rlhf_ray.runtime.imports import is_installed, vllm_missing
 
 def check_engine_here(config: JobFields) -> None:
     """ResourceError if vLLM is not installed where a job runs that brings its own Ray, or none. Imports nothing of it."""
-    ray = sys.modules.get("ray")
-    elsewhere = is_given_a_cluster() or (ray is not None and bool(ray.is_initialized()))
-    if _samples_with_vllm(config) and not (elsewhere and config.learner.num_workers) and not is_installed("vllm"):
+    if _samples_with_vllm(config) and not (_elsewhere() and config.learner.num_workers) and not is_installed("vllm"):
         raise vllm_missing("this machine")
+
+
+def check_service_engine() -> None:
+    """The same of a service whose replicas are to decode with vLLM. Replicas on a cluster say so themselves."""
+    if not _elsewhere() and not is_installed("vllm"):
+        raise vllm_missing("this machine", "engine")
+
+
+def _elsewhere() -> bool:
+    """Whether a job would run on a Ray that is there already."""
+    ray = sys.modules.get("ray")
+    return is_given_a_cluster() or (ray is not None and bool(ray.is_initialized()))
 
 
 def check_engine_there(config: JobFields, requests: Sequence[ResourceRequest]) -> None:

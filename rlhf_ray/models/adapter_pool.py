@@ -142,7 +142,7 @@ class AdapterPool:
 
         scale = lora_scale(config["lora_alpha"], config["r"], config["use_rslora"])
         packed = pack(self.groups, config["r"], scale, halves)
-        held, own = self._unpacked(packed), {key: theirs for theirs, key in zip(files.tensors, given)}
+        held, own = self.unpacked(packed), {key: theirs for theirs, key in zip(files.tensors, given)}
         sha256 = adapter_sha256({own[key]: held[key] for key in held if key in own}, files.head)
         if sha256 != files.sha256:
             what = "the adapter in memory is not the one that was read"
@@ -187,8 +187,8 @@ class AdapterPool:
                 ]
         return Hooks(found)
 
-    def _unpacked(self, packed: PackedAdapter) -> dict[str, Tensor]:
-        """{plain PEFT key of this base: tensor}."""
+    def unpacked(self, packed: PackedAdapter) -> dict[str, Tensor]:
+        """{plain PEFT key of this base: f32 tensor}, without the scale."""
         found: dict[str, Tensor] = {}
         for group, factors in zip(self.groups, packed.factors):
             if factors is not None:

@@ -28,6 +28,7 @@ from rlhf_ray.models.loading import (
     from_pretrained,
     no_dropout,
     plan_load,
+    quiet,
     read_tensor,
 )
 from rlhf_ray.models.quantisation import dequantised, keep_trainable
@@ -307,13 +308,42 @@ def _finish(
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A base that another engine loads from its folder. dtype: the number format that a job has it in."""
+    """A base that another engine loads from its folder. plan: how a job would load it.  eos_ids: as of a Backbone."""
 
     source: ModelSource
-    dtype: torch.dtype
-    pad: PadChoice
+    plan: LoadPlan
+    tokenizer: PreTrainedTokenizerFast
+    eos_ids: tuple[int, ...]
     identity: BaseIdentity
     context_length: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format that a job has it in."""
+        return self.plan.dtype
+
+    @property
+    def pad(self) -> PadChoice:
+        return _pad(self.tokenizer, self.eos_ids)
+
+    def without_weights(self) -> Backbone:
+        """What `load_backbone` makes of it, but on the meta device: shapes to compare with, nothing to compute with."""
+        with torch.device("meta"), quiet():
+            model = causal_class(self.plan.config).from_config(self.plan.config, dtype=self.dtype)
+        model.requires_grad_(False)
+        model.eval()
+        return Backbone(
+            model=model,
+            tokenizer=self.tokenizer,
+            pad=self.pad,
+            eos_ids=self.eos_ids,
+            device=torch.device("meta"),
+            dtype=self.dtype,
+            identity=self.identity,
+            context_length=self.context_length,
+            attn_implementation=self.plan.attn,
+            head=logits_head(model, trunk(model)),
+        )
 
 
 def base_files(
@@ -331,8 +361,7 @@ def base_files(
     text = plan.config.get_text_config()
     ends = eos_ids(tokenizer, how, stop_token_ids, int(text.vocab_size))
     identity = _identity(source, tokenizer, str(plan.dtype).removeprefix("torch."))
-    length = context_length(text, tokenizer)
-    return BaseFiles(source, plan.dtype, _pad(tokenizer, ends), identity, length)
+    return BaseFiles(source, plan, tokenizer, ends, identity, context_length(text, tokenizer))
 
 
 def _identity(source: ModelSource, tokenizer: PreTrainedTokenizerFast, precision: str) -> BaseIdentity:

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.plan.memory import CARDS, GIB, Device, Parts, Phases
 from rlhf_ray.plan.passes import Cast, Shapes
-from rlhf_ray.ppo.vllm import CPU_CACHE_GB, gpu_share
+from rlhf_ray.sampler.vllm_engine import CPU_CACHE_GB
 from rlhf_ray.sampler.vllm_lora import largest_rank
 
 BESIDES = int(0.5 * GIB)
@@ -20,11 +20,8 @@ def engine_parts(job: PPOConfig, cast: Cast, shapes: Shapes, device: Device) -> 
     """Bytes of the engine while it is awake.   cast: of a process with the policy on its base."""
     base = cast.assembly.base
     width = base.dtype.itemsize
-    text = base.model.config.get_text_config()
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    per_head = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    token = 2 * int(text.num_hidden_layers) * heads * per_head * width
-    needed = shapes.chunk * (shapes.prompt + shapes.response) * token
+    tokens = shapes.chunk * (shapes.prompt + shapes.response)
+    needed = tokens * bytes_per_token(base.model.config.get_text_config(), width)
     given = job.rollout.kv_cache_gb or (CPU_CACHE_GB if device == "cpu" else None)
     return {
         "bases": sum(p.numel() * width for name, p in base.model.named_parameters() if ".lora_" not in name),
@@ -32,6 +29,13 @@ def engine_parts(job: PPOConfig, cast: Cast, shapes: Shapes, device: Device) -> 
         "kv cache": needed if given is None else int(given * GIB),
         "other": 0 if device == "cpu" else BESIDES,
     }
+
+
+def bytes_per_token(text: Any, width: int) -> int:
+    """Of keys and values.   text: config of a language model.   width: bytes of a number."""
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    per_head = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2 * int(text.num_hidden_layers) * heads * per_head * width
 
 
 def with_engine(phases: Phases, engine: Parts, asleep: frozenset[str]) -> Phases:
@@ -45,12 +49,12 @@ def with_engine(phases: Phases, engine: Parts, asleep: frozenset[str]) -> Phases
     return {name: both(name, parts) for name, parts in phases.items()}
 
 
-def engine_note(job: PPOConfig, engine: Parts) -> str:
-    """What share of which card is enough."""
-    needed, share = sum(engine.values()) / GIB, gpu_share(job)
+def engine_note(engine: Parts, share: float, field: str) -> str:
+    """What share of which card is enough.   share: of its GPU, that the engine takes.   field: that sets it."""
+    needed = sum(engine.values()) / GIB
     enough = [f"{needed / room:.2f} of {card} GB" for card, room in CARDS.items() if needed < 0.9 * room]
     return (
-        f"vLLM takes {share:g} of its GPU (rollout.gpu_memory_utilization), whatever it needs; counted is what it cannot do"
+        f"vLLM takes {share:g} of its GPU ({field}), whatever it needs; counted is what it cannot do"
         f" without, {needed:.1f} GiB: {', '.join(enough) or 'more than any card has'}"
     )
 

@@ -31,6 +31,7 @@ from rlhf_ray.plan.role_models import (
     scorer_models,
     supervised_models,
 )
+from rlhf_ray.ppo.vllm import gpu_share
 
 ASSUMED_PROMPT = 512
 """Prompt tokens where neither max_length nor --prompt-tokens says."""
@@ -142,7 +143,8 @@ class Estimator:
         if isinstance(job, PPOConfig) and job.rollout.engine == "vllm" and self.device == "cuda":
             cast = self._first(job)
             shapes = self.shapes(job, cast.assembly.base.context_length)
-            found.append(engine_note(job, engine_parts(job, cast, shapes, self.device)))
+            engine = engine_parts(job, cast, shapes, self.device)
+            found.append(engine_note(engine, gpu_share(job), "rollout.gpu_memory_utilization"))
         if job.cpu_offload:
             found.append("cpu_offload is not counted: these are the bytes if nothing is moved to the CPU")
         return found

@@ -8,24 +8,27 @@ from typing import Any
 import torch
 
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.adapters import read_adapter
 from rlhf_ray.models.backbone import BaseFiles, base_files
 from rlhf_ray.models.lineage import header_line
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.roles.loaded_adapter import EngineAdapter
-from rlhf_ray.sampler.vllm_engine import TRIED, VLLMEngine, VLLMOptions, vllm_version
+from rlhf_ray.runtime.imports import vllm_version
+from rlhf_ray.sampler.vllm_engine import CPU_CACHE_GB, TRIED, VLLMEngine, VLLMOptions
 from rlhf_ray.sampler.vllm_lora import largest_rank
 
 SHARE_ALONE, SHARE_BESIDE = 0.9, 0.3
 """Of a GPU's memory, where the job does not say: of an actor that has one, and beside a learner (TRL's)."""
-CPU_CACHE_GB = 1.0
-"""Of keys and values on a CPU, where the job does not say."""
 
 
 def policy_engine(config: PPOConfig, device: torch.device, role: str) -> tuple[BaseFiles, EngineAdapter]:
     """The base's files, and the policy's adapter in an engine that has just been started on them; it has no weights yet.
 
     Raises what is wrong with the job before it starts the engine."""
+    if config.rollout.enable_sleep_mode and device.type != "cuda":
+        what = "vLLM on a CPU cannot sleep: it has no memory of a GPU to give back"
+        raise ConfigError.at("rollout.enable_sleep_mode", what, "a GPU", str(device), "drop it")
     shape = policy_shape(config)
     max_rank = largest_rank(shape["r"], "lora.r" if config.sft is None else "sft")
     base = base_files(config.model_name_or_path, config.revision, config.dtype, device, config.stop_token_ids)
@@ -54,14 +57,14 @@ def options(config: PPOConfig, base: BaseFiles, device: torch.device, max_rank: 
     return VLLMOptions(
         model=str(base.source.folder),
         dtype=str(base.dtype).removeprefix("torch."),
-        device=device.type,
+        device=device,
         longest=longest_row(config, base.context_length),
         max_rows=min(config.sampler_rows or config.rollout_chunk_size, config.rollout_chunk_size),
         max_rank=max_rank,
         gpu_memory_utilization=gpu_share(config),
         kv_cache_bytes=None if cache is None else int(cache * 2**30),
         enforce_eager=rollout.enforce_eager,
-        enable_sleep_mode=rollout.enable_sleep_mode and on_gpu,
+        enable_sleep_mode=rollout.enable_sleep_mode,
     )
 
 
@@ -89,6 +92,4 @@ def engine_lines(config: PPOConfig, device: torch.device) -> list[str]:
     lines = [header_line("engine", f"vLLM {vllm_version()}, a base of its own where it samples; {cap}")]
     if vllm_version() and not vllm_version().startswith(f"{TRIED}."):
         lines.append(header_line("", f"this project's tests run vLLM {TRIED}"))
-    if config.rollout.enable_sleep_mode and device.type != "cuda":
-        lines.append(header_line("", "rollout.enable_sleep_mode has no effect without CUDA"))
     return lines

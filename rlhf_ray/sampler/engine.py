@@ -38,6 +38,7 @@ from rlhf_ray.sampler.requests import (
 from rlhf_ray.sampler.rows import PREFILL_TOKENS, Batch, DecodeRow, Reading, live, prompt_groups
 from rlhf_ray.sampler.sampling import likeliest, sample_tokens
 from rlhf_ray.sampler.state_cache import Caches
+from rlhf_ray.sampler.static_step import StaticSteps, slides
 
 __all__ = ["DecodeEvent", "DecodeRequest", "DecodeResult", "Sampler"]
 
@@ -71,6 +72,7 @@ class Sampler:
     chunk: prompt tokens that are read before the rows in their slots take their next step; a longer prompt is read in pieces
     (chunked prefill: Sarathi-Serve, arXiv:2403.02310). None reads prompts whole, and all that have a slot first: most tokens a
     second, and what training uses.   max_cached: rows times tokens of the longest one, which the cache is kept to; others wait.
+    static: steps over shapes that last, where rows share an adapter and all layers attend to all columns (static_step.py).
     Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
     Raises ConfigError if the model keeps state other than in a cache of transformers, or if pad_id is not in its vocabulary.
     """
@@ -84,6 +86,7 @@ class Sampler:
         width_multiple: int | None = None,
         chunk: int | None = None,
         max_cached: int | None = None,
+        static: bool = False,
     ) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config = base.config.get_text_config()
@@ -96,7 +99,9 @@ class Sampler:
         self._router = AdapterRouter(model, forward)
         self._pad_id = pad_id
         self.max_rows = max_rows
-        self._multiple = width_multiple or WIDTHS.get(self._device.type, 1)
+        can_be_static = static and forward is None and not self._caches.recurrent and not slides(config)
+        self._static = StaticSteps(pad_id) if can_be_static else None
+        self._multiple = width_multiple or WIDTHS.get("cuda" if can_be_static else self._device.type, 1)
         self._chunk, self._max_cached = chunk, max_cached
         self._ids = itertools.count()
         self._clear()
@@ -229,10 +234,15 @@ class Sampler:
 
         Inside it the weights of adapters that rows are using must not change."""
         # Not inference_mode: tensors made in it can never meet autograd again, and a learner may share this model and its hooks.
-        if not self._router.is_open:
+        is_outermost = not self._router.is_open
+        if is_outermost:
             self._batch = None  # it holds copies of adapter weights, which may have changed since
-        with torch.no_grad(), self._router.session():
-            yield
+        try:
+            with torch.no_grad(), self._router.session():
+                yield
+        finally:
+            if is_outermost and self._static is not None:
+                self._static.forget()
 
     # ---- the schedule -----------------------------------------------------------------------------------------------------
 
@@ -350,16 +360,11 @@ class Sampler:
             forward = self._router.forward([row.request.adapter for row in self._rows], "rows")
             self._batch = Batch.of(self._rows, forward, self._device)
         batch = self._batch
-        self._cache.begin_step(len(self._rows), batch.longest)
-        positions = batch.counters[0][:, None]
-        mask = None
-        if self._caches.attends:
-            age = torch.arange(
-                self._cache.width - 1, -1, -1, device=self._device
-            )  # of each column; the current one's is 0
-            mask = age <= positions
-        logits = self._logits(batch.forward, batch.tokens[:, None], mask, positions, self._cache)
-        self._cache.end_step()
+        adapters = {row.request.adapter for row in self._rows}
+        if self._static is not None and len(adapters) == 1 and self._cache.layers:
+            logits = self._static_step(self._static, batch, adapters.pop())
+        else:
+            logits = self._step(batch)
         tokens, logprobs = sample_tokens(logits, batch.plan, batch.counters[1])
         ids, numbers = torch.stack(
             (tokens.double(), logprobs.double())
@@ -370,6 +375,28 @@ class Sampler:
         broken = [slot for slot, event in enumerate(events) if event.end == "error"]
         self._cache.clear(broken)
         return events
+
+    def _step(self, batch: Batch) -> Tensor:
+        """Logits [N, V] of one token of every row."""
+        self._cache.begin_step(len(self._rows), batch.longest)
+        positions = batch.counters[0][:, None]
+        mask = None
+        if self._caches.attends:
+            age = torch.arange(
+                self._cache.width - 1, -1, -1, device=self._device
+            )  # of each column; the current one's is 0
+            mask = age <= positions
+        logits = self._logits(batch.forward, batch.tokens[:, None], mask, positions, self._cache)
+        self._cache.end_step()
+        return logits
+
+    def _static_step(self, static: StaticSteps, batch: Batch, adapter: str | None) -> Tensor:
+        cache, forward = self._cache, batch.forward
+
+        def logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+            return self._logits(forward, ids, mask, positions, cache)
+
+        return static.step(cache, batch.tokens, batch.counters[0], batch.longest, logits, adapter)
 
     def _logits(
         self, forward: Callable[..., Any], ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -37,13 +38,15 @@ SMALL_CELLS = 16_384
 
 @dataclass
 class Geometry:
-    """What all layers share. slots, columns: the size of the buffers. rows, width: what the current step attends to."""
+    """What all layers share. slots, columns: the size of the buffers. rows, width: what the current step attends to.
+    column: i64[1], the cursor as a tensor, in a static step; else None."""
 
     slots: int = 0
     columns: int = 0
     cursor: int = 0
     rows: int = 0
     width: int = 1
+    column: Tensor | None = None
 
 
 class SlotLayer(CacheLayerMixin):
@@ -66,6 +69,10 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         keys, values = self._buffers()
         g = self._geometry
+        if g.column is not None:
+            keys[: g.rows].index_copy_(2, g.column, key_states)
+            values[: g.rows].index_copy_(2, g.column, value_states)
+            return keys[: g.rows, :, : g.width], values[: g.rows, :, : g.width]
         end = g.cursor + 1
         keys[: g.rows, :, g.cursor : end] = key_states
         values[: g.rows, :, g.cursor : end] = value_states
@@ -147,6 +154,7 @@ class SlotCache(Cache):
     ) -> None:
         self._geometry, self._max_cells = Geometry(), max_cells
         self._multiple, self._whole = multiple, whole
+        self._column: Tensor | None = None
         self._max_slots, self._max_columns = max_slots, _round_up(max_tokens + multiple - 1 + spare)
         if make is None:
             Cache.__init__(self, layer_class_to_replicate=partial(SlotLayer, self._geometry))  # type: ignore[arg-type]
@@ -201,9 +209,29 @@ class SlotCache(Cache):
     def begin_step(self, rows: int, longest: int) -> None:
         """The next forward is one token for each of the first `rows` slots; the longest row holds `longest` tokens so far."""
         self.reserve(rows, longest)
-        self._geometry.rows, self._geometry.width = rows, _round_up(longest + 1, self._multiple)
+        g = self._geometry
+        g.rows, g.width, g.column = rows, _round_up(longest + 1, self._multiple), None
         for layer in self.layers:
             layer.begin_step()
+
+    def begin_static_step(self, rows: int, longest: int) -> Tensor:
+        """`begin_step` for shapes that last: the step attends to the columns from the first on, and writes to the one that the
+        tensor says, which is returned; i64[1]. `rows` may be more than there are: slots behind them hold nothing."""
+        self.reserve(rows, longest)
+        g = self._geometry
+        if self._column is None:
+            self._column = torch.zeros(1, dtype=torch.int64, device=self.layers[0].keys.device)  # type: ignore[union-attr]
+        g.rows, g.width, g.column = rows, min(_round_up(g.cursor + 1, self._multiple), g.columns), self._column
+        return self._column.fill_(g.cursor)
+
+    @property
+    def max_slots(self) -> int:
+        return self._max_slots
+
+    @property
+    def address(self) -> int:
+        """Of the buffers: another one when they have been made anew."""
+        return self.layers[0].keys.data_ptr()  # type: ignore[union-attr]
 
     def end_step(self) -> None:
         self._geometry.cursor += 1

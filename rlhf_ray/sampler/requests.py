@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -100,6 +101,14 @@ class DecodeEngine(Protocol):
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request, wherever it is, with its slot; False if it is not there (any more)."""
+        ...
+
+    def session(self) -> AbstractContextManager[None]:
+        """Around `step`, for as long as nobody else uses the model."""
+        ...
+
+    def release(self) -> None:
+        """Give back memory that is not in use. Between two sessions."""
         ...
 
     @property

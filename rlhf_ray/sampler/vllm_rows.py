@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_ray.sampler.logits import LogitsPlan
 from rlhf_ray.sampler.requests import DecodeRequest
-from rlhf_ray.sampler.rows import sampling_plan
+from rlhf_ray.sampler.rows import DecodeRow, sampling_plan
 from rlhf_ray.sampler.sampling import SamplingPlan, likeliest, sample_tokens
 
 ROW = "rlhf_ray_row"
@@ -24,19 +25,23 @@ ROW = "rlhf_ray_row"
 
 @dataclass
 class DrawnTokens:
-    """What engine and processor, both of this process, tell each other. requests: of rows under way, by number.
-    drawn: number -> token, log-probability and the likeliest tokens at each place of the reply; `begun` is not among them."""
+    """What engine and processor, both of this process, tell each other. rows: under way, by number.
+    drawn: number -> token, log-probability and the likeliest tokens at each place of the reply; `begun` is not among them.
+    broken: numbers whose logits were not finite, be it while their prompt was read.  breaks: how often that was so."""
 
-    requests: dict[int, DecodeRequest] = field(default_factory=dict)
+    rows: dict[int, DecodeRow] = field(default_factory=dict)
     drawn: dict[int, list[tuple[int, float, tuple[tuple[int, float], ...]]]] = field(default_factory=dict)
+    broken: set[int] = field(default_factory=set)
+    breaks: int = 0
 
     def add(self, number: int, request: DecodeRequest) -> None:
-        self.requests[number] = request
+        self.rows[number] = DecodeRow(number, request, frozenset(request.stop_ids), list(request.begun))
         self.drawn[number] = []
 
     def drop(self, number: int) -> None:
-        self.requests.pop(number, None)
+        self.rows.pop(number, None)
         self.drawn.pop(number, None)
+        self.broken.discard(number)
 
 
 class RowSampler:
@@ -47,37 +52,48 @@ class RowSampler:
 
     def __init__(self, shared: DrawnTokens) -> None:
         self.shared = shared
-        self.rows: dict[int, tuple[int, list[int]]] = {}  # place in the batch -> number, and vLLM's list of its reply
+        self.places: dict[int, tuple[int, list[int]]] = {}  # in the batch -> number, and vLLM's list of its reply
         self._plan: tuple[tuple[int, ...], SamplingPlan] | None = None
 
     def update(self, change: Any) -> None:
         """change: vLLM's BatchUpdate, in its order: removed, added, moved."""
         for place in change.removed:
-            self.rows.pop(place, None)
+            self.places.pop(place, None)
         for place, params, _, output in change.added:
-            self.rows[place] = int((params.extra_args or {})[ROW]), output
+            self.places[place] = int((params.extra_args or {})[ROW]), output
         for first, second, direction in change.moved:
-            one, other = self.rows.pop(first, None), self.rows.pop(second, None)
+            one, other = self.places.pop(first, None), self.places.pop(second, None)
             if one is not None:
-                self.rows[second] = one
+                self.places[second] = one
             if other is not None and direction.name == "SWAP":
-                self.rows[first] = other
+                self.places[first] = other
 
     def draw(self, logits: Tensor) -> Tensor:
         """logits: f[N, V] of the rows in the first N places. Returns them with nothing left but each row's token."""
-        rows = [self.rows[place] for place in range(len(logits))]
-        numbers = tuple(number for number, _ in rows)
-        requests = [self.shared.requests[number] for number in numbers]
-        if self._plan is None or self._plan[0] != numbers:
-            seeds = torch.tensor([request.row_seed for request in requests]).to(logits.device)
-            self._plan = numbers, sampling_plan(requests, seeds, logits.device)
-        told = [len(output) for _, output in rows]
-        index = torch.tensor([len(request.begun) + n for request, n in zip(requests, told)]).to(logits.device)
-        tokens, logprobs = sample_tokens(logits, self._plan[1], index)
-        tops = likeliest(logits, self._plan[1])
-        for number, at, *found in zip(numbers, told, tokens.tolist(), logprobs.tolist(), tops):
-            self.shared.drawn[number][at:] = [tuple(found)]
+        numbers, outputs = zip(*(self.places[place] for place in range(len(logits))))
+        rows = [self.shared.rows[number] for number in numbers]
+        again = [row.go_back(len(row.request.begun) + len(output)) for row, output in zip(rows, outputs)]
+        plan = self._planned(numbers, rows, logits.device, any(again))
+        index = torch.tensor([len(row.token_ids) for row in rows]).to(logits.device)
+        tokens, logprobs = sample_tokens(logits, plan, index)
+        for row, output, *found in zip(rows, outputs, tokens.tolist(), logprobs.tolist(), likeliest(logits, plan)):
+            if row.take(*found).end == "error":
+                self.shared.broken.add(row.id)
+                self.shared.breaks += 1
+            self.shared.drawn[row.id][len(output) :] = [tuple(found)]
+        if plan.logits is not None:
+            plan.logits.advance(tokens)
         return logits.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def _planned(
+        self, numbers: tuple[int, ...], rows: list[DecodeRow], device: torch.device, anew: bool
+    ) -> SamplingPlan:
+        """The plan of the step before, while the rows are the same and none has gone back."""
+        if anew or self._plan is None or self._plan[0] != numbers:
+            requests = [row.request for row in rows]
+            seeds = torch.tensor([request.row_seed for request in requests]).to(device)
+            self._plan = numbers, sampling_plan(requests, seeds, device, LogitsPlan.of(rows, device))
+        return self._plan[1]
 
 
 def processor_class(shared: DrawnTokens) -> type:

@@ -27,14 +27,15 @@ import torch
 from peft import PeftModel
 
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.errors import ArtifactError, RlhfRayError
+from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.models.adapter_files import AdapterFiles
 from rlhf_ray.models.adapter_pool import AdapterPool, PackedAdapter
 from rlhf_ray.models.adapter_targets import linear_layers, refused_by_peft
 from rlhf_ray.models.adapters import adapter_parameters, adapter_sha256, add_from_files, remove_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.sampler.engine import STAGED_SHARE, Sampler
-from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest
+from rlhf_ray.sampler.requests import DecodeEngine, DecodeEvent, DecodeRequest
+from rlhf_ray.sampler.vllm_engine import VLLMEngine
 from rlhf_ray.serve.fair_queue import FairQueue, Flow
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class DecodeThread:
     """backbone: a causal language model without adapters.  max_rows: rows that take a step together.
 
     deliver: called on this thread with the tokens of every step; it must not block.  num_threads: of torch, on this thread.
-    chunk, max_cached: see `Sampler`.
+    chunk, max_cached: see `Sampler`.  vllm: decodes in its place, and is closed at the end; then `backbone` may be without weights.
     Every public method may be called from any thread."""
 
     def __init__(
@@ -97,11 +98,17 @@ class DecodeThread:
         num_threads: int | None = None,
         chunk: int | None = None,
         max_cached: int | None = None,
+        vllm: VLLMEngine | None = None,
     ) -> None:
         self.backbone, self.max_rows = backbone, max_rows
+        self.has_weights = backbone.device.type != "meta"
+        """Of `model`: else nothing can be scored on it."""
         self.model: PeftModel = _with_placeholder(backbone)
         self.pool = AdapterPool(self.model)
-        self.sampler = Sampler(self.model, backbone.pad_id, max_rows, chunk=chunk, max_cached=max_cached)
+        self._vllm = vllm
+        self.sampler: DecodeEngine = vllm or Sampler(
+            self.model, backbone.pad_id, max_rows, chunk=chunk, max_cached=max_cached
+        )
         self.steps = 0
         """Forward passes so far: a health check sees whether it moves."""
         self.failures = 0
@@ -151,21 +158,45 @@ class DecodeThread:
     def pack(self, files: AdapterFiles) -> PackedAdapter | None:
         """An adapter made ready for `add_adapter`; None if it has to go into PEFT's modules. Costs this thread nothing.
 
-        ArtifactError if it does not fit the base."""
-        return self.pool.pack(files) if self.pool.fits(files) else None
+        ArtifactError if it does not fit the base, ConfigError if vLLM cannot have it."""
+        fits = self.pool.fits(files)
+        if self._vllm is not None and not fits:
+            what = "vLLM cannot adapt stacked expert weights"
+            raise ConfigError.at(files.path, what, "adapters of linear layers", fix="set engine: builtin")
+        packed = self.pool.pack(files) if fits else None
+        if self._vllm is not None and packed is not None and files.head is None:
+            self._vllm.check_adapter(files.path, files.config, self.pool.unpacked(packed))
+        return packed
 
     def add_adapter(self, name: str, packed: PackedAdapter | None, files: AdapterFiles) -> None:
         """Call it on a thread that may wait. files: with tensors, where `packed` is None."""
-        if packed is not None:
-            self.pool.add(name, packed)
-        else:
+        if packed is None:
             self.call(lambda model: _add_to_peft(model, name, files), changes_modules=True).result()
+            return
+        if self.has_weights:
+            self.pool.add(name, packed)
+        if self._vllm is not None and files.head is None:  # replies are written by vLLM, and scored here
+            try:
+                self._hand_over(self._vllm, name, packed, files)
+            except BaseException:
+                self._forget(name)
+                raise
 
     def remove_adapter(self, name: str) -> Future[None]:
         """Rows that use it must have been cancelled, or be over."""
-        if name in self.pool:
-            return self.call(lambda _: self.pool.remove(name))
+        if self._vllm is not None or name in self.pool:
+            return self.call(lambda _: self._forget(name))
         return self.call(lambda model: remove_adapter(model, name), changes_modules=True)
+
+    def _hand_over(self, vllm: VLLMEngine, name: str, packed: PackedAdapter, files: AdapterFiles) -> None:
+        number, ready = vllm.ready_adapter(name, files.config, self.pool.unpacked(packed))
+        self.call(lambda _: vllm.put_adapter(name, number, ready)).result()
+
+    def _forget(self, name: str) -> None:
+        if name in self.pool:
+            self.pool.remove(name)
+        if self._vllm is not None:
+            self._vllm.drop_adapter(name)
 
     def stop(self) -> None:
         """Ends the thread after the step it is in; rows that are left get an error."""
@@ -212,6 +243,8 @@ class DecodeThread:
         for calls in (self._calls, self._changes):
             while calls:
                 calls.popleft()[1].cancel()
+        if self._vllm is not None:
+            self._vllm.close()
 
     def _wait_for_work(self) -> bool:
         with self._changed:

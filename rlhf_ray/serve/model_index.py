@@ -209,11 +209,17 @@ def load_entry(entry: Entry, backbone: Backbone) -> ModelCheckpoint:
     )
 
 
-def run_versions(adapters: Mapping[str, str], backbone: Backbone) -> dict[str, tuple[list[ModelVersion], str]]:
-    """The adapters that a job file names, as version 0 of their names. Raises ConfigError, ArtifactError."""
+def run_versions(
+    adapters: Mapping[str, str], backbone: Backbone, check: Callable[[AdapterFiles], Any] | None = None
+) -> dict[str, tuple[list[ModelVersion], str]]:
+    """The adapters that a job file names, as version 0 of their names. Raises ConfigError, ArtifactError.
+
+    check: raises for one that the engine cannot have."""
     found = {}
     for name, spec in adapters.items():
         checkpoint = load_run(name, spec, backbone)
+        if check is not None:
+            check(checkpoint.files)
         reload = partial(_reload_run, name, spec, backbone, checkpoint.sha256)
         version = ModelVersion(checkpoint.id, name, 0, checkpoint.sha256, int(time.time()), checkpoint.kind, reload)
         found[name] = [version], version.id

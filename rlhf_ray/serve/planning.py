@@ -12,10 +12,15 @@ from rlhf_ray.launch.preflight import check
 from rlhf_ray.launch.ray_cluster import at_hand
 from rlhf_ray.launch.resources import ResourceRequest
 from rlhf_ray.plan.advice import option
+from rlhf_ray.plan.engine import BESIDES, bytes_per_token, engine_note, with_engine
 from rlhf_ray.plan.estimate import Estimator
 from rlhf_ray.plan.job_plan import Plan, StagePlan, room_here
-from rlhf_ray.plan.memory import GIB, Phases, Process
+from rlhf_ray.plan.memory import GIB, Parts, Phases, Process
 from rlhf_ray.plan.meta_tracker import Device
+from rlhf_ray.plan.skeleton import precision, read_config
+from rlhf_ray.sampler.vllm_engine import CPU_CACHE_GB
+from rlhf_ray.sampler.vllm_lora import largest_rank
+from rlhf_ray.serve.vllm import gpu_share
 
 ASSUMED = LoraConfig()
 """The size that adapters are assumed to have: rank 16 on all linear layers."""
@@ -51,18 +56,16 @@ def plan_service(
     phases: Phases = {name: dict(found.phases[name]) for name in ("load", "sampling")}
     for parts in phases.values():
         parts["adapters"] = parts.get("adapters", 0) + adapters
+    notes = _notes(config, adapter, prompt, prompt_tokens is None)
+    if config.engine == "vllm":
+        engine = _vllm_parts(config, evaluation, phases["load"], adapter, rows * (prompt + limits.max_tokens), chosen)
+        own = phases["load"] if config.vllm.scoring_base else {"other": phases["load"].get("other", 0)}
+        phases = with_engine({"sampling": own}, engine, frozenset())
+        if chosen == "cuda":
+            notes.append(engine_note(engine, gpu_share(config), "vllm.gpu_memory_utilization"))
     share = 0.0 if chosen == "cpu" else 1.0 if num_gpus is None else num_gpus
     process = Process("replica", copies, share, phases, found.bases)
     gib, here = room_here(chosen) if gpu_gib is None else (gpu_gib, f"GPUs of {gpu_gib:g} GiB")
-    notes = [
-        f"{config.limits.max_loaded_adapters} adapters (limits.max_loaded_adapters) of rank {ASSUMED.r} on all linear layers are"
-        f" assumed, {adapter / 2**20:.0f} MiB each"
-    ]
-    if prompt_tokens is None:
-        notes.append(
-            f"the key-value cache is kept to {limits.cached_tokens:,} tokens (limits.max_cached_tokens): {rows} replies of"
-            f" {limits.max_tokens} tokens to prompts of {prompt}, or fewer and longer ones"
-        )
     written = option("as written", "", [process])
     advice = f"{process.total / GIB:.1f} GiB for each copy"
     if chosen == "cuda" and written.card is not None:
@@ -71,6 +74,44 @@ def plan_service(
     stage = StagePlan("serve", about, [process], written, [], advice, notes)
     placed, where = _placement(config, copies, share)
     return Plan(chosen, [stage], where, placed, None if gib is None else int(gib * GIB), here)
+
+
+def _notes(config: ServeConfig, adapter: int, prompt: int, prompt_is_assumed: bool) -> list[str]:
+    """What had to be assumed.   adapter: bytes of one."""
+    limits = config.limits
+    notes = [
+        f"{limits.max_loaded_adapters} adapters (limits.max_loaded_adapters) of rank {ASSUMED.r} on all linear layers are"
+        f" assumed, {adapter / 2**20:.0f} MiB each"
+    ]
+    replies = f"{limits.max_batch_rows} replies of {limits.max_tokens} tokens to prompts of {prompt}"
+    if config.engine == "vllm":
+        second = "and a second base to score on" if config.vllm.scoring_base else "and no base to score on"
+        notes.append(f"vLLM has slots for as many, of rank {config.vllm.max_lora_rank} (vllm.max_lora_rank), {second}")
+        if prompt_is_assumed:
+            notes.append(f"its keys and values are counted for {replies}")
+    elif prompt_is_assumed:
+        notes.append(
+            f"the key-value cache is kept to {limits.cached_tokens:,} tokens (limits.max_cached_tokens): {replies}, or fewer and"
+            " longer ones"
+        )
+    return notes
+
+
+def _vllm_parts(
+    config: ServeConfig, base: EvaluateConfig, load: Parts, adapter: int, tokens: int, device: Device
+) -> Parts:
+    """What vLLM holds in a replica.   base: a job with the same one.   load: of the builtin engine.   adapter: bytes of one of the
+    assumed size, in float32.   tokens: in the cache."""
+    described = read_config(config.model_name_or_path, config.revision)
+    width = precision(base, described, device).itemsize
+    given = config.vllm.kv_cache_gb or (CPU_CACHE_GB if device == "cpu" else None)
+    slot = adapter * largest_rank(config.vllm.max_lora_rank) // ASSUMED.r * width // 4
+    return {
+        "bases": load["bases"],
+        "adapters": slot * config.limits.max_loaded_adapters,
+        "kv cache": int(given * GIB) if given else tokens * bytes_per_token(described.get_text_config(), width),
+        "other": 0 if device == "cpu" else BESIDES,
+    }
 
 
 def _base_fields(config: ServeConfig) -> dict[str, Any]:

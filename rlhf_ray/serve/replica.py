@@ -22,8 +22,7 @@ from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.data.encode import bos_ids
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.models.assembly import load_options
-from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.registry import Registry
 from rlhf_ray.runtime.devices import own_device
 from rlhf_ray.sampler.requests import DecodeRequest
@@ -40,6 +39,7 @@ from rlhf_ray.serve.registry_watcher import RegistryWatcher
 from rlhf_ray.serve.response_scorer import ResponseScorer
 from rlhf_ray.serve.response_text import ResponseText, special_stop_ids
 from rlhf_ray.serve.status_files import read_statuses, remove_stale
+from rlhf_ray.serve.vllm import load_base, no_scoring_base, refuse_scores, start_engine
 
 SWITCH_INTERVAL_S = 0.0001
 """Python's lock changes hands this often between threads that want it. The decode thread gives it up in each of the hundreds of
@@ -58,14 +58,10 @@ class Replica:
         threads = config.replicas.num_threads
         if threads is not None:
             torch.set_num_threads(threads)
-        self.backbone: Backbone = load_backbone(
-            path=config.model_name_or_path,
-            revision=config.revision,
-            **load_options(config, own_device()),  # type: ignore[arg-type]  # the same fields as a job's
-        )
+        device = own_device()
+        self.backbone: Backbone = load_base(config, device)
         chat = "chat" if self.backbone.tokenizer.chat_template is not None else "none"
         self.template = load_template(config.template or chat, self.backbone.tokenizer)
-        self.runs = run_versions(config.adapters, self.backbone)
         self.router = TokenRouter()
         self.engine = DecodeThread(
             self.backbone,
@@ -74,7 +70,9 @@ class Replica:
             threads,
             chunk=self.limits.prompt_chunk,
             max_cached=self.limits.cached_tokens,
+            vllm=start_engine(config, self.backbone, device),
         )
+        self.runs = run_versions(config.adapters, self.backbone, self.engine.pack if config.engine == "vllm" else None)
         self.adapter_cache = AdapterCache[ModelCheckpoint](
             self.engine,
             self.limits.max_loaded_adapters,
@@ -276,6 +274,8 @@ class Replica:
     ) -> tuple[list[Generation], list[ServedModel], ServedModel | None, DecodeOptions]:
         """Generations ready to be submitted; the models that write them; the reward model, if one is requested; what is asked of
         the sampler."""
+        if not self.engine.has_weights:
+            refuse_scores(request)
         reward = await self._reward_name(request.reward) if request.reward else None
         cached = await self._load([*request.models, *(() if reward is None else (reward,))], resources)
         served_models = [self._policy(model, cached) for model in request.models]
@@ -321,6 +321,8 @@ class Replica:
 
     async def reward_model(self, reward: str | bool, resources: AsyncExitStack) -> ServedModel:
         """The reward adapter `reward`, or with True the default one, ready until `resources` is closed. ApiError if it is none."""
+        if not self.engine.has_weights:
+            raise no_scoring_base("model")
         name = await self._reward_name(reward)
         return self._reward_model(name, await self._load([name], resources))
 

@@ -16,8 +16,10 @@ from typing import Any
 from rlhf_ray.config.serve import ServeConfig, is_loopback
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import ConfigError, ResourceError
+from rlhf_ray.launch.engines import check_service_engine
 from rlhf_ray.launch.model_families import check_models
 from rlhf_ray.launch.ray_cluster import cluster
+from rlhf_ray.runtime.imports import vllm_version
 from rlhf_ray.runtime.session import usable_cores
 from rlhf_ray.serve import admission
 from rlhf_ray.serve.status_files import read_statuses, remove_stale, stamps
@@ -95,6 +97,8 @@ def _resolve(config: ServeConfig) -> ServeConfig:
             f"host: {config.host} can be reached from other machines. Put nginx with cluster/nginx.conf in front of it: TLS, and"
             " bounds on headers, idle connections and paths, which Ray's proxy leaves open"
         )
+    if config.engine == "vllm":
+        check_service_engine()
     if config.registry is not None and not Path(config.registry).is_dir():
         raise ConfigError.at("registry", "no such folder", "a folder that rlhf-ray promote has made", config.registry)
     with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
@@ -173,6 +177,7 @@ def _header_lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
         f"models     base{''.join(f', {name}' for name in names[:LISTED])}{_more(count)}",
         f"access     {who}",
         f"metrics    {_metrics_address()}",
+        *([f"engine     vLLM {vllm_version()}"] if config.engine == "vllm" else []),
         f"replicas   {config.replicas.min_replicas}, {config.replicas.num_threads} threads each; up after {seconds:.0f} s",
         "stop       Ctrl-C",
     ]

@@ -5,7 +5,6 @@ vLLM's attention on a CPU needs a head dimension of 32, 64, 80, 96, 112, 128, 16
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rlhf_ray.models.adapters import adapter_config, adapter_tensors, load_adapt
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest
 from rlhf_ray.sampler.vllm_engine import VLLMEngine, VLLMOptions
+from tests.small_ppo import small_ppo, write_prompts, write_reward
 
 HERE = Path(__file__).parent
 
@@ -58,7 +58,7 @@ class Pair:
         self.shapes = {key: tensor.shape for key, tensor in adapter_tensors(self.model, "policy").items()}
         self.builtin = Sampler(self.model, 0, max_rows=rows)
         self.vllm = VLLMEngine(
-            VLLMOptions(str(folder), "float32", "cpu", longest, rows, max_rank=8, kv_cache_bytes=2**26)
+            VLLMOptions(str(folder), "float32", torch.device("cpu"), longest, rows, max_rank=8, kv_cache_bytes=2**26)
         )
 
     def draw(self, seed: int, scale: float = 0.3) -> dict[str, Tensor]:
@@ -76,55 +76,14 @@ def pair(tiny_llama: Callable[..., Path]) -> Pair:
     return Pair(tiny_llama(), LoraConfig(r=4, lora_alpha=8))
 
 
-REWARD = '''
-"""The share of ASCII characters. File `victim`: a process id, which is killed in the rollout of step 1."""
-import os
-import signal
-from pathlib import Path
-
-CALLS = 0
-VICTIM = Path(__file__).with_name("victim")
-
-
-def score(prompts, completions, **columns):
-    global CALLS
-    CALLS += 1
-    if CALLS >= 8 and VICTIM.is_file():
-        pid = int(VICTIM.read_text())
-        VICTIM.unlink()
-        os.kill(pid, signal.SIGKILL)
-    return [sum(c.isascii() for c in text) / max(len(text), 1) for text in completions]
-'''
-
-
 @pytest.fixture
 def vllm_job(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Callable[..., PPOConfig]:
     """vllm_job("name", field=value, ...) -> a job of 3 steps of 16 replies of up to 8 tokens, in this process."""
-    prompts, reward = tmp_path / "prompts.jsonl", tmp_path / "ascii_reward.py"
-    rows = [{"instruction": f"Say something about number {i}.", "input": ""} for i in range(80)]
-    prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    reward.write_text(REWARD)
+    prompts, reward = write_prompts(tmp_path), write_reward(tmp_path)
 
     def make(name: str, **changes: Any) -> PPOConfig:
-        fields: dict[str, Any] = {
-            "output_dir": str(tmp_path / name),
-            "model_name_or_path": str(tiny_llama()),
-            "template": "none",
-            "data": {"train": str(prompts), "eval_max_rows": 4},
-            "rewards": [{"name": "ascii", "function": f"{reward}:score"}],
-            "rollout": {"engine": "vllm", "kv_cache_gb": 0.0625},
-            "learner": {"num_workers": 0, "num_threads": 1},
-            "lora": {"r": 4, "lora_alpha": 8},
-            "rollout_batch_size": 16,
-            "rollout_chunk_size": 8,
-            "num_mini_batches": 2,
-            "num_ppo_epochs": 2,
-            "per_device_train_batch_size": 4,
-            "response_length": 8,
-            "max_steps": 3,
-            "learning_rate": 1e-3,
-            "report_to": [],
-        }
+        fields = small_ppo(tmp_path, name, tiny_llama(), prompts, reward)
+        fields["rollout"] = {"engine": "vllm", "kv_cache_gb": 0.0625}
         return PPOConfig(**{**fields, **changes})
 
     return make

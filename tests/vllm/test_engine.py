@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.models.adapters import load_adapter_tensors
 from rlhf_ray.sampler import vllm_lora
 from rlhf_ray.sampler.logits import LogitsOptions
 from rlhf_ray.sampler.requests import DecodeRequest, DecodeResult
@@ -50,7 +51,7 @@ def test_the_tokens_of_the_builtin_engine(pair: Pair, how: dict[str, Any]) -> No
     assert parted == [], [(i, gap(builtin[i], vllm[i])) for i in parted]
     assert [r.finished for r in builtin] == [r.finished for r in vllm]
     assert max(map(gap, builtin, vllm)) < 1e-3
-    assert not pair.vllm.busy and pair.vllm._shared.drawn == {} == pair.vllm._shared.requests
+    assert not pair.vllm.busy and pair.vllm._shared.drawn == {} == pair.vllm._shared.rows
 
 
 def test_a_chunk_does_not_depend_on_what_ran_before(pair: Pair) -> None:
@@ -118,7 +119,7 @@ def test_200_versions_in_a_row_and_never_a_stale_answer(pair: Pair) -> None:
 
 
 def test_fields_that_serving_asks_for(pair: Pair) -> None:
-    """min_p, log-probabilities at temperature 1, the likeliest tokens; what changes logits from token to token is refused."""
+    """min_p, log-probabilities at temperature 1, the likeliest tokens, penalties, bias, min_tokens."""
     pair.load(pair.draw(7))
     [one] = build_requests(1, adapter="policy", max_new_tokens=6)
     request = replace(one, temperature=0.7, min_p=0.05, raw_logprobs=True, top_logprobs=3)
@@ -133,8 +134,50 @@ def test_fields_that_serving_asks_for(pair: Pair) -> None:
         assert (ours.token_id, ours.end) == (theirs.token_id, theirs.end)
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
         assert [i for i, _ in ours.top] == [i for i, _ in theirs.top] and len(ours.top) == 3
-    with pytest.raises(ConfigError, match="request 0: penalties, bias, min_tokens and grammars"):
-        pair.vllm.run([replace(one, logits=LogitsOptions(min_tokens=3))])
+    how = LogitsOptions(0.7, 0.3, 1.4, ((70, 2.0), (71, -5.0)), min_tokens=3)
+    asked = [
+        replace(r, logits=how if i % 2 else None) for i, r in enumerate(build_requests(40, stop_ids=tuple(range(90))))
+    ]
+    assert [r.token_ids for r in pair.vllm.run(asked)] == [r.token_ids for r in pair.builtin.run(asked)]
+    assert min(len(r.token_ids) for r, a in zip(pair.vllm.run(asked), asked) if a.logits and a.max_new_tokens > 2) >= 3
+
+
+def test_rows_that_vllm_reads_in_parts_and_puts_off(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts longer than a step, and a cache too small for all rows: it draws more than once at a place, and takes rows up again.
+    What changes logits from token to token goes back with them."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    put_off: list[str] = []
+    original = Scheduler._preempt_request
+
+    def noted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        put_off.append(request.request_id)
+        return original(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
+    options = replace(pair.vllm.options, longest=256, kv_cache_bytes=2**19, max_rows=8, step_tokens=40)
+    small = VLLMEngine(options)
+    tensors = pair.draw(8)
+    load_adapter_tensors(pair.model, "policy", tensors)
+    small.load_adapter("policy", pair.config, tensors)
+    how = LogitsOptions(0.7, 0.3, 1.2, ((70, 1.0),), min_tokens=5)
+    draw = random.Random(0)
+    asked = [
+        DecodeRequest(
+            tuple(draw.randrange(3, 260) for _ in range(draw.randrange(60, 121))),
+            draw.getrandbits(62),
+            draw.randrange(20, 90),
+            (5, 6),
+            adapter="policy" if i % 2 else None,
+            logits=how if i % 3 == 0 else None,
+        )
+        for i in range(24)
+    ]
+    try:
+        found = small.run(asked)
+    finally:
+        small.close()
+    assert put_off and [r.token_ids for r in found] == [r.token_ids for r in pair.builtin.run(asked)]
 
 
 class TestTheHandOver:
@@ -217,11 +260,11 @@ class TestWhatIsRefused:
     def test_a_head_dimension_that_its_cpu_kernel_has_not(self, tiny_llama: Callable[..., Path]) -> None:
         folder = tiny_llama(head_dim=8)
         with pytest.raises(ConfigError, match=r"rollout.engine: vLLM 0\.\S+ cannot run this model: .*; fix: set"):
-            VLLMEngine(VLLMOptions(str(folder), "float32", "cpu", 64, 4, 8, kv_cache_bytes=2**24))
+            VLLMEngine(VLLMOptions(str(folder), "float32", torch.device("cpu"), 64, 4, 8, kv_cache_bytes=2**24))
 
     def test_a_family_that_it_does_not_adapt(self, tiny_gpt2: Callable[..., Path]) -> None:
         with pytest.raises(ConfigError, match="cannot run this model: GPT2LMHeadModel does not support LoRA yet"):
-            VLLMEngine(VLLMOptions(str(tiny_gpt2()), "float32", "cpu", 64, 4, 8, kv_cache_bytes=2**24))
+            VLLMEngine(VLLMOptions(str(tiny_gpt2()), "float32", torch.device("cpu"), 64, 4, 8, kv_cache_bytes=2**24))
 
     def test_a_rank_above_its_highest(self) -> None:
         assert [vllm_lora.largest_rank(r) for r in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ from safetensors.torch import load_file
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import NullConsole
 from rlhf_ray.metrics import read_metrics
+from rlhf_ray.sampler.vllm_engine import VLLMEngine, VLLMOptions
 from rlhf_ray.stages.start import ppo
-from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run import Run, load_run
+from tests.integration.ppo.test_ppo import deterministic, same, weights
 
 pytestmark = pytest.mark.integration
 Job = Callable[..., PPOConfig]
@@ -71,6 +77,78 @@ def test_it_leaves_the_process_as_it_was(vllm_job: Job) -> None:
     policy_engine(job, torch.device("cpu"), "generator")[1].engine.close()
     after: Any = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert before == after and torch.set_num_threads is setter and torch.get_num_threads() == 1
+
+
+RUN = """
+import os, sys
+from pathlib import Path
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.console import NullConsole
+from rlhf_ray.stages.start import ppo
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(str(os.getpid()))
+    ppo(PPOConfig.model_validate_json(Path(sys.argv[1]).read_text()), NullConsole())
+"""
+
+
+def test_a_run_whose_process_is_killed_goes_on_to_the_same_bits(vllm_job: Job, tmp_path: Path) -> None:
+    """kill -9 of learner and engine, which are one process, in the rollout of step 4; the engine that goes on has read nothing of
+    what the first one had in its cache."""
+    common: dict[str, Any] = {"max_steps": 5, "save_steps": 1, "eval_steps": 5, "ref_model_sync_steps": 2}
+    straight = run(vllm_job("straight", **common))
+    killed = vllm_job("killed", **common, resume="auto")
+    (tmp_path / "run.py").write_text(RUN)
+    (tmp_path / "job.json").write_text(killed.model_dump_json())
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "job.json"), str(tmp_path / "victim")]
+    assert subprocess.run(command, check=False, timeout=300).returncode == -signal.SIGKILL
+    assert load_run(killed.output_dir).status == "running"
+    resumed = run(killed)
+    assert same(weights(straight.run_dir), weights(resumed.run_dir))
+    assert same(weights(straight.run_dir, "value"), weights(resumed.run_dir, "value"))
+    assert deterministic(straight.run_dir) == deterministic(resumed.run_dir)
+
+
+class Sleeper(VLLMEngine):
+    """vLLM's own sleep, with what a GPU does then and a CPU does not: weights and slots are elsewhere until it wakes, here nan, and
+    keys and values are lost."""
+
+    naps = 0
+
+    def __init__(self, options: VLLMOptions) -> None:
+        super().__init__(options)
+        self.options = replace(options, enable_sleep_mode=True)
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def sleep(self) -> None:
+        super().sleep()
+        if not self.kept:
+            Sleeper.naps += 1
+            self._in_worker(lambda worker: self._put_away(worker.model_runner))
+
+    def _put_away(self, runner: Any) -> None:
+        slots = [getattr(m, f"lora_{ab}_stacked", ()) for m in runner.model.modules() for ab in "ab"]
+        held = [t for stacked in slots for t in (stacked if isinstance(stacked, (tuple, list)) else (stacked,))]
+        for tensor in [*runner.model.parameters(), *held, *runner.kv_caches]:
+            self.kept.append((tensor.data, tensor.data.clone()))
+            tensor.data.fill_(torch.nan)
+
+    def wake(self) -> None:
+        super().wake()
+        for tensor, copy in self.kept:
+            tensor.copy_(copy)
+        self.kept = []
+
+
+def test_an_engine_that_sleeps_while_the_learner_learns(vllm_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody touches it meanwhile, be it to hand over an adapter or to hash what layers hold: the run is that of an engine that
+    never sleeps, bit for bit. (What vLLM gives back of a GPU's memory only a GPU can show.)"""
+    awake = run(vllm_job("awake", eval_steps=2))
+    monkeypatch.setattr("rlhf_ray.ppo.vllm.VLLMEngine", Sleeper)
+    asleep = run(vllm_job("asleep", eval_steps=2))
+    assert Sleeper.naps >= 1 + 2 * 3  # at the start; after each rollout and each hand-over
+    assert same(weights(awake.run_dir), weights(asleep.run_dir))
+    assert deterministic(awake.run_dir) == deterministic(asleep.run_dir)
 
 
 class TestSplit:

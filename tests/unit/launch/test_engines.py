@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_ray.config import PipelineConfig, PPOConfig
 from rlhf_ray.errors import ConfigError, ResourceError
@@ -99,4 +100,4 @@ def test_the_engine_itself_says_so_too(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(vllm_engine, "is_installed", lambda module: False)
     with pytest.raises(ResourceError, match="vllm is not installed on this machine"):
-        vllm_engine.VLLMEngine(vllm_engine.VLLMOptions(str(tmp_path), "float32", "cpu", 64, 4, 8))
+        vllm_engine.VLLMEngine(vllm_engine.VLLMOptions(str(tmp_path), "float32", torch.device("cpu"), 64, 4, 8))

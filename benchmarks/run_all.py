@@ -2,7 +2,8 @@
 
     python benchmarks/run_all.py --trl-python .venv-trl/bin/python
 
-About 40 minutes on two cores. Leave the machine alone meanwhile. kl_study.py is not among them: it grows by sittings of its own.
+About 40 minutes on two cores. Leave the machine alone meanwhile. kl_study.py and baselines.py are not among them: they grow by
+sittings of their own.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ for _stage in STAGE_HELP:
 
 @app.command(cls=_StageCommand)
 def sweep(job: Job, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Search over PPO jobs. Settings x seeds, early stopping, one table and report, a winner by a stated rule."""
+    """Search over PPO or DPO jobs. Settings x seeds, early stopping, one table and report, a winner by a stated rule."""
     from rlhf_ray.config import SweepConfig
     from rlhf_ray.config.load import load
 

@@ -167,7 +167,7 @@ def command(job: type[Section]) -> str:
 
 def stage_of(values: Mapping[str, Any], stem: str) -> str:
     """The command that a job file is for: by its fields, else by its file name; empty if neither decides."""
-    if "space" in values and isinstance(values.get("ppo"), Mapping):
+    if "space" in values and any(isinstance(values.get(stage), Mapping) for stage in ("ppo", "dpo")):
         return "sweep"
     if values.keys() & SERVICE:
         return "serve"

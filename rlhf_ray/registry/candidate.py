@@ -15,6 +15,7 @@ from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.storage.files import read_json
 from rlhf_ray.storage.run_folder import RunFolder, is_run, open_run
+from rlhf_ray.sweep.evaluation import evaluated
 
 KINDS = {"ppo": "policy", "sft": "sft", "dpo": "dpo", "reward": "reward"}
 _AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d{1,12})")
@@ -168,7 +169,8 @@ def _with_content(run: RunFolder, record: dict[str, Any], config: Mapping[str, A
 
 
 def _held_out(run: RunFolder, step: int) -> tuple[dict[str, float], dict[str, float], tuple[int, ...]]:
-    """The first evaluation, that of `step`, and the steps of all. NaN where a figure is not finite."""
+    """The first evaluation, that of `step`, and the steps of all. NaN where a figure is not finite. The result of a sweep's DPO
+    trial has reward and KL as well, from an evaluation of its own (sweep/evaluation.py)."""
     path = run.path / "metrics.jsonl"
     by_step: dict[int, dict[str, float]] = {}
     for row in read_metrics(path) if path.is_file() else []:
@@ -176,7 +178,10 @@ def _held_out(run: RunFolder, step: int) -> tuple[dict[str, float], dict[str, fl
         if found and isinstance(row.get("step"), int):
             by_step.setdefault(row["step"], {}).update(found)
     first = min(by_step, default=step)
-    return by_step[first] if first < step else {}, by_step.get(step, {}), tuple(sorted(by_step))
+    before, after = by_step[first] if first < step else {}, by_step.get(step, {})
+    if run.stage == "dpo" and step == run.result_step() and (sampled := evaluated(run.path, verify=True)) is not None:
+        before, after = {**before, **sampled[0]}, {**after, **sampled[1]}
+    return before, after, tuple(sorted(by_step))
 
 
 def _number(value: Any) -> float:

@@ -6,6 +6,7 @@
   was picked for its score on other prompts was picked for its luck there, too.
 - kl (policy): held-out KL (k1) to the reference, at most --max-kl, else the sweep's kl_cap, else MAX_KL.
 - reward (policy): held-out reward above that before training by more than CLEAR standard errors of the difference; or --min-reward.
+- A DPO run is judged by kl and reward as well where a sweep's evaluation of it measured them.
 - loss (sft, dpo), accuracy (dpo, reward): held-out loss below that before training; 95% interval of the accuracy above one half.
 - base: that of the version that is live under the name.
 """
@@ -13,7 +14,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ CLEAR = 2.0
 OVERRIDE = '--force --reason "..."'
 NOT_SAMPLED = {
     "sft": "an SFT adapter is itself the reference",
-    "dpo": "DPO samples no replies: rlhf-ray evaluate measures KL and reward",
+    "dpo": "DPO samples no replies: rlhf-ray evaluate measures KL and reward, and a sweep's section evaluate",
     "reward": "a reward model samples nothing",
 }
 Status = Literal["passed", "failed", "not applicable"]
@@ -69,18 +70,25 @@ def verdict(name: str, passed: bool, measured: str, limit: str, value: float | N
 def gates_of(candidate: Candidate, max_kl: float | None, min_reward: float | None) -> list[Gate]:
     """The gates that need nothing but the candidate. ConfigError for a limit that means nothing for its kind."""
     kind = candidate.kind
+    is_sampled = kind == "policy" or (kind == "dpo" and K1 in candidate.after)
     for option, value in (("--max-kl", max_kl), ("--min-reward", min_reward)):
-        if value is not None and kind != "policy":
+        if value is not None and not is_sampled:
             raise ConfigError.at(
                 option, f"has no meaning for a run of stage {candidate.run.stage}", fix=f"drop {option}"
             )
         if value is not None and math.isnan(value):
             raise ConfigError.at(option, "is not a number")
-    if kind == "policy":
-        return [integrity(candidate), kl_gate(candidate, max_kl), reward_gate(candidate, min_reward)]
-    others = [Gate(name, "not applicable", NOT_SAMPLED[kind]) for name in ("kl", "reward")]
-    own = {"sft": (loss_gate,), "dpo": (loss_gate, accuracy_gate), "reward": (accuracy_gate,)}[kind]
-    return [integrity(candidate), *others, *(gate(candidate) for gate in own)]
+    if is_sampled:
+        others = [kl_gate(candidate, max_kl), reward_gate(candidate, min_reward)]
+    else:
+        others = [Gate(name, "not applicable", NOT_SAMPLED[kind]) for name in ("kl", "reward")]
+    own: dict[str, tuple[Callable[[Candidate], Gate], ...]] = {
+        "policy": (),
+        "sft": (loss_gate,),
+        "dpo": (loss_gate, accuracy_gate),
+        "reward": (accuracy_gate,),
+    }
+    return [integrity(candidate), *others, *(gate(candidate) for gate in own[kind])]
 
 
 def integrity(candidate: Candidate) -> Gate:

@@ -26,7 +26,7 @@ def replaced(command: str, values: Mapping[str, Any], visit: Visit) -> dict[str,
     """The job with what `visit(field, kind, path)` gives for each path in it.   command: sft, ..., pipeline, sweep, serve."""
     found = copy.deepcopy(dict(values))
     sections: list[tuple[Loc, dict[str, Any]]] = [((), found)]
-    inner = {"pipeline": tuple(STAGES), "sweep": ("ppo",)}.get(command, ())
+    inner = {"pipeline": tuple(STAGES), "sweep": ("ppo", "dpo", "evaluate")}.get(command, ())
     sections += [((name,), found[name]) for name in inner if isinstance(found.get(name), dict)]
     for loc, section in sections:
         _section(loc, section, visit)

@@ -1,6 +1,7 @@
-"""Search over PPO jobs with Ray Tune: what varies (`space`), the trials (`trials`, `trial`, `tuning`), their results (`results`),
-the choice (`choice`), and the report. In comes a `SweepConfig`; out goes a folder with ordinary run folders, a table, a winner and
-a report. It must not know how PPO works: a trial is the public `ppo`, and all figures come from run folders.
+"""Search over PPO or DPO jobs with Ray Tune: what varies (`space`), the trials (`trials`, `trial`, `tuning`), what a DPO trial is
+measured by (`evaluation`), results (`results`), the choice (`choice`), and the report. In comes a `SweepConfig`; out goes a folder
+with ordinary run folders, a table, a winner and a report. It must not know how PPO or DPO works: a trial is the public function of
+its stage, and all figures come from run folders.
 
 The package is called like its function: `rlhf_ray.sweep(config)`.
 """

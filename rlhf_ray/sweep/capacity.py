@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import JobFields
 from rlhf_ray.launch.preflight import check, place
-from rlhf_ray.launch.resources import ACCELERATOR, Node, ResourceRequest, role_requests
+from rlhf_ray.launch.resources import ACCELERATOR, Node, ResourceRequest, role_requests, split_job
 from rlhf_ray.runtime.session import usable_cores
 
 DRIVER = {"CPU": 0.01}
@@ -27,11 +27,11 @@ class Capacity:
     is_here: bool = False
 
 
-def capacity(jobs: Sequence[PPOConfig], total: Mapping[str, float], nodes: Sequence[Node], own_ray: bool) -> Capacity:
+def capacity(jobs: Sequence[JobFields], total: Mapping[str, float], nodes: Sequence[Node], own_ray: bool) -> Capacity:
     """For the most demanding of `jobs`. ResourceError if a trial alone does not fit.   total: of the cluster."""
-    in_process = all(job.placement == "colocate" and job.learner.num_workers <= 1 for job in jobs)
+    in_process = all(split_job(job) is None and job.learner.num_workers <= 1 for job in jobs)
     found = []
-    for job in {job.learner.model_dump_json() + job.placement: job for job in jobs}.values():
+    for job in {(job.learner.model_dump_json(), split_job(job) is None): job for job in jobs}.values():
         requests = (
             [own_process(job, total)]
             if in_process
@@ -43,12 +43,12 @@ def capacity(jobs: Sequence[PPOConfig], total: Mapping[str, float], nodes: Seque
     return Capacity(in_process, each if in_process else DRIVER, max(threads, 1), fits)
 
 
-def here(jobs: Sequence[PPOConfig]) -> Capacity:
+def here(jobs: Sequence[JobFields]) -> Capacity:
     """Of this process, for trials that share a base in it (learner.num_workers 0)."""
     return Capacity(True, {}, max(job.learner.num_threads or usable_cores() for job in jobs), 1, is_here=True)
 
 
-def own_process(job: PPOConfig, total: Mapping[str, float]) -> ResourceRequest:
+def own_process(job: JobFields, total: Mapping[str, float]) -> ResourceRequest:
     """A trial that trains in its own process: its threads as CPUs (one by default), and a GPU or the share of one that it names."""
     learner, cpus, gpus = job.learner, total.get("CPU", 1.0), total.get("GPU", 0.0)
     gpu = (1.0 if gpus >= 1.0 else 0.0) if learner.num_gpus is None else learner.num_gpus

@@ -178,9 +178,11 @@ def score_error(setting: Setting, spread: float | None) -> float:
 
 
 def frontier(settings: Sequence[Setting]) -> list[Setting]:
-    """The settings, of those with the most finished trials, that no other beats: more score at no more KL. In order of KL."""
+    """The settings, of those with the most finished trials, that no other beats: more score at no more KL. In order of KL; none
+    where no KL was measured."""
     kept: list[Setting] = []
-    for setting in sorted(_whole(settings), key=lambda s: (s.mean(K1), -s.score)):
+    known = [s for s in _whole(settings) if not math.isnan(s.mean(K1))]
+    for setting in sorted(known, key=lambda s: (s.mean(K1), -s.score)):
         if not kept or setting.score > kept[-1].score:
             kept.append(setting)
     return kept

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.launch.ray_cluster import at_hand
@@ -15,7 +14,7 @@ from rlhf_ray.plan.memory import GIB, Parts
 from rlhf_ray.sweep.capacity import capacity
 from rlhf_ray.sweep.sharing import check_sharing, described, processes
 from rlhf_ray.sweep.space import corners, read_space
-from rlhf_ray.sweep.trials import job_of, planned, trial_of
+from rlhf_ray.sweep.trials import TrialJob, job_of, planned, trial_of
 
 _NO_MEMORY = {
     *("output_dir", "run_name", "seed", "learning_rate", "weight_decay", "warmup_steps", "min_lr_ratio", "max_steps"),
@@ -24,6 +23,7 @@ _NO_MEMORY = {
     *("cliprange_high", "dual_clip", "ratio_level", "loss_aggregation", "overlong_buffer", "overlong_penalty"),
     *("scale_rewards", "filter_groups", "confirm_held_out", "missing_eos_penalty", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "lr_scheduler_type", "num_train_epochs", "ref_model_sync_resets_optimizer"),
+    *("beta", "label_smoothing", "rpo_alpha"),
 }
 """Fields that take no memory: trials that differ in these alone are planned once."""
 
@@ -34,12 +34,12 @@ def plan_sweep(
     gpu_gib: float | None = None,
     prompt_tokens: int | None = None,
 ) -> Plan:
-    """See `stages.plan.plan`. ConfigError for settings that make no PPO job."""
+    """See `stages.plan.plan`. ConfigError for settings that make no job."""
     jobs = _jobs(config)
     check_sharing(config, jobs)
     plans = [plan(job, device, gpu_gib, prompt_tokens) for job in jobs]
     worst = max(plans, key=lambda found: max(found.needed(stage) for stage in found.stages))
-    stages = [replace(stage, stage="a trial (ppo)") for stage in worst.stages]
+    stages = [replace(stage, stage=f"a trial ({config.stage})") for stage in worst.stages]
     count = len(planned(config)) or config.num_samples * len(config.seeds)
     try:
         with at_hand() as (resources, nodes, own_ray):
@@ -71,8 +71,8 @@ def _of_a_base(stage: StagePlan, trials: int, zero_stage: int) -> StagePlan:
     return replace(stage, stage="trials (ppo)", processes=shared, written=whole, options=[], advice=advice)
 
 
-def _jobs(config: SweepConfig) -> list[PPOConfig]:
-    """A PPO job for each kind of trial that differs in what it takes."""
+def _jobs(config: SweepConfig) -> list[TrialJob]:
+    """A job for each kind of trial that differs in what it takes."""
     trials = planned(config)
     settings = [t.settings for t in trials] or corners(read_space(config.space))
     jobs = [job_of(config, trial_of(config, s, config.seeds[0])) for s in settings]

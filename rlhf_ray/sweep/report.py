@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rlhf_ray.report.render import Section, document, write_page
 from rlhf_ray.report.samples import samples_section
 from rlhf_ray.storage.run_folder import open_run
 from rlhf_ray.sweep.choice import CONFIDENCE, Choice, comparison_sentence, confirmation_sentence, frontier, score_error
+from rlhf_ray.sweep.evaluation import EVALUATION, TRAINED
 from rlhf_ray.sweep.record import Record, setting_row
 from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, row_of
 from rlhf_ray.sweep.trials import planned
@@ -93,7 +95,9 @@ def sentence(config: SweepConfig, choice: Choice) -> str:
             else "No trial has finished yet."
         )
     winner = choice.winner
-    text = f"{label(winner)} wins: {config.metric} {with_error(winner.score, choice.error)}, KL {shown(winner.mean(K1))} nats."
+    kl = winner.mean(K1)
+    told = "" if math.isnan(kl) else f", KL {shown(kl)} nats"
+    text = f"{label(winner)} wins: {config.metric} {with_error(winner.score, choice.error)}{told}."
     text += f" {confirmation_sentence(choice)}"
     if choice.p:
         text += f" {comparison_sentence(choice)}"
@@ -135,6 +139,8 @@ def _planes(
     spread = pooled_deviation([s.scores for s in settings])
     drawn = []
     for name, what in ((K1, "k1"), (K3, "k3")):
+        if any(math.isnan(s.mean(name)) for s in settings):  # DPO samples nothing; an evaluation of it has no k3
+            continue
         best = sorted((s.mean(name), s.score) for s in frontier(settings)) if name == K1 else []
         series = [
             Dots(
@@ -156,7 +162,7 @@ def _planes(
                 Plane(f"Reward against measured KL ({what})", "nats per reply", series, best, marked, limit, note)
             )
         )
-    return tag("div", drawn, class_="charts")
+    return tag("div", drawn, class_="charts") if drawn else None
 
 
 def settings_table(settings: Sequence[Setting], choice: Choice) -> Html | None:
@@ -167,7 +173,8 @@ def settings_table(settings: Sequence[Setting], choice: Choice) -> Html | None:
     rows = [setting_row(s, choice, settings) for s in ordered]
     names = list(ordered[0].settings)
     spread = pooled_deviation([s.scores for s in settings])
-    figures = (("kl_k1", "KL (k1)"), ("kl_k3", "KL (k3)"), ("length", "length"))
+    told = (("kl_k1", "KL (k1)"), ("kl_k3", "KL (k3)"), ("length", "length"))
+    figures = [(name, title) for name, title in told if any(row[name] is not None for row in rows)]
     head = [tag("th", n, scope="col") for n in names]
     head += [tag("th", n, class_="number", scope="col") for n in ("seeds", "score", *(h for _, h in figures))]
     head += [tag("th", n, scope="col") for n in ("frontier", "verdict")]
@@ -177,7 +184,7 @@ def settings_table(settings: Sequence[Setting], choice: Choice) -> Html | None:
         cells = [tag("td", _setting(row[n])) for n in names]
         cells.append(tag("td", str(row["seeds"]), class_="number"))
         cells.append(tag("td", with_error(setting.score, score_error(setting, spread)), class_="number"))
-        cells += [tag("td", shown(row[name]), class_="number") for name, _ in figures]
+        cells += [tag("td", "" if row[n] is None else shown(row[n]), class_="number") for n, _ in figures]
         cells += [tag("td", "yes" if row["on_frontier"] else ""), tag("td", row["verdict"])]
         cells.append(tag("td", "" if row["p_equal"] is None else shown(row["p_equal"]), class_="number"))
         body.append(tag("tr", cells))
@@ -221,8 +228,10 @@ def _samples(config: SweepConfig, settings: Sequence[Setting], choice: Choice) -
     found = []
     for setting in frontier(settings):
         first = min(setting.outcomes, key=lambda o: config.seeds.index(o.trial.seed))
-        path = first.trial.folder / "samples.jsonl"
+        folder = first.trial.folder / EVALUATION if first.trial.is_evaluated else first.trial.folder
+        path = folder / "samples.jsonl"
         rows = read_metrics(path) if path.is_file() else []
+        rows = [row for row in rows if row.get("policy", TRAINED) == TRAINED]
         last = max((row["step"] for row in rows), default=0)
         found += [{**row, "policy": label(setting)} for row in rows if row["step"] == last]
     return samples_section([{k: v for k, v in row.items() if k != "step"} for row in found])

@@ -15,7 +15,9 @@ from typing import Any, Literal
 from rlhf_ray.maths.standard_errors import error_of_mean
 from rlhf_ray.metrics import confirm_name, read_metrics, standard_error_name
 from rlhf_ray.storage.files import atomic_write_text
+from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import is_run, open_run
+from rlhf_ray.sweep.evaluation import EVALUATION, evaluated
 from rlhf_ray.sweep.trials import Trial
 
 K1, K3, LENGTH, ROWS = "eval/kl_k1_per_response", "eval/kl_k3_per_response", "eval/length", "eval/rows"
@@ -49,14 +51,16 @@ def failure_file(trial: Trial) -> Path:
 def outcome_of(trial: Trial, stopped: str = "") -> TrialOutcome:
     """stopped: why the sweep ended it early, if it did."""
     rows = read_metrics(trial.folder / "metrics.jsonl") if (trial.folder / "metrics.jsonl").is_file() else []
-    evaluations = [row for row in rows if "eval/reward" in row]
+    evaluations = [row for row in rows if "eval/reward" in row or "eval/loss" in row]
     run = open_run(trial.folder, verify=False) if is_run(trial.folder) else None
     done = run is not None and run.manifest()["status"] == "done"
+    found = evaluated(trial.folder) if done and trial.is_evaluated else ({}, {})
+    done, (before, after) = done and found is not None, found or ({}, {})
     status: Status = "done" if done else "stopped" if stopped else "waiting"
     reason = "" if done else stopped
     if not done and failure_file(trial).is_file():
-        found = json.loads(failure_file(trial).read_text())
-        status, reason = "stopped" if found.get("limit") else "failed", str(found["error"])
+        failure = json.loads(failure_file(trial).read_text())
+        status, reason = "stopped" if failure.get("limit") else "failed", str(failure["error"])
     step = run.result_step() if run is not None and done else None
     kept = [row for row in evaluations if row["step"] == step]
     return TrialOutcome(
@@ -64,10 +68,19 @@ def outcome_of(trial: Trial, stopped: str = "") -> TrialOutcome:
         status,
         reason,
         step=int(rows[-1]["step"]) if rows else 0,
-        seconds=math.fsum(row.get("time/step", 0.0) + row.get("time/evaluate", 0.0) for row in rows),
-        first=evaluations[0] if evaluations else {},
-        last=(kept or evaluations)[-1] if evaluations else {},
+        seconds=_seconds(trial, rows, done),
+        first={**(evaluations[0] if evaluations else {}), **before},
+        last={**((kept or evaluations)[-1] if evaluations else {}), **after},
     )
+
+
+def _seconds(trial: Trial, rows: Sequence[dict[str, float]], done: bool) -> float:
+    """Of training and evaluations. PPO's rows tell those of each step; a DPO run logs means over steps, and says its time when it
+    is done."""
+    if not any("eval/loss" in row for row in rows):
+        return math.fsum(row.get("time/step", 0.0) + row.get("time/evaluate", 0.0) for row in rows)
+    parts = [trial.folder, *([trial.folder / EVALUATION] if trial.is_evaluated else [])]
+    return math.fsum(Run.load(part).seconds for part in parts) if done else 0.0
 
 
 @dataclass(frozen=True)

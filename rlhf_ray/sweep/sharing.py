@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import JobFields, PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.sweep.capacity import Capacity
@@ -18,7 +18,7 @@ MOST_ZERO_STAGE = 2
 """Stage 3 cuts up the base itself, and each of its engines would cut it anew."""
 
 
-def check_sharing(config: SweepConfig, jobs: Sequence[PPOConfig]) -> None:
+def check_sharing(config: SweepConfig, jobs: Sequence[JobFields]) -> None:
     """ConfigError, one line a reason, for trials that cannot share a base.   jobs: of all kinds of trials."""
     if not config.share_base:
         return
@@ -35,6 +35,9 @@ def check_sharing(config: SweepConfig, jobs: Sequence[PPOConfig]) -> None:
     drop = "change it, or set share_base: false"
     for job in jobs:
         learner = job.learner
+        if not isinstance(job, PPOConfig):
+            problems.append(Problem("share_base", "trials of DPO sample nothing together", "trials of PPO", fix=drop))
+            continue
         if job.placement != "colocate":
             problems.append(
                 Problem("share_base", "trials have actors of their own", "placement: colocate", job.placement, drop)

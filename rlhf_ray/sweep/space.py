@@ -67,6 +67,7 @@ def read_space(raw: Mapping[str, Any], where: str = "space") -> Space:
         except ConfigError as error:
             problems += error.problems
     ConfigError.raise_all(problems)
+    space = {name: _with_cases_of_values(domain, space) for name, domain in space.items()}
     problems = [
         p for name, domain in space.items() if isinstance(domain, Given) for p in _given(name, domain, space, where)
     ]
@@ -115,6 +116,18 @@ def _read_given(value: Mapping[str, Any], where: str) -> Given:
         raise ConfigError.at(where, "incomplete", "given: a field, and cases: its value -> values", ", ".join(value))
     return Given(
         str(value["given"]), {case: _domain(v, f"{where}.cases.{case}", nested=True) for case, v in cases.items()}
+    )
+
+
+def _with_cases_of_values(domain: Domain, space: Space) -> Domain:
+    """Cases under the other field's values: a run keeps its job as JSON types, whose keys are texts ("0.05" for 0.05)."""
+    other = space.get(domain.other) if isinstance(domain, Given) else None
+    if not isinstance(domain, Given) or not isinstance(other, Values):
+        return domain
+    by_text = {text: value for value in other.values for text in (str(value), str(value).lower())}
+    return Given(
+        domain.other,
+        {by_text.get(case, case) if isinstance(case, str) else case: d for case, d in domain.cases.items()},
     )
 
 

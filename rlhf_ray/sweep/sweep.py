@@ -51,7 +51,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     values = written_out(config.confirming(True), jobs[0])
     folder = create_run(config.output_dir, "sweep", values, config.resume)
     # what a sweep began with stays: its trials compare, and one of an older version set no prompts apart
-    config = config.confirming(folder.config()["ppo"].get("confirm_held_out", False))
+    config = config.confirming((folder.config().get("ppo") or {}).get("confirm_held_out", False))
     if folder.manifest()["status"] == "done":
         console.log(f"sweep: {config.output_dir} is finished; nothing to do")
         return Run.load(folder.path)

@@ -1,4 +1,4 @@
-"""One trial: the PPO stage, whose evaluations Tune hears of.
+"""One trial: the PPO stage, whose evaluations Tune hears of; or the DPO stage, and how its result answers held-out prompts.
 
 A colocated job with one worker runs in the trial's own process, which Tune uses for the next trial again: starting a process
 with torch costs seconds. Other jobs start their worker group from the trial's process. Either way the run folder is the truth; Tune
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import JobFields, PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console, duration
 from rlhf_ray.errors import InvariantError, LimitReached, RlhfRayError
 from rlhf_ray.runtime.session import enter
-from rlhf_ray.stages.start import ppo
+from rlhf_ray.stages.start import dpo, evaluate, ppo
 from rlhf_ray.storage.files import atomic_write_json
-from rlhf_ray.sweep.results import K1, LENGTH, failure_file
-from rlhf_ray.sweep.trials import Trial, job_of, trial_of
+from rlhf_ray.sweep.results import K1, LENGTH, failure_file, outcome_of
+from rlhf_ray.sweep.trials import Trial, TrialJob, evaluation_of, job_of, trial_of
 
+J = TypeVar("J", bound=JobFields)
 Report = Callable[[dict[str, Any]], None]
 """Hears of an evaluation: score, KL, length, step, and the time left."""
 
@@ -64,16 +65,22 @@ def run_trial(config: SweepConfig, params: dict[str, Any], in_process: bool, thr
     train_trial(config, trial, alone(job, threads) if in_process else job, tune.report)
 
 
-def train_trial(config: SweepConfig, trial: Trial, job: PPOConfig, report: Report, seat: Any = None) -> None:
+def train_trial(config: SweepConfig, trial: Trial, job: TrialJob, report: Report, seat: Any = None) -> None:
     """Train, and leave beside the run why, if it does not come to its end. Raises what the stage raises, but for limits.
 
     seat: of a trial that shares process and base with others."""
     failure_file(trial).unlink(missing_ok=True)
     console = TrialConsole(config.metric, max(job.max_steps, 0), report)
     try:
-        run = ppo(job, console, seat)
-        if not console.seen:  # it was finished already
-            console.tell(run.steps, run.metrics)
+        if isinstance(job, PPOConfig):
+            run = ppo(job, console, seat)
+            if not console.seen:  # it was finished already
+                console.tell(run.steps, run.metrics)
+        else:
+            run = dpo(job, console)
+            if config.evaluate is not None:
+                evaluate(evaluation_of(config, trial, job), console)
+            console.tell(run.steps, outcome_of(trial).last)
     except LimitReached as error:  # a verdict on the setting: neither a failure, nor worth another try
         write_failure(trial, error)
     except Exception as error:
@@ -82,7 +89,7 @@ def train_trial(config: SweepConfig, trial: Trial, job: PPOConfig, report: Repor
         raise
 
 
-def alone(job: PPOConfig, threads: int) -> PPOConfig:
+def alone(job: J, threads: int) -> J:
     """The job in this very process."""
     return job.model_copy(
         update={"learner": job.learner.model_copy(update={"num_workers": 0, "num_gpus": None, "num_threads": threads})}

@@ -1,4 +1,4 @@
-"""The trials of a sweep: one setting with one seed each, as a PPO job of its own."""
+"""The trials of a sweep: one setting with one seed each, as a PPO or DPO job of its own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import STAGES, DPOConfig, EvaluateConfig, PPOConfig
 from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.paths import check_paths
 from rlhf_ray.config.resolved import stage_values, to_dict
@@ -17,20 +17,24 @@ from rlhf_ray.config.sections import under
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.config.yaml_reader import Override
 from rlhf_ray.errors import ConfigError, Problem
+from rlhf_ray.sweep.evaluation import EVALUATION, STARTED_FROM, TRAINED
 from rlhf_ray.sweep.space import Settings, Space, corners, draw, grid, read_space
 
+TrialJob: TypeAlias = PPOConfig | DPOConfig
 MOST_CHECKED = 256
 """Combinations of a large space that are checked before a search that draws from it."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """setting: names the settings, whatever the seed.  folder: of the run."""
+    """setting: names the settings, whatever the seed.  folder: of the run.  is_evaluated: it is done once it is trained and the
+    evaluation in its folder is done (evaluation.py)."""
 
     setting: str
     settings: Settings
     seed: int
     folder: Path
+    is_evaluated: bool = False
 
     @property
     def id(self) -> str:
@@ -61,43 +65,60 @@ def _distinct(found: Iterable[Settings]) -> list[Settings]:
 
 def trial_of(config: SweepConfig, settings: Settings, seed: int) -> Trial:
     name = setting_name(settings)
-    trial = Trial(name, settings, seed, Path())
+    trial = Trial(name, settings, seed, Path(), config.evaluate is not None)
     return replace(trial, folder=Path(config.output_dir).absolute() / "trials" / trial.id)
 
 
-def job_of(config: SweepConfig, trial: Trial) -> PPOConfig:
-    """The trial as a PPO job. ConfigError naming the settings that make it impossible."""
+def job_of(config: SweepConfig, trial: Trial) -> TrialJob:
+    """The trial as a job of its stage. ConfigError naming the settings that make it impossible."""
     values = {**config.trial_values(), "output_dir": str(trial.folder), "seed": trial.seed}
     if config.copy_to is not None:
         values["copy_to"] = under(config.copy_to, f"trials/{trial.id}")
     laid_over = [Override(f"{name}={value}", tuple(name.split(".")), value) for name, value in trial.settings.items()]
-    return load_dict(PPOConfig, values, "ppo", laid_over)
+    return cast(TrialJob, load_dict(STAGES[config.stage], values, config.stage, laid_over))
 
 
-def written_out(config: SweepConfig, job: PPOConfig) -> dict[str, Any]:
+def evaluation_of(config: SweepConfig, trial: Trial, job: TrialJob, trained: str | None = None) -> EvaluateConfig:
+    """How a DPO trial is measured once it is trained: beside the policy that it started from, with its seed, and where it trains.
+
+    trained: the policy; default: the trial's run. ConfigError for what `evaluate` gets wrong."""
+    started_from = getattr(job, "sft", None) or "base"
+    own = {name: getattr(job, name) for name in ("model_name_or_path", "revision", "template", "learner")}
+    values = {**config.shared_values(), **(config.evaluate or {}), **own, "seed": trial.seed, "resume": "auto"}
+    values |= {"output_dir": str(trial.folder / EVALUATION), "baseline": STARTED_FROM, "reference": STARTED_FROM}
+    values["policies"] = [
+        {"name": STARTED_FROM, "policy": started_from},
+        {"name": TRAINED, "policy": trained or str(trial.folder)},
+    ]
+    if config.copy_to is not None:
+        values["copy_to"] = under(config.copy_to, f"trials/{trial.id}/{EVALUATION}")
+    return load_dict(EvaluateConfig, values, "evaluate")
+
+
+def written_out(config: SweepConfig, job: TrialJob) -> dict[str, Any]:
     """The sweep as a job file, with what all trials have in common although it says nothing of it.   job: of any trial.
 
     Sections of which a part varies are left as they are: a preset among their values brings others with it."""
     values = to_dict(config)
     del values["seed"]
     varies = {name.partition(".")[0] for name in config.space}
-    return {**values, "ppo": stage_values(job, values["ppo"], varies)}
+    return {**values, config.stage: stage_values(job, values[config.stage], varies)}
 
 
-def check_trials(config: SweepConfig, trials: list[Trial]) -> list[PPOConfig]:
+def check_trials(config: SweepConfig, trials: list[Trial]) -> list[TrialJob]:
     """The trials' jobs, each setting once. Every setting must make one, and what the jobs name must exist: ConfigError, each
     problem once."""
     space = read_space(config.space)
     known = trials or [trial_of(config, s, config.seeds[0]) for s in corners(space)[:MOST_CHECKED]]
     problems: dict[tuple[Any, ...], Problem] = {}
-    jobs: list[PPOConfig] = []
+    jobs: list[TrialJob] = []
     for trial in known:
         if trial.seed != config.seeds[0]:
             continue
         try:
             job = job_of(config, trial)
             jobs.append(job)
-            found = [*check_paths(job), *_metric_problems(config, job)]
+            found = [*check_paths(job), *_measured_problems(config, trial, job)]
         except ConfigError as error:
             found = list(error.problems)
         for problem in found:
@@ -106,13 +127,25 @@ def check_trials(config: SweepConfig, trials: list[Trial]) -> list[PPOConfig]:
     return jobs
 
 
-def _metric_problems(config: SweepConfig, job: PPOConfig) -> list[Problem]:
-    """A metric that no evaluation of the job has is told now, not after the first trial."""
-    names = [f"eval/reward/{reward.name}" for reward in job.rewards]
-    if config.metric.startswith("eval/reward/") and config.metric not in names:
-        expected = ", ".join(["eval/reward", *names])
-        return [Problem("metric", "no reward of the job has this name", expected, config.metric)]
-    return []
+def _measured_problems(config: SweepConfig, trial: Trial, job: TrialJob) -> list[Problem]:
+    """What is wrong with how a trial is measured, told now and not after the first one: an evaluation that cannot be, a metric
+    that it does not have."""
+    by: PPOConfig | EvaluateConfig
+    if isinstance(job, PPOConfig):
+        by, found = job, []
+    elif config.evaluate is None:
+        return []
+    else:
+        by = evaluation_of(config, trial, job, trained="base")
+        own = {f"policies.{number}.policy" for number in range(2)} | {"model_name_or_path"}  # told of the job
+        found = [replace(p, where=f"evaluate.{p.where}") for p in check_paths(by) if p.where not in own]
+    names = [f"eval/reward/{reward.name}" for reward in by.rewards if not reward.is_pairwise]
+    if any(reward.weight for reward in by.rewards if not reward.is_pairwise) or isinstance(by, PPOConfig):
+        names.insert(0, "eval/reward")
+    if config.metric.startswith("eval/reward") and config.metric not in names:
+        what, expected = "no reward of the job has this name", ", ".join(names) or "a reward in evaluate.rewards"
+        found.append(Problem("metric", what, expected, config.metric))
+    return found
 
 
 def _of_the_space(problem: Problem, space: Space) -> Problem:

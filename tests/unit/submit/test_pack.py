@@ -13,6 +13,7 @@ import yaml
 
 from rlhf_ray.config.load import load, load_any
 from rlhf_ray.config.pipeline import PipelineConfig
+from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.submit.pack import JOB, Need, Parcel, make, package_files
 
@@ -168,6 +169,24 @@ def test_what_a_pipeline_makes_itself_needs_not_be_there(folder: Path) -> None:
     made = make("pipeline", load(PipelineConfig, "job.yaml", check_files=False))
     assert [n.field for n in made.needs] == ["model_name_or_path"]
     assert made.values["ppo"]["sft"] == str(folder / "runs/all/sft")
+
+
+def test_a_sweep_of_dpo_takes_its_pairs_its_prompts_and_its_rule(folder: Path) -> None:
+    job = {
+        "output_dir": "runs/sweep",
+        "model_name_or_path": "models/base",
+        "dpo": {"data": {"train": "data/pairs.jsonl"}, "sft": "runs/sft"},
+        "evaluate": {"data": {"train": "data/small.jsonl"}, "rewards": [{"function": "rewards/mine.py:score"}]},
+        "space": {"beta": [0.1, 0.2]},
+    }
+    Path("job.yaml").write_text(yaml.safe_dump(job))
+    command, config = load_any("job.yaml", check_files=False)
+    assert command == "sweep" and isinstance(config, SweepConfig) and config.stage == "dpo"
+    made = make("sweep", config)
+    assert {"data/pairs.jsonl", "data/small.jsonl", "rewards/mine.py", "helper.py"} <= set(made.files)
+    assert made.values["evaluate"]["rewards"][0]["function"] == "rewards/mine.py:score"
+    assert made.values["dpo"]["sft"] == str(folder / "runs/sft")
+    assert [need.field for need in made.needs] == ["model_name_or_path", "dpo.sft"]
 
 
 def test_modules_that_are_not_here_must_be_on_the_nodes(folder: Path) -> None:

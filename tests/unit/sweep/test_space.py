@@ -6,7 +6,10 @@ import math
 from typing import Any
 
 import pytest
+import yaml
 
+from rlhf_ray.config import SweepConfig
+from rlhf_ray.config.resolved import dump_yaml, to_dict
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.sweep.space import ask, corners, draw, grid, read_space
 
@@ -25,6 +28,15 @@ def test_values_that_depend_on_another_field_wherever_it_stands() -> None:
         {"kl_penalty": "kl", "kl_coef": 0.2},
         {"kl_penalty": "none", "kl_coef": 0.0},
     ]
+
+
+@pytest.mark.parametrize("values", [[0.05, 5.0], [1e-05, 1.0], [1, 2], [True, False], [None, 0.3], ["none", "kl"]])
+def test_cases_mean_the_same_in_the_job_that_a_run_keeps(values: list[Any]) -> None:
+    """There they are JSON, whose keys are texts: a sweep over a number could not be resumed, and had no report."""
+    raw = {"a": values, "b": {"given": "a", "cases": {values[0]: [1], values[1]: [2]}}}
+    config = SweepConfig(output_dir="x", model_name_or_path="m", ppo={}, space=raw)
+    kept = yaml.safe_load(dump_yaml(to_dict(config)))["space"]
+    assert grid(read_space(kept)) == grid(read_space(raw)) == [{"a": v, "b": i} for i, v in enumerate(values, 1)]
 
 
 def test_draws_follow_from_seed_and_number_and_stay_in_their_ranges() -> None:

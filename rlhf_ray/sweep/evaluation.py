@@ -1,0 +1,66 @@
+"""What a DPO trial is measured by: an evaluation of its adapter beside the policy that it started from, in a folder of its run.
+
+DPO samples no replies, so its own figures say neither reward nor KL. The evaluation's prompts are cut in two by their hashes, the
+same for all trials: one half chooses (eval/*), the other one confirms (eval/confirm/*), as PPO's held-out prompts do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.splits import confirms, prompt_hash
+from rlhf_ray.maths.standard_errors import standard_error
+from rlhf_ray.metrics import confirm_name, standard_error_name
+from rlhf_ray.storage.run_folder import is_run, open_run
+
+EVALUATION = "evaluation"
+"""Folder in the trial's run."""
+STARTED_FROM, TRAINED = "reference", "policy"
+"""The two policies of the evaluation."""
+Figures = dict[str, float]
+
+
+def evaluated(folder: Path, verify: bool = False) -> tuple[Figures, Figures] | None:
+    """What the evaluation in a trial's run says of the policy that it started from, and of the trained one, under the names that
+    held-out figures of PPO have; None if there is none, or it has not come to its end.   verify: whether its files are
+    those that it was sealed with; ArtifactError if not."""
+    place = folder / EVALUATION
+    if not is_run(place) or open_run(place, verify=verify).manifest()["status"] != "done":
+        return None
+    rows = [json.loads(line) for line in (place / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    apart = [confirms(prompt_hash(Prompt(row["prompt"]))) for row in rows]
+    if all(apart) or not any(apart):  # too few prompts: all of them choose
+        apart = [False] * len(rows)
+    choosing = [row for row, confirming in zip(rows, apart) if not confirming]
+    confirming = [row for row, is_apart in zip(rows, apart) if is_apart]
+    found = []
+    for policy in (STARTED_FROM, TRAINED):
+        figures = _figures([row["replies"][policy] for row in choosing])
+        found.append(
+            figures | {confirm_name(n): v for n, v in _figures([r["replies"][policy] for r in confirming]).items()}
+        )
+    return found[0], found[1]
+
+
+def _figures(replies: Sequence[Mapping[str, Any]]) -> Figures:
+    """Means over replies, with the standard error of rewards. What no reply has is left out."""
+    if not replies:
+        return {}
+    columns = {
+        "eval/reward": [reply.get("reward") for reply in replies],
+        **{f"eval/reward/{name}": [reply["rewards"][name] for reply in replies] for name in replies[0]["rewards"]},
+        "eval/kl_k1_per_response": [reply["kl"] for reply in replies],
+    }
+    found: Figures = {"eval/rows": float(len(replies))}
+    for name in ("length", "finished"):
+        found[f"eval/{name}"] = sum(reply[name] for reply in replies) / len(replies)
+    for name, values in columns.items():
+        known = [float(value) for value in values if value is not None]
+        if known:
+            found |= {name: math.fsum(known) / len(known), standard_error_name(name): standard_error(known)}
+    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -276,25 +276,6 @@ def overhead() -> str:
     )
 
 
-def overlapping() -> str:
-    m = measured("reward_overlap")
-    alone, beside = (m[name] for name in ("one thread", "beside"))
-    return (
-        f"{mid(beside['time/step'])} s a step, {mid(alone['time/step'])} with everything on one thread: "
-        f"{scattered(m['beside to one thread'])} times; of these scoring {mid(beside['time/score'])} and "
-        f"{mid(alone['time/score'])} s"
-    )
-
-
-def sharing() -> str:
-    m = measured("sweep_share_base")
-    most = max((k for k in m if "processes" in m[k]), key=lambda k: int(k.split()[0]))
-    return (
-        f"{most}: {mid(m[most]['seconds to processes'])} times the seconds and {mid(m[most]['pss_mib to processes'])} times the "
-        "memory of as many processes ([details](#trials-on-one-base))"
-    )
-
-
 STORIES, TINY, BUSY = "stories260K, 260,032 parameters", "bundled Llama, 0.66 M parameters", "other work on the machine"
 OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
     (
@@ -358,18 +339,6 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "none",
         overhead,
         "control_plane",
-    ),
-    (
-        "A reward server that takes 0.25 s a request, asked while later chunks are sampled: 8 chunks of 16 replies",
-        STORIES,
-        overlapping,
-        "reward_overlap",
-    ),
-    (
-        "Trials of a sweep on one base (`share_base`) against as many commands at once: 32 replies a step, VADER reward",
-        STORIES,
-        sharing,
-        "sweep_share_base",
     ),
     (
         "One PPO job as colocate, split, and split with `max_staleness: 1`",
@@ -678,16 +647,6 @@ def on_paper() -> list[str]:
 COMPUTES = ("decode", "evaluation and update")
 
 
-def shared_base() -> list[str]:
-    rows = []
-    for trials, m in measured("sweep_share_base").items():
-        for name in ("shared", "with Ray", "processes", "in turn"):
-            if name in m:
-                memory = m[name].get("pss_mib_of_all_at_once", m[name]["pss_mib"])
-                rows.append([trials, name, mid(m[name]["seconds"]), mid(m[name]["cpu_seconds"]), mid(memory)])
-    return table("trials | how | seconds | CPU seconds | peak MiB (PSS)", rows)
-
-
 def conditions() -> list[str]:
     rows = []
     for _, _, _, name in OVERVIEW:
@@ -722,7 +681,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "plan": plan,
     "control-plane": control_plane,
     "on-paper": on_paper,
-    "shared-base": shared_base,
     "conditions": conditions,
 }
 """Name of the marker in README -> what stands there."""

@@ -99,9 +99,11 @@ def test_the_rewards_and_policies_in_the_page_of_jobs_are_some() -> None:
 @pytest.mark.parametrize("name", ["sweep", "serve"])
 def test_the_job_in_a_packages_readme_is_a_job(name: str, tmp_path: Path) -> None:
     text = (ROOT / "rlhf_ray" / name / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```\n(output_dir: .*?)```", text, re.S)
-    (tmp_path / "job.yaml").write_text(block)
-    assert load_any(tmp_path / "job.yaml", check_files=False)[0] == name
+    blocks = re.findall(r"```\n(output_dir: .*?)```", text, re.S)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "job.yaml").write_text(block)
+        assert load_any(tmp_path / "job.yaml", check_files=False)[0] == name
 
 
 def test_every_command_is_in_readmes_table_and_every_command_there_exists() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/run_all.py --trl-python .venv-trl/bin/python
 
-About 40 minutes on two cores. Leave the machine alone meanwhile. kl_study.py is not among them: it grows by sittings of its own.
+About an hour on two cores. Leave the machine alone meanwhile. kl_study.py is not among them: it grows by sittings of its own.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ def main() -> int:
         ["mixed_adapters.py", "--model", "stories260k"],
         ["serve_load.py"],
         ["serve_overload.py"],
+        ["serve_many_adapters.py"],
+        ["serve_many_adapters.py", "--model", "6m"],
+        ["serve_replicas.py"],
     ]
     if trl:
         commands.insert(0, ["ppo_step_vs_trl.py", "--trl-python", trl])

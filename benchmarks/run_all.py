@@ -2,8 +2,8 @@
 
     python benchmarks/run_all.py --trl-python .venv-trl/bin/python
 
-About 40 minutes on two cores. Leave the machine alone meanwhile. kl_study.py and baselines.py are not among them: they grow by
-sittings of their own.
+About an hour on two cores. Leave the machine alone meanwhile. kl_study.py and baselines.py are not among them: they grow by sittings
+of their own.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ def main() -> int:
         ["mixed_adapters.py", "--model", "stories260k"],
         ["serve_load.py"],
         ["serve_overload.py"],
+        ["serve_many_adapters.py"],
+        ["serve_many_adapters.py", "--model", "6m"],
+        ["serve_replicas.py"],
     ]
     if trl:
         commands.insert(0, ["ppo_step_vs_trl.py", "--trl-python", trl])

@@ -4,10 +4,11 @@
 
 One replica without HTTP and Ray, in this process. The registry holds `adapters` real ones of ranks 4 to 64 on all linear layers,
 and names without files behind them up to `names`; clients ask for adapters by Zipf's law (the k-th has 1/k of the first one's
-share), one request after the other, and read the reply as it comes. Baseline, in the same run and in turn with it: the same
-clients, all for the first adapter. A stall is the longest time between two steps of the decode thread while replies wait for the
-second one; the start with all adapters is compared with one with three. --busy says in the report that other work was on the
-machine.
+share), one request after the other, and read the reply as it comes. Baselines, in the same run and in turn with it: the same
+clients, all for the first adapter (rank 4); and all for five of them, one of each rank. A stall is the longest time between two
+steps of the decode thread while replies wait for the second one; the start with all names is compared with one with three.
+--folder keeps the registries for the next run. --busy says in the report that other work was on the machine.
+Two replicas, and which of them gets a request: serve_replicas.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rlhf_ray.data.templates import load_template
 from rlhf_ray.models.adapter_files import save_adapter
 from rlhf_ray.models.adapters import adapter_config, adapter_tensors, wrap
 from rlhf_ray.models.backbone import Backbone, load_backbone
-from rlhf_ray.registry.alias import Alias
+from rlhf_ray.registry.alias import Alias, read_alias
 from rlhf_ray.registry.names import adapter_id
 from rlhf_ray.serve.generation import GenerationRequest
 from rlhf_ray.serve.metrics import NoMetrics
@@ -41,6 +42,19 @@ from rlhf_ray.storage.checkpoints import SCHEMA
 from rlhf_ray.storage.files import atomic_write_json, describe_files, sha256_file
 
 RANKS, TOKENS, ROWS = (4, 8, 16, 32, 64), 32, 16
+
+
+def plain_backbone(base: Path) -> Backbone:
+    return load_backbone(
+        path=str(base),
+        revision=None,
+        dtype="float32",
+        attn_implementation="auto",
+        load_in_8bit=False,
+        load_in_4bit=False,
+        cpu_offload=False,
+        device=torch.device("cpu"),
+    )
 
 
 class Counted(NoMetrics):
@@ -57,7 +71,7 @@ class Registry:
 
     def __init__(self, folder: Path, backbone: Backbone) -> None:
         self.folder, self.backbone = folder, backbone
-        (folder / "aliases").mkdir(parents=True)
+        (folder / "aliases").mkdir(parents=True, exist_ok=True)
         atomic_write_json(folder / "registry.json", {"schema": SCHEMA})
         self.base = {
             "path": backbone.identity.path,
@@ -74,8 +88,24 @@ class Registry:
 
         return AutoModelForCausalLM.from_pretrained(self.backbone.identity.path)
 
-    def promote(self, name: str, seed: int, before: Alias | None = None) -> Alias:
-        alias = before or Alias(name)
+    def ensure(self, names: list[str], total: int) -> None:
+        """Adapters of these names, and names without files behind them up to `total`, as far as they are not there."""
+        for i, name in enumerate(names):
+            if not self._file(name).exists():
+                self.promote(name, i)
+        sha256 = "0" * 64
+        for i in range(total - len(names)):
+            name = f"name{i:05d}"
+            if not self._file(name).exists():
+                recorded = {"id": adapter_id(name, 1, sha256), "kind": "sft", "adapter_sha256": sha256}
+                recorded |= {"base": self.base, "manifest_sha256": sha256}
+                Alias(name, None, {1: recorded}).then("promote", 1).write(self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "aliases" / f"{name}.json"
+
+    def promote(self, name: str, seed: int) -> Alias:
+        alias = read_alias(self._file(name), name) if self._file(name).exists() else Alias(name)
         version = alias.next_version()
         config, tensors = self.kinds[RANKS[seed % len(RANKS)]]
         draw = torch.Generator().manual_seed(seed)
@@ -103,16 +133,8 @@ class Registry:
             "manifest_sha256": sha256_file(folder / "manifest.json"),
         }
         alias = Alias(name, alias.live, {**alias.versions, version: recorded}, alias.history).then("promote", version)
-        alias.write(self.folder / "aliases" / f"{name}.json")
+        alias.write(self._file(name))
         return alias
-
-    def fill(self, count: int) -> None:
-        sha256 = "0" * 64
-        for i in range(count):
-            name = f"name{i:05d}"
-            recorded = {"id": adapter_id(name, 1, sha256), "kind": "sft", "adapter_sha256": sha256, "base": self.base}
-            alias = Alias(name, None, {1: {**recorded, "manifest_sha256": sha256}}).then("promote", 1)
-            alias.write(self.folder / "aliases" / f"{name}.json")
 
 
 async def started(
@@ -169,57 +191,53 @@ async def load(replica: Replica, names: list[str], clients: int, seconds: float,
         "first_token_p99": firsts[int(len(firsts) * 0.99)],
         "longest_stall": replica.engine.longest_step_s,
         "hit_rate": counts["adapter_lookups", "device"] / max(lookups, 1),
+        "read_from_disk": counts["adapter_lookups", "disk"] / max(lookups, 1),
         "errors": sum(errors.values()),
     }
 
 
-async def promotion(registry: Registry, replica: Replica, name: str, alias: Alias) -> float:
+async def promotion(registry: Registry, replica: Replica, name: str) -> float:
     """Seconds from the write of a new version until its name means it."""
-    await asyncio.to_thread(registry.promote, name, 10_001, alias)
+    alias = await asyncio.to_thread(registry.promote, name, 10_001)
     began = time.perf_counter()
-    while not replica.model_index.live[name].startswith(f"{name}@v{alias.next_version()}"):
+    while not replica.model_index.live[name].startswith(f"{name}@v{alias.live}-"):
         await asyncio.sleep(0.005)
     return time.perf_counter() - began
 
 
 async def measure(options: Any, folder: Path) -> dict[str, Any]:
     base = data_folder() / "models" / "stories260K" if options.model == "stories260k" else make_model(folder / "base")
-    backbone = load_backbone(
-        path=str(base),
-        revision=None,
-        dtype="float32",
-        attn_implementation="auto",
-        load_in_8bit=False,
-        load_in_4bit=False,
-        cpu_offload=False,
-        device=torch.device("cpu"),
-    )
-    few, many = Registry(folder / "few", backbone), Registry(folder / "many", backbone)
-    for i in range(3):
-        few.promote(f"ad{i:04d}", i)
+    backbone = plain_backbone(base)
+    few, many = (Registry(folder / f"{kind}_{options.model}", backbone) for kind in ("few", "many"))
     names = [f"ad{i:04d}" for i in range(options.adapters)]
-    aliases = {name: many.promote(name, i) for i, name in enumerate(names)}
-    many.fill(max(options.names - options.adapters, 0))
+    few.ensure(names[:3], 3)
+    many.ensure(names, options.names)
     limits = {"max_loaded_adapters": options.loaded, "max_host_adapter_bytes": options.host_mib << 20}
-    starts: dict[str, list[float]] = {"few": [], "many": []}
+    starts: dict[str, list[float]] = {"few": [], "many": [], "known": []}
     for repeat in range(options.repeats + 1):  # the first one warms up
         for kind, registry in (("few", few), ("many", many)):
             replica, seconds = await started(base, registry.folder, folder / f"out_{kind}", limits, options.threads)
+            began = time.perf_counter()
             if repeat:
                 starts[kind].append(seconds)
+                if kind == "many":
+                    await replica.watcher.know_all()
+                    starts["known"].append(seconds + time.perf_counter() - began)
             if (kind, repeat) != ("many", options.repeats):
                 await replica.close()
-    figures: dict[str, dict[str, list[float]]] = {"one": {}, "many": {}}
+    figures: dict[str, dict[str, list[float]]] = {"one": {}, "five": {}, "many": {}}
     for repeat in range(options.repeats):
-        for kind, asked in (("one", names[:1]), ("many", names)):
+        for kind, asked in (("one", names[:1]), ("five", names[:5]), ("many", names)):
             for figure, value in (await load(replica, asked, options.clients, options.seconds, repeat)).items():
                 figures[kind].setdefault(figure, []).append(value)
             print(kind, {k: round(v[-1], 4) for k, v in figures[kind].items()}, file=sys.stderr, flush=True)
-    seen = [await promotion(many, replica, name, aliases[name]) for name in names[: options.repeats]]
+    seen = [await promotion(many, replica, name) for name in names[: options.repeats]]
     cache = replica.adapter_cache
     found = {
         "start_seconds_3": spread(starts["few"]),
         "start_seconds_all": spread(starts["many"]),
+        "start_against_3": spread([m / f for m, f in zip(starts["many"], starts["few"])]),
+        "all_names_read_seconds": spread(starts["known"]),
         "promotion_seen_seconds": spread(seen),
         "replies_against_one": spread(
             [m / o for m, o in zip(figures["many"]["replies_per_second"], figures["one"]["replies_per_second"])]
@@ -244,11 +262,12 @@ def main() -> None:
     options.add_argument("--host-mib", type=int, default=1024, help="limits.max_host_adapter_bytes, MiB")
     options.add_argument("--clients", type=int, default=16)
     options.add_argument("--seconds", type=float, default=60.0, help="of each load")
+    options.add_argument("--folder", type=Path, help="where registries are kept for the next run")
     options.add_argument("--busy", action="store_true", help="say that other work was on the machine")
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as folder:
-        measured = asyncio.run(measure(chosen, Path(folder)))
+        measured = asyncio.run(measure(chosen, chosen.folder or Path(folder)))
     names = ("model", "adapters", "names", "loaded", "host_mib", "clients", "seconds")
     settings = {name: getattr(chosen, name) for name in names} | {"ranks": RANKS, "tokens": TOKENS, "rows": ROWS}
     if chosen.busy:

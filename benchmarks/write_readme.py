@@ -241,6 +241,24 @@ def overload() -> str:
     )
 
 
+def thousand(name: str) -> str:
+    m = measured(name)
+    names, starts = result(name)["settings"]["names"], m["start_against_3"]
+    return (
+        f"replies a second: {mid(m['many_replies_per_second'])}, {scattered(m['replies_against_one'])} times those of one adapter; "
+        f"start with {names:,} names {scattered(starts)} times that with 3 ([details](#a-thousand-adapters))"
+    )
+
+
+def two_replicas() -> str:
+    m = measured("serve_replicas_stories260k")
+    with_it, without = m["two, affinity"], m["two, Serve's router"]
+    return (
+        f"found on the device {mid(with_it['hit_rate'])} of the time, against {mid(without['hit_rate'])} without; replies a second "
+        f"{scattered(m['replies_with_affinity_against_without'])} times those without ([details](#a-thousand-adapters))"
+    )
+
+
 def planned() -> str:
     m = measured("plan_memory")
     ratios = {key: f["median"] for key, f in m.items() if key.endswith("planned_over_measured")}
@@ -379,6 +397,24 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "serve_load",
     ),
     ("The same service at ten times its capacity, for a minute", "the same", overload, "serve_overload"),
+    (
+        "One replica, 1,000 adapters of ranks 4 to 64, asked for by Zipf's law by 16 clients, replies of 32 tokens",
+        STORIES,
+        lambda: thousand("serve_many_adapters_stories260k"),
+        "serve_many_adapters_stories260k",
+    ),
+    (
+        "The same",
+        "random Llama, 6 M parameters, head dimension 32",
+        lambda: thousand("serve_many_adapters_6m"),
+        "serve_many_adapters_6m",
+    ),
+    (
+        "The same on two replicas of one thread each, with and without regard to who has which adapter",
+        STORIES,
+        two_replicas,
+        "serve_replicas_stories260k",
+    ),
     (
         "`plan --device cpu` against eight runs in their own processes (one run each)",
         "random Llamas, 134, 121 and 101 M parameters",
@@ -597,6 +633,56 @@ def overloaded() -> list[str]:
     )
 
 
+def thousand_adapters() -> list[str]:
+    reports = [result(f"serve_many_adapters_{model}") for model in ("stories260k", "6m")]
+    found = [r["measured"] for r in reports]
+
+    def row(what: str, *figures: str) -> list[str]:
+        """One figure with its spread, or the medians of several."""
+        told = scattered if len(figures) == 1 else mid
+        return [what, *("; ".join(told(m[figure]) for figure in figures) for m in found)]
+
+    rows = [
+        ["seconds of each load, times", *(f"{r['settings']['seconds']:g}, {r['repeats']}" for r in reports)],
+        row("replies a second, one adapter of rank 4", "one_replies_per_second"),
+        row("five adapters, of ranks 4 to 64", "five_replies_per_second"),
+        row("1,000 adapters", "many_replies_per_second"),
+        row("1,000 against one", "replies_against_one"),
+        row("1,000: found on the device; read from disk", "many_hit_rate", "many_read_from_disk"),
+    ]
+    for kind, of in (("one", "one adapter"), ("five", "five"), ("many", "1,000")):
+        rows.append(row(f"first token, s, {of}: p50; p99", f"{kind}_first_token_p50", f"{kind}_first_token_p99"))
+        rows.append(row(f"longest time between two steps, s, {of}", f"{kind}_longest_stall"))
+    rows += [
+        row("start, s: with 3 names; with 10,000", "start_seconds_3", "start_seconds_all"),
+        row("with 10,000 against 3", "start_against_3"),
+        row("all names read after, s", "all_names_read_seconds"),
+        row("a promotion is seen after, s", "promotion_seen_seconds"),
+        row("adapters, MiB: on the device; in the host's memory", "device_adapter_mib", "host_adapter_mib"),
+        row("largest resident memory, MiB", "peak_rss_mib"),
+    ]
+    return table("what | stories260K | 6 M parameters", rows)
+
+
+def replicas() -> list[str]:
+    m = measured("serve_replicas_stories260k")
+    return table(
+        "replicas | replies a second | found on the device | read from disk | whole reply p50, s | p99, s",
+        (
+            [
+                case,
+                scattered(by["replies_per_second"]),
+                mid(by["hit_rate"]),
+                mid(by["read_from_disk"]),
+                mid(by["reply_p50"]),
+                mid(by["reply_p99"]),
+            ]
+            for case, by in m.items()
+            if "hit_rate" in by
+        ),
+    )
+
+
 def plan() -> list[str]:
     m, rows = measured("plan_memory"), []
     for case in dict.fromkeys(key.split("/")[0] for key in m if "/" in key):
@@ -678,6 +764,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "adapters": adapters,
     "servers": servers,
     "overload": overloaded,
+    "thousand": thousand_adapters,
+    "replicas": replicas,
     "plan": plan,
     "control-plane": control_plane,
     "on-paper": on_paper,

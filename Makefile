@@ -93,11 +93,13 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python tests/size_table.py
 
-# TRL's last release with a PPO trainer, in an environment of its own, to be measured against.
+# TRL's last release with a PPO trainer, in an environment of its own, to be measured against; beside it, for the other trainers, a
+# newer one, which needs nothing else.
 $(TRL)/.installed: constraints.txt
 	$(PYTHON) -m venv $(TRL)
 	$(TRL)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(TRL)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==1.12.0 peft
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $(TRL)/newest trl==1.16.0
 	@touch $@
 
 bench: install $(TRL)/.installed

@@ -1,4 +1,5 @@
-"""Our side of ppo_step_vs_trl.py and ppo_step_real_lengths.py: FOLDER STEPS THREADS CRITIC (own or shared) [FIELDS as JSON].
+"""Our side of ppo_step_vs_trl.py, ppo_step_real_lengths.py and grpo in trainers_vs_trl.py: FOLDER STEPS THREADS CRITIC (own, shared
+or none) [FIELDS as JSON].
 
 Prints as JSON, of each step: seconds, CPU seconds of the process, reply tokens, share of real tokens in the update; and memory."""
 
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _watch import resident
+
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.metrics import read_metrics
@@ -21,10 +24,6 @@ folder, steps, threads, critic = Path(sys.argv[1]), int(sys.argv[2]), int(sys.ar
 fields: dict[str, Any] = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
 before: list[int] = []
 cpu: list[float] = []
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class Watched(stage.PPOLoop):
@@ -49,9 +48,6 @@ common: dict[str, Any] = {
     "data": {"train": str(folder / "prompts.jsonl"), "held_out_fraction": 0.0},
     "rewards": [{"name": "judge", "model": str(folder / "reward")}],
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
-    # TRL's algorithm, whatever our defaults are
-    "value": {"adapter": critic, "learning_rate": 1e-4, "warmup_steps": 0},
-    "cliprange_value": 0.2,
     "adam_epsilon": 1e-5,
     "learner": {"num_workers": 0, "num_threads": threads},
     "rollout_batch_size": 64,
@@ -68,6 +64,9 @@ common: dict[str, Any] = {
     "num_samples_logged": 0,
     "report_to": [],
 }
+if critic != "none":  # TRL's algorithm, whatever our defaults are
+    common["value"] = {"adapter": critic, "learning_rate": 1e-4, "warmup_steps": 0}
+    common["cliprange_value"] = 0.2
 config = PPOConfig(**{**common, **fields})
 run = ppo(config, LocalConsole(quiet=True))
 rows = [row for row in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "time/step" in row]

@@ -1,21 +1,20 @@
-"""TRL's side of ppo_step_vs_trl.py and ppo_step_real_lengths.py: FOLDER STEPS THREADS [NEW_TOKENS]. Needs trl==1.12.0 alone.
+"""TRL's side of ppo_step_vs_trl.py and ppo_step_real_lengths.py: FOLDER STEPS THREADS [SETTINGS as JSON]. Needs trl==1.12.0 alone.
 
-With NEW_TOKENS replies end at the end token, else they do not end. Prints seconds, CPU seconds and memory as JSON."""
+SETTINGS: new_tokens (replies then end at the end token, else they do not end), prompts, epochs, at_once. Prints as JSON what
+`_watch.Watch` has seen, and the mean tokens of a step's replies."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
-import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
+from _watch import Watch
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import (
@@ -23,34 +22,26 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    TrainerCallback,
 )
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 folder, steps, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-new_tokens = int(sys.argv[4]) if len(sys.argv) > 4 else None
+settings: dict[str, Any] = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+new_tokens, prompts = settings.get("new_tokens"), settings.get("prompts", 64)
+at_once = settings.get("at_once", 16)
 torch.set_num_threads(threads)
+replies: list[int] = []
+truncate = ppo_trainer.truncate_response
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def truncate_and_count(stop: int, pad: int, response: Any) -> Any:
+    """TRL's own, which is called with the replies of every step; notes how many tokens they have, the end included."""
+    found = truncate(stop, pad, response)
+    replies.append(int((found != pad).sum()))
+    return found
 
 
-class Watch(TrainerCallback):
-    """Notes when each step ends."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.cpu: list[float] = []
-        self.before = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = resident()
-        self.on_step_end(args, state, control)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter())
-        self.cpu.append(time.process_time())
+ppo_trainer.truncate_response = truncate_and_count
 
 
 tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"), padding_side="left")
@@ -66,12 +57,12 @@ value.score.requires_grad_(True)
 watch = Watch()
 arguments = PPOConfig(
     output_dir=str(folder / "trl"),
-    per_device_train_batch_size=16,
-    gradient_accumulation_steps=4,
+    per_device_train_batch_size=at_once,
+    gradient_accumulation_steps=prompts // at_once,
     num_mini_batches=1,
-    num_ppo_epochs=4,
-    total_episodes=64 * steps,
-    local_rollout_forward_batch_size=64,
+    num_ppo_epochs=settings.get("epochs", 4),
+    total_episodes=prompts * steps,
+    local_rollout_forward_batch_size=prompts,
     response_length=new_tokens or 64,
     stop_token="eos" if new_tokens else None,
     temperature=0.7,
@@ -100,6 +91,4 @@ trainer = PPOTrainer(
     callbacks=[watch],
 )
 trainer.train()
-seconds, cpu = ([b - a for a, b in pairwise(times)] for times in (watch.times, watch.cpu))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak, "before_bytes": watch.before}))
+print(watch.told(reply_tokens=replies))

@@ -8,10 +8,10 @@ mean, 78 at the 95th percentile), and a random Llama says its end token with a p
 of them end within 38 tokens, and 8 to 10 in 100 are cut off at 128). Both sides train LoRA r 8 on q and v for policy and value
 model, with a reward model apart, on 64 prompts a step, 4 PPO epochs of one minibatch, microbatches of 16 rows, float32.
 
-Sides: `ours`; `ours_budget`, with tokens_per_microbatch as large as 16 of the longest rows; `ours_before`, the code of another
-checkout; `padded`, our code with the row layout of defaults_version 2; `trl`, TRL 1.12.0, which pads prompts of a batch and replies
-alike. Each run is a process of its own; runs alternate. CPU seconds (user and system) of the process are reported beside wall time,
-since other work on a machine disturbs them less.
+Sides: `ours`; `ours_budget`, with tokens_per_microbatch at 8 of the longest rows; `contiguous` and `padded`, our code with the row
+layouts of defaults_version 3 and 2; `ours_before`, the code of another checkout; `trl`, TRL 1.12.0, which pads prompts of a batch
+and replies alike. Each run is a process of its own; runs alternate. CPU seconds (user and system) of the process are reported
+beside wall time, since other work on a machine disturbs them less.
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ from _common import data_folder, emit, parser, report, spread
 
 HERE = Path(__file__).parent
 PROMPTS, NEW_TOKENS, VOCABULARY, EPOCHS, ROWS, TEMPERATURE = 64, 128, 2048, 4, 16, 0.7
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "5.8m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8},
     "260k": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8},
+    "135m": {
+        **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+        **{"num_key_value_heads": 3, "vocab_size": 49152},
+    },
 }
+"""135m: SmolLM2-135M's layers and vocabulary; its head is not tied to the embeddings, so that replies can be made to end."""
 TOLD = ("episodes_per_second", "episodes_per_cpu_second", "peak_mib", "peak_above_start_mib", "reply_tokens")
 
 
@@ -60,14 +65,15 @@ def make_models(folder: Path, size: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
     special = ["<pad>", "<s>", "</s>", "<unk>"]
-    words = special + [f"w{i}" for i in range(VOCABULARY - len(special))]
+    vocabulary = SIZES[size].get("vocab_size", VOCABULARY)
+    words = special + [f"w{i}" for i in range(vocabulary - len(special))]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_labels": 1}
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=512, **SIZES[size], **ids)
+    config = LlamaConfig(**{"vocab_size": VOCABULARY, "max_position_embeddings": 512, **SIZES[size], **ids})
     torch.manual_seed(0)
     for name, kind in (("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
         model = kind(config)
@@ -83,36 +89,39 @@ def make_models(folder: Path, size: str) -> None:
 
 
 def end_now_and_then(model: Any) -> None:
-    """Make the end token's probability 1 in 55 after any text, at TEMPERATURE: all embeddings share their first entry, which the
-    final norm makes a constant, and which the end token's logit alone reads."""
+    """Make the end token's probability about 1 in 55 after any text, at TEMPERATURE: all embeddings share their first entry, which
+    stays almost a constant up to the head, and which the end token's logit alone reads. How large it is there is measured."""
     import torch
 
     with torch.no_grad():
         embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        width = embeddings.shape[1]
         embeddings[:, 0] = 0.5
-        constant = 0.5 / math.sqrt((0.25 + (width - 1) * float(embeddings[:, 1:].var())) / width)
+        text = torch.randint(4, len(head), (8, 96), generator=torch.Generator().manual_seed(1))
+        constant = float(model.model(input_ids=text, use_cache=False).last_hidden_state[..., 0].mean())
         head[:, 0], head[2] = 0.0, 0.0
-        head[2, 0] = TEMPERATURE * math.log((VOCABULARY - 1) / 54) / constant
+        head[2, 0] = TEMPERATURE * math.log((len(head) - 1) / 54) / constant
 
 
 def commands(args: Any, folder: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Side -> its command and what is added to its environment."""
     longest = max(alpaca_lengths()) + NEW_TOKENS
+    batch = {"rollout_batch_size": args.prompts, "rollout_chunk_size": args.prompts, "num_ppo_epochs": args.epochs}
     ours, here = str(HERE / "_ppo_step_ours.py"), str(HERE.parent)
     where = [str(folder), str(args.steps), str(args.threads)]
 
     def side(checkout: str, **fields: Any) -> tuple[list[str], dict[str, str]]:
-        given = json.dumps({"response_length": NEW_TOKENS, "max_prompt_length": None, **fields})
+        given = json.dumps({"response_length": NEW_TOKENS, "max_prompt_length": None, **batch, **fields})
         path = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH", "")) if p)
         return [sys.executable, ours, *where, "own", given], {"PYTHONPATH": path}
 
     found = {"ours": side(here), "ours_budget": side(here, tokens_per_microbatch=ROWS * longest // 2)}
+    found["contiguous"] = side(here, defaults_version=3)
     found["padded"] = side(here, defaults_version=2)
     if args.before:
         found["ours_before"] = side(str(Path(args.before).absolute()))
     if args.trl_python:
-        found["trl"] = [args.trl_python, str(HERE / "_ppo_step_trl.py"), *where, str(NEW_TOKENS)], {}
+        settings = {"new_tokens": NEW_TOKENS, "prompts": args.prompts, "epochs": args.epochs, "at_once": ROWS}
+        found["trl"] = [args.trl_python, str(HERE / "_ppo_step_trl.py"), *where, json.dumps(settings)], {}
     return {name: found[name] for name in found if not args.sides or name in args.sides.split(",")}
 
 
@@ -125,17 +134,18 @@ def run_side(command: list[str], more: dict[str, str], folder: Path) -> dict[str
     return found
 
 
-def figures(found: dict[str, Any]) -> dict[str, float]:
+def figures(found: dict[str, Any], prompts: int) -> dict[str, float]:
     """Of one run, without its first step."""
     seconds, cpu = found["seconds"][1:], found["cpu_seconds"][1:]
     told = {
-        "episodes_per_second": PROMPTS * len(seconds) / sum(seconds),
-        "episodes_per_cpu_second": PROMPTS * len(cpu) / sum(cpu),
+        "episodes_per_second": prompts * len(seconds) / sum(seconds),
+        "episodes_per_cpu_second": prompts * len(cpu) / sum(cpu),
         "peak_mib": found["peak_bytes"] / 2**20,
         "peak_above_start_mib": (found["peak_bytes"] - found["before_bytes"]) / 2**20,
     }
     if "reply_tokens" in found:
-        told["reply_tokens"] = sum(found["reply_tokens"][1:]) / len(seconds) / PROMPTS
+        told["reply_tokens"] = sum(found["reply_tokens"][1:]) / len(seconds) / prompts
+    if "phases" in found:
         told |= {f"{name}_share": sum(times[1:]) / sum(seconds) for name, times in found["phases"].items()}
     if (found.get("real_token_share") or [None])[0] is not None:
         told["real_token_share"] = sum(found["real_token_share"][1:]) / len(seconds)
@@ -147,6 +157,8 @@ def main() -> None:
     options.add_argument("--trl-python", help="interpreter of an environment with trl==1.12.0")
     options.add_argument("--before", help="another checkout of this project, to be measured as well")
     options.add_argument("--size", choices=SIZES, default="5.8m", help="of the models (default 5.8m)")
+    options.add_argument("--prompts", type=int, default=PROMPTS, help=f"of a step (default {PROMPTS})")
+    options.add_argument("--epochs", type=int, default=EPOCHS, help=f"of PPO (default {EPOCHS})")
     options.add_argument("--sides", help="only these, with commas between them")
     options.add_argument("--steps", type=int, default=3, help="steps a run; the first is not counted (default 3)")
     args = options.parse_args()
@@ -157,7 +169,7 @@ def main() -> None:
         sides = commands(args, folder)
         for repeat in range(args.repeats):
             for side, (command, more) in sides.items():
-                runs.setdefault(side, []).append(figures(run_side(command, more, folder)))
+                runs.setdefault(side, []).append(figures(run_side(command, more, folder), args.prompts))
                 print(repeat, side, {k: round(v, 3) for k, v in runs[side][-1].items()}, file=sys.stderr, flush=True)
     measured: dict[str, Any] = {}
     for side, found in runs.items():
@@ -170,16 +182,25 @@ def main() -> None:
                 measured[f"{side}_over_{base}/{name}"] = spread(ratios)
     settings = {
         "model": f"random Llama, {args.size}, float32, CPU",
-        "prompts": PROMPTS,
+        "prompts": args.prompts,
         "prompt_tokens": f"as Alpaca's: mean {statistics.mean(alpaca_lengths()):.1f}",
         "new_tokens": f"at most {NEW_TOKENS}, ending with probability 1 in 55",
-        "ppo_epochs": EPOCHS,
+        "ppo_epochs": args.epochs,
         "microbatch": ROWS,
         "lora": "r 8 on q_proj and v_proj, policy and critic",
         "steps_counted": args.steps - 1,
         "trl": "1.12.0" if args.trl_python else None,
     }
-    emit(report("ppo_step_real_lengths", settings, measured, args.repeats, args.threads), args.output)
+    emit(
+        report(
+            "ppo_step_real_lengths" + ("" if args.size == "5.8m" else f"_{args.size}"),
+            settings,
+            measured,
+            args.repeats,
+            args.threads,
+        ),
+        args.output,
+    )
 
 
 if __name__ == "__main__":

@@ -88,16 +88,18 @@ def run_side(python: str, side: str, folder: Path, steps: int, threads: int) -> 
 def main() -> None:
     options = parser(__doc__, repeats=3, threads=2)
     options.add_argument("--trl-python", required=True, help="interpreter of an environment with trl==1.12.0")
+    options.add_argument("--sides", default=",".join(SIDES), help="only these, with commas between them")
     options.add_argument("--steps", type=int, default=4, help="steps a run; the first is not counted (default 4)")
     args = options.parse_args()
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
-    peaks: dict[str, list[float]] = {side: [] for side in SIDES}
-    grown: dict[str, list[float]] = {side: [] for side in SIDES}
+    sides = args.sides.split(",")
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    peaks: dict[str, list[float]] = {side: [] for side in sides}
+    grown: dict[str, list[float]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_models(folder)
         for repeat in range(args.repeats):
-            for side in SIDES:
+            for side in sides:
                 python = args.trl_python if side == "trl" else sys.executable
                 found = run_side(python, side, folder, args.steps, args.threads)
                 seconds = found["seconds"][1:]
@@ -109,12 +111,12 @@ def main() -> None:
                     file=sys.stderr,
                 )
     measured: dict[str, Any] = {}
-    for side in SIDES:
+    for side in sides:
         measured[f"{side}/episodes_per_second"] = spread(rates[side])
         measured[f"{side}/peak_mib"] = spread(peaks[side])
         measured[f"{side}/peak_above_start_mib"] = spread(grown[side])
     for name, values in (("episodes_per_second", rates), ("peak", peaks), ("peak_above_start", grown)):
-        for side in ("ours", "ours_shared_trunk"):
+        for side in (side for side in sides if side != "trl"):
             ratios = [a / b for a, b in zip(values[side], values["trl"], strict=True)]
             measured[f"{side}_over_trl/{name}"] = spread(ratios)
     settings = {

@@ -45,7 +45,13 @@ def main() -> int:
     ]
     if trl:
         commands.insert(0, ["ppo_step_vs_trl.py", "--trl-python", trl])
-        commands.insert(1, ["ppo_step_real_lengths.py", "--trl-python", trl])
+        real = ["ppo_step_real_lengths.py", "--trl-python", trl]
+        newest = Path(trl).absolute().parents[1] / "newest"  # as `make bench` puts it there
+        commands[1:1] = [
+            real,
+            [*real, "--size", "135m", "--prompts", "16", "--epochs", "1", "--repeats", "1", "--sides", "ours,trl"],
+            ["trainers_vs_trl.py", "--trl-python", trl, *(["--trl-path", str(newest)] if newest.is_dir() else [])],
+        ]
     failed = []
     for name, *more in commands:
         print(f"== {name}", file=sys.stderr, flush=True)

@@ -179,11 +179,35 @@ def placed() -> str:
     return f"seconds a step: {told[0]} (two threads; one each); 5.9 M: {told[1]} ([details](#placements))"
 
 
+def real_lengths(name: str) -> str:
+    m = measured(name)
+    return (
+        f"{mid(m['ours/episodes_per_second'])} episodes a second, TRL {mid(m['trl/episodes_per_second'])}: "
+        f"{scattered(m['ours_over_trl/episodes_per_second'])} times; peak memory {mid(m['ours/peak_mib'])} MiB, TRL "
+        f"{mid(m['trl/peak_mib'])} ([details](#a-ppo-step-against-trl))"
+    )
+
+
+def trainers() -> str:
+    m = measured("trainers_vs_trl")
+    told = [f"{work} {scattered(m[f'{work}/ours_over_trl/per_second'])}" for work in WORKS]
+    return f"times TRL's speed: {', '.join(told)} ([details](#other-trainers-of-trl))"
+
+
+def updating() -> str:
+    m = measured("update_real_lengths")
+    return (
+        f"update {mid(m['packed/update_seconds'])} s packed, {mid(m['contiguous/update_seconds'])} side by side, "
+        f"{mid(m['padded/update_seconds'])} padded; {scattered(m['packed/update_over_floor'])} times its matrix products "
+        "([details](#what-an-update-computes))"
+    )
+
+
 def trl() -> str:
     m = measured("ppo_step_vs_trl")
     return (
         f"{mid(m['ours/episodes_per_second'])} episodes a second, TRL {mid(m['trl/episodes_per_second'])}: "
-        f"{scattered(m['ours_over_trl/episodes_per_second'])} times TRL, so no difference was seen; peak memory "
+        f"{scattered(m['ours_over_trl/episodes_per_second'])} times TRL; peak memory "
         f"{mid(m['ours/peak_mib'])} MiB, TRL {mid(m['trl/peak_mib'])} ([details](#a-ppo-step-against-trl))"
     )
 
@@ -371,6 +395,30 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "ppo_step_vs_trl",
     ),
     (
+        "The same on real lengths: prompts as long as Alpaca's, replies that end anywhere up to 128 tokens",
+        "random Llama, 5.8 M parameters",
+        lambda: real_lengths("ppo_step_real_lengths"),
+        "ppo_step_real_lengths",
+    ),
+    (
+        "The same, 16 prompts a step, one epoch",
+        "random Llama of SmolLM2-135M's layers",
+        lambda: real_lengths("ppo_step_real_lengths_135m"),
+        "ppo_step_real_lengths_135m",
+    ),
+    (
+        "A critic-free PPO step (GRPO), SFT with packing, DPO and reward training against TRL's trainers",
+        "random Llama, 5.8 M parameters",
+        trainers,
+        "trainers_vs_trl",
+    ),
+    (
+        "Evaluation and update of a PPO step on rows as long as Alpaca's, by how rows lie",
+        "random Llama, 5.8 M parameters",
+        updating,
+        "update_real_lengths",
+    ),
+    (
         "The sampler against transformers' `generate`, batch 64, replies of 8 to 128 tokens",
         "random Llama, 5.8 M parameters",
         sampler,
@@ -430,6 +478,7 @@ def overview() -> list[str]:
         (
             (what, model, told(), f"[`results/{name}.json`](results/{name}.json)")
             for what, model, told, name in OVERVIEW
+            if is_measured(name)
         ),
     )
 
@@ -561,8 +610,119 @@ def against_trl() -> list[str]:
                 mid(m[f"{key}_over_trl/peak"]) if key != "trl" else "1",
             ]
             for key, name in names.items()
+            if f"{key}/peak_mib" in m
         ),
     )
+
+
+def against_trl_on_real_lengths() -> list[str]:
+    names = {
+        "ours": "rlhf_ray",
+        "contiguous": "rlhf_ray, rows side by side (`defaults_version: 3`)",
+        "trl": "TRL 1.12.0",
+    }
+    rows = []
+    for result_name, model in (("ppo_step_real_lengths", "5.8 M"), ("ppo_step_real_lengths_135m", "135 M")):
+        m = measured(result_name) if is_measured(result_name) else {}
+        for key, name in names.items():
+            if f"{key}/peak_mib" in m:
+                over = f"{key}_over_trl"
+                rows.append(
+                    [
+                        model,
+                        name,
+                        scattered(m[f"{key}/episodes_per_second"]),
+                        scattered(m[f"{over}/episodes_per_second"]) if f"{over}/peak_mib" in m else "1",
+                        mid(m[f"{key}/peak_mib"]),
+                        mid(m[f"{over}/peak_mib"]) if f"{over}/peak_mib" in m else "1",
+                        mid(m[f"{key}/real_token_share"]) if f"{key}/real_token_share" in m else "",
+                    ]
+                )
+    head = "model | trainer | episodes a second | times TRL | peak MiB | times TRL | real tokens in the update"
+    return table(head, rows)
+
+
+WORKS = {
+    "grpo": ("critic-free PPO step, groups of 8 (GRPO)", "episodes", 1.5),
+    "sft": ("SFT, packed", "tokens", 1.0),
+    "dpo": ("DPO", "tokens", 1.0),
+    "reward": ("reward model", "tokens", 1.0),
+}
+"""Work of trainers_vs_trl.py -> what it is, what is counted, how many times TRL's speed was aimed at."""
+
+
+def other_trainers() -> list[str]:
+    m, rows = measured("trainers_vs_trl") if is_measured("trainers_vs_trl") else {}, []
+    for work, (name, what, _) in WORKS.items():
+        ours, theirs, over = (f"{work}/{side}" for side in ("ours", "trl", "ours_over_trl"))
+        if f"{over}/peak_mib" not in m:
+            rows.append([name, "not measured yet", "", "", ""])
+            continue
+        rows.append(
+            [
+                name,
+                f"{mid(m[f'{ours}/per_second'])} {what}, TRL {mid(m[f'{theirs}/per_second'])}",
+                scattered(m[f"{over}/per_second"]),
+                f"{mid(m[f'{ours}/peak_mib'])}, TRL {mid(m[f'{theirs}/peak_mib'])}",
+                mid(m[f"{over}/peak_mib"]),
+            ]
+        )
+    return table("work | a second | times TRL | peak MiB | times TRL", rows)
+
+
+def update_layouts() -> list[str]:
+    m = measured("update_real_lengths")
+    names = {
+        "padded": "padded rows (`defaults_version: 2`)",
+        "contiguous": "prompt and reply side by side, sorted by length (3)",
+        "packed": "all rows of a pass as one (now)",
+        "budget": "the same, `tokens_per_microbatch: 2400`",
+    }
+    rows = [
+        [
+            name,
+            mid(m[f"{way}/update_seconds"]),
+            scattered(m[f"{way}/update_over_floor"]),
+            mid(m[f"{way}/real_token_share"]),
+        ]
+        for way, name in names.items()
+    ]
+    return table("rows of a forward pass | update, s | times the matrix products | share of real tokens", rows)
+
+
+def is_measured(name: str) -> bool:
+    return (HERE / "results" / f"{name}.json").exists()
+
+
+def speed_aims() -> list[str]:
+    """What was aimed at and what came out, missed or not, or not measured."""
+    real, large, update = "ppo_step_real_lengths", "ppo_step_real_lengths_135m", "update_real_lengths"
+    aims = []  # what, the result, its figure, the aim, whether more is better
+    for model, name in (("5.8 M", real), ("135 M", large)):
+        aims.append(
+            (f"PPO step, real lengths, {model}: speed, times TRL", name, "ours_over_trl/episodes_per_second", 2.0, True)
+        )
+        aims.append(("the same: peak memory, times TRL", name, "ours_over_trl/peak_mib", 0.6, False))
+    equal = "PPO step, equal lengths: speed, times TRL"
+    aims.append((equal, "ppo_step_vs_trl", "ours_over_trl/episodes_per_second", 1.2, True))
+    for work, (what, _, aim) in WORKS.items():
+        aims.append((f"{what}: speed, times TRL", "trainers_vs_trl", f"{work}/ours_over_trl/per_second", aim, True))
+        if work != "grpo":
+            memory = f"{work}/ours_over_trl/peak_mib"
+            aims.append(("the same: peak memory, times TRL", "trainers_vs_trl", memory, 1.0, False))
+    aims.append(("an update, times its matrix products", update, "packed/update_over_floor", 1.5, False))
+    aims.append(("real tokens of those computed, packed", update, "packed/real_token_share", 0.83, True))
+    aims.append(("the same where a base cannot pack", update, "contiguous/real_token_share", 0.83, True))
+    rows = []
+    for what, name, key, aim, more in aims:
+        told = f"at {'least' if more else 'most'} {aim:g}"
+        if not is_measured(name):
+            rows.append([what, told, "", "not measured"])
+            continue
+        figure = measured(name)[key]
+        met = figure["median"] >= aim if more else figure["median"] <= aim
+        rows.append([what, told, scattered(figure), "met" if met else "**missed**"])
+    return table("what | aim | measured | ", rows)
 
 
 def adapters() -> list[str]:
@@ -735,7 +895,7 @@ COMPUTES = ("decode", "evaluation and update")
 
 def conditions() -> list[str]:
     rows = []
-    for _, _, _, name in OVERVIEW:
+    for name in (name for _, _, _, name in OVERVIEW if is_measured(name)):
         r = result(name)
         machine = r["machine"]
         rows.append(
@@ -761,6 +921,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "study-stories": lambda: penalties("kl_study_stories"),
     "placements": placements,
     "trl": against_trl,
+    "trl-real-lengths": against_trl_on_real_lengths,
+    "trl-trainers": other_trainers,
+    "update-layouts": update_layouts,
+    "speed-aims": speed_aims,
     "adapters": adapters,
     "servers": servers,
     "overload": overloaded,

@@ -272,6 +272,30 @@ class Experience(_Rows):
 
 
 @dataclass(frozen=True)
+class PackedRows:
+    """Where the tokens of rows are, for a pass that reads them as one row (models/packing.py).
+
+    lengths: tokens of each row.   real_at: i64[K], where `attention_mask` is True, counted row by row.
+    read_at: i64[S], of these K, the last prompt token of each row and its reply: the states that are read."""
+
+    lengths: tuple[int, ...]
+    real_at: Tensor
+    read_at: Tensor
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, response_mask: Tensor) -> PackedRows:
+        """attention_mask: bool[M, T].   response_mask: bool[M, R], its last columns."""
+        read = F.pad(response_mask, (attention_mask.shape[1] - response_mask.shape[1], 0))
+        read[:, :-1] |= read[:, 1:].clone()
+        real = attention_mask.flatten()
+        lengths = tuple(int(n) for n in attention_mask.sum(dim=1))
+        return cls(lengths, real.nonzero().flatten(), read.flatten()[real].nonzero().flatten())
+
+    def to(self, device: torch.device) -> PackedRows:
+        return PackedRows(self.lengths, self.real_at.to(device), self.read_at.to(device))
+
+
+@dataclass(frozen=True)
 class Sequences:
     """Prompt and reply of some rows, cut to the narrowest width that holds them: what a forward pass sees.
 
@@ -279,6 +303,7 @@ class Sequences:
     length: tokens of the longest row, for a pass that reads prompt and reply one right behind the other: all padding is then on the
     right, and is `length` columns wide at most.  None: rows are read as they lie here, prompts padded on the left.
     reply_at: i64[K], where `response_mask` is True, counted row by row; None: everywhere, or nobody looked.
+    packed: for a pass that may read all rows as one; a base that cannot reads them by `length`.
     """
 
     tokens: Tensor
@@ -286,6 +311,7 @@ class Sequences:
     response_mask: Tensor
     length: int | None = None
     reply_at: Tensor | None = None
+    packed: PackedRows | None = None
 
     @property
     def response_width(self) -> int:
@@ -293,15 +319,23 @@ class Sequences:
 
     @property
     def computed_tokens(self) -> int:
-        """Of a forward pass, padding included."""
+        """Of a forward pass that is not packed, padding included."""
         rows, width = self.tokens.shape
         return int(rows) * (int(width) if self.length is None else self.length)
 
     @classmethod
-    def trim(cls, tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor, contiguous: bool = True) -> Sequences:
+    def trim(
+        cls,
+        tokens: Tensor,
+        prompt_mask: Tensor,
+        response_mask: Tensor,
+        contiguous: bool = True,
+        packed: bool = False,
+    ) -> Sequences:
         """Drop columns that are padding in every row. Widths depend on these rows alone, never on the rest of the batch.
 
-        contiguous: a forward pass reads each prompt and its reply without padding between them."""
+        contiguous: a forward pass reads each prompt and its reply without padding between them.   packed: and may read all rows as
+        one."""
         prompt_width = prompt_mask.shape[1]
         left = int((~prompt_mask.any(dim=0)).sum())
         response = int(response_mask.any(dim=0).sum())
@@ -313,4 +347,5 @@ class Sequences:
             real,
             int(mask.sum(dim=1).max()) if contiguous else None,
             real.flatten().nonzero().flatten() if contiguous else None,
+            PackedRows.of(mask, real) if contiguous and packed else None,
         )

@@ -14,10 +14,14 @@ from pydantic import BaseModel
 
 from rlhf_ray.config.sections import MAX_TEMPERATURE, MIN_TEMPERATURE, VALUE_LEARNING_RATE
 
-VERSION = 3
+VERSION = 4
 CONTIGUOUS_ROWS_SINCE = 3
 """Until then forward passes took rows in the order in which they came, prompts padded on the left. Sums in another order have other
 last bits, so what was begun so ends so."""
+PACKED_ROWS_SINCE = 4
+"""Until then rows of a forward pass lay side by side, the shorter ones padded on the right."""
+WHOLE_GROUPS_SINCE = 4
+"""Until then a chunk could end inside a group of num_generations replies."""
 REWARD_GATE_SINCE = 3
 """From then on PPO asks whether a reward run is better than chance."""
 CHAT_RESPONSE_LENGTH = 512

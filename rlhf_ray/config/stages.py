@@ -140,6 +140,11 @@ class JobFields(Section):
         """Whether forward passes read prompt and reply without padding between them; see defaults.py."""
         return self.defaults_version >= defaults.CONTIGUOUS_ROWS_SINCE
 
+    @property
+    def has_packed_rows(self) -> bool:
+        """Whether they read all rows as one, without padding, where the base can; see defaults.py."""
+        return self.defaults_version >= defaults.PACKED_ROWS_SINCE
+
     @model_validator(mode="wrap")
     @classmethod
     def _open_fields(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
@@ -259,8 +264,8 @@ class SFTConfig(_SupervisedFields):
     packing: bool = field(
         False,
         "read the rows of a forward pass as one row, without padding: positions begin again with each, and none sees another; the"
-        " loss is the same. For flash-attn, whose variable-length kernel then does no useless work; elsewhere a mask of all"
-        " pairs of tokens is made. Not for models with a state",
+        " loss is the same. Attention reads each row by itself (torch's sdpa, flash-attn's variable length); kernels that cannot"
+        " get a mask of all pairs of tokens. Not for models with a state",
     )
     sft: Path | None = field(
         None,
@@ -374,7 +379,10 @@ class PPOConfig(JobFields, OptimFields):
     )
     min_lr_ratio: Share = field(0.1, "learning rate at the end, as a share of the peak")
     rollout_batch_size: Annotated[int, Field(ge=8)] = field(256, "replies per step, over all workers")
-    rollout_chunk_size: Count = field(64, "replies sampled together; results depend on it, not on who samples a chunk")
+    rollout_chunk_size: Count = field(
+        64,
+        "replies sampled together, rounded down to whole groups of num_generations; results depend on it, not on who does it",
+    )
     sampler_rows: Count | None = field(None, SAMPLER_ROWS)
     per_device_train_batch_size: Count = field(16, "rows per forward pass and worker: memory only")
     tokens_per_microbatch: Count | None = field(
@@ -562,6 +570,14 @@ class PPOConfig(JobFields, OptimFields):
     def samples_off_policy(self) -> bool:
         """Whether tokens are sampled by other probabilities than the learner's: an older adapter's, or another engine's."""
         return self.max_staleness > 0 or self.rollout.engine != "builtin"
+
+    @property
+    def chunk_rows(self) -> int:
+        """Replies that are sampled together: rollout_chunk_size, rounded down to whole groups of num_generations.
+
+        Equal prompts of a chunk are read once, so a group that lay in two would be read twice. A group larger than a chunk is."""
+        whole = self.rollout_chunk_size // self.num_generations * self.num_generations
+        return whole if whole and self.defaults_version >= defaults.WHOLE_GROUPS_SINCE else self.rollout_chunk_size
 
     @model_validator(mode="after")
     def _ppo_rules(self) -> PPOConfig:

@@ -59,8 +59,9 @@ def chunked_token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs(head(hidden), tokens)`, with the logits of at most `chunk_size` positions alive at any time.
 
-    When a gradient is needed each chunk is an activation checkpoint: its logits are dropped after the forward and computed again
-    in the backward. For 64 x 300 positions and a vocabulary of 128,000 that is 0.5 GB (chunk_size 1024) in place of 10 GB.
+    When a gradient is needed and there are several chunks, each is an activation checkpoint: its logits are dropped after the
+    forward and computed again in the backward, which of a single chunk would be the next thing to do. For 64 x 300 positions and a
+    vocabulary of 128,000 that is 0.5 GB (chunk_size 1024) in place of 10 GB.
 
     hidden: [B, R, D], column t is the state that predicts tokens[:, t].   head: maps [N, D] to logits [N, V], row by row.
     tokens: i64[B, R].   with_entropy: also the entropy of every position, with a gradient where one is needed (the entropy bonus).
@@ -83,13 +84,16 @@ def chunked_token_logprobs(
         return logprobs, entropy(logits, temperature)
 
     parts = []
-    for call in range(max(min_calls, chunk_calls(positions, chunk_size))):
+    calls = max(min_calls, chunk_calls(positions, chunk_size))
+    for call in range(calls):
         rows = slice(call * chunk_size, (call + 1) * chunk_size)
         if call and rows.start >= positions:
             rows = slice(0, 1)  # a surplus call of min_calls; its results are cut off below, its gradient is 0
         chunk = (flat_hidden[rows], flat_tokens[rows])
         parts.append(
-            checkpoint(one_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled() else one_chunk(*chunk)
+            checkpoint(one_chunk, *chunk, use_reentrant=False)
+            if calls > 1 and torch.is_grad_enabled()
+            else one_chunk(*chunk)
         )
     logprobs = torch.cat([p[0] for p in parts])[:positions].view(tokens.shape)
     return logprobs, torch.cat([p[1] for p in parts])[:positions].view(tokens.shape) if with_entropy else None

@@ -27,9 +27,10 @@ from rlhf_ray.models.adapters import (
     set_trainable,
     wrap,
 )
-from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
+from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier, trunk
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import header_line
+from rlhf_ray.models.packing import packing_of
 from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.models.shared_base import Place
 from rlhf_ray.models.specs import ModelSpec
@@ -175,6 +176,10 @@ class Assembly:
             models.recompute = True
             for stack in self.trained:
                 gradient_checkpointing(self.stacks[stack].peft)
+        if isinstance(self.job, PPOConfig) and self.job.has_packed_rows:
+            for backbone in [holder.backbone for holder in self.stacks.values()]:
+                body, kernel = trunk(backbone.model), backbone.attn_implementation
+                backbone.packing = packing_of(body, kernel, skips=not models.recompute)
         if self.place is not None:
             self.place.trains(models)
         return models

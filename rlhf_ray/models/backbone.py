@@ -31,6 +31,7 @@ from rlhf_ray.models.loading import (
     quiet,
     read_tensor,
 )
+from rlhf_ray.models.packing import Packing
 from rlhf_ray.models.quantisation import dequantised, keep_trainable
 from rlhf_ray.models.recurrent import one_recurrence
 from rlhf_ray.models.sources import ModelSource, config_sha256, resolve_source, weights_sha256
@@ -85,6 +86,7 @@ class Backbone:
     """A loaded base. model: frozen, in eval mode.  eos_ids: what ends a reply, whatever the template (see `stop_ids`).
     dtype: of the weights that are not quantised.  context_length: tokens it was made for.  head: of a causal language model.
     stop_token_ids: those that the job names, None where it leaves them to model and template.
+    packing: how it reads rows packed into one; None where it cannot, or nobody tried.
     notes: what a run should say of it."""
 
     model: PreTrainedModel
@@ -98,6 +100,7 @@ class Backbone:
     attn_implementation: str
     head: nn.Module | None = None
     stop_token_ids: tuple[int, ...] | None = None
+    packing: Packing | None = None
     notes: tuple[str, ...] = ()
 
     def stop_ids(self, template: Template) -> tuple[int, ...]:

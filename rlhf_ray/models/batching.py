@@ -22,16 +22,18 @@ class Batching:
     """rows: of a forward pass.   tokens: of one, padding included: as many rows as fit, at least one, whatever `rows` says.
 
     contiguous: False for runs begun under defaults_version 1 and 2: rows in the order in which they come, prompts padded on the
-    left."""
+    left.   packed: all rows of a pass as one, where the base reads such (packing.py); not in runs begun under version 3."""
 
     rows: int
     tokens: int | None = None
     contiguous: bool = True
+    packed: bool = False
 
     @classmethod
     def of(cls, config: PPOConfig) -> Batching:
         """Of a job's updates, evaluations and scores."""
-        return cls(config.per_device_train_batch_size, config.tokens_per_microbatch, config.has_contiguous_rows)
+        rows, tokens = config.per_device_train_batch_size, config.tokens_per_microbatch
+        return cls(rows, tokens, config.has_contiguous_rows, config.has_packed_rows)
 
     def order(self, lengths: Tensor) -> Tensor:
         """i64[N]: rows in the order in which passes take them.   lengths: i64[N], tokens of each."""
@@ -60,4 +62,4 @@ class Batching:
 
     def sequences(self, tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor, index: Tensor) -> Sequences:
         """Rows `index` as a pass sees them; see `Sequences.trim`."""
-        return Sequences.trim(tokens[index], prompt_mask[index], response_mask[index], self.contiguous)
+        return Sequences.trim(tokens[index], prompt_mask[index], response_mask[index], self.contiguous, self.packed)

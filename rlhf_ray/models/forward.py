@@ -76,4 +76,5 @@ def after_last_token(every: Tensor, seq: Sequences) -> Tensor:
 
 def to_device(seq: Sequences, device: torch.device) -> Sequences:
     tokens, mask, reply = (t.to(device) for t in (seq.tokens, seq.attention_mask, seq.response_mask))
-    return Sequences(tokens, mask, reply, seq.length, None if seq.reply_at is None else seq.reply_at.to(device))
+    reply_at = None if seq.reply_at is None else seq.reply_at.to(device)
+    return Sequences(tokens, mask, reply, seq.length, reply_at, None if seq.packed is None else seq.packed.to(device))

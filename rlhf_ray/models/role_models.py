@@ -7,6 +7,7 @@ With all roles as adapters on one base there is one stack; a merged or full rewa
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_ray.models.adapters import use_adapter
 from rlhf_ray.models.backbone import Backbone, trunk
 from rlhf_ray.models.forward import after_last_token, response_logprobs, response_states, response_values
 from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.packing import packed_response_states
 from rlhf_ray.models.zero3 import MaxOverRanks
 
 
@@ -48,10 +50,18 @@ class AdapterStack(nn.Module):
 
     def states(self, seq: Sequences, adapter: str | None) -> Tensor:
         """`response_states` under `adapter`; None is the base itself."""
-        if not isinstance(self.model, PeftModel):
-            return response_states(trunk(self.backbone.model), seq)
-        with use_adapter(self.model, adapter):
-            return response_states(trunk(self.backbone.model), seq)
+        with use_adapter(self.model, adapter) if isinstance(self.model, PeftModel) else nullcontext():
+            body, packing = trunk(self.backbone.model), self.backbone.packing
+            if packing is not None and packing.takes(seq):
+                return packed_response_states(body, packing, seq)
+            return response_states(body, seq)
+
+    def computed_tokens(self, seq: Sequences) -> int:
+        """Of a pass over these rows, padding included."""
+        packing = self.backbone.packing
+        if packing is not None and packing.takes(seq):
+            return sum(seq.packed.lengths)  # type: ignore[union-attr]
+        return seq.computed_tokens
 
     def logprobs(
         self, states: Tensor, seq: Sequences, temperature: float, with_entropy: bool, max_over_ranks: MaxOverRanks

@@ -107,12 +107,12 @@ class Estimator:
             rows = job.per_device_eval_batch_size
             scored, chunk = min(rows, job.rollout_chunk_size), job.rollout_chunk_size
             return Shapes(rows, scored, chunk, 1, prompt, job.response_length, job.sampler_rows)
-        chunk = min(job.rollout_chunk_size, job.rollout_batch_size)
+        chunk = min(job.chunk_rows, job.rollout_batch_size)
         share = -(-job.rollout_batch_size // job.num_mini_batches // max(job.learner.num_workers, 1))
         rows = min(job.per_device_train_batch_size, share)
         scored = min(job.per_device_train_batch_size, chunk)
-        reply, at_once, contiguous = job.response_length, job.sampler_rows, job.has_contiguous_rows
-        return Shapes(rows, scored, chunk, job.num_generations, prompt, reply, at_once, contiguous)
+        how: dict[str, Any] = {"contiguous": job.has_contiguous_rows, "packed": job.has_packed_rows}
+        return Shapes(rows, scored, chunk, job.num_generations, prompt, job.response_length, job.sampler_rows, **how)
 
     def about(self, job: JobFields) -> str:
         """What the estimate stands on, in a line."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ray.batches import Sequences
+from rlhf_ray.batches import PackedRows, Sequences
 from rlhf_ray.config import DPOConfig, OptimFields, PPOConfig, RewardConfig, SamplingConfig, SFTConfig
 from rlhf_ray.maths import losses
 from rlhf_ray.models.adapters import adapter_parameters
@@ -32,7 +32,7 @@ from rlhf_ray.supervised.trained_model import LanguageModel, PreferenceModel, Re
 class Shapes:
     """Rows and tokens of the passes. rows: of a forward pass in updates.  scored: of one in scoring.  chunk: replies sampled
     together.  same: replies to one prompt.  prompt, response: tokens.  at_once: sampler_rows of the job.  contiguous: rows are read
-    without a mask."""
+    without a mask.  packed: and as one where the base can."""
 
     rows: int
     scored: int
@@ -42,6 +42,7 @@ class Shapes:
     response: int
     at_once: int | None = None
     contiguous: bool = True
+    packed: bool = False
 
     @property
     def _length(self) -> int | None:
@@ -66,14 +67,18 @@ class Shapes:
 
     def texts(self, rows: int) -> Sequences:
         """Rows of ptx_data: every token but the first is predicted, as `PtxBatch` has them."""
-        tokens = torch.zeros(rows, self.prompt + self.response, dtype=torch.int64, device="meta")
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        return Sequences(tokens, mask, mask[:, 1:], self._length)
+        return self._sequences(rows, 1)
 
     def sequences(self, rows: int) -> Sequences:
-        tokens = torch.zeros(rows, self.prompt + self.response, dtype=torch.int64, device="meta")
+        return self._sequences(rows, self.prompt)
+
+    def _sequences(self, rows: int, prompt: int) -> Sequences:
+        length = self.prompt + self.response
+        tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        return Sequences(tokens, mask, mask[:, self.prompt :], self._length)
+        real, read = (torch.zeros(rows * n, dtype=torch.int64, device="meta") for n in (length, length - prompt + 1))
+        packed = PackedRows((length,) * rows, real, read) if self.packed else None
+        return Sequences(tokens, mask, mask[:, prompt:], self._length, packed=packed)
 
 
 class Cast:
@@ -230,8 +235,10 @@ class SupervisedLearning(Learning):
         self.job, self.length = job, min(job.max_length, base.context_length)
         trained: dict[str, Any] = dict(adapter_parameters(peft_model, "trained"))
         if isinstance(job, SFTConfig):
-            self.model: Any = LanguageModel(base, peft_model, job.has_contiguous_rows, job.packing)
-            cast.tracker.packs = job.packing and job.attn_implementation != "flash_attention_2"
+            # Rows that attention reads one after the other take what rows of full length take side by side.
+            masked = job.packing and not (job.has_packed_rows and job.attn_implementation != "eager")
+            self.model: Any = LanguageModel(base, peft_model, job.has_contiguous_rows, masked)
+            cast.tracker.packs = masked and job.attn_implementation != "flash_attention_2"
         elif isinstance(job, DPOConfig):
             self.model = PreferenceModel(base, peft_model, None if job.sft is None else "reference")
         else:

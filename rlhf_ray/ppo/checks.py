@@ -34,7 +34,7 @@ def check_rollout(
         probed, logprobs = rollout, evaluation.logprobs
         if sampled.adapter.version != newest.version:
             wanted = config.per_device_train_batch_size * session.world_size
-            probed = rollout.rows(probed_rows(len(rollout), config.rollout_chunk_size, wanted))
+            probed = rollout.rows(probed_rows(len(rollout), config.chunk_rows, wanted))
             logprobs = setup.learner.logprobs_under(sampled.adapter, probed)
         try:
             metrics["sampler/probe_difference"] = invariants.check_sampler_agrees(probed, logprobs, limit, step)

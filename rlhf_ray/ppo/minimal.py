@@ -53,7 +53,7 @@ def minimal_ppo(
     assembly.add_value("policy", "own", config.value.lora)
     models = assembly.finish()
     peft = models.stack_of("policy").peft
-    sampler = Sampler(peft, base.pad_id, max_rows=min(64, config.rollout_chunk_size))
+    sampler = Sampler(peft, base.pad_id, max_rows=min(64, config.chunk_rows))
     prompts = load_prompts(config, base, template).schedule
 
     # One optimizer, two groups: policy and value model have learning rates and clipping norms of their own.
@@ -84,7 +84,7 @@ def minimal_ppo(
             )
             for i, row in enumerate(rows)
         ]
-        size = config.rollout_chunk_size
+        size = config.chunk_rows
         responses = [r for start in range(0, len(rows), size) for r in sampler.run(requests[start : start + size])]
         prompt_ids, prompt_mask = pad_left([row.ids for row in rows], base.pad_id)
         response_ids, mask = pad_right([response.token_ids for response in responses], base.pad_id)
@@ -96,7 +96,7 @@ def minimal_ppo(
             index: Tensor, tokens: Tensor = tokens, prompt_mask: Tensor = prompt_mask, mask: Tensor = mask
         ) -> Sequences:
             """Some rows, without columns that are padding in all of them, on the device."""
-            return to_device(Sequences.trim(tokens[index], prompt_mask[index], mask[index]), device)
+            return to_device(Sequences.trim(tokens[index], prompt_mask[index], mask[index], packed=True), device)
 
         # 2. Score: a reward for each reply; log-probabilities of its tokens under the frozen reference.
         reply_text = decoder(base.tokenizer, template)

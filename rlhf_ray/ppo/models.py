@@ -112,7 +112,7 @@ def assemble_scorer(config: PPOConfig, device: torch.device) -> tuple[Assembly, 
 
 def policy_sampler(config: PPOConfig, assembly: Assembly, model: Any, forward: Any = None) -> Sampler:
     """The sampler of rollouts and evaluations. model: the base with its adapters.  forward: see `Sampler`."""
-    rows = rows_at_once(config.sampler_rows, config.rollout_chunk_size, assembly.device.type)
+    rows = rows_at_once(config.sampler_rows, config.chunk_rows, assembly.device.type)
     return Sampler(model, assembly.base.pad_id, rows, forward, static=config.rollout.cuda_graphs)
 
 

@@ -145,7 +145,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder, held: ExitSta
     eval_decoding = decoding(config.eval_sampling, stop_ids)
     collector: Callable[[float], Collector]
     if remote_roles is not None:
-        split = remote_roles.collector(config.rollout_chunk_size, backbone.pad_id)
+        split = remote_roles.collector(config.chunk_rows, backbone.pad_id)
         collector = lambda temperature: split  # noqa: E731  # scorers take the temperature with each request
     else:
         collector = _own_collector(config, session, assembly, roles, learner, to_texts, synced, engine_adapter)
@@ -285,7 +285,7 @@ def _own_collector(
             synced=synced,
             overlaps=session.seat is None,  # runs that share a process take turns
         )
-        return LocalCollector(generator, scorer, session, config.rollout_chunk_size, pad_id, lockstep)
+        return LocalCollector(generator, scorer, session, config.chunk_rows, pad_id, lockstep)
 
     return collector
 

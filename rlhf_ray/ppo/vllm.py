@@ -59,7 +59,7 @@ def options(config: PPOConfig, base: BaseFiles, device: torch.device, max_rank: 
         dtype=str(base.dtype).removeprefix("torch."),
         device=device,
         longest=longest_row(config, base.context_length),
-        max_rows=min(config.sampler_rows or config.rollout_chunk_size, config.rollout_chunk_size),
+        max_rows=min(config.sampler_rows or config.chunk_rows, config.chunk_rows),
         max_rank=max_rank,
         gpu_memory_utilization=gpu_share(config),
         kv_cache_bytes=None if cache is None else int(cache * 2**30),

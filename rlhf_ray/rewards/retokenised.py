@@ -54,12 +54,17 @@ class Reader:
         ]
 
     def sequences(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], contiguous: bool = True
+        self,
+        prompts: Sequence[list[int]],
+        responses: Sequence[list[int]],
+        contiguous: bool = True,
+        packed: bool = False,
     ) -> Sequences:
-        """Padded, on the reward model's device. Every prompt and reply must hold a token.   contiguous: see `Sequences.trim`."""
+        """Padded, on the reward model's device. Every prompt and reply must hold a token.   contiguous, packed: see
+        `Sequences.trim`."""
         before, real_before = pad_left(prompts, self.backbone.pad_id)
         after, real_after = pad_right(responses, self.backbone.pad_id)
-        seq = Sequences.trim(torch.cat([before, after], dim=1), real_before, real_after, contiguous)
+        seq = Sequences.trim(torch.cat([before, after], dim=1), real_before, real_after, contiguous, packed)
         return to_device(seq, self.backbone.device)
 
 
@@ -91,7 +96,8 @@ class RetokenisedReward(Reward):
         lengths = torch.tensor([len(p) + len(r) for p, r in fitted])
         for rows in self.batching.passes(lengths, self.max_over_ranks):
             some = [fitted[i] for i in rows.tolist()]
-            seq = self.reader.sequences([p for p, _ in some], [r for _, r in some], self.batching.contiguous)
+            how = self.batching.contiguous, self.batching.packed
+            seq = self.reader.sequences([p for p, _ in some], [r for _, r in some], *how)
             found[rows] = self.models("rewards", self.role, seq).float().cpu()
         return broken_as_inf(found)
 

@@ -279,7 +279,7 @@ class Learner:
         total = int(ptx.learnt.sum())
         sums |= {"ptx_loss": 0.0, "ptx_tokens": 0.0}
         for number, micro in enumerate(self._microbatches(torch.arange(len(ptx)), ptx.lengths)):
-            seq = to_device(ptx.sequences(micro.index, self.batching.contiguous), self.session.device)
+            seq = to_device(ptx.sequences(micro.index, self.batching), self.session.device)
             self._count_tokens(sums, seq, ptx.lengths, micro)
             logprobs, _ = self.engine.module("logprobs", "policy", seq, 1.0)
             learnt = (ptx.learnt[micro.index] & micro.counts[:, None])[:, : seq.response_width].to(logprobs.device)
@@ -402,7 +402,9 @@ class Learner:
         lengths: tokens of every row that `micro` may name."""
         if self.batching.contiguous:
             sums["real_tokens"] = sums.get("real_tokens", 0.0) + float(lengths[micro.index[micro.counts]].sum())
-            sums["computed_tokens"] = sums.get("computed_tokens", 0.0) + float(seq.computed_tokens)
+            sums["computed_tokens"] = sums.get("computed_tokens", 0.0) + float(
+                self.models.stack_of("policy").computed_tokens(seq)
+            )
 
     def _sequences(self, rows: Rollout | Experience, micro: Microbatch) -> Sequences:
         seq = self.batching.sequences(rows.tokens, rows.prompt_mask, rows.response_mask, micro.index)

@@ -13,6 +13,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.collate import IGNORE_INDEX, TokenisedRow, collate_sft
 from rlhf_ray.data.schedule import Passes
 from rlhf_ray.maths.rng import derived_seed
+from rlhf_ray.models.batching import Batching
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class PtxBatch:
         """i64[N], tokens of each row."""
         return self.real.sum(dim=1)
 
-    def sequences(self, index: Tensor, contiguous: bool = True) -> Sequences:
+    def sequences(self, index: Tensor, batching: Batching) -> Sequences:
         """Some rows as a forward pass sees them: the first token, which nothing predicts, is the prompt; the others the reply."""
-        return Sequences.trim(self.tokens[index], self.real[index, :1], self.real[index, 1:], contiguous)
+        return batching.sequences(self.tokens, self.real[:, :1], self.real[:, 1:], index)
 
 
 class PtxRows:

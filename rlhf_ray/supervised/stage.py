@@ -26,6 +26,7 @@ from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import Backbone, load_backbone, trunk
 from rlhf_ray.models.context import shortened_note
 from rlhf_ray.models.coverage import adapter_notes
+from rlhf_ray.models.packing import packing_of
 from rlhf_ray.report import write_report
 from rlhf_ray.runtime.session import Session, seed_everything
 from rlhf_ray.storage.checkpoints import require_room
@@ -80,8 +81,13 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
     task = recipe.build(backbone, template)
     if getattr(config, "packing", False):
         check_packing(task.model, [row.input_ids for row in examples.train[:3]])
-    if session.device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing:
+    wanted = config.gradient_checkpointing
+    recomputes = session.device.type == "cuda" if wanted is None else wanted
+    if recomputes:
         gradient_checkpointing(task.model.peft_model)
+    if config.has_packed_rows and "neftune_noise_alpha" not in config.trainer:  # whose size goes by the width of a pass
+        kernel = backbone.attn_implementation
+        backbone.packing = packing_of(trunk(task.model.peft_model), kernel, skips=not recomputes)
     run_entry.check_same_models(folder, backbone.identity, template, [p.manifest() for p in task.parents])
     if session.is_main and not folder.checkpoints():
         require_room(folder.path, sum(p.numel() for p in task.model.parameters() if p.requires_grad))

@@ -19,6 +19,7 @@ from rlhf_ray.models.adapters import use_adapter
 from rlhf_ray.models.backbone import Backbone, trunk
 from rlhf_ray.models.forward import LOGITS_AT_ONCE
 from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.packing import TOLERANCE, read_packed
 from rlhf_ray.models.recurrent import hidden_states, turned
 
 
@@ -36,6 +37,20 @@ class TrainedModel(nn.Module):
         """Last hidden states [N, T, D]; positions count real tokens, so padding on either side changes nothing."""
         width = input_ids.shape[1] if self.contiguous else None
         return hidden_states(trunk(self.peft_model), input_ids, attention_mask.bool(), length=width)
+
+    def packed(self, input_ids: Tensor, real: Tensor, read: Tensor) -> Tensor:
+        """[K, D]: last hidden states of the real tokens, row after row, read as one row (`backbone.packing` must be there).
+
+        input_ids: i64[N, T].   real: bool[N, T].   read: bool[N, T], whose states are read; others need not mean anything."""
+        assert self.backbone.packing is not None
+        lengths, read_at = real.sum(dim=1).tolist(), read[real].nonzero().flatten()
+        ids, positions = input_ids[real], position_ids(real)[real]
+        return read_packed(trunk(self.peft_model), self.backbone.packing, ids, positions, lengths, read_at)
+
+    def may_pack(self, real: Tensor) -> bool:
+        """Whether the base reads rows as long as these packed.   real: bool[N, T]."""
+        packing = self.backbone.packing
+        return packing is not None and real.shape[1] <= packing.longest
 
     def read(self, attention_mask: Tensor, input_ids: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
         """`states`, and mask and what lies `beside` the ids (i64[N, T]), all with padding on one side: that which costs nothing."""
@@ -83,8 +98,11 @@ class LanguageModel(TrainedModel):
         """sum_t -log p(labels_t | tokens before t), over labels that are not IGNORE_INDEX.   All i64[N, T], labels not shifted.
 
         label_smoothing e: (1 - e) x that + e x the mean of -log p over the vocabulary (arXiv:1512.00567)."""
-        if self.packing:
-            real = attention_mask.bool()
+        real = attention_mask.bool()
+        if self.packing and self.may_pack(real):
+            targets = _next(labels)
+            states, targets = self.packed(input_ids, real, targets != IGNORE_INDEX), targets[real]
+        elif self.packing:
             states, targets = packed_states(trunk(self.peft_model), input_ids, real), _next(labels)[real]
         else:
             states, _, labels = self.read(attention_mask, input_ids, labels)
@@ -115,11 +133,17 @@ class PreferenceModel(LanguageModel):
         """f32[N]: log p of each row's reply, summed over its tokens, under the active adapter.
 
         input_ids, attention_mask: i64[N, T], padded on the right.   replies: bool[N, T], True on the tokens of the reply."""
-        states, _, ids, replies = self.read(attention_mask, input_ids, input_ids, replies)
+        real = attention_mask.bool()
+        if self.may_pack(real):
+            before = F.pad(replies[:, 1:], (0, 1))
+            states, ids = self.packed(input_ids, real, before)[before[real]], input_ids
+        else:
+            every, _, ids, replies = self.read(attention_mask, input_ids, input_ids, replies)
+            states = every[:, :-1][replies[:, 1:]]
         targets, wanted = ids[:, 1:], replies[:, 1:]
         head = self._lm_head()
         size = max(LOGITS_AT_ONCE // int(getattr(head, "out_features", 0) or 32_000), 1)
-        said, _ = chunked_token_logprobs(states[:, :-1][wanted], head, targets[wanted], 1.0, size, with_entropy=False)
+        said, _ = chunked_token_logprobs(states, head, targets[wanted], 1.0, size, with_entropy=False)
         return said.new_zeros(targets.shape).masked_scatter(wanted, said).sum(dim=1)
 
     @torch.no_grad()
@@ -138,6 +162,11 @@ class RewardModel(TrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """f32[N] scores of sequences i64[N, T]. They depend on the real tokens alone, wherever the padding is (F11)."""
+        real = attention_mask.bool()
+        if self.may_pack(real):
+            last = last_token_index(real)[:, None]
+            states = self.packed(input_ids, real, torch.zeros_like(real).scatter(1, last, True))
+            return self.head(states[real.sum(dim=1).cumsum(0) - 1])
         states, mask = self.read(attention_mask, input_ids)
         return self.head(at_last_token(states, mask))
 
@@ -166,7 +195,7 @@ def check_packing(model: TrainedModel, rows: Sequence[Sequence[int]]) -> None:
         ]
         each = torch.cat(alone).float()
         off = float((packed.float() - each).abs().max() / each.abs().max().clamp_min(1e-9))
-        got = "" if off <= PACKING_TOLERANCE.get(packed.dtype, 0.1) else f"off by {off:.2g} of the largest"
+        got = "" if off <= TOLERANCE.get(packed.dtype, 0.1) else f"off by {off:.2g} of the largest"
     except (RuntimeError, TypeError, ValueError) as error:  # whatever a model does with what it was not made for
         got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if got:
@@ -181,9 +210,6 @@ def check_packing(model: TrainedModel, rows: Sequence[Sequence[int]]) -> None:
 
 PROBED_TOKENS = 24
 """Of each row: enough for a mask that is wrong to show."""
-PACKING_TOLERANCE = {torch.float32: 1e-3}
-"""Largest difference of hidden states over the largest of them, in shorter precisions 0.1. Sums in another order differ by 1e-6,
-rows that see each other by 0.1 to 1."""
 
 
 def _next(labels: Tensor) -> Tensor:

@@ -118,6 +118,13 @@ def test_a_default_of_the_runs_version_is_not_told_to_have_no_effect() -> None:
     assert PPOConfig(**to_dict(job)) == job and unused_fields(PPOConfig(**to_dict(job))) == []
 
 
+def test_chunks_hold_whole_groups_but_in_runs_of_before() -> None:
+    grouped = {**PPO, "advantage_estimator": "rloo", "num_generations": 6, "rollout_batch_size": 240}
+    assert PPOConfig(**grouped).chunk_rows == 60 and PPOConfig(**PPO).chunk_rows == 64
+    assert PPOConfig(**grouped, defaults_version=3).chunk_rows == 64
+    assert PPOConfig(**grouped, rollout_chunk_size=4).chunk_rows == 4, "no group fits"
+
+
 @pytest.mark.parametrize("version", [0, VERSION + 1])
 def test_a_version_that_is_none_is_refused(version: int) -> None:
     with pytest.raises(ConfigError, match="defaults_version: out of range"):

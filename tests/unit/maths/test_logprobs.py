@@ -178,6 +178,20 @@ def test_min_calls_keeps_zero3_ranks_in_step() -> None:
     assert torch.equal(hidden.grad, expected_grad) and torch.equal(head.linear.weight.grad, plain.linear.weight.grad)
 
 
+def test_a_single_chunk_is_not_computed_twice() -> None:
+    """Its logits are the first thing that the backward needs. The same bits as when they are recomputed."""
+    hidden, tokens = _inputs()
+    head, twice = Head(4, 11), Head(4, 11)
+    got, _ = chunked_token_logprobs(hidden, head, tokens, 0.7, 15, with_entropy=False)
+    got.sum().backward()
+    grad, hidden.grad = hidden.grad, None
+    assert head.sizes == [15]
+    expected, _ = chunked_token_logprobs(hidden, twice, tokens, 0.7, 15, with_entropy=False, min_calls=2)
+    expected.sum().backward()
+    assert len(twice.sizes) == 4
+    assert torch.equal(got, expected) and torch.equal(grad, hidden.grad)
+
+
 def test_no_positions_still_make_one_call() -> None:
     """A rank whose microbatch holds filler rows alone has width 0."""
     head = Head(4, 11)

@@ -60,3 +60,17 @@ def test_what_a_pass_computes(contiguous: bool, computed: int) -> None:
     replies = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]).bool()
     seq = Batching(2, None, contiguous).sequences(torch.arange(18).view(2, 9), prompts, replies, torch.arange(2))
     assert seq.computed_tokens == computed and seq.response_width == 4
+
+
+def test_where_the_tokens_of_packed_rows_are() -> None:
+    """Prompts of 4 and 1 tokens, replies of 2 and 4: read are the last prompt token of each row and its reply."""
+    prompts = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]]).bool()
+    replies = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]).bool()
+    tokens = torch.arange(18).view(2, 9)
+    seq = Batching(2, None, True, packed=True).sequences(tokens, prompts, replies, torch.arange(2))
+    assert seq.packed is not None and seq.packed.lengths == (6, 5)
+    ids = seq.tokens.flatten()[seq.packed.real_at]
+    assert ids.tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16]
+    assert ids[seq.packed.read_at].tolist() == [3, 4, 5, 12, 13, 14, 15, 16]
+    older = Batching(2, None, True).sequences(tokens, prompts, replies, torch.arange(2))
+    assert older.packed is None and older.computed_tokens == seq.computed_tokens == 12

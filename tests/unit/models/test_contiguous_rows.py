@@ -17,6 +17,7 @@ from rlhf_ray.batches import Sequences
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.forward import response_logprobs, response_states
+from rlhf_ray.models.packing import packed_response_states, packing_of
 from rlhf_ray.supervised.trained_model import check_packing, packed_states
 
 VOCABULARY, PAD = 97, 0
@@ -99,6 +100,44 @@ def test_rows_are_read_as_each_alone(family: str, contiguous: bool) -> None:
     seq = Sequences.trim(*rows(), contiguous)
     assert seq.length == (13 if contiguous else None)
     states = response_states(trunk(model), seq)
+    _compare(model, seq, states)
+
+
+APART = sorted(set(PACKED) - {"gemma2"} | {"opt"})
+"""Whose rows attention can read one by one: not where sdpa caps scores; also where positions, but not masks, tell rows apart."""
+FULL = sorted(set(APART) - {"cohere2", "gemma3_text", "llama4_text", "mistral", "qwen2"})
+"""Those whose layers all see whole rows; the others read packed rows that are no longer than their windows."""
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_who_reads_packed_rows(family: str) -> None:
+    model = make(family)
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    packing = packing_of(trunk(model), model.config._attn_implementation)
+    if family not in APART:
+        assert packing is None
+        return
+    assert packing is not None and packing.takes(Sequences.trim(*rows(), packed=True)) == (family in FULL)
+    assert packing.longest == (2**31 if family in FULL else 4)
+    assert packing_of(trunk(model), "eager") is None
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("family", FULL)
+def test_rows_as_one_are_read_as_each_alone(family: str, skips: bool) -> None:
+    """States, log-probabilities and gradients; with and without leaving out what the last layer makes of prompts."""
+    model = make(family)
+    packing = packing_of(trunk(model), "sdpa", skips)
+    assert packing is not None and bool(packing.by_position) == (skips and family != "opt"), (
+        "whose layers have other parts"
+    )
+    seq = Sequences.trim(*rows(), packed=True)
+    states = packed_response_states(trunk(model), packing, seq)
+    assert states.shape == (4, 13, 32)
+    _compare(model, seq, states)
+
+
+def _compare(model: Any, seq: Sequences, states: Tensor) -> None:
     expected = [row[p - 1 : p + n] for row, (p, n) in zip(alone(model), LENGTHS)]
     for found, row in zip(states, expected):
         torch.testing.assert_close(found[: len(row)], row, atol=2e-5, rtol=2e-5)
@@ -112,6 +151,51 @@ def test_rows_are_read_as_each_alone(family: str, contiguous: bool) -> None:
     weight = model.get_input_embeddings().weight
     gradient = torch.autograd.grad(logprobs.sum(), weight)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), weight)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_each_layer_computes_of_packed_rows() -> None:
+    """42 real tokens in four rows; the last layer's pointwise parts the 27 that are read, its keys all; attention row by row."""
+    model, seen = make("llama"), {}
+
+    def note(name: str) -> Any:
+        return lambda module, args, output: seen.setdefault(name, []).append(tuple(args[0].shape[:2]))
+
+    for layer, block in enumerate(trunk(model).layers):
+        for name in ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):
+            # The hooks of a pass come before these: what is noted is what the module itself was given.
+            block.get_submodule(name).register_forward_hook(note(f"{layer}.{name}"))
+    packing = packing_of(trunk(model), "sdpa")
+    assert packing is not None
+    seen.clear()
+    attended: list[int] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        attended.append(query.shape[2])
+        assert kwargs["attn_mask"] is None and kwargs["is_causal"]
+        return plain(query, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+        packed_response_states(trunk(model), packing, Sequences.trim(*rows(), packed=True))
+    real, read = sum(p + n for p, n in LENGTHS), sum(n + 1 for _, n in LENGTHS)
+    assert (real, read) == (42, 27)
+    assert attended == [p + n for p, n in LENGTHS] * 2
+    assert {key: shapes for key, shapes in seen.items() if key.startswith("0")} == {
+        f"0.{name}": [(1, real)]
+        for name in ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj")
+    }
+    assert seen["1.mlp.gate_proj"] == [(1, read)] and seen["1.self_attn.k_proj"] == [(1, real)]
+
+
+def test_no_hook_is_left_behind_and_other_passes_are_as_before() -> None:
+    model = make("llama")
+    before = torch.cat(alone(model))
+    packing = packing_of(trunk(model), "sdpa")
+    assert packing is not None
+    packed_response_states(trunk(model), packing, Sequences.trim(*rows(), packed=True))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(torch.cat(alone(model)), before)
 
 
 def _one_row(index: int) -> Sequences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "budget of the longest row": {"tokens_per_microbatch": 11},
     "budget": {"tokens_per_microbatch": 30},
     "less than any row": {"tokens_per_microbatch": 1},
+    "side by side": {"per_device_train_batch_size": 3, "defaults_version": 3},
     "older runs": {"per_device_train_batch_size": 3, "defaults_version": 2},
 }
 JOBS: dict[str, dict[str, Any]] = {
@@ -129,9 +131,11 @@ def computed(config: PPOConfig) -> float:
 
 def test_the_share_of_real_tokens_is_that_of_the_passes_shapes(job: Callable[..., PPOConfig]) -> None:
     """By hand: lengths are 8 10 7 11 9 8 7 13, longest first 13 11 10 9 8 8 7 7."""
-    assert computed(job(per_device_train_batch_size=1)) == pytest.approx(REAL)
-    assert computed(job(per_device_train_batch_size=8)) == pytest.approx(8 * 13)
-    assert computed(job(per_device_train_batch_size=4)) == pytest.approx(4 * 13 + 4 * 8)
-    assert computed(job(tokens_per_microbatch=24)) == pytest.approx(13 + 2 * 11 + 2 * 9 + 3 * 8)
+    padded = partial(job, defaults_version=3)
+    assert computed(padded(per_device_train_batch_size=1)) == pytest.approx(REAL)
+    assert computed(padded(per_device_train_batch_size=8)) == pytest.approx(8 * 13)
+    assert computed(padded(per_device_train_batch_size=4)) == pytest.approx(4 * 13 + 4 * 8)
+    assert computed(padded(tokens_per_microbatch=24)) == pytest.approx(13 + 2 * 11 + 2 * 9 + 3 * 8)
+    assert computed(job(per_device_train_batch_size=8)) == computed(job(tokens_per_microbatch=24)) == REAL
     older = job(per_device_train_batch_size=8, defaults_version=2)
     assert "update/real_token_share" not in learnt(older)[2].metrics(), "older runs log what they have logged"

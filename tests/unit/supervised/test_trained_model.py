@@ -16,8 +16,9 @@ from rlhf_ray.models.adapters import adapter_parameters, wrap
 from rlhf_ray.models.backbone import Backbone, trunk
 from rlhf_ray.models.forward import after_last_token, response_states
 from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.packing import packing_of
 from rlhf_ray.supervised import trained_model
-from rlhf_ray.supervised.trained_model import LanguageModel, RewardModel, token_loss_sum
+from rlhf_ray.supervised.trained_model import LanguageModel, PreferenceModel, RewardModel, token_loss_sum
 
 ROWS = [[1, 40, 41, 42, 2], [1, 50, 51, 52, 53, 54, 55, 2], [1, 60, 2]]
 PROMPTS = [2, 4, 1]
@@ -95,11 +96,53 @@ def test_packed_rows_and_the_masked_rows_of_older_runs_have_the_same_loss_and_gr
     expected, gradients = learnt()
     largest = max(float(g.abs().max()) for g in gradients)
     assert largest > 1e-3
-    for model.packing, model.contiguous in ((True, True), (False, False)):
+    apart = packing_of(trunk(model.peft_model), kernel)
+    assert (apart is None) == (kernel == "eager")
+    ways = ((True, True, None), (False, False, None), (True, True, apart))
+    for model.packing, model.contiguous, model.backbone.packing in ways:
         loss, others = learnt()
         assert loss == pytest.approx(expected, rel=1e-6)
         for other, gradient in zip(others, gradients):
             torch.testing.assert_close(other, gradient, atol=1e-6 * largest, rtol=1e-5)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("left", [True, False])
+def test_packed_pairs_have_the_scores_logprobs_and_gradients_of_rows_side_by_side(
+    make_backbone: Callable[..., Backbone], skips: bool, left: bool
+) -> None:
+    """Reward models and DPO, on rows that a backbone with `packing` reads as one."""
+    ids, mask = pad_left(ROWS, 0) if left else pad_right(ROWS, 0)
+    score = reward_model(make_backbone())
+    score.backbone.model.set_attn_implementation("sdpa")
+    policy = PreferenceModel(score.backbone, score.peft_model, None)
+    starts = torch.tensor(PROMPTS)[:, None] + (ids.shape[1] - mask.sum(1, keepdim=True) if left else 0)
+    replies = (torch.arange(ids.shape[1])[None] >= starts) & mask
+    parameters = list(adapter_parameters(score.peft_model, "reward").values())
+
+    def found() -> list[list[Tensor]]:
+        values = [score(ids, mask.long()), policy(ids, mask.long(), replies)]
+        weights = torch.tensor([1.0, -0.5, 2.0])
+        return [[v.detach(), *torch.autograd.grad((v * weights).sum(), parameters)] for v in values]
+
+    expected = found()
+    calls = seen_tokens(score)
+    score.backbone.packing = packing_of(trunk(score.peft_model), "sdpa", skips)
+    calls.clear()
+    packed = found()
+    assert calls == [(1, 16), (1, 16)], "16 real tokens, of 3 x 8"
+    for others, values in zip(packed, expected):
+        for other, value in zip(others, values):
+            torch.testing.assert_close(other, value, atol=5e-6 * max(float(value.abs().max()), 1.0), rtol=1e-5)
+
+
+def seen_tokens(model: RewardModel) -> list[tuple[int, ...]]:
+    """Grows by the shape of the ids of every forward of the trunk."""
+    seen: list[tuple[int, ...]] = []
+    trunk(model.peft_model).get_input_embeddings().register_forward_pre_hook(  # type: ignore[operator]
+        lambda module, args: seen.append(tuple(args[0].shape))
+    )
+    return seen
 
 
 def test_label_smoothing_mixes_in_the_mean_over_the_vocabulary(make_backbone: Callable[..., Backbone]) -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/run_all.py --trl-python .venv-trl/bin/python
 
-About an hour on two cores. Leave the machine alone meanwhile. kl_study.py and baselines.py are not among them: they grow by sittings
-of their own.
+About an hour on two cores. Leave the machine alone meanwhile. kl_study.py and baselines.py are not among them: they grow
+by sittings of their own.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ from rlhf_ray.config import PipelineConfig
 
 _MORE = re.compile(
     r"_is_stateful = True|create_recurrent_attention_mask|(indexed|sparse|reference_sliding)_attention|_sparse\""
+    r"|as a standalone, add .is_decoder=True"
 )
 """What files of models with more than keys and values say (transformers 5.23): that they have a state, that its layers take a mask
-of their own, or that layers choose by an index what they attend to."""
+of their own, that layers choose by an index what they attend to, or that they are encoders unless their config says otherwise."""
 
 
 def check_models(config: Any) -> None:

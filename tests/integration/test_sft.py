@@ -410,9 +410,9 @@ def test_a_model_that_sees_trains_on_two_workers(
     common = {"model": str(base), "per_device_train_batch_size": 4, "max_steps": 2, "eval_steps": 2}
     alone = sft(make_config(output_dir=str(tmp_path / "alone"), **common))
     run = sft(make_config(output_dir=str(tmp_path / "group"), learner={"num_workers": 2, "num_threads": 1}, **common))
-    trained = adapter_of(run)
+    trained = weights(run)
     assert all(".language_model." in name for name in trained)
-    for name, tensor in adapter_of(alone).items():
+    for name, tensor in weights(alone).items():
         torch.testing.assert_close(trained[name], tensor, atol=1e-4, rtol=1e-3)
 
 

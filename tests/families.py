@@ -110,6 +110,8 @@ def tiny(model_type: str) -> tuple[Any, str]:
         return None, "an encoder and a decoder"
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
+    if getattr(config, "num_experts_per_tok", 0) is None:  # DeepSeek V2's default
+        config.num_experts_per_tok = 2
     model = tiny_model(config, vocabulary=VOCABULARY)
     return model, "" if model is not None else "no tiny model could be made of its default config"
 

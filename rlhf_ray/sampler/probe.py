@@ -20,7 +20,7 @@ from rlhf_ray.errors import ConfigError, RlhfRayError
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.heads import logits_head
 from rlhf_ray.models.loading import no_dropout, quiet
-from rlhf_ray.models.recurrent import hidden_states, is_recurrent, layer_types, one_recurrence
+from rlhf_ray.models.recurrent import hidden_states, layer_types, one_recurrence
 from rlhf_ray.models.sources import one_line
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest
@@ -59,8 +59,6 @@ def check_family(config: Any, where: str = "model_name_or_path") -> None:
     checked again where it is loaded and where it decodes."""
     layer_types(config)
     may_look_ahead = hasattr(config, "is_decoder")
-    if not (may_look_ahead or _keeps_state(config)):
-        return
     got = ""
     try:
         with quiet():
@@ -183,12 +181,3 @@ def _layers_needed(text: Any, count: int, of_each: int) -> int:
     kinds = list(zip(*(k for k in (getattr(text, "layer_types", None), getattr(text, "mlp_layer_types", None)) if k)))
     places = [[i for i, kind in enumerate(kinds) if kind == wanted][:of_each] for wanted in set(kinds)]
     return min(count, max(2, 1 + max((found[-1] for found in places), default=0)))
-
-
-def _keeps_state(config: Any) -> bool:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if is_recurrent(config):
-        return True
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return known and bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False))

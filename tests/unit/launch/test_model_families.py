@@ -26,6 +26,7 @@ from rlhf_ray.launch.model_families import check_model, may_keep_more
         ({"model_type": "deepseek_v32"}, True),
         ({"model_type": "minimax_m3_vl_text"}, True),
         ({"model_type": "roberta"}, True),
+        ({"model_type": "cpmant"}, True),
         ({"model_type": "gpt_neox"}, False),
         ({"model_type": "a family of next year"}, True),
         ({}, False),
@@ -67,6 +68,15 @@ def test_an_encoder_is_no_language_model(model_type: str, is_decoder: bool, got:
         check_model(str(tmp_path))
         return
     with pytest.raises(ConfigError, match=f"models of type {model_type} cannot be used here .*{got}"):
+        check_model(str(tmp_path))
+
+
+def test_a_cache_that_is_not_decoded_with_here_is_refused(tmp_path: Path) -> None:
+    """CPM-Ant makes masks and positions itself: SFT and a reward model were trained before PPO could not sample."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("cpmant").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="models of type cpmant cannot be used here"):
         check_model(str(tmp_path))
 
 

@@ -20,8 +20,8 @@ _MORE = re.compile(
     r"|as a standalone, add .is_decoder=True"
 )
 """What files of models with more than keys and values say (transformers 5.23): that they have a state, that its layers take a mask
-of their own, that layers choose by an index what they attend to, or that they are encoders unless their config says otherwise. Those
-that make their masks themselves are tried as well."""
+of their own, that layers choose by an index what they attend to, or that they are encoders unless their config says otherwise.
+Those that make their masks themselves are tried as well."""
 
 
 def check_models(config: Any) -> None:

@@ -48,7 +48,9 @@ class DecodeOptionsReader:
             "min_p": request.min_p,
             "logits": None if logits == NOTHING else logits,
             "raw_logprobs": True,
-            "top_logprobs": request.top_logprobs if request.logprobs and not request.echo else 0,
+            "top_logprobs": request.top_logprobs
+            if request.logprobs and (request.echo_first or not request.echo)
+            else 0,
         }
         if not request.calls_tools:
             return DecodeOptions(decode)

@@ -6,7 +6,7 @@ Lists of events come back, each a dict:
      "tokens": [[text, log-probability], ...], "bytes": [[...], ...],            only where log-probabilities are requested
      "top": [[[text, log-probability, bytes], ...], ...]}                        only with top_logprobs: the likeliest at each place
     {"i": choice, "end": "stop" or "length", "completion_tokens", "reward", "kl",    last of a choice
-     "prompt_text",                                                              only with echo
+     "prompt_text",                                                              only with echo, not in a stream
      "listed": [[text, log-probability or None, {text: log-probability}], ...],    of the whole sequence
      "prompt_logprobs": [None, {id: {logprob, rank, decoded_token}}, ...],       only if requested
      "mean_logprob"}                                                             only if ranked: nats per token of the reply
@@ -36,6 +36,7 @@ class GenerationRequest:
 
     logprobs: of the model itself, at temperature 1, before penalties, bias, masks and truncation (vLLM's `raw_logprobs`).
     top_logprobs: likeliest tokens to be listed at each place.  echo: the prompt is part of the text, and of what is listed.
+    echo_first: it comes before the reply, as text and tokens of the first event, and not at the end (a stream).
     prompt_logprobs: likeliest tokens to be listed at each place of the prompt; None lists nothing.
     penalties, logit_bias, min_tokens, min_p: see sampler/logits.py.  ignore_eos: go on behind the model's own end of a reply.
     stop_token_ids: tokens that end a reply, and are not part of it.  schema: JSON schema, as text, that the reply must follow.
@@ -64,6 +65,7 @@ class GenerationRequest:
     logprobs: bool = False
     top_logprobs: int = 0
     echo: bool = False
+    echo_first: bool = False
     prompt_logprobs: int | None = None
     schema: str | None = None
     calls_tools: bool = False

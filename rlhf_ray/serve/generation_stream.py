@@ -10,7 +10,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_ray.maths.rng import derived_seed
@@ -119,6 +119,10 @@ class GenerationStream:
         TimeoutError at the deadline, ApiError if a generation fails; every row is freed, however this iterator ends."""
         self.router.open_streams += 1
         try:
+            if self.request.echo_first:
+                async with asyncio.timeout_at(deadline):
+                    echoed = [await self._echo(generation) for generation in self.generations]
+                yield echoed
             self.submit()
             while self._unfinished:
                 async with asyncio.timeout_at(deadline):
@@ -128,6 +132,10 @@ class GenerationStream:
         finally:
             self.router.open_streams -= 1
             self.close()
+
+    async def _echo(self, generation: Generation) -> Event:
+        told = await self.scorer.told(replace(self.request, prompt_logprobs=None), generation)
+        return {"i": generation.index, "text": told["prompt_text"], "tokens": told.get("listed", [])}
 
     def submit(self) -> None:
         """A row of the decode thread for every generation, for as many as there are places."""
@@ -257,7 +265,8 @@ class GenerationStream:
     async def _score(self, generation: Generation) -> None:
         """Put the scores of an ended generation, or the error, into the buffer."""
         try:
-            scores = await self.scorer.scores(self.request, generation, self.reward_model)
+            request = replace(self.request, echo=False) if self.request.echo_first else self.request
+            scores = await self.scorer.scores(request, generation, self.reward_model)
             self.buffer.put(ScoredGeneration(generation, scores), urgent=True)
         except Exception as error:
             failure = error if isinstance(error, ApiError) else internal_error()

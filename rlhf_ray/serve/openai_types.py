@@ -244,8 +244,6 @@ class CompletionRequest(SamplingParams):
 
     def unsupported(self) -> Iterator[str]:
         yield from super().unsupported()
-        if self.echo and self.wants_stream:
-            yield "echo"
         if self.best_of not in (None, self.n or 1) and self.wants_stream:
             yield "best_of"
         if self.suffix:
@@ -270,6 +268,7 @@ class CompletionRequest(SamplingParams):
             logprobs=self.logprobs is not None,
             top_logprobs=self.logprobs or 0,
             echo=bool(self.echo),
+            echo_first=bool(self.echo) and self.wants_stream,
         )
 
     def prompts(self) -> tuple[dict[str, Any], ...]:

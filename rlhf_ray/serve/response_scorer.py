@@ -65,11 +65,11 @@ class ResponseScorer:
         if request.kl:
             scores["kl"] = await self._kl(generation, request.temperature or 1.0)
         if request.echo or request.reads_again:
-            scores |= await self._told(request, generation)
+            scores |= await self.told(request, generation)
         return scores
 
-    async def _told(self, request: GenerationRequest, generation: Generation) -> dict[str, Any]:
-        """What `echo` and `logprobs` of /v1/completions ask for, and `prompt_logprobs`."""
+    async def told(self, request: GenerationRequest, generation: Generation) -> dict[str, Any]:
+        """What `echo` and `logprobs` of /v1/completions ask for, and `prompt_logprobs`: of a response as far as it is written."""
         tokenizer, generated = self._engine.backbone.tokenizer, generation.text
         before = prompt_texts(tokenizer, generation.prompt_ids, generation.prompt.get("raw"))
         told: dict[str, Any] = {"prompt_text": generation.prompt.get("raw", "".join(before))} if request.echo else {}

@@ -99,7 +99,12 @@ def test_peft_is_asked_once_which_layers_it_refuses(
     pool = AdapterPool(wrap(llama(), LoraConfig(r=1, lora_alpha=1.0), "placeholder", seed=0))
     asked: list[str] = []
     ask = adapter_targets._why_refused
-    monkeypatch.setattr(adapter_targets, "_why_refused", lambda base, name: asked.append(name) or ask(base, name))
+
+    def asking(base: Any, name: str) -> str | None:
+        asked.append(name)
+        return ask(base, name)
+
+    monkeypatch.setattr(adapter_targets, "_why_refused", asking)
     pool.pack(first)
     pool.pack(second)
     assert len(asked) == len(set(asked))

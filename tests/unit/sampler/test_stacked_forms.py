@@ -100,7 +100,12 @@ def test_what_is_there_is_not_copied_again(model: Any, monkeypatch: pytest.Monke
     filled: list[int] = []
     fill = stacked_lora._Pages._fill
     monkeypatch.setattr(stacked_lora, "_prefers_rows", lambda *args: by_row)
-    monkeypatch.setattr(stacked_lora._Pages, "_fill", lambda *args: filled.append(args[1].r) or fill(*args))
+
+    def counting(self: Any, adapter: Any, pages: Any) -> None:
+        filled.append(adapter.r)
+        fill(self, adapter, pages)
+
+    monkeypatch.setattr(stacked_lora._Pages, "_fill", counting)
     stacks = Stacks(model)
     stacks.forward(["p", "q", "s", "t"], "rows")
     stacks.forward(["q", "p"], "prompts")

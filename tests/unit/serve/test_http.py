@@ -219,7 +219,30 @@ def test_echo_tells_of_every_token_of_prompt_and_reply(live: MakeLive, base_dir:
     assert complete(model="one")[0]["logprobs"]["token_logprobs"][1:] != told["token_logprobs"][1:]
     assert complete(logprobs=None)[0] == {**choice, "logprobs": None}
     assert complete(prompt=ids[0].tolist())[0]["logprobs"] == told
-    assert [complete(**wrong)[0] for wrong in ({"stream": True}, {"echo": False})] == [400, 400]
+    assert complete(echo=False)[0] == 400
+
+
+def test_a_stream_echoes_the_prompt_before_the_reply(live: MakeLive) -> None:
+    """It was refused. Its pieces join to the very response that comes without a stream."""
+    ai = client(live())
+    for fields in ({"logprobs": 2}, {"logprobs": None}, {"logprobs": 1, "max_tokens": 0}, {"n": 2, "logprobs": 1}):
+        asked = {"model": "one", "prompt": "a b", "echo": True, "seed": 1, "max_tokens": 6, **fields}
+        whole, pieces = ai.completions.create(**asked), list(ai.completions.create(**asked, stream=True))
+        for choice in whole.choices:
+            mine = [c for piece in pieces for c in piece.choices if c.index == choice.index]
+            assert mine[0].text == "a b" and "".join(c.text for c in mine) == choice.text
+            assert mine[-1].finish_reason == choice.finish_reason
+            told = [c.logprobs for c in mine if c.logprobs is not None]
+            if choice.logprobs is None:
+                assert not told
+                continue
+            count = len([offset for one in told for offset in one.text_offset])
+            for name in ("tokens", "text_offset"):
+                assert [x for one in told for x in getattr(one, name)] == getattr(choice.logprobs, name)[:count]
+            values = [p for one in told for p in one.token_logprobs]
+            assert values[0] is None
+            assert values[1:] == pytest.approx(choice.logprobs.token_logprobs[1:count], abs=1e-4)
+            assert all(others for one in told for others in (one.top_logprobs or [None])[1:])
 
 
 BAD_BODIES: list[tuple[str, bytes, int]] = [

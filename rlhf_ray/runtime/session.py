@@ -175,9 +175,11 @@ def process_session(
     import torch.distributed as dist
 
     device = own_device()
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(
+            name, value
+        )  # DeepSpeed asks for them, also where somebody else (vLLM) has made the group
     if not dist.is_initialized():
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-            os.environ.setdefault(name, value)
         dist.init_process_group(group_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     return _prepared(Session(0, 1, device, num_threads or usable_cores(), console, stop=stop or Stop(), seat=seat))
 

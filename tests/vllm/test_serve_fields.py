@@ -1,4 +1,4 @@
-"""The tests of request fields and tools (tests/unit/serve), word for word, against a service whose engine is vLLM."""
+"""The tests of request fields (tests/unit/serve/test_request_fields.py), word for word, against a service whose engine is vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from tests.unit.serve.conftest import LiveService, adapters, base_dir
 from tests.unit.serve.conftest import live as live_of_unit_tests
 from tests.unit.serve.test_request_fields import *  # noqa: F403
-from tests.unit.serve.test_tools import *  # noqa: F403
 
 __all__ = ["adapters", "base_dir", "live_of_unit_tests"]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -34,3 +38,22 @@ def test_a_node_that_goes_is_told_once_and_asked_about_now_and_then(monkeypatch:
         now[0] += 3.0
         seen.append(here.is_preempted())
     assert seen == [False, False, False, True, False, False, False, False]
+
+
+ALONE = """
+import os
+import torch.distributed as dist
+from rlhf_ray.console import NullConsole
+from rlhf_ray.runtime.session import process_session
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+process_session(NullConsole(), num_threads=1)
+print(*(os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+"""
+
+
+def test_a_group_that_somebody_else_has_made_in_this_process() -> None:
+    """vLLM, say: DeepSpeed asks for the rank by the environment all the same (was: an assertion of DeepSpeed's)."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["0", "0", "1"], done.stderr[-1000:]

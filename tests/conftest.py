@@ -387,6 +387,29 @@ def tiny_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
+def saved_by_peft() -> Callable[..., Any]:
+    """saved_by_peft(base, folder, **options of peft.LoraConfig) -> PEFT's own model on `base`, with an adapter that does something,
+    which is saved in `folder`."""
+
+    def save(base: Path, folder: Path, std: float = 0.05, **options: Any) -> Any:
+        import peft
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        options = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**options)).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    draw = torch.Generator().manual_seed(len(name))
+                    parameter += std * torch.randn(parameter.shape, generator=draw)
+        model.save_pretrained(folder)
+        return model
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def tiny_run() -> Callable[..., Path]:
     """tiny_run(folder, base, stage="sft", seed=0, ...) -> a finished run as training leaves it, with a random adapter on `base`,
     which says something else for every seed; stage "reward" has a random head. Options: template, r, scale of B, targets."""

@@ -286,7 +286,9 @@ add_chat_command(app)
 @app.command()
 def score(
     run: Annotated[str | None, typer.Option(help="reward run, or its merged checkpoint")] = None,
-    model: Annotated[str | None, typer.Option(help="one-label sequence-classification checkpoint")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="sequence-classification checkpoint: a decoder, or an encoder")
+    ] = None,
     function: Annotated[str | None, typer.Option(help="my_reward.py:score")] = None,
     url: Annotated[
         str | None, typer.Option(help="reward server: /v1/score of rlhf-ray serve, or one of OpenRLHF's remote_rm_url")

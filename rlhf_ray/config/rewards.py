@@ -47,7 +47,11 @@ class RewardSource(Section):
         " arXiv:2310.02743 takes off the variance), the lowest member (WCO there), or the mean; default: mean_minus_std",
     )
     std_coef: Positive | None = field(None, "aggregate mean_minus_std: its factor; default: 1")
-    model: Path | None = field(None, "a one-label sequence-classification checkpoint (path or Hub id)")
+    model: Path | None = field(
+        None,
+        "a sequence-classification checkpoint of one label or two (path or Hub id); an encoder (BERT, DeBERTa) reads prompt and"
+        " reply as a pair of texts",
+    )
     function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")] | None = field(
         None,
         "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns); None for a reply that it"
@@ -82,7 +86,8 @@ class RewardSource(Section):
         " chance, and so would be which member is the lowest",
     )
     template: str | None = field(
-        None, "prompt template of a reward model with another tokenizer; default: the one it records, else the job's"
+        None,
+        "prompt template of a reward model with another tokenizer; default: the one it records, else the job's; encoders: none",
     )
 
     @model_validator(mode="before")

@@ -92,6 +92,8 @@ def read_text(path: str | Path, what: str = "job file") -> str:
         fix = f"to repeat that run's job use {config}" if config.is_file() else ""
         raise ConfigError.at(name, "is a folder", f"a {what}", fix=fix)
     if not os.path.exists(file):
+        if "=" in file.parts[0]:
+            raise ConfigError.at(name, "is an override, and stands where a job file is expected", f"a {what} before it")
         raise ConfigError.at(name, "no such file", fix=nearest_sibling(file))
     if not file.is_file():
         raise ConfigError.at(name, "is not a regular file", f"a {what}")

@@ -17,9 +17,11 @@ from rlhf_ray.config import PipelineConfig
 
 _MORE = re.compile(
     r"_is_stateful = True|create_recurrent_attention_mask|(indexed|sparse|reference_sliding)_attention|_sparse\""
+    r"|as a standalone, add .is_decoder=True"
 )
 """What files of models with more than keys and values say (transformers 5.23): that they have a state, that its layers take a mask
-of their own, or that layers choose by an index what they attend to."""
+of their own, that layers choose by an index what they attend to, or that they are encoders unless their config says otherwise.
+Those that make their masks themselves are tried as well."""
 
 
 def check_models(config: Any) -> None:
@@ -60,7 +62,8 @@ def _family_keeps_more(model_type: str) -> bool:
     name = model_type.replace("-", "_")
     files = [folder / name / f"modeling_{name}.py" for name in (name, name.removesuffix("_text"))]
     found = next((file for file in files if file.is_file()), None)
-    return found is None or _MORE.search(found.read_text(encoding="utf-8")) is not None
+    text = "" if found is None else found.read_text(encoding="utf-8")
+    return "create_causal_mask" not in text or _MORE.search(text) is not None
 
 
 def _config_file(path: str, revision: str | None) -> Path | None:

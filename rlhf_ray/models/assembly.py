@@ -30,6 +30,8 @@ from rlhf_ray.models.adapters import (
 from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier, trunk
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.lineage import header_line
+from rlhf_ray.models.merge import merge_in_memory
+from rlhf_ray.models.merge_by_peft import more_than_lora, read_for_merge
 from rlhf_ray.models.packing import packing_of
 from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.models.shared_base import Place
@@ -66,11 +68,17 @@ class Assembly:
         self.stacks[BASE] = self._stack(self.base)
 
     def add_policy(self, role: str, source: ModelSpec) -> None:
-        """A frozen policy: the base, an adapter on it, or a whole checkpoint."""
+        """A frozen policy: the base, an adapter on it, or a whole checkpoint. One that is more than plain LoRA is merged into
+        a base of its own."""
         if source.kind == "base":
             self.bindings[role] = RoleBinding(BASE, None)
         elif source.kind == "adapter":
-            self.bindings[role] = RoleBinding(BASE, self._saved(BASE, role, self._read(source.path), trainable=False))
+            more = self._read_more(source.path) if source.run is None else None
+            if more is not None:
+                self.bindings[role] = RoleBinding(self._merged(more), None)
+            else:
+                adapter = self._saved(BASE, role, self._read(source.path), trainable=False)
+                self.bindings[role] = RoleBinding(BASE, adapter)
         else:
             self.bindings[role] = RoleBinding(self._full(source, "causal_lm"), None)
         self.lineage.append(header_line(role, source.describe()))
@@ -120,7 +128,7 @@ class Assembly:
         self.bindings[SYNCED_REFERENCE] = RoleBinding(BASE, name)
 
     def add_reward(self, role: str, source: ModelSpec) -> None:
-        """A reward model: an adapter with a scalar head on the base, or a classifier of its own."""
+        """A reward model: an adapter with a scalar head on the base, or a classifier of its own, which may be an encoder."""
         if source.kind == "adapter":
             files = self._read(source.path)
             if files.head is None:
@@ -132,6 +140,9 @@ class Assembly:
             self.bindings[role] = RoleBinding(BASE, adapter, role)
         else:
             stack = self._full(source, "classifier")
+            if self.stacks[stack].backbone.is_encoder:
+                self.bindings[role] = RoleBinding(stack, None)
+                return
             classifier: Any = self.stacks[stack].backbone.model
             score = classifier.score
             self._head(stack, role, score.weight.detach(), 0.0 if score.bias is None else float(score.bias))
@@ -177,7 +188,7 @@ class Assembly:
             for stack in self.trained:
                 gradient_checkpointing(self.stacks[stack].peft)
         if isinstance(self.job, PPOConfig) and self.job.has_packed_rows:
-            for backbone in [holder.backbone for holder in self.stacks.values()]:
+            for backbone in [holder.backbone for holder in self.stacks.values() if not holder.backbone.is_encoder]:
                 body, kernel = trunk(backbone.model), backbone.attn_implementation
                 backbone.packing = packing_of(body, kernel, skips=not models.recompute)
         if self.place is not None:
@@ -262,6 +273,10 @@ class Assembly:
     def _read(self, path: str) -> AdapterFiles:
         return read_adapter(path)
 
+    def _read_more(self, path: str) -> AdapterFiles | None:
+        """An adapter that is more than plain LoRA; None for a plain one."""
+        return read_for_merge(path)
+
     def _copy(self, stack: str, source: str, target: str) -> None:
         copy_adapter(self.stacks[stack].peft, source, target)
         self._added(stack, target)
@@ -282,6 +297,20 @@ class Assembly:
             backbone = self._classifier(source.path) if kind == "classifier" else self._causal_lm(source.path, None)
             self.stacks[name] = self._stack(backbone)
         return name
+
+    def _merged(self, files: AdapterFiles) -> str:
+        """The stack of a base of its own with an adapter merged into it, loaded once however many roles name it."""
+        name = self.loaded.setdefault(f"merged {files.path}", f"merged_{len(self.loaded)}")
+        if name not in self.stacks:
+            self.stacks[name] = AdapterStack(self._merged_base(files), None)
+        return name
+
+    def _merged_base(self, files: AdapterFiles) -> Backbone:
+        if self.place is not None:
+            raise ConfigError.at(files.path, f"{more_than_lora(files)}: cannot be on a base that trials share")
+        backbone = self._causal_lm(self.job.model_name_or_path, self.job.revision)
+        merge_in_memory(backbone, files)
+        return backbone
 
     def _causal_lm(self, path: str, revision: str | None) -> Backbone:
         how: dict[str, Any] = {"path": path, "revision": revision, "stop_token_ids": self.stop_token_ids}

@@ -15,9 +15,9 @@ from torch import nn
 from rlhf_ray.data.encode import own_end_of_turn
 from rlhf_ray.data.templates import ChatTemplate, Template
 from rlhf_ray.errors import ArtifactError, InvariantError
-from rlhf_ray.models.context import context_length, context_notes
+from rlhf_ray.models.context import context_length, context_notes, encoder_context
 from rlhf_ray.models.coverage import quantisation_notes
-from rlhf_ray.models.heads import logits_head, score_layer
+from rlhf_ray.models.heads import check_labels, logits_head, score_layer
 from rlhf_ray.models.loading import (
     DTYPES,
     LoadPlan,
@@ -26,6 +26,7 @@ from rlhf_ray.models.loading import (
     checkpoint_dtype,
     classifier_config,
     from_pretrained,
+    is_encoder,
     no_dropout,
     plan_load,
     quiet,
@@ -87,6 +88,7 @@ class Backbone:
     dtype: of the weights that are not quantised.  context_length: tokens it was made for.  head: of a causal language model.
     stop_token_ids: those that the job names, None where it leaves them to model and template.
     packing: how it reads rows packed into one; None where it cannot, or nobody tried.
+    is_encoder: of a classifier that reads prompt and reply as a pair of texts, in both directions.
     notes: what a run should say of it."""
 
     model: PreTrainedModel
@@ -102,6 +104,7 @@ class Backbone:
     stop_token_ids: tuple[int, ...] | None = None
     packing: Packing | None = None
     notes: tuple[str, ...] = ()
+    is_encoder: bool = False
 
     def stop_ids(self, template: Template) -> tuple[int, ...]:
         """What ends a reply under `template`: its end of turn, which also ends training data, and `eos_ids`. If the job names stop
@@ -119,6 +122,12 @@ class Backbone:
         if self.head is None:
             raise InvariantError.at(self.identity.path, "is a classifier and has no language-model head")
         return self.head
+
+    @property
+    def marks_second_text(self) -> bool:
+        """Of an encoder: whether tokens of the second text of a pair are of another kind, as its tokenizer says."""
+        names = getattr(self.tokenizer, "model_input_names", ("token_type_ids",))
+        return int(getattr(self.model.config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in names
 
     @property
     def pad_id(self) -> int:
@@ -180,13 +189,17 @@ def load_classifier(
 ) -> Backbone:
     """Load a sequence-classification model of one or two labels, a reward model, like `load_backbone`.
 
-    Its `score` is a linear layer D -> 1 (`heads.score_layer`), with the bias that the checkpoint may have.
+    Of a decoder, `score` is a linear layer D -> 1 (`heads.score_layer`), with the bias that the checkpoint may have. An encoder
+    keeps its own head, and is not quantised: it is small, and its head would be.
     ArtifactError if its score head is not among its weights (a causal language model given as a reward model would score at
-    random), if it has more labels, or if it is no decoder with a linear head called `score`."""
+    random), if it has more labels, or if it is neither an encoder nor a decoder with a linear head called `score`."""
     source = resolve_source(path, revision)
     bits = bits_of(load_in_8bit, load_in_4bit)
     plan = plan_load(source, dtype, attn_implementation, bits, cpu_offload, device, trains)
     from transformers import AutoModelForSequenceClassification
+
+    if is_encoder(plan.config):
+        plan = plan_load(source, dtype, "auto", None, False, device, trains)
 
     model, info = from_pretrained(AutoModelForSequenceClassification, source, plan)
     missing = sorted(info["missing_keys"])
@@ -194,18 +207,25 @@ def load_classifier(
         raise ArtifactError.at(
             str(source.folder),
             "score head newly initialised: this is not a reward model",
-            "a one-label sequence-classification checkpoint",
+            "a sequence-classification checkpoint of one label, or two",
             f"{plan.config.architectures or 'no architecture'}, without {_some(missing)}",
             "give a reward run, or a merged one (rlhf-ray merge)",
         )
+    labels = int(model.config.num_labels or 0)
+    two = f"{source.name} has two labels: a reward is the logit of label 1 minus that of label 0"
+    if is_encoder(plan.config):
+        check_labels(labels)
+        backbone = _finish(model, source, plan, None, encoder=True)
+        backbone.notes += (*unused_notes(info["unexpected_keys"], model), *([two] if labels == 2 else []))
+        return backbone
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
         raise ArtifactError.at(
             str(source.folder),
             "no score head that can be read",
-            "a decoder with a linear layer `score`",
+            "an encoder, or a decoder with a linear layer `score`",
             type(model).__name__,
-            "give an encoder (BERT, DeBERTa) as a Python reward function: it reads the whole text at once",
+            "give it as a Python reward function",
         )
     unexpected = set(info["unexpected_keys"])
     # transformers' classes have no bias, and drop that of a checkpoint.
@@ -213,9 +233,7 @@ def load_classifier(
     model.score = score_layer(head.weight.detach(), None if bias is None else bias.detach())
     backbone = _finish(model, source, plan, None)
     notes = unused_notes(unexpected - {"score.bias"}, model)
-    if len(head.weight) == 2:
-        notes.append(f"{source.name} has two labels: a reward is the logit of label 1 minus that of label 0")
-    backbone.notes += tuple(notes)
+    backbone.notes += (*notes, *([two] if labels == 2 else []))
     return backbone
 
 
@@ -268,9 +286,13 @@ def trunk(model: nn.Module) -> nn.Module:
 
 
 def _finish(
-    model: PreTrainedModel, source: ModelSource, plan: LoadPlan, stop_token_ids: tuple[int, ...] | None
+    model: PreTrainedModel,
+    source: ModelSource,
+    plan: LoadPlan,
+    stop_token_ids: tuple[int, ...] | None,
+    encoder: bool = False,
 ) -> Backbone:
-    """Freeze, move, and compare with the tokenizer."""
+    """Freeze, move, and compare with the tokenizer. An encoder writes no replies, so nothing ends them."""
     bits = plan.bits or bits_of(*(bool(getattr(model, f"is_loaded_in_{n}bit", False)) for n in (8, 4)))
     if getattr(model, "is_quantized", False):
         keep_trainable(model)
@@ -290,10 +312,11 @@ def _finish(
             str(needed),
             "use the tokenizer that belongs to this model",
         )
-    ends = eos_ids(tokenizer, getattr(model, "generation_config", None), stop_token_ids, rows)
+    ends = () if encoder else eos_ids(tokenizer, getattr(model, "generation_config", None), stop_token_ids, rows)
     identity = _identity(source, tokenizer, f"{bits}bit" if bits else str(plan.dtype).removeprefix("torch."))
+    text = model.config.get_text_config()
     notes = quantisation_notes(trunk(model), bits) if bits else []
-    notes += context_notes(model.config.get_text_config())
+    notes += [] if encoder else context_notes(text)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -302,10 +325,11 @@ def _finish(
         device=plan.device,
         dtype=plan.dtype,
         identity=identity,
-        context_length=context_length(model.config.get_text_config(), tokenizer),
+        context_length=encoder_context(model, tokenizer) if encoder else context_length(text, tokenizer),
         attn_implementation=plan.attn,
         stop_token_ids=stop_token_ids,
         notes=tuple(notes),
+        is_encoder=encoder,
     )
 
 

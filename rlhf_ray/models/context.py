@@ -21,6 +21,16 @@ def context_length(config: Any, tokenizer: Any = None) -> int:
     return min(getattr(tokenizer, "model_max_length", NO_LIMIT), limit)
 
 
+def encoder_context(model: Any, tokenizer: Any = None) -> int:
+    """Tokens that an encoder reads: what it was made for, by config and tokenizer, and no more than it has positions, which RoBERTa
+    counts from behind its padding index."""
+    table = next((m for name, m in model.named_modules() if name.endswith("position_embeddings")), None)
+    rows = int(getattr(table, "num_embeddings", NO_LIMIT))
+    first = getattr(table, "padding_idx", None)
+    own = context_length(model.config)
+    return min(own, rows if first is None else rows - first - 1, getattr(tokenizer, "model_max_length", NO_LIMIT))
+
+
 def rope_limit(config: Any) -> tuple[int, str]:
     """(tokens, rope type) up to which a row's rotary frequencies are its own; (NO_LIMIT, "") where they always are.
 

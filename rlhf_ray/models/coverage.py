@@ -77,5 +77,6 @@ def weights_without(trunk: nn.Module, reached: Callable[[nn.Module], bool]) -> t
 
 
 def _named(left: Counter[str], total: int) -> str:
-    some = [f"{name} ({count / total:.0%})" for name, count in left.most_common(NAMED)]
+    shares = ((name, count / total) for name, count in left.most_common(NAMED))
+    some = [f"{name} ({share:.0%})" if share >= 0.005 else f"{name} (<1%)" for name, share in shares]
     return ", ".join(some) + (f" and {len(left) - NAMED} more" if len(left) > NAMED else "")

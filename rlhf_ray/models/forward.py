@@ -9,6 +9,7 @@ the bootstrap value read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from rlhf_ray.batches import Sequences
 from rlhf_ray.maths.logprobs import chunk_calls, chunked_token_logprobs
 from rlhf_ray.maths.masks import zero_outside
-from rlhf_ray.models.recurrent import hidden_states
+from rlhf_ray.models.recurrent import hidden_states, turned
 from rlhf_ray.models.zero3 import MaxOverRanks
 
 LOGITS_AT_ONCE = 2**26
@@ -72,6 +73,27 @@ def after_last_token(every: Tensor, seq: Sequences) -> Tensor:
     """f32[M]: the entry of [M, R+1] state columns that has seen the whole reply. Where the reward model reads."""
     last = seq.response_mask.sum(dim=1, keepdim=True)
     return every.gather(1, last).squeeze(1)
+
+
+def pair_scores(model: Any, seq: Sequences, limit: int, marks_second: bool) -> Tensor:
+    """f32[M]: what an encoder says of prompt and reply, one pair of texts: its one logit, or of two labels the log-odds of label 1.
+
+    seq: as the encoder's tokenizer writes a pair, what stands before the second text as the prompt (rewards/retokenised.py).
+    limit: positions that the encoder has.   marks_second: tokens of the second text are of another kind."""
+    mask = seq.attention_mask
+    length = min(mask.shape[1] if seq.length is None else seq.length, limit)
+    begin = mask.long().argmax(dim=1, keepdim=True)
+
+    def right_padded(values: Tensor) -> Tensor:
+        return turned(values, begin)[:, :length]
+
+    inputs = {"input_ids": right_padded(seq.tokens), "attention_mask": right_padded(mask.long())}
+    if marks_second:
+        second = torch.zeros_like(seq.tokens)
+        second[:, -seq.response_width :] = seq.response_mask.long()
+        inputs["token_type_ids"] = right_padded(second)
+    logits: Tensor = model(**inputs).logits.float()
+    return logits[:, -1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
 
 
 def to_device(seq: Sequences, device: torch.device) -> Sequences:

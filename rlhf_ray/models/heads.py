@@ -29,20 +29,25 @@ class ScalarHead(nn.Linear):
             return super().forward(hidden.float()).squeeze(-1) + self.offset
 
 
-def score_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """The score head of a classifier as one linear layer D -> 1. weight: [labels, D].   bias: [labels].
-
-    Two labels: the log-odds of label 1, which are the difference of their logits. ArtifactError for more."""
-    if len(weight) == 2:
-        weight, bias = weight[1:] - weight[:1], None if bias is None else bias[1:] - bias[:1]
-    if len(weight) != 1:
+def check_labels(count: int) -> None:
+    """ArtifactError for a classifier with more labels than two: nobody knows which of them is good."""
+    if count not in (1, 2):
         raise ArtifactError.at(
             "score",
             "has several labels",
             "one label, or two",
-            str(len(weight)),
+            str(count),
             "give it as a Python reward function, which says what its labels are worth",
         )
+
+
+def score_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """The score head of a classifier as one linear layer D -> 1. weight: [labels, D].   bias: [labels].
+
+    Two labels: the log-odds of label 1, which are the difference of their logits. ArtifactError for more."""
+    check_labels(len(weight))
+    if len(weight) == 2:
+        weight, bias = weight[1:] - weight[:1], None if bias is None else bias[1:] - bias[:1]
     layer = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         layer.weight.copy_(weight)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlhf_ray.config import JobFields
 from rlhf_ray.errors import ArtifactError, Problem
 from rlhf_ray.models.adapter_files import read_adapter
+from rlhf_ray.models.merge_by_peft import read_any
 from rlhf_ray.models.sources import resolve_source, weights_sha256
 from rlhf_ray.models.specs import ModelSpec
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
@@ -78,7 +79,7 @@ def parent_of(source: ModelSpec, role: str) -> Parent:
 
 
 def _adapter_parent(source: ModelSpec, role: str) -> Parent:
-    files = read_adapter(source.path)
+    files = read_any(source.path) if source.run is None else read_adapter(source.path)
     path = str(Path(source.path).absolute())
     promoted = promoted_manifest(source.path) if source.run is None else None
     if source.run is None and promoted is None:
@@ -150,6 +151,9 @@ def _base_differences(where: str, parent: Parent, identity: BaseIdentity) -> tup
     if not base and parent.stage is None:
         return [], [f"{where}: does not say which base it was trained on; only shapes can be checked"]
     problems, warnings = [], []
+    fix = "set model_name_or_path to the base it was trained on"
+    if parent.stage == "reward":
+        fix += ", or merge it (rlhf-ray merge) and name the result: a whole reward model brings its base"
     for part in ("weights", "config"):
         recorded, loaded = base.get(f"{part}_sha256"), getattr(identity, f"{part}_sha256")
         if recorded is not None and recorded != loaded:
@@ -159,7 +163,7 @@ def _base_differences(where: str, parent: Parent, identity: BaseIdentity) -> tup
                     f"was trained on another base ({part} differ)",
                     f"{part} sha256 {recorded} ({base.get('path')})",
                     f"{loaded} ({identity.path})",
-                    "set model_name_or_path to the base it was trained on",
+                    fix,
                 )
             )
     if "weights_sha256" not in base and base.get("path") and not _same_path(str(base["path"]), identity.path):

@@ -58,6 +58,16 @@ def bits_of(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
     return 8 if load_in_8bit else 4 if load_in_4bit else None
 
 
+def config_of(source: ModelSource) -> Any:
+    """The transformers config of a model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise load_error(source, e) from e
+
+
 def plan_load(
     source: ModelSource,
     dtype: str,
@@ -68,14 +78,8 @@ def plan_load(
     trains: bool = False,
 ) -> LoadPlan:
     """Everything that can be decided, and refused, before any weight is read. trains: adapters will be trained on it."""
-    from transformers import AutoConfig
-
     check_files(source)
-    where = torch.device(device)
-    try:
-        config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise load_error(source, e) from e
+    where, config = torch.device(device), config_of(source)
     config.__dict__.pop("auto_map", None)  # transformers knows the type, else check_files would have refused it
     dropout = no_dropout(config)
     chosen = _dtype(source, config, dtype, where, trains)
@@ -178,6 +182,21 @@ def classifier_config(config: Any, where: str) -> Any:
         )
     config.num_labels = 1
     return config
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a sequence classifier of this config is an encoder (BERT, DeBERTa, ModernBERT): it reads a text as a whole, and its
+    head is of a kind of its own."""
+    from transformers.modeling_layers import GenericForSequenceClassification
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
+
+    found: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if found is None or config.is_encoder_decoder or issubclass(found, GenericForSequenceClassification):
+        return False
+    return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", None) is False
 
 
 def from_pretrained(auto: Any, source: ModelSource, plan: LoadPlan) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -23,10 +23,10 @@ from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.models.adapters import lora_layers, use_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_exact, trunk
-from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.heads import ScalarHead, logits_head
 from rlhf_ray.models.lineage import MERGED, check_lineage, merged_manifest
 from rlhf_ray.models.loading import quiet
-from rlhf_ray.models.merge_by_peft import OPTIONS, merge_by_peft, read_for_merge
+from rlhf_ray.models.merge_by_peft import merge_by_peft, more_than_lora, read_any
 from rlhf_ray.models.sources import ModelSource, resolve_source, weights_sha256
 from rlhf_ray.models.specs import ModelSpec, policy_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
@@ -69,7 +69,7 @@ def merge_run(
     source = policy_source(str(run_dir))
     if source.kind != "adapter":
         raise ConfigError.at(str(run_dir), "holds no adapter to merge", "a run or an adapter folder")
-    files = (read_for_merge(source.path) if source.run is None else None) or read_adapter(source.path)
+    files = read_any(source.path) if source.run is None else read_adapter(source.path)
     base = _base_of(source, files) if model is None else resolve_source(model, None)
     target = Path(output_dir).absolute() if output_dir is not None else _default_target(source)
     if target.exists():
@@ -89,6 +89,27 @@ def merge_run(
     ]:
         log(line)
     return target
+
+
+def merge_in_memory(backbone: Backbone, files: AdapterFiles) -> None:
+    """Merge an adapter that is more than plain LoRA into `backbone`, in place, and compare it with the unmerged one.
+
+    ArtifactError if it does not fit, changes nothing, or the base is quantised, whose weights cannot hold what is added."""
+    name, kind = backbone.identity.path, more_than_lora(files)
+    if getattr(backbone.model, "is_quantized", False):
+        raise ArtifactError.at(
+            files.path,
+            f"{kind}: is merged into its base, which cannot be done in {backbone.identity.precision}",
+            "a base in float32, bfloat16 or float16",
+            backbone.identity.precision,
+            "load the base whole, or merge first (rlhf-ray merge) and use the result as model_name_or_path",
+        )
+    _, adapted, merged = _merge_more_than_lora(backbone, files, _fixture_ids(backbone))
+    _compare(adapted, merged, backbone.dtype, files.path)
+    backbone.model.requires_grad_(False)
+    backbone.model.eval()
+    backbone.head = logits_head(backbone.model, trunk(backbone.model))
+    backbone.identity = replace(backbone.identity, path=f"{name} with {files.path} merged into it ({kind})")
 
 
 def _base_of(source: ModelSpec, files: AdapterFiles) -> ModelSource:
@@ -148,7 +169,7 @@ def _merge_into(
         path=str(base.folder), revision=None, dtype=dtype, classifier=files.head is not None, head=files.head
     )
     notes = []
-    if files.config.keys().isdisjoint(OPTIONS):  # others hold no hash of their base
+    if not more_than_lora(files):  # others hold no hash of their base
         notes += check_lineage(source, backbone.identity, None, role=source.run.stage if source.run else "adapter")
     ids = _fixture_ids(backbone)
     before, adapted, merged = _merge(backbone, files, ids)
@@ -181,7 +202,7 @@ def fixture_outputs(backbone: Backbone, ids: Tensor) -> Tensor:
 
 def _merge(backbone: Backbone, files: AdapterFiles, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Merge in place. Returns the fixture's outputs of the base, of base and adapter, and of the merged model."""
-    if not files.config.keys().isdisjoint(OPTIONS):
+    if more_than_lora(files):
         return _merge_more_than_lora(backbone, files, ids)
     peft_model = wrap(backbone.model, files, NAME)
     with use_adapter(peft_model, None):

@@ -1,7 +1,8 @@
 """Adapters that are more than plain LoRA, for the one thing that can be done with them here: merge them, by PEFT itself.
 
 DoRA, modules saved whole (`modules_to_save`), adapted embeddings and token rows: all of them change weights that the roles of a job
-share, so no role can be one of them. The files pass the same gate as plain adapters, these options aside.
+share, so nothing is trained from one of them. It can be a policy that answers, with a base of its own that it is merged into. The
+files pass the same gate as plain adapters, these options aside.
 """
 
 from __future__ import annotations
@@ -9,12 +10,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError, Problem
 from rlhf_ray.models.adapter_files import (
@@ -24,19 +22,38 @@ from rlhf_ray.models.adapter_files import (
     check_config,
     check_folder,
     is_plain_name,
+    read_adapter,
     targets_of,
 )
 from rlhf_ray.models.sources import one_line
 from rlhf_ray.storage.files import read_json, sha256_tensors
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 OPTIONS: dict[str, Any] = {"use_dora": False, "modules_to_save": None, "trainable_token_indices": None}
 """What PEFT has and the gate does not take, and the value that means off."""
+
+
+def read_any(folder: Path | str) -> AdapterFiles:
+    """A plain adapter as `read_adapter` reads it, or one that is more than that (`more_than_lora`)."""
+    return read_for_merge(folder) or read_adapter(folder)
+
+
+def more_than_lora(files: AdapterFiles) -> str:
+    """What makes it more than plain LoRA, as PEFT calls it; "" for a plain one."""
+    if files.config.keys().isdisjoint(OPTIONS):
+        return ""
+    return ", ".join(name for name in OPTIONS if files.config[name]) or "LoRA on embeddings"
 
 
 def read_for_merge(folder: Path | str) -> AdapterFiles | None:
     """An adapter with one of OPTIONS, or on embeddings: its tensors are as stored, its config has OPTIONS besides. None for others.
 
     ArtifactError for everything that `read_adapter` refuses beside OPTIONS."""
+    import torch
+    from safetensors.torch import load_file
+
     folder = Path(folder)
     check_folder(folder)
     raw = read_json(folder / CONFIG)

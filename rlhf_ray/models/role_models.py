@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from rlhf_ray.batches import Sequences
 from rlhf_ray.models.adapters import use_adapter
 from rlhf_ray.models.backbone import Backbone, trunk
-from rlhf_ray.models.forward import after_last_token, response_logprobs, response_states, response_values
+from rlhf_ray.models.forward import (
+    after_last_token,
+    pair_scores,
+    response_logprobs,
+    response_states,
+    response_values,
+)
 from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.models.packing import packed_response_states
 from rlhf_ray.models.zero3 import MaxOverRanks
@@ -142,8 +148,10 @@ class RoleModels(nn.Module):
         return logprobs, entropy, values, after
 
     def rewards(self, role: str, seq: Sequences) -> Tensor:
-        """f32[M]: the scalar head of `role`, read after the reply's last token."""
-        binding = self.bindings[role]
+        """f32[M]: the scalar head of `role`, read after the reply's last token; of an encoder what it says of the pair."""
+        binding, backbone = self.bindings[role], self.stack_of(role).backbone
+        if backbone.is_encoder:
+            return pair_scores(backbone.model, seq, backbone.context_length, backbone.marks_second_text)
         every = self.head_of(role)(self.stack_of(role).states(seq, binding.adapter))
         return after_last_token(every, seq)
 

@@ -213,7 +213,8 @@ class Estimator:
 
     def _evaluation(self, job: EvaluateConfig) -> list[Process]:
         cast = self._first(job)
-        shapes = self.shapes(job, min(s.backbone.context_length for s in cast.assembly.stacks.values()))
+        bases = [stack.backbone for stack in cast.assembly.stacks.values()]
+        shapes = self.shapes(job, min(base.context_length for base in bases if not base.is_encoder))
         policies = [f"policy_{i}" for i, policy in enumerate(job.policies) if policy.policy is not None]
         rewards = [role for i, r in enumerate(job.rewards) for role in r.models(f"reward_{i}")]
         heat = job.sampling.temperature

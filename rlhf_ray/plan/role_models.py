@@ -27,6 +27,7 @@ from rlhf_ray.models.adapter_files import CONFIG, AdapterFiles, check_config, ta
 from rlhf_ray.models.adapters import add_fresh, wrap
 from rlhf_ray.models.assembly import BASE, Assembly
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.loading import is_encoder
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.sources import ModelSource
 from rlhf_ray.models.specs import ModelSpec, policy_source, reward_source
@@ -89,9 +90,15 @@ class PlannedAssembly(Assembly):
     def _classifier(self, path: str) -> Backbone:
         return skeleton(self.job, path, read_config(path, None, "rewards.model"), self.target, classifier=True)
 
+    def _merged_base(self, files: AdapterFiles) -> Backbone:
+        return self._causal_lm(self.job.model_name_or_path, self.job.revision)
+
     def _read(self, path: str) -> AdapterFiles:
         lora = self.made.lora_of(path)
         return AdapterFiles(lora.model_dump(), {}, torch.empty(1, self.base.hidden_size, device="meta"), "", path)
+
+    def _read_more(self, path: str) -> AdapterFiles | None:
+        return None if path in self.made.adapters else super()._read_more(path)
 
     def _load(self, stack: str, name: str, files: AdapterFiles, trainable: bool) -> None:
         self.put(stack, name, LoraConfig(**{**files.config, "preset": None}), trainable)
@@ -185,11 +192,13 @@ def _add_reward(assembly: Assembly, made: Made, reward: RewardSource, load: Coll
 
 
 def _foreign(job: PPOConfig, made: Made) -> set[str]:
-    """Rewards with another tokenizer than the base's. Where a tokenizer is not on this machine it is taken for the same."""
+    """Rewards that read text by themselves: encoders, and those with another tokenizer than the base's. Where a tokenizer is not on
+    this machine it is taken for the same."""
     models = {r.name: made.source(path, reward=True) for r in job.rewards for path in r.models(r.name).values()}
-    own = _tokenizer(job.model_name_or_path)
-    theirs = {name: _tokenizer(source.path) for name, source in models.items() if source.kind == "full"}
-    return {name for name, sha256 in theirs.items() if own is not None and sha256 not in (None, own)}
+    own, whole = _tokenizer(job.model_name_or_path), {n: s.path for n, s in models.items() if s.kind == "full"}
+    theirs = {name: _tokenizer(path) for name, path in whole.items()}
+    found = {name for name, sha256 in theirs.items() if own is not None and sha256 not in (None, own)}
+    return found | {name for name, path in whole.items() if is_encoder(read_config(path, None, "rewards.model"))}
 
 
 def _tokenizer(path: str) -> str | None:

@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from rlhf_ray.config import JobFields
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.backbone import Backbone, BaseIdentity, trunk
-from rlhf_ray.models.context import context_length
+from rlhf_ray.models.context import context_length, encoder_context
 from rlhf_ray.models.heads import ScalarHead, logits_head
-from rlhf_ray.models.loading import DTYPES, bits_of, causal_class, classifier_config, no_dropout, quiet
+from rlhf_ray.models.loading import (
+    DTYPES,
+    bits_of,
+    causal_class,
+    classifier_config,
+    is_encoder,
+    no_dropout,
+    quiet,
+)
 from rlhf_ray.models.sources import one_line
 from rlhf_ray.models.tokenizer import PadChoice
 from rlhf_ray.plan.attention import fused
@@ -81,9 +89,11 @@ def skeleton(job: JobFields, path: str, config: Any, device: Device, classifier:
 
     auto: Any = AutoModelForSequenceClassification if classifier else causal_class(config)
     config = copy.deepcopy(config)  # from_config writes the precision into it
-    if classifier:
+    encoder = classifier and is_encoder(config)
+    if classifier and not encoder:
         config = classifier_config(config, path)
     dtype, bits = precision(job, config, device), bits_of(job.load_in_8bit, job.load_in_4bit)
+    bits = None if encoder else bits
     kernel = "eager" if job.attn_implementation == "eager" else "sdpa"
     with torch.device("meta"), quiet():
         try:
@@ -106,9 +116,10 @@ def skeleton(job: JobFields, path: str, config: Any, device: Device, classifier:
         device=torch.device("meta"),
         dtype=dtype,
         identity=BaseIdentity(path, None, "", "", "", f"{bits}bit" if bits else str(dtype).removeprefix("torch.")),
-        context_length=context_length(model.config.get_text_config()),
+        context_length=encoder_context(model) if encoder else context_length(model.config.get_text_config()),
         attn_implementation=kernel,
         head=None if classifier else logits_head(model, trunk(model)),
+        is_encoder=encoder,
     )
 
 

@@ -39,7 +39,7 @@ def add_learner_roles(
     """Which models a learner has. Used on loaded models and, by `plan`, on planned ones, so that a plan cannot drift from the job.
 
     Under `placement: split` reference and rewards are the scorers' affair, but for the reward that the value model starts from.
-    start: of the policy.  foreign: names of rewards with a tokenizer of their own."""
+    start: of the policy.  foreign: names of rewards that read text by themselves."""
     alone, has_value = config.placement == "colocate", config.advantage_estimator == "gae"
     assembly.add_trained_policy(start, config.lora, with_reference=alone)
     if alone and config.ref_model_sync_steps is not None:
@@ -127,7 +127,7 @@ def synced_reference(models: RoleModels) -> LoadedAdapter | None:
 def value_init_role(config: PPOConfig, foreign: Collection[str] = ()) -> str:
     """The role the value model starts from: as the job says, else the first reward model that it can start from, else the policy.
 
-    foreign: rewards with a tokenizer of their own; a value model must read the policy's tokens. Raises ConfigError."""
+    foreign: rewards that read text by themselves; a value model must read the policy's tokens. Raises ConfigError."""
     models = [role for r in config.rewards if r.name not in foreign for role in r.models(r.name)]
     if config.value.init_from is None:
         return models[0] if models and config.value.adapter == "own" else "policy"
@@ -137,7 +137,7 @@ def value_init_role(config: PPOConfig, foreign: Collection[str] = ()) -> str:
     if name in foreign:
         raise ConfigError.at(
             "value.init_from",
-            f"reward {name!r} has another tokenizer than the policy, whose tokens the value model must read",
+            f"reward {name!r} has another tokenizer than the policy, or is an encoder; a value model reads the policy's tokens",
             "policy, or a reward model on the policy's own tokens",
             fix="set it to policy",
         )

@@ -24,6 +24,7 @@ from rlhf_ray.models.lineage import (
     recorded_reward,
     recorded_template,
 )
+from rlhf_ray.models.loading import config_of, is_encoder
 from rlhf_ray.models.sources import resolve_source
 from rlhf_ray.models.specs import ModelSpec, reward_source
 from rlhf_ray.models.tokenizer import tokenizer_of, tokenizer_sha256
@@ -141,7 +142,7 @@ class RewardBuilder:
 
     def _add_model(self, reward: RewardSource, role: str, label: str, load: bool) -> Maker:
         source = reward_source(reward.run or reward.model or "")
-        foreign = self._has_own_tokenizer(source)
+        foreign = self._reads_text(source)
         self.warnings += check_lineage(
             source,
             self.assembly.base.identity,
@@ -185,12 +186,15 @@ class RewardBuilder:
     def _retokenised(self, reward: RewardSource, source: ModelSpec, role: str, load: bool) -> Maker:
         if load:
             backbone = self.assembly.stacks[self.assembly.bindings[role].stack].backbone
-            name = reward.template or recorded_template(source) or self.template_name
+            recorded = "none" if backbone.is_encoder else recorded_template(source) or self.template_name
+            name = reward.template or recorded
             date = recorded_date(source) or self.assembly.job.template_date
             template = load_template(name, backbone.tokenizer, date, recorded_kwargs(source))
             self.readers[role] = reader_of(source, backbone, template)
-            how = f"replies are decoded, put in template {template.name}, encoded again"
-            self.lines.append(header_line("", f"{reward.name} has its own tokenizer: {how}"))
+            how = f"has its own tokenizer: replies are decoded, put in template {template.name}, encoded again"
+            if backbone.is_encoder:
+                how = f"is an encoder: prompt (template {template.name}) and reply are a pair of texts"
+            self.lines.append(header_line("", f"{reward.name} {how}"))
         return lambda models, batching, device, agree: RetokenisedReward(
             reward.name, reward.weight, models, role, self.readers[role], self.assembly.base, batching, agree
         )
@@ -207,16 +211,17 @@ class RewardBuilder:
         return [make(models, batching, device, max_over_ranks) for make in self._makers]
 
     def is_foreign(self, reward: RewardSource) -> bool:
-        """Whether it reads text through a tokenizer of its own. Loads nothing."""
-        return any(self._has_own_tokenizer(reward_source(path)) for path in reward.models("").values())
+        """Whether it reads text and not the policy's tokens. Loads nothing."""
+        return any(self._reads_text(reward_source(path)) for path in reward.models("").values())
 
-    def _has_own_tokenizer(self, source: ModelSpec) -> bool:
-        """A whole checkpoint with another tokenizer; an adapter stands on the job's base, so it reads what that reads."""
+    def _reads_text(self, source: ModelSpec) -> bool:
+        """A whole checkpoint with another tokenizer, or an encoder; an adapter stands on the job's base, so it reads what that
+        reads."""
         if source.kind != "full":
             return False
-        return (
-            tokenizer_sha256(tokenizer_of(resolve_source(source.path))) != self.assembly.base.identity.tokenizer_sha256
-        )
+        found = resolve_source(source.path)
+        own = self.assembly.base.identity.tokenizer_sha256
+        return tokenizer_sha256(tokenizer_of(found)) != own or is_encoder(config_of(found))
 
 
 def make_judge(reward: RewardSource, job: JobFields) -> LLMJudge:

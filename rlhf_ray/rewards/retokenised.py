@@ -2,13 +2,15 @@
 
 Token ids mean nothing to it, so replies travel as text: decoded, put after the row's prompt in the reward model's own template, and
 encoded again, with its end token where the reply is finished. Text that does not encode back into the ids that were sampled
-has drifted: what is scored is then not quite what was said. The share of such replies is a metric.
+has drifted: what is scored is then not quite what was said. The share of such replies is a metric. An encoder reads text whatever
+its tokenizer: the prompt without a template, and the reply, as a pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,8 +70,39 @@ class Reader:
         return to_device(seq, self.backbone.device)
 
 
+@dataclass(frozen=True)
+class PairReader(Reader):
+    """How an encoder reads text: prompt and reply as a pair, with the tokens that its tokenizer sets before, between and behind
+    them ([CLS] prompt [SEP] reply [SEP]). What stands before the reply is its prompt here."""
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int], list[int]]:
+        """The tokens before, between and behind the texts of a pair."""
+        pair = self.backbone.tokenizer("a", "b", add_special_tokens=True)
+        ids, which = list(pair.input_ids), pair.sequence_ids(0)
+        ends = [max(i for i, text in enumerate(which) if text == number) + 1 for number in (0, 1)]
+        starts = [which.index(number) for number in (0, 1)]
+        return ids[: starts[0]], ids[ends[0] : starts[1]], ids[ends[1] :]
+
+    def encode(
+        self, rows: Sequence[Row], responses: Sequence[str], finished: Sequence[bool] | None = None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids of each pair, cut to what the encoder reads: a prompt loses its start, a reply that is still too long its end."""
+        tokenizer, (before, between, behind) = self.backbone.tokenizer, self.frame
+        asked = encode_texts(tokenizer, [self.template.render(row.prompt) for row in rows])
+        said = encode_texts(tokenizer, list(responses))
+        room = self.backbone.context_length - len(before) - len(between) - len(behind)
+        prompts, replies = [], []
+        for prompt, reply in zip(asked, said, strict=True):
+            kept = reply[:room]
+            left = room - len(kept)
+            prompts.append([*before, *(prompt[-left:] if left else []), *between])
+            replies.append([*kept, *behind])
+        return prompts, replies
+
+
 class RetokenisedReward(Reward):
-    """A whole reward model with a tokenizer of its own, by its role.
+    """A whole reward model with a tokenizer of its own, or an encoder, by its role.
 
     reader: of the reward model.  writer: the policy's base.  batching, max_over_ranks: as the scorer's."""
 

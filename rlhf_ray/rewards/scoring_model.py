@@ -37,7 +37,7 @@ from rlhf_ray.models.merge import fixture_difference
 from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.models.sources import resolve_source
 from rlhf_ray.models.specs import ModelSpec, reward_source
-from rlhf_ray.rewards.retokenised import Reader
+from rlhf_ray.rewards.retokenised import PairReader, Reader
 from rlhf_ray.rewards.sources import ModelReward
 
 ROLE = "reward"
@@ -80,18 +80,18 @@ def load_scoring_model(
     (path,) = source.models(ROLE).values()
     found = reward_source(path)
     backbone, models = _load(found, device)
-    name = template or recorded_template(found) or DEFAULT_TEMPLATE
+    name = template or recorded_template(found) or ("none" if backbone.is_encoder else DEFAULT_TEMPLATE)
     prompt_template = load_template(name, backbone.tokenizer, recorded_date(found), recorded_kwargs(found))
-    for line in check_lineage(found, backbone.identity, prompt_template, role=ROLE):
+    for line in [*backbone.notes, *check_lineage(found, backbone.identity, prompt_template, role=ROLE)]:
         console.warn(line)
     reader = reader_of(found, backbone, prompt_template)
     model = ScoringModel(
         reader, ModelReward(source.name, source.weight, models, ROLE, Batching(ROWS_PER_FORWARD), device)
     )
     ending = "without eos" if reader.end_id is None else f"in {backbone.tokenizer.decode([reader.end_id])}"
+    how = "prompt and reply are a pair of texts" if backbone.is_encoder else f"replies end {ending}"
     console.log(
-        f"{found.describe()} on {backbone.identity.path} ({backbone.identity.precision}); template {prompt_template.name};"
-        f" replies end {ending}"
+        f"{found.describe()} on {backbone.identity.path} ({backbone.identity.precision}); template {prompt_template.name}; {how}"
     )
     gap = _fixture_gap(model, found, recorded_reward(found).get("fixture") or [])
     if gap is not None and gap > FIXTURE_TOLERANCE:
@@ -103,6 +103,8 @@ def load_scoring_model(
 
 def reader_of(source: ModelSpec, backbone: Backbone, template: Template) -> Reader:
     """How the reward model `source` reads text. ConfigError if its replies end with a token that its tokenizer lacks."""
+    if backbone.is_encoder:
+        return PairReader(backbone, template, False)
     add_eos = bool(recorded_reward(source).get("add_eos_token", RewardConfig.model_fields["add_eos_token"].default))
     if not add_eos:
         return Reader(backbone, template, False)
@@ -117,8 +119,11 @@ def reader_of(source: ModelSpec, backbone: Backbone, template: Template) -> Read
 def _load(source: ModelSpec, device: torch.device) -> tuple[Backbone, RoleModels]:
     if source.kind == "full":
         backbone = load_classifier(source.path, revision=None, **_how(None, device))
+        stack = AdapterStack(backbone, None)
+        if backbone.is_encoder:
+            return backbone, RoleModels({STACK: stack}, {ROLE: RoleBinding(STACK, None)}).eval()
         head: Any = backbone.model.score
-        stack, binding, score = AdapterStack(backbone, None), RoleBinding(STACK, None, ROLE), scalar_head(head)
+        binding, score = RoleBinding(STACK, None, ROLE), scalar_head(head)
     else:
         base, files = parent_of(source, ROLE).base, read_adapter(source.path)
         if files.head is None:

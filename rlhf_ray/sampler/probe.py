@@ -2,7 +2,7 @@
 
 Attention alone needs no trial: a mask says there what is padding. What a layer with a state does with padding, with a row that
 joins a batch and with a cache that it is handed differs from family to family, so it is measured: random weights, float32, a
-second or less.
+second or less. So it is for encoders that can be language models (BERT): whether they look ahead, and what their head is.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import warning_once
 
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, RlhfRayError
 from rlhf_ray.models.backbone import trunk
+from rlhf_ray.models.heads import logits_head
 from rlhf_ray.models.loading import no_dropout, quiet
-from rlhf_ray.models.recurrent import hidden_states, is_recurrent, layer_types, one_recurrence
+from rlhf_ray.models.recurrent import hidden_states, layer_types, one_recurrence
 from rlhf_ray.models.sources import one_line
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest
@@ -57,20 +58,23 @@ def check_family(config: Any, where: str = "model_name_or_path") -> None:
     config: a transformers config. Nothing is said of a model whose tiny copy cannot be built: what a model shows of itself is
     checked again where it is loaded and where it decodes."""
     layer_types(config)
-    if not _keeps_state(config):
-        return
+    may_look_ahead = hasattr(config, "is_decoder")
     got = ""
     try:
         with quiet():
             model = tiny_model(config)
             found = {} if model is None else differences(model)
+            if model is not None and may_look_ahead:
+                logits_head(model, trunk(model))
         off = {what: value for what, value in found.items() if not value <= TOLERANCE}
         got = "; ".join(f"{what}: off by {value:.2g}" for what, value in off.items())
-    except ConfigError as error:
+    except RlhfRayError as error:
         got = error.problems[0].what.removeprefix("cannot be decoded here: ")
     except Exception as error:  # whatever a model does with a cache that it does not know
         got = f"{type(error).__name__}: {one_line(error)}"
     warning_once.cache_clear()  # what was kept quiet here is told where the model itself is slow
+    if got and may_look_ahead and not config.is_decoder:
+        got += " (is_decoder: false: an encoder, which sees the tokens that follow)"
     if got:
         raise ConfigError.at(
             where,
@@ -177,12 +181,3 @@ def _layers_needed(text: Any, count: int, of_each: int) -> int:
     kinds = list(zip(*(k for k in (getattr(text, "layer_types", None), getattr(text, "mlp_layer_types", None)) if k)))
     places = [[i for i, kind in enumerate(kinds) if kind == wanted][:of_each] for wanted in set(kinds)]
     return min(count, max(2, 1 + max((found[-1] for found in places), default=0)))
-
-
-def _keeps_state(config: Any) -> bool:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if is_recurrent(config):
-        return True
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return known and bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False))

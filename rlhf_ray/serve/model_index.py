@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
+from rlhf_ray.models.adapter_files import AdapterFiles
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import (
     DEFAULT_TEMPLATE,
@@ -23,6 +24,7 @@ from rlhf_ray.models.lineage import (
     recorded_reward,
     recorded_template,
 )
+from rlhf_ray.models.merge_by_peft import more_than_lora, read_any
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.registry import Registry
 from rlhf_ray.registry.alias import Alias
@@ -226,6 +228,28 @@ def run_versions(
     return found
 
 
+def to_be_merged(config: ServeConfig) -> AdapterFiles | None:
+    """The one adapter that a job file names, if it is more than plain LoRA: it is served alone, merged into the base.
+
+    ConfigError if it is not alone, since it changes weights that all adapters and the base share, or if vLLM loads the base."""
+    for name, spec in config.adapters.items():
+        source = policy_source(spec)
+        files = read_any(source.path) if source.kind == "adapter" and source.run is None else None
+        kind = "" if files is None else more_than_lora(files)
+        if kind and (len(config.adapters) > 1 or config.registry is not None or config.engine == "vllm"):
+            got = f"{len(config.adapters)} adapters{'' if config.registry is None else ' and a registry'}"
+            raise ConfigError.at(
+                f"adapters.{name}",
+                f"{kind}: changes weights that all adapters share",
+                "this adapter alone under engine builtin, which merges it into the base; or plain LoRA",
+                f"{got}, engine {config.engine}",
+                "serve it alone, or merge it (rlhf-ray merge) and set model_name_or_path to the result",
+            )
+        if kind:
+            return files
+    return None
+
+
 def _reload_run(name: str, spec: str, backbone: Backbone, sha256: str) -> ModelCheckpoint:
     checkpoint = load_run(name, spec, backbone)
     if checkpoint.sha256 != sha256:
@@ -241,7 +265,7 @@ def load_run(name: str, spec: str, backbone: Backbone) -> ModelCheckpoint:
     written_in, told = recorded_template(source) or DEFAULT_TEMPLATE, (recorded_date(source), recorded_kwargs(source))
     template = load_template(written_in, backbone.tokenizer, *told)
     check_lineage(source, backbone.identity, template, role=name)
-    files = read_adapter(source.path)
+    files = read_any(source.path)
     stage = source.run.stage if source.run is not None else None
     is_reward = files.head is not None
     lineage: dict[str, Any] = {"stage": stage, "parents": [], "metrics": {}}
@@ -291,11 +315,11 @@ def _unix_seconds(created: str) -> int:
         return 0
 
 
-def list_models(model_index: ModelIndex, started_at: int) -> list[dict[str, Any]]:
+def list_models(model_index: ModelIndex, started_at: int, with_base: bool = True) -> list[dict[str, Any]]:
     """OpenAI's model objects: the base, then every name (root: its version), then every version that is not refused.
 
-    started_at: of the service, Unix seconds."""
-    found = [_model_object(BASE, BASE, None, started_at, {})]
+    started_at: of the service, Unix seconds.   with_base: False where an adapter is merged into it."""
+    found = [_model_object(BASE, BASE, None, started_at, {})] if with_base else []
     for name, id in sorted(model_index.live.items()):
         version = model_index.versions[id]
         found.append(_model_object(name, id, BASE, version.created, _metadata(model_index, version)))

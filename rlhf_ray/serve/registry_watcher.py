@@ -42,7 +42,8 @@ KNOWN_S = 8.0
 
 
 class RegistryWatcher:
-    """registry: None where there is none.   status_file: where this replica writes `status`."""
+    """registry: None where there is none.   status_file: where this replica writes `status`.
+    serves_base: whether the base is served as well, as `status` tells."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class RegistryWatcher:
     ) -> None:
         self.model_index, self.adapter_cache, self.backbone = model_index, adapter_cache, backbone
         self.status_file, self.metrics = status_file, metrics
+        self.serves_base = True
         adapter_cache.on_refused = lambda id, error: self.refuse(model_index.versions[id], error)
         self._follower = None if registry is None else RegistryFollower(registry)
         self._unread: set[str] = set()  # names that were there at the start, and of which nothing is known yet
@@ -174,13 +176,14 @@ class RegistryWatcher:
         )  # not indented: C writes that
 
     def status(self) -> dict[str, Any]:
-        """{replica, host, pid, when, live: {name: {id, version, sha256}}, refused: {id: why}}."""
+        """{replica, host, pid, when, serves_base, live: {name: {id, version, sha256}}, refused: {id: why}}."""
         versions = self.model_index.versions
         return {
             "replica": self.status_file.stem,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "when": now(),
+            "serves_base": self.serves_base,
             "unread": len(self._unread),
             "live": {
                 name: {"id": id, "version": versions[id].number, "sha256": versions[id].sha256}

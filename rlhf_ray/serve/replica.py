@@ -23,6 +23,7 @@ from rlhf_ray.data.encode import bos_ids
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.merge import merge_in_memory
 from rlhf_ray.registry import Registry
 from rlhf_ray.runtime.devices import own_device
 from rlhf_ray.sampler.requests import DecodeRequest
@@ -33,7 +34,15 @@ from rlhf_ray.serve.decode_thread import DecodedToken, DecodeThread
 from rlhf_ray.serve.generation import Event, Generation, GenerationRequest, ServedModel
 from rlhf_ray.serve.generation_stream import GenerationStream, TokenBuffer, TokenRouter
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
-from rlhf_ray.serve.model_index import BASE, ModelCheckpoint, ModelIndex, ModelVersion, list_models, run_versions
+from rlhf_ray.serve.model_index import (
+    BASE,
+    ModelCheckpoint,
+    ModelIndex,
+    ModelVersion,
+    list_models,
+    run_versions,
+    to_be_merged,
+)
 from rlhf_ray.serve.prompt_encoder import PromptEncoder
 from rlhf_ray.serve.registry_watcher import RegistryWatcher
 from rlhf_ray.serve.response_scorer import ResponseScorer
@@ -58,8 +67,10 @@ class Replica:
         threads = config.replicas.num_threads
         if threads is not None:
             torch.set_num_threads(threads)
-        device = own_device()
+        more, device = to_be_merged(config), own_device()
         self.backbone: Backbone = load_base(config, device)
+        if more is not None:
+            merge_in_memory(self.backbone, more)
         chat = "chat" if self.backbone.tokenizer.chat_template is not None else "none"
         self.template = load_template(config.template or chat, self.backbone.tokenizer)
         self.router = TokenRouter()
@@ -73,6 +84,11 @@ class Replica:
             vllm=start_engine(config, self.backbone, device),
         )
         self.runs = run_versions(config.adapters, self.backbone, self.engine.pack if config.engine == "vllm" else None)
+        self.merged: ModelCheckpoint | None = None
+        """Of the one adapter that is served, where it is merged into the base: every name then means the model as it is."""
+        if more is not None:
+            ((version,), _) = next(iter(self.runs.values()))
+            self.merged = version.load().without_tensors()
         self.adapter_cache = AdapterCache[ModelCheckpoint](
             self.engine,
             self.limits.max_loaded_adapters,
@@ -91,6 +107,7 @@ class Replica:
         self.watcher = RegistryWatcher(
             self.model_index, self.adapter_cache, self.backbone, registry, status_file, self.metrics
         )
+        self.watcher.serves_base = self.merged is None
         self.started_at = int(time.time())
         self._listed: tuple[int, list[dict[str, Any]]] | None = None
         self._known_as: tuple[Any, str] = None, ""
@@ -103,6 +120,8 @@ class Replica:
     async def start(self) -> None:
         """Serve the names there are, and follow the registry from now on."""
         await self.watcher.start(self.runs)
+        if self.merged is not None:
+            self.model_index.loaded(self.model_index.versions[self.merged.id], self.merged)
         self._watching = asyncio.create_task(self.watcher.run(self.config.poll_interval_s))
         self._settling = asyncio.create_task(self._settle())
 
@@ -163,7 +182,8 @@ class Replica:
         """See `model_index.list_models`. Made once for every change; not to be changed."""
         await self.watcher.know_all()
         if self._listed is None or self._listed[0] != self.model_index.revision:
-            self._listed = self.model_index.revision, list_models(self.model_index, self.started_at)
+            listed = list_models(self.model_index, self.started_at, with_base=self.merged is None)
+            self._listed = self.model_index.revision, listed
         return self._listed[1]
 
     async def models_since(self, known: str) -> tuple[str, list[dict[str, Any]] | None]:
@@ -178,6 +198,8 @@ class Replica:
     async def tokenize(self, model: str, prompt: Mapping[str, Any]) -> dict[str, Any]:
         """{ids, texts, context}: what `model` would read of a prompt (generation.py). {error} for an ApiError."""
         try:
+            if self.merged is not None and model == BASE:  # where the client names none
+                model = self.merged.id
             async with AsyncExitStack() as resources:
                 served = self._policy(model, await self._load([model], resources))
                 ids = await self.prompt_encoder.encode(prompt, served.template)
@@ -280,6 +302,9 @@ class Replica:
         cached = await self._load([*request.models, *(() if reward is None else (reward,))], resources)
         served_models = [self._policy(model, cached) for model in request.models]
         reward_model = None if reward is None else self._reward_model(reward, cached)
+        if request.kl and self.merged is not None:
+            what = "kl: the adapter is merged into its base, which is not there to be compared with."
+            raise ApiError(400, what, "no_base", "kl")
         options = await self.options_reader.read(request, served_models)
         generations: list[Generation] = []
         for prompt in request.prompts:
@@ -298,6 +323,9 @@ class Replica:
         return generations, served_models, reward_model, options
 
     def _policy(self, model: str, cached: Mapping[str, CachedAdapter[ModelCheckpoint]]) -> ServedModel:
+        if self.merged is not None:
+            merged = self.merged
+            return ServedModel(model, merged.id, merged.sha256, merged.template, merged.stop_ids)
         if model == BASE:
             sha256 = self.backbone.identity.weights_sha256
             return ServedModel(model, BASE, sha256, self.template, self.backbone.stop_ids(self.template))
@@ -327,16 +355,19 @@ class Replica:
         return self._reward_model(name, await self._load([name], resources))
 
     def _reward_model(self, name: str, cached: Mapping[str, CachedAdapter[ModelCheckpoint]]) -> ServedModel:
-        if name == BASE or cached[name].head is None:
+        found = cached.get(name)
+        if found is None or found.head is None:
             raise ApiError(400, f"reward: {name!r} is no reward adapter.", "not_a_reward", "reward")
-        return _served(name, cached[name])
+        return _served(name, found)
 
     async def _load(
         self, models: Sequence[str], resources: AsyncExitStack
     ) -> dict[str, CachedAdapter[ModelCheckpoint]]:
         """The adapters that `models` name, by these names, ready until `resources` is closed. Waits while others use all places."""
         await self.watcher.know(models)
-        versions = {model: self._resolve(model) for model in models if model != BASE}
+        versions = {model: self._resolve(model) for model in models if model != BASE or self.merged is not None}
+        if self.merged is not None:
+            return {}
         reads = {version.id: version.load for version in versions.values()}
         try:
             cached = await resources.enter_async_context(self.adapter_cache.use_all(reads))

@@ -168,13 +168,14 @@ def _startup_error(application: Any) -> Exception:
 
 def _header_lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
     statuses = _statuses(config)
-    names = sorted({name for status in statuses for name in status.get("live", {})})
+    names = ["base"] if all(status.get("serves_base", True) for status in statuses) else []
+    names += sorted({name for status in statuses for name in status.get("live", {})})
     count = len(names) + max((status.get("unread", 0) for status in statuses), default=0)
     who = f"keys of {config.api_keys}" if config.api_keys is not None else "no key; this machine only"
     return [
         f"page       {url}/",
         f"OpenAI     {url}/v1   (base_url of any OpenAI client)",
-        f"models     base{''.join(f', {name}' for name in names[:LISTED])}{_more(count)}",
+        f"models     {', '.join(names[:LISTED])}{_more(count)}",
         f"access     {who}",
         f"metrics    {_metrics_address()}",
         *([f"engine     vLLM {vllm_version()}"] if config.engine == "vllm" else []),

@@ -24,6 +24,7 @@ from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.batching import Batching
+from rlhf_ray.models.context import rope_note
 from rlhf_ray.models.lineage import check_lineage, header_line, parent_of
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.sources import resolve_source
@@ -82,7 +83,8 @@ class EvaluationModels:
     """Made by `load_evaluation_models`. parents: what a manifest records of every policy and reward.  lines, warnings: for the
     header.
 
-    reference: name of the policy that KL is measured against, None for no KL.  judges: LLM judges by name."""
+    reference: name of the policy that KL is measured against, None for no KL.  judges: LLM judges by name.
+    readers: stacks of rewards that read text by themselves, and cut it to what they can read."""
 
     config: EvaluateConfig
     session: Session
@@ -96,6 +98,7 @@ class EvaluationModels:
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     judges: dict[str, LLMJudge] = field(default_factory=dict)
+    readers: frozenset[str] = frozenset()
 
     def loaded(self) -> list[Policy]:
         """The policies that are models here, in the job's order."""
@@ -103,16 +106,22 @@ class EvaluationModels:
 
     @property
     def limit(self) -> int:
-        """Tokens of prompt and reply together: what every model involved can read, or max_length if that is less."""
-        stacks: Any = self.models.stacks.values()
-        context = min(stack.backbone.context_length for stack in stacks)
+        """Tokens of prompt and reply together: what every model that sees them can read, or max_length if that is less."""
+        context = self._shortest().context_length
         return min(self.config.max_length or context, context)
+
+    def _shortest(self) -> Backbone:
+        """Of the bases that see the tokens, the one that reads the fewest."""
+        stacks: Any = self.models.stacks.items()
+        bases = [stack.backbone for name, stack in stacks if name not in self.readers]
+        return min(bases, key=lambda base: base.context_length)
 
     def tokenise(self, rows: Sequence[Row], too_long: TooLong) -> Tokenised[TokenisedPrompt]:
         """Prompts that leave room for the longest reply. Raises ConfigError if none could, DataError."""
         longest = self.config.response_length
         if longest >= self.limit:
-            expected = f"below {self.limit} (max_length, or the shortest context of the models)"
+            rope = rope_note(self._shortest().model.config.get_text_config())
+            expected = f"below {self.limit} (max_length, or the shortest context of the models{rope})"
             raise ConfigError.at("response_length", "leaves no room for a prompt", expected, str(longest))
         return tokenise_prompts(
             rows,
@@ -263,6 +272,7 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
     add_evaluation_roles(config, add_policy, add_reward)
     models = assembly.finish()
     bases = [stack.backbone.identity.path for stack in assembly.stacks.values()]
+    notes = [note for stack in assembly.stacks.values() for note in stack.backbone.notes]
     return EvaluationModels(
         config,
         session,
@@ -274,8 +284,9 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
         reference,
         [*builder.parents, *roles.parents],
         [*builder.lines, *roles.lines, header_line("bases", f"{len(bases)} loaded: {', '.join(bases)}")],
-        [*builder.warnings, *roles.warnings],
+        [*builder.warnings, *roles.warnings, *dict.fromkeys(notes)],
         roles.judges,
+        frozenset(assembly.bindings[role].stack for role in roles.readers),
     )
 
 

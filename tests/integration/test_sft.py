@@ -391,6 +391,31 @@ def test_two_ray_workers_train_what_one_process_trains(
     assert manifest["world_size"] == 2 and manifest["status"] == "done"
 
 
+@pytest.mark.slow
+def test_a_model_that_sees_trains_on_two_workers(
+    make_config: Callable[..., SFTConfig], tiny_llama: Callable[..., Path], tmp_path: Path, four_cpus: Any
+) -> None:
+    """Gemma 3's wrapper: DDP waits for gradients of an adapter on its vision tower, which no text reaches."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**small, "vocab_size": 300, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64}
+    seen = {**small, "image_size": 28, "patch_size": 14}
+    shape: Any = {"text_config": text, "vision_config": seen, "mm_tokens_per_image": 4}
+    base = tmp_path / "gemma3"
+    shutil.copytree(tiny_llama(), base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForImageTextToText.from_config(AutoConfig.for_model("gemma3", **shape)).save_pretrained(base)
+    common = {"model": str(base), "per_device_train_batch_size": 4, "max_steps": 2, "eval_steps": 2}
+    alone = sft(make_config(output_dir=str(tmp_path / "alone"), **common))
+    run = sft(make_config(output_dir=str(tmp_path / "group"), learner={"num_workers": 2, "num_threads": 1}, **common))
+    trained = weights(run)
+    assert all(".language_model." in name for name in trained)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(trained[name], tensor, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.data
 @pytest.mark.slow
 def test_sft_on_real_rows(data_dir: Path, make_config: Callable[..., SFTConfig], console: Any) -> None:

@@ -222,6 +222,8 @@ def test_missing_files_name_the_nearest(workdir: Path) -> None:
     assert refusal("jobs/pppo.yaml") == ["error: jobs/pppo.yaml: no such file; fix: did you mean jobs/ppo.yaml?"]
     assert refusal("job/ppo.yaml") == ["error: job/ppo.yaml: no such file; fix: did you mean jobs?"]
     assert refusal("zzz") == ["error: zzz: no such file"]
+    expected = "is an override, and stands where a job file is expected; expected a job file before it"
+    assert refusal("output_dir=jobs") == [f"error: output_dir=jobs: {expected}"]
 
 
 def test_folders_and_pipes_are_no_files_and_nothing_hangs(workdir: Path) -> None:

@@ -25,6 +25,9 @@ from rlhf_ray.launch.model_families import check_model, may_keep_more
         ({"model_type": "minimax"}, True),
         ({"model_type": "deepseek_v32"}, True),
         ({"model_type": "minimax_m3_vl_text"}, True),
+        ({"model_type": "roberta"}, True),
+        ({"model_type": "cpmant"}, True),
+        ({"model_type": "gpt_neox"}, False),
         ({"model_type": "a family of next year"}, True),
         ({}, False),
     ],
@@ -45,6 +48,35 @@ def test_layers_that_nothing_here_samples_are_refused_before_anything_is_loaded(
     with pytest.raises(
         ConfigError, match=f"model type {model_type}: cannot be decoded here; .*; got indexed_attention"
     ):
+        check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "is_decoder", "got"),
+    [
+        ("bert-generation", False, "is_decoder: false: an encoder, which sees the tokens that follow"),
+        ("bert-generation", True, None),
+        ("roberta", True, "its logits are not its output layer on its last hidden state"),
+    ],
+)
+def test_an_encoder_is_no_language_model(model_type: str, is_decoder: bool, got: str | None, tmp_path: Path) -> None:
+    """As a language model an encoder was trained by SFT although it sees the answer, and a reward model was trained on top."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(model_type, is_decoder=is_decoder).save_pretrained(tmp_path)
+    if got is None:
+        check_model(str(tmp_path))
+        return
+    with pytest.raises(ConfigError, match=f"models of type {model_type} cannot be used here .*{got}"):
+        check_model(str(tmp_path))
+
+
+def test_a_cache_that_is_not_decoded_with_here_is_refused(tmp_path: Path) -> None:
+    """CPM-Ant makes masks and positions itself: SFT and a reward model were trained before PPO could not sample."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("cpmant").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="models of type cpmant cannot be used here"):
         check_model(str(tmp_path))
 
 

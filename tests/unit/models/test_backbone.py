@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
+    CTRLConfig,
     Gemma2Config,
     GraniteConfig,
 )
@@ -317,10 +317,12 @@ class TestClassifiers:
             "LlamaForSequenceClassification does not use 1 of the checkpoint's tensors: critic.weight",
         )
 
-    def test_an_encoder_has_a_way_out(self, load_reward: Load, tiny_llama: Make, tmp_path: Path) -> None:
-        config = BertConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    def test_a_decoder_with_another_head_has_a_way_out(
+        self, load_reward: Load, tiny_llama: Make, tmp_path: Path
+    ) -> None:
+        config = CTRLConfig(vocab_size=260, n_embd=32, dff=32, n_layer=1, n_head=2, num_labels=1)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(tiny_llama() / file, tmp_path)
-        with pytest.raises(ArtifactError, match=r"no score head.*BertForSequence.*as a Python reward function"):
+        with pytest.raises(ArtifactError, match=r"no score head.*CTRLForSequence.*as a Python reward function"):
             load_reward(tmp_path)

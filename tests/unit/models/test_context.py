@@ -14,6 +14,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.context import NO_LIMIT, context_length, rope_limit, rope_note, shortened_note
 from rlhf_ray.sampler.engine import DecodeRequest, Sampler
+from rlhf_ray.stages.generate import generate
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -67,3 +68,9 @@ def test_a_longer_neighbour_changes_nothing(
     assert difference.abs().max() > 1e-3
     with pytest.raises(ConfigError, match="at most 16 tokens"):
         sampler.run([short, DecodeRequest(tuple(range(40, 56)), 0, 1, (), greedy=True)])
+
+
+def test_a_reply_beyond_it_is_refused_by_name(tiny_llama: Callable[..., Path]) -> None:
+    base = str(tiny_llama(rope_parameters=LONGROPE, max_position_embeddings=64))
+    with pytest.raises(ConfigError, match=r"below 16 .*rope_type longrope: beyond 16 tokens"):
+        generate(policies=["base"], model=base, instruction="Name a bird.", max_new_tokens=20, template="none")

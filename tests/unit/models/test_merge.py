@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -362,14 +361,10 @@ class TestMoreThanLora:
         ],
         ids=["DoRA", "saved modules", "embeddings", "DoRA by expression"],
     )
-    def test_they_merge(self, tiny_llama: Make, tmp_path: Path, load: Load, options: dict[str, Any]) -> None:
-        base = AutoModelForCausalLM.from_pretrained(tiny_llama())
-        theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)).eval()
-        with torch.no_grad():
-            for name, parameter in theirs.named_parameters():
-                if "lora_" in name or "modules_to_save" in name:
-                    parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-        theirs.save_pretrained(tmp_path / "theirs")
+    def test_they_merge(
+        self, tiny_llama: Make, saved_by_peft: Make, tmp_path: Path, load: Load, options: dict[str, Any]
+    ) -> None:
+        theirs = saved_by_peft(tiny_llama(), tmp_path / "theirs", **options)
         merged = load(merge_run(tmp_path / "theirs", model=str(tiny_llama())))
         torch.testing.assert_close(logits(merged.model), logits(theirs), atol=1e-4, rtol=1e-4)
         with pytest.raises(ArtifactError):

@@ -19,6 +19,7 @@ from rlhf_ray.config.serve import LimitsConfig, ServeConfig
 from rlhf_ray.data.encode import encode_prompts
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.templates import load_template
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.models.adapter_files import read_adapter
 from rlhf_ray.models.adapters import wrap
@@ -361,3 +362,42 @@ def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_ta
         assert third.id not in listed and {*ids} <= listed.keys()
 
     run(job(registry=str(tmp_path / "registry")), body)
+
+
+def test_an_adapter_that_is_more_than_lora_is_served_alone(
+    job: Callable[..., ServeConfig], saved_by_peft: Callable[..., Any], base_dir: Path, tmp_path: Path
+) -> None:
+    """DoRA: merged into the base, which is then no model of its own; beside others it is refused before anything is loaded."""
+    dora = {"target_modules": ["q_proj", "v_proj"], "use_dora": True}
+    theirs = saved_by_peft(base_dir, tmp_path / "more", std=0.4, **dora)
+    tokenizer = load_tiny(base_dir).tokenizer
+    ids = encode_prompts(tokenizer, load_template("alpaca"), [Prompt("Name a bird.")])[0]
+    with torch.no_grad():
+        said = theirs.generate(input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=16, eos_token_id=2)
+    expected = tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True)
+
+    async def body(replica: Replica) -> Any:
+        found = await generate(replica, "helper", temperature=0.0)
+        version = found["start"]["adapters"]["helper"]["id"]
+        again = await generate(replica, version, temperature=0.0)
+        refused = [await generate(replica, "base"), await generate(replica, "helper", kl=True)]
+        return (
+            found,
+            again,
+            refused,
+            await replica.models(),
+            await replica.status(),
+            await replica.tokenize("base", PROMPT),
+        )
+
+    found, again, refused, models, status, tokens = run(job(adapters={"helper": str(tmp_path / "more")}), body)
+    assert found["choices"][0]["text"] == again["choices"][0]["text"] == expected
+    assert [r["error"]["code"] for r in refused] == ["model_not_found", "no_base"]
+    assert [m["id"] for m in models] == ["helper", found["start"]["adapters"]["helper"]["id"]]
+    assert status["serves_base"] is False and list(status["live"]) == ["helper"] and tokens["ids"]
+    with pytest.raises(
+        ConfigError, match=r"adapters.helper: use_dora: changes weights that all adapters share.*2 adapters"
+    ):
+        Replica(
+            job(adapters={"helper": str(tmp_path / "more"), "other": str(tmp_path / "more")}, model_name_or_path="/no")
+        )

@@ -188,7 +188,7 @@ class Assembly:
             for stack in self.trained:
                 gradient_checkpointing(self.stacks[stack].peft)
         if isinstance(self.job, PPOConfig) and self.job.has_packed_rows:
-            for backbone in [b for holder in self.stacks.values() if not (b := holder.backbone).is_encoder]:
+            for backbone in [holder.backbone for holder in self.stacks.values() if not holder.backbone.is_encoder]:
                 body, kernel = trunk(backbone.model), backbone.attn_implementation
                 backbone.packing = packing_of(body, kernel, skips=not models.recompute)
         if self.place is not None:

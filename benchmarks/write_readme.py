@@ -248,6 +248,19 @@ def engines(name: str) -> str:
     return "; ".join(said) + ("; all replies equal" if not differ else f"; {differ:g} replies differ") + busy
 
 
+def engine_chain(name: str) -> str:
+    """What PPO learns from replies of either engine."""
+    m = measured(name)
+    rewards = {e: m[f"true_reward/{e}"] for e in ("builtin", "vllm")}
+    error = max(value for e in rewards for value in m[f"true_reward_se/{e}"]["values"])
+    return (
+        f"true reward {mid(m['true_reward/sft'])} after SFT; {scattered(rewards['builtin'])} by the builtin engine, "
+        f"{scattered(rewards['vllm'])} by vLLM, each +- {error:.2g}; by seed vLLM's minus the builtin's "
+        f"{scattered(m['true_reward_gap/vllm'])}; ratio deviation {m['ratio_deviation/vllm']['max']:g}, the learner's own "
+        f"log-probabilities within {m['largest_probe_difference/vllm']['max']:.1g}"
+    )
+
+
 def service() -> str:
     m = measured("serve_load")
     return (
@@ -437,6 +450,12 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "random Llama, 5.8 M parameters",
         lambda: engines("engines_5_8m"),
         "engines_5_8m",
+    ),
+    (
+        "PPO of the demo, from the same SFT and reward runs, with `rollout.engine` builtin and vllm",
+        TINY,
+        lambda: engine_chain("engine_chain"),
+        "engine_chain",
     ),
     (
         "The service: 32 clients that stream replies of 64 tokens, greedy, against each server in turn",

@@ -19,7 +19,7 @@ from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.metrics import figure
 from rlhf_ray.models.adapters import read_adapter, wrap
-from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier
+from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier, trunk
 from rlhf_ray.models.batching import Batching
 from rlhf_ray.models.heads import ScalarHead, scalar_head
 from rlhf_ray.models.lineage import (
@@ -34,6 +34,7 @@ from rlhf_ray.models.lineage import (
 )
 from rlhf_ray.models.loading import DTYPES
 from rlhf_ray.models.merge import fixture_difference
+from rlhf_ray.models.packing import packing_of
 from rlhf_ray.models.role_models import AdapterStack, RoleBinding, RoleModels
 from rlhf_ray.models.sources import resolve_source
 from rlhf_ray.models.specs import ModelSpec, reward_source
@@ -42,7 +43,8 @@ from rlhf_ray.rewards.sources import ModelReward
 
 ROLE = "reward"
 STACK = "reward"
-ROWS_PER_FORWARD = int(EvaluateConfig.model_fields["per_device_eval_batch_size"].default)
+BATCHING = Batching(int(EvaluateConfig.model_fields["per_device_eval_batch_size"].default), packed=True)
+"""As PPO reads rows, so that it gives their scores bit for bit where passes hold the same ones."""
 FIXTURE_TOLERANCE = 1e-3
 """Rounding between machines stays far below this in float32; a wrong base, head or precision goes far beyond."""
 
@@ -63,9 +65,9 @@ class ScoringModel:
             if prompt and response and len(prompt) + len(response) <= self.reader.backbone.context_length
         ]
         found: list[float | None] = [None] * len(prompts)
-        for start in range(0, len(fits), ROWS_PER_FORWARD):
-            part = fits[start : start + ROWS_PER_FORWARD]
-            seq = self.reader.sequences([prompts[i] for i in part], [responses[i] for i in part])
+        for rows in BATCHING.passes(torch.tensor([len(prompts[i]) + len(responses[i]) for i in fits])):
+            part = [fits[row] for row in rows.tolist()]
+            seq = self.reader.sequences([prompts[i] for i in part], [responses[i] for i in part], packed=True)
             for i, value in zip(part, self.reward.score_sequences(seq).tolist()):
                 found[i] = value
         return found
@@ -85,9 +87,7 @@ def load_scoring_model(
     for line in [*backbone.notes, *check_lineage(found, backbone.identity, prompt_template, role=ROLE)]:
         console.warn(line)
     reader = reader_of(found, backbone, prompt_template)
-    model = ScoringModel(
-        reader, ModelReward(source.name, source.weight, models, ROLE, Batching(ROWS_PER_FORWARD), device)
-    )
+    model = ScoringModel(reader, ModelReward(source.name, source.weight, models, ROLE, BATCHING, device))
     ending = "without eos" if reader.end_id is None else f"in {backbone.tokenizer.decode([reader.end_id])}"
     how = "prompt and reply are a pair of texts" if backbone.is_encoder else f"replies end {ending}"
     console.log(
@@ -136,6 +136,7 @@ def _load(source: ModelSpec, device: torch.device) -> tuple[Backbone, RoleModels
         stack, binding = AdapterStack(backbone, wrap(backbone.model, files, ROLE)), RoleBinding(STACK, ROLE, ROLE)
         score = ScalarHead(backbone.hidden_size, files.head.float().cpu())
     stack.heads[ROLE] = score.to(device)
+    backbone.packing = packing_of(trunk(backbone.model), backbone.attn_implementation)
     models = RoleModels({STACK: stack}, {ROLE: binding})
     models.requires_grad_(False)
     models.eval()

@@ -27,7 +27,6 @@ NO_ERRORS = {
     "rlhf_ray/roles/experience.py": "the spread of rewards and advantages",
     "benchmarks/_kl_analysis.py": "a KL, and the range of two that is a t",
     "benchmarks/_kl_figure.py": "the scale of an axis",
-    "benchmarks/ppo_step_real_lengths.py": "the weights of a model that ends its replies by chance",
 }
 """Files that take roots or deviations of something else."""
 

@@ -6,8 +6,9 @@ last real token.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class ScoringModel:
 
     reader: Reader
     reward: ModelReward
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    """Of the threads of a server that score: a pass sets what the model's last layer leaves out."""
 
     @torch.no_grad()
     def score(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float | None]:
@@ -68,7 +71,9 @@ class ScoringModel:
         for rows in BATCHING.passes(torch.tensor([len(prompts[i]) + len(responses[i]) for i in fits])):
             part = [fits[row] for row in rows.tolist()]
             seq = self.reader.sequences([prompts[i] for i in part], [responses[i] for i in part], packed=True)
-            for i, value in zip(part, self.reward.score_sequences(seq).tolist()):
+            with self.turn:
+                values = self.reward.score_sequences(seq).tolist()
+            for i, value in zip(part, values):
                 found[i] = value
         return found
 

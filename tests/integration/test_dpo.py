@@ -48,8 +48,8 @@ def sft_run(supervised_job: Callable[..., SFTConfig], console: Any) -> Run:
 
 @pytest.fixture
 def make_config(supervised_job: Callable[..., DPOConfig]) -> Make:
-    def make(**values: Any) -> DPOConfig:
-        return supervised_job(DPOConfig, "dpo", yes_or_no(120), **{"data": HELD_OUT, **values})
+    def make(rows: int = 120, **values: Any) -> DPOConfig:
+        return supervised_job(DPOConfig, "dpo", yes_or_no(rows), **{"data": HELD_OUT, **values})
 
     return make
 

@@ -122,6 +122,13 @@ def test_a_warning_of_every_layer_is_told_once(
     quantised_kwargs(8, torch.device("cpu"), cpu_offload=False)
     quantised_kwargs(8, torch.device("cpu"), cpu_offload=False)
     log = logging.getLogger("bitsandbytes.autograd._functions")
+    caplog.set_level(logging.WARNING, log.name)
+    for name, value in (
+        ("disabled", False),
+        ("propagate", False),
+        ("handlers", [caplog.handler]),
+    ):  # whatever others have set
+        monkeypatch.setattr(log, name, value)
     for dtype in ("float32", "float32", "bfloat16"):
         log.warning("inputs will be cast from %s to float16", dtype)
     log.warning("another matter")

@@ -32,7 +32,7 @@ from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.models.adapter_files import save_adapter
 from rlhf_ray.models.adapters import adapter_config, adapter_tensors, wrap
-from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.backbone import Backbone, load_in_float32
 from rlhf_ray.registry.alias import Alias, read_alias
 from rlhf_ray.registry.names import adapter_id
 from rlhf_ray.serve.generation import GenerationRequest
@@ -45,16 +45,7 @@ RANKS, TOKENS, ROWS = (4, 8, 16, 32, 64), 32, 16
 
 
 def plain_backbone(base: Path) -> Backbone:
-    return load_backbone(
-        path=str(base),
-        revision=None,
-        dtype="float32",
-        attn_implementation="auto",
-        load_in_8bit=False,
-        load_in_4bit=False,
-        cpu_offload=False,
-        device=torch.device("cpu"),
-    )
+    return load_in_float32(str(base))
 
 
 class Counted(NoMetrics):

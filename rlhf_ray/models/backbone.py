@@ -245,6 +245,20 @@ def unused_notes(keys: Iterable[str], model: nn.Module) -> list[str]:
     return [f"{type(model).__name__} does not use {len(names)} of the checkpoint's tensors: {_some(names)}"]
 
 
+def load_in_float32(path: str, attn_implementation: str = "auto") -> Backbone:
+    """`load_backbone` of a local folder on the CPU, whole and in float32: to compare with, whatever a job would load."""
+    return load_backbone(
+        path=path,
+        revision=None,
+        dtype="float32",
+        attn_implementation=attn_implementation,
+        load_in_8bit=False,
+        load_in_4bit=False,
+        cpu_offload=False,
+        device="cpu",
+    )
+
+
 def load_exact(
     *, path: str, revision: str | None, dtype: str | None, classifier: bool, head: torch.Tensor | None = None
 ) -> tuple[Backbone, dict[str, float]]:

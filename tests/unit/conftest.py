@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.backbone import Backbone, load_in_float32
 
 
 @pytest.fixture
@@ -16,16 +15,7 @@ def make_backbone(tiny_llama: Callable[..., Path], tiny_gpt2: Callable[..., Path
     families = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
     def make(family: str = "llama", **options: Any) -> Backbone:
-        return load_backbone(
-            path=str(families[family](**options)),
-            revision=None,
-            dtype="float32",
-            attn_implementation="eager",
-            load_in_8bit=False,
-            load_in_4bit=False,
-            cpu_offload=False,
-            device=torch.device("cpu"),
-        )
+        return load_in_float32(str(families[family](**options)), "eager")
 
     return make
 

@@ -321,22 +321,13 @@ def _check_reply(folder: Path, source: GgufFile, model: Any, tokenizer: Any, end
     """Load `folder` afresh and compare tokenizer and greedy reply, both in float32. Returns the prompt and the reply's ids.
 
     ArtifactError if either differs."""
-    from rlhf_ray.models.backbone import load_backbone
+    from rlhf_ray.models.backbone import load_in_float32
 
     template = load_template("chat" if tokenizer.chat_template is not None else "none", tokenizer)
     text = template.render(Prompt(QUESTION))
     ids = tokenizer(text, add_special_tokens=tokenizer.chat_template is None, return_tensors="pt").input_ids
     expected = _greedy(model.float(), ids, ends)
-    saved = load_backbone(
-        path=str(folder),
-        revision=None,
-        dtype="float32",
-        attn_implementation="auto",
-        load_in_8bit=False,
-        load_in_4bit=False,
-        cpu_offload=False,
-        device="cpu",
-    )
+    saved = load_in_float32(str(folder))
     if saved.identity.tokenizer_sha256 != tokenizer_sha256(tokenizer):
         raise ArtifactError.at(str(source.path), "its tokenizer, saved and read back, is another one")
     got = _greedy(saved.model, ids, list(saved.eos_ids))

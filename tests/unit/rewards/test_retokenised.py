@@ -13,23 +13,14 @@ from rlhf_ray.batches import Rollout
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import load_template
-from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.backbone import Backbone, load_in_float32
 from rlhf_ray.models.batching import Batching
 from rlhf_ray.rewards.protocol import RewardInputs, Texts
 from rlhf_ray.rewards.retokenised import Reader, RetokenisedReward, _fit
 
 
 def load(folder: Path) -> Backbone:
-    return load_backbone(
-        path=str(folder),
-        revision=None,
-        dtype="float32",
-        attn_implementation="sdpa",
-        load_in_8bit=False,
-        load_in_4bit=False,
-        cpu_offload=False,
-        device="cpu",
-    )
+    return load_in_float32(str(folder), "sdpa")
 
 
 @pytest.fixture

@@ -14,20 +14,11 @@ import torch
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.models.adapters import adapter_config, adapter_tensors, save_adapter, wrap
-from rlhf_ray.models.backbone import Backbone, load_backbone
+from rlhf_ray.models.backbone import Backbone, load_in_float32
 
 
 def load_tiny(folder: Path) -> Backbone:
-    return load_backbone(
-        path=str(folder),
-        revision=None,
-        dtype="float32",
-        attn_implementation="auto",
-        load_in_8bit=False,
-        load_in_4bit=False,
-        cpu_offload=False,
-        device=torch.device("cpu"),
-    )
+    return load_in_float32(str(folder))
 
 
 @pytest.fixture(scope="session")

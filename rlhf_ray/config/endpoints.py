@@ -136,6 +136,11 @@ class LLMJudgeConfig(EndpointConfig):
     min_score: int = field(1, "pointwise: lowest score")
     max_score: int = field(10, "pointwise: highest score")
     max_tokens: Count | None = field(512, "of a verdict; null: not sent")
+    structured_output: bool = field(
+        False,
+        "ask for the verdict alone as JSON that the endpoint holds to a schema (response_format, as OpenAI, vLLM and `rlhf-ray"
+        " serve` take it): for judges too small to keep to a form, and without reasons before the verdict",
+    )
     verdict_retries: Annotated[int, Field(ge=0, le=10)] = field(
         2,
         "times that a judge is asked again, whose answer does not end with a verdict; then the reply or pair is dropped",

@@ -3,15 +3,17 @@
 A prompt is a text file with a part under `[system]` (may be left out) and one under `[user]`. In them stand {instruction},
 {output_1} and {output_2} for a judge of pairs, {instruction} and {output} for one of single replies, with {min_score} and
 {max_score} if it likes. It must ask for a last line that is exactly the verdict: `VERDICT: 1`, `VERDICT: 2` or `VERDICT: TIE`;
-`SCORE: 7`.
+`SCORE: 7`. A judge with `structured_output` is told the JSON's form behind that.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_ray.config.endpoints import is_built_in
 from rlhf_ray.config.hints import did_you_mean
@@ -26,11 +28,15 @@ _MARK = {"pairwise": "VERDICT:", "pointwise": "SCORE:"}
 _VERDICT = re.compile(r"VERDICT: ?(1|2|TIE)\.?")
 _SCORE = re.compile(r"SCORE: ?(-?\d{1,6})\.?")
 DRAW, FIRST, SECOND = 0, 1, 2
-AGAIN = {
+_VERDICTS = {"1": FIRST, "2": SECOND, "TIE": DRAW}
+_AGAIN = {
     "pairwise": "Answer with one line and nothing else: VERDICT: 1, or VERDICT: 2, or VERDICT: TIE.",
     "pointwise": "Answer with one line and nothing else, which holds the number: SCORE: and a whole number.",
 }
-"""What a judge is told whose answer does not end with a verdict."""
+_JSON = {
+    "pairwise": 'Answer with JSON and nothing else: {"verdict": "1"}, or {"verdict": "2"}, or {"verdict": "TIE"}.',
+    "pointwise": 'Answer with JSON and nothing else, which holds the number: {"score": a whole number}.',
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,46 @@ class JudgePrompt:
 
         system = [{"role": "system", "content": fill(self.system)}] if self.system else []
         return [*system, {"role": "user", "content": fill(self.user)}]
+
+
+@dataclass(frozen=True)
+class VerdictForm:
+    """How a verdict is asked for and read.
+
+    read: a judge's answer -> a verdict or score, None if it holds none.  again: what a judge is told whose answer holds none.
+    behind: added to the question.  response_format: as OpenAI's API takes it, None for free text."""
+
+    read: Callable[[str], int | None]
+    again: str
+    behind: str = ""
+    response_format: dict[str, Any] | None = None
+
+
+def verdict_form(mode: Literal["pairwise", "pointwise"], structured: bool, low: int, high: int) -> VerdictForm:
+    """structured: JSON by a schema, else a last line.  low, high: of a score."""
+    if not structured:
+        return VerdictForm(
+            read_verdict if mode == "pairwise" else lambda text: read_score(text, low, high), _AGAIN[mode]
+        )
+    name = "verdict" if mode == "pairwise" else "score"
+    allowed = (
+        {"type": "string", "enum": list(_VERDICTS)}
+        if mode == "pairwise"
+        else {"type": "integer", "minimum": low, "maximum": high}
+    )
+    schema = {"type": "object", "properties": {name: allowed}, "required": [name], "additionalProperties": False}
+    told = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
+
+    def read(text: str) -> int | None:
+        try:
+            value = json.loads(text)[name]
+        except (ValueError, KeyError, TypeError):
+            return None
+        if mode == "pairwise":
+            return _VERDICTS.get(value) if isinstance(value, str) else None
+        return value if type(value) is int and low <= value <= high else None
+
+    return VerdictForm(read, _JSON[mode], f"\n\n{_JSON[mode]}", told)
 
 
 def load_prompt(spec: str | None, mode: Literal["pairwise", "pointwise"], where: str) -> JudgePrompt:
@@ -84,7 +130,7 @@ def read_verdict(text: str) -> int | None:
     (0, None, None)
     """
     found = _last_line(text, _VERDICT)
-    return None if found is None else {"1": FIRST, "2": SECOND, "TIE": DRAW}[found]
+    return None if found is None else _VERDICTS[found]
 
 
 def read_score(text: str, low: int, high: int) -> int | None:

@@ -20,14 +20,12 @@ from rlhf_ray.config import AnnotatorConfig, LLMJudgeConfig
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.rewards.http_client import HttpClient
 from rlhf_ray.rewards.judge_prompts import (
-    AGAIN,
     DRAW,
     FIRST,
     SECOND,
     JudgePrompt,
     load_prompt,
-    read_score,
-    read_verdict,
+    verdict_form,
 )
 from rlhf_ray.rewards.judge_usage import JudgeUsage
 from rlhf_ray.rewards.protocol import Reward, RewardInputs
@@ -97,6 +95,7 @@ class LLMJudge:
             _Annotator(load_prompt(a.prompt, config.mode, where), a.temperature, a.model or config.model)
             for a in config.annotators or (AnnotatorConfig(),)
         ]
+        self.form = verdict_form(config.mode, config.structured_output, config.min_score, config.max_score)
 
     def rate(self, instructions: Sequence[str], outputs: Sequence[str]) -> list[Opinion]:
         """A score for each reply. Raises Interrupted: the endpoint cannot be asked, or a limit is reached; start it again, and what
@@ -106,7 +105,7 @@ class LLMJudge:
             self._question(i, output=o, min_score=low, max_score=high)
             for i, o in zip(instructions, outputs, strict=True)
         ]
-        return self._ask(questions, lambda text: read_score(text, low, high))
+        return self._ask(questions)
 
     def compare(self, instructions: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[PairOpinion]:
         """Which of two replies to each prompt is better; those that read the same draw, without a question. Raises as `rate`."""
@@ -120,7 +119,7 @@ class LLMJudge:
             for exchanged in orders:
                 one, other = (second, first) if exchanged else (first, second)
                 questions.append(self._question(instruction, output_1=one, output_2=other))
-        found = self._ask(questions, read_verdict)
+        found = self._ask(questions)
         return [_together([(found[number], exchanged) for number, exchanged in pair]) for pair in asked]
 
     def _orders(self, instruction: str) -> list[bool]:
@@ -131,22 +130,24 @@ class LLMJudge:
     def _question(self, instruction: str, **values: str | int) -> _Question:
         drawn = derived_seed(self.config.seed, "annotator", instruction) % len(self.pool)
         annotator = self.pool[drawn]
-        return _Question(annotator, annotator.prompt.messages(instruction=instruction, **values), instruction)
+        messages = annotator.prompt.messages(instruction=instruction, **values)
+        messages[-1]["content"] += self.form.behind
+        return _Question(annotator, messages, instruction)
 
-    def _ask(self, questions: Sequence[_Question], read: Callable[[str], int | None]) -> list[Opinion]:
+    def _ask(self, questions: Sequence[_Question]) -> list[Opinion]:
         found: list[Opinion] = [Opinion(None, unparsable=True)] * len(questions)
         open_ = list(range(len(questions)))
         for attempt in range(self.config.verdict_retries + 1):
             answers = self._answers([self._body(questions[i], attempt) for i in open_])
             still = []
             for i, answer in zip(open_, answers):
-                value = read(answer["text"])
+                value = self.form.read(answer["text"])
                 if answer["refused"]:
                     found[i] = Opinion(None, refused=True)
                 elif value is not None:
                     found[i] = Opinion(value)
                 else:
-                    again = {"role": "user", "content": AGAIN[self.config.mode]}
+                    again = {"role": "user", "content": self.form.again}
                     questions[i].messages += [{"role": "assistant", "content": answer["text"]}, again]
                     still.append(i)
             open_ = still
@@ -158,6 +159,8 @@ class LLMJudge:
         body["temperature"] = annotator.temperature
         if self.config.max_tokens is not None:
             body["max_tokens"] = self.config.max_tokens
+        if self.form.response_format is not None:
+            body["response_format"] = self.form.response_format
         if annotator.temperature:
             body["seed"] = derived_seed(self.config.seed, "verdict", question.salt, attempt) % 2**31
         return body

@@ -15,7 +15,7 @@ from rlhf_ray.errors import ConfigError, Interrupted
 from rlhf_ray.rewards import http_client
 from rlhf_ray.rewards.build import request_limits
 from rlhf_ray.rewards.http_client import HttpClient
-from rlhf_ray.rewards.judge_prompts import FOLDER, load_prompt, read_score, read_verdict
+from rlhf_ray.rewards.judge_prompts import FOLDER, load_prompt, read_score, read_verdict, verdict_form
 from rlhf_ray.rewards.judge_usage import JudgeUsage
 from rlhf_ray.rewards.llm_judge import LLMJudge, read_completion, read_refusal
 from rlhf_ray.storage.answers import Answers
@@ -108,6 +108,26 @@ def test_a_verdict_is_strict_and_is_asked_for_again(tmp_path: Path) -> None:
         assert read_verdict(text) is None, text
     assert read_verdict("VERDICT: 1\nVERDICT: 1 \n\n") == 1 and read_score("x\nSCORE: -3.", -5, 5) == -3
     assert read_score("SCORE: 0", 1, 10) is None and read_score("SCORE: 5.5", 1, 10) is None
+
+
+def test_a_verdict_by_schema(tmp_path: Path) -> None:
+    """As OpenAI's structured outputs ask for it; what is not of the schema is no verdict, as an endpoint may not know the field."""
+    answers = iter(["VERDICT: 1", '{"verdict": 1}', '{"verdict": "2"}'])
+    with serving(lambda body: said(next(answers)), path=PATH) as server:
+        fields = {"both_orders": False, "concurrency": 1, "structured_output": True}
+        one = judge(server, tmp_path, **fields)
+        (found,) = one.compare(["q"], ["a"], ["b"])
+    schema = server.asked[0]["response_format"]["json_schema"]["schema"]
+    assert schema["properties"] == {"verdict": {"type": "string", "enum": ["1", "2", "TIE"]}} and schema[
+        "required"
+    ] == ["verdict"]
+    assert found.code in (1, 2) and len(server.asked) == 3
+    last = server.asked[-1]["messages"]
+    assert last[1]["content"].endswith(last[3]["content"]) and '{"verdict": "TIE"}' in last[3]["content"]
+    read = verdict_form("pointwise", True, 1, 5).read
+    texts = ['{"score": 5}', '{"score": 6}', '{"score": true}', '{"score": 2.0}', "5", "[]", "SCORE: 5", ""]
+    assert [read(text) for text in texts] == [5, *[None] * 7]
+    assert one.form.read('{"verdict": ["1"]}') is None and one.form.read('{"verdict": "TIE"}') == 0
 
 
 def test_refusals_and_what_cannot_be_read_are_counted_and_not_guessed(tmp_path: Path) -> None:

@@ -172,7 +172,8 @@ def test_a_key_from_a_file_opens_it(live: MakeLive, tmp_path_factory: pytest.Tem
 
 
 def test_a_judge_asks_this_service_as_any_other(live: MakeLive, tmp_path: Path) -> None:
-    """A random model is no judge: its answers are no verdicts, which is counted, not guessed. Every field of a request is taken."""
+    """A random model is no judge: its answers are no verdicts, which is counted, not guessed; held to a schema, they are. Every
+    field of a request is taken."""
     service = live()
     prompt = tmp_path / "short.txt"
     prompt.write_text("[user]\n{instruction} {output} SCORE:\n")
@@ -191,5 +192,9 @@ def test_a_judge_asks_this_service_as_any_other(live: MakeLive, tmp_path: Path) 
     assert all(opinion.value is None and opinion.unparsable and not opinion.refused for opinion in found)
     assert judge.usage.total()["requests"] == 8 and judge.usage.total()["completion_tokens"] > 0
     judge.pool = LLMJudge("j", config.model_copy(update={"annotators": ()}), client, judge.answers, judge.usage).pool
+    by_schema = config.model_copy(update={"structured_output": True, "max_tokens": 64})
+    held = LLMJudge("j", by_schema, client, judge.answers, JudgeUsage("judge", by_schema, tmp_path / "held"))
+    scores = [opinion.value for opinion in held.rate([f"Name bird {i}." for i in range(4)], ["owl"] * 4)]
+    assert all(score is not None and 1 <= score <= 10 for score in scores), "a random model that is held to the schema"
     (long,) = judge.rate(["Name a bird."], ["owl"])  # 475 tokens for a context of 256: a fault of this question alone
     assert long.refused and not long.unparsable and judge.usage.total()["requests"] == 8

@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from rlhf_ray.errors import ArtifactError, InvariantError, Problem
 from rlhf_ray.storage.files import (
     atomic_replace_folder,
-    atomic_save_tensors,
-    atomic_write_json,
     read_json,
+    save_tensors,
     sha256_tensors,
     temporary_beside,
+    write_json,
 )
 
 if TYPE_CHECKING:  # torch is imported where tensors are looked at: a command that is refused must not wait for it
@@ -374,11 +374,13 @@ def save_adapter(
     base_path: str,
     revision: str | None = None,
     must_differ_from: str | None = None,
+    flush: bool = True,
 ) -> str:
     """Write an adapter that plain PEFT loads, replacing the one in `folder`, and return its sha256.
 
     tensors: as `adapter_tensors` gives them.   config: as in `AdapterFiles.config`.   head: [1, D] of a reward or value model.
     base_path, revision: what the adapter belongs on.   must_differ_from: sha256 before training; the adapter must have moved.
+    flush: to disk; not into a folder that is flushed as a whole.
     InvariantError, with nothing written, if the adapter is empty, not finite, unchanged or, after training, has only zero B; or
     if the file read back is not what was to be saved."""
     import torch
@@ -392,12 +394,12 @@ def save_adapter(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary.mkdir()
     try:
-        atomic_write_json(temporary / CONFIG, peft_json(config, task_type, weight is not None, base_path, revision))
-        atomic_save_tensors(temporary / WEIGHTS, named if weight is None else {**named, HEAD_KEY: weight})
+        write_json(temporary / CONFIG, peft_json(config, task_type, weight is not None, base_path, revision))
+        save_tensors(temporary / WEIGHTS, named if weight is None else {**named, HEAD_KEY: weight})
         found = read_adapter(temporary).sha256
         if found != sha256:
             raise InvariantError.at(str(folder), "the adapter on disk is not the one in memory", sha256, found)
-        atomic_replace_folder(temporary, folder)
+        atomic_replace_folder(temporary, folder, flush)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return sha256

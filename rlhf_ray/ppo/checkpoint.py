@@ -26,14 +26,9 @@ from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.rollouts import Sampled
 from rlhf_ray.roles.trained_weights import TrainedWeights
 from rlhf_ray.runtime.session import Session
+from rlhf_ray.storage.files import save_tensors, write_json
 from rlhf_ray.storage.run import Run
-from rlhf_ray.storage.run_folder import (
-    RunFolder,
-    atomic_save_tensors,
-    atomic_write_json,
-    sha256_tensors,
-    write_checkpoint,
-)
+from rlhf_ray.storage.run_folder import RunFolder, sha256_tensors, write_checkpoint
 from rlhf_ray.training import run_entry
 from rlhf_ray.training.environment import environment, warn_of_differences
 
@@ -74,15 +69,15 @@ def save(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOState, 
         }
 
         def writer(folder: Path) -> None:
-            write_weights(setup, weights, folder)
-            atomic_save_tensors(folder / "optimizer.safetensors", optimizer)
-            atomic_write_json(folder / "state.json", values)
+            write_weights(setup, weights, folder, flush=False)
+            save_tensors(folder / "optimizer.safetensors", optimizer)
+            write_json(folder / "state.json", values)
             if pending is not None:
                 save_pending(pending, folder)
             if state.best_policy is not None:
-                atomic_save_tensors(folder / BEST, state.best_policy)
+                save_tensors(folder / BEST, state.best_policy)
             if state.reference is not None:
-                atomic_save_tensors(folder / REFERENCE, state.reference.tensors)
+                save_tensors(folder / REFERENCE, state.reference.tensors)
 
         keep = config.save_total_limit
         protect = {state.best.step, *setup.listed_saves}
@@ -90,13 +85,13 @@ def save(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOState, 
     session.barrier()
 
 
-def write_weights(setup: PPOSetup, weights: TrainedWeights, folder: Path) -> None:
-    """The policy as a plain PEFT adapter in `adapter/`, the value model with its head in `value/`."""
-    save_adapter(folder / "adapter", weights.policy, setup.policy_config, "CAUSAL_LM", None, setup.base_path)
+def write_weights(setup: PPOSetup, weights: TrainedWeights, folder: Path, flush: bool = True) -> None:
+    """The policy as a plain PEFT adapter in `adapter/`, the value model with its head in `value/`. flush: see `save_adapter`."""
+    policy = weights.policy, setup.policy_config
+    save_adapter(folder / "adapter", *policy, "CAUSAL_LM", None, setup.base_path, flush=flush)
     if weights.value is not None:
-        save_adapter(
-            folder / "value", weights.value, setup.value_config, "SEQ_CLS", weights.head, setup.value_base_path
-        )
+        value = weights.value, setup.value_config
+        save_adapter(folder / "value", *value, "SEQ_CLS", weights.head, setup.value_base_path, flush=flush)
 
 
 def read_weights(folder: Path, has_value: bool) -> TrainedWeights:

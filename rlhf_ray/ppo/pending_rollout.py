@@ -16,7 +16,7 @@ from rlhf_ray.roles.collector import Collected
 from rlhf_ray.roles.generator import ActiveAdapter
 from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.rollouts import Sampled
-from rlhf_ray.storage.files import atomic_save_tensors, atomic_write_json, sha256_tensors
+from rlhf_ray.storage.files import save_tensors, sha256_tensors, write_json
 
 FOLDER = "waiting"
 _PERHAPS = ("drift", "start_logprobs")
@@ -33,8 +33,8 @@ def save_pending(sampled: Sampled, checkpoint: Path) -> None:
     for name in _PERHAPS:
         if (there := getattr(scores, name)) is not None:
             tensors[f"scores.{name}"] = there
-    atomic_save_tensors(folder / "rollout.safetensors", {name: t.contiguous() for name, t in tensors.items()})
-    atomic_save_tensors(folder / "adapter.safetensors", sampled.adapter.tensors)
+    save_tensors(folder / "rollout.safetensors", {name: t.contiguous() for name, t in tensors.items()})
+    save_tensors(folder / "adapter.safetensors", sampled.adapter.tensors)
     account = {
         "step": sampled.step,
         "adapter_version": sampled.adapter.version,
@@ -45,7 +45,7 @@ def save_pending(sampled: Sampled, checkpoint: Path) -> None:
         "busy": collected.busy,
         "faults": collected.faults,
     }
-    atomic_write_json(folder / "account.json", account)
+    write_json(folder / "account.json", account)
 
 
 def load_pending(checkpoint: Path) -> Sampled:

@@ -3,6 +3,9 @@
 A checkpoint is written under a temporary name, flushed, given a manifest with the sha256 of every file, and renamed. `LATEST` is a
 hint for people; the loader scans, verifies, newest first, and falls back past a damaged one with a warning. If checkpoints were
 made and none is valid, that is an error: never a silent fresh start.
+
+A run that saves hashes each file once. Which files it has hashed, or verified, it knows by their size, inode and time of change, so
+that checkpoints that are kept are not read again at each save; a process that starts reads and verifies what it loads.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from rlhf_ray.storage.files import (
     fsync_path,
     read_json,
     sha256_file,
+    write_json,
 )
 from rlhf_ray.storage.lock import check_owner
 
@@ -120,6 +124,17 @@ class Checkpoint:
         verify_files(self.path, manifest)
 
 
+Signature = dict[str, tuple[int, int, int]]
+_verified: dict[Path, Signature] = {}
+"""Checkpoints that this process wrote or read through -> their files as they were then."""
+
+
+def _signature(folder: Path) -> Signature:
+    """{path: (inode, bytes, time of change)} of every file under `folder`."""
+    files = {str(p.relative_to(folder)): p.lstat() for p in folder.rglob("*") if not p.is_dir()}
+    return {name: (found.st_ino, found.st_size, found.st_mtime_ns) for name, found in files.items()}
+
+
 def list_checkpoints(run_path: Path) -> list[Checkpoint]:
     """All complete-looking checkpoints, by step; leftovers of interrupted writes are not among them."""
     folder = run_path / FOLDER
@@ -197,6 +212,7 @@ def write_checkpoint_at(
         writer(temporary)
         fault_point("learner", "save_written", step)
         _seal(temporary, step, run_id)
+        written = _signature(temporary)
         fault_point("learner", "save_sealed", step)
         _take_name(temporary, target)
         fault_point("learner", "save_renamed", step)
@@ -207,7 +223,7 @@ def write_checkpoint_at(
         raise _disk_full(run_path, temporary, e) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    Checkpoint(step, target).verify(run_id)
+    _verified[target] = written
     _prune(run_path, run_id, keep, protect)
     return target
 
@@ -219,11 +235,13 @@ def _seal(folder: Path, step: int, run_id: str) -> None:
         if name.endswith(".safetensors"):
             check_finite(folder / name)
         fsync_path(folder / name)
-    for path in sorted(folder.rglob("*")):
+    for path in folder.rglob("*"):
         if path.is_dir():
             fsync_path(path)
     manifest = {"schema": SCHEMA, "step": step, "run_id": run_id, "finite": True, "files": files}
-    atomic_write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
+    fsync_path(folder / MANIFEST)
+    fsync_path(folder)
 
 
 def check_finite(path: Path) -> None:
@@ -262,10 +280,13 @@ def _prune(run_path: Path, run_id: str, keep: int, protect: Set[int]) -> None:
 
 
 def _is_valid(checkpoint: Checkpoint, run_id: str) -> bool:
-    try:
-        checkpoint.verify(run_id)
-    except ArtifactError:
-        return False
+    found = _signature(checkpoint.path)
+    if _verified.get(checkpoint.path) != found:
+        try:
+            checkpoint.verify(run_id)
+        except ArtifactError:
+            return False
+        _verified[checkpoint.path] = found
     return True
 
 
@@ -274,6 +295,7 @@ def delete_checkpoint(checkpoint: Checkpoint) -> None:
     trash = checkpoint.path.with_name(f"{checkpoint.path.name}.trash-{uuid.uuid4().hex[:12]}")
     check_owner(checkpoint.path)
     os.rename(checkpoint.path, trash)
+    _verified.pop(checkpoint.path, None)
     shutil.rmtree(trash, ignore_errors=True)
 
 

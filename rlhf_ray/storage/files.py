@@ -1,6 +1,7 @@
 """Atomic writes and hashes: a reader sees the old file or the new one, never half of either, and can tell which it has.
 
-Every write goes to a temporary file beside the target, is flushed to disk, and takes the target's name in one rename.
+Every atomic write goes to a temporary file beside the target, is flushed to disk, and takes the target's name in one rename. Files
+of a folder that takes its name as a whole (`atomic_replace_folder`, checkpoints) are written plainly, and flushed with the folder.
 """
 
 from __future__ import annotations
@@ -63,17 +64,35 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 
 def atomic_write_json(path: Path | str, obj: Any) -> None:
     """Write `obj` as indented JSON. NaN and infinity, which JSON does not know, raise ValueError."""
-    atomic_write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write_bytes(path, _json_bytes(obj))
 
 
 def atomic_save_tensors(
     path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write `tensors` as safetensors, with "format": "pt" in its metadata, which transformers and peft ask for."""
+    atomic_write_bytes(path, _tensor_bytes(tensors, metadata))
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """As `atomic_write_json`, into a folder that takes its name as a whole."""
+    path.write_bytes(_json_bytes(obj))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """As `atomic_save_tensors`, into a folder that takes its name as a whole."""
+    path.write_bytes(_tensor_bytes(tensors, None))
+
+
+def _json_bytes(obj: Any) -> bytes:
+    return (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def _tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     from safetensors.torch import save
 
-    atomic_write_bytes(path, save(plain, metadata={"format": "pt", **(metadata or {})}))
+    return save(plain, metadata={"format": "pt", **(metadata or {})})
 
 
 @contextlib.contextmanager
@@ -87,20 +106,23 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(number := int(found[1]), os.strerror(number), str(path)) from error
 
 
-def atomic_replace_folder(temporary: Path, target: Path) -> None:
+def atomic_replace_folder(temporary: Path, target: Path, flush: bool = True) -> None:
     """Give the finished folder `temporary` the name `target`, replacing a folder of that name.
 
+    flush: to disk before; not where `target` lies in a folder that is flushed as a whole.
     There is no exchange of two folders in one call, so the old one steps aside first: a crash between the two renames leaves it
     complete, as `.<name>.old-*`, and never a mixture."""
-    for file in sorted(temporary.rglob("*")):
-        fsync_path(file)
-    fsync_path(temporary)
+    if flush:
+        for file in sorted(temporary.rglob("*")):
+            fsync_path(file)
+        fsync_path(temporary)
     old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:12]}")
     check_owner(target)
     if target.exists():
         os.rename(target, old)
     os.rename(temporary, target)
-    fsync_path(target.parent)
+    if flush:
+        fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

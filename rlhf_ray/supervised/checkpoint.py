@@ -23,7 +23,8 @@ from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.adapters import HEAD_KEY, read_adapter
 from rlhf_ray.roles.guards import Guards
 from rlhf_ray.storage.checkpoints import delete_checkpoint
-from rlhf_ray.storage.run_folder import atomic_save_tensors, atomic_write_json, write_checkpoint
+from rlhf_ray.storage.files import save_tensors, write_json
+from rlhf_ray.storage.run_folder import write_checkpoint
 from rlhf_ray.supervised.state import SupervisedState
 from rlhf_ray.supervised.task import Job, Task
 from rlhf_ray.supervised.trainer import OPTIMIZER_FILE, SupervisedTrainer
@@ -64,12 +65,12 @@ def save(
 
         def write(folder: Path) -> None:
             task.save(folder / "adapter", is_trained=state.step > trainer.skipped)
-            atomic_save_tensors(folder / OPTIMIZER_FILE, trainer.optimizer_state())
+            save_tensors(folder / OPTIMIZER_FILE, trainer.optimizer_state())
             trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             if state.best is not None and state.best_step != state.step:
                 tensors, head = state.best
-                atomic_save_tensors(folder / BEST, tensors if head is None else {**tensors, HEAD_KEY: head})
-            atomic_write_json(folder / STATE, values)
+                save_tensors(folder / BEST, tensors if head is None else {**tensors, HEAD_KEY: head})
+            write_json(folder / STATE, values)
 
         keep = job.config.save_total_limit or KEEP_ALL
         write_checkpoint(job.folder, state.step, write, keep, {state.best_step}, session.console.warn)

@@ -349,12 +349,12 @@ class TestSaving:
         """F25: the reload check. A writer that loses bits does not get away with it."""
         from rlhf_ray.models import adapter_files
 
-        plain = adapter_files.atomic_save_tensors
+        plain = adapter_files.save_tensors
 
         def lossy(path: Path, given: dict[str, Tensor]) -> None:
             plain(path, {k: v + 1e-3 for k, v in given.items()})
 
-        monkeypatch.setattr(adapter_files, "atomic_save_tensors", lossy)
+        monkeypatch.setattr(adapter_files, "save_tensors", lossy)
         with pytest.raises(InvariantError, match="not the one in memory"):
             save_adapter(tmp_path / "a", tensors(), CONFIG, "CAUSAL_LM", None, "/b")
         assert not list(tmp_path.iterdir())

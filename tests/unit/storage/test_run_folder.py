@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from rlhf_ray.errors import ArtifactError, ConfigError, Interrupted, InvariantError
-from rlhf_ray.storage import checkpoints
+from rlhf_ray.storage import checkpoints, files
+from rlhf_ray.storage.files import sha256_file
 from rlhf_ray.storage.run_folder import (
     RunFolder,
     atomic_save_tensors,
@@ -275,6 +276,19 @@ class TestCheckpoints:
         assert steps(run) == [1, 2, 3]
         save_steps(run, 4, keep=2)
         assert steps(run) == [3, 4]
+
+    def test_a_save_reads_its_own_files_alone(self, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Once each; what this run kept is not hashed again at every save, unless it has changed."""
+        hashed: list[Path] = []
+        for module in (checkpoints, files):
+            monkeypatch.setattr(module, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+        save_steps(run, 1, 2, 3, 4, keep=2)
+        assert len(hashed) == 4 * 2 and steps(run) == [3, 4]
+        (run.path / "checkpoints/step_000004/state.json").write_text("{}")
+        hashed.clear()
+        save_steps(run, 5, keep=2)
+        assert steps(run) == [3, 4, 5], "the changed one is looked at, and does not count"
+        assert len(hashed) == 2 + 1
 
     def test_nothing_that_is_not_finite_is_saved(self, run: RunFolder) -> None:
         save_steps(run, 1)

@@ -1,7 +1,8 @@
-"""Our side of ppo_step_vs_trl.py, ppo_step_real_lengths.py and grpo in trainers_vs_trl.py: FOLDER STEPS THREADS CRITIC (own, shared
-or none) [FIELDS as JSON].
+"""Our side of ppo_step_vs_trl.py, ppo_step_real_lengths.py, ppo_to_reward.py and grpo in trainers_vs_trl.py: FOLDER STEPS THREADS
+CRITIC (own, shared or none) [FIELDS as JSON].
 
-Prints as JSON, of each step: seconds, CPU seconds of the process, reply tokens, share of real tokens in the update; and memory."""
+Prints as JSON, of each step: seconds, CPU seconds of the process, reply tokens, mean score and KL of the replies, share of real
+tokens in the update; and memory."""
 
 from __future__ import annotations
 
@@ -75,6 +76,8 @@ told = {
     "seconds": [row["time/step"] for row in rows],
     "cpu_seconds": cpu,
     "reply_tokens": [row["tokens/generated"] for row in rows],
+    "scores": [row["reward/mean"] for row in rows],
+    "kl": [row["kl/k1_per_response"] for row in rows],
     "phases": {name: [row[f"time/{name}"] for row in rows] for name in ("generate", "score", "update")},
     "real_token_share": [row.get("update/real_token_share") for row in rows],
 }

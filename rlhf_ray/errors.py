@@ -7,8 +7,9 @@ mend it; it carries the exit code of the command that meets it, and it survives 
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 SHOWN = 20
@@ -34,8 +35,20 @@ class Problem:
         return _one_line("; ".join(parts))
 
 
+_ROW = re.compile(r":\d+$")
+"""What `where` says of a row behind its file."""
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _same_elsewhere(others: Sequence[Problem]) -> str:
+    """The rows that have the same problem as the one before."""
+    rows = [problem.where.rpartition(":")[2] for problem in others]
+    if not rows:
+        return ""
+    return f"; the same at {', '.join(rows[:4])}{f' and {len(rows) - 4} more' if len(rows) > 4 else ''}"
 
 
 class RlhfRayError(Exception):
@@ -59,9 +72,16 @@ class RlhfRayError(Exception):
             raise cls(found)
 
     def lines(self) -> list[str]:
-        shown = [f"error: {p}" for p in self.problems[:SHOWN]]
-        if len(self.problems) > SHOWN:
-            shown.append(f"error: and {len(self.problems) - SHOWN} more problems")
+        """What is printed: a line for each problem, one for all rows of a file that have the same."""
+        found: dict[Problem | int, list[Problem]] = {}
+        for number, problem in enumerate(self.problems):
+            file = _ROW.sub("", problem.where)
+            key = replace(problem, where=file) if file != problem.where else number
+            found.setdefault(key, []).append(problem)
+        groups = list(found.values())
+        shown = [f"error: {group[0]}{_same_elsewhere(group[1:])}" for group in groups[:SHOWN]]
+        if len(groups) > SHOWN:
+            shown.append(f"error: and {sum(map(len, groups[SHOWN:]))} more problems")
         return shown
 
     def __str__(self) -> str:

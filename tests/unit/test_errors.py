@@ -70,10 +70,25 @@ def test_a_problem_is_one_line_whatever_is_in_it() -> None:
 
 def test_the_first_problems_are_shown_and_the_rest_counted() -> None:
     assert SHOWN == 20
-    lines = ConfigError([Problem(f"f:{i}", "bad") for i in range(23)]).lines()
-    assert lines[0] == "error: f:0: bad" and lines[19] == "error: f:19: bad"
+    lines = ConfigError([Problem(f"f:{i}", f"bad {i}") for i in range(23)]).lines()
+    assert lines[0] == "error: f:0: bad 0" and lines[19] == "error: f:19: bad 19"
     assert lines[20:] == ["error: and 3 more problems"]
-    assert len(ConfigError([Problem(f"f:{i}", "bad") for i in range(20)]).lines()) == 20
+    assert len(ConfigError([Problem(f"f:{i}", f"bad {i}") for i in range(20)]).lines()) == 20
+
+
+def test_rows_with_one_fault_are_told_on_one_line() -> None:
+    rows = [Problem(f"f.jsonl:{i}", "bad", fix="mend it") for i in (1, 2, 5, 6, 7, 9, 11)]
+    error = ConfigError(
+        [*rows[:3], Problem("f.jsonl:3", "worse"), *rows[3:], Problem("g.jsonl:1", "bad", fix="mend it")]
+    )
+    assert error.lines() == [
+        "error: f.jsonl:1: bad; fix: mend it; the same at 2, 5, 6, 7 and 2 more",
+        "error: f.jsonl:3: worse",
+        "error: g.jsonl:1: bad; fix: mend it",
+    ]
+    assert len(error.problems) == 9, "who catches it has them all"
+    assert ConfigError([Problem("f:1", "bad"), Problem("f:2", "bad")]).lines() == ["error: f:1: bad; the same at 2"]
+    assert len(ConfigError([Problem("seed", "bad"), Problem("seed", "bad")]).lines()) == 2
 
 
 def test_raise_all() -> None:

@@ -113,10 +113,11 @@ def test_every_prompt_that_cannot_be_rendered_is_told_with_its_place(tokenizer: 
     with pytest.raises(DataError) as caught:
         encode_prompts(tokenizer, load_template("alpaca"), [Prompt("ok"), talk, talk], ["x:1", "x:2", "x:3"])
     assert [p.where for p in caught.value.problems] == ["x:2", "x:3"]
-    (line, _) = caught.value.lines()
+    (line,) = caught.value.lines()
     assert line.startswith(
         "error: x:2: template 'alpaca' takes one user message, got user, assistant, user; fix: template: chat"
     )
+    assert line.endswith("; the same at 3")
     assert encode_prompts(tokenizer, load_template("none"), [talk])[0][-10:] == _bytes(tokenizer, "Assistant:")
 
 

@@ -6,8 +6,8 @@
 
 Equal for all: one SFT adapter to start from, three quarters of the preference pairs (A), the held-out prompts, decoding, and the
 random numbers of the replies. DPO learns from A; best of n chooses among the SFT model's replies by a reward model on A (the
-proxy); PPO maximises that. They differ in what they spend, which the table says: replies sampled while training, gradient passes
-over pairs, replies sampled for each answer.
+proxy); PPO maximises that, also where few held-out pairs do not show it to be better than chance. They differ in what they spend,
+which the table says: replies sampled while training, gradient passes over pairs, replies sampled for each answer.
 
 Tasks      tiny: the bundled task as in `rlhf-ray demo`, 8,000 pairs.   stories: stories260K, jobs/stories.yaml and
            jobs/stories_dpo.yaml on 990 pairs; reads the folder named by RLHF_RAY_DATA.
@@ -133,7 +133,9 @@ class Block:
             PROXY: reward(self.job(RewardConfig, "reward", PROXY, sft=start, data=part_a), self.console),
             UNSEEN: reward(self.job(RewardConfig, "reward", UNSEEN, **other), self.console),
             "dpo": dpo(self.job(DPOConfig, "dpo", "dpo", sft=start, data=part_a), self.console),
-            "ppo": ppo(self.job(PPOConfig, "ppo", "ppo", sft=start, rewards=maximised), self.console),
+            "ppo": ppo(
+                self.job(PPOConfig, "ppo", "ppo", sft=start, rewards=maximised, allow_chance_rewards=True), self.console
+            ),
         }
 
     def compare(self, name: str, policies: Sequence[str], prompts: int, judge: dict[str, Any] | None) -> Run:

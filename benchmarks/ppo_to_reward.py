@@ -31,6 +31,7 @@ from ppo_step_real_lengths import run_side
 from rlhf_ray.config import RewardConfig, SFTConfig
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.data.tinyworld import build_base, write_world
+from rlhf_ray.models.lineage import MERGED
 from rlhf_ray.models.merge import merge_run
 from rlhf_ray.stages.demo import demo_config
 from rlhf_ray.stages.start import reward, sft
@@ -84,6 +85,7 @@ def make_models(folder: Path) -> None:
     judged = reward(RewardConfig(**judge), console)
     merge_run(start.run_dir, folder / "policy")
     merge_run(judged.run_dir, folder / "reward")
+    (folder / "reward" / MERGED).unlink()  # prompts are written in the template below, so that both sides read plain text
     rows = [json.loads(line) for line in (folder / "world" / "prompts.jsonl").read_text().splitlines()]
     prompts = [{"prompt": in_template(row["instruction"], row["input"])} for row in rows]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))

@@ -34,7 +34,7 @@ MAX_ANSWER_BYTES = 256 * 2**20
 MAX_REDIRECTS = 3
 REACH_TIMEOUT_S = 10.0
 SHOWN = 200
-FIX = "start or repair the server, then resume"
+FIX = "start or repair the server"
 
 
 class _Failed(Exception):

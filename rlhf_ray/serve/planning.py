@@ -11,6 +11,7 @@ from rlhf_ray.errors import ResourceError
 from rlhf_ray.launch.preflight import check
 from rlhf_ray.launch.ray_cluster import at_hand
 from rlhf_ray.launch.resources import ResourceRequest
+from rlhf_ray.models.context import context_length
 from rlhf_ray.plan.advice import option
 from rlhf_ray.plan.engine import BESIDES, bytes_per_token, engine_note, with_engine
 from rlhf_ray.plan.estimate import Estimator
@@ -39,13 +40,14 @@ def plan_service(
     on_gpu = torch.cuda.is_available() if num_gpus is None else num_gpus > 0
     chosen: Device = ("cuda" if on_gpu else "cpu") if device == "auto" else device
     limits = config.limits
-    prompt = prompt_tokens or max(limits.cached_tokens // limits.max_batch_rows - limits.max_tokens, 1)
+    reply = _longest_reply(config)
+    prompt = prompt_tokens or max(limits.cached_tokens // limits.max_batch_rows - reply, 1)
     estimator = Estimator(chosen, prompt=prompt)
     rows, copies = config.limits.max_batch_rows, config.replicas.max_replicas or config.replicas.min_replicas
     evaluation = EvaluateConfig(
         **_base_fields(config),
         policies=[{"name": "base", "policy": "base"}],  # type: ignore[arg-type]
-        response_length=config.limits.max_tokens,
+        response_length=reply,
         rollout_chunk_size=rows,
         sampler_rows=rows,
         per_device_eval_batch_size=1,
@@ -56,9 +58,9 @@ def plan_service(
     phases: Phases = {name: dict(found.phases[name]) for name in ("load", "sampling")}
     for parts in phases.values():
         parts["adapters"] = parts.get("adapters", 0) + adapters
-    notes = _notes(config, adapter, prompt, prompt_tokens is None)
+    notes = _notes(config, adapter, prompt, reply, prompt_tokens is None)
     if config.engine == "vllm":
-        engine = _vllm_parts(config, evaluation, phases["load"], adapter, rows * (prompt + limits.max_tokens), chosen)
+        engine = _vllm_parts(config, evaluation, phases["load"], adapter, rows * (prompt + reply), chosen)
         own = phases["load"] if config.vllm.scoring_base else {"other": phases["load"].get("other", 0)}
         phases = with_engine({"sampling": own}, engine, frozenset())
         if chosen == "cuda":
@@ -76,14 +78,20 @@ def plan_service(
     return Plan(chosen, [stage], where, placed, None if gib is None else int(gib * GIB), here)
 
 
-def _notes(config: ServeConfig, adapter: int, prompt: int, prompt_is_assumed: bool) -> list[str]:
+def _longest_reply(config: ServeConfig) -> int:
+    """Tokens: limits.max_tokens, or what the context leaves behind a prompt of one token."""
+    own = context_length(read_config(config.model_name_or_path, config.revision).get_text_config())
+    return min(config.limits.max_tokens, max(min(config.limits.max_context or own, own) - 1, 1))
+
+
+def _notes(config: ServeConfig, adapter: int, prompt: int, reply: int, prompt_is_assumed: bool) -> list[str]:
     """What had to be assumed.   adapter: bytes of one."""
     limits = config.limits
     notes = [
         f"{limits.max_loaded_adapters} adapters (limits.max_loaded_adapters) of rank {ASSUMED.r} on all linear layers are"
         f" assumed, {adapter / 2**20:.0f} MiB each"
     ]
-    replies = f"{limits.max_batch_rows} replies of {limits.max_tokens} tokens to prompts of {prompt}"
+    replies = f"{limits.max_batch_rows} replies of {reply} tokens to prompts of {prompt}"
     if config.engine == "vllm":
         second = "and a second base to score on" if config.vllm.scoring_base else "and no base to score on"
         notes.append(f"vLLM has slots for as many, of rank {config.vllm.max_lora_rank} (vllm.max_lora_rank), {second}")

@@ -124,3 +124,11 @@ def test_plan_counts_both_bases_slots_and_cache(base_dir: Path) -> None:
     assert parts(vllm={"kv_cache_gb": 3, "scoring_base": False})["kv cache"] == 3 * GIB
     notes = plan_service(job(str(base_dir), **short), "cuda").stages[0].warnings
     assert any("vLLM takes 0.9 of its GPU (vllm.gpu_memory_utilization)" in note for note in notes)
+
+
+def test_a_base_shorter_than_the_longest_reply_can_be_planned(base_dir: Path) -> None:
+    """As it is served: a reply ends where the context does. The default limit, 1,024 tokens, is longer than this base reads."""
+    for engine in ("builtin", "vllm"):
+        plan = plan_service(job(str(base_dir), engine=engine), "cpu")
+        assert plan.stages[0].processes[0].total > 0
+        assert any("replies of 255 tokens" in note for note in plan.stages[0].warnings)

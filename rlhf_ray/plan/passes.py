@@ -25,6 +25,7 @@ from rlhf_ray.roles.deepspeed_engine import ParameterGroup, build_optimizer
 from rlhf_ray.roles.learner import trained_groups
 from rlhf_ray.sampler.engine import WIDTHS, Sampler, rows_at_once
 from rlhf_ray.sampler.requests import DecodeRequest
+from rlhf_ray.sampler.rows import PREFILL_TOKENS
 from rlhf_ray.supervised.trained_model import LanguageModel, PreferenceModel, RewardModel
 
 
@@ -119,7 +120,9 @@ class Cast:
         with self.tracker:
             device = self.tracker.device
             rows = rows_at_once(shapes.at_once, shapes.chunk, device)
-            sampler = Sampler(stack.model, 0, rows, forward, WIDTHS.get(device, 1))
+            sampler = Sampler(
+                stack.model, 0, rows, forward, WIDTHS.get(device, 1), prefill_tokens=PREFILL_TOKENS[device]
+            )
             with self.tracker.watch() as peak:
                 sampler.run(requests[: shapes.chunk])
         return peak

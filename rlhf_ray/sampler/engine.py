@@ -73,6 +73,7 @@ class Sampler:
     (chunked prefill: Sarathi-Serve, arXiv:2403.02310). None reads prompts whole, and all that have a slot first: most tokens a
     second, and what training uses.   max_cached: rows times tokens of the longest one, which the cache is kept to; others wait.
     static: steps over shapes that last, where rows share an adapter and all layers attend to all columns (static_step.py).
+    prefill_tokens: prompt tokens that are read at once; default: PREFILL_TOKENS of the model's device.
     Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
     Raises ConfigError if the model keeps state other than in a cache of transformers, or if pad_id is not in its vocabulary.
     """
@@ -87,6 +88,7 @@ class Sampler:
         chunk: int | None = None,
         max_cached: int | None = None,
         static: bool = False,
+        prefill_tokens: int | None = None,
     ) -> None:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config = base.config.get_text_config()
@@ -103,6 +105,7 @@ class Sampler:
         self._static = StaticSteps(pad_id) if can_be_static else None
         self._multiple = width_multiple or WIDTHS.get("cuda" if can_be_static else self._device.type, 1)
         self._chunk, self._max_cached = chunk, max_cached
+        self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self._device.type, PREFILL_TOKENS["cpu"])
         self._ids = itertools.count()
         self._clear()
 
@@ -208,6 +211,10 @@ class Sampler:
             return False
         self._waiting = deque(row for row in self._waiting if row.end is None)
         self._staged = deque(row for row in self._staged if row.end is None)
+        for slot, staged in enumerate(self._staged):
+            if staged.slot is not None and staged.slot != slot:  # one before it is gone
+                self._cache.move(staged.slot, slot, staged.held)
+                staged.slot = slot
         self._to_read = deque(group for group in map(live, self._to_read) if group)
         if self._reading is not None and not live(self._reading.rows):
             self._reading = None
@@ -288,7 +295,7 @@ class Sampler:
             rows.append(self._waiting.popleft())
         self._staged.extend(rows)
         mixed = self._router.mixes(row.request.adapter for row in rows)
-        tokens = PREFILL_TOKENS if self._chunk is None else self._chunk
+        tokens = self._prefill_tokens if self._chunk is None else self._chunk
         self._to_read.extend(prompt_groups(rows, mixed, not self._caches.recurrent, tokens))
 
     def _is_room(self, coming: Sequence[DecodeRow]) -> bool:
@@ -309,14 +316,18 @@ class Sampler:
         if not gaps and not coming:
             return
         self._batch = None
-        longest = max((row.held for row in live(self._rows)), default=0)
+        placed = [row for row in coming if row.slot is not None]
+        longest = max((row.held for row in (*live(self._rows), *placed)), default=0)
         behind = max(len(coming) - len(gaps), 0)
         self._cache.reserve(len(self._rows) + behind, longest, max((row.held for row in coming), default=0))
         slots = gaps[: len(coming)] + list(range(len(self._rows), len(self._rows) + behind))
         self._rows.extend(coming[len(coming) - behind :])
         for slot, row in zip(slots, coming):
             self._rows[slot] = row
-            if row.prefix is None:
+            if row.slot is not None:
+                assert row.slot == slot
+                row.slot = None
+            elif row.prefix is None:
                 self._cache.start(slot)
             else:
                 self._cache.insert(slot, *row.prefix, row.held)
@@ -353,6 +364,20 @@ class Sampler:
         self._caches.finish_read(reading.cache)
         for row, place in zip(reading.rows, reading.places):
             row.prefix = reading.cache, place
+        if self._chunk is None and not live(self._rows):
+            self._place(live(reading.rows))
+
+    def _place(self, read: Sequence[DecodeRow]) -> None:
+        """Put prompts of rows that begin together where they will be decoded, as soon as they are read: what they take together is
+        not held twice."""
+        coming = list(self._staged)[: self.max_rows]
+        longest = max((row.held for row in coming if row.slot is not None), default=0)
+        self._cache.reserve(len(coming), longest, max(row.held for row in coming))
+        now = {row.id for row in read}
+        for slot, row in enumerate(coming):
+            if row.id in now and row.prefix is not None:
+                self._cache.insert(slot, *row.prefix, row.held)
+                row.prefix, row.slot = None, slot
 
     def _decode(self) -> list[DecodeEvent]:
         """One token of every row."""

@@ -16,8 +16,9 @@ from rlhf_ray.sampler.logits import LogitsPlan
 from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest, DecodeResult
 from rlhf_ray.sampler.sampling import SamplingPlan, Truncation
 
-PREFILL_TOKENS = 8192
-"""Prompt tokens, padding included, in one forward: bounds its activations, and how long the rows in their slots must wait."""
+PREFILL_TOKENS = {"cuda": 4096, "cpu": 8192}
+"""Prompt tokens, padding included, in one forward, by the device's type: bounds its activations, its keys and values before they
+are in their slots, and how long the rows there must wait. A GPU has enough to do with half as many."""
 PREFILL_FILL = 0.75
 """Least share of real tokens in a prompt forward; prompts of very different lengths are read in several."""
 
@@ -25,7 +26,8 @@ PREFILL_FILL = 0.75
 @dataclass(eq=False, slots=True)
 class DecodeRow:
     """One request on its way. held: its tokens in the cache. prefix: the cache that its prompt was read into, and its row there.
-    matcher: where the reply stands in its grammar (logits.py)."""
+    slot: where its prompt lies already, while it waits for others that begin with it.   matcher: where the reply stands in its
+    grammar (logits.py)."""
 
     id: int
     request: DecodeRequest
@@ -33,6 +35,7 @@ class DecodeRow:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prefix: tuple[Cache, int] | None = None
+    slot: int | None = None
     matcher: Any = None
     end: Literal["stop", "length", "error", "cancelled"] | None = None
 
@@ -48,7 +51,7 @@ class DecodeRow:
     @property
     def is_read(self) -> bool:
         """Its prompt is in a cache, or there is nothing of it to be read."""
-        return self.prefix is not None or not self.to_read
+        return self.prefix is not None or self.slot is not None or not self.to_read
 
     @property
     def most(self) -> int:
@@ -187,7 +190,7 @@ def live(rows: Iterable[DecodeRow]) -> list[DecodeRow]:
 
 
 def prompt_groups(
-    rows: Sequence[DecodeRow], mixed: bool, padded: bool = True, tokens: int = PREFILL_TOKENS
+    rows: Sequence[DecodeRow], mixed: bool, padded: bool = True, tokens: int = PREFILL_TOKENS["cpu"]
 ) -> Iterator[list[DecodeRow]]:
     """Rows whose prompts are read in one forward: similar lengths (equal ones, unless `padded`), no more than `tokens` unless one
     prompt alone has more; one adapter, unless `mixed`."""

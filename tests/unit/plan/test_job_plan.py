@@ -309,7 +309,8 @@ def test_recommendation_names_a_card(model: Callable[..., str]) -> None:
 
 def test_more_rows_are_recommended_where_they_fit(model: Callable[..., str]) -> None:
     """The key-value cache of 256 rows, and no word of it where it has no room, or where the job says how many rows."""
-    job, estimator = ppo(model("wide", LLAMA_7B), lora=LoraConfig(r=4), max_length=1024), Estimator("cuda")
+    small = {"lora": LoraConfig(r=4), "max_length": 1024, "per_device_train_batch_size": 1}
+    job, estimator = ppo(model("wide", LLAMA_7B), **small), Estimator("cuda")
     needed = {n: only(changed(job, rollout_chunk_size=n)).total / GIB for n in (64, 128, 256)}
     assert needed[64] < needed[128] < needed[256]
     told = recommendation(job, estimator, 80)

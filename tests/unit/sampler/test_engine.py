@@ -162,3 +162,31 @@ def test_a_row_whose_logits_break_ends_alone(make_llama, make_requests, assert_p
     assert len(fine) >= 7
     rows = dict(zip(ids, [healthy[0], bad, *healthy[1:]]))
     assert_plain(model, [rows[i] for i in fine], [as_result(events[i]) for i in fine])
+
+
+def test_prompts_that_begin_together_are_not_held_twice(llama, make_requests, assert_plain):
+    """Each goes to its slot when its group is read, and not when the last group is: beside the slots one group is held. Rows that
+    are cancelled meanwhile, and rows that come meanwhile, some longer than all before, change nothing for the others."""
+    requests = [dataclasses.replace(q, max_new_tokens=12) for q in make_requests(9)]
+    longest = max(len(r.prompt_ids) for r in requests)
+    sampler = Sampler(llama, PAD, max_rows=16, prefill_tokens=2 * longest)
+    ids = [sampler.submit(r) for r in requests[:7]]
+    groups = 0
+    while sampler.step() == []:
+        groups += 1
+        assert not any(row.prefix for row in sampler._staged)
+    assert groups > 2
+    drain(sampler)
+
+    for gone in (0, 3, 6):
+        ids = [sampler.submit(r) for r in requests[:7]]
+        assert sampler.step() == [] and sampler.step() == []
+        placed = [row.id for row in sampler._staged if row.slot is not None]
+        assert 0 < len(placed) < 7
+        assert sampler.cancel(ids[gone])
+        long = dataclasses.replace(requests[7], prompt_ids=(5,) * (3 * longest))
+        more = [sampler.submit(r) for r in (long, requests[8])]
+        found = drain(sampler)
+        kept = [n for n in range(7) if n != gone]
+        events = [found[ids[n]] for n in kept] + [found[n] for n in more]
+        assert_plain(llama, [*(requests[n] for n in kept), long, requests[8]], list(map(as_result, events)))

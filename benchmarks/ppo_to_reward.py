@@ -4,9 +4,9 @@
 
 The other comparisons hold the algorithm fixed; here each side has what it offers. The bundled task: its base after SFT, merged,
 is the policy of both sides, its reward model, merged, their reward; both read the same prompts, sample at temperature 1, adapt all
-linear layers with r 16 and pay 0.05 for a nat of k1. A run has EPISODES episodes, and its time is that of the steps (no start, no
-imports) until the mean score of the last WINDOW replies has risen by RISE over the SFT model's; a run that gets there never counts
-as endless. One thread a run; runs of the sides alternate.
+linear layers with r 16 and pay 0.05 for a nat of k1. A run has EPISODES episodes on one thread, and its time is what its steps take
+of the CPU (no start, no imports; other work on the machine disturbs that less than wall time) until the mean score of the last
+WINDOW replies has risen by RISE over the SFT model's; a run that never gets there counts as endless. Runs of the sides alternate.
 
 Configurations: ours the demo's own, with a value model apart or a head on the policy's adapter, and the critic-free estimators;
 TRL's epochs, batch sizes and learning rates (its optimizer takes one step an epoch, whatever num_mini_batches says, since gradient
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -85,7 +86,9 @@ def make_models(folder: Path) -> None:
     judged = reward(RewardConfig(**judge), console)
     merge_run(start.run_dir, folder / "policy")
     merge_run(judged.run_dir, folder / "reward")
-    (folder / "reward" / MERGED).unlink()  # prompts are written in the template below, so that both sides read plain text
+    (
+        folder / "reward" / MERGED
+    ).unlink()  # prompts are written in the template below, so that both sides read plain text
     rows = [json.loads(line) for line in (folder / "world" / "prompts.jsonl").read_text().splitlines()]
     prompts = [{"prompt": in_template(row["instruction"], row["input"])} for row in rows]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -126,7 +129,7 @@ def to_goal(found: dict[str, Any], replies: int, goal: float) -> dict[str, float
     """Seconds and episodes to the goal, endless if it is not reached; the KL there; and how far the run got in all."""
     steps = WINDOW // replies
     means = [statistics.fmean(found["scores"][i - steps : i]) for i in range(steps, len(found["scores"]) + 1)]
-    spent = list(accumulate(found["seconds"]))
+    spent = list(accumulate(found["cpu_seconds"]))
     told = {"seconds": math.inf, "episodes": math.inf, "kl": math.nan, "best": max(means)}
     for step, mean in enumerate(means, steps):
         if mean >= goal:
@@ -142,12 +145,16 @@ def main() -> None:
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_models(folder)
+        making = multiprocessing.get_context("spawn").Process(target=make_models, args=(folder,))
+        making.start()  # beside this process: accelerate leaves variables behind that would tell TRL's that it is one of many
+        making.join()
+        if making.exitcode:
+            sys.exit("the models could not be made")
 
         def run(side: str, name: str, seed: int) -> tuple[dict[str, Any], int]:
             script, more, replies = command(side, name, seed, args, folder)
             found = run_side(script, more, folder)
-            told = {"first": found["scores"][0], "last": found["scores"][-1], "seconds": sum(found["seconds"])}
+            told = {"first": found["scores"][0], "last": found["scores"][-1], "seconds": sum(found["cpu_seconds"])}
             print(side, name, seed, {k: round(v, 3) for k, v in told.items()}, file=sys.stderr, flush=True)
             return found, replies
 

@@ -221,7 +221,7 @@ def real_lengths(name: str) -> str:
 def to_reward() -> str:
     m, told = measured("ppo_to_reward"), result("ppo_to_reward")["settings"]
     return (
-        f"seconds to a mean score {told['goal'] - told['start']:.2g} above the SFT model's: {scattered(m['ours/seconds'])} "
+        f"CPU seconds to a mean score {told['goal'] - told['start']:.2g} above the SFT model's: {scattered(m['ours/seconds'])} "
         f"({told['best_ours']}; KL {mid(m['ours/kl'])}), TRL {scattered(m['trl/seconds'])} ({told['best_trl']}; KL "
         f"{mid(m['trl/kl'])}): {scattered(m['times_as_quick'])} times as quick"
     )
@@ -315,6 +315,20 @@ def overload() -> str:
         f"{mid(m['asked_per_second'])} requests a second: {mid(m['accepted'])} answered, {mid(m['refused'])} refused, the median "
         f"after {m['refused_p50_s']['median'] * 1000:.2f} ms ([details](#ten-times-its-capacity))"
     )
+
+
+def agreement(name: str) -> str:
+    """Where the greedy replies of two engines part, and how near a tie that was."""
+    m, settings = measured(name), result(name)["settings"]
+    said = []
+    for which, what in (("base", "without an adapter"), ("adapter", "under one")):
+        differ, gaps = mid(m[f"{which}/replies_that_differ"]), m.get(f"{which}/gap_where_they_part")
+        near = "" if gaps is None else f", where the two tokens were within {max(gaps['values']):.2g} nats"
+        said.append(f"{differ} of {settings['prompts']} replies differ {what}{near}")
+    gap = max(m[f"{which}/logprob_difference"]["max"] for which in ("base", "adapter"))
+    changed = mid(m["replies_that_the_adapter_changes"])
+    read = f"{mid(m['base/tokens'])} and {mid(m['adapter/tokens'])} tokens, the adapter changes {changed} replies"
+    return "; ".join([*said, read]) + f"; log-probabilities within {gap:.1g}"
 
 
 def thousand(name: str) -> str:
@@ -514,6 +528,12 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "random Llama, 5.8 M parameters",
         lambda: engines("engines_5_8m"),
         "engines_5_8m",
+    ),
+    (
+        "vLLM 0.30 (CPU build) against the builtin engine: greedy replies of 64 tokens to instructions of the Alpaca file",
+        "SmolLM2-135M-Instruct, float32",
+        lambda: agreement("engine_agreement"),
+        "engine_agreement",
     ),
     (
         "PPO of the demo, from the same SFT and reward runs, with `rollout.engine` builtin and vllm",

@@ -131,8 +131,14 @@ def null_learner(config: PPOConfig, session: Session, megabytes: float) -> Any:
             self.config, self.session, self.ptx, self.lockstep = config, session, None, False
             self.batching, self.engine, self.groups = Batching.of(config), NullEngine(), []  # type: ignore[assignment]
             binding, quiet = SimpleNamespace(adapter="policy"), lambda *_: None
+            stack = lambda role: SimpleNamespace(computed_tokens=lambda seq: seq.computed_tokens)  # noqa: E731
             self.models = SimpleNamespace(  # type: ignore[assignment]
-                bindings={"policy": binding}, train=quiet, eval=quiet, recompute=False, shares_trunk=False
+                bindings={"policy": binding},
+                train=quiet,
+                eval=quiet,
+                recompute=False,
+                shares_trunk=False,
+                stack_of=stack,
             )
             self.tensors, self.version = adapter_of(megabytes), 0
             self.moments = {f"{i}.{n}": torch.zeros_like(t) for i in range(2) for n, t in self.tensors.items()}

@@ -94,11 +94,13 @@ class HttpClient:
         found: list[Any] = [None] * len(bodies)
         numbers = iter(range(len(bodies)))
         errors: list[Exception] = []
-        local = _is_this_machine(self.url)
         async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=self.concurrency
+            ),  # aiohttp's 100: others would use up their time in wait
             timeout=aiohttp.ClientTimeout(total=self.timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=not local,
+            trust_env=False,  # it would also send a login of ~/.netrc
             headers={"User-Agent": "rlhf_ray"},
         ) as http:
 
@@ -108,7 +110,6 @@ class HttpClient:
                         return
                     try:
                         before()
-                        await self._wait_for_turn()
                         found[number] = done(number, await self._ask(http, bodies[number]))
                     except Exception as error:
                         errors.append(error)
@@ -128,6 +129,7 @@ class HttpClient:
     async def _ask(self, http: aiohttp.ClientSession, body: Any) -> Any:
         data = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
         for tried in range(self.max_retries + 1):
+            await self._wait_for_turn()
             try:
                 return await self._try(http, data)
             except _Failed as failed:
@@ -142,12 +144,12 @@ class HttpClient:
 
     async def _try(self, http: aiohttp.ClientSession, data: bytes) -> Any:
         started = time.monotonic()
-        url = self.url
+        url, proxy = self.url, _proxy(self.url)
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 left = aiohttp.ClientTimeout(total=max(self.timeout_s - (time.monotonic() - started), 0.001))
                 async with http.post(
-                    url, data=data, headers=self._headers, allow_redirects=False, timeout=left
+                    url, data=data, headers=self._headers, allow_redirects=False, timeout=left, proxy=proxy
                 ) as response:
                     if not 300 <= response.status < 400:
                         return self._read(response, await _body(response))
@@ -262,6 +264,14 @@ def _is_this_machine(url: str) -> bool:
         return host == "localhost"
 
 
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for `url`; None for this machine itself, and for hosts of no_proxy."""
+    parts = urlsplit(url)
+    if _is_this_machine(url) or urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
 def _cause(error: BaseException) -> str:
     """What the operating system says, without aiohttp's objects in it."""
     os_error = getattr(error, "os_error", error)
@@ -278,6 +288,8 @@ def _retry_after(value: str | None) -> float | None:
         when = email.utils.parsedate_to_datetime(value)
     except ValueError:
         return None
+    if when.tzinfo is None:  # of a date in zone -0000
+        when = when.replace(tzinfo=datetime.UTC)
     return max((when - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)
 
 
@@ -286,7 +298,7 @@ def check_reachable(where: str, url: str) -> None:
 
     Raises ResourceError."""
     parts = urlsplit(url)
-    if not _is_this_machine(url) and urllib.request.getproxies().get(parts.scheme):
+    if _proxy(url) is not None:
         return
     try:
         socket.create_connection((parts.hostname, _origin(url)[2]), REACH_TIMEOUT_S).close()

@@ -88,7 +88,7 @@ def verdict_form(mode: Literal["pairwise", "pointwise"], structured: bool, low: 
     def read(text: str) -> int | None:
         try:
             value = json.loads(text)[name]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
         if mode == "pairwise":
             return _VERDICTS.get(value) if isinstance(value, str) else None

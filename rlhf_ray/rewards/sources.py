@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -146,7 +147,7 @@ class FunctionReward(Reward):
         for pause in (*PAUSES_S, None):
             try:
                 with global_generators(seed):
-                    answer = self.function(**arguments)
+                    answer = self.function(**_copied(arguments))
                     return coroutines.run(answer) if inspect.iscoroutine(answer) else answer
             except Exception as error:
                 if pause is None:
@@ -160,6 +161,11 @@ class FunctionReward(Reward):
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             return offered
         return {name: value for name, value in offered.items() if name in parameters}
+
+
+def _copied(arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """For the function to change as it likes: the run goes on with its own, and replies to one prompt share one."""
+    return {name: [copy.deepcopy(value) for value in values] for name, values in arguments.items()}
 
 
 def shared_columns(texts: Texts) -> dict[str, list[Any]]:

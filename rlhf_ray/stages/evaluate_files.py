@@ -2,10 +2,12 @@
 
 results.jsonl, one line per prompt, in the order of the data:
 
-    {"row": 0, "where": "prompts.jsonl:7", "instruction": "...", "input": "", "prompt": the text that the models read,
+    {"row": 0, "where": "prompts.jsonl:7", "instruction": "...", "input": "", "hash": "00c1...",
+     "prompt": the text that the models read,
      "replies": {"base": {"output": "...", "reward": 0.1, "rewards": {"reward": 0.1}, "kl": 0.0, "length": 12, "finished": true,
                           "preference": null}, "ppo": {...}}}
 
+hash: of the row's prompt, hexadecimal, which the rule of held-out prompts reads (data/splits.py).
 reward: the weighted sum (absent where no reward has a weight).  kl: k1 against the reference, nats.  length: tokens.
 preference: 0 draw, 1 the baseline wins, 2 the policy wins, null for the baseline itself and without a judge; preferences: the same
 by every judge, where there are several. A reward is null where it does not apply to the reply, kl where there is none.
@@ -25,6 +27,7 @@ from rlhf_ray.config import EvaluateConfig
 from rlhf_ray.console import Console
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.splits import prompt_hash
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter, figure
 from rlhf_ray.report import write_report
 from rlhf_ray.stages.evaluation_models import PolicyResponses
@@ -150,7 +153,8 @@ def result_row(outcome: EvaluationOutcome, i: int) -> dict[str, Any]:
     row = outcome.prompts[i].row
     prompt = next(iter(outcome.answers.values())).texts.prompts[i]
     responses = {name: _response(outcome, name, i) for name in outcome.answers}
-    return {"row": i, "where": row.where, **prompt_columns(row.prompt), "prompt": prompt, "replies": responses}
+    asked = {**prompt_columns(row.prompt), "hash": f"{prompt_hash(row.key):016x}", "prompt": prompt}
+    return {"row": i, "where": row.where, **asked, "replies": responses}
 
 
 def _response(outcome: EvaluationOutcome, name: str, i: int) -> dict[str, Any]:

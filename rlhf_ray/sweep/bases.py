@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console
@@ -90,10 +91,12 @@ class _Process:
         self.turn.unlink(missing_ok=True)
         self.actor: Any = self._make()
         self.news: Any = None
+        self.begun: dict[Any, list[str]] = {}  # answers to come of `start`, and its trials
 
     def start(self, trials: Sequence[tuple[str, Placed]]) -> None:
         self.trials |= dict(trials)
-        self.actor.start.remote([placed.params for _, placed in trials])
+        begun = self.actor.start.remote([placed.params for _, placed in trials])
+        self.begun[begun] = [name for name, _ in trials]
 
     def ask(self) -> Any:
         """The answer to come, of what is new."""
@@ -140,7 +143,7 @@ class SharedTrials:
             from rlhf_ray.sweep.suggest import Suggestions
 
             self.waiting, self.search = [], Suggestions(read_space(config.space), config, record)
-            self.to_suggest = config.num_samples * len(config.seeds) - self.search.done
+            self.to_suggest = self.search.to_run
         count, self.at_once = processes(config, fits, len(self.waiting) or self.to_suggest)
         self.all: list[Placed] = []
         turns = [record.folder / f".turn{i}" for i in range(count)]
@@ -186,7 +189,11 @@ class SharedTrials:
         elif self.to_suggest > 0:
             self.to_suggest -= 1
             name = f"suggested{self.to_suggest}"
-            placed = Placed(name, self.search.suggest(name))
+            suggested = self.search.suggest(name)
+            if suggested == Searcher.FINISHED:
+                self.to_suggest = 0
+                return None
+            placed = Placed(name, suggested)
         else:
             return None
         if placed not in self.all:
@@ -200,15 +207,21 @@ class SharedTrials:
             if isinstance(process, _Here):
                 self._take(process, process.news())
             elif process.trials:
-                asked[process.ask()] = process
+                asked |= dict.fromkeys((*process.begun, process.ask()), process)
         ready, _ = ray.wait(list(asked), timeout=2 * POLL_S) if asked else ([], [])
         for reference in ready:
             process = asked[reference]
-            process.news = None
+            begun = process.begun.pop(reference, None)
             try:
-                self._take(process, ray.get(reference))
+                found = ray.get(reference)
+                if begun is None:
+                    process.news = None
+                    self._take(process, found)
             except RayError as error:
-                self._died(process, error)
+                if begun is not None and isinstance(error, RayTaskError):
+                    self._not_begun(process, begun, error)
+                else:
+                    self._died(process, error)
 
     def _take(self, process: _Process | _Here, events: Sequence[Event]) -> None:
         """Judge what trials of `process` have told, and note which have ended."""
@@ -248,6 +261,12 @@ class SharedTrials:
         self.scheduler.on_trial_error(_Alone(), placed)  # type: ignore[arg-type]
         self._tell_search(placed, error=True)
         self.watcher.on_trial_error(0, self.all, placed)
+
+    def _not_begun(self, process: _Process, names: Sequence[str], error: RayTaskError) -> None:
+        """The process lives, but could not start these trials."""
+        self.console.warn(f"{len(names)} trials could not be started: {type(error.cause).__name__}: {error.cause}")
+        for name in reversed(names):
+            self._failed(process.trials.pop(name))
 
     def _died(self, process: _Process, error: RayError) -> None:
         """Its trials go on in another process. Whoever had the turn is to blame; where nobody had it, all may be."""

@@ -6,7 +6,6 @@ same for all trials: one half chooses (eval/*), the other one confirms (eval/con
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.splits import confirms, prompt_hash
 from rlhf_ray.maths.standard_errors import standard_error
-from rlhf_ray.metrics import confirm_name, standard_error_name
+from rlhf_ray.metrics import confirm_name, read_metrics, standard_error_name
 from rlhf_ray.storage.run_folder import is_run, open_run
 
 EVALUATION = "evaluation"
@@ -32,8 +31,8 @@ def evaluated(folder: Path, verify: bool = False) -> tuple[Figures, Figures] | N
     place = folder / EVALUATION
     if not is_run(place) or open_run(place, verify=verify).manifest()["status"] != "done":
         return None
-    rows = [json.loads(line) for line in (place / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    apart = [confirms(prompt_hash(Prompt(row["prompt"]))) for row in rows]
+    rows = read_metrics(place / "results.jsonl")
+    apart = [confirms(_hash(row)) for row in rows]
     if all(apart) or not any(apart):  # too few prompts: all of them choose
         apart = [False] * len(rows)
     choosing = [row for row, confirming in zip(rows, apart) if not confirming]
@@ -45,6 +44,13 @@ def evaluated(folder: Path, verify: bool = False) -> tuple[Figures, Figures] | N
             figures | {confirm_name(n): v for n, v in _figures([r["replies"][policy] for r in confirming]).items()}
         )
     return found[0], found[1]
+
+
+def _hash(row: Mapping[str, Any]) -> int:
+    """Of what was asked, not of the text that the models read: a template or date that varies must not move the halves."""
+    if "hash" in row:
+        return int(row["hash"], 16)
+    return prompt_hash(Prompt(row["instruction"], row["input"]))  # an evaluation of an older version
 
 
 def _figures(replies: Sequence[Mapping[str, Any]]) -> Figures:

@@ -24,6 +24,7 @@ from rlhf_ray.sweep.results import (
     settings_of,
     write_csv,
 )
+from rlhf_ray.sweep.space import grid, has_ranges, read_space
 from rlhf_ray.sweep.trials import Trial, trial_of
 
 SCHEMA = 1
@@ -40,10 +41,11 @@ class Record:
         self._lock = threading.RLock()
         if (folder / "sweep.json").is_file():
             for row in json.loads((folder / "sweep.json").read_text())["trials"]:
-                trial = trial_of(config, row["settings"], row["seed"])
-                self.trials.setdefault(trial.id, trial)
+                for seed in config.seeds:  # a suggestion is tried with all of them, wherever the sweep was cut off
+                    trial = trial_of(config, row["settings"], seed)
+                    self.trials.setdefault(trial.id, trial)
                 if row["status"] == "stopped":
-                    self.stopped[trial.id] = row["reason"]
+                    self.stopped[row["trial"]] = row["reason"]
 
     def add(self, trial: Trial) -> None:
         with self._lock:
@@ -63,6 +65,15 @@ class Record:
     def left(self) -> list[Trial]:
         """Trials to be run: those that failed are tried again."""
         return [o.trial for o in self.outcomes() if o.status not in ("done", "stopped")]
+
+    def to_suggest(self) -> int:
+        """Settings that optuna is still to suggest: new ones, of which a space of lists has no more than its combinations."""
+        if self.config.search != "optuna":
+            return 0
+        wanted, space = self.config.num_samples, read_space(self.config.space)
+        if not has_ranges(space):
+            wanted = min(wanted, len(grid(space)))
+        return max(wanted - len({trial.setting for trial in self.trials.values()}), 0)
 
     def choice(self, outcomes: Sequence[TrialOutcome]) -> tuple[list[Setting], Choice]:
         """The settings that finished, and which of them wins. outcomes: of `outcomes`, which reads every trial's folder."""

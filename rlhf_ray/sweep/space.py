@@ -157,9 +157,13 @@ def _in_order(space: Space) -> list[str]:
     return sorted(space, key=lambda name: isinstance(space[name], Given))
 
 
+def has_ranges(space: Space) -> bool:
+    return any(isinstance(d, Range) for domain in space.values() for d in _domains(domain))
+
+
 def grid(space: Space) -> list[Settings]:
     """Every combination. ConfigError where a field has a range."""
-    ranges = [name for name, domain in space.items() if any(isinstance(d, Range) for d in _domains(domain))]
+    ranges = [name for name in space if has_ranges({name: space[name]})]
     ConfigError.raise_all(
         Problem(
             f"space.{name}", "a grid has no ranges", "a list of values", "a range", "list the values, or search: random"

@@ -1,10 +1,12 @@
 """Suggestions by Optuna's TPE sampler (arXiv:1907.10902), each tried with every seed before the sampler hears its mean score.
 
-Results of a sweep that goes on are told to the sampler first. Needs the extra `sweep`."""
+A sweep that goes on tells the sampler its results first, and then runs the trials that are left of settings that were suggested
+before. No setting is suggested twice. Needs the extra `sweep`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -12,8 +14,12 @@ from ray.tune.search import Searcher
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.sweep.record import Record
-from rlhf_ray.sweep.results import settings_of
-from rlhf_ray.sweep.space import Range, Settings, Space, Values, ask
+from rlhf_ray.sweep.results import TrialOutcome
+from rlhf_ray.sweep.space import Range, Settings, Space, Values, ask, grid, has_ranges
+from rlhf_ray.sweep.trials import setting_name
+
+MOST_ASKED = 100
+"""Times that the sampler is asked for a setting that was not tried yet: one that has learnt what is best comes back to it."""
 
 
 def import_optuna() -> Any:
@@ -29,7 +35,7 @@ def import_optuna() -> Any:
 
 @dataclass
 class Suggestion:
-    """A setting that is being tried. trial: Optuna's."""
+    """A setting that is being tried. trial: Optuna's, None for one of an earlier start.  seeds: that are still to be started."""
 
     trial: Any
     settings: Settings
@@ -38,7 +44,7 @@ class Suggestion:
 
 
 class Suggestions(Searcher):
-    """A Tune searcher. done: trials of earlier starts that count towards num_samples x seeds."""
+    """A Tune searcher. to_run: trials that are left of earlier starts, and those of settings still to be suggested."""
 
     def __init__(self, space: Space, config: SweepConfig, record: Record) -> None:
         super().__init__(metric="score", mode="max")
@@ -49,32 +55,70 @@ class Suggestions(Searcher):
         )
         self.current: Suggestion | None = None
         self.running: dict[str, Suggestion] = {}  # by Tune's trial id
-        self.done = 0
-        for setting in settings_of(record.outcomes(), config.metric):
-            self._replay(setting.settings, setting.score)
-            self.done += len(setting.outcomes)
+        self.to_run = len(record.left()) + record.to_suggest() * len(config.seeds)
+        self.known: set[str] = set()  # names of settings
+        self.begun: list[Suggestion] = []  # settings of earlier starts with seeds that are left
+        groups: dict[str, list[TrialOutcome]] = {}
+        for outcome in record.outcomes():
+            groups.setdefault(outcome.trial.setting, []).append(outcome)
+        for name, group in groups.items():
+            self.known.add(name)
+            self._take_up(group)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial; Tune's mark of the end if the sampler finds no setting that is new."""
         if self.current is None or not self.current.seeds:
-            trial = self.study.ask()
-            settings = ask(self.space, lambda name, domain: _value(trial, name, domain))
-            self.current = Suggestion(trial, settings, list(self.config.seeds))
+            self.current = self.begun.pop(0) if self.begun else self._new()
+        if self.current is None:
+            return Searcher.FINISHED
         self.running[trial_id] = self.current
         return {"trial": {"settings": self.current.settings, "seed": self.current.seeds.pop(0)}}
+
+    def _new(self) -> Suggestion | None:
+        """A setting that was not tried yet: two trials of one folder would be in each other's way, and say nothing new."""
+        for _ in range(MOST_ASKED):
+            trial = self.study.ask()
+            settings = ask(self.space, partial(_value, trial))
+            if setting_name(settings) not in self.known:
+                break
+            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)  # which the sampler does not learn from
+        else:
+            left = [] if has_ranges(self.space) else grid(self.space)
+            found = next((one for one in left if setting_name(one) not in self.known), None)
+            if found is None:
+                return None
+            trial, settings = None, found
+        self.known.add(setting_name(settings))
+        return Suggestion(trial, settings, list(self.config.seeds))
+
+    def _take_up(self, group: list[TrialOutcome]) -> None:
+        """A setting of an earlier start: tell the sampler, or go on with the seeds that are left."""
+        ended = [o for o in group if o.status in ("done", "stopped")]
+        left = [o.trial.seed for o in group if o not in ended]
+        scores = [o.last.get(self.config.metric) for o in ended]
+        tried = Suggestion(None, group[0].trial.settings, left, scores)
+        if left:
+            self.begun.append(tried)
+        else:
+            self._tell(tried)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         tried = self.running.pop(trial_id)
         tried.scores.append(None if error or not result else result.get("score"))
-        if len(tried.scores) < len(self.config.seeds):
-            return
+        if len(tried.scores) == len(self.config.seeds):
+            self._tell(tried)
+
+    def _tell(self, tried: Suggestion) -> None:
         known = [score for score in tried.scores if score is not None]
-        if known:
+        if known and tried.trial is None:
+            self._replay(tried.settings, sum(known) / len(known))
+        elif known:
             self.study.tell(tried.trial, sum(known) / len(known))
-        else:
+        elif tried.trial is not None:
             self.study.tell(tried.trial, state=self.optuna.trial.TrialState.FAIL)
 
     def _replay(self, settings: Settings, score: float) -> None:
-        """Tell the sampler of a setting that an earlier start tried."""
+        """Tell the sampler of a setting that it has not suggested itself, or at an earlier start."""
         given = iter(settings.values())
         labels: dict[str, Any] = {}
 

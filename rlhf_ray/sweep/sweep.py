@@ -58,7 +58,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     started = time.monotonic()
     with folder.lock(), discarded_on_error(folder, is_new, lambda: (folder.path / "sweep.json").exists()):
         record = Record(config, folder.path, trials)
-        if record.left() or config.search == "optuna":
+        if record.left() or record.to_suggest():
             resume = resume_command(config.output_dir)
             with Signals(Stop(), console, config.output_dir, resume, config.stop_grace_s) as signals:
                 _run(config, record, signals, console)
@@ -99,10 +99,13 @@ def _run_shared(config: SweepConfig, record: Record, fits: Capacity, console: Co
 
 def _tell_plan(config: SweepConfig, record: Record, fits: Capacity, console: Console) -> None:
     count, left = len(record.trials), len(record.left())
-    asked = left or config.num_samples * len(config.seeds)
+    new = record.to_suggest()
+    asked = left + new * len(config.seeds)
     trials = f"{count // len(config.seeds)} settings x {len(config.seeds)} seeds, {left} trials to run"
     if config.search == "optuna":
-        trials = f"{config.num_samples} settings to be suggested x {len(config.seeds)} seeds"
+        trials = f"{new} settings to be suggested x {len(config.seeds)} seeds" + (
+            f", {left} trials left" if left else ""
+        )
     console.header(
         f"sweep  {config.output_dir}",
         [

@@ -21,6 +21,11 @@ from rlhf_ray.sweep.evaluation import EVALUATION, STARTED_FROM, TRAINED
 from rlhf_ray.sweep.space import Settings, Space, corners, draw, grid, read_space
 
 TrialJob: TypeAlias = PPOConfig | DPOConfig
+MEASURED_WITH = (
+    *("model_name_or_path", "revision", "dtype", "load_in_8bit", "load_in_4bit", "cpu_offload", "attn_implementation"),
+    *("template", "template_date", "chat_template_kwargs", "learner"),
+)
+"""Fields of a DPO trial that its evaluation takes over: which base is loaded, how, where, and how prompts are written out."""
 MOST_CHECKED = 256
 """Combinations of a large space that are checked before a search that draws from it."""
 
@@ -83,7 +88,7 @@ def evaluation_of(config: SweepConfig, trial: Trial, job: TrialJob, trained: str
 
     trained: the policy; default: the trial's run. ConfigError for what `evaluate` gets wrong."""
     started_from = getattr(job, "sft", None) or "base"
-    own = {name: getattr(job, name) for name in ("model_name_or_path", "revision", "template", "learner")}
+    own = {name: getattr(job, name) for name in MEASURED_WITH}
     values = {**config.shared_values(), **(config.evaluate or {}), **own, "seed": trial.seed, "resume": "auto"}
     values |= {"output_dir": str(trial.folder / EVALUATION), "baseline": STARTED_FROM, "reference": STARTED_FROM}
     values["policies"] = [

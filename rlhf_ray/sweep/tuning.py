@@ -59,7 +59,7 @@ def run_trials(config: SweepConfig, record: Record, fits: Capacity, body: Body, 
                 mode="max",
                 search_alg=search,
                 scheduler=scheduler_of(config),
-                num_samples=1 if search is None else config.num_samples * len(config.seeds) - search.done,
+                num_samples=1 if search is None else search.to_run,
                 max_concurrent_trials=min(fits.at_once, config.max_concurrent_trials or fits.at_once),
                 time_budget_s=config.time_budget_s,
                 reuse_actors=in_process,
@@ -77,6 +77,14 @@ def run_trials(config: SweepConfig, record: Record, fits: Capacity, body: Body, 
     watcher.close()
 
 
+class _MedianStopping(MedianStoppingRule):
+    """Tune's notes what a trial ended with, and fails at the next one's result where that is nothing."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if self._time_attr in result and self._metric in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
 def scheduler_of(config: SweepConfig) -> TrialScheduler:
     """Time is counted in evaluations."""
     if config.scheduler == "asha":
@@ -87,7 +95,7 @@ def scheduler_of(config: SweepConfig) -> TrialScheduler:
             reduction_factor=config.reduction_factor,
         )
     if config.scheduler == "median_stopping":
-        return MedianStoppingRule(time_attr="training_iteration", grace_period=config.grace_evaluations)
+        return _MedianStopping(time_attr="training_iteration", grace_period=config.grace_evaluations)
     return FIFOScheduler()
 
 
@@ -108,7 +116,10 @@ class Watcher(_NotKept, tune.Callback):
         self.reporter = Reporter(self)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.record.add(self.ours(trial))
+        ours = self.ours(trial)
+        if ours.id not in self.record.trials:  # a suggestion, which a driver that dies now must find again
+            self.record.add(ours)
+            self.record.write()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

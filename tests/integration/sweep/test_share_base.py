@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import pytest
 from rlhf_ray.config import SweepConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.storage.run import Run
+from rlhf_ray.sweep import bases
+from rlhf_ray.sweep.host import Host
 from rlhf_ray.sweep.sweep import resume_sweep, sweep
 
 pytestmark = pytest.mark.integration
@@ -142,3 +144,28 @@ def test_what_cannot_share_a_base_is_refused(sweep_job: Job, console: Any, field
     with pytest.raises(ConfigError, match=where) as refused:
         sweep(sweep_job("refused", share_base=True, **fields), console)
     assert len(refused.value.problems) == 1
+
+
+class CannotStart(Host):
+    """A process that cannot start trials once: where a file says so."""
+
+    def start(self, trials: list[Mapping[str, Any]]) -> None:
+        if (told := Path(self.config.output_dir).parent / "cannot-start").is_file():
+            told.unlink()
+            raise RuntimeError("can't start new thread")
+        super().start(trials)
+
+
+def test_trials_that_a_process_could_not_start_are_started_again(
+    two_cpus: Any, sweep_job: Job, console: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a search by optuna over a list, whose sampler must not suggest a setting that is being tried."""
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(bases, "Host", CannotStart)
+    (tmp_path / "cannot-start").touch()
+    space = {"kl_coef": [0.01, 0.1], "learning_rate": [1e-4, 1e-3]}
+    run = sweep(sweep_job("started", share_base=True, search="optuna", num_samples=4, seeds=(0,), space=space), console)
+    rows = table(run)
+    assert len(rows) == len({row["trial"] for row in rows}) == 4
+    assert [row["status"] for row in rows] == ["done"] * 4
+    assert "4 trials could not be started: RuntimeError: can't start new thread" in console.text

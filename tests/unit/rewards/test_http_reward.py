@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,3 +236,49 @@ def test_text_that_is_no_unicode_and_columns_that_are_no_json_are_sent(server: S
     assert (
         json.dumps(server.asked[0]["columns"]) == '{"nested": [{"x": null, "1": ["b\'x\'"]}], "when": ["2026-01-02"]}'
     )
+
+
+def test_as_many_requests_are_under_way_as_the_job_says() -> None:
+    """More than the 100 connections that aiohttp keeps by itself: none waits for one until its time is up."""
+    all_there = threading.Barrier(110, timeout=20.0)
+
+    def together(body: Any) -> Any:
+        all_there.wait()
+        return body
+
+    with serving(together) as found:
+        client = HttpClient("reward rm", found.url, {}, timeout_s=30.0, max_retries=0, concurrency=110)
+        assert client.ask_all(list(range(110))) == list(range(110))
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer secret-key"}], ids=["no key", "a key"])
+def test_a_login_of_netrc_is_not_sent_and_proxies_are_used(
+    headers: dict[str, str], server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine rewards.example login somebody password private\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/score"))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    rm = reward("http://rewards.example/score", headers=headers)
+    assert rm.score(inputs("aaa")).tolist() == [1.0]
+    assert server.seen[0].get("Authorization") == headers.get("Authorization")
+    check_reachable("reward rm", "http://rewards.example/score")
+    monkeypatch.setenv("no_proxy", "rewards.example")
+    with pytest.raises(Interrupted, match="cannot be reached"):
+        reward("http://rewards.example/score", max_retries=0).score(inputs("aaa"))
+    with pytest.raises(ResourceError, match="cannot be reached from this node"):
+        check_reachable("reward rm", "http://rewards.example/score")
+
+
+def test_tries_count_towards_requests_per_minute(server: ScriptedServer) -> None:
+    server.faults += [Reply({"error": "down"}, 500)] * 2
+    started = time.monotonic()
+    assert reward(server.url, requests_per_minute=300).score(inputs("aaa")).tolist() == [1.0]
+    assert len(server.asked) == 3 and time.monotonic() - started >= 0.4
+
+
+def test_a_date_without_a_zone_is_one_of_utc(server: ScriptedServer) -> None:
+    server.faults.append(Reply("busy", 429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 -0000"}))
+    assert reward(server.url).score(inputs("aaa")).tolist() == [1.0]

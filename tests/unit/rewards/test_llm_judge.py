@@ -125,8 +125,18 @@ def test_a_verdict_by_schema(tmp_path: Path) -> None:
     last = server.asked[-1]["messages"]
     assert last[1]["content"].endswith(last[3]["content"]) and '{"verdict": "TIE"}' in last[3]["content"]
     read = verdict_form("pointwise", True, 1, 5).read
-    texts = ['{"score": 5}', '{"score": 6}', '{"score": true}', '{"score": 2.0}', "5", "[]", "SCORE: 5", ""]
-    assert [read(text) for text in texts] == [5, *[None] * 7]
+    texts = [
+        '{"score": 5}',
+        '{"score": 6}',
+        '{"score": true}',
+        '{"score": 2.0}',
+        "5",
+        "[]",
+        "SCORE: 5",
+        "",
+        "[" * 100_000,
+    ]
+    assert [read(text) for text in texts] == [5, *[None] * 8]
     assert one.form.read('{"verdict": ["1"]}') is None and one.form.read('{"verdict": "TIE"}') == 0
 
 

@@ -62,6 +62,24 @@ def test_conversations_stay_conversations(make: Make) -> None:
     assert reward.score_texts(texts(*rows)).tolist() == [1.0, 3.0]
 
 
+def test_a_function_may_change_what_it_is_given(make: Make) -> None:
+    """Two replies to one prompt share its row: neither the other one nor a later call sees the change."""
+    reward = make(
+        "def score(prompts, completions, tags, completion_ids, **kwargs):\n"
+        "    found = [float(len(p) + len(t) + len(i)) for p, t, i in zip(prompts, tags, completion_ids)]\n"
+        "    for p, c, t, i in zip(prompts, completions, tags, completion_ids):\n"
+        "        p += c\n"
+        "        p[0]['content'] += '!'\n"
+        "        t.append(len(p)); i.append(0)\n"
+        "    return [n + len(t) + len(p) for n, t, p in zip(found, tags, prompts)]\n"
+    )
+    row: dict[str, Any] = {"prompt": [{"role": "user", "content": "hi"}], "tags": []}
+    given = texts(row, row)
+    assert reward.score_texts(given).tolist() == [5.0, 6.0] == reward.score_texts(given).tolist()
+    assert row == {"prompt": [{"role": "user", "content": "hi"}], "tags": []}
+    assert given.completion_ids == [[5], [6, 7]]
+
+
 RANDOM = """
 import random
 import numpy

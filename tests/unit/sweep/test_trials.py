@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import SweepConfig
-from rlhf_ray.sweep.trials import job_of, planned, setting_name
+from rlhf_ray.sweep.trials import evaluation_of, job_of, planned, setting_name
 
 
 def config(**changes: Any) -> SweepConfig:
@@ -36,6 +36,19 @@ def test_a_trial_is_the_shared_job_with_its_settings_and_seed() -> None:
     job = job_of(config(seeds=(7,)), trial)
     assert (job.kl_coef, job.value.warmup_steps, job.seed, job.resume) == (0.1, 1, 7, "auto")
     assert (job.learner.num_gpus, job.output_dir) == (0.5, str(trial.folder))
+
+
+def test_a_dpo_trial_is_measured_on_the_base_and_prompts_that_it_trained_with() -> None:
+    of_the_base = {"dtype": "bfloat16", "load_in_4bit": True, "cpu_offload": True, "attn_implementation": "eager"}
+    of_prompts = {"template_date": "2026-01-31T09:00:00", "chat_template_kwargs": {"enable_thinking": False}}
+    measured = {"data": {"train": "p.jsonl"}, "rewards": [{"function": "f.py:score"}]}
+    dpo = {"data": {"train": "p.jsonl"}, **of_the_base, **of_prompts}
+    space = {"template": ["none", "alpaca"], "attn_implementation": ["eager", "sdpa"]}
+    given = config(ppo=None, dpo=dpo, evaluate=measured, metric="eval/reward", space=space)
+    for trial in planned(given):
+        measure = evaluation_of(given, trial, job_of(given, trial))
+        expected = {**of_the_base, **of_prompts, **trial.settings}
+        assert {name: getattr(measure, name) for name in expected} == expected
 
 
 def test_what_the_job_says_of_confirming_stays() -> None:

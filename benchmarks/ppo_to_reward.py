@@ -85,7 +85,9 @@ def make_models(folder: Path) -> None:
     judged = reward(RewardConfig(**judge), console)
     merge_run(start.run_dir, folder / "policy")
     merge_run(judged.run_dir, folder / "reward")
-    (folder / "reward" / MERGED).unlink()  # prompts are written in the template below, so that both sides read plain text
+    (
+        folder / "reward" / MERGED
+    ).unlink()  # prompts are written in the template below, so that both sides read plain text
     rows = [json.loads(line) for line in (folder / "world" / "prompts.jsonl").read_text().splitlines()]
     prompts = [{"prompt": in_template(row["instruction"], row["input"])} for row in rows]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))

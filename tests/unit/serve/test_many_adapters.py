@@ -133,6 +133,70 @@ def test_a_popular_adapter_does_not_keep_others_out_for_ever(
     asyncio.run(run())
 
 
+def test_a_large_adapter_takes_the_room_of_two_that_are_never_idle(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    """The first one alone was kept from new requests: the large one waited until its time was up, and all others behind it."""
+    size = engine.pool.pack(read_adapter(adapters(0))).nbytes
+
+    async def run() -> None:
+        cache = AdapterCache[PlainCheckpoint](engine, 8, 2 * size)
+        done = asyncio.Event()
+
+        async def popular(seed: int) -> None:
+            while not done.is_set():
+                async with cache.use(str(seed), reader(adapters, seed)):
+                    await asyncio.sleep(0.02)
+
+        crowd = [asyncio.create_task(popular(seed)) for seed in (0, 0, 0, 1, 1, 1)]
+        await asyncio.sleep(0.2)
+        try:
+            await asyncio.wait_for(cache.load("large", reader(adapters, 9, r=8)), 10)
+        finally:
+            done.set()
+            await asyncio.gather(*crowd)
+        assert not any(one.leaving for one in cache._cached.values())
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("when", ["evicting", "adding"])
+def test_a_request_that_is_cancelled_leaves_no_adapter_that_nobody_knows_of(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+    when: str,
+) -> None:
+    """What was to go stayed beside the model, what had come was never recorded: lost memory, until nothing fitted any more."""
+    hold, begun = threading.Event(), threading.Event()
+
+    async def run() -> None:
+        cache = AdapterCache[PlainCheckpoint](engine, 1)
+        await cache.load("0", reader(adapters, 0))
+        if when == "evicting":
+            engine.call(lambda model: (begun.set(), hold.wait(30)))
+        else:
+            add = engine.pool.add
+            engine.pool.add = lambda *args: (begun.set(), hold.wait(30), add(*args))  # type: ignore[method-assign]
+        leaving = asyncio.create_task(cache.load("1", reader(adapters, 1)))
+        await asyncio.to_thread(begun.wait, 20)
+        while when == "evicting" and not cache.evictions:
+            await asyncio.sleep(0.01)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(leaving, 5)
+        following = asyncio.create_task(cache.load("2", reader(adapters, 2)))
+        await asyncio.sleep(0.1)
+        hold.set()
+        there = await asyncio.wait_for(following, 20)
+        assert [*engine.pool.names] == [there.adapter_name] and cache.keys() == ["2"]
+
+    try:
+        asyncio.run(run())
+    finally:
+        hold.set()
+
+
 def test_tiers_have_budgets_in_bytes_and_are_counted(
     engine: DecodeThread,  # noqa: F811
     adapters: Callable[..., Path],

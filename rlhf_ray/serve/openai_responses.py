@@ -20,13 +20,14 @@ DONE = "data: [DONE]\n\n"
 
 @dataclass
 class PartialChoice:
-    """One choice, as far as it is written. reader: of the tool calls in it."""
+    """One choice, as far as it is written. reader: of the tool calls in it.  completion_tokens: decoded for it."""
 
     text: str = ""
     tokens: list[list[Any]] = field(default_factory=list)
     bytes: list[list[int]] = field(default_factory=list)
     top: list[list[list[Any]]] = field(default_factory=list)
     reader: ToolCallReader | None = None
+    completion_tokens: int = 0
     end: dict[str, Any] | None = None
 
 
@@ -64,6 +65,7 @@ class ResponseBuilder:
             partial.tokens += event.get("tokens", ())
             partial.bytes += event.get("bytes", ())
             partial.top += event.get("top", ())
+            partial.completion_tokens = event.get("completion_tokens", partial.completion_tokens)
             if self.calls:
                 if partial.reader is None:
                     partial.reader = ToolCallReader(self.start["tool_format"] if self.calls == "auto" else self.calls)
@@ -100,8 +102,9 @@ class ResponseBuilder:
         return [i for group in groups for i in sorted(group, key=lambda i: -means[i])[:keep]]
 
     def token_usage(self) -> dict[str, int]:
+        """So far, choices that have not ended included."""
         prompt = int(self.start.get("prompt_tokens", 0))
-        completion = sum(r.end["completion_tokens"] for r in self.partials.values() if r.end is not None)
+        completion = sum(partial.completion_tokens for partial in self.partials.values())
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def adapter_ids(self) -> str:

@@ -112,6 +112,7 @@ class HttpApi:
         context.require_access(chat.model, *await self._reward_models(context, chat.reward))
         request = chat.to_generation_request(self.limits, (chat.model,), (chat.prompt(self.limits),))
         builder = ResponseBuilder("chat", chat.model, request.logprobs, chat.wants_usage, chat.calls)
+        builder.single_call = chat.parallel_tool_calls is False
         return await self._generate(context, body, request, builder, chat.wants_stream)
 
     async def create_completion(self, context: RequestContext) -> Response:

@@ -34,15 +34,16 @@ class PartialChoice:
 @dataclass
 class ResponseBuilder:
     """Collects the events of one request. model: as the client named it.  logprobs: the client wants them.
-    include_usage: it wants the token usage in a last chunk (OpenAI's `stream_options`).   calls: how tool calls are read from
-    replies
-    (`ChatRequest.calls`).   best: of so many replies to a prompt, that many are returned, the likeliest first."""
+    include_usage: it wants the token usage in a last chunk (OpenAI's `stream_options`).
+    calls: how tool calls are read from replies (`ChatRequest.calls`).   single_call: one of them at most.
+    best: of so many replies to a prompt, that many are returned, the likeliest first."""
 
     kind: Kind
     model: str
     logprobs: bool = False
     include_usage: bool = False
     calls: str = ""
+    single_call: bool = False
     best: tuple[int, int] | None = None
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -68,7 +69,8 @@ class ResponseBuilder:
             partial.completion_tokens = event.get("completion_tokens", partial.completion_tokens)
             if self.calls:
                 if partial.reader is None:
-                    partial.reader = ToolCallReader(self.start["tool_format"] if self.calls == "auto" else self.calls)
+                    kind = self.start["tool_format"] if self.calls == "auto" else self.calls
+                    partial.reader = ToolCallReader(kind, self.single_call)
                 event["deltas"] = partial.reader.push(event.get("text", ""))
                 event["deltas"] += partial.reader.finish() if "end" in event else []
             if "end" in event:

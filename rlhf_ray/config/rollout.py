@@ -24,8 +24,8 @@ class RolloutConfig(Section):
     )
     gpu_memory_utilization: Annotated[Float, Field(gt=0, lt=1)] | None = field(
         None,
-        "vllm on CUDA: share of the GPU's memory for its weights and its keys and values; default: 0.9 times generator.num_gpus"
-        " (placement: split), 0.3 beside a learner (vLLM's name; TRL: 0.3)",
+        "vllm on CUDA: share of the GPU's memory for its weights and its keys and values; default: 0.9 times what a"
+        " generator has of its GPU (placement: split), 0.3 beside a learner (vLLM's name; TRL: 0.3)",
     )
     kv_cache_gb: Positive | None = field(
         None,

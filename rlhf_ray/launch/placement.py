@@ -28,8 +28,8 @@ from rlhf_ray.runtime.session import usable_cores
 WAIT_LONGER = "wait for the other job to end, or start again with --wait-for-resources 600"
 ASK_LESS = "ask for less, or raise the maxima of the cluster's node types"
 Builder = str
-"""`package.module:build` of a build(config, on_gpu=...): what an actor of a role is, by name, imported there. The rooms above know
-what a role loads; this one only places it."""
+"""`package.module:build` of a build(config, num_gpus=...): what an actor of a role is, by name, imported there. The rooms above
+know what a role loads; this one only places it."""
 LOOK_S = 2.0
 """Seconds between two looks at what the autoscaler says of a request."""
 PART_S = 2.0
@@ -211,7 +211,7 @@ def _start(
         specs.append(
             ActorSpec(
                 role=request.role,
-                build=partial(call_imported, builders[request.role], config, on_gpu=request.each.get("GPU", 0.0) > 0),
+                build=partial(call_imported, builders[request.role], config, num_gpus=request.each.get("GPU", 0.0)),
                 resources=request.each,
                 num_threads=settings.num_threads or default_threads(config),
                 bundles=range(first, first + request.count),

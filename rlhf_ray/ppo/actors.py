@@ -19,11 +19,11 @@ from rlhf_ray.roles.scorer import Scorer
 from rlhf_ray.runtime.devices import own_device
 
 
-def build_generator(config: PPOConfig, on_gpu: bool) -> LoadingGenerator:
-    """A generator with a base of its own. on_gpu: it was given (part of) one."""
-    device = _device(on_gpu)
+def build_generator(config: PPOConfig, num_gpus: float) -> LoadingGenerator:
+    """A generator with a base of its own. num_gpus: that it was given, 0.5 for half of one."""
+    device = _device(num_gpus)
     if config.rollout.engine == "vllm":
-        files, engine = policy_engine(config, device, "generator")
+        files, engine = policy_engine(config, device, "generator", num_gpus)
         generator = LoadingGenerator(engine.engine, files.pad.id, config.seed, engine)
         generator.about = _about(files.identity, 1, device)
         return generator
@@ -37,9 +37,9 @@ def build_generator(config: PPOConfig, on_gpu: bool) -> LoadingGenerator:
     return generator
 
 
-def build_scorer(config: PPOConfig, on_gpu: bool) -> Scorer:
+def build_scorer(config: PPOConfig, num_gpus: float) -> Scorer:
     """Reference and rewards on bases of their own."""
-    device = _device(on_gpu)
+    device = _device(num_gpus)
     assembly, roles = assemble_scorer(config, device)
     models = assembly.finish()
     batching = Batching.of(config)
@@ -73,8 +73,8 @@ def check_and_describe(actors: list[tuple[str, Any]], identity: BaseIdentity) ->
     return lines
 
 
-def _device(on_gpu: bool) -> torch.device:
-    return own_device() if on_gpu else torch.device("cpu")
+def _device(num_gpus: float) -> torch.device:
+    return own_device() if num_gpus else torch.device("cpu")
 
 
 def _about(base: BaseIdentity, bases: int, device: torch.device) -> dict[str, Any]:

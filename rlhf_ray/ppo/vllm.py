@@ -22,17 +22,19 @@ SHARE_ALONE, SHARE_BESIDE = 0.9, 0.3
 """Of a GPU's memory, where the job does not say: of an actor that has one, and beside a learner (TRL's)."""
 
 
-def policy_engine(config: PPOConfig, device: torch.device, role: str) -> tuple[BaseFiles, EngineAdapter]:
+def policy_engine(
+    config: PPOConfig, device: torch.device, role: str, num_gpus: float | None = None
+) -> tuple[BaseFiles, EngineAdapter]:
     """The base's files, and the policy's adapter in an engine that has just been started on them; it has no weights yet.
 
-    Raises what is wrong with the job before it starts the engine."""
+    num_gpus: see `gpu_share`. Raises what is wrong with the job before it starts the engine."""
     if config.rollout.enable_sleep_mode and device.type != "cuda":
         what = "vLLM on a CPU cannot sleep: it has no memory of a GPU to give back"
         raise ConfigError.at("rollout.enable_sleep_mode", what, "a GPU", str(device), "drop it")
     shape = policy_shape(config)
     max_rank = largest_rank(shape["r"], "lora.r" if config.sft is None else "sft")
     base = base_files(config.model_name_or_path, config.revision, config.dtype, device, config.stop_token_ids)
-    engine = VLLMEngine(options(config, base, device, max_rank))
+    engine = VLLMEngine(options(config, base, device, max_rank, num_gpus))
     return base, EngineAdapter(engine, shape, "policy", role)
 
 
@@ -50,8 +52,10 @@ def policy_shape(config: PPOConfig) -> Mapping[str, Any]:
     }
 
 
-def options(config: PPOConfig, base: BaseFiles, device: torch.device, max_rank: int) -> VLLMOptions:
-    """How the engine is started."""
+def options(
+    config: PPOConfig, base: BaseFiles, device: torch.device, max_rank: int, num_gpus: float | None = None
+) -> VLLMOptions:
+    """How the engine is started. num_gpus: see `gpu_share`."""
     rollout, on_gpu = config.rollout, device.type == "cuda"
     cache = rollout.kv_cache_gb if rollout.kv_cache_gb is not None or on_gpu else CPU_CACHE_GB
     return VLLMOptions(
@@ -61,19 +65,22 @@ def options(config: PPOConfig, base: BaseFiles, device: torch.device, max_rank: 
         longest=longest_row(config, base.context_length),
         max_rows=min(config.sampler_rows or config.chunk_rows, config.chunk_rows),
         max_rank=max_rank,
-        gpu_memory_utilization=gpu_share(config),
+        gpu_memory_utilization=gpu_share(config, num_gpus),
         kv_cache_bytes=None if cache is None else int(cache * 2**30),
         enforce_eager=rollout.enforce_eager,
         enable_sleep_mode=rollout.enable_sleep_mode,
     )
 
 
-def gpu_share(config: PPOConfig) -> float:
-    """Of one GPU's memory, for weights and cache of one engine."""
+def gpu_share(config: PPOConfig, num_gpus: float | None = None) -> float:
+    """Of one GPU's memory, for weights and cache of one engine.
+
+    num_gpus: that a generator of its own was given; None where it is not placed yet: as the job says, else one."""
     if config.rollout.gpu_memory_utilization is not None:
         return config.rollout.gpu_memory_utilization
-    alone = config.placement == "split"
-    return SHARE_ALONE * (config.generator.num_gpus or 1.0) if alone else SHARE_BESIDE
+    if config.placement != "split":
+        return SHARE_BESIDE
+    return SHARE_ALONE * (num_gpus or config.generator.num_gpus or 1.0)
 
 
 def longest_row(config: PPOConfig, context: int) -> int:

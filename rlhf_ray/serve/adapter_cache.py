@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
@@ -39,6 +39,7 @@ class AdapterCheckpoint(Protocol):
 
 
 C = TypeVar("C", bound=AdapterCheckpoint)
+T = TypeVar("T")
 
 READERS = 1
 """Adapters that are read and checked at a time. That takes Python's lock most of its time, which decoding needs some hundred times
@@ -100,6 +101,7 @@ class AdapterCache(Generic[C]):
         self._reading: dict[str, asyncio.Task[HostAdapter[C]]] = {}
         self._numbers = itertools.count(1)
         self._turn = asyncio.Lock()  # of requests that need room, first come, first served
+        self._change: asyncio.Future[Any] | None = None  # the last one of what is on the device
         self._released = asyncio.Event()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="adapters")
 
@@ -168,6 +170,8 @@ class AdapterCache(Generic[C]):
             raise CacheTooSmall(f"they take {nbytes:,} bytes together, and there is room for {self.max_bytes:,}")
         pinned: dict[str, CachedAdapter[C]] = {}
         async with self._turn:
+            if self._change is not None:
+                await asyncio.wait([self._change])
             try:
                 for key in sorted(
                     reads, key=lambda k: k not in self._cached
@@ -196,18 +200,28 @@ class AdapterCache(Generic[C]):
     async def _add(self, key: str, adapter: HostAdapter[C], own: Container[str]) -> CachedAdapter[C]:
         """With the turn held. own: keys of the request."""
         await self._make_room(adapter.nbytes, own)
-        name = f"ad_{next(self._numbers):04d}"
-        await asyncio.to_thread(self.engine.add_adapter, name, adapter.packed, adapter.files)
+        return await self._to_its_end(self._put(key, adapter))
+
+    async def _put(self, key: str, adapter: HostAdapter[C]) -> CachedAdapter[C]:
         head = adapter.files.head
         if head is not None:
             head = head.to(self.engine.backbone.device)
+        name = f"ad_{next(self._numbers):04d}"
+        await asyncio.to_thread(self.engine.add_adapter, name, adapter.packed, adapter.files)
         cached = self._cached[key] = CachedAdapter(key, name, adapter.checkpoint, adapter.nbytes, head)
         self.loads += 1
         self.metrics.count("adapter_loads")
         return cached
 
+    async def _to_its_end(self, work: Awaitable[T]) -> T:
+        """A change of what is on the device, with the turn held. A request that is cancelled meanwhile goes at once; the change is
+        finished and recorded all the same, and whoever has the turn next waits for that."""
+        change = self._change = asyncio.ensure_future(work)
+        return await asyncio.shield(change)
+
     async def _make_room(self, nbytes: int, own: Container[str]) -> None:
-        leaving: CachedAdapter[C] | None = None
+        """Those in use that are to go are marked one after the other, until there is room."""
+        marked: list[CachedAdapter[C]] = []
         try:
             while len(self._cached) >= self.capacity or not self._has_bytes(nbytes):
                 others = [cached for cached in self._cached.values() if cached.key not in own]
@@ -215,14 +229,14 @@ class AdapterCache(Generic[C]):
                 if idle is not None:
                     await self._evict(idle)
                     continue
-                if leaving is None:
-                    leaving = others[0]
-                    leaving.leaving = True
+                if not any(cached.leaving for cached in others):
+                    others[0].leaving = True
+                    marked.append(others[0])
                 self._released.clear()
                 await self._released.wait()
         finally:
-            if leaving is not None:
-                leaving.leaving = False
+            for cached in marked:
+                cached.leaving = False
 
     def _has_bytes(self, nbytes: int) -> bool:
         return self.max_bytes is None or self.nbytes + nbytes <= self.max_bytes
@@ -231,7 +245,7 @@ class AdapterCache(Generic[C]):
         del self._cached[cached.key]
         self.evictions += 1
         self.metrics.count("adapter_evictions")
-        await asyncio.wrap_future(self.engine.remove_adapter(cached.adapter_name))
+        await self._to_its_end(asyncio.wrap_future(self.engine.remove_adapter(cached.adapter_name)))
 
     # ---- the host's memory -----------------------------------------------------------------------------------------------
 

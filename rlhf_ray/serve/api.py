@@ -112,6 +112,7 @@ class HttpApi:
         context.require_access(chat.model, *await self._reward_models(context, chat.reward))
         request = chat.to_generation_request(self.limits, (chat.model,), (chat.prompt(self.limits),))
         builder = ResponseBuilder("chat", chat.model, request.logprobs, chat.wants_usage, chat.calls)
+        builder.single_call = chat.parallel_tool_calls is False
         return await self._generate(context, body, request, builder, chat.wants_stream)
 
     async def create_completion(self, context: RequestContext) -> Response:
@@ -208,8 +209,10 @@ class HttpApi:
             builder.add(await self.backend.complete(request))
             return builder.response()
 
-        content = await self.idempotency.get_or_run(self._idempotency_key(context, body), complete)
-        self._log_generation(context, builder)
+        try:
+            content = await self.idempotency.get_or_run(self._idempotency_key(context, body), complete)
+        finally:  # a reply that was not finished in time has cost what it has
+            self._log_generation(context, builder)
         return JSONResponse(content)
 
     async def _stream(self, context: RequestContext, request: GenerationRequest, builder: ResponseBuilder) -> Response:
@@ -223,20 +226,25 @@ class HttpApi:
         context.is_streaming = True
         started_at = time.monotonic()
 
+        async def finish() -> None:
+            if context.is_streaming:
+                context.is_streaming = False
+                self._log_generation(context, builder)
+                context.log["stream_seconds"] = round(time.monotonic() - started_at, 4)
+                self._finish_request(context, 200)
+            await _aclose(events)
+
         async def content() -> AsyncIterator[str]:
             chunks = sse_stream(builder, first, events)
             try:
                 async for chunk in chunks:
                     yield chunk
             finally:
-                self._log_generation(context, builder)
-                context.log["stream_seconds"] = round(time.monotonic() - started_at, 4)
-                self._finish_request(context, 200)
+                await finish()
                 await _aclose(chunks)
-                await _aclose(events)
 
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return ClosingStreamingResponse(content(), media_type="text/event-stream", headers=headers)
+        return ClosingStreamingResponse(content(), finish, media_type="text/event-stream", headers=headers)
 
     def _log_generation(self, context: RequestContext, builder: ResponseBuilder) -> None:
         usage = builder.token_usage()
@@ -304,13 +312,28 @@ class HttpApi:
 
 
 class ClosingStreamingResponse(StreamingResponse):
-    """Closes its iterator when it ends, however it ends: the rows of a client that disconnects must not wait for the collector."""
+    """Closes its iterator when it ends, however it ends: the rows of a client that disconnects must not wait for the collector.
+
+    finish: called then as well, since an iterator that was not begun runs nothing of its own when it is closed."""
+
+    def __init__(
+        self,
+        content: AsyncIterator[str],
+        finish: Callable[[], Awaitable[None]],
+        media_type: str,
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(content, media_type=media_type, headers=headers)
+        self._finish = finish
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await _aclose(self.body_iterator)
+            try:
+                await _aclose(self.body_iterator)
+            finally:
+                await self._finish()
 
 
 def _check_learnable(preference: PreferenceRequest, prompt: dict[str, Any], body: bytes) -> None:

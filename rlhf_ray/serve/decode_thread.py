@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -50,6 +51,9 @@ PLACEHOLDER = "placeholder"
 
 IDLE_S = 10.0
 """After so long without a row the memory of the key-value cache is given back."""
+CALLS_S = 0.05
+"""So long calls may keep rows that decode waiting for their next step; one more that has begun is finished. Scoring clients that
+ask again at once would otherwise have the thread for themselves."""
 FAILURES = 3
 """Steps that raise one after the other, until all rows are given up: then it is not the rows."""
 
@@ -111,6 +115,8 @@ class DecodeThread:
         )
         self.steps = 0
         """Forward passes so far: a health check sees whether it moves."""
+        self.calls_done = 0
+        """Calls that did not raise, so far: a health check sees that moving as well."""
         self.failures = 0
         """Steps that raised, one after the other; 0 after one that did not."""
         self._deliver = deliver
@@ -253,23 +259,30 @@ class DecodeThread:
                     self.sampler.release()
             return not self._stopping
 
-    def _run_calls(self, calls: deque[_Call]) -> None:
-        while calls:
+    def _run_calls(self, calls: deque[_Call], seconds: float = math.inf) -> None:
+        """Those that wait now, for about so long; what they make others ask for comes after the next step."""
+        until = time.monotonic() + seconds
+        for _ in range(len(calls)):
             self._admit_pending()  # rows that were cancelled before the call
             function, future = calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(function(self.model))
+                found = function(self.model)
             except BaseException as error:
                 future.set_exception(error)
+            else:
+                self.calls_done += 1
+                future.set_result(found)
+            if time.monotonic() >= until:
+                return
 
     def _decode(self) -> None:
         """Step until no row is left, or a change of the modules waits, which a session must not see."""
         with self.sampler.session():
             since = time.monotonic()
             while not self._stopping and not self._changes:
-                self._run_calls(self._calls)
+                self._run_calls(self._calls, CALLS_S)
                 self._admit_pending()
                 self._feed()
                 if not self.sampler.busy:

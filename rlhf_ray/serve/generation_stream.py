@@ -185,6 +185,7 @@ class GenerationStream:
         if text or self.request.logprobs:
             event = events.setdefault(generation.index, {"i": generation.index, "text": ""})
             event["text"] += text
+            event["completion_tokens"] = len(generation.response_ids)
             if self.request.logprobs:
                 self._list_tokens(generation, event)
         if generation.end is not None:

@@ -183,18 +183,38 @@ class ResponseFormat(StrictModel):
         return json.dumps(self.json_schema.schema_ if self.json_schema is not None else {"type": "object"})
 
 
-def calls_schema(tools: list[Tool]) -> str:
-    """A JSON schema of one call or several of these tools, as `tool_choice: required` asks."""
+def calls_schema(tools: list[Tool], at_most: int | None = None) -> str:
+    """A JSON schema of one call or several of these tools, as `tool_choice: required` asks. at_most: calls; None is no limit."""
     one_of = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "parameters": tool.function.parameters or {"type": "object"},
+                "parameters": _moved(
+                    tool.function.parameters or {"type": "object"}, f"#/items/anyOf/{i}/properties/parameters"
+                ),
             },
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for i, tool in enumerate(tools)
     ]
-    return json.dumps({"type": "array", "minItems": 1, "items": {"anyOf": one_of}})
+    most = {} if at_most is None else {"maxItems": at_most}
+    return json.dumps({"type": "array", "minItems": 1, **most, "items": {"anyOf": one_of}})
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """A JSON schema that becomes a part of another one, at the JSON pointer `to`: its references to its own parts (`$defs`, as
+    Pydantic writes them) lead there. Values are left alone."""
+    if isinstance(schema, list):
+        return [_moved(part, to) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {
+        key: part if key in ("const", "enum", "default", "examples") else _moved(part, to)
+        for key, part in schema.items()
+    }
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        found["$ref"] = to + reference[1:]
+    return found

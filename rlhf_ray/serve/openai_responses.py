@@ -20,28 +20,30 @@ DONE = "data: [DONE]\n\n"
 
 @dataclass
 class PartialChoice:
-    """One choice, as far as it is written. reader: of the tool calls in it."""
+    """One choice, as far as it is written. reader: of the tool calls in it.  completion_tokens: decoded for it."""
 
     text: str = ""
     tokens: list[list[Any]] = field(default_factory=list)
     bytes: list[list[int]] = field(default_factory=list)
     top: list[list[list[Any]]] = field(default_factory=list)
     reader: ToolCallReader | None = None
+    completion_tokens: int = 0
     end: dict[str, Any] | None = None
 
 
 @dataclass
 class ResponseBuilder:
     """Collects the events of one request. model: as the client named it.  logprobs: the client wants them.
-    include_usage: it wants the token usage in a last chunk (OpenAI's `stream_options`).   calls: how tool calls are read from
-    replies
-    (`ChatRequest.calls`).   best: of so many replies to a prompt, that many are returned, the likeliest first."""
+    include_usage: it wants the token usage in a last chunk (OpenAI's `stream_options`).
+    calls: how tool calls are read from replies (`ChatRequest.calls`).   single_call: one of them at most.
+    best: of so many replies to a prompt, that many are returned, the likeliest first."""
 
     kind: Kind
     model: str
     logprobs: bool = False
     include_usage: bool = False
     calls: str = ""
+    single_call: bool = False
     best: tuple[int, int] | None = None
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -64,9 +66,11 @@ class ResponseBuilder:
             partial.tokens += event.get("tokens", ())
             partial.bytes += event.get("bytes", ())
             partial.top += event.get("top", ())
+            partial.completion_tokens = event.get("completion_tokens", partial.completion_tokens)
             if self.calls:
                 if partial.reader is None:
-                    partial.reader = ToolCallReader(self.start["tool_format"] if self.calls == "auto" else self.calls)
+                    kind = self.start["tool_format"] if self.calls == "auto" else self.calls
+                    partial.reader = ToolCallReader(kind, self.single_call)
                 event["deltas"] = partial.reader.push(event.get("text", ""))
                 event["deltas"] += partial.reader.finish() if "end" in event else []
             if "end" in event:
@@ -100,8 +104,9 @@ class ResponseBuilder:
         return [i for group in groups for i in sorted(group, key=lambda i: -means[i])[:keep]]
 
     def token_usage(self) -> dict[str, int]:
+        """So far, choices that have not ended included."""
         prompt = int(self.start.get("prompt_tokens", 0))
-        completion = sum(r.end["completion_tokens"] for r in self.partials.values() if r.end is not None)
+        completion = sum(partial.completion_tokens for partial in self.partials.values())
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def adapter_ids(self) -> str:

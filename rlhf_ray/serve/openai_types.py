@@ -220,7 +220,7 @@ class ChatRequest(SamplingParams):
         request = super().to_generation_request(limits, models, prompts)
         schema = request.schema
         if self.calls == "required":
-            schema = calls_schema(self.tools or [])
+            schema = calls_schema(self.tools or [], 1 if self.parallel_tool_calls is False else None)
         elif isinstance(self.tool_choice, NamedTool) and self.tools:
             (chosen,) = (t for t in self.tools if t.function.name == self.tool_choice.function.name)
             schema = json.dumps(chosen.function.parameters or {"type": "object"})

@@ -19,12 +19,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.errors import ArtifactError, RlhfRayError
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.registry import Registry, RegistryFollower
 from rlhf_ray.registry.alias import now
 from rlhf_ray.registry.follow import Changes
-from rlhf_ray.serve.adapter_cache import AdapterCache
+from rlhf_ray.serve.adapter_cache import AdapterCache, CacheTooSmall
 from rlhf_ray.serve.metrics import Metrics
 from rlhf_ray.serve.model_index import ModelCheckpoint, ModelIndex, ModelVersion, registry_versions
 from rlhf_ray.storage.files import atomic_write_text
@@ -87,8 +87,12 @@ class RegistryWatcher:
         """What these models' names stand for, if that has not been read yet."""
         names = {model.partition("@")[0] for model in models} & self._unread
         if names and self._follower is not None:
-            async with self._turn:
-                await self._follow(await asyncio.to_thread(self._follower.read, names))
+            await asyncio.shield(self._read(names, self._follower))
+
+    async def _read(self, names: set[str], follower: RegistryFollower) -> None:
+        """To its end, whoever asked and has gone: the follower tells of a change once."""
+        async with self._turn:
+            await self._follow(await asyncio.to_thread(follower.read, names))
 
     async def know_all(self) -> None:
         """What the names that were there at the start stand for; they have been read a few seconds later."""
@@ -99,13 +103,14 @@ class RegistryWatcher:
         """Whether names are left to be read."""
         changes = Changes()
         async with self._turn:
+            is_behind = not self._applied
             if self._follower is not None:
                 changes = await asyncio.to_thread(self._follower.changes, AT_ONCE)
                 if not self._started:
                     self._unread = {*changes.aliases, *changes.problems, *self._follower.due}
                 await self._follow(changes)
         has_all, was_started, self._started = not self._unread, self._started, True
-        if not was_started or (has_all and (changes or not self._all_read.is_set())):
+        if not was_started or (has_all and (changes or is_behind or not self._all_read.is_set())):
             self.export_gauges()
             await self.write_status()
         if has_all:
@@ -124,13 +129,16 @@ class RegistryWatcher:
         if is_change or not self._applied:
             self._applied = False
             self.model_index.update(found)
+            applied = True
             # Those that were refused, too: something has changed, perhaps their files.
             for version in self.model_index.behind():
                 if version.problem is not None:
                     self.refuse(version, version.problem)
+                elif is_change or self.model_index.may_be_read(version):
+                    applied &= await self._activate(version)
                 else:
-                    await self._activate(version)
-            self._applied = True
+                    applied = False
+            self._applied = applied
 
     def _serve_unread(self, found: Mapping[str, tuple[list[ModelVersion], str]]) -> None:
         """Serve these names before their adapters are read."""
@@ -142,16 +150,26 @@ class RegistryWatcher:
             else:
                 self.model_index.serve(version)
 
-    async def _activate(self, version: ModelVersion) -> None:
+    async def _activate(self, version: ModelVersion) -> bool:
+        """Serve it, or refuse it, for whatever reason: the other names go on. False if it is to be tried again by itself."""
         try:
             checkpoint = await self.adapter_cache.verify(version.id, version.load)
             if self.model_index.live.get(version.name) in self.adapter_cache and not self.adapter_cache.is_full:
                 await self.adapter_cache.load(version.id, version.load)
         except RlhfRayError:  # it has been refused, see __init__
-            return
+            return True
+        except CacheTooSmall as error:
+            fix = "raise limits.max_adapter_bytes"
+            self.refuse(version, ArtifactError.at(version.id, f"is too large for this service: {error}", fix=fix))
+            return True
+        except Exception as error:  # a disk or a device that fails now may be in order again
+            log.exception("%s could not be loaded", version.id)
+            self.refuse(version, ArtifactError.at(version.id, f"could not be loaded: {type(error).__name__}: {error}"))
+            return False
         self.model_index.loaded(version, checkpoint)
         self.model_index.serve(version)
         log.info("serving %s as %s, sha256 %s", version.id, version.name, checkpoint.sha256)
+        return True
 
     def export_gauges(self) -> None:
         """Again and again: Ray drops a gauge that is set once. Of many names, those in use: each one is a series of its own."""

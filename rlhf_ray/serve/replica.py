@@ -112,7 +112,7 @@ class Replica:
         self._listed: tuple[int, list[dict[str, Any]]] | None = None
         self._known_as: tuple[Any, str] = None, ""
         self._claims: dict[str, list[int]] = {}  # of places, by API key, for each request
-        self._checked_steps = -1
+        self._checked_progress = (-1, -1)
         self._told_waiting: set[str] = set()
         self._watching: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
@@ -227,10 +227,11 @@ class Replica:
         return self.watcher.status() | {"busy": busy}
 
     async def check_health(self) -> None:
-        """Raises unless the decode thread decodes: it has since the last check, or it does now."""
+        """Raises unless the decode thread decodes: it has (or has scored) since the last check, or it does now."""
         if not self.engine.alive or self.engine.failures > 3:
             raise RuntimeError("the decoder has failed")
-        moved, self._checked_steps = self.engine.steps != self._checked_steps, self.engine.steps
+        progress = self.engine.steps, self.engine.calls_done
+        moved, self._checked_progress = progress != self._checked_progress, progress
         if moved and self.engine.running:
             return
         ids = (*self.backbone.eos_ids[:1], *bos_ids(self.backbone.tokenizer))[-1:] or (0,)
@@ -246,7 +247,7 @@ class Replica:
                 self.engine.cancel(ticket)
         if isinstance(token, DecodedToken) and token.end == "error":
             raise RuntimeError(f"the decoder has failed: {token.error}")
-        self._checked_steps = self.engine.steps
+        self._checked_progress = self.engine.steps, self.engine.calls_done
 
     @property
     def places_taken(self) -> int:

@@ -40,14 +40,18 @@ class RequestLog:
         """Lock the file that `path` names, with room for so many bytes."""
         while True:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
-            status = os.fstat(self._fd)
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(self.path).st_ino == status.st_ino:
-                    if self.max_bytes is None or not status.st_size or status.st_size + coming <= self.max_bytes:
-                        return
-                    self._rotate()
-            os.close(self._fd)  # and so its lock
-            self._fd = self._open()
+            try:
+                status = os.fstat(self._fd)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.stat(self.path).st_ino == status.st_ino:
+                        if self.max_bytes is None or not status.st_size or status.st_size + coming <= self.max_bytes:
+                            return
+                        self._rotate()
+                old, self._fd = self._fd, self._open()
+            except BaseException:  # this file is still the one that is open: the next line tries again
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                raise
+            os.close(old)  # and so its lock
 
     def _rotate(self) -> None:
         names = [self.path, *(self.path.with_name(f"{self.path.name}.{i}") for i in range(1, self.backups + 1))]

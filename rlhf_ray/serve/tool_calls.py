@@ -43,9 +43,11 @@ class ToolCallReader:
     """`push` the text of a reply as it comes, then `finish`. Both return what it adds: {"content": ...} and {"tool_calls": [...]},
     as in the deltas of a stream. A call of the model's own form comes as a whole.
 
-    kind: of `MARKERS`; "required", a JSON list of calls; or "named:NAME", the arguments of one function."""
+    kind: of `MARKERS`; "required", a JSON list of calls; or "named:NAME", the arguments of one function.   single: calls
+    behind the first are dropped (`parallel_tool_calls: false`)."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, single: bool = False) -> None:
+        self._single = single
         self._kind, self._called = kind, kind.partition(":")[2]
         self._held = ""
         self._count = 0
@@ -117,6 +119,8 @@ class ToolCallReader:
         if calls is None:
             yield from self._say(text)
             return
+        if self._single:
+            calls = [] if self.calls else calls[:1]
         for name, arguments in calls:
             yield self._call(name, arguments)
 

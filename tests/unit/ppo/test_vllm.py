@@ -11,10 +11,11 @@ import torch
 
 from rlhf_ray.config import LoraConfig, PPOConfig
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.launch.resources import role_requests
 from rlhf_ray.models.adapters import adapter_config, adapter_tensors, save_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, base_files
-from rlhf_ray.ppo import vllm
-from rlhf_ray.ppo.vllm import engine_lines, longest_row, options, policy_engine, policy_shape
+from rlhf_ray.ppo import actors, vllm
+from rlhf_ray.ppo.vllm import engine_lines, gpu_share, longest_row, options, policy_engine, policy_shape
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -58,6 +59,24 @@ def test_its_memory(tiny_llama: Callable[..., Path]) -> None:
     assert found.gpu_memory_utilization == 0.5 and found.enable_sleep_mode
     assert options(job(rollout={"engine": "vllm", "kv_cache_gb": 2.0}), base, CUDA, 16).kv_cache_bytes == 2**31
     assert [options(job(sampler_rows=n), base, CPU, 16).max_rows for n in (None, 8, 999)] == [64, 8, 64]
+
+
+def test_its_memory_is_of_what_was_placed(tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generator and scorer shared the second of two GPUs, and vLLM took 0.9 of the whole: the scorer had no memory."""
+    config = job(str(tiny_llama()), placement="split")
+    placed = {one.role: one.each["GPU"] for one in role_requests(config, {"GPU": 2.0, "CPU": 8.0}, own_ray=True)}
+    assert placed == {"generator": 0.5, "scorer": 0.5, "learner": 1.0}
+    started = list[float]()
+
+    def engine(options: Any) -> None:  # there is no GPU to start it on
+        started.append(options.gpu_memory_utilization)
+        raise ConfigError.at("test", "started")
+
+    monkeypatch.setattr(vllm, "VLLMEngine", engine)
+    monkeypatch.setattr(actors, "own_device", lambda: CUDA)
+    with pytest.raises(ConfigError, match="started"):
+        actors.build_generator(config, num_gpus=placed["generator"])
+    assert started == [0.45] and gpu_share(config) == 0.9
 
 
 def test_the_shape_of_the_policy(make_backbone: Callable[..., Backbone], tmp_path: Path) -> None:

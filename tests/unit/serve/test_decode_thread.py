@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,20 @@ def test_a_cancelled_row_stops_and_its_place_in_the_batch_is_free(engine: Decode
     seen = len(sink.tokens[ticket])
     assert seen < 100 and sink.tokens[ticket][-1].end is None
     assert engine.running == 0 and not engine.sampler.busy
+
+
+def test_calls_that_follow_each_other_do_not_keep_rows_from_their_steps(engine: DecodeThread, sink: Sink) -> None:
+    """Two clients that score again and again: all their calls ran before the next step."""
+    done, last = [0, 0], 60
+
+    def again(client: int) -> None:
+        if done[client] < last:
+            engine.call(lambda model: time.sleep(0.02)).add_done_callback(lambda _: again(client))
+            done[client] += 1
+
+    engine.call(lambda model: [again(client) for client in (0, 1)])
+    assert len(sink.wait(engine.submit(request(None, new=10)))) == 10
+    assert max(done) < last and engine.calls_done > 2
 
 
 def test_a_bad_request_is_an_error_for_its_own_ticket_alone(engine: DecodeThread, sink: Sink) -> None:

@@ -175,7 +175,8 @@ def test_texts_come_before_the_ends_and_a_stop_string_cancels_its_row(clock: Any
         harness.scorer.may_score.set()
         first = asyncio.ensure_future(anext(events))
         await harness.send((0, 3, None), (1, 4, "length"))
-        assert await first == [{"i": 0, "text": "3 "}, {"i": 1, "text": "4 "}]
+        texts = [{"i": 0, "text": "3 ", "completion_tokens": 1}, {"i": 1, "text": "4 ", "completion_tokens": 1}]
+        assert await first == texts
         assert await anext(events) == [{"i": 1, "end": "length", "completion_tokens": 1, "reward": 4.0}]
         last = asyncio.ensure_future(anext(events))
         clock.now += FLUSH_INTERVAL_S

@@ -17,6 +17,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from starlette.requests import ClientDisconnect
 
 from rlhf_ray.config import DataConfig
 from rlhf_ray.data.records import read_rows
@@ -498,6 +499,64 @@ def test_keys(live: MakeLive, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert send(service, "GET", "/")[0] == 200  # the page holds no secrets, and prompts for the key
     log = (Path(service.config.output_dir) / "access.jsonl").read_text()
     assert everything not in log and limited not in log and "Name a bird" not in log and '"key": "bob"' in log
+
+
+def last_line(service: LiveService) -> dict[str, Any]:
+    return dict(json.loads((Path(service.config.output_dir) / "access.jsonl").read_text().splitlines()[-1]))
+
+
+def test_tokens_of_a_reply_that_is_not_finished_are_charged(
+    live: MakeLive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that was closed before its end was charged the prompt alone, and one reply that came too late nothing."""
+    key = add_key(tmp_path / "keys.json", "carol", max_tokens_per_minute=30)
+    service = live(api_keys=str(tmp_path / "keys.json"), limits={"request_timeout_s": 1.0})
+    step = service.replica.engine.sampler.step
+    monkeypatch.setattr(service.replica.engine.sampler, "step", lambda: (time.sleep(0.04), step())[1])
+    asked = {"model": "base", "messages": HELLO, "max_tokens": 150, "ignore_eos": True}
+    auth = {"authorization": f"Bearer {key}"}
+    with client(service, key).chat.completions.create(
+        **{k: v for k, v in asked.items() if k != "ignore_eos"}, extra_body={"ignore_eos": True}, stream=True
+    ) as stream:
+        for _, _ in zip(range(6), stream):
+            pass
+    deadline = time.monotonic() + 10
+    while service.api.usage.rows and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert 3 <= last_line(service)["completion_tokens"] < 150
+    service.api.usage._tokens.clear()
+    assert send(service, "POST", "/v1/chat/completions", asked, auth)[0] == 504
+    line = last_line(service)
+    assert line["status"] == 504 and line["completion_tokens"] > 3 and line["prompt_tokens"] > 0
+    assert service.api.usage._tokens["carol"][0] == 30 - line["prompt_tokens"] - line["completion_tokens"]
+    assert send(service, "POST", "/v1/chat/completions", asked, auth)[0] == 429
+
+
+def test_a_stream_whose_client_has_gone_before_its_first_byte_is_ended(live: MakeLive, tmp_path: Path) -> None:
+    """Its replies counted against the key for ever, and its rows went on to their last token."""
+    key = add_key(tmp_path / "keys.json", "dora", max_concurrent=1)
+    service = live(api_keys=str(tmp_path / "keys.json"))
+    body = json.dumps({"model": "base", "messages": HELLO, "max_tokens": 150, "stream": True}).encode()
+    names = {"host": "127.0.0.1", "authorization": f"Bearer {key}", "content-type": "application/json"}
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "POST"}
+    scope |= {"path": path, "raw_path": path.encode(), "query_string": b"", "scheme": "http", "root_path": ""}
+    scope |= {"headers": [(name.encode(), value.encode()) for name, value in names.items()]}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def gone(message: Any) -> None:
+        raise OSError("the client has gone")
+
+    async def ask() -> None:
+        with pytest.raises((OSError, ClientDisconnect)):
+            await service.api.app(scope, receive, gone)
+        assert not service.api.usage.rows and not service.replica.places_taken
+
+    service.call(ask())
+    line = last_line(service)
+    assert line["key"] == "dora" and "stream_seconds" in line and line["prompt_tokens"] > 0
 
 
 def test_a_request_that_is_sent_twice_runs_once(live: MakeLive) -> None:

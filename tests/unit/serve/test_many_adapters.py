@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.models.adapter_files import read_adapter
 from rlhf_ray.registry import Registry, follow
-from rlhf_ray.serve import registry_watcher
+from rlhf_ray.serve import model_index, registry_watcher
 from rlhf_ray.serve.adapter_cache import AdapterCache, CacheTooSmall
 from rlhf_ray.serve.decode_thread import DecodeThread
 from rlhf_ray.serve.generation import GenerationRequest
@@ -131,6 +132,70 @@ def test_a_popular_adapter_does_not_keep_others_out_for_ever(
         await asyncio.gather(*crowd)
 
     asyncio.run(run())
+
+
+def test_a_large_adapter_takes_the_room_of_two_that_are_never_idle(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+) -> None:
+    """The first one alone was kept from new requests: the large one waited until its time was up, and all others behind it."""
+    size = engine.pool.pack(read_adapter(adapters(0))).nbytes
+
+    async def run() -> None:
+        cache = AdapterCache[PlainCheckpoint](engine, 8, 2 * size)
+        done = asyncio.Event()
+
+        async def popular(seed: int) -> None:
+            while not done.is_set():
+                async with cache.use(str(seed), reader(adapters, seed)):
+                    await asyncio.sleep(0.02)
+
+        crowd = [asyncio.create_task(popular(seed)) for seed in (0, 0, 0, 1, 1, 1)]
+        await asyncio.sleep(0.2)
+        try:
+            await asyncio.wait_for(cache.load("large", reader(adapters, 9, r=8)), 10)
+        finally:
+            done.set()
+            await asyncio.gather(*crowd)
+        assert not any(one.leaving for one in cache._cached.values())
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("when", ["evicting", "adding"])
+def test_a_request_that_is_cancelled_leaves_no_adapter_that_nobody_knows_of(
+    engine: DecodeThread,  # noqa: F811
+    adapters: Callable[..., Path],
+    when: str,
+) -> None:
+    """What was to go stayed beside the model, what had come was never recorded: lost memory, until nothing fitted any more."""
+    hold, begun = threading.Event(), threading.Event()
+
+    async def run() -> None:
+        cache = AdapterCache[PlainCheckpoint](engine, 1)
+        await cache.load("0", reader(adapters, 0))
+        if when == "evicting":
+            engine.call(lambda model: (begun.set(), hold.wait(30)))
+        else:
+            add = engine.pool.add
+            engine.pool.add = lambda *args: (begun.set(), hold.wait(30), add(*args))  # type: ignore[method-assign]
+        leaving = asyncio.create_task(cache.load("1", reader(adapters, 1)))
+        await asyncio.to_thread(begun.wait, 20)
+        while when == "evicting" and not cache.evictions:
+            await asyncio.sleep(0.01)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(leaving, 5)
+        following = asyncio.create_task(cache.load("2", reader(adapters, 2)))
+        await asyncio.sleep(0.1)
+        hold.set()
+        there = await asyncio.wait_for(following, 20)
+        assert [*engine.pool.names] == [there.adapter_name] and cache.keys() == ["2"]
+
+    try:
+        asyncio.run(run())
+    finally:
+        hold.set()
 
 
 def test_tiers_have_budgets_in_bytes_and_are_counted(
@@ -328,6 +393,88 @@ def test_a_start_reads_a_few_of_many_names_and_what_a_request_names_before_the_r
         assert len(await replica.models()) == 1 + 401 + 402
         status = json.loads(watcher.status_file.read_text())
         assert status["unread"] == 0 and status["live"].keys() == live.keys()
+
+    run(job(registry=str(tmp_path / "registry")), body)
+
+
+@pytest.mark.parametrize("fault", ["too large", "no memory"])
+def test_a_version_that_cannot_be_loaded_does_not_keep_other_names_back(
+    job: Callable[..., ServeConfig],  # noqa: F811
+    tiny_run: Callable[..., Path],
+    base_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    """Every poll ended at it: what came behind was never served, and the status file told nothing."""
+    registry = Registry(tmp_path / "registry")
+    small, large, other = (str(tiny_run(tmp_path / f"run{i}", base_dir, seed=i, r=r)) for i, r in enumerate((4, 16, 4)))
+    registry.promote(small, "helper", force=True, reason="a test")
+    registry.promote(small, "other", force=True, reason="a test")
+    size = sum(t.numel() * 4 for t in read_adapter(Path(small) / "adapter").tensors.values())
+    monkeypatch.setattr(model_index, "RETRY_S", 0.2)
+
+    async def body(replica: Replica) -> None:
+        live, watcher = replica.model_index.live, replica.watcher
+        assert (await generate(replica, "helper"))["error"] is None  # version 2 is put beside it
+        bad = await asyncio.to_thread(registry.promote, large, "helper", force=True, reason="a test")
+        pool, fails = replica.engine.pool, fault == "no memory"
+        add = pool.add
+
+        def failing(*given: Any) -> None:
+            if fails:
+                raise torch.OutOfMemoryError("no memory")
+            add(*given)
+
+        pool.add = failing  # type: ignore[method-assign]
+        await asyncio.to_thread(registry.promote, other, "other", force=True, reason="a test")
+        await watcher.poll()
+        assert live["helper"].startswith("helper@v1") and live["other"].startswith("other@v2")
+        status = json.loads(watcher.status_file.read_text())
+        assert list(status["refused"]) == [bad.entry.id] and status["live"]["other"]["version"] == 2
+        if fails:
+            fails = False
+            deadline = time.monotonic() + 20
+            while json.loads(watcher.status_file.read_text())["live"]["helper"]["version"] != 2:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.05)
+        assert (await generate(replica, "other"))["error"] is None
+
+    limits = {} if fault == "no memory" else {"max_adapter_bytes": 2 * size}
+    run(job(registry=str(tmp_path / "registry"), poll_interval_s=0.1, limits=limits), body)
+
+
+def test_a_client_that_goes_while_its_name_is_read_does_not_lose_the_name(
+    job: Callable[..., ServeConfig],  # noqa: F811
+    tiny_run: Callable[..., Path],
+    base_dir: Path,
+    tmp_path: Path,
+    alias_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The follower had told of it once, to nobody: 404 until the name was promoted anew."""
+    registry = Registry(tmp_path / "registry")
+    registry.promote(str(tiny_run(tmp_path / "run", base_dir)), "zz", force=True, reason="a test")
+    for i in range(2 * registry_watcher.AT_ONCE):
+        alias_of(f"name{i:04d}").write(tmp_path / "registry" / "aliases" / f"name{i:04d}.json")
+    monkeypatch.setattr(registry_watcher, "PAUSE_S", 1e6)
+
+    async def body(replica: Replica) -> None:
+        begun, hold, stamp = threading.Event(), threading.Event(), Registry.stamp
+
+        def slow(self: Registry, name: str) -> Any:
+            begun.set()
+            hold.wait(20)
+            return stamp(self, name)
+
+        await asyncio.sleep(0.5)  # the poll that follows the start
+        monkeypatch.setattr(Registry, "stamp", slow)
+        leaving = asyncio.create_task(generate(replica, "zz"))
+        await asyncio.to_thread(begun.wait, 20)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        hold.set()
+        assert (await generate(replica, "zz"))["error"] is None
 
     run(job(registry=str(tmp_path / "registry")), body)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
+import os
 from pathlib import Path
+
+import pytest
 
 from rlhf_ray.serve.request_log import RequestLog
 
@@ -51,3 +55,20 @@ def test_a_log_that_somebody_else_renames_is_begun_again(tmp_path: Path) -> None
     path.rename(tmp_path / "old")
     log.append({"i": 2})
     assert json.loads(path.read_text()) == {"i": 2} and json.loads((tmp_path / "old").read_text()) == {"i": 1}
+
+
+def test_a_log_that_cannot_be_begun_again_holds_no_lock_and_goes_on_later(tmp_path: Path) -> None:
+    """It kept the number of a closed file, under which the process may open any other: a socket, another log."""
+    path = tmp_path / "access.jsonl"
+    log = RequestLog(path)
+    path.rename(tmp_path / "old")
+    path.mkdir()  # nothing can be opened there
+    for _ in range(2):
+        with pytest.raises(IsADirectoryError):
+            log.append({"i": 1})
+    with (tmp_path / "old").open("rb") as other:
+        assert os.fstat(log._fd).st_ino == os.fstat(other.fileno()).st_ino
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path.rmdir()
+    log.append({"i": 2})
+    assert json.loads(path.read_text()) == {"i": 2}

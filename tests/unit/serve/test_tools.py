@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.config.serve import LimitsConfig, ServeConfig
 from rlhf_ray.serve import structured
 from rlhf_ray.serve.api_errors import ApiError
+from rlhf_ray.serve.openai_types import ChatRequest
 from rlhf_ray.serve.structured import SchemaCompiler
 from rlhf_ray.serve.tool_calls import ToolCallReader, tool_format
 
@@ -79,6 +80,23 @@ def test_calls_are_read_in_whatever_pieces_they_come(kind: str, text: str, conte
             for name, piece in part["function"].items():
                 known["function"][name] += piece
         assert [{k: v for k, v in call.items() if k != "index"} for call in streamed.values()] == reader.calls
+
+
+def test_one_call_at_most_where_the_client_wants_no_parallel_ones() -> None:
+    """`parallel_tool_calls: false` was taken and had no effect."""
+    for kind, text in (
+        ("hermes", f"<tool_call>{CALL}</tool_call>" * 2),
+        ("mistral", f"[TOOL_CALLS][{CALL}, {CALL}]"),
+        ("required", f"[{LLAMA}, {LLAMA}]"),
+    ):
+        reader = ToolCallReader(kind, single=True)
+        deltas = reader.push(text) + reader.finish()
+        assert len(reader.calls) == 1 and reader.content == "" and len(deltas) == 1, kind
+    fields = {"model": "base", "messages": ASKED, "tools": [TOOL], "tool_choice": "required"}
+    for parallel, most in ((None, None), (True, None), (False, 1)):
+        asked = ChatRequest(**fields, parallel_tool_calls=parallel)
+        schema = asked.to_generation_request(LimitsConfig(), ("base",), ({"messages": ASKED},)).schema
+        assert json.loads(schema or "").get("maxItems") == most
 
 
 def test_the_form_is_known_by_the_chat_template() -> None:
@@ -193,6 +211,23 @@ def test_a_tool_that_must_be_called_is_called(service: LiveService) -> None:
         assert {c.function.name for c in forced.choices[0].message.tool_calls} <= {"get_weather", "get_time"}
     none = ai.chat.completions.create(**asked, tool_choice="none", max_tokens=5)
     assert none.choices[0].message.tool_calls is None
+
+
+@has_library
+def test_parameters_that_refer_to_their_own_definitions(service: LiveService) -> None:
+    """As Pydantic writes nested models: behind `required` the references led nowhere, and the request was refused."""
+    item = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    own = {"type": "object", "properties": {"item": {"$ref": "#/$defs/Item"}}, "required": ["item"]}
+    own |= {"$defs": {"Item": item}, "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": name, "parameters": own}} for name in ("one", "two")]
+    for chosen in ("required", {"type": "function", "function": {"name": "two"}}):
+        asked = {"tools": tools, "tool_choice": chosen, "parallel_tool_calls": False, "max_tokens": 400}
+        status, found = chat(service, messages=ASKED, seed=1, **asked)
+        assert status == 200, found
+        choice = found["choices"][0]
+        if choice["finish_reason"] != "length":
+            (call,) = choice["message"]["tool_calls"]
+            assert json.loads(call["function"]["arguments"]) in ({"item": {"n": 1}}, {"item": {"n": 2}})
 
 
 @has_library

@@ -95,9 +95,7 @@ class HttpClient:
         numbers = iter(range(len(bodies)))
         errors: list[Exception] = []
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=self.concurrency
-            ),  # aiohttp's 100: others would use up their time in wait
+            connector=aiohttp.TCPConnector(limit=self.concurrency),  # of aiohttp's 100 the others' time would run out
             timeout=aiohttp.ClientTimeout(total=self.timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,  # it would also send a login of ~/.netrc

@@ -83,11 +83,11 @@ class NullScorer:
         return Scores(reward, torch.zeros(rollout.response_mask.shape), rollout.row_id, {"nothing": reward})
 
 
-def build_generator(config: PPOConfig, on_gpu: bool) -> NullGenerator:
+def build_generator(config: PPOConfig, num_gpus: float) -> NullGenerator:
     return NullGenerator()
 
 
-def build_scorer(config: PPOConfig, on_gpu: bool) -> NullScorer:
+def build_scorer(config: PPOConfig, num_gpus: float) -> NullScorer:
     return NullScorer()
 
 

@@ -38,7 +38,7 @@ def both(tiny_llama: Callable[..., Path]) -> tuple[LoadingGenerator, LoadingGene
         "placement": "split",
     }
     vllm = PPOConfig(**fields, rollout={"engine": "vllm", "kv_cache_gb": 0.0625})
-    return build_generator(PPOConfig(**fields), on_gpu=False), build_generator(vllm, on_gpu=False)
+    return build_generator(PPOConfig(**fields), num_gpus=0.0), build_generator(vllm, num_gpus=0.0)
 
 
 def adapter(both: tuple[LoadingGenerator, LoadingGenerator], version: int) -> tuple[ActiveAdapter, dict[str, Tensor]]:

@@ -35,7 +35,7 @@ def generator(tiny_llama: Callable[..., Path]) -> LoadingGenerator:
         rollout_chunk_size=4,
         placement="split",
     )
-    return build_generator(job, on_gpu=False)
+    return build_generator(job, num_gpus=0.0)
 
 
 def adapter(generator: LoadingGenerator, version: int) -> tuple[ActiveAdapter, dict[str, Tensor]]:

@@ -41,7 +41,7 @@ def job(tiny_llama: Callable[..., Path], tmp_path: Path) -> PPOConfig:
 @pytest.fixture
 def scorer(job: PPOConfig) -> Scorer:
     """As an actor builds it."""
-    return build_scorer(job, on_gpu=False)
+    return build_scorer(job, num_gpus=0.0)
 
 
 def named(scorer: Scorer, version: int) -> tuple[ActiveAdapter, dict[str, Any]]:
@@ -54,7 +54,7 @@ def named(scorer: Scorer, version: int) -> tuple[ActiveAdapter, dict[str, Any]]:
 
 def sampled(job: PPOConfig, adapter: ActiveAdapter, tensors: dict[str, Any]) -> Rollout:
     prompts = prompt_batch([[1, 40, 41], [1, 50]], [0, 1], [6, 6], 0)
-    return build_generator(job, on_gpu=False).generate_with(prompts, adapter, tensors, Decoding((2,)), "rollout", 1)
+    return build_generator(job, num_gpus=0.0).generate_with(prompts, adapter, tensors, Decoding((2,)), "rollout", 1)
 
 
 def scored(scorer: Scorer, rollout: Rollout, adapter: ActiveAdapter, tensors: dict[str, Any]) -> Scores:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import stat
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -297,6 +298,24 @@ def test_a_health_check_decodes_a_token(job: Callable[..., ServeConfig], monkeyp
         monkeypatch.setattr(replica.engine.sampler, "step", broken)
         with pytest.raises(RuntimeError, match="decoder has failed"):
             await replica.check_health()
+
+    run(job(), body)
+
+
+def test_a_health_check_counts_scoring_as_work(job: Callable[..., ServeConfig]) -> None:
+    """A replica that scored was ended: the steps of its rows stood still."""
+    hold = threading.Event()
+
+    async def body(replica: Replica) -> None:
+        await replica.check_health()
+        await asyncio.wrap_future(replica.engine.call(lambda model: None))
+        replica.engine.call(lambda model: hold.wait(30))
+        ticket = replica.engine.submit(DecodeRequest((1, 5), 0, 1, ()))
+        try:
+            await asyncio.wait_for(replica.check_health(), 3)
+        finally:
+            replica.engine.cancel(ticket)
+            hold.set()
 
     run(job(), body)
 

@@ -37,6 +37,11 @@ class ScriptedServer:
     most_busy: int = 0
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 256
+    """Clients that may wait to be let in; with the default, 5, others would try again seconds later."""
+
+
 @contextmanager
 def serving(answer: Callable[[Any], Any], *faults: Reply, path: str = "/score") -> Iterator[ScriptedServer]:
     """A server on a free port while the block lasts."""
@@ -73,7 +78,7 @@ def serving(answer: Callable[[Any], Any], *faults: Reply, path: str = "/score") 
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     script.url = f"http://127.0.0.1:{server.server_port}{path}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)

@@ -51,6 +51,7 @@ from rlhf_ray.data.splits import prompt_hash
 from rlhf_ray.data.tinyworld import build_base, write_world
 from rlhf_ray.maths.intervals import mean_interval
 from rlhf_ray.maths.stats import cohen_kappa
+from rlhf_ray.metrics import read_metrics
 from rlhf_ray.stages.demo import RULE, demo_config
 from rlhf_ray.stages.start import dpo, evaluate, ppo, reward, sft
 from rlhf_ray.storage.run import Run
@@ -173,7 +174,7 @@ def write_part(pairs: str, part: str, path: Path) -> str:
 
 def row_of(run: Run, runs: Mapping[str, Run] | None) -> dict[str, Any]:
     """An evaluation as a row: by policy the figures of the whole, and by prompt what each judge said. runs: those it compares."""
-    results = [json.loads(line) for line in (Path(run.run_dir) / "results.jsonl").read_text().splitlines()]
+    results = read_metrics(Path(run.run_dir) / "results.jsonl")
     policies = list(results[0]["replies"])
     names = ("kl_k1_per_response", "kl_k1_per_response_se", "kl_bound", "length", "finished", "distinct_2")
     figures = {p: {n: run.metrics[f"{n}/{p}"] for n in names if f"{n}/{p}" in run.metrics} for p in policies}

@@ -19,7 +19,6 @@ step, and the held-out scores, compare between the shared case and the processes
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from stories_sentiment import job
 
 from rlhf_ray.config import SweepConfig
 from rlhf_ray.config.resolved import dump_yaml
+from rlhf_ray.metrics import read_metrics
 from rlhf_ray.storage.run import load_run
 from rlhf_ray.sweep.trials import Trial, job_of, planned
 
@@ -192,7 +192,7 @@ def equality(one: SweepConfig, other: SweepConfig) -> dict[str, float]:
 
 
 def rows_of(trial: Trial) -> Sequence[dict[str, Any]]:
-    return [json.loads(line) for line in (trial.folder / "samples.jsonl").read_text().splitlines()]
+    return read_metrics(trial.folder / "samples.jsonl")
 
 
 def score(trial: Trial) -> float:

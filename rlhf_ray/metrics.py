@@ -409,7 +409,7 @@ _TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl or samples.jsonl, in order; a torn last line, as a kill leaves it, is left out.
+    """The rows of metrics.jsonl, samples.jsonl or results.jsonl, in order; a torn last line, as a kill leaves it, is left out.
 
     Raises ArtifactError if there is no file, or if another line is not a JSON object.
     """

@@ -44,6 +44,12 @@ def reader(adapters: Callable[..., Path], seed: int, **fields: Any) -> Callable[
     return lambda: PlainCheckpoint(read_adapter(adapters(seed, **fields)))
 
 
+def write_names(registry: Path, count: int, alias_of: Callable[..., Any]) -> None:
+    """`count` names with no adapters behind them."""
+    for i in range(count):
+        alias_of(f"name{i:04d}").write(registry / "aliases" / f"name{i:04d}.json")
+
+
 def test_an_adapter_is_loaded_while_the_decode_thread_is_busy(
     engine: DecodeThread,  # noqa: F811
     adapters: Callable[..., Path],
@@ -347,8 +353,7 @@ def test_a_promotion_is_seen_within_a_second_at_many_names(
     registry = Registry(tmp_path / "registry")
     runs = [str(tiny_run(tmp_path / f"run{i}", base_dir, seed=i)) for i in range(2)]
     registry.promote(runs[0], "helper", force=True, reason="a test")
-    for i in range(3000):
-        alias_of(f"name{i:04d}").write(tmp_path / "registry" / "aliases" / f"name{i:04d}.json")
+    write_names(tmp_path / "registry", 3000, alias_of)
 
     async def body(replica: Replica) -> None:
         await replica.watcher.know_all()
@@ -374,8 +379,7 @@ def test_a_start_reads_a_few_of_many_names_and_what_a_request_names_before_the_r
     registry = Registry(tmp_path / "registry")
     runs = [str(tiny_run(tmp_path / f"run{i}", base_dir, seed=i)) for i in range(2)]
     last = registry.promote(runs[0], "zz", force=True, reason="a test").entry
-    for i in range(400):
-        alias_of(f"name{i:04d}").write(tmp_path / "registry" / "aliases" / f"name{i:04d}.json")
+    write_names(tmp_path / "registry", 400, alias_of)
     monkeypatch.setattr(registry_watcher, "PAUSE_S", 1e6)  # the rest is read when the test says so
 
     async def body(replica: Replica) -> None:
@@ -455,8 +459,7 @@ def test_a_client_that_goes_while_its_name_is_read_does_not_lose_the_name(
     """The follower had told of it once, to nobody: 404 until the name was promoted anew."""
     registry = Registry(tmp_path / "registry")
     registry.promote(str(tiny_run(tmp_path / "run", base_dir)), "zz", force=True, reason="a test")
-    for i in range(2 * registry_watcher.AT_ONCE):
-        alias_of(f"name{i:04d}").write(tmp_path / "registry" / "aliases" / f"name{i:04d}.json")
+    write_names(tmp_path / "registry", 2 * registry_watcher.AT_ONCE, alias_of)
     monkeypatch.setattr(registry_watcher, "PAUSE_S", 1e6)
 
     async def body(replica: Replica) -> None:

@@ -206,7 +206,8 @@ def _statuses(config: ServeConfig) -> list[dict[str, Any]]:
 
 def _log_changes(folder: Path, console: Console, stopping: threading.Event) -> None:
     """Until the service stops, log every change of what the replicas serve, as their status files say."""
-    before, seen = read_statuses(folder), stamps(folder)
+    seen = stamps(folder)  # before what they stand for is read: what is written in between is read again
+    before = read_statuses(folder)
     while not stopping.wait(POLL_S):
         remove_stale(folder, before)
         if seen == (now_seen := stamps(folder)):

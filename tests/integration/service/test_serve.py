@@ -119,16 +119,22 @@ def test_promotion_and_rollback_under_load_fail_no_request(service: Service) -> 
             live = [status["live"]["helper"] for status in service.replicas().values()]
             return len(live) == 2 and all((v["id"], v["sha256"]) == (wanted.id, wanted.sha256) for v in live)
 
+        def told(wanted: Any) -> int:
+            return service.log.read_text().count(f"helper is now {wanted.id} ")
+
         service.wait(lambda: all_serve(second))
         before = load.responses[second.id]
         load.until(10)
         assert load.responses[second.id] > before
+        # Waited for before the rollback: the log tells what the replicas serve when it looks, not what came and went in between.
+        service.wait(lambda: told(second) == 2)
+        told_first = told(first)
         registry.rollback("helper")
         service.wait(lambda: all_serve(first))
         load.until(10)
     assert load.failed == []
     assert second.sha256 == read_adapter(service.runs[1] / "adapter").sha256
-    service.wait(lambda: f"helper is now {first.id}" in service.log.read_text())
+    service.wait(lambda: told(first) == told_first + 2)
 
 
 def test_overload_is_refused_fast_and_accepted_requests_are_answered(service: Service) -> None:
@@ -355,8 +361,13 @@ def test_a_damaged_adapter_is_promoted(service: Service, note: Any) -> None:
         promote(str(damaged), "helper")
     with Load(service, CLIENTS, retries=0) as load:
         load.until(8)
+        pids = [int(status["pid"]) for status in service.replicas().values() if alive(status["pid"])]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)  # so that neither reads it before it is damaged
         third = promote(str(service.runs[2]), "helper").entry
         flip(third.path / "adapter_model.safetensors")
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
         def all_refuse() -> bool:
             statuses = [r for r in service.replicas().values() if alive(r["pid"])]
@@ -366,7 +377,7 @@ def test_a_damaged_adapter_is_promoted(service: Service, note: Any) -> None:
         before = load.responses[live.id]
         load.until(20)
         assert load.responses[live.id] >= before + 20 and not load.responses[third.id]
-    assert f"refused {third.id}: " in service.log.read_text()
+    service.wait(lambda: f"refused {third.id}: " in service.log.read_text())
     registry.rollback("helper", f"v{live.version}")
     note(26, load.failed == [], "refused with the reason, no request failed, the old one stays")
 

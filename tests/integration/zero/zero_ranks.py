@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import tempfile
@@ -39,18 +40,28 @@ PATIENCE = timedelta(seconds=120)
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(session, *args)` returns on each rank, as JSON. Raises if any rank does; the others are then ended."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(world_size, folder, function, args), nprocs=world_size)
+        try:
+            mp.spawn(_rank, args=(world_size, folder, function, args), nprocs=world_size)
+        except mp.ProcessExitedException as error:  # a signal: where each rank was then, as it wrote down itself
+            raise AssertionError(
+                f"{error}\n" + "\n".join(f.read_text() for f in Path(folder).glob("*.stack"))
+            ) from error
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
 def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: Sequence[Any]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
+    faulthandler.enable(Path(folder, f"{rank}.stack").open("w"))  # noqa: SIM115 (open for as long as the process lives)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     result = function(Session(rank, world_size, torch.device("cpu"), 1, NullConsole()), *args)
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    dist.barrier()  # nobody closes a connection that another one still reads
     dist.destroy_process_group()
+    os._exit(
+        0
+    )  # what a rank has to say is written; how torch's and DeepSpeed's threads end with the interpreter is no claim here
 
 
 def assert_sharded(models: RoleModels) -> None:

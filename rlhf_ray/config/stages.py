@@ -85,6 +85,11 @@ class JobFields(Section):
         "precision of the base; auto: on CUDA the checkpoint's own, bfloat16 for a float16 one where the GPU computes in it, on the"
         " CPU float32 (adapters are always float32); float16 is not trained: without loss scaling its gradients vanish",
     )
+    lora_compute_dtype: Literal["float32", "bfloat16"] = field(
+        "float32",
+        "precision in which adapters of linear layers are multiplied; bfloat16, on a base in bfloat16, rounds their float32 weights"
+        " for each product, as torch.autocast does, instead of widening every input to float32: adapters still learn in float32",
+    )
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = field(
         "auto",
         "attention kernel; auto: sdpa; flash_attention_2 (flash-attn, which you install) reads whole rows faster, but takes the"

@@ -78,12 +78,12 @@ class PackedAdapter:
         """Ranks of all its layers together."""
         return sum(len(f.down) * self.r for f in self.factors if f is not None)
 
-    def to(self, device: torch.device) -> PackedAdapter:
-        """Itself, where it is on `device` already."""
-        if all(t.device == device for t in self._tensors()):
+    def to(self, target: torch.device | torch.dtype) -> PackedAdapter:
+        """On a device, or in a precision; itself, where that is so already."""
+        if all(target in (t.device, t.dtype) for t in self._tensors()):
             return self
         moved = tuple(
-            None if f is None else replace(f, down=f.down.to(device), up=f.up.to(device)) for f in self.factors
+            None if f is None else replace(f, down=f.down.to(target), up=f.up.to(target)) for f in self.factors
         )
         return replace(self, factors=moved)
 

@@ -2,8 +2,9 @@
 
 y = W x + (lora_alpha / r) B A x     (Hu et al. 2021, arXiv:2106.09685; rsLoRA: lora_alpha / sqrt(r), arXiv:2312.03732)
 
-A and B are float32 whatever the base's precision. PEFT turns the gradients of every adapter but the active one off; here several
-adapters train at once, so each function below leaves the requires_grad flags of the others as they were.
+A and B are float32 whatever the base's precision, and so are their products unless the base was loaded for others
+(lora_compute.py). PEFT turns the gradients of every adapter but the active one off; here several adapters train at once, so each
+function below leaves the requires_grad flags of the others as they were.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,6 +43,7 @@ from rlhf_ray.models.adapter_targets import (
     resolve_parameters,
     resolve_targets,
 )
+from rlhf_ray.models.lora_compute import adapter_precision, round_products
 from rlhf_ray.models.zero3 import gathered, whole_shape
 
 __all__ = [
@@ -94,6 +97,7 @@ def wrap(
     with _seeded(seed if given is None else 0), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 by a name on its way out
         peft_model = PeftModel(model, peft_config(config), adapter_name, autocast_adapter_dtype=True)
+    _follow_base(peft_model, adapter_name)
     _settle(peft_model, adapter_name, given)
     set_trainable(peft_model, (adapter_name,))
     return peft_model
@@ -296,6 +300,7 @@ def _inject(model: nn.Module, name: str, config: dict[str, Any], seed: int | Non
     training = {n for n in as_peft(model).peft_config if _trains(model, n)}
     with _seeded(seed):
         as_peft(model).add_adapter(name, peft_config(config), autocast_adapter_dtype=True)
+    _follow_base(model, name)
     set_trainable(model, tuple(sorted(training | ({name} if trainable else set()))))
 
 
@@ -314,6 +319,15 @@ def _check_same_parameters(model: nn.Module, config: Mapping[str, Any]) -> None:
 
 def _trains(model: nn.Module, name: str) -> bool:
     return any(p.requires_grad for p in adapter_parameters(model, name).values())
+
+
+def _follow_base(model: nn.Module, name: str) -> None:
+    """Multiply the adapter in the precision that its base was loaded for."""
+    base: Any = as_peft(model).get_base_model()
+    if adapter_precision(base) is not torch.float32:
+        for _, layer in lora_layers(model):
+            if name in layer.lora_A and not isinstance(layer, ParamWrapper):
+                round_products(layer, name)
 
 
 def _settle(model: nn.Module, name: str, given: Mapping[str, Tensor] | None) -> None:

@@ -314,6 +314,7 @@ class Assembly:
 
     def _causal_lm(self, path: str, revision: str | None) -> Backbone:
         how: dict[str, Any] = {"path": path, "revision": revision, "stop_token_ids": self.stop_token_ids}
+        how["lora_compute_dtype"] = self.job.lora_compute_dtype
         return self._loaded(load_backbone, how | load_options(self.job, self.device))
 
     def _classifier(self, path: str) -> Backbone:

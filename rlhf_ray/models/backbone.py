@@ -32,6 +32,7 @@ from rlhf_ray.models.loading import (
     quiet,
     read_tensor,
 )
+from rlhf_ray.models.lora_compute import compute_adapters_in
 from rlhf_ray.models.packing import Packing
 from rlhf_ray.models.quantisation import dequantised, keep_trainable
 from rlhf_ray.models.recurrent import one_recurrence
@@ -152,6 +153,7 @@ def load_backbone(
     device: torch.device | str,
     trains: bool = False,
     stop_token_ids: tuple[int, ...] | None = None,
+    lora_compute_dtype: str = "float32",
 ) -> Backbone:
     """Load the causal language model `path` (folder or Hub id) onto `device`, with the meanings of the job fields of these names.
 
@@ -162,6 +164,7 @@ def load_backbone(
     bits = bits_of(load_in_8bit, load_in_4bit)
     plan = plan_load(source, dtype, attn_implementation, bits, cpu_offload, device, trains)
     model, info = from_pretrained(causal_class(plan.config), source, plan)
+    compute_adapters_in(model, lora_compute_dtype, plan.dtype)
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise ArtifactError.at(

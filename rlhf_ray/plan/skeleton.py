@@ -26,6 +26,7 @@ from rlhf_ray.models.loading import (
     no_dropout,
     quiet,
 )
+from rlhf_ray.models.lora_compute import compute_adapters_in
 from rlhf_ray.models.sources import one_line
 from rlhf_ray.models.tokenizer import PadChoice
 from rlhf_ray.plan.attention import fused
@@ -105,6 +106,8 @@ def skeleton(job: JobFields, path: str, config: Any, device: Device, classifier:
         fused(model, device)
     if bits is not None:
         quantise(model, bits)
+    if not classifier:
+        compute_adapters_in(model, job.lora_compute_dtype, dtype)
     model.requires_grad_(False)
     model.eval()
     nothing: Any = None

@@ -37,6 +37,7 @@ from rlhf_ray.models.adapter_pool import (
     pack,
 )
 from rlhf_ray.models.adapters import lora_layers, use_adapter
+from rlhf_ray.models.lora_compute import adapter_precision
 from rlhf_ray.models.zero3 import is_sharded
 
 PIECE = 8
@@ -90,6 +91,8 @@ class _PeftAdapters:
     def __init__(self, peft_model: PeftModel) -> None:
         # Adapters of stacked expert weights are never stacked themselves (`can_stack`), but others may be beside them.
         layers = [(name, layer) for name, layer in lora_layers(peft_model) if not isinstance(layer, ParamWrapper)]
+        model: Any = peft_model
+        self._precision = adapter_precision(model.get_base_model())
         self.groups = layer_groups((name, layer, layer.in_features, layer.out_features) for name, layer in layers)
         self._packed: dict[str, PackedAdapter] = {}
 
@@ -97,7 +100,8 @@ class _PeftAdapters:
         if name not in self._packed:
             layers: list[Any] = [layer for group in self.groups for layer in group.layers]
             r = max((layer.r[name] for layer in layers if name in layer.lora_A), default=0)
-            self._packed[name] = pack(self.groups, r, 1.0, partial(_peft_halves, adapter=name, r=r))
+            packed = pack(self.groups, r, 1.0, partial(_peft_halves, adapter=name, r=r))
+            self._packed[name] = packed.to(self._precision)
         return self._packed[name]
 
 

@@ -105,7 +105,12 @@ def require_rows(config: SupervisedConfig, rows: int, account: Sequence[str]) ->
 
 
 def load_base(config: SupervisedConfig, device: torch.device) -> Backbone:
-    return load_backbone(path=config.model_name_or_path, revision=config.revision, **load_options(config, device))
+    return load_backbone(
+        path=config.model_name_or_path,
+        revision=config.revision,
+        lora_compute_dtype=config.lora_compute_dtype,
+        **load_options(config, device),
+    )
 
 
 def tokenise(

@@ -11,7 +11,7 @@ from rlhf_ray.sweep.capacity import Capacity
 
 OF_THE_BASE = (
     *("model_name_or_path", "revision", "dtype", "load_in_8bit", "load_in_4bit", "cpu_offload"),
-    *("attn_implementation", "stop_token_ids"),
+    *("attn_implementation", "lora_compute_dtype", "stop_token_ids"),
 )
 """Fields that decide which base is loaded, and how: trials that differ in one have no base in common."""
 MOST_ZERO_STAGE = 2

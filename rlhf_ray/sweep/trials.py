@@ -23,7 +23,7 @@ from rlhf_ray.sweep.space import Settings, Space, corners, draw, grid, read_spac
 TrialJob: TypeAlias = PPOConfig | DPOConfig
 MEASURED_WITH = (
     *("model_name_or_path", "revision", "dtype", "load_in_8bit", "load_in_4bit", "cpu_offload", "attn_implementation"),
-    *("template", "template_date", "chat_template_kwargs", "learner"),
+    *("lora_compute_dtype", "template", "template_date", "chat_template_kwargs", "learner"),
 )
 """Fields of a DPO trial that its evaluation takes over: which base is loaded, how, where, and how prompts are written out."""
 MOST_CHECKED = 256

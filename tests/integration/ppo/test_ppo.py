@@ -221,6 +221,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
             "entropy_coef": 0.01,
         },
         {"gradient_checkpointing": True, "dtype": "bfloat16", "lr_scheduler_type": "cosine"},
+        {"dtype": "bfloat16", "lora_compute_dtype": "bfloat16"},
     ],
     ids=lambda c: "-".join(map(str, c)),
 )

@@ -211,6 +211,16 @@ def test_more_takes_more(model: Callable[..., str], fields: dict[str, Any], phas
     assert sum(more.values()) > sum(less.values())
 
 
+def test_adapters_multiplied_in_bfloat16_keep_fewer_bytes_for_the_backward_pass(model: Callable[..., str]) -> None:
+    """In float32 every adapted layer keeps its input twice, once widened: without checkpointing, q, k and v of one input each do."""
+    whole = {"gradient_checkpointing": False, "dtype": "bfloat16"}
+    wide, narrow = (
+        only(ppo(model(config=LLAMA_7B), lora_compute_dtype=name, **whole)).phases["update"]["activations"]
+        for name in ("float32", "bfloat16")
+    )
+    assert narrow < 0.8 * wide
+
+
 def test_a_budget_of_tokens_is_that_many_tokens_of_rows(model: Callable[..., str]) -> None:
     """Rows have 96 tokens: a budget of 4 of them takes what 4 rows take; half a row more takes more than 4 rows and less than 5."""
     path = model()

@@ -40,6 +40,7 @@ def test_a_trial_is_the_shared_job_with_its_settings_and_seed() -> None:
 
 def test_a_dpo_trial_is_measured_on_the_base_and_prompts_that_it_trained_with() -> None:
     of_the_base = {"dtype": "bfloat16", "load_in_4bit": True, "cpu_offload": True, "attn_implementation": "eager"}
+    of_the_base["lora_compute_dtype"] = "bfloat16"
     of_prompts = {"template_date": "2026-01-31T09:00:00", "chat_template_kwargs": {"enable_thinking": False}}
     measured = {"data": {"train": "p.jsonl"}, "rewards": [{"function": "f.py:score"}]}
     dpo = {"data": {"train": "p.jsonl"}, **of_the_base, **of_prompts}

@@ -212,7 +212,7 @@ def test_more_takes_more(model: Callable[..., str], fields: dict[str, Any], phas
 
 
 def test_adapters_multiplied_in_bfloat16_keep_fewer_bytes_for_the_backward_pass(model: Callable[..., str]) -> None:
-    """In float32 every adapted layer keeps its input twice, once widened: without checkpointing, q, k and v of one input each do."""
+    """In float32 every adapted layer keeps its input once more, widened, and q, k and v each their own copy of the same one."""
     whole = {"gradient_checkpointing": False, "dtype": "bfloat16"}
     wide, narrow = (
         only(ppo(model(config=LLAMA_7B), lora_compute_dtype=name, **whole)).phases["update"]["activations"]

@@ -21,7 +21,6 @@ from rlhf_ray.models.adapters import HEAD_KEY, save_adapter
 from rlhf_ray.ppo.pending_rollout import load_pending, save_pending
 from rlhf_ray.ppo.setup import PPOSetup
 from rlhf_ray.ppo.state import PPOState
-from rlhf_ray.report import write_report
 from rlhf_ray.roles.learner import PublishedAdapter
 from rlhf_ray.roles.rollouts import Sampled
 from rlhf_ray.roles.trained_weights import TrainedWeights
@@ -167,9 +166,7 @@ def finish(config: PPOConfig, session: Session, setup: PPOSetup, state: PPOState
         write_weights(setup, weights, folder.path)
         if state.best_policy is not None:
             save_adapter(folder.adapter_dir, state.best_policy, setup.policy_config, "CAUSAL_LM", None, setup.base_path)
-        run.save()
-        folder.seal()
-        write_report(folder.path)
+        run_entry.finish_run(folder, run)
         session.console.done()
     session.barrier()
     return run

@@ -39,21 +39,19 @@ from rlhf_ray.roles.rollouts import Rollouts, Sampled
 from rlhf_ray.runtime.session import Session, peak_memory, seed_everything
 from rlhf_ray.runtime.signals import Abandoned
 from rlhf_ray.storage.run import Run
-from rlhf_ray.storage.run_folder import is_run
 from rlhf_ray.training.monitor import TrainingMonitor
 from rlhf_ray.training.run_entry import discarded_on_error
 
 
 def train_ppo(config: PPOConfig, session: Session) -> Run:
     """The body of the stage; every rank of the learner group runs it."""
-    is_new = session.is_main and not is_run(config.output_dir)
     with ExitStack() as held:
         folder = enter_run(config, session, held)
         if session.from_main(folder.manifest()["status"]) == "done":
             session.console.log(f"ppo: {config.output_dir} is finished; nothing to do")
             return Run.load(folder.path)
         seed_everything(config.seed)
-        with discarded_on_error(folder, is_new):
+        with discarded_on_error(folder):
             setup = set_up(config, session, folder, held)
         loop = PPOLoop(config, session, setup)
         with setup.writers, session.stop.deferred(), loop.monitor.watchdog.watching():

@@ -41,7 +41,7 @@ from rlhf_ray.stages.judging import best_of_kl_bound, by_pairs, by_scores, choos
 from rlhf_ray.stages.other_policies import with_replies
 from rlhf_ray.stages.win_rates import DRAWN_PAIRS, distinct_2, pair_counts
 from rlhf_ray.storage.run import Run
-from rlhf_ray.storage.run_folder import RunFolder, is_run
+from rlhf_ray.storage.run_folder import RunFolder
 from rlhf_ray.training.ancestry import check_ancestors
 from rlhf_ray.training.header import config_line
 from rlhf_ray.training.run_entry import discarded_on_error, enter_afresh
@@ -53,14 +53,13 @@ TRUE = "true_reward"
 def run_evaluate(config: EvaluateConfig, session: Session) -> Run:
     """The body of the stage; every rank of the worker group runs it."""
     started = time.monotonic()
-    is_new = session.is_main and not is_run(config.output_dir)
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
         folder, finished = enter_afresh(config, session, stack, "evaluate")
         if finished is not None:
             return finished
         baseline = config.baseline or config.policies[0].name
-        with discarded_on_error(folder, is_new):
+        with discarded_on_error(folder):
             evaluation, prompts, n_dropped = prepare(config, session, folder, reference_of(config, baseline))
         answers = answer_all(evaluation, prompts)
         outcome = judge(evaluation, baseline, prompts, answers, n_dropped)

@@ -29,12 +29,12 @@ from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.splits import prompt_hash
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter, figure
-from rlhf_ray.report import write_report
 from rlhf_ray.stages.evaluation_models import PolicyResponses
 from rlhf_ray.stages.win_rates import CONFIDENCE, Agreement, Comparison, agreement, between
 from rlhf_ray.storage.rows_file import write_rows
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, atomic_write_json
+from rlhf_ray.training.run_entry import finish_run
 
 SAMPLED_PROMPTS = 40
 SHOWN_PROMPTS = 3
@@ -106,7 +106,7 @@ def pairs_file(policy: str) -> str:
 
 
 def write_results(folder: RunFolder, config: EvaluateConfig, run: Run, outcome: EvaluationOutcome) -> None:
-    """All files of the run, then its seal and its report. Call it from one process only."""
+    """All files of the run, then its seal, its report and its copy. Call it from one process only."""
     rows = [result_row(outcome, i) for i in range(len(outcome.prompts))]
     write_rows(folder.path / "results.jsonl", rows)
     for name in outcome.answers:
@@ -120,10 +120,8 @@ def write_results(folder: RunFolder, config: EvaluateConfig, run: Run, outcome: 
         samples.write(0, sample_rows(rows[:SAMPLED_PROMPTS], asked))
     with MetricsWriter(folder.path, config.report_to, config.run_name) as metrics:
         metrics.write(0, outcome.metrics)
-    run.save()
     sealed = {name for key, name in run.artifacts.items() if key != "report"}
-    folder.seal(("config.yaml", "summary.json", "metrics.jsonl", *sorted(sealed)))
-    write_report(folder.path)
+    finish_run(folder, run, ("config.yaml", "summary.json", "metrics.jsonl", *sorted(sealed)))
 
 
 def comparisons_json(outcome: EvaluationOutcome) -> dict[str, Any]:

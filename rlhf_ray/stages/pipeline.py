@@ -14,7 +14,6 @@ from rlhf_ray.config.resolved import written_out
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.ppo import checkpoint as ppo_checkpoint
 from rlhf_ray.ppo.loop import train_ppo
-from rlhf_ray.report import write_report
 from rlhf_ray.runtime.devices import memory_released
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.evaluate import run_evaluate
@@ -26,7 +25,7 @@ from rlhf_ray.supervised.dpo import train_dpo
 from rlhf_ray.supervised.reward import train_reward
 from rlhf_ray.supervised.sft import train_sft
 from rlhf_ray.training import run_entry
-from rlhf_ray.training.run_entry import copy_from_now_on, discarded_on_error, keep_config, require_same
+from rlhf_ray.training.run_entry import copy_from_now_on, discarded_on_error, finish_run, keep_config, require_same
 
 BODIES: dict[str, Callable[[Any, Session], Run]] = {
     "sft": train_sft,
@@ -47,10 +46,9 @@ MAY_CHANGE = {
 def run_pipeline(config: PipelineConfig, session: Session) -> Run:
     """The body: every rank runs every stage's body."""
     configs = stage_configs(config)
-    is_new = session.is_main and not is_run(config.output_dir)
     with ExitStack() as held:
         folder = open_pipeline(config, session, "pipeline", held)
-        with discarded_on_error(folder, is_new, lambda: any(is_run(c.output_dir) for c in configs.values())):
+        with discarded_on_error(folder, lambda: any(is_run(c.output_dir) for c in configs.values())):
             runs = run_stages(configs, session, config.output_dir)
         return finish_pipeline(config, session, folder, runs)
 
@@ -63,8 +61,9 @@ def stage_configs(config: PipelineConfig) -> dict[str, JobFields]:
 
 def open_pipeline(config: PipelineConfig, session: Session, stage: str, held: ExitStack) -> RunFolder:
     """Make (rank 0) and open the folder that holds the stages' folders, locked for as long as `held` lasts."""
+    made = None
     if session.is_main:
-        folder = create_run(config.output_dir, stage, written_out(config), config.resume)
+        made = folder = create_run(config.output_dir, stage, written_out(config), config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.manifest()["status"] == "done":
             copy_from_now_on(folder, config.copy_to, session.console.warn)
@@ -72,7 +71,7 @@ def open_pipeline(config: PipelineConfig, session: Session, stage: str, held: Ex
             require_same_stages(config)
             keep_config(folder, config)
     session.barrier()
-    return open_run(config.output_dir, verify=False)
+    return made or open_run(config.output_dir, verify=False)
 
 
 def require_same_stages(config: PipelineConfig) -> None:
@@ -117,8 +116,6 @@ def finish_pipeline(
         artifacts={stage: r.run_dir for stage, r in runs.items()} | {"report": "report.html"},
     )
     if session.is_main:
-        run.save()
-        folder.seal(("config.yaml", "summary.json"))
-        write_report(folder.path)
+        finish_run(folder, run, ("config.yaml", "summary.json"))
     session.barrier()
     return run

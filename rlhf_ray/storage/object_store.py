@@ -6,11 +6,13 @@
     COPY_TO/final/run/..., COPY_TO/final/COMMIT      the run when it was done
 
 What has no COMMIT is not there: an upload that was cut off is never read, and the next one clears it away. The run folder stays the
-truth; a copy is read only where there is no run folder (a new node, a lost disk) and the job says `resume: auto`.
+truth; a copy is read only where there is no run folder (a new node, a lost disk) and the job says `resume: auto`. A place holds
+the copies of one run, by the `run_id` of its manifest: another run is refused there, and told, and deletes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_ray.errors import ArtifactError, ConfigError, Problem
+from rlhf_ray.errors import ArtifactError, ConfigError, Problem, ResourceError
 from rlhf_ray.storage.files import fsync_path
 
 COMMIT = "COMMIT"
@@ -109,11 +111,12 @@ class Store:
 
 
 def copy_checkpoint(run: Path, checkpoint: Path, uri: str, tell: Tell) -> bool:
-    """Copy a checkpoint that is whole, and delete copies of those that are gone here. False, and told, if the store is away: the
-    run goes on, and its next checkpoint is copied."""
+    """Copy a checkpoint that is whole, and delete copies of those that are gone here. False, and told, if the store is away, or
+    holds another run: this one goes on, and tries again with its next checkpoint."""
 
     def work() -> None:
         store, name = Store(uri), f"checkpoints/{checkpoint.name}"
+        _require_own(store, _run_id((run / "manifest.json").read_text()))
         store.delete(name)
         files = {f"checkpoint/{n}": p for n, p in _files(checkpoint)}
         files |= {f"run/{n}": run / n for n in RUN_FILES if (run / n).is_file()}
@@ -129,47 +132,90 @@ def copy_finished(run: Path, uri: str, tell: Tell, again: bool = True) -> bool:
     """Copy a run that is done: its manifest and every file that it seals.   again: also if a copy of a finished run is there."""
 
     def work() -> None:
-        store = Store(uri)
+        store, manifest = Store(uri), json.loads((run / "manifest.json").read_text())
+        _require_own(store, manifest.get("run_id"))
         if not again and store.text(f"final/{COMMIT}") is not None:
             return
         store.delete("final")
-        manifest = json.loads((run / "manifest.json").read_text())
         names = dict.fromkeys([*manifest["files"], *RUN_FILES, "summary.json", "report.html"])
         _commit(store, "final", {f"run/{n}": run / n for n in names if (run / n).is_file()})
 
     return _tried(work, f"the finished run was not copied to {uri}", tell)
 
 
+def require_unused(uri: str) -> None:
+    """ConfigError if copies of a run lie at `uri`, ResourceError if that cannot be told: asked where a new run is made."""
+    with _answering(uri):
+        _require_own(Store(uri), None)
+
+
 def copied_config(uri: str) -> dict[str, Any] | None:
-    """The configuration of the run that `restore` would take, None if there is no copy."""
-    store = Store(uri)
-    steps = sorted((n for n in store.folders("checkpoints") if _STEP.fullmatch(n)), key=_number, reverse=True)
-    whole = (
-        n for n in ("final", *(f"checkpoints/{step}" for step in steps)) if store.text(f"{n}/{COMMIT}") is not None
-    )
-    text = next((text for n in whole if (text := store.text(f"{n}/run/config.yaml")) is not None), None)
-    return None if text is None else dict(yaml.safe_load(text))
+    """The configuration of the run that `restore` would take, None if there is no copy. ResourceError if the store is away."""
+    with _answering(uri):
+        store = Store(uri)
+        for name, _ in _whole(store):
+            with contextlib.suppress(
+                ValueError, TypeError, yaml.YAMLError
+            ):  # a damaged one, which `restore` tells or passes over
+                return dict(yaml.safe_load(store.text(f"{name}/run/config.yaml") or ""))
+    return None
 
 
 def restore(uri: str, target: Path) -> str | None:
     """Make the run folder `target` from its copy: the finished run, else the newest checkpoint that is whole. What was taken
     (`final`, `step_000040`), None if there is no copy.
 
-    ArtifactError if there are copies and all are damaged: a run never starts afresh in silence."""
-    store, problems = Store(uri), []
-    steps = sorted((n for n in store.folders("checkpoints") if _STEP.fullmatch(n)), key=_number, reverse=True)
-    for name in ("final", *(f"checkpoints/{step}" for step in steps)):
-        commit = store.text(f"{name}/{COMMIT}")
-        if commit is None:
-            continue
-        try:
-            _download(store, name, commit, target)
-        except (ArtifactError, OSError, ValueError, KeyError) as error:
-            problems.append(Problem(f"{uri}: {name}", "the copy is damaged", got=_line(error)))
-            continue
-        return name.rpartition("/")[2]
+    ArtifactError if there are copies and all are damaged: a run never starts afresh in silence. ResourceError if the store is
+    away."""
+    problems = []
+    with _answering(uri):
+        store = Store(uri)
+        for name, commit in _whole(store):
+            try:
+                _download(store, name, commit, target)
+            except (ArtifactError, OSError, ValueError, KeyError) as error:
+                problems.append(Problem(f"{uri}: {name}", "the copy is damaged", got=_line(error)))
+                continue
+            return name.rpartition("/")[2]
     ArtifactError.raise_all(problems)
     return None
+
+
+def _whole(store: Store) -> Iterator[tuple[str, str]]:
+    """(name, COMMIT) of every copy that is whole: the finished run, then its checkpoints, the newest first."""
+    steps = sorted((n for n in store.folders("checkpoints") if _STEP.fullmatch(n)), key=_number, reverse=True)
+    for name in ("final", *(f"checkpoints/{step}" for step in steps)):
+        if (commit := store.text(f"{name}/{COMMIT}")) is not None:
+            yield name, commit
+
+
+def _require_own(store: Store, run_id: str | None) -> None:
+    """ConfigError if there is a copy of another run: it would be deleted, or be taken for one of this run when that is restored."""
+    for name, _ in _whole(store):
+        if (found := _run_id(store.text(f"{name}/run/manifest.json"))) not in (None, run_id):
+            fix = "choose another folder for the copies, or delete those that are there"
+            raise ConfigError.at(
+                "copy_to", f"{store.uri} holds copies of another run", "", f"{name} of run {found}", fix
+            )
+
+
+def _run_id(manifest: str | None) -> str | None:
+    """None also where a manifest is damaged, or of a version that gave runs no name."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(manifest or "").get("run_id")  # type: ignore[no-any-return]
+    return None
+
+
+@contextlib.contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    """What a start asks a store that does not answer is a ResourceError in one line."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        fix = "check its address, the network and the credentials, then start again"
+        raise ResourceError.at("copy_to", f"{uri} cannot be read: {_line(error)}", fix=fix) from error
 
 
 def _download(store: Store, name: str, commit: str, target: Path) -> None:

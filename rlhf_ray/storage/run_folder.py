@@ -5,10 +5,12 @@ config.yaml   manifest.json   summary.json   metrics.jsonl   samples.jsonl   che
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -46,7 +48,7 @@ from rlhf_ray.storage.files import (
     sha256_tensors,
     sha256_text,
 )
-from rlhf_ray.storage.lock import locked
+from rlhf_ray.storage.lock import LOCK, TOKEN, locked
 
 __all__ = [
     "Checkpoint",
@@ -91,8 +93,9 @@ _PACKAGES = (
 class RunFolder:
     """A run on disk. Made by `create_run` or `open_run`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, found: frozenset[str] | None = None) -> None:
+        """found: names that lay at `path` before, if this start makes the run; None for a run that was there."""
+        self.path, self.found = path, found
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -174,8 +177,19 @@ class RunFolder:
             elif path.exists():
                 files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         self.update_manifest(status="done", files=files)
+
+    def copy_finished(self) -> None:
+        """Copy a finished run, its report included, where it says so (`copy_to`); told in the log if that fails."""
         if uri := self.copy_to:
             object_store.copy_finished(self.path, uri, _log)
+
+    def discard(self) -> None:
+        """Delete what this start has made: what lay there before stays, and the folder with it."""
+        with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                if path.name not in (self.found or ()):
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            self.path.rmdir()
 
     def verify(self) -> None:
         """ArtifactError naming every file that differs from the manifest."""
@@ -203,22 +217,25 @@ def create_run(output_dir: Path | str, stage: str, config: Mapping[str, Any], re
     config: the resolved configuration, as plain JSON types.   resume: "never" or "auto": a run that is not here, and has a copy
     (`copy_to`), is restored from that.
     ConfigError if the folder holds a run (resume never: with the command that resumes it; auto: a run of another stage), holds
-    anything else, is a file, or cannot be written."""
+    anything else, is a file, or cannot be written, or if copies of another run lie at `copy_to`; ResourceError if that is away."""
     path = Path(output_dir).absolute()
     where = str(output_dir)
-    uri = config.get("copy_to") if resume == "auto" and not is_run(path) else None
-    if uri and (taken := object_store.restore(uri, path)) is not None:
+    uri = config.get("copy_to") if not is_run(path) else None
+    if uri and resume == "auto" and (taken := object_store.restore(uri, path)) is not None:
         _log(f"{where} was restored from {uri}: {taken}")
     check_place(output_dir, resume)
     if is_run(path):
         return _existing_run(path, where, stage)
+    if uri and resume != "auto":
+        object_store.require_unused(uri)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        found = frozenset(entry.name for entry in path.iterdir()) - {LOCK, TOKEN}
         atomic_write_json(path / "manifest.json", _fresh_manifest(stage, config))
         atomic_write_text(path / "config.yaml", dump_yaml(json.loads(json.dumps(config))))
     except OSError as e:
         raise ConfigError.at("output_dir", f"cannot write to {where}: {e.strerror}") from e
-    return RunFolder(path)
+    return RunFolder(path, found)
 
 
 def check_place(output_dir: Path | str, resume: str) -> None:

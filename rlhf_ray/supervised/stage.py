@@ -27,11 +27,10 @@ from rlhf_ray.models.backbone import Backbone, load_backbone, trunk
 from rlhf_ray.models.context import shortened_note
 from rlhf_ray.models.coverage import adapter_notes
 from rlhf_ray.models.packing import packing_of
-from rlhf_ray.report import write_report
 from rlhf_ray.runtime.session import Session, seed_everything
 from rlhf_ray.storage.checkpoints import require_room
 from rlhf_ray.storage.run import Run, load_run
-from rlhf_ray.storage.run_folder import RunFolder, is_run
+from rlhf_ray.storage.run_folder import RunFolder
 from rlhf_ray.supervised.batch_sampler import RowOrder
 from rlhf_ray.supervised.callback import RunCallback
 from rlhf_ray.supervised.checkpoint import MAY_CHANGE
@@ -41,7 +40,7 @@ from rlhf_ray.supervised.trained_model import check_packing
 from rlhf_ray.supervised.trainer import SupervisedTrainer, total_steps, training_arguments, undisturbed
 from rlhf_ray.training import run_entry
 from rlhf_ray.training.ancestry import check_ancestors
-from rlhf_ray.training.run_entry import discarded_on_error
+from rlhf_ray.training.run_entry import discarded_on_error, finish_run
 
 RELOAD_TOLERANCE = 1e-5
 FIXTURE_ROWS = 4
@@ -50,7 +49,6 @@ READ_BACK = "read_back"
 
 def train_supervised(config: SupervisedConfig, session: Session, recipe: Recipe) -> Run:
     """The body of an SFT, DPO or reward stage; every rank runs it. Returns the finished run."""
-    is_new = session.is_main and not is_run(config.output_dir)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
@@ -58,7 +56,7 @@ def train_supervised(config: SupervisedConfig, session: Session, recipe: Recipe)
         if session.from_main(folder.manifest()["status"]) == "done":
             session.console.log(f"{recipe.stage}: {config.output_dir} is finished; nothing to do")
             return load_run(folder.path)
-        with discarded_on_error(folder, is_new):
+        with discarded_on_error(folder):
             job = prepare(config, session, recipe, folder)
         return finish(job, train(job, stack))
 
@@ -217,9 +215,7 @@ def finish(job: Job, callback: RunCallback) -> Run:
         task.save(folder.adapter_dir)
         run.metrics["reload_difference"] = check_saved(task, folder.adapter_dir, rows)
         folder.update_manifest(**task.manifest(rows))
-        run.save()
-        folder.seal()
-        write_report(folder.path)
+        finish_run(folder, run)
         session.console.done()
         if (line := task.verdict(run.metrics)) is not None:
             session.console.log(f"{job.stage}: {line}")

@@ -26,7 +26,7 @@ from rlhf_ray.metrics import figure
 from rlhf_ray.runtime.signals import Signals, Stop
 from rlhf_ray.stages.resume import where_it_began
 from rlhf_ray.storage.run import Run
-from rlhf_ray.storage.run_folder import RunFolder, create_run, is_run, open_run, resume_command
+from rlhf_ray.storage.run_folder import RunFolder, create_run, open_run, resume_command
 from rlhf_ray.sweep.capacity import Capacity, capacity, here
 from rlhf_ray.sweep.choice import comparison_sentence, confirmation_sentence
 from rlhf_ray.sweep.record import Record
@@ -35,7 +35,7 @@ from rlhf_ray.sweep.sharing import check_sharing, described
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trial import run_trial
 from rlhf_ray.sweep.trials import check_trials, job_of, planned, trial_of, written_out
-from rlhf_ray.training.run_entry import discarded_on_error
+from rlhf_ray.training.run_entry import copy_from_now_on, discarded_on_error
 
 
 def sweep(config: SweepConfig, console: Console | None = None) -> Run:
@@ -47,16 +47,16 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     trials = planned(config)
     jobs = check_trials(config.confirming(True), trials)
     check_sharing(config, jobs)
-    is_new = not is_run(config.output_dir)
     values = written_out(config.confirming(True), jobs[0])
     folder = create_run(config.output_dir, "sweep", values, config.resume)
     # what a sweep began with stays: its trials compare, and one of an older version set no prompts apart
     config = config.confirming((folder.config().get("ppo") or {}).get("confirm_held_out", False))
     if folder.manifest()["status"] == "done":
+        copy_from_now_on(folder, config.copy_to, console.warn)
         console.log(f"sweep: {config.output_dir} is finished; nothing to do")
         return Run.load(folder.path)
     started = time.monotonic()
-    with folder.lock(), discarded_on_error(folder, is_new, lambda: (folder.path / "sweep.json").exists()):
+    with folder.lock(), discarded_on_error(folder, lambda: (folder.path / "sweep.json").exists()):
         record = Record(config, folder.path, trials)
         if record.left() or record.to_suggest():
             resume = resume_command(config.output_dir)
@@ -154,7 +154,9 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
         artifacts=artifacts,
     )
     run.save()
-    RunFolder(record.folder).seal(("config.yaml", "summary.json", "sweep.json"))
+    folder = RunFolder(record.folder)
+    folder.seal(("config.yaml", "summary.json", "sweep.json"))
+    folder.copy_finished()
     return run
 
 

@@ -18,13 +18,14 @@ from rlhf_ray.config.stored import load_stored, split_known
 from rlhf_ray.console import Console
 from rlhf_ray.data.templates import Template
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
+from rlhf_ray.report import write_report
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.runtime.watchdog import forget_stacks
 from rlhf_ray.storage import object_store
 from rlhf_ray.storage.checkpoints import delete_checkpoint
 from rlhf_ray.storage.lock import WAIT_S
 from rlhf_ray.storage.run import Run, load_run
-from rlhf_ray.storage.run_folder import RunFolder, atomic_write_text, config_changes, create_run, is_run, open_run
+from rlhf_ray.storage.run_folder import RunFolder, atomic_write_text, config_changes, create_run, open_run
 
 if TYPE_CHECKING:
     from rlhf_ray.models.backbone import BaseIdentity
@@ -61,9 +62,10 @@ def enter_run(
     """Rank 0 makes the run folder and locks it for as long as `held` lasts; all ranks open it.
 
     ConfigError if it holds a run that was started with other settings, or if another process is writing to it."""
+    made = None
     if session.is_main:
         values = to_dict(config)
-        folder = create_run(config.output_dir, stage, values, config.resume)
+        made = folder = create_run(config.output_dir, stage, values, config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.checkpoints() or folder.manifest()["status"] == "done":
             go_on_under(folder, config, may_change, session.console)
@@ -72,7 +74,8 @@ def enter_run(
             folder.update_manifest(seed=config.seed)
         forget_stacks(folder.path)
     session.barrier()
-    return open_run(config.output_dir)
+    found = open_run(config.output_dir)
+    return made or found
 
 
 def enter_afresh(
@@ -82,9 +85,9 @@ def enter_afresh(
 
     Returns the folder, and the run in it if it is finished."""
     finished: dict[str, Any] | None = None
+    folder = RunFolder(Path(config.output_dir).absolute())
     if session.is_main:
         values = to_dict(config)
-        existed = is_run(config.output_dir)
         folder = create_run(config.output_dir, stage, values, config.resume)
         held.enter_context(folder.lock(WAIT_S if config.resume == "auto" else 0.0, session.console.log))
         if folder.manifest()["status"] == "done":
@@ -92,13 +95,13 @@ def enter_afresh(
             copy_from_now_on(folder, config.copy_to, session.console.warn)
             session.console.log(f"{stage}: {config.output_dir} is finished; nothing to do")
             finished = load_run(folder.path).to_json()
-        elif existed:
+        elif folder.found is None:
             session.console.log(
                 f"{stage}: {config.output_dir} was interrupted before it finished; it starts again from the beginning"
             )
             start_over(folder, config)
     finished = session.from_main(finished)
-    return RunFolder(Path(config.output_dir).absolute()), None if finished is None else Run.from_json(finished)
+    return folder, None if finished is None else Run.from_json(finished)
 
 
 def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
@@ -230,14 +233,12 @@ def keep_config(folder: RunFolder, config: JobFields) -> None:
 
 def copy_from_now_on(folder: RunFolder, uri: str | None, warn: Callable[[str], None]) -> None:
     """Another `copy_to` than before: the next checkpoints go there. A finished run, whose configuration is sealed, is copied there
-    now, unless that was done before. What lies at the old place stays."""
-    values = folder.config()
-    if values.get("copy_to") == uri:
-        return
-    if folder.manifest()["status"] != "done":
+    now, unless that was done before: what could not be copied when it finished is. What lies at the old place stays."""
+    if folder.manifest()["status"] == "done":
+        if uri is not None:
+            object_store.copy_finished(folder.path, uri, warn, again=False)
+    elif (values := folder.config()).get("copy_to") != uri:
         atomic_write_text(folder.path / "config.yaml", dump_yaml({**values, "copy_to": uri}))
-    elif uri is not None:
-        object_store.copy_finished(folder.path, uri, warn, again=False)
 
 
 def start_over(folder: RunFolder, config: JobFields) -> None:
@@ -287,13 +288,22 @@ def mended_functions(folder: RunFolder, parents: Iterable[Mapping[str, Any]]) ->
 
 
 @contextlib.contextmanager
-def discarded_on_error(folder: RunFolder, is_new: bool, kept: Callable[[], bool] = bool) -> Iterator[None]:
-    """Leave no new run behind that has not taken a step: the job is mended and started again under the same name.
+def discarded_on_error(folder: RunFolder, kept: Callable[[], bool] = bool) -> Iterator[None]:
+    """Leave no run behind that this start has made and that has not taken a step: the job is mended and started again under the
+    same name.
 
-    kept: asked at an error whether there is something in it to keep; default: there is not."""
+    kept: asked at an error whether there is more to keep than checkpoints; default: there is not."""
     try:
         yield
     except BaseException:
-        if is_new and not kept():
-            shutil.rmtree(folder.path, ignore_errors=True)
+        if folder.found is not None and not folder.checkpoints() and not kept():
+            folder.discard()
         raise
+
+
+def finish_run(folder: RunFolder, run: Run, sealed: Iterable[str] | None = None) -> None:
+    """Summary, seal, report, and then the copy, which holds all of them.   sealed: see `RunFolder.seal`. Rank 0 calls it."""
+    run.save()
+    folder.seal() if sealed is None else folder.seal(sealed)
+    write_report(folder.path)
+    folder.copy_finished()

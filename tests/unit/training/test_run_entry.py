@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from contextlib import ExitStack
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,14 +16,17 @@ from rlhf_ray.config import PipelineConfig, PPOConfig
 from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.console import LocalConsole, NullConsole
 from rlhf_ray.data.templates import load_template
-from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.errors import ArtifactError, ConfigError, ResourceError
+from rlhf_ray.launch.begun import begun
 from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.ppo.checkpoint import MAY_CHANGE
 from rlhf_ray.runtime.session import process_session
 from rlhf_ray.stages.pipeline import open_pipeline
-from rlhf_ray.storage.object_store import Store, restore
-from rlhf_ray.storage.run_folder import RunFolder, atomic_write_text, write_checkpoint
-from rlhf_ray.training.run_entry import check_same_models, enter_run, mended_functions
+from rlhf_ray.storage import object_store
+from rlhf_ray.storage.object_store import Store, copied_config, restore
+from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run_folder import RunFolder, atomic_write_text, is_run, write_checkpoint
+from rlhf_ray.training.run_entry import check_same_models, discarded_on_error, enter_run, finish_run, mended_functions
 
 
 @dataclass
@@ -201,6 +206,132 @@ def test_copies_may_go_elsewhere(enter: Entered, tmp_path: Path) -> None:
     made = commit.stat().st_mtime_ns
     enter(copy_to=third)
     assert commit.stat().st_mtime_ns == made
+
+
+def store_is_away(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
+    def away(*arguments: Any) -> None:
+        raise OSError("curlCode: 7, Couldn't connect to server")
+
+    monkeypatch.setattr(object_store.time, "sleep", lambda seconds: None)
+    for method in methods:
+        monkeypatch.setattr(Store, method, away)
+
+
+def test_a_place_holds_the_copies_of_one_run(enter: Entered, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another run deletes none of them, whether it is new there or comes there later, and is told."""
+    uri = f"file://{tmp_path}/copies"
+    with_checkpoint(first := enter(copy_to=uri))
+    copied = sorted(p.relative_to(tmp_path) for p in (tmp_path / "copies").rglob("*"))
+    with pytest.raises(ConfigError, match=r"copy_to: file://.* holds copies of another run; got .*step_000001 of run"):
+        enter(output_dir=str(tmp_path / "other"), resume="never", copy_to=uri)
+    assert not (tmp_path / "other").exists()
+    other = enter(output_dir=str(tmp_path / "other"))
+    enter(output_dir=str(tmp_path / "other"), copy_to=uri)
+    write_checkpoint(other, 2, lambda path: atomic_write_text(path / "state.json", "{}"), keep=3)
+    other.seal(("config.yaml",))
+    other.copy_finished()
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" was not copied")[0] for line in told] == ["step_000002", "the finished run"]
+    assert all("holds copies of another run" in line and first.run_id in line for line in told)
+    assert sorted(p.relative_to(tmp_path) for p in (tmp_path / "copies").rglob("*")) == copied
+
+
+def test_a_finished_copy_is_not_taken_for_a_run_that_began_later(enter: Entered, tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/copies"
+    with_checkpoint(first := enter(copy_to=uri))
+    first.seal(("config.yaml",))
+    first.copy_finished()
+    shutil.rmtree(first.path)
+    with pytest.raises(ConfigError, match="got final of run"):
+        enter(copy_to=uri, resume="never")
+    assert enter(copy_to=uri).manifest()["status"] == "done", "resume: auto asks for that run"
+
+
+def test_a_finished_run_that_was_not_copied_is_copied_at_the_next_start(
+    enter: Entered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"file://{tmp_path}/copies"
+    with_checkpoint(folder := enter(copy_to=uri))
+    folder.seal(("config.yaml",))
+    with monkeypatch.context() as outage:
+        store_is_away(outage, "put")
+        folder.copy_finished()
+    assert Store(uri).text("final/COMMIT") is None
+    enter(copy_to=uri)
+    assert restore(uri, tmp_path / "back") == "final"
+
+
+def test_the_copy_of_a_finished_run_has_its_report(enter: Entered, tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/copies"
+    folder = enter(copy_to=uri)
+    finish_run(folder, Run("ppo", "done", str(folder.path), 1, 1.0, 0, {}, {"report": "report.html"}), ("config.yaml",))
+    assert restore(uri, tmp_path / "back") == "final"
+    assert (tmp_path / "back" / "report.html").read_bytes() == (folder.path / "report.html").read_bytes()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_store_that_is_away_at_the_start_is_told_in_one_line(
+    enter: Entered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: Any
+) -> None:
+    store_is_away(monkeypatch, "folders")
+    job = PPOConfig(**{**enter.fields, "resume": resume, "copy_to": f"file://{tmp_path}/copies"})
+    asked: list[Callable[[], Any]] = [lambda: enter(resume=resume, copy_to=job.copy_to)]
+    asked += [lambda: begun(job)] if resume == "auto" else []
+    for ask in asked:
+        with pytest.raises(
+            ResourceError, match=r"copy_to: file://.* cannot be read: curlCode: 7.*; fix: check its"
+        ) as e:
+            ask()
+        assert len(e.value.lines()) == 1 and e.value.exit_code == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_copied_configuration_is_left_to_the_one_before(enter: Entered, tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/copies"
+    with_checkpoint(folder := enter(copy_to=uri))
+    write_checkpoint(folder, 2, lambda path: atomic_write_text(path / "state.json", "{}"), keep=3)
+    (tmp_path / "copies/checkpoints/step_000002/run/config.yaml").write_text("a: [")
+    assert copied_config(uri) == folder.config()
+    (tmp_path / "copies/checkpoints/step_000001/run/config.yaml").write_text("plain text")
+    assert copied_config(uri) is None
+
+
+def test_an_error_deletes_what_this_start_has_made(enter: Entered, tmp_path: Path) -> None:
+    """Neither what lay hidden in the folder before, nor a run with a checkpoint."""
+    (tmp_path / "run" / ".git").mkdir(parents=True)
+    (tmp_path / "run" / ".git" / "HEAD").write_text("ref: refs/heads/main")
+
+    def fails(**changes: Any) -> None:
+        folder = enter(**changes)
+        with pytest.raises(ValueError, match="x"), discarded_on_error(folder):
+            (folder.path / "tensorboard").mkdir(exist_ok=True)
+            raise ValueError("x")
+
+    fails()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".git"]
+    shutil.rmtree(tmp_path / "run")
+    fails()
+    assert not (tmp_path / "run").exists()
+    enter()
+    fails()
+    assert is_run(tmp_path / "run"), "an earlier start made it"
+
+
+def test_a_run_that_another_start_made_meanwhile_is_kept(enter: Entered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took the lock first, saved a step and died; this start then fails while it builds."""
+    first = RunFolder(Path(enter.fields["output_dir"]))
+
+    @contextmanager
+    def after_another(folder: RunFolder, *arguments: Any) -> Iterator[None]:
+        with_checkpoint(folder)
+        yield
+
+    monkeypatch.setattr(RunFolder, "lock", after_another)
+    folder = enter()
+    assert folder.found is not None, "this start found nothing there"
+    with pytest.raises(KeyboardInterrupt), discarded_on_error(folder):
+        raise KeyboardInterrupt
+    assert [checkpoint.step for checkpoint in first.checkpoints()] == [1]
 
 
 def test_without_a_checkpoint_the_new_settings_are_taken(enter: Entered) -> None:

@@ -18,6 +18,8 @@ POLL_S = 0.2
 RECONNECT_S = 1.0
 LOST_S = 120.0
 """A cluster that cannot be reached for so long is given up on; its job goes on."""
+DIED = "JOB_SUPERVISOR_ACTOR_DIED"
+"""Ray's `error_type` of a job whose supervisor died, with its node say; a job that could not be started has others."""
 Answer = Literal["detach", "stop", "follow"]
 _PROGRESS = re.compile(r"(?P<stage>[\w-]+) (?P<step>\d+)/(?P<total>\d+)(?:   (?P<rest>.*))?")
 _FIGURE = re.compile(r"(\S+) (-?[\d.]+(?:e[-+]?\d+)?)(?:  |$)")
@@ -60,6 +62,9 @@ def outcome(details: Any, again: str) -> int:
         raise Interrupted.at(name, "was stopped", fix=f"to resume: {again}")
     if code is None:
         why = next((line.strip() for line in reversed(str(details.message).splitlines()) if line.strip()), "unknown")
+        if details.error_type == DIED:
+            fix = f"to resume: {again}"
+            raise Interrupted.at(name, "its supervisor on the cluster died, or its node did", got=why[:300], fix=fix)
         raise ResourceError.at(name, "could not be started", got=why[:300], fix="rlhf-ray doctor")
     if code < 0 or code > 128:
         signal = -code if code < 0 else code - 128
@@ -123,22 +128,24 @@ class _Tail:
             self._pieces.put(error)
 
     async def _follow(self) -> None:
-        seen, since = 0, time.monotonic()
+        seen, since = 0, None  # length of the log that was told; when the cluster was lost, None while it answers
         while not self._stop.is_set():
             position = 0  # a new connection tells the log from its beginning
             try:
                 async for piece in self._cluster.tail(self._id):
+                    since = None
                     fresh, position = piece[max(seen - position, 0) :], position + len(piece)
                     if fresh:
-                        seen, since = seen + len(fresh), time.monotonic()
+                        seen += len(fresh)
                         self._pieces.put(fresh)
                     if self._stop.is_set():
                         return
                 if self._cluster.details(self._id).status.is_terminal():
                     self._pieces.put(None)
                     return
-                since = time.monotonic()
+                since = None
             except Exception as error:
+                since = since or time.monotonic()
                 if time.monotonic() - since > LOST_S:
                     what = f"has not been reached for {LOST_S:g} s; the job may still be running"
                     fix = f"to follow it again: {self._logs}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.errors import ConfigError, Interrupted, ResourceError
-from rlhf_ray.submit import nodes
+from rlhf_ray.submit import follow, nodes
 from rlhf_ray.submit.client import AuthToken, check_address, connect, find_token, look
 from rlhf_ray.submit.follow import _Lines, outcome
 from rlhf_ray.submit.pack import Need
@@ -150,10 +151,9 @@ def test_this_machine_is_not_asked_through_a_proxy(server: Any, monkeypatch: pyt
 # ---------------------------------------------------------------- the end of a job
 
 
-def details(status: str, code: int | None = None, message: str = "") -> Any:
-    return SimpleNamespace(
-        status=SimpleNamespace(value=status), driver_exit_code=code, submission_id="run-1", message=message
-    )
+def details(status: str, code: int | None = None, message: str = "", error_type: str | None = None) -> Any:
+    told = {"driver_exit_code": code, "submission_id": "run-1", "message": message, "error_type": error_type}
+    return SimpleNamespace(status=SimpleNamespace(value=status, is_terminal=lambda: True), **told)
 
 
 def test_the_exit_code_is_the_jobs() -> None:
@@ -163,7 +163,48 @@ def test_the_exit_code_is_the_jobs() -> None:
         with pytest.raises(Interrupted, match=r"to resume: rlhf-ray submit job\.yaml"):
             outcome(found, "rlhf-ray submit job.yaml")
     with pytest.raises(ResourceError, match="could not be started; got no room"):
-        outcome(details("FAILED", None, "Traceback\nno room"), "x")
+        outcome(details("FAILED", None, "Traceback\nno room", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE"), "x")
+    node_died = details("FAILED", None, "The actor died because its node has died.", "JOB_SUPERVISOR_ACTOR_DIED")
+    with pytest.raises(Interrupted, match=r"or its node did; got The actor died .*; fix: to resume: rlhf-ray submit j"):
+        outcome(node_died, "rlhf-ray submit job.yaml")
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_quiet_job_is_followed_through_a_cut_and_a_lost_cluster_is_given_up(
+    console: Any, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """What counts is for how long the cluster has not answered, not for how long the job has said nothing."""
+    monkeypatch.setattr(follow, "LOST_S", 0.3)
+    monkeypatch.setattr(follow, "RECONNECT_S", 0.02)
+
+    class Cut:
+        """Cut after a silence longer than LOST_S."""
+
+        url, connections = "http://head:8265", 0
+
+        async def tail(self, submission_id: str) -> AsyncIterator[str]:
+            self.connections += 1
+            if self.connections == 1:
+                yield "one\n"
+                await asyncio.sleep(0.5)
+            if self.connections == 1 or not comes_back:
+                raise ConnectionResetError("the tunnel was restarted")
+            yield "one\ntwo\n"
+
+        def details(self, submission_id: str) -> Any:
+            return details("SUCCEEDED", 0)
+
+    def followed() -> int | None:
+        return follow.follow(Cut(), "run-1", console, "again", "rlhf-ray logs run-1")  # type: ignore[arg-type]
+
+    if comes_back:
+        assert followed() == 0
+        assert [event["text"] for event in console.events if event["kind"] == "log"] == ["one", "two"]
+    else:
+        with pytest.raises(
+            ResourceError, match=r"has not been reached for 0\.3 s; .*follow it again: rlhf-ray logs run-1"
+        ):
+            followed()
 
 
 def test_progress_and_warnings_of_the_log_stay_what_they_are(console: Any) -> None:

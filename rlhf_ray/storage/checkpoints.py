@@ -66,7 +66,7 @@ def check_schema(where: str, manifest: Mapping[str, Any]) -> None:
 def verify_files(folder: Path | str, manifest: Mapping[str, Any]) -> None:
     """Compare every file of manifest["files"] with its recorded size and sha256.
 
-    Raises ArtifactError with one line per file that is missing, changed, not a plain file, or outside `folder`."""
+    Raises ArtifactError with one line per file that is missing, unreadable, changed, not a plain file, or outside `folder`."""
     folder, problems = Path(folder), []
     files = manifest.get("files")
     if not isinstance(files, dict):
@@ -93,7 +93,10 @@ def _file_problem(folder: Path, name: str, recorded: Any) -> Problem | None:
         return Problem(where, "is not a plain file")
     if mode.st_size != recorded.get("bytes"):
         return Problem(where, "file has changed", f"{recorded.get('bytes')} bytes", f"{mode.st_size} bytes")
-    found = sha256_file(folder / name)
+    try:
+        found = sha256_file(folder / name)
+    except OSError as error:
+        return Problem(where, "cannot be read", f"sha256 {recorded['sha256']}", error.strerror or type(error).__name__)
     if found != recorded["sha256"]:
         return Problem(where, "file has changed", f"sha256 {recorded['sha256']}", f"sha256 {found}")
     return None

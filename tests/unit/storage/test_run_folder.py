@@ -197,8 +197,10 @@ class TestCheckpoints:
     def test_no_checkpoint_yet_is_no_error(self, run: RunFolder) -> None:
         assert run.newest_checkpoint() == (None, [])
 
-    @pytest.mark.parametrize("damage", ["flip", "cut", "delete", "manifest", "no manifest"])
-    def test_a_damaged_newest_is_passed_over_with_a_warning(self, run: RunFolder, damage: str) -> None:
+    @pytest.mark.parametrize("damage", ["flip", "cut", "delete", "unreadable", "manifest", "no manifest"])
+    def test_a_damaged_newest_is_passed_over_with_a_warning(
+        self, run: RunFolder, damage: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Fault 19: each file in turn, each way of losing it."""
         save_steps(run, 1, 2)
         newest = run.checkpoints()[-1].path
@@ -211,6 +213,14 @@ class TestCheckpoints:
             weights.write_bytes(data[:-1])
         elif damage == "delete":
             weights.unlink()
+        elif damage == "unreadable":
+
+            def unreadable(path: Path) -> str:
+                if path == weights:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+                return sha256_file(path)
+
+            monkeypatch.setattr(checkpoints, "sha256_file", unreadable)
         elif damage == "manifest":
             (newest / "manifest.json").write_text("{")
         else:

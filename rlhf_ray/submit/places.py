@@ -1,8 +1,8 @@
 """The paths that a job names, of every kind of job, and a copy of the job with each of them changed.
 
-kinds of paths: output (the run folder), folder (a run, an adapter, a registry), model (a folder or a Hub id), data (a file or a Hub
-id), text (a small file that the job reads: template, DeepSpeed), keys (a file that lives on the nodes), function (file.py:name or
-module:name).
+kinds of paths: output (a folder that the job writes), folder (a run, an adapter, a registry), model (a folder or a Hub id), data (a
+file or a Hub id), text (a small file that the job reads: template, DeepSpeed), keys (a file that lives on the nodes), function
+(file.py:name or module:name).
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ _REWARD: dict[str, Kind] = {
 
 def _judge(loc: Loc, llm: Any, visit: Visit) -> None:
     _one((*loc, "headers_file"), llm, "keys", visit)
+    _one((*loc, "cache_dir"), llm, "output", visit)
     for index, annotator in enumerate(llm.get("annotators") or ()) if isinstance(llm, dict) else ():
         prompt = annotator.get("prompt") if isinstance(annotator, dict) else None
         if isinstance(prompt, str) and not is_built_in(prompt):

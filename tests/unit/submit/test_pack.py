@@ -149,6 +149,9 @@ def test_storage_is_where_relative_paths_start_on_the_cluster(folder: Path) -> N
     assert made.values["sft"] == "/shared/team/runs/sft" and made.files.keys() == {"data/pairs.jsonl"}
     made = parcel("reward", "data.train=/nfs/pairs.jsonl", "sft=/nfs/sft", storage="/shared/team")
     assert made.values["sft"] == "/nfs/sft" and made.values["data"]["train"] == ["/nfs/pairs.jsonl"]
+    judge = "{base_url: 'http://judge:8000/v1', model: m, cache_dir: cache/judge, annotators: [{prompt: pointwise}]}"
+    made = parcel("ppo", f"rewards=[{{name: judge, llm: {judge}}}]", storage="/shared/team")
+    assert made.values["rewards"][0]["llm"]["cache_dir"] == "/shared/team/cache/judge", "where runs find it again"
 
 
 def test_files_from_elsewhere_and_hub_ids(folder: Path, tmp_path: Path) -> None:

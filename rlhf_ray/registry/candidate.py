@@ -169,16 +169,16 @@ def _with_content(run: RunFolder, record: dict[str, Any], config: Mapping[str, A
 
 
 def _held_out(run: RunFolder, step: int) -> tuple[dict[str, float], dict[str, float], tuple[int, ...]]:
-    """The first evaluation, that of `step`, and the steps of all. NaN where a figure is not finite. The result of a sweep's DPO
-    trial has reward and KL as well, from an evaluation of its own (sweep/evaluation.py)."""
+    """The evaluation before training (of step 0; none with `eval_on_start: false`), that of `step`, and the steps of all. NaN where
+    a figure is not finite. The result of a sweep's DPO trial has reward and KL as well, from an evaluation of its own
+    (sweep/evaluation.py)."""
     path = run.path / "metrics.jsonl"
     by_step: dict[int, dict[str, float]] = {}
     for row in read_metrics(path) if path.is_file() else []:
         found = {k: _number(v) for k, v in row.items() if k.startswith("eval/")}
         if found and isinstance(row.get("step"), int):
             by_step.setdefault(row["step"], {}).update(found)
-    first = min(by_step, default=step)
-    before, after = by_step[first] if first < step else {}, by_step.get(step, {})
+    before, after = by_step.get(0, {}) if step else {}, by_step.get(step, {})
     if run.stage == "dpo" and step == run.result_step() and (sampled := evaluated(run.path, verify=True)) is not None:
         before, after = {**before, **sampled[0]}, {**after, **sampled[1]}
     return before, after, tuple(sorted(by_step))

@@ -149,7 +149,10 @@ def reward_gate(candidate: Candidate, min_reward: float | None) -> Gate:
 def loss_gate(candidate: Candidate) -> Gate:
     after, before = candidate.after.get("eval/loss"), candidate.before.get("eval/loss")
     if after is None or before is None:
-        return verdict("loss", False, _unmeasured(candidate), "below its start")
+        told = (
+            _unmeasured(candidate) if after is None else f"held-out loss {figure(after)}, not measured before training"
+        )
+        return verdict("loss", False, told, "below its start")
     item = "pair" if candidate.kind == "dpo" else "token"
     told = f"held-out loss {figure(before)} -> {figure(after)} nats per {item}"
     return verdict("loss", after < before, told, "below its start", after, "another step")

@@ -133,6 +133,15 @@ def test_what_was_not_measured_does_not_pass(registry: Registry, make_run: Make)
     assert "not measured at step 5: held-out prompts were tried at steps 0, 10" in told
 
 
+def test_mid_training_is_not_the_start(registry: Registry, make_run: Make) -> None:
+    """With `eval_on_start: false` the first evaluation is of a policy that was trained already."""
+    evals = ((5, 0.2, 0.02, 1.5), (10, 0.7, 0.02, 2.5))
+    told = refusal(registry, make_run("run", evals=evals, eval_on_start=False).path)
+    assert "gate reward: failed" in told and "got eval/reward 0.700, not measured before training" in told
+    sft = refusal(registry, make_run("sft", stage="sft", rows=SFT[1:]).path)
+    assert "gate loss: failed" in sft and "got held-out loss 1.50, not measured before training" in sft
+
+
 def test_a_step_has_its_own_figures(registry: Registry, make_run: Make) -> None:
     run = make_run("run")
     for source, step in ((f"{run.path}@5", None), (str(run.path), 5)):

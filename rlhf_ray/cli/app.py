@@ -6,8 +6,10 @@ Logs go to stderr; stdout carries only what was asked for: the run's summary wit
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -52,6 +54,11 @@ app = typer.Typer(
     rich_markup_mode=None,  # typer's boxes cost half of the time that `--help` may take
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda t: t.replace("_", "-")},
 )
+
+NO_SUCH_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+"""Of an OSError with a path: whoever named it, or the permissions of it, can mend it."""
+_TEMPORARY = re.compile(r"\.([^/]+)\.tmp-[0-9a-f]+$")
+"""A file while it is written; people know its name without that."""
 
 Job = Annotated[str, typer.Argument(metavar="JOB.yaml", help="job file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="set fields, e.g. lora.r=8")]
@@ -190,12 +197,12 @@ def resume(
         if open_run(run, verify=False).stage == "sweep":
             from rlhf_ray.sweep.sweep import resume_sweep
 
-            if overrides:
+            if changes := [*(overrides or ()), *(["--reset-data"] if reset_data else [])]:
                 raise ConfigError.at(
                     run,
-                    "a sweep resumes with the settings it was started with",
-                    "no FIELD=VALUE",
-                    overrides[0],
+                    "a sweep resumes with the settings and the data it was started with",
+                    "no FIELD=VALUE, no --reset-data",
+                    changes[0],
                     "leave it out",
                 )
             result = resume_sweep(run)
@@ -471,5 +478,9 @@ def _verdict(error: Exception) -> tuple[list[str], int]:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = f"{error.filename}: " if error.filename else ""
         return [f"error: {where}cannot be written: {error.strerror}; fix: free some space, and run it again"], 3
+    if isinstance(error, OSError) and error.filename and error.errno in NO_SUCH_PLACE:
+        where = _TEMPORARY.sub(r"\1", os.fsdecode(error.filename))
+        told = f"error: {where}: cannot be read or written: {error.strerror}"
+        return [f"{told}; fix: check its permissions, or name another place"], 2
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return [f"error: a bug in rlhf_ray: {what}; run again with --debug for the traceback"], 1

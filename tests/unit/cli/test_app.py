@@ -200,6 +200,23 @@ def test_each_error_of_ours_has_its_code_and_its_lines(
             3,
             "error: out/model.safetensors: cannot be written: No space left on device; fix: free some space, and run it again\n",
         ),
+        (
+            "raise PermissionError(13, 'Permission denied', 'runs/ppo/.report.html.tmp-0123abcd')",
+            2,
+            "error: runs/ppo/report.html: cannot be read or written: Permission denied; "
+            "fix: check its permissions, or name another place\n",
+        ),
+        (
+            "raise OSError(30, 'Read-only file system', b'/mnt/keys.json')",
+            2,
+            "error: /mnt/keys.json: cannot be read or written: Read-only file system; "
+            "fix: check its permissions, or name another place\n",
+        ),
+        (
+            "raise FileNotFoundError('no name')",
+            1,
+            "error: a bug in rlhf_ray: FileNotFoundError: no name; run again with --debug for the traceback\n",
+        ),
         ("raise KeyboardInterrupt", 75, "error: runs/ppo: interrupted; fix: start it again\n"),
         (
             "import os, signal, pathlib, time\npathlib.Path('runs/ppo').mkdir()\n"

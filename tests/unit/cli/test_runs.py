@@ -61,7 +61,11 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ("resume under no field", ("resume", "started", "max_kl"), 2,
      "override max_kl: no value; expected field=value, e.g. kl_coef=0.1"),
     ("resume a sweep under", ("resume", "tried", "ppo.max_kl=20"), 2,
-     "tried: a sweep resumes with the settings it was started with; expected no FIELD=VALUE; got ppo.max_kl=20; fix: leave it out"),
+     "tried: a sweep resumes with the settings and the data it was started with; expected no FIELD=VALUE, no --reset-data; "
+     "got ppo.max_kl=20; fix: leave it out"),
+    ("resume a sweep on other data", ("resume", "tried", "--reset-data"), 2,
+     "tried: a sweep resumes with the settings and the data it was started with; expected no FIELD=VALUE, no --reset-data; "
+     "got --reset-data; fix: leave it out"),
     ("resume a demo under", ("resume", "shown", "seed=1"), 2,
      "{here}/shown: a demo has no settings to change; expected no FIELD=VALUE; got seed=1"),
     ("merge nothing", ("merge", "nowhere"), 2, f"nowhere: no such folder; expected {POLICY}"),

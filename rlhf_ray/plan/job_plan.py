@@ -6,7 +6,6 @@ Nothing is loaded: the job's own code runs on models that have shapes and no wei
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_ray.config import JobFields, PipelineConfig, PPOConfig
@@ -148,7 +147,7 @@ def _device(job: JobFields) -> Device:
 
 
 def room_here(device: Device) -> tuple[float | None, str]:
-    """GiB of the smallest GPU here, or of free memory, and that in words."""
+    """GiB of the smallest GPU here, or of free memory (in a container of what its limit leaves), and that in words."""
     import torch
 
     if device == "cuda":
@@ -157,11 +156,11 @@ def room_here(device: Device) -> tuple[float | None, str]:
             return None, "no GPU here"
         least = min(found, key=lambda p: p.total_memory)
         return least.total_memory / GIB, f"{len(found)} x {least.name}, {least.total_memory / GIB:.1f} GiB"
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else ():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024 / GIB
-            return free, f"{free:.1f} GiB of memory free"
-    return None, ""
+    import psutil
+    from ray._private.utils import estimate_available_memory
+
+    free = min(psutil.virtual_memory().available, estimate_available_memory()) / GIB
+    return free, f"{free:.1f} GiB of memory free"
 
 
 def _placement(job: JobFields) -> tuple[bool, str]:

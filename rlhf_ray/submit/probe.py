@@ -83,12 +83,18 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Bytes in all and free."""
+    """Bytes in all and free: of the container, where its limit is smaller than the machine."""
     sizes = {}
     with contextlib.suppress(OSError), open("/proc/meminfo") as file:
         for line in file:
             name, _, rest = line.partition(":")
             sizes[name] = int(rest.split()[0]) * 1024
+    with contextlib.suppress(Exception):
+        from ray._common.utils import get_system_memory
+        from ray._private.utils import estimate_available_memory  # /proc/meminfo knows nothing of cgroups, Ray does
+
+        total, free = get_system_memory(), estimate_available_memory()
+        return min(sizes.get("MemTotal", total), total), min(sizes.get("MemAvailable", free), free)
     return sizes.get("MemTotal"), sizes.get("MemAvailable")
 
 

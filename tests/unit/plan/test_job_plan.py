@@ -21,12 +21,13 @@ from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.plan.advice import options, recommendation, smallest_change, warnings
 from rlhf_ray.plan.engine import BESIDES
 from rlhf_ray.plan.estimate import Estimator, changed, with_stages
-from rlhf_ray.plan.job_plan import plan, text
+from rlhf_ray.plan.job_plan import plan, room_here, text
 from rlhf_ray.plan.memory import CARDS, GIB, Process
 from rlhf_ray.plan.role_models import Made, evaluation_models, generator_models, learner_models, scorer_models
 from rlhf_ray.ppo.models import assemble, assemble_generator, assemble_scorer
 from rlhf_ray.runtime.session import Session
 from rlhf_ray.stages.evaluation_models import load_evaluation_models
+from rlhf_ray.submit import probe
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
 LLAMA |= {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "dtype": "bfloat16"}
@@ -379,6 +380,14 @@ def test_the_command_prints_a_table(job: str, capfd: pytest.CaptureFixture[str])
     ):
         assert expected in out
     assert not Path("run").exists()
+
+
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.utils.get_cgroup_mem_stats", lambda: (2**26, 2**28))
+    for part in ("_common", "_private"):
+        monkeypatch.setattr(f"ray.{part}.utils.get_system_memory", lambda: 2**28)
+    assert probe.memory() == (2**28, 2**28 - 2**26)
+    assert room_here("cpu") == (3 / 16, "0.2 GiB of memory free")
 
 
 def test_the_command_prints_json(job: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -154,9 +154,7 @@ def copied_config(uri: str) -> dict[str, Any] | None:
     with _answering(uri):
         store = Store(uri)
         for name, _ in _whole(store):
-            with contextlib.suppress(
-                ValueError, TypeError, yaml.YAMLError
-            ):  # a damaged one, which `restore` tells or passes over
+            with contextlib.suppress(ValueError, TypeError, yaml.YAMLError):  # `restore` passes over a damaged one too
                 return dict(yaml.safe_load(store.text(f"{name}/run/config.yaml") or ""))
     return None
 
@@ -194,9 +192,9 @@ def _require_own(store: Store, run_id: str | None) -> None:
     for name, _ in _whole(store):
         if (found := _run_id(store.text(f"{name}/run/manifest.json"))) not in (None, run_id):
             fix = "choose another folder for the copies, or delete those that are there"
-            raise ConfigError.at(
-                "copy_to", f"{store.uri} holds copies of another run", "", f"{name} of run {found}", fix
-            )
+            fix = f"resume=auto goes on with that run; else {fix}" if run_id is None else fix
+            what = f"{store.uri} holds copies of another run"
+            raise ConfigError.at("copy_to", what, got=f"{name} of run {found}", fix=fix)
 
 
 def _run_id(manifest: str | None) -> str | None:

@@ -12,6 +12,9 @@ Configurations: ours the demo's own, with a value model apart or a head on the p
 TRL's epochs, batch sizes and learning rates (its optimizer takes one step an epoch, whatever num_mini_batches says, since gradient
 accumulation spans the batch). Each is tried with the seeds of --pick; the quickest in the median runs against the other side's
 with --seeds, which it was not picked by. KL at the goal is told: a reward can be bought with it.
+
+It takes about an hour and may take several sittings: each finished run is a row of results/ppo_to_reward.jsonl, and is not done
+again; delete the file to begin anew.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from _common import emit, parser, report, spread
+from _common import RESULTS, emit, parser, report, spread
 from ppo_step_real_lengths import run_side
 
 from rlhf_ray.config import RewardConfig, SFTConfig
@@ -38,6 +41,7 @@ from rlhf_ray.stages.demo import demo_config
 from rlhf_ray.stages.start import reward, sft
 
 HERE = Path(__file__).parent
+ROWS = RESULTS / "ppo_to_reward.jsonl"
 EPISODES, WINDOW, NEW_TOKENS = 5120, 256, 32
 LORA = {"r": 16, "lora_alpha": 32}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -151,9 +155,19 @@ def main() -> None:
         if making.exitcode:
             sys.exit("the models could not be made")
 
+        kept = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+        done = {(row["side"], row["name"], row["seed"]): row for row in kept}
+
         def run(side: str, name: str, seed: int) -> tuple[dict[str, Any], int]:
             script, more, replies = command(side, name, seed, args, folder)
-            found = run_side(script, more, folder)
+            if (side, name, seed) not in done:
+                found = run_side(script, more, folder)
+                row: dict[str, Any] = {"side": side, "name": name, "seed": seed}
+                row |= {key: [round(v, 4) for v in found[key]] for key in ("scores", "kl", "cpu_seconds")}
+                with ROWS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                done[side, name, seed] = row
+            found = done[side, name, seed]
             told = {"first": found["scores"][0], "last": found["scores"][-1], "seconds": sum(found["cpu_seconds"])}
             print(side, name, seed, {k: round(v, 3) for k, v in told.items()}, file=sys.stderr, flush=True)
             return found, replies

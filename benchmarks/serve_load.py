@@ -4,7 +4,7 @@
     python benchmarks/serve_load.py --vllm-python .venv-vllm/bin/python      and vLLM's server, from an environment of its own
 
 A random Llama of 6 M parameters that never ends a reply. `clients` ask again and again, 64 tokens a reply, greedy, streaming.
-Beside the base: 32 adapters, asked in turn (ours, and vLLM's). Overload: serve_overload.py.
+Beside the base: 1, 8, 32 and 128 adapters, all loaded, asked in turn (ours, and vLLM's). Overload: serve_overload.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from rlhf_ray.config.resolved import dump_yaml
 from rlhf_ray.models.adapters import adapter_parameters, add_fresh, wrap
 
 HERE = Path(__file__).parent
-TOKENS, ADAPTERS = 64, 32
+TOKENS = 64
+COUNTS = (1, 8, 32, 128)
+"""Adapters that are asked in turn; all servers hold the most."""
+ADAPTERS = max(COUNTS)
 LIMIT, WAITING = 32, 16
 """Replies that are written at a time, and that may wait."""
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -58,8 +61,8 @@ def make_model(folder: Path) -> Path:
 def make_adapters(model: Path, folder: Path) -> dict[str, str]:
     """Plain PEFT folders of rank 8 on all linear layers, which do say different things."""
     lora = LoraConfig(r=8, lora_alpha=16)
-    peft = wrap(AutoModelForCausalLM.from_pretrained(model), lora, "ad00", seed=0)
-    names = [f"ad{i:02d}" for i in range(ADAPTERS)]
+    peft = wrap(AutoModelForCausalLM.from_pretrained(model), lora, "ad000", seed=0)
+    names = [f"ad{i:03d}" for i in range(ADAPTERS)]
     for i, name in enumerate(names):
         if i:
             add_fresh(peft, name, lora, seed=i, trainable=False)
@@ -208,10 +211,11 @@ def main() -> None:
         model = make_model(scratch / "model")
         adapters = make_adapters(model, scratch / "adapters")
         names = list(adapters)
+        ours_and_vllm = [("base", ["base"], 1), *((f"adapters {n}", names[:n], 1) for n in COUNTS)]
         servers: dict[str, tuple[Callable[[], Server], list[tuple[str, list[str], int]]]] = {
             "rlhf_ray": (
                 lambda: ours(scratch, model, adapters, arguments.threads),
-                [("base", ["base"], 1), ("32 adapters", names, 1), ("one adapter", names[:1], 1)],
+                ours_and_vllm,
             ),
             "transformers serve": (
                 lambda: transformers_serve(scratch, model, arguments.threads),
@@ -222,19 +226,23 @@ def main() -> None:
         if arguments.vllm_python:
             servers["vLLM"] = (
                 lambda: vllm(scratch, model, adapters, arguments.threads, arguments.vllm_python),
-                [("base", ["base"], 1), ("32 adapters", names, 1), ("one adapter", names[:1], 1)],
+                ours_and_vllm,
             )
         for _ in range(arguments.repeats):
             for name, (start, cases) in servers.items():
                 with running(start()) as server:
                     for what, models, part in cases:
-                        load(server, models, "--clients", str(len(models)), "--requests", str(len(models)))
+                        warm = str(min(len(models), arguments.clients))
+                        load(server, models, "--clients", warm, "--requests", str(len(models)))
                         size = ["--clients", str(arguments.clients), "--requests", str(arguments.requests // part)]
                         told = load(server, models, *size)
                         found.setdefault(f"{name}, {what}", []).append(told)
                         print(f"{name}, {what}: {told['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
     measured: dict[str, Any] = {name: gather(several) for name, several in found.items()}
-    measured["share of one adapter at 32"] = times(found["rlhf_ray, 32 adapters"], found["rlhf_ray, one adapter"])
+    measured["share of one adapter at 32"] = times(found["rlhf_ray, adapters 32"], found["rlhf_ray, adapters 1"])
+    for count in COUNTS if arguments.vllm_python else ():
+        sides = [found[f"{server}, adapters {count}"] for server in ("rlhf_ray", "vLLM")]
+        measured[f"times vLLM, adapters {count}"] = times(*sides)
     for name in ("transformers serve", "FastAPI + generate", "vLLM"):
         if f"{name}, base" in found:
             measured[f"times {name}"] = times(found["rlhf_ray, base"], found[f"{name}, base"])

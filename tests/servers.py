@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from random import SystemRandom
 from typing import Any
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, for servers that are told theirs. From where neither the system (32768 up) nor Ray (10002 to
+    19999) gives ports by chance: another process could get one of those between this look and the server's start."""
+    found: set[int] = set()
+    while len(found) < count:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", SystemRandom().randrange(20000, 32000)))
+            found.add(int(probe.getsockname()[1]))
+    return sorted(found)
 
 
 @dataclass

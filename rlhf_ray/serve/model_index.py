@@ -95,7 +95,7 @@ class ModelIndex:
             self.versions.update({v.id: v for v in versions})
             self._by_number.update({f"{name}@v{v.number}": v.id for v in versions})
             self.desired[name] = live
-        self.revision += 1
+        self.revision += bool(found)
 
     def behind(self) -> list[ModelVersion]:
         """The live versions of names that are served by another one, or not at all."""

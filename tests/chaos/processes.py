@@ -44,7 +44,14 @@ def of_ray(pid: int, word: str) -> int:
 
 
 def alive(pids: set[int]) -> list[int]:
-    return [p for p in pids if Path(f"/proc/{p}").exists() and " Z " not in Path(f"/proc/{p}/stat").read_text()]
+    return [p for p in pids if is_alive(p)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # gone, perhaps in this moment
+        return False
 
 
 def steps(run: Path) -> int:

@@ -124,12 +124,13 @@ def test_disk_full(world: Any, untouched: Path, point: str, note: Any, same: Any
 def test_a_file_that_may_not_grow(world: Any, untouched: Path, note: Any, same: Any, until: Any) -> None:
     """Fault 17, as the kernel does it: from a moment on no file of the process may be as long as its optimizer's."""
     name = "limit"
-    child = world.start("ppo", world.job(name))
+    child = world.start("ppo", world.job(name), fault="learner:update:step=3:stop")
     run = world.run(name)
-    until(lambda: open_run(run, verify=False).checkpoints() if (run / "checkpoints").exists() else None)
+    until(lambda: " T " in Path(f"/proc/{child.pid}/stat").read_text())
     newest = open_run(run, verify=False).checkpoints()[-1]
     length = (newest.path / "optimizer.safetensors").stat().st_size
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (length - 1, length - 1))
+    os.kill(child.pid, signal.SIGCONT)
     code, last = child.wait(), child.text.splitlines()[-1]
     assert "a checkpoint cannot be saved: File too large;" in last and last.endswith(f"runs/{name}"), child.text
     assert not list((run / "checkpoints").glob("*.tmp-*"))
@@ -347,7 +348,7 @@ def test_two_runs_on_one_folder(world: Any, untouched: Path, note: Any, same: An
     third = world.start("resume", "runs/shared")
     code = third.wait()
     last, waited = third.text.splitlines()[-1], time.monotonic() - started
-    assert f"pid {child.pid}" in last and "host " in last and 30 <= waited < 90, third.text
+    assert f"pid {child.pid}" in last and "host " in last and waited >= 30, third.text
     child.process.kill()
     child.wait()
     world.finish("shared")

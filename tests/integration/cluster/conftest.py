@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ import psutil
 import pytest
 import yaml
 
+from tests.servers import free_ports
+
 CANARIES = {
     "HF_TOKEN": "hf_" + "canary1234567890canary1234567890",
     "OPENAI_API_KEY": "sk-canary-openai-0987654321-abcdefgh",
@@ -34,17 +35,6 @@ NODE_CANARIES = {
     "OPENAI_API_KEY": "sk-nodes-0987654321-abcdefghijkl",
 }
 """Secrets that live on the nodes, where jobs find them."""
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 @dataclass
@@ -102,7 +92,7 @@ def start_cluster(num_cpus: int = 4, options: tuple[str, ...] = ()) -> RayCluste
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd="/", start_new_session=True
         )
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while True:
         try:
             made.api("/api/jobs/")
@@ -178,11 +168,15 @@ def submit(start_submit: Callable[..., subprocess.Popen[str]]) -> Callable[..., 
 
 
 REWARD = '''
-"""Longer is better."""
+"""Longer is better. While a file SLOWLY is there it takes its time."""
+import time
+from pathlib import Path
+
 from scale import SCALE
 
 
 def score(prompts, completions, **columns):
+    time.sleep(0.3 if Path("SLOWLY").exists() else 0)
     return [SCALE * len(text) for text in completions]
 '''
 ANIMALS = ("wren", "toad", "carp", "moth", "crab", "lark", "newt", "hare", "mole", "swan")
@@ -196,7 +190,7 @@ def chain(tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.M
     (tmp_path / "data").mkdir()
     rows = [{"instruction": text, "input": "", "output": "yes"} for text in asked]
     (tmp_path / "data" / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "my_reward.py").write_text(REWARD)
+    (tmp_path / "my_reward.py").write_text(REWARD.replace("SLOWLY", str(tmp_path / "slowly")))
     (tmp_path / "scale.py").write_text("SCALE = 0.1\n")
     (tmp_path / ".env").write_text("HF_TOKEN=never\n")
     small = {"train_batch_size": 8, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": 96}

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import CANARIES, clean_environment, free_ports
+from tests.servers import free_ports
+
+from .conftest import CANARIES, clean_environment
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[3]

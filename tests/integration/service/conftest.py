@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,14 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.servers import free_ports
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HELLO = [{"role": "user", "content": "Name a bird."}]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")  # while it lives, no event loop can be run on this thread
@@ -83,7 +78,7 @@ class Service:
 
 def start(folder: Path, **fields: Any) -> Service:
     """fields: of the job, over those that every service here has."""
-    port = free_port()
+    (port,) = free_ports(1)
     job = {"output_dir": str(folder / "serve"), "template": "none", "port": port, "poll_interval_s": 0.2, **fields}
     (folder / "serve.yaml").write_text(yaml.safe_dump(job))
     log = folder / "serve.log"
@@ -92,7 +87,7 @@ def start(folder: Path, **fields: Any) -> Service:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)
     service = Service(process, f"http://127.0.0.1:{port}", folder / "serve", log, folder / "registry", [])
     try:
-        service.wait(lambda: "Ctrl-C" in log.read_text(), 180)
+        service.wait(lambda: "Ctrl-C" in log.read_text(), 600)
     except BaseException:
         stop(service)
         raise

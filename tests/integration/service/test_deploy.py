@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from .conftest import HELLO, free_port
+from tests.servers import free_ports
+
+from .conftest import HELLO
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 CONFIG = Path(__file__).parents[3] / "cluster" / "serve.yaml"
@@ -34,7 +36,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} 
 @pytest.fixture
 def dashboard() -> Iterator[str]:
     """A head node in a process group of its own, on ports of its own, with a token; the address of its dashboard."""
-    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
+    ports = dict(zip(("port", "dashboard-port", "dashboard-agent-listen-port"), free_ports(3)))
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as scratch:  # a socket's path has room for 107 bytes
         command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={scratch}"]
         command += ["--dashboard-host=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items())]
@@ -67,7 +69,7 @@ def test_deployed_with_keys_it_answers_and_grows_under_load(
     base = tiny_llama()
     config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
     config["proxy_location"] = "HeadOnly"
-    config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
+    config["http_options"] |= {"host": "127.0.0.1", "port": free_ports(1)[0]}
     config["applications"][0]["args"] = {
         "output_dir": str(tmp_path / "serve"),
         "model_name_or_path": str(base),

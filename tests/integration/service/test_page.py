@@ -97,7 +97,8 @@ def test_the_first_click_works(page: Any) -> None:
     page.fill("#prompt", "Name two animals.")
     page.click("#go")
     wait_for(page, "Which one is better?")
-    assert all(page.locator(".card .text").all_text_contents())
+    texts = page.locator(".card .text").all_text_contents()
+    assert len(texts) == 3 and any(texts)  # a reply that ends with its first token is one as well
 
 
 def test_compare_and_choose(page: Any, served: Served, tmp_path: Path) -> None:

@@ -22,16 +22,11 @@ import pytest
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.resolved import dump_yaml
+from tests.servers import free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 HEAD = "f" * 51 + "00000"
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
 
 
 def settings(address: str) -> dict[str, Any]:
@@ -67,7 +62,7 @@ def settings(address: str) -> dict[str, Any]:
 def growing() -> Iterator[dict[str, str]]:
     """The environment of a command that is to run on such a cluster, which has a token of its own."""
     folder = tempfile.mkdtemp(prefix="ray")  # short: sockets lie under it
-    host, port = socket.gethostbyname(socket.gethostname()), free_port()
+    host, (port, agent) = socket.gethostbyname(socket.gethostname()), free_ports(2)
     if host.startswith("127."):
         import ray
 
@@ -80,7 +75,7 @@ def growing() -> Iterator[dict[str, str]]:
     ray_command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     options = [f"--autoscaling-config={folder}/cluster.json", f"--temp-dir={folder}", f"--node-ip-address={host}"]
     options += ["--num-cpus=1", "--num-gpus=0", "--object-store-memory=200000000", "--include-dashboard=false"]
-    options += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
+    options += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}"]
     with open(Path(folder, "said"), "w") as said:
         head = subprocess.Popen([*ray_command, *options], env=server, stdout=said, stderr=said)
     try:

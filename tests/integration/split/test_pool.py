@@ -85,6 +85,7 @@ def test_actors_that_die_hang_or_are_gone(pool: Any, lines: list[str], two_gpus:
         pool.result(call, "testing")
     pool.end(1, "testing")
     pool.lost(1)
+    pool.timeout_s = 60.0
     deadline = time.monotonic() + 60
     while pool.submit(1, "say", "x").index == 0 and time.monotonic() < deadline:
         time.sleep(0.2)

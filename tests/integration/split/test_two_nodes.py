@@ -24,11 +24,13 @@ def cluster() -> Iterator[Any]:
     if ray.is_initialized():  # the Ray of this folder's other tests
         ray.shutdown()
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "labels": {"place": "training"}})
-    made.add_node(num_cpus=1, num_gpus=1, labels={"place": "rollouts"})
-    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    try:
+        made.add_node(num_cpus=1, num_gpus=1, labels={"place": "rollouts"})
+        ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
 
 
 def test_roles_on_the_nodes_of_their_labels(cluster: Any, split_job: Callable[..., PPOConfig], console: Any) -> None:

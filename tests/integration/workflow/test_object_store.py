@@ -19,6 +19,7 @@ import yaml
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.storage import object_store
 from rlhf_ray.storage.object_store import COMMIT, Store, restore
+from tests.servers import free_ports
 
 pytestmark = pytest.mark.integration
 
@@ -27,11 +28,7 @@ pytestmark = pytest.mark.integration
 def bucket() -> Iterator[Callable[[str], str]]:
     """bucket("name") -> URI of an empty folder on moto's server, which speaks S3 over HTTP in a process of its own."""
     pytest.importorskip("moto")
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     os.environ.update(AWS_ACCESS_KEY_ID="testing", AWS_SECRET_ACCESS_KEY="testing", AWS_EC2_METADATA_DISABLED="true")
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],

@@ -23,6 +23,10 @@ limit = datetime.timedelta(seconds=60)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=limit)
 numbers = torch.ones(4)
 dist.all_reduce(numbers)
+if rank == 0:
+    open(store + ".on", "w").close()
+while not os.path.exists(store + ".on"):
+    time.sleep(0.01)
 if rank == 1:
     os.kill(os.getpid(), 9)
 time.sleep(0.5)

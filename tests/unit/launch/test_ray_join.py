@@ -34,9 +34,9 @@ def web() -> Iterator[int]:
 def test_nobody_there() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(ResourceError) as caught:
-        check_is_there(("RAY_ADDRESS", address))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"  # ours as long as the block lasts, and nobody listens
+        with pytest.raises(ResourceError) as caught:
+            check_is_there(("RAY_ADDRESS", address))
     assert caught.value.lines() == [
         f"error: RAY_ADDRESS: no Ray answers at {address}: Connection refused; expected a running cluster; "
         "fix: start it; or, to let the job start its own Ray, unset RAY_ADDRESS"

@@ -163,6 +163,7 @@ def test_a_reader_never_sees_half_a_change(registry: Registry, make_run: Make) -
     """While another process promotes and rolls back, every look finds a whole version."""
     runs = [str(make_run(f"run{i}", seed=i).path) for i in range(3)]
     registry.promote(runs[0], "helper")
+    seen, tokens, code = set(), {registry.poll()}, None
     pid = os.fork()
     if pid == 0:
         try:
@@ -174,13 +175,13 @@ def test_a_reader_never_sees_half_a_change(registry: Registry, make_run: Make) -
         except BaseException as error:
             os.write(2, f"{error!r}\n".encode())
             os._exit(1)
-    seen, tokens, code = set(), set(), None
     while code is None:
         tokens.add(registry.poll())
         seen.add(registry.resolve("helper").version)
         assert json.loads((registry.path / "aliases" / "helper.json").read_text())["name"] == "helper"
         ended, status = os.waitpid(pid, os.WNOHANG)
         code = os.waitstatus_to_exitcode(status) if ended else None
+    tokens.add(registry.poll())
     assert code == 0 and registry.resolve("helper").version == 2 and seen <= {1, 2, 3} and len(tokens) > 1
 
 

@@ -91,13 +91,13 @@ def test_an_openrlhf_server_fits() -> None:
         Reply({"error": "busy"}, 429, {"Retry-After": "0"}),
         Reply({"error": "down"}, 500),
         Reply(b"<html>bad gateway</html>", 200),
-        Reply({"ids": ["0"], "rewards": [0.0]}, wait_s=1.5),
+        Reply({"ids": ["0"], "rewards": [0.0]}, wait_s=20.0),
     ],
     ids=["429", "500", "nonsense", "slow"],
 )
 def test_a_fault_that_passes_is_tried_again(server: ScriptedServer, fault: Reply) -> None:
     server.faults.append(fault)
-    assert reward(server.url, timeout_s=0.5).score(inputs("aaa")).tolist() == [1.0]
+    assert reward(server.url, timeout_s=2.0 if fault.wait_s else 30.0).score(inputs("aaa")).tolist() == [1.0]
     assert len(server.asked) == 2
 
 
@@ -123,8 +123,9 @@ def test_a_fault_that_passes_is_tried_again(server: ScriptedServer, fault: Reply
     ],
 )
 def test_a_fault_that_stays_stops_the_run_in_one_line(answer: Any, told: str) -> None:
+    limit = 0.3 if isinstance(answer, Reply) and answer.wait_s else 30.0
     with serving(lambda body: answer) as found, pytest.raises(Interrupted) as error:
-        reward(found.url, max_retries=2, timeout_s=0.3).score(inputs("a", "b"))
+        reward(found.url, max_retries=2, timeout_s=limit).score(inputs("a", "b"))
     (line,) = error.value.lines()
     assert told.replace('\\"', '"') in line and line.startswith(f"error: reward rm ({found.url}): ")
 
@@ -213,7 +214,8 @@ def test_a_server_that_is_not_there_is_told_before_anything_is_loaded(server: Sc
 
 
 def test_scorers_ask_at_the_same_time(server: ScriptedServer) -> None:
-    server.answer = lambda body: Reply(lengths(body), wait_s=0.1)
+    four = threading.Barrier(4)
+    server.answer = lambda body: (four.wait(20), lengths(body))[1]
     reward(server.url, batch_size=1, concurrency=4).score(inputs(*("abcdefgh"[:i] for i in range(1, 9))))
     assert server.most_busy == 4
 

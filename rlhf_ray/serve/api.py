@@ -206,7 +206,14 @@ class HttpApi:
             return await self._stream(context, request, builder)
 
         async def complete() -> dict[str, Any]:
-            builder.add(await self.backend.complete(request))
+            try:
+                builder.add(await self.backend.complete(request))
+            except asyncio.CancelledError:  # its client has left, and how far the replies got is not known here
+                if context.key is not None:
+                    most = min(self.limits.default_max_tokens, self.limits.max_tokens)
+                    most = most if request.max_tokens is None else request.max_tokens
+                    self.usage.charge(context.key, request.rows * most)
+                raise
             return builder.response()
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -532,6 +533,31 @@ def test_tokens_of_a_reply_that_is_not_finished_are_charged(
     assert line["status"] == 504 and line["completion_tokens"] > 3 and line["prompt_tokens"] > 0
     assert service.api.usage._tokens["carol"][0] == 14 - line["prompt_tokens"] - line["completion_tokens"]
     assert send(service, "POST", "/v1/chat/completions", asked, auth)[0] == 429
+
+
+def test_a_reply_whose_client_leaves_is_charged_what_it_could_have_cost(live: MakeLive, tmp_path: Path) -> None:
+    """It was charged nothing: who never waited for an answer had no limit of tokens. The proxy cancels such a request."""
+    key = add_key(tmp_path / "keys.json", "eve", max_tokens_per_minute=1000)
+    service = live(api_keys=str(tmp_path / "keys.json"))
+    asked = {"model": "base", "messages": HELLO, "max_tokens": 140, "n": 2, "ignore_eos": True}
+
+    async def leave() -> None:
+        names = {"host": "127.0.0.1", "authorization": f"Bearer {key}", "content-type": "application/json"}
+        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+        scope["headers"] = [(name.encode(), value.encode()) for name, value in names.items()]
+        body = asyncio.Queue[dict[str, Any]]()
+        body.put_nowait({"type": "http.request", "body": json.dumps(asked).encode()})
+        sent = asyncio.create_task(service.api.app(scope, body.get, None))
+        async with asyncio.timeout(20):
+            while service.replica.engine.running < 2:
+                await asyncio.sleep(0.005)
+        sent.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sent
+
+    service.call(leave())
+    assert service.api.usage._tokens["eve"][0] == pytest.approx(1000 - 2 * 140, abs=1)
+    assert not service.api.usage.rows and last_line(service)["status"] == 499
 
 
 def test_a_stream_whose_client_has_gone_before_its_first_byte_is_ended(live: MakeLive, tmp_path: Path) -> None:

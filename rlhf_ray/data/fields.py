@@ -24,6 +24,8 @@ _SHAREGPT_ROLES = {
 EXTRA = ("reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "name")
 """What chat templates read of a message beside role and content."""
 KNOWN = (*EXTRA, "role", "content", "from", "value", "weight", "train")
+_IS_LEARNT, _IS_NOT_LEARNT = (1, "1", "1.0", "true"), (0, "0", "0.0", "false")
+"""Of a message's `weight` and `train`; true and 1.0 equal 1."""
 _CHAT_ROLES = {role: role for role in ROLES}
 
 
@@ -106,10 +108,18 @@ def _message(item: Any, role_key: str, text_key: str, roles: Mapping[str, str]) 
             return calls
         extra["tool_calls"] = calls
     if faults := [
-        fault for key, value in extra.items() if key != "tool_calls" and (fault := _fault_of(f"'{key}'", value))
+        fault
+        for key, value in extra.items()
+        if (fault := _fault_of(f"'{key}'", _unescaped(value) if key == "tool_calls" else value))
     ]:
         return faults[0]
-    is_learnt = item.get("weight") not in (0, 0.0) and item.get("train") is not False
+    is_learnt = True
+    for key in ("weight", "train"):
+        value = item.get(key)
+        said = value.strip().lower() if isinstance(value, str) else value
+        if said not in (None, "", *_IS_LEARNT, *_IS_NOT_LEARNT):
+            return f"'{key}': expected 0 or 1, or true or false, got {value!r:.60}"
+        is_learnt = is_learnt and said not in _IS_NOT_LEARNT
     return Message(roles[role], str(text), json.dumps(extra, sort_keys=True) if extra else "", is_learnt)
 
 
@@ -159,7 +169,24 @@ def given_json(row: Fields, name: str, kind: type) -> str:
         return ""
     if not isinstance(value, kind):
         raise BadRow(f"'{name}': expected {kind.__name__}, got {type_name(value)}")
+    if fault := _fault_of(f"'{name}'", _unescaped(value)):
+        raise BadRow(fault)
     return json.dumps(value, sort_keys=True)
+
+
+def given_tools(row: Fields) -> str:
+    """What a row offers to call, as `given_json`. Raises BadRow for what is no tool of any API: {type: function, function: {...}},
+    {name, parameters}, or one without a function, {type: web_search}."""
+    tools = given_json(row, "tools", list)
+    for i, tool in enumerate(json.loads(tools) if tools else ()):
+        if not isinstance(tool, dict) or not isinstance(tool.get("function") or {}, dict):
+            raise BadRow("'tools': malformed tool", f"'tools'[{i}]: expected {{type, function: {{name, parameters}}}}")
+    return tools
+
+
+def _unescaped(value: Any) -> str:
+    """JSON as its texts are rendered."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def unread_keys(row: Fields, name: str) -> list[str]:

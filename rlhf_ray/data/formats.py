@@ -7,6 +7,7 @@
 | alpaca_farm       | instruction, input, output_1, output_2, preference (1, 2; 0: draw) | pair       |
 | ranked            | instruction, input, output: [better, worse]                        | pair       |
 | preference        | prompt, chosen, rejected: texts or message lists (TRL)             | pair       |
+| preference        | instruction, input; or system, question; and chosen, rejected      | pair       |
 | hh                | chosen, rejected: whole transcripts (Anthropic hh-rlhf)            | pair       |
 | prompt_completion | prompt, completion: texts or message lists (TRL)                   | completion |
 | messages          | messages: [{role, content}], the assistant last                    | completion |
@@ -29,7 +30,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from rlhf_ray.data.fields import Fields, given_json, is_list, last_response, messages, texts, type_name, unread_keys
+from rlhf_ray.data.fields import (
+    Fields,
+    given_json,
+    given_tools,
+    is_list,
+    last_response,
+    messages,
+    texts,
+    type_name,
+    unread_keys,
+)
 from rlhf_ray.data.lines import BadRow
 from rlhf_ray.data.prompts import ASSISTANT_MARK, Message, Prompt, parse_transcript
 
@@ -90,18 +101,22 @@ class Format:
         return all(name in row for name in self.fields_of(kind)) and self.fits(row)
 
     def extra(self, row: Fields) -> dict[str, object]:
-        """Fields that the format does not read."""
-        return {name: value for name, value in row.items() if name not in self.fields and name not in self.optional}
+        """Fields that the format does not read: beside a prompt, the other names of one are none."""
+        optional = ("prompt",) if "prompt" in row and "prompt" in self.optional else self.optional
+        return {name: value for name, value in row.items() if name not in self.fields and name not in optional}
 
-    def unread(self, row: Fields, kind: RowKind) -> list[str]:
-        """Fields, and keys of messages, that nothing reads. A reward function may read any column beside a prompt."""
+    def unread(self, row: Fields, kind: RowKind, prompt: Prompt) -> list[str]:
+        """Fields, and keys of messages, that nothing reads. A reward function may read any column beside a prompt.
+
+        prompt: the row's; what is for the chat template is read beside messages only."""
+        beside = READ_BESIDE + (FOR_TEMPLATES if prompt.messages else ())
         messages = [
             name
             for name in ("messages", "conversations", "prompt", "completion", *self.pair_fields)
             if is_list(row.get(name))
         ]
         inner = [key for name in messages for key in unread_keys(row, name)]
-        return inner if kind == "prompt" else [name for name in self.extra(row) if name not in READ_BESIDE] + inner
+        return inner if kind == "prompt" else [name for name in self.extra(row) if name not in beside] + inner
 
     def parse(self, row: Fields, kind: RowKind) -> Parsed:
         """The row's prompt and the answers that `kind` asks for.
@@ -112,6 +127,8 @@ class Format:
         missing = [f"missing field '{name}'" for name in needed if name not in row]
         if missing:
             raise BadRow(missing[0], "; ".join(missing))
+        if kind == "sft" and (row.get("label") is False or row.get("label") in _BAD):
+            raise Dropped("label: false, a reply that is not to be learnt")
         if self.name == "text" and kind == "sft":
             (text,) = _told(completion=self._completion(row))[0].values()
             return Parsed(Prompt(), completion=text)
@@ -119,8 +136,6 @@ class Format:
         if prompt.is_blank:
             raise BadRow("empty prompt")
         if kind == "sft":
-            if row.get("label") is False or row.get("label") in _BAD:
-                raise Dropped("label: false, a reply that is not to be learnt")
             is_conversation, reply = self.is_conversation(row), self._completion(row)
             if isinstance(reply, Message) and not reply.is_learnt:
                 prompt, reply = _up_to_the_last_learnt(prompt, is_conversation)
@@ -155,8 +170,10 @@ _SKIP = "data.on_bad_row: skip leaves such rows out and counts them"
 
 _BAD = ("false", "False", "FALSE")
 """`label` of a bad reply (KTO's data), of a file that has no booleans; 0 and 1 may be classes."""
-READ_BESIDE = ("label", "margin", "group", "tools", "chat_template_kwargs")
+READ_BESIDE = ("label", "margin", "group")
 """Columns of any format that are read where they are there."""
+FOR_TEMPLATES = ("tools", "chat_template_kwargs")
+"""Columns that are read beside conversations."""
 
 
 def _says_something(reply: str | Message) -> bool:
@@ -177,7 +194,7 @@ def _with_tools(prompt: Prompt, row: Fields) -> Prompt:
     """With what the row gives to the chat template beside its messages."""
     if not prompt.messages:
         return prompt
-    tools, kwargs = given_json(row, "tools", list), given_json(row, "chat_template_kwargs", dict)
+    tools, kwargs = given_tools(row), given_json(row, "chat_template_kwargs", dict)
     return replace(prompt, tools=tools, template_kwargs=kwargs) if tools or kwargs else prompt
 
 
@@ -198,11 +215,15 @@ def detect(row: Fields, kind: RowKind) -> Format | None:
 def _margin(row: Fields) -> float | None:
     """By how much the better reply is better, where the data say so (arXiv:2307.09288)."""
     value = row.get("margin")
-    if value is None:
+    if value is None or (isinstance(value, str) and not value.strip()):  # CSV has no numbers, and no null
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise BadRow("'margin' is not a number", f"'margin': expected a finite number, got {value!r:.60}")
-    return float(value)
+    return number
 
 
 # Prompts
@@ -245,18 +266,61 @@ def _has_pair(row: Fields) -> bool:
 def _sharegpt_prompt(row: Fields) -> Prompt:
     """All of the conversation where two replies to it follow, else what precedes its last reply."""
     turns = messages(row, "conversations", sharegpt=True)
-    return Prompt(messages=turns) if _has_pair(row) else _before_last_response(turns)
+    if not _has_pair(row):
+        return _before_last_response(turns)
+    return Prompt(messages=_continued(turns, messages(row, "chosen", sharegpt=True)[:-1]))
 
 
 def _preference_prompt(row: Fields) -> Prompt:
-    """The prompt field; where chosen is a whole conversation, the turns before its last one."""
-    if is_list(row.get("chosen")):
-        turns = messages(row, "chosen")
-        if len(turns) > 1:
-            return Prompt(messages=turns[:-1])
-    if "prompt" not in row:
-        raise BadRow("missing field 'prompt'")
-    return _prompt_field(row)
+    """The prompt field, and the turns of chosen before its last one, which may begin with the prompt."""
+    inner = messages(row, "chosen")[:-1] if is_list(row.get("chosen")) else ()
+    if inner and not row.get("prompt") and not _has_question(row):
+        return Prompt(messages=inner)
+    prompt = _any_prompt(row) if _has_prompt(row) or "question" not in row else _asked(row)
+    return Prompt(messages=_continued(prompt.as_messages(), inner)) if inner else prompt
+
+
+def _has_question(row: Fields) -> bool:
+    """Whether a pair without a prompt field has its prompt under another name, and not in transcripts."""
+    is_transcript = isinstance(row.get("chosen"), str) and ASSISTANT_MARK in row["chosen"]
+    return not is_transcript and any(name in row for name in ("instruction", "user_input", "question"))
+
+
+def _asked(row: Fields) -> Prompt:
+    """The question, after the system text if there is one (Intel/orca_dpo_pairs)."""
+    (question,) = texts(row, "question")
+    system = texts(row, "system")[0] if row.get("system") is not None else ""
+    if not system.strip():
+        return Prompt(question)
+    return Prompt(messages=(Message("system", system), Message("user", question)))
+
+
+def _continued(asked: tuple[Message, ...], inner: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A conversation of `asked` and, behind it, `inner`, which may begin with all or the end of it, or hold it whole.
+
+    Raises BadRow where they cannot be one conversation."""
+    if not asked or not inner:
+        return asked + inner
+    first, second = ([(m.role, m.content.strip(), m.extra) for m in turns] for turns in (asked, inner))
+    if any(second[at : at + len(first)] == first for at in range(len(second))):
+        return inner
+    shared = next((n for n in range(len(first), 0, -1) if first[-n:] == second[:n]), 0)
+    if not shared and inner[0].role not in _NEXT[asked[-1].role]:
+        raise BadRow(
+            "the prompt and the turns of 'chosen' do not go together",
+            f"'chosen' does not go on from the prompt: {inner[0].role} after {asked[-1].role}",
+            "prompt: what chosen begins with, or what precedes it; or no prompt where chosen is the whole conversation",
+        )
+    return asked + inner[shared:]
+
+
+_NEXT = {
+    "system": ("user", "assistant"),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+"""Who may speak after whom."""
 
 
 def _hh_prompt(row: Fields) -> Prompt:
@@ -303,7 +367,11 @@ def _ranked_pair(row: Fields) -> Pair:
 def _preference_pair(row: Fields) -> Pair:
     if not (is_list(row["chosen"]) or is_list(row["rejected"])):
         return Pair(*texts(row, "chosen", "rejected"))
-    chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
+    return _pair_of_messages(row)
+
+
+def _pair_of_messages(row: Fields, sharegpt: bool = False) -> Pair:
+    chosen, rejected = messages(row, "chosen", sharegpt), messages(row, "rejected", sharegpt)
     if chosen[:-1] != rejected[:-1]:
         raise BadRow("'chosen' and 'rejected' differ before the last message")
     return Pair(last_response(chosen, "chosen"), last_response(rejected, "rejected"))
@@ -333,11 +401,6 @@ def _sharegpt_completion(row: Fields) -> Message:
     return last_response(messages(row, "conversations", sharegpt=True), "conversations")
 
 
-def _sharegpt_pair(row: Fields) -> Pair:
-    chosen, rejected = (last_response(messages(row, name, sharegpt=True), name) for name in ("chosen", "rejected"))
-    return Pair(chosen, rejected)
-
-
 # The table. Order matters to `detect`: more specific formats come first.
 
 _ALL = (
@@ -362,7 +425,7 @@ _ALL = (
         asks=("conversations",),
         prompt=_sharegpt_prompt,
         completion=_sharegpt_completion,
-        pair=_sharegpt_pair,
+        pair=lambda row: _pair_of_messages(row, sharegpt=True),
         pair_fields=("chosen", "rejected"),
         optional=("chosen", "rejected"),
         is_conversation=lambda row: not _has_pair(row),
@@ -373,10 +436,17 @@ _ALL = (
         asks=(),
         prompt=_preference_prompt,
         pair=_preference_pair,
-        optional=("prompt",),
-        fits=lambda row: "prompt" in row or is_list(row["chosen"]),
+        optional=("prompt", "instruction", "input", "user_input", "system", "question"),
+        fits=lambda row: "prompt" in row or is_list(row["chosen"]) or _has_question(row),
     ),
-    Format(name="hh", fields=("chosen", "rejected"), asks=("chosen",), prompt=_hh_prompt, pair=_hh_pair),
+    Format(
+        name="hh",
+        fields=("chosen", "rejected"),
+        asks=("chosen",),
+        prompt=_hh_prompt,
+        pair=_hh_pair,
+        fits=lambda row: isinstance(row["chosen"], str) and ASSISTANT_MARK in row["chosen"],
+    ),
     Format(
         name="messages",
         fields=("messages",),

@@ -153,7 +153,7 @@ def _read_file(name: str, config: DataConfig, kind: RowKind, first: int | None) 
             answers = parsed.chosen, parsed.rejected, parsed.completion
             more = parsed.is_conversation, parsed.margin, parsed.replies
             file.rows.append(Row(where, parsed.prompt, *answers, row, *more))
-            file.unread.update(chosen.unread(row, kind))
+            file.unread.update(chosen.unread(row, kind, parsed.prompt))
         except Dropped as drop:
             file.dropped.add(drop.reason, where)
         except BadRow as bad:
@@ -236,6 +236,7 @@ def _choose_format(name: str, raw: Sequence[RawRow], wanted: str, kind: RowKind)
     have = list(rows[0])
     closest = max(able, key=lambda f: sum(1 if name in have else -1 for name in f.fields_of(kind)))
     missing = [name for name in closest.fields_of(kind) if name not in have]
+    missing = missing or [name for name in closest.optional if name == "prompt" and name not in have]
     near = f"the closest format is {closest.name}, missing {', '.join(missing)}; " if missing else ""
     fix = f"{near}data.columns renames fields, data.format names a format"
     raise DataError.at(name, f"fields {', '.join(have)} fit no {kind} format", fix=fix)

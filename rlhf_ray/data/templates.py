@@ -83,7 +83,7 @@ def _unwritten(prompt: Prompt, text: str) -> str | None:
     """The first function that `prompt` offers or calls and `text` does not name: it would be learnt as if it were not there."""
     offered = json.loads(prompt.tools) if prompt.tools else []
     calls = [call for m in prompt.messages if m.extra for call in m.fields().get("tool_calls", [])]
-    named = [tool.get("function", tool).get("name") for tool in (*offered, *calls) if isinstance(tool, dict)]
+    named = [(tool.get("function") or tool).get("name") for tool in (*offered, *calls) if isinstance(tool, dict)]
     return next((str(name) for name in named if name and str(name) not in text), None)
 
 
@@ -227,7 +227,7 @@ class ChatTemplate(Template):
                 **{**given, **self._dated},
                 **options,
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
             raise PromptMismatch(f"the chat template refuses this conversation: {error}") from error
 
 

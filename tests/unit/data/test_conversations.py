@@ -71,7 +71,15 @@ def test_rows_that_say_they_are_bad_are_not_learnt(read: Read) -> None:
     assert [row.completion for row in found.rows] == ["a"]
     assert str(found.dropped) == "2 dropped: label: false, a reply that is not to be learnt (first rows.jsonl:2)"
     assert len(read([{"text": "t", "label": n} for n in (0, 1)], "sft").rows) == 2
+    found = read([{"text": "a", "label": True}, {"text": "b", "label": False}], "sft")
+    assert ([row.completion for row in found.rows], found.dropped.total) == (["a"], 1)
     bad = {**WREN, "weight": 0}
+    for said in ({"weight": "0"}, {"weight": 0.0}, {"train": "False"}, {"train": 0}, {"weight": 1, "train": False}):
+        assert read([{"messages": [USER, WREN, USER, {**WREN, **said}]}], "sft").rows[0].prompt.messages[1:] == ()
+    for said in ({"weight": "1"}, {"train": True}, {"weight": None, "train": ""}):
+        assert len(read([{"messages": [USER, WREN, USER, {**WREN, **said}]}], "sft").rows[0].prompt.messages) == 3
+    with pytest.raises(DataError, match=r"'messages'\[1\]: 'weight': expected 0 or 1, or true or false, got 0\.5"):
+        read([{"messages": [USER, {**WREN, "weight": 0.5}]}], "sft")
     cut, none = {"messages": [USER, WREN, USER, bad]}, {"messages": [USER, bad]}
     found = read([cut, none], "sft")
     assert [(len(row.prompt.messages), row.completion) for row in found.rows] == [(1, "Wren.")]
@@ -182,3 +190,6 @@ def test_fields_that_nothing_reads_are_told(write: Callable[..., str]) -> None:
     assert len(load_rows(config, "prompt").summary) == 1  # a reward function may read them
     talk = DataConfig(train=(write([{"messages": [USER, {**WREN, "rating": 3}]}]),), held_out_fraction=0.0)
     assert load_rows(talk, "sft").summary[1] == "nothing reads messages[].rating"
+    given = {"tools": [TOOL], "chat_template_kwargs": {"x": 1}}
+    text = DataConfig(train=(write([{"instruction": "a", "output": "b", **given}]),), held_out_fraction=0.0)
+    assert load_rows(text, "sft").summary[1] == "nothing reads tools, chat_template_kwargs"

@@ -279,6 +279,36 @@ def test_row_24_data_changed_since_the_checkpoint(read: Read) -> None:
         check_same_data(recorded, read(GOOD, "preference", "other.jsonl").files)
 
 
+USER, WREN = {"role": "user", "content": "Name a bird."}, {"role": "assistant", "content": "Wren."}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "\ud800"}}}
+INNER: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [USER, WREN], "tools": [{"type": "function", "function": "look"}]}, "'tools'[0]: expected {type, function: "),
+    ({"messages": [USER, WREN], "tools": [USER, "look"]}, "'tools'[1]: expected {type, function: "),
+    ({"messages": [USER, WREN], "tools": [{"name": "\ud800"}]}, "'tools' holds a lone surrogate (U+D800)"),
+    ({"messages": [USER, WREN], "chat_template_kwargs": {"a": "\ud800"}}, "'chat_template_kwargs' holds a lone surrogate"),
+    ({"messages": [USER, {**WREN, "tool_calls": [CALL]}]}, "'messages'[1]: 'tool_calls' holds a lone surrogate (U+D800)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), INNER, ids=[m for _, m in INNER])
+def test_what_is_wrong_inside_tools_is_one_line(read: Read, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read([row], "sft")
+    assert caught.value.lines()[0].startswith(f"error: rows.jsonl:1: {message}")
+
+
+def test_templates_that_break_and_tools_without_a_function(read: Read, load_byte_tokenizer: Any) -> None:
+    """A tool of another kind (a column that Parquet fills with nulls) is none that the template has to name."""
+    tokenizer, options = load_byte_tokenizer(), {"max_length": 512, "response_length": 1, "too_long": "stop"}
+    rows = read([{"messages": [USER, WREN], "tools": [{"type": "web_search", "function": None}]}], "prompt").rows
+    tokenizer.chat_template = "{{ tools | tojson }}" + CHAT
+    assert tokenise_prompts(rows, load_template("chat", tokenizer), tokenizer, **options).examples
+    for broken, why in (("{{ 1 / 0 }}", "division by zero"), ("{{ '%(a)s' % {} }}", "'a'")):
+        tokenizer.chat_template = broken
+        with pytest.raises(DataError, match=f"the chat template refuses this conversation: {why}"):
+            tokenise_prompts(rows, load_template("chat", tokenizer), tokenizer, **options)
+
+
 def test_row_27_one_sided_preferences_are_warned_about(read: Read) -> None:
     rows = [{"instruction": f"{i}?", "output_1": "a", "output_2": "b", "preference": 1} for i in range(12)]
     assert read(rows, "preference").warnings == ("rows.jsonl: 'preference' is 1 in all 12 rows: are the labels real?",)

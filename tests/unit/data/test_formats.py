@@ -172,7 +172,7 @@ PAIR_FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"instruction": "p", "output": ["a", "b", "c"]}, "'output': expected [better, worse], got 3 items"),
     ({"instruction": "p", "output": ["a", None]}, "'output[1]' is null"),
-    ({"chosen": "Wren.", "rejected": "Oak."}, "'chosen': no '\\n\\nAssistant:' in the transcript"),
+    ({"chosen": HH + " Wren.", "rejected": "Oak."}, "'rejected': no '\\n\\nAssistant:' in the transcript"),
     (
         {"chosen": "x\n\nAssistant: a", "rejected": "x\n\nAssistant: b"},
         "'chosen': the transcript does not begin with 'Human:'",
@@ -182,6 +182,14 @@ PAIR_FAULTS: list[tuple[dict[str, Any], str]] = [
         "'chosen' and 'rejected' differ before the last message",
     ),
     ({"chosen": [WREN], "rejected": [OAK]}, "missing field 'prompt'"),
+    (
+        {"prompt": [{**USER, "content": "x"}], "chosen": [USER, WREN], "rejected": [USER, OAK]},
+        "'chosen' does not go on from the prompt: user after user",
+    ),
+    (
+        {"conversations": SAID[:1], "chosen": [*SAID, *SAID], "rejected": SAID},
+        "'chosen' and 'rejected' differ before the last message",
+    ),
 ]
 
 
@@ -190,6 +198,70 @@ def test_malformed_pairs(read: Read, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         read([row], "preference")
     assert caught.value.lines()[0].startswith(f"error: rows.jsonl:1: {message}")
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+TOOL = {"role": "tool", "content": "a wren"}
+AGAIN = [WREN, {"role": "user", "content": "And a tree?"}]
+# prompt, turns of chosen and rejected before their last ones, roles that are asked
+CONTINUED: list[tuple[Any, list[Any], str]] = [
+    ([SYSTEM, USER], [CALL, TOOL], "system user assistant tool"),
+    ([SYSTEM, USER], AGAIN, "system user assistant user"),
+    ("Name a bird.", AGAIN, "user assistant user"),
+    ([SYSTEM, USER], [USER], "system user"),
+    ([SYSTEM], [USER], "system user"),
+    ([USER], [SYSTEM, USER], "system user"),
+    ("Name a bird. ", [SYSTEM, USER, *AGAIN], "system user assistant user"),
+    ([SYSTEM, USER], [SYSTEM, USER, *AGAIN], "system user assistant user"),
+    (None, [SYSTEM, USER], "system user"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "inner", "roles"), CONTINUED, ids=[f"{i}" for i in range(len(CONTINUED))])
+def test_turns_of_chosen_go_on_from_the_prompt(read: Read, prompt: Any, inner: list[Any], roles: str) -> None:
+    """TRL's explicit form with several messages in chosen: neither the prompt nor the turns between are lost."""
+    row = {"prompt": prompt, "chosen": [*inner, WREN], "rejected": [*inner, OAK]}
+    for kind in ("preference", "sft", "prompt"):
+        (found,) = read([row], kind).rows
+        assert " ".join(m.role for m in found.prompt.messages) == roles
+    said = {"user": "human", "assistant": "gpt", "system": "system"}
+    if isinstance(prompt, list) and CALL not in inner:
+        names = {"conversations": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
+        shared = {k: [{"from": said[m["role"]], "value": m["content"]} for m in v] for k, v in names.items()}
+        (pair,) = read([shared], "preference").rows
+        assert " ".join(m.role for m in pair.prompt.messages) == roles
+        assert (pair.chosen, pair.rejected) == ("Wren.", "Oak.")
+
+
+def test_pairs_that_name_their_prompt_otherwise(read: Read) -> None:
+    """Intel/orca_dpo_pairs, and LLaMA-Factory's Alpaca form; a pair of texts without a prompt is told what it lacks."""
+    pair = {"chosen": "Wren.", "rejected": "Oak."}
+    orca = Prompt(messages=(Message("system", "Be brief."), Message("user", "Which?")))
+    for asked, prompt in (
+        ({"system": "Be brief.", "question": "Which?"}, orca),
+        ({"system": "", "question": "Which?"}, Prompt("Which?")),
+        ({"instruction": "Which?", "input": "a b"}, Prompt("Which?", "a b")),
+    ):
+        found = read([{**asked, **pair, "id": 1}], "preference")
+        assert (found.files[0].format, found.rows[0].prompt, found.unread) == ("preference", prompt, ("id",))
+    transcripts = {"question": "Hi?", "chosen": HH + " Wren.", "rejected": HH + " Oak."}
+    assert read([transcripts], "preference").files[0].format == "hh"
+    assert read([{"prompt": "p", "system": "s", **pair}], "preference").unread == ("system",)
+    with pytest.raises(DataError, match=r"fields chosen, rejected fit no .*preference, missing prompt; data\.columns"):
+        read([pair], "preference")
+
+
+@pytest.mark.parametrize(("margin", "found"), [("1.5", 1.5), ("", None), (" ", None), (2, 2.0), (None, None)])
+def test_margins_of_files_that_have_no_numbers(read: Read, margin: Any, found: float | None) -> None:
+    (row,) = read([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": margin}], "preference").rows
+    assert row.margin == found
+
+
+@pytest.mark.parametrize("margin", [int("9" * 400), "much", True, [1], "inf"])
+def test_what_is_no_margin(read: Read, margin: Any) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: 'margin': expected a finite number, got "):
+        read([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": margin}], "preference")
 
 
 def test_a_format_without_the_answers_asked_for_is_a_configuration_error(read: Read) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OPENED = re.compile(r"<(\w+)>\s*$")
+_THOUGHTS = ("think", "thinking", "thought", "reasoning")
+"""Tags of thoughts, for templates that never write a whole one. Any other tag may be the marker of the assistant's turn."""
 _ASKED = Message("user", "Which number comes after three?")
 _ANSWER, _REASON = "The number after three is four.", "Three and one are four."
 SHOWN = 60
@@ -41,7 +43,7 @@ class ReplyWriter:
         self.template = template
         end = own_end_of_turn(tokenizer, template)
         self._end = "" if end is None else str(tokenizer.convert_ids_to_tokens(end))
-        self._closings: dict[str, str] = {}
+        self._closings: dict[str, str | None] = {}
 
     def write(self, prompt: Prompt, text: str, message: Message | None = None) -> Reply:
         """The reply `text` to `prompt`.   message: the same with its reasoning and tool calls, if it has any.
@@ -53,10 +55,11 @@ class ReplyWriter:
             left_out = f"learnt without reasoning_content, which template '{self.template.name}' does not write"
             return Reply(text, note=left_out if message is not None and _reasoning(message) else "")
         asked = self.template.render(prompt)
-        opened = _OPENED.search(asked)
-        reply = self._structured(asked, prompt, message, opened) if message is not None else None
+        found = _OPENED.search(asked)
+        closing = self._closing(found[1]) if found is not None else None
+        reply = self._structured(asked, prompt, message, closing) if message is not None else None
         if reply is None:
-            reply = self._plain(text, opened)
+            reply = Reply(text) if found is None or closing is None else self._plain(text, found[1], closing)
         whole = self.template.render_whole((*prompt.as_messages(), message or Message("assistant", text)), prompt)
         apart = asked + reply.text + self._end
         if whole.rstrip().startswith(apart.rstrip()):
@@ -66,19 +69,18 @@ class ReplyWriter:
         shown = f"learnt {apart[start : at + SHOWN]!r}, whole {whole[start : at + SHOWN]!r}"
         return Reply(reply.text, reply.is_rendered, reply.note, shown)
 
-    def _plain(self, text: str, opened: re.Match[str] | None) -> Reply:
-        """A reply of text alone."""
-        if opened is None:
-            return Reply(text)
-        tag = opened[1]
+    def _plain(self, text: str, tag: str, closing: str) -> Reply:
+        """A reply of text alone to a prompt that has opened a thought."""
         if f"</{tag}>" in text:  # the data write the thought into the reply: without what the prompt has opened
             head = re.match(rf"\s*<{tag}>\s*", text)
             return Reply(text[head.end() :] if head else text, is_rendered=True)
         note = f"no reasoning: the thought that the template opens (<{tag}>) is closed at once"
-        return Reply(self._closing(tag) + text, is_rendered=True, note=note)
+        return Reply(closing + text, is_rendered=True, note=note)
 
-    def _structured(self, asked: str, prompt: Prompt, message: Message, opened: re.Match[str] | None) -> Reply | None:
-        """A reply with reasoning or tool calls, as the template writes it; None for one that says nothing but its text."""
+    def _structured(self, asked: str, prompt: Prompt, message: Message, closing: str | None) -> Reply | None:
+        """A reply with reasoning or tool calls, as the template writes it; None for one that says nothing but its text.
+
+        closing: of the thought that the prompt has opened, if it has."""
         reasoning, calls = _reasoning(message), message.fields().get("tool_calls", [])
         if not reasoning and not calls:
             return None
@@ -86,9 +88,10 @@ class ReplyWriter:
         whole = self.template.render_whole((*prompt.as_messages(), message), prompt)
         if whole.startswith(asked):
             text = whole[len(asked) :]
-            text = text.partition(self._end)[0] if self._end else text.rstrip()
-        elif opened is not None and reasoning and not calls:
-            text = reasoning.strip() + self._closing(opened[1]) + message.content
+            at = text.rfind(self._end) if self._end else -1  # the last one: what is said may spell it as well
+            text = text[:at] if at >= 0 else text if self._end else text.rstrip()
+        elif closing is not None and reasoning and not calls:
+            text = reasoning.strip() + closing + message.content
         else:
             raise PromptMismatch("the template writes the prompt otherwise once a reply with tool calls follows")
         if missing := [call["function"]["name"] for call in calls if call["function"]["name"] not in text]:
@@ -98,10 +101,11 @@ class ReplyWriter:
             return Reply(text, is_rendered=True, note=note)
         return Reply(text, is_rendered=True)
 
-    def _closing(self, tag: str) -> str:
-        """What the template writes between a thought and the answer, learnt from a conversation that has both."""
+    def _closing(self, tag: str) -> str | None:
+        """What the template writes between a thought and the answer, learnt from a conversation that has both; None if the tag is
+        no thought's."""
         if tag not in self._closings:
-            self._closings[tag] = f"\n</{tag}>\n\n"
+            self._closings[tag] = f"\n</{tag}>\n\n" if tag in _THOUGHTS else None
             assert isinstance(self.template, ChatTemplate)
             thought = Message("assistant", _ANSWER, f'{{"reasoning_content": "{_REASON}"}}')
             _, _, after = self.template.render_whole((_ASKED, thought)).partition(_REASON)

@@ -24,7 +24,7 @@ from rlhf_ray.data.encode import (
 )
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.replies import Reply, ReplyWriter
-from rlhf_ray.data.templates import PromptMismatch, Template
+from rlhf_ray.data.templates import ChatTemplate, PromptMismatch, Template
 from rlhf_ray.data.turns import Span, assistant_spans, earlier_turns
 from rlhf_ray.errors import ConfigError, DataError, Problem
 
@@ -81,6 +81,7 @@ class Tokenised(Generic[T]):
     unlearnt: Tally = field(default_factory=lambda: Tally("not learnt in full"))
     spelled: Tally = field(default_factory=lambda: Tally("spell special tokens"))
     noted: Tally = field(default_factory=lambda: Tally("replies"))
+    unread: Tally = field(default_factory=lambda: Tally("rows"))
     differing: Tally = field(default_factory=lambda: Tally("differ from the conversation rendered whole"))
 
     @property
@@ -91,7 +92,7 @@ class Tokenised(Generic[T]):
     @property
     def warnings(self) -> list[str]:
         """What looks wrong with the rows."""
-        return [str(tally) for tally in (self.spelled, self.noted, self.differing) if tally.total]
+        return [str(tally) for tally in (self.unread, self.spelled, self.noted, self.differing) if tally.total]
 
 
 def tokenise_sft(
@@ -129,14 +130,16 @@ def tokenise_sft(
         return prompts, replies, _earlier_turns(tokenizer, template, rows, prompts, bool(end), turns, parse)
 
     rows, (prompts, replies, earlier) = _accepted(rows, encode, on_bad_row, out)
-    for row in rows if not train_on_inputs else ():
+    for i, row in enumerate(rows) if not train_on_inputs else ():
         if train_on_turns == "last" and row.is_conversation and earlier_turns(row.prompt):
             out.unlearnt.add("earlier turns of the assistant, train_on_turns: last", row.where)
+        if i in earlier and len(earlier[i]) < len(earlier_turns(row.prompt)):
+            out.unlearnt.add("turns that the chat template does not mark ({% generation %})", row.where)
         if row.is_conversation and not all(message.is_learnt for message in row.prompt.messages):
             out.unlearnt.add("messages with weight: 0", row.where)
     responses = _reply_ids(tokenizer, template, rows, replies, "completion", parse)
     _note_replies(rows, replies, out)
-    _note_spelled(tokenizer, template, rows, parse, out)
+    _note_prompts(tokenizer, template, rows, parse, out)
     for i, (row, prompt, response) in enumerate(zip(rows, prompts, responses)):
         full = prompt + response + (end if response[-1:] != end else [])
         ids = rule.apply(row.where, full, out)
@@ -198,7 +201,7 @@ def tokenise_pairs(
         return prompts, _written(writer, rows, "chosen"), _written(writer, rows, "rejected")
 
     rows, (prompts, *pair) = _accepted(rows, encode, on_bad_row, out)
-    _note_spelled(tokenizer, template, rows, parse, out)
+    _note_prompts(tokenizer, template, rows, parse, out)
     chosen, rejected = (
         _reply_ids(tokenizer, template, rows, replies, name, parse)
         for replies, name in zip(pair, ("chosen", "rejected"))
@@ -242,7 +245,7 @@ def tokenise_prompts(
     keeps a leading bos."""
     out, parse = Tokenised[TokenisedPrompt](), special_tokens == "parse"
     rows, prompts = _accepted(rows, partial(_encode, tokenizer, template, parse), on_bad_row, out)
-    _note_spelled(tokenizer, template, rows, parse, out)
+    _note_prompts(tokenizer, template, rows, parse, out)
     head = bos_ids(tokenizer)
     rule = _LengthRule(max_length - response_length, too_long, f"{max_length:,}-{response_length:,}")
     if max_prompt_length is not None and max_prompt_length < rule.limit:
@@ -311,10 +314,14 @@ def _note_replies(rows: Sequence[Row], replies: Sequence[Reply], out: Tokenised[
             out.differing.add("chat_template_kwargs may change that", row.where, reply.differs)
 
 
-def _note_spelled(
+def _note_prompts(
     tokenizer: PreTrainedTokenizerBase, template: Template, rows: Sequence[Row], parse: bool, out: Tokenised[T]
 ) -> None:
-    """Count rows whose texts spell control tokens and are read as text: rows that were rendered already, perhaps."""
+    """Count rows whose variables of a chat template nothing reads, and those whose texts spell control tokens and are read as text:
+    rows that were rendered already, perhaps."""
+    for row in rows if not isinstance(template, ChatTemplate) else ():
+        if row.prompt.template_kwargs:
+            out.unread.add(f"template '{template.name}' does not read chat_template_kwargs", row.where)
     if parse:
         return
     texts = ["\0".join((r.prompt.plain(), r.completion or "", r.chosen or "", r.rejected or "")) for r in rows]

@@ -117,6 +117,24 @@ def test_reasoning_is_learnt_where_the_template_writes_it_and_told_where_not(lea
     assert told[0].startswith("1 replies: learnt without reasoning_content, which the chat template does not write")
 
 
+def test_only_thoughts_are_closed(learn: Any) -> None:
+    """The marker of the assistant's turn may be a tag as well; a tag of any name is a thought where the template closes it so."""
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+    tagged = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    _, learnt, told = learn(tagged, {"messages": [USER, WREN]})
+    assert (learnt, told) == ("Wren.</s>", [])
+    named = QWEN_THINKING.replace("think>", "muse>")
+    assert learn(named, {"messages": [USER, WREN]})[1] == "\n</muse>\n\nWren.<|im_end|>"
+
+
+def test_a_reply_may_spell_the_end_of_a_turn(learn: Any) -> None:
+    """Up to the last end, which the template has written, the reply is what was said."""
+    said = {**THOUGHT, "content": "A turn ends with <|im_end|> and then a new one begins."}
+    for special_tokens in ("text", "parse"):
+        _, learnt, _ = learn(QWEN_THINKING, {"messages": [USER, said]}, special_tokens=special_tokens)
+        assert learnt == f"It sings.\n</think>\n\n{said['content']}<|im_end|>"
+
+
 def test_thoughts_are_the_tokens_that_the_model_itself_would_write(learn: Any) -> None:
     """<think> is an added token that is not special: in a reply it is that token; <|im_end|> is text even there."""
     tokenizer, row = learn.tokenizer, {"messages": [USER, {**WREN, "content": "<think>a</think>b"}]}
@@ -144,6 +162,10 @@ def test_variables_of_the_chat_template(learn: Any, read: Read) -> None:
     assert "differ from the conversation rendered whole" in learn(QWEN, row)[2][0]
     plain, given = load_template("chat", tokenizer), load_template("chat", tokenizer, None, off)
     assert plain.sha256 != given.sha256 and "kwargs" not in plain.content()
+    off_row = read([{**row, "chat_template_kwargs": off}], "prompt").rows
+    options = {"max_length": 500, "response_length": 1, "too_long": "stop"}
+    asked = tokenise_prompts(off_row, load_template("none"), tokenizer, **options)
+    assert asked.warnings == ["1 rows: template 'none' does not read chat_template_kwargs (first rows.jsonl:1)"]
     again = template_from_manifest(json.loads(json.dumps(given.manifest())), "manifest.json", tokenizer)
     (prompt,) = read([row], "prompt").rows
     assert again.render(prompt.prompt) == given.render(prompt.prompt) != plain.render(prompt.prompt)

@@ -124,7 +124,11 @@ def test_the_template_s_own_marks_decide(learn: Callable[..., Any]) -> None:
     unmarked = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and m.content != 'SECOND'")
     talk = (Message("user", "a"), Message("assistant", "FIRST"), Message("user", "b"), *TALK[4:])
     assert learn(MARKED, talk)[1] == learn(MARKED_WITHOUT_ENDS, talk)[1] == ["FIRST<|im_end|>", *ENDED[1:]]
-    assert learn(unmarked, talk)[1] == ["FIRST<|im_end|>", ENDED[-1]]
+    found, parts = learn(unmarked, talk)
+    assert parts == ["FIRST<|im_end|>", ENDED[-1]]
+    unlearnt = "turns that the chat template does not mark ({% generation %})"
+    assert [tally.counts() for tally in found.tallies] == [{unlearnt: 1}]
+    assert not learn(MARKED, talk)[0].tallies
 
 
 def test_what_is_left_of_a_cut_conversation_is_learnt(learn: Callable[..., Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf_ray.config.sections import MAX_TEMPERATURE, MIN_TEMPERATURE, VALUE_LEARNING_RATE
+from rlhf_ray.config.sections import MAX_TEMPERATURE, MIN_TEMPERATURE, VALUE_LEARNING_RATE, to_float
 
 VERSION = 4
 CONTIGUOUS_ROWS_SINCE = 3
@@ -164,4 +164,5 @@ def _plain(value: Any) -> Any:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
+    value = to_float(value)
+    return isinstance(value, float) and value > 0 and math.isfinite(value)

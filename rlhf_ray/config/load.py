@@ -162,7 +162,9 @@ def _validated(cls: type[S], values: dict[str, Any], source: JobText, check_file
 
 
 def _without_unused(config: S, source: JobText) -> S:
-    """`config`, unless a field is set that has no effect beside the others."""
+    """`config`, unless a field is set that has no effect beside the others.
+
+    Of data that a stage has from another, that other one tells."""
     stages: dict[Loc, Section] = {(): config}
     if isinstance(config, PipelineConfig):
         stages = {(stage,): config.stage_config(stage) for stage in config.stages}
@@ -173,6 +175,7 @@ def _without_unused(config: S, source: JobText) -> S:
                 for loc, section in stages.items()
                 if isinstance(section, JobFields)
                 for found in unused_fields(section)
+                if not (loc and found.field.startswith("data.") and "data" not in getattr(config, str(loc[0])))
             ]
         )
     )

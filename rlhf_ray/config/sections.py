@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,8 @@ def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, (str, int)) and not isinstance(value, bool) else _to_tuple(value)
 
 
-def _to_float(value: Any) -> Any:
+def to_float(value: Any) -> Any:
+    """An integer as a float, anything else as it is."""
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     try:
@@ -31,7 +33,7 @@ def _to_float(value: Any) -> Any:
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_one_or_many)]
-Float = Annotated[float, BeforeValidator(_to_float), Field(allow_inf_nan=False)]
+Float = Annotated[float, BeforeValidator(to_float), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Positive = Annotated[Float, Field(gt=0)]
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
@@ -41,7 +43,7 @@ NotNegative = Annotated[Float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Path = Annotated[str, Field(min_length=1)]
 OutputDir = Annotated[Path, AfterValidator(a_folder_here)]
-Sources = Annotated[Strings, AfterValidator(without_credentials)]
+Sources = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many), AfterValidator(without_credentials)]
 
 
 def field(default: Any, description: str, **rules: Any) -> Any:
@@ -82,9 +84,10 @@ class LoraConfig(Section):
             "alpaca_farm_lora": (8, 64.0, 0.1, ("q_proj", "k_proj", "v_proj", "o_proj")),
             "alpaca_lora_rlhf": (8, 16.0, 0.05, ("q_proj", "v_proj")),
         }
-        if isinstance(values, dict) and values.get("preset") in presets:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if isinstance(preset, str) and preset in presets:
             names = ("r", "lora_alpha", "lora_dropout", "target_modules")
-            return {**dict(zip(names, presets[values["preset"]])), **values}
+            return {**dict(zip(names, presets[preset])), **values}
         return values
 
     @model_validator(mode="after")
@@ -108,7 +111,7 @@ class DataConfig(Section):
     train: Sources = field(
         ...,
         "files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
-        " data set ids, or folders that are laid out like one",
+        " data set ids, or folders: all their files of data.split, or as a README.md of a Hub data set says",
         min_length=1,
     )
     weights: Annotated[tuple[Positive, ...], BeforeValidator(_to_tuple)] | None = field(
@@ -123,7 +126,11 @@ class DataConfig(Section):
     name: str | None = field(
         None, "configuration (subset) to read of a Hub data set that has several, as `main` of gsm8k"
     )
-    split: str = field("train", "split to read of a Hub data set")
+    split: str = field(
+        "train",
+        "split to read of a Hub data set, or of a folder: files whose names, or folders, have its word (test, validation); those"
+        " that name none are train",
+    )
     format: Literal[
         "auto",
         "alpaca",
@@ -176,6 +183,11 @@ class DataConfig(Section):
     def _one_weight_for_each_file(self) -> DataConfig:
         if self.weights is not None and len(self.weights) != len(self.train):
             raise ValueError(f"weights: {len(self.weights)} for {len(self.train)} entries of train; give one for each")
+        total = sum(self.weights or ())
+        if self.weights is not None and not (
+            math.isfinite(total) and all(weight / total > 0 for weight in self.weights)
+        ):
+            raise ValueError("weights: too far apart, or too large, to be shares of their sum")
         return self
 
     @model_validator(mode="after")

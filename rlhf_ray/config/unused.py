@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_ray.config.defaults import usual
 from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.config.sections import Section
-from rlhf_ray.config.stages import JobFields, PPOConfig
+from rlhf_ray.config.stages import JobFields, PPOConfig, SFTConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class UnusedField:
 
 def unused_fields(config: JobFields) -> list[UnusedField]:
     """All of `config`, in the order of the rules below."""
-    rules = [*_OPTIMIZER, *_PPO] if isinstance(config, PPOConfig) else _OPTIMIZER
+    rules = [*_SHARED, *_PPO] if isinstance(config, PPOConfig) else _SHARED
     found: dict[str, UnusedField] = {}
     for names, applies, why in rules:
         if not _can_be_asked(config, names) or not applies(config):
@@ -67,13 +67,38 @@ def _beside_estimator(config: PPOConfig) -> str:
     return f"with advantage_estimator {estimator}, which has no value model and no token rewards; drop it, or set gae"
 
 
-def _holds_nothing_out(config: PPOConfig) -> bool:
+def _holds_nothing_out(config: Any) -> bool:
     return config.data.eval is None and config.data.held_out_fraction == 0
 
 
-_OPTIMIZER: list[Rule] = [
+_SHARED: list[Rule] = [
     (
-        ("chat_template_kwargs",),
+        ("data.held_out_fraction",),
+        lambda c: c.data.eval and c.data.held_out_fraction > 0 and not c.data.held_out_prompts,
+        "with data.eval, beside which data.train trains in full; drop one of the two",
+    ),
+    (
+        ("data.eval_max_rows",),
+        _holds_nothing_out,
+        "where nothing is held out (data.held_out_fraction 0, no data.eval); drop it, or hold some out",
+    ),
+    (
+        ("data.mix_seed",),
+        lambda c: c.data.weights is None,
+        "without data.weights; drop it, or set the shares of the files",
+    ),
+    (
+        ("data.disjoint_stages",),
+        lambda c: isinstance(c, SFTConfig),
+        "in SFT: it is between the reward and the PPO stage; drop it",
+    ),
+    (
+        ("train_on_turns",),
+        lambda c: c.train_on_inputs,
+        "with train_on_inputs, which learns every token; drop one of the two",
+    ),
+    (
+        ("chat_template_kwargs", "template_date"),
         lambda job: job.template != "chat",
         lambda job: f"with template {job.template}; drop it, or set template: chat",
     ),

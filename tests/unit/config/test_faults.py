@@ -104,6 +104,10 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("value.init_from", "value: {init_from: reward:judge}", "value.init_from", "no reward is called 'judge'; rewards: reward"),
     ("too many digits", f"kl_coef: {'9' * 400}", "kl_coef",
      f"out of range; expected number >= 0; got {'9' * 97}...; fix: the default is 0.05"),
+    ("too many digits of what others follow", f"learning_rate: {'9' * 400}", "learning_rate",
+     f"out of range; expected number > 0; got {'9' * 97}...; fix: the default is 2e-5"),
+    ("29 list for a choice", "lora: {preset: [x]}", "lora.preset",
+     "not a choice; expected one of alpaca_farm_lora, alpaca_lora_rlhf or null; got [x]"),
 ]  # fmt: skip
 IDS = [fault[0] for fault in FAULTS]
 JOB = "output_dir: runs/ppo\nmodel_name_or_path: base\ndata: {train: prompts.jsonl}\nrewards: [{run: runs/reward}]\n"
@@ -305,7 +309,7 @@ def test_required_fields_say_what_they_are(complaints: Callable[..., list[str]])
     assert complaints("ppo", "data: {max_rows: 3}\n") == [
         "error: job.yaml:1: data.train: missing; expected text or list of texts "
         "(files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
-        " data set ids, or folders that are laid out like one)",
+        " data set ids, or folders: all their files of data.split, or as a README.md of a Hub data set says)",
         "error: job.yaml: output_dir: missing; expected text (the run folder itself)",
         "error: job.yaml: model_name_or_path: missing; expected text "
         "(base model: folder or Hub id of a causal language model)",

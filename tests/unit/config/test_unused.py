@@ -58,6 +58,10 @@ UNUSED = [
     ("alarm: {action: none, length_factor: 3}", "alarm.length_factor", "with alarm.action none"),
     ("lr_scheduler_type: constant\nmin_lr_ratio: 0.5", "min_lr_ratio", "which does not decay"),
     ("optim: adafactor\nadam_beta1: 0.8", "adam_beta1", "with optim adafactor"),
+    ("template_date: '2024-01-01'", "template_date", "with template alpaca"),
+    ("data: {train: p.jsonl, eval: q.jsonl, held_out_fraction: 0.2}", "data.held_out_fraction", "with data.eval"),
+    ("data: {train: p.jsonl, held_out_fraction: 0, eval_max_rows: 5}", "data.eval_max_rows", "nothing is held out"),
+    ("data: {train: p.jsonl, mix_seed: 7}", "data.mix_seed", "without data.weights"),
 ]
 
 
@@ -92,12 +96,24 @@ def test_what_does_not_come_from_a_file_is_told(loaded: Callable[..., Any]) -> N
     ]
 
 
-def test_sft_has_the_rules_of_its_optimizer() -> None:
+def test_sft_has_the_rules_of_its_optimizer_and_of_its_loss() -> None:
     fields = {"output_dir": "x", "model_name_or_path": "m", "data": {"train": "d"}, "optim": "adafactor"}
     assert [found.field for found in unused_fields(SFTConfig(**fields, adam_beta2=0.9))] == ["adam_beta2"]
+    fields |= {"data": {"train": "d", "disjoint_stages": True}, "train_on_inputs": True, "train_on_turns": "last"}
+    assert [found.field for found in unused_fields(SFTConfig(**fields))] == ["data.disjoint_stages", "train_on_turns"]
+    without = {"train": "d", "eval": "e", "held_out_fraction": 0.0}
+    assert not unused_fields(SFTConfig(**{**fields, "data": without, "train_on_turns": "all"}))
+    kept = {"train": "d", "eval": "e", "held_out_fraction": 0.2, "held_out_prompts": "p"}
+    assert not unused_fields(SFTConfig(**{**fields, "data": kept, "train_on_inputs": False}))
 
 
 def test_a_stage_of_a_pipeline_is_blamed_where_it_stands(complaints: Callable[..., list[str]]) -> None:
     text = "output_dir: o\nmodel_name_or_path: base\nstages: [ppo]\nppo:\n  data: {train: p.jsonl}\n  rewards: [{run: base}]\n"
     (line,) = complaints("pipeline", text + "  kl_target: 3.0\n")
     assert line.startswith("error: job.yaml:7: ppo.kl_target: has no effect with kl_controller fixed")
+
+
+def test_data_that_stages_share_are_blamed_once(complaints: Callable[..., list[str]]) -> None:
+    text = "output_dir: o\nmodel_name_or_path: base\nstages: [ppo, evaluate]\nppo:\n  data: {train: p.jsonl, mix_seed: 3}\n"
+    (line,) = complaints("pipeline", text + "  rewards: [{run: base}]\n")
+    assert line.startswith("error: job.yaml:5: ppo.data.mix_seed: has no effect without data.weights")

@@ -61,5 +61,8 @@ def test_a_job_mixes_what_it_trains_on(write: Callable[..., str]) -> None:
     assert shares == pytest.approx([0.8, 0.2], abs=0.01)
     assert " beyond the mixture" in mixed.summary[0] and mixed.summary[1].startswith("mixed: ")
     assert len(load_rows(config.model_copy(update={"max_rows": 50}), "sft").train) == 50
+    for weights in ((1e308, 1e308), (5e-324, 4.0)):
+        with pytest.raises(ValueError, match="weights: too far apart, or too large"):
+            DataConfig(train=tuple(names), weights=weights)
     with pytest.raises(ValueError, match="weights: 1 for 2 entries of train"):
         DataConfig(train=tuple(names), weights=(1.0,))

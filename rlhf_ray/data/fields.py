@@ -26,6 +26,13 @@ EXTRA = ("reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_
 KNOWN = (*EXTRA, "role", "content", "from", "value", "weight", "train")
 _IS_LEARNT, _IS_NOT_LEARNT = (1, "1", "1.0", "true"), (0, "0", "0.0", "false")
 """Of a message's `weight` and `train`; true and 1.0 equal 1."""
+_NEXT = {
+    "system": ("user", "assistant"),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+"""Who may speak after whom."""
 _CHAT_ROLES = {role: role for role in ROLES}
 
 
@@ -202,3 +209,22 @@ def last_response(turns: tuple[Message, ...], name: str) -> Message:
     if not turns or turns[-1].role != "assistant":
         raise BadRow(f"'{name}': expected the assistant's message last")
     return turns[-1]
+
+
+def continued(asked: tuple[Message, ...], inner: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A conversation of `asked` and, behind it, `inner`, which may begin with all or the end of it, or hold it whole.
+
+    Raises BadRow where they cannot be one conversation."""
+    if not asked or not inner:
+        return asked + inner
+    first, second = ([(m.role, m.content.strip(), m.extra) for m in turns] for turns in (asked, inner))
+    if any(second[at : at + len(first)] == first for at in range(len(second))):
+        return inner
+    shared = next((n for n in range(len(first), 0, -1) if first[-n:] == second[:n]), 0)
+    if not shared and inner[0].role not in _NEXT[asked[-1].role]:
+        raise BadRow(
+            "the prompt and the turns of 'chosen' do not go together",
+            f"'chosen' does not go on from the prompt: {inner[0].role} after {asked[-1].role}",
+            "prompt: what chosen begins with, or what precedes it; or no prompt where chosen is the whole conversation",
+        )
+    return asked + inner[shared:]

@@ -32,6 +32,7 @@ from typing import Literal, NamedTuple
 
 from rlhf_ray.data.fields import (
     Fields,
+    continued,
     given_json,
     given_tools,
     is_list,
@@ -268,7 +269,7 @@ def _sharegpt_prompt(row: Fields) -> Prompt:
     turns = messages(row, "conversations", sharegpt=True)
     if not _has_pair(row):
         return _before_last_response(turns)
-    return Prompt(messages=_continued(turns, messages(row, "chosen", sharegpt=True)[:-1]))
+    return Prompt(messages=continued(turns, messages(row, "chosen", sharegpt=True)[:-1]))
 
 
 def _preference_prompt(row: Fields) -> Prompt:
@@ -277,7 +278,7 @@ def _preference_prompt(row: Fields) -> Prompt:
     if inner and not row.get("prompt") and not _has_question(row):
         return Prompt(messages=inner)
     prompt = _any_prompt(row) if _has_prompt(row) or "question" not in row else _asked(row)
-    return Prompt(messages=_continued(prompt.as_messages(), inner)) if inner else prompt
+    return Prompt(messages=continued(prompt.as_messages(), inner)) if inner else prompt
 
 
 def _has_question(row: Fields) -> bool:
@@ -293,34 +294,6 @@ def _asked(row: Fields) -> Prompt:
     if not system.strip():
         return Prompt(question)
     return Prompt(messages=(Message("system", system), Message("user", question)))
-
-
-def _continued(asked: tuple[Message, ...], inner: tuple[Message, ...]) -> tuple[Message, ...]:
-    """A conversation of `asked` and, behind it, `inner`, which may begin with all or the end of it, or hold it whole.
-
-    Raises BadRow where they cannot be one conversation."""
-    if not asked or not inner:
-        return asked + inner
-    first, second = ([(m.role, m.content.strip(), m.extra) for m in turns] for turns in (asked, inner))
-    if any(second[at : at + len(first)] == first for at in range(len(second))):
-        return inner
-    shared = next((n for n in range(len(first), 0, -1) if first[-n:] == second[:n]), 0)
-    if not shared and inner[0].role not in _NEXT[asked[-1].role]:
-        raise BadRow(
-            "the prompt and the turns of 'chosen' do not go together",
-            f"'chosen' does not go on from the prompt: {inner[0].role} after {asked[-1].role}",
-            "prompt: what chosen begins with, or what precedes it; or no prompt where chosen is the whole conversation",
-        )
-    return asked + inner[shared:]
-
-
-_NEXT = {
-    "system": ("user", "assistant"),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-"""Who may speak after whom."""
 
 
 def _hh_prompt(row: Fields) -> Prompt:

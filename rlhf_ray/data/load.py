@@ -79,6 +79,9 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
         summary.append(f"no more than {config.max_rows:,} rows of a file are read (data.streaming)")
     if read.unread:
         summary.append(f"nothing reads {', '.join(read.unread)}")
+    given = [f"data.{n}" for n in ("name", "split") if getattr(config, n) != DataConfig.model_fields[n].default]
+    if given and not read.has_splits and not (separate and separate.has_splits):
+        warnings.append(f"{', '.join(given)}: no effect on files; only folders and Hub data sets have splits")
     held_out = parts.held_out
     if separate:
         held_out = separate.rows

@@ -84,6 +84,11 @@ class Prompt:
             text = transcript(messages) if messages else self.plain()
         return in_one_line(text)
 
+    def exact(self) -> str:
+        """As `canonical`, with white space inside a turn and with tool calls, in which tasks may differ."""
+        turns = self.messages or parse_transcript(self.plain()) or self.as_messages()
+        return repr([(turn.role, unicodedata.normalize("NFC", turn.content.strip()), turn.extra) for turn in turns])
+
     def question(self) -> str:
         """What is asked at last: the content of the last user turn, in the form of `canonical`. The held-out rule hashes it, so
         that a question does not stand on both sides because a system text or an earlier turn differs."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any, BinaryIO, Literal
 
@@ -14,7 +15,7 @@ from rlhf_ray.data.formats import FORMATS, Dropped, Format, RowKind, detect
 from rlhf_ray.data.jsonrows import read_json, read_jsonl
 from rlhf_ray.data.lines import BadRow, RawRow
 from rlhf_ray.data.prompts import Message, Prompt
-from rlhf_ray.data.sources import DataSource, find
+from rlhf_ray.data.sources import DataSource, files_of, find
 from rlhf_ray.data.tables import read_csv, read_hub, read_parquet, sha256_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem
 
@@ -78,6 +79,8 @@ class RowSet:
     warnings: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     """Fields that nothing reads, most frequent first, with how many rows have them where that is not all."""
+    has_splits: bool = False
+    """Whether one of the files is a data set, here or on the Hub, of which data.split is read."""
 
     @property
     def total(self) -> int:
@@ -177,26 +180,35 @@ def _sha256(raw: Iterable[RawRow]) -> str:
 def _raw_rows(source: DataSource, config: DataConfig, first: int | None) -> tuple[list[RawRow], list[Problem]]:
     """All rows of a source, or the first ones, and the problem that ended reading before its end, if any."""
     raw: list[RawRow] = []
-    if first is not None and source.kind not in STREAMED:
-        fix = "convert it to JSONL or Parquet, or drop data.streaming"
-        raise DataError.at(
-            source.name, "cannot be read in part (data.streaming)", ", ".join(STREAMED), source.kind, fix
-        )
     try:
-        if source.kind == "hub":
-            raw.extend(islice(read_hub(source.name, config.split, config.name, first is not None), first))
-        else:
-            with source.open() as stream:
-                raw.extend(islice(_READERS[source.kind](source.name, stream, config.max_row_bytes), first))
+        raw.extend(islice(_read(files_of(source, config.split, config.name), config, first is not None), first))
     except DataError as error:
         return raw, list(error.problems)
-    except EOFError:
-        return raw, [Problem(source.name, "file looks truncated: its compressed data ends early")]
-    except (OSError, ValueError) as error:
-        return raw, [Problem(source.name, f"cannot be read: {error}")]
     if not raw:
         raise DataError.at(source.name, "no rows")
     return raw, []
+
+
+def _read(files: Sequence[DataSource], config: DataConfig, streaming: bool) -> Iterator[RawRow]:
+    """The rows of one file after the other. Raises DataError."""
+    for file in files:
+        if streaming and file.kind not in STREAMED:
+            fix = "convert it to JSONL or Parquet, or drop data.streaming"
+            what = "cannot be read in part (data.streaming)"
+            raise DataError.at(file.name, what, ", ".join(STREAMED), file.kind, fix)
+    for file in files:
+        try:
+            if file.kind == "hub":
+                yield from read_hub(file.name, config.split, config.max_row_bytes, config.name, streaming)
+            else:
+                with file.open() as stream:
+                    yield from _READERS[file.kind](file.name, stream, config.max_row_bytes)
+        except DataError:
+            raise
+        except EOFError as error:
+            raise DataError.at(file.name, "file looks truncated: its compressed data ends early") from error
+        except (OSError, ValueError, zlib.error) as error:
+            raise DataError.at(file.name, f"cannot be read: {error}") from error
 
 
 def _rename(name: str, raw: Iterable[RawRow], columns: Mapping[str, str]) -> None:
@@ -258,14 +270,15 @@ def _joined(files: Sequence[_FileRows], kind: RowKind) -> RowSet:
         records.append(DataFile(file.source.name, file.sha256, file.total, len(kept), file.format.name))
     unread = sum((file.unread for file in files), Counter[str]())
     told = [name if n == len(rows) else f"{name} ({n:,} rows)" for name, n in unread.most_common()]
-    return RowSet(tuple(rows), tuple(records), dropped, skipped, tuple(warnings), tuple(told))
+    has_splits = any(file.source.kind == "hub" for file in files)
+    return RowSet(tuple(rows), tuple(records), dropped, skipped, tuple(warnings), tuple(told), has_splits)
 
 
 def _without_repeats(file: _FileRows, seen: set[str], dropped: Tally) -> Iterator[Row]:
     """Rows whose prompt, or a field that a reward function may want, differs from all before; answers do not count."""
     for row in file.rows:
         extra = file.format.extra(row.columns)
-        key = row.key.canonical() + ("\0" + repr(sorted(extra.items())) if extra else "")
+        key = row.key.exact() + ("\0" + repr(sorted(extra.items())) if extra else "")
         if key in seen:
             dropped.add("repeated prompts", row.where)
         else:
@@ -287,7 +300,7 @@ def _first_rows(rows: RowSet, max_rows: int) -> RowSet:
         used = min(left, file.used)
         left -= used
         files.append(DataFile(file.path, file.sha256, file.rows, used, file.format))
-    return RowSet(rows.rows[:max_rows], tuple(files), rows.dropped, rows.skipped, rows.warnings, rows.unread)
+    return replace(rows, rows=rows.rows[:max_rows], files=tuple(files))
 
 
 def check_same_data(recorded: Iterable[Mapping[str, Any]], current: Iterable[DataFile]) -> None:

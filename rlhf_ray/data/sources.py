@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gzip
 import hashlib
@@ -22,6 +23,14 @@ Kind = Literal["jsonl", "json", "csv", "parquet", "hub"]
 SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 LABELS: dict[Kind, str] = {"jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parquet": "Parquet", "hub": "Hub"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> words in the names of its files and folders, as on the Hub."""
+_HUB_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
+_HUB_HEADER = re.compile(rb"\A---\r?\n(?:.*\n)*?(?:configs|dataset_info):")
 _MAGIC = ((b"\x1f\x8b", "gzip"), (b"PAR1", "Parquet"), (b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"))
 
 
@@ -59,7 +68,7 @@ class DataSource:
 
 
 def find(name: str) -> DataSource:
-    """The source that `name` means: a URI, an existing file, a folder that is laid out like a Hub data set, else a Hub id.
+    """The source that `name` means: a URI, an existing file, a folder with data files (kind "hub", see `files_of`), else a Hub id.
 
     Raises DataError: no such file (with the nearest name there is), not a regular file, an unknown type, or content that
     contradicts the name.
@@ -119,6 +128,56 @@ def _has_data(folder: Path) -> bool:
     """A data set as the Hub has it, that lies here: data files in it, or one level below."""
     files = (*folder.glob("*"), *folder.glob("*/*"))
     return any(_kind_of(file.name)[0] is not None and file.is_file() for file in files)
+
+
+def files_of(source: DataSource, split: str, config: str | None = None) -> list[DataSource]:
+    """The files of one split of a folder that lies here, in the order of their names; of any other source itself.
+
+    A file belongs to the split that its name, or the folder it is in, names with a word of SPLITS, and to `train` if it names none.
+    Folders that are laid out like a Hub data set (a README.md that tells its `configs`, data/train-*), and what only that library
+    understands (config, other splits, slices), are one source, which it reads.   Raises DataError: no file of the split, one and
+    the same name with two suffixes, or as `find`."""
+    folder = Path(source.path)
+    if source.kind != "hub" or not folder.is_dir() or config is not None or split not in SPLITS or _is_hub_set(folder):
+        return [source]
+    of_split: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        is_data = _kind_of(path.name)[0] is not None and path.is_file()
+        if is_data and not any(part.startswith((".", "__")) for part in name.parts):
+            of_split.setdefault(_split_of(name), []).append(name)
+    names = of_split.get(split, [])
+    if not names:
+        raise DataError.at(
+            source.name, f"no file of split '{split}'", got=", ".join(of_split), fix="data.split: one of them"
+        )
+    stems: dict[str, Path] = {}
+    for name in names:
+        first = stems.setdefault(str(name).lower().removesuffix(".gz").rpartition(".")[0], name)
+        if first != name:
+            fix = "name the files one by one, each set of rows once"
+            raise DataError.at(source.name, f"{first} and {name} may hold the same rows", fix=fix)
+    return [find(f"{source.name.rstrip('/')}/{name.as_posix()}") for name in names]
+
+
+def _is_hub_set(folder: Path) -> bool:
+    """Whether a folder says itself what its splits are."""
+    card = folder / "README.md"
+    with contextlib.suppress(OSError):
+        if card.is_file() and _HUB_HEADER.match(card.read_bytes().partition(b"\n---")[0] + b"\n"):
+            return True
+    shards = (shard for words in SPLITS.values() for word in words for shard in folder.glob(f"data/{word}-*"))
+    return any((folder / name).is_file() for name in _HUB_FILES) or any(shards)
+
+
+def _split_of(name: Path) -> str:
+    """The split that the file's own name tells, else the folders it is in, else `train`."""
+    for part in reversed(name.parts):
+        words = re.split(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])", part.lower())
+        for split, known in SPLITS.items():
+            if not set(known).isdisjoint(words):
+                return split
+    return "train"
 
 
 def _not_a(kind: Kind | None) -> str:

@@ -83,13 +83,27 @@ def read_parquet(name: str, stream: BinaryIO, max_row_bytes: int) -> Iterator[Ra
         for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                size = sum(len(value) for value in row.values() if isinstance(value, str))
-                yield f"{name}:row {number}", too_big(size, max_row_bytes) if size > max_row_bytes else row
+                yield f"{name}:row {number}", _unless_too_big(row, max_row_bytes)
     except (pa.ArrowException, OSError) as error:
         raise DataError.at(name, f"not a readable Parquet file: {_first_line(error)}") from error
 
 
-def read_hub(name: str, split: str, config: str | None = None, streaming: bool = False) -> Iterator[RawRow]:
+def _unless_too_big(row: dict[str, Any], max_row_bytes: int) -> dict[str, Any] | BadRow:
+    size = _size(row)
+    return too_big(size, max_row_bytes) if size > max_row_bytes else row
+
+
+def _size(value: Any) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_size, parts))
+
+
+def read_hub(
+    name: str, split: str, max_row_bytes: int, config: str | None = None, streaming: bool = False
+) -> Iterator[RawRow]:
     """(id:row n, row) of one split of a Hub data set, or of a folder laid out like one, through the `datasets` library.
 
     config: which of several configurations (subsets) of the data set.   streaming: fetch rows as they are asked for.
@@ -105,7 +119,7 @@ def read_hub(name: str, split: str, config: str | None = None, streaming: bool =
     except DatasetNotFoundError as error:
         fix = "hf auth login, once access is granted on its page" if "gated" in str(error) else nearest(name)
         raise DataError.at(name, "no such file, and no such data set on the Hub", fix=fix) from error
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, ConnectionError):
             offline = "offline mode" if datasets.config.HF_HUB_OFFLINE else "no connection"
             raise DataError.at(
@@ -118,8 +132,14 @@ def read_hub(name: str, split: str, config: str | None = None, streaming: bool =
     number = 0
     try:
         for number, row in enumerate(rows, start=1):
-            yield f"{name}:row {number}", dict(row)
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:  # while streaming, or a damaged cache
+            yield f"{name}:row {number}", _unless_too_big(dict(row), max_row_bytes)
+    except (
+        DatasetsError,
+        HfHubHTTPError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # while streaming, or a damaged cache
         raise DataError.at(f"{name}:row {number + 1}", f"cannot be read: {_whole(error)}") from error
 
 

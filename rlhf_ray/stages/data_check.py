@@ -5,6 +5,7 @@ as the model will read them, with what is learnt of them. Needs a tokenizer, no 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ Piece = tuple[str, bool]
 KINDS: dict[Stage, RowKind] = {"sft": "sft", "dpo": "preference", "reward": "preference", "ppo": "prompt"}
 UNLIMITED = 2**30
 BAR, COLUMN = 40, 12
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 LEARNT, PLAIN = "\033[30;42m", "\033[0m"
 
 
@@ -38,14 +40,17 @@ def check_data(config: SFTConfig, stage: Stage, shown_rows: int = 3, colour: boo
     """Lines for a person. config: data, model, template and lengths; of the reward and PPO stages, what they share with SFT.
 
     Rows that cannot be used are counted, whatever data.on_bad_row says; so are rows that are too long.   colour: ANSI colours on
-    what is learnt, else it stands between \u00ab and \u00bb.
+    what is learnt, else it stands between \u00ab and \u00bb; control characters of the data are escaped.   PPO's limits (context,
+    response_length, max_prompt_length) are its own: its prompts are held against a max_length only where the job sets one.
 
     Raises DataError if no row can be used; ConfigError, ArtifactError."""
     rows = load_rows(config.data.model_copy(update={"on_bad_row": "skip"}), KINDS[stage])
     tokenizer = load_tokenizer(config.model_name_or_path, config.revision)
     template = load_template(config.template, tokenizer, config.template_date, config.chat_template_kwargs)
+    limit = UNLIMITED if stage == "ppo" and "max_length" not in config.model_fields_set else config.max_length
+    too_long: TooLong = "truncate" if config.data.too_long == "truncate" else "drop"
     whole = _tokenise(config, stage, rows.train, template, tokenizer, UNLIMITED, "stop")
-    done = _tokenise(config, stage, rows.train, template, tokenizer, config.max_length, config.data.too_long)
+    done = _tokenise(config, stage, rows.train, template, tokenizer, limit, too_long)
     lines = [
         f"{item['path']}: {item['rows']:,} rows of format {item['format']}, read for {stage}" for item in rows.manifest
     ]
@@ -54,9 +59,10 @@ def check_data(config: SFTConfig, stage: Stage, shown_rows: int = 3, colour: boo
         *map(str, done.tallies),
         *(f"warning: {text}" for text in (*rows.warnings, *done.warnings)),
     ]
-    lines += ["", *histogram([_length(example) for example in whole.examples], config.max_length)]
-    for example in whole.examples[:shown_rows]:
-        lines += ["", f"{_where(example)}, {_length(example):,} tokens, as the model reads it"]
+    lines = [_escaped(line) for line in lines]
+    lines += ["", *histogram([_length(example) for example in whole.examples], limit)]
+    for example in done.examples[:shown_rows]:
+        lines += ["", f"{_escaped(_where(example))}, {_length(example):,} tokens, as the model reads it"]
         lines += [_painted(pieces, colour) for pieces in _pieces(example, tokenizer)]
     return lines
 
@@ -89,11 +95,17 @@ def histogram(lengths: Sequence[int], limit: int) -> list[str]:
     counts = [sum(1 for n in ordered if i * width < n <= (i + 1) * width) for i in range(bins)]
     over = sum(1 for n in ordered if n > limit)
     middle, most = ordered[len(ordered) // 2], max(counts)
-    lines = [f"tokens: {ordered[0]:,} to {ordered[-1]:,}, median {middle:,}; {over:,} over max_length {limit:,}"]
+    lines = [f"tokens: {ordered[0]:,} to {ordered[-1]:,}, median {middle:,}"]
+    lines[0] += f"; {over:,} over max_length {limit:,}" if limit < UNLIMITED else ""
     for i, count in enumerate(counts):
         name = f"{i * width + 1:,}-{(i + 1) * width:,}"
         lines.append(f"{name:>{COLUMN}} {'#' * -(-BAR * count // most):{BAR}} {count:,}")
     return lines
+
+
+def _escaped(text: str) -> str:
+    """With control characters, but line ends and tabs, as Python writes them: some would be orders to the terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _length(example: TokenisedRow | TokenisedPair | TokenisedPrompt) -> int:
@@ -132,7 +144,7 @@ def _runs(tokenizer: Any, ids: Sequence[int], learnt: Sequence[bool]) -> list[Pi
 def _painted(pieces: Sequence[Piece], colour: bool) -> str:
     start, end = (LEARNT, PLAIN) if colour else ("\u00ab", "\u00bb")
     lines = [
-        [f"{start}{line}{end}" if is_learnt and line else line for line in text.split("\n")]
+        [f"{start}{line}{end}" if is_learnt and line else line for line in _escaped(text).split("\n")]
         for text, is_learnt in pieces
     ]
     return "".join("\n".join(part) for part in lines)

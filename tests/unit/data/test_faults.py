@@ -94,6 +94,18 @@ def test_row_14_a_hundred_levels_are_fine(read: Read) -> None:
     )
 
 
+def test_damaged_gzip_data_is_one_line(read: Read) -> None:
+    damaged = bytearray(gzip.compress(GOOD.encode() * 50))
+    damaged[20:30] = b"\xff" * 10
+    with pytest.raises(DataError) as caught:
+        read(bytes(damaged), "preference", "pairs.jsonl.gz")
+    assert caught.value.lines()[0].startswith(
+        "error: pairs.jsonl.gz: cannot be read: Error -3 while decompressing data"
+    )
+    with pytest.raises(ValueError, match="at least 1 character"):
+        DataConfig(train=("",))
+
+
 def test_row_17_identical_completions_can_be_skipped_and_are_counted(read: Read) -> None:
     same = '{"prompt": "p", "chosen": "same", "rejected": "same"}\n'
     found = read(GOOD + same + GOOD + same, "preference", on_bad_row="skip")

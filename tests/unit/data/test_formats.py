@@ -316,6 +316,14 @@ def test_prompts_that_repeat_are_dropped_unless_a_further_column_differs(read: R
     found = read(rows, "prompt")
     assert [row.where for row in found.rows] == ["rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:4"]
     assert str(found.dropped) == "1 dropped: repeated prompts (first rows.jsonl:2)"
+    call = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": n, "arguments": {}}}]} for n in "fg"
+    ]
+    tasks = [[USER, c, {"role": "tool", "content": "5"}] for c in call] + ["if a:\n  x()\ny()", "if a:\n  x()\n  y()"]
+    assert (
+        len(read([{"prompt": task} for task in tasks], "prompt").rows) == 4
+    )  # white space and calls are part of the task
+    assert len(read([{"prompt": "A?"}, {"prompt": [{"role": "user", "content": " A?\n"}]}], "prompt").rows) == 1
     pairs = [{"user_input": "p", "completion_a": a, "completion_b": "b"} for a in ("x", "y")]
     assert len(read(pairs, "prompt").rows) == 1  # answers are ignored, so these ask the same
     assert len(read(pairs, "preference").rows) == 2

@@ -203,11 +203,11 @@ def test_hub_data_sets_are_read_through_datasets(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     (folder / "set").mkdir()
     write(_jsonl(ROWS), "set/train.jsonl")
-    assert list(read_hub(str(folder / "set"), "train")) == [
+    assert list(read_hub(str(folder / "set"), "train", 1000)) == [
         (f"{folder / 'set'}:row {i}", r) for i, r in enumerate(ROWS, 1)
     ]
     with pytest.raises(DataError, match=r"cannot be loaded: Unknown split"):
-        list(read_hub(str(folder / "set"), "nope"))
+        list(read_hub(str(folder / "set"), "nope", 1000))
 
 
 def test_a_configuration_of_a_hub_data_set_is_chosen_by_name(
@@ -232,10 +232,78 @@ def test_a_configuration_of_a_hub_data_set_is_chosen_by_name(
     ):
         with pytest.raises(DataError, match=said):
             read_rows(DataConfig(train=("set",), name=name, split=split), "sft")
-    (folder / "broken").mkdir()
-    write('{"a": 1}\n{"a": ', "broken/train.jsonl")  # the reason is in the cause of what datasets says
+    (folder / "broken" / "data").mkdir(parents=True)
+    write('{"a": 1}\n{"a": ', "broken/data/train-0.jsonl")  # the reason is in the cause of what datasets says
     with pytest.raises(DataError, match=r"error occurred while generating the dataset; .*JSON"):
         read_rows(DataConfig(train=("broken",)), "sft")
+
+
+def _folder(folder: Path, write: Callable[..., str], files: dict[str, Any]) -> None:
+    for name, content in files.items():
+        (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(content, f"set/{name}")
+
+
+def _told(*answers: str) -> list[dict[str, Any]]:
+    return [{"prompt": f"{answer}?", "completion": answer} for answer in answers]
+
+
+def test_all_files_of_a_folder_are_read_as_if_they_were_named(folder: Path, write: Callable[..., str]) -> None:
+    """`datasets` read those of the most frequent type alone, "train" alone where a file is called so, and NA in CSV as nothing."""
+    _folder(folder, write, {
+        "a.jsonl": _told("a1", "a2"), "b.csv": "prompt,completion\nNone?,NA\n", "c.jsonl.gz": gzip.compress(_jsonl(_told("c"))),
+        "train.jsonl": _told("2020-01-01"), "more/d.parquet": _parquet(_told("d")), ".cache/e.jsonl": _told("hidden"),
+        "alpaca_dev.jsonl": _told("dev"), "test/f.jsonl": _told("f"), "set.py": "raise SystemExit",
+        "README.md": "---\nlicense: mit\n---\n",
+    })  # fmt: skip
+    config = DataConfig(train=("set",), held_out_fraction=0.0)
+    rows = read_rows(config, "sft").rows
+    assert [(row.where, row.completion) for row in rows] == [
+        ("set/a.jsonl:1", "a1"), ("set/a.jsonl:2", "a2"), ("set/b.csv:2", "NA"), ("set/c.jsonl.gz:1", "c"),
+        ("set/more/d.parquet:row 1", "d"), ("set/train.jsonl:1", "2020-01-01"),
+    ]  # fmt: skip
+    (line,) = load_rows(config, "sft").manifest
+    assert (line["path"], line["rows"], len(line["sha256"])) == ("set", 6, 64)
+    for split, where in (("validation", "set/alpaca_dev.jsonl:1"), ("test", "set/test/f.jsonl:1")):
+        assert [row.where for row in read_rows(DataConfig(train=("set",), split=split), "sft").rows] == [where]
+    (folder / "set" / "a.jsonl").write_bytes(b'{"prompt": \n')
+    with pytest.raises(DataError, match=r"^set/a\.jsonl:1: invalid JSON"):
+        read_rows(config, "sft")
+
+
+def test_folders_that_cannot_be_read_whole_say_so(folder: Path, write: Callable[..., str]) -> None:
+    _folder(folder, write, {"a.jsonl": _told("a"), "a.csv": "prompt,completion\np,a\n"})
+    with pytest.raises(
+        DataError, match=r"set: a\.csv and a\.jsonl may hold the same rows; fix: name the files one by one"
+    ):
+        read_rows(DataConfig(train=("set",)), "sft")
+    with pytest.raises(DataError, match=r"set: no file of split 'test'; got train; fix: data\.split"):
+        read_rows(DataConfig(train=("set",), split="test"), "sft")
+    with pytest.raises(DataError, match=r"set/a\.csv: cannot be read in part .* got csv"):
+        (folder / "set" / "a.jsonl").unlink()
+        read_rows(DataConfig(train=("set",), streaming=True, max_rows=1), "sft")
+
+
+def test_a_script_of_a_data_set_is_not_run_and_told(folder: Path, write: Callable[..., str]) -> None:
+    _folder(folder, write, {"set.py": "raise SystemExit", "data/train-0.jsonl": _told("a")})
+    with pytest.raises(DataError, match=r"set: cannot be loaded: Dataset scripts are no longer supported"):
+        read_rows(DataConfig(train=("set",)), "sft")
+
+
+def test_splits_and_names_of_files_are_told_to_do_nothing(folder: Path, write: Callable[..., str]) -> None:
+    _folder(folder, write, {"a.jsonl": _told("a"), "test.jsonl": _told("b")})
+    told = "data.name, data.split: no effect on files; only folders and Hub data sets have splits"
+    assert told in load_rows(DataConfig(train=("set/a.jsonl",), name="x", split="test"), "sft").warnings
+    config = DataConfig(train=("set/a.jsonl",), eval=("set",), split="test")
+    assert not [w for w in load_rows(config, "sft").warnings if "no effect" in w]
+
+
+def test_rows_of_nested_texts_are_held_against_max_row_bytes(read: Read) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b"}]} for n in (5, 5000)
+    ]
+    with pytest.raises(DataError, match=r"rows\.parquet:row 2: row 5,\d+ bytes > max_row_bytes 1,000 bytes"):
+        read(_parquet(rows), "sft", "rows.parquet", max_row_bytes=1000)
 
 
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet", "set"])

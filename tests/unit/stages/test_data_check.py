@@ -33,7 +33,7 @@ def check(tiny_llama: Callable[..., Path], write_jsonl: Callable[..., str]) -> C
     def made(
         rows: list[dict[str, Any]], stage: Any = "sft", shown: int = 1, colour: bool = False, **job: Any
     ) -> list[str]:
-        data = {"train": write_jsonl(rows), "held_out_fraction": 0.0}
+        data = {"train": write_jsonl(rows), "held_out_fraction": 0.0, **job.pop("data", {})}
         fixed = {"output_dir": ".", "model_name_or_path": str(tiny_llama()), "template": "none", "max_length": 20}
         return check_data(SFTConfig(**{**fixed, **job}, data=data), stage, shown, colour)
 
@@ -60,6 +60,34 @@ def test_pairs_and_prompts_are_shown_as_their_stages_read_them(check: Callable[.
     assert check(pair, "ppo")[-1] == "<s>p"
     with pytest.raises(DataError, match="no usable rows: 1 skipped: empty completion"):
         check([{"prompt": "a", "completion": " "}])
+
+
+def test_rows_are_shown_as_the_run_reads_them(check: Callable[..., list[str]]) -> None:
+    """Cut where it cuts, and not at all where it drops; a run that stops at them has an account as well."""
+    rows = [{"prompt": "a" * 10, "completion": "b" * 30}, {"prompt": "ab", "completion": "cd"}]
+    cut = check(rows, data={"too_long": "truncate"})
+    assert cut[-2].endswith(":1, 20 tokens, as the model reads it")
+    assert cut[-1] == "<s>aaaaaaaaaa\u00abbbbbbbbbb\u00bb"
+    for too_long in ("drop", "stop"):
+        lines = check(rows, data={"too_long": too_long})
+        assert lines[-2].endswith(":2, 6 tokens, as the model reads it")
+        assert any(line.startswith("1 dropped: over max_length 20") for line in lines)
+
+
+def test_prompts_of_ppo_have_no_limit_of_sft(
+    tiny_llama: Callable[..., Path], write_jsonl: Callable[..., str], check: Callable[..., list[str]]
+) -> None:
+    rows = [{"prompt": "a" * 600}]
+    job = {"output_dir": ".", "model_name_or_path": str(tiny_llama()), "template": "none"}
+    lines = check_data(SFTConfig(**job, data={"train": write_jsonl(rows), "held_out_fraction": 0.0}), "ppo")
+    assert "tokens: 601 to 601, median 601" in lines and lines[-1] == "<s>" + "a" * 600
+    assert any(line.startswith("1 dropped: over 20-0") for line in check(rows, "ppo"))
+
+
+def test_control_characters_of_data_are_no_orders_to_the_terminal(check: Callable[..., list[str]]) -> None:
+    lines = check([{"prompt": "a\x1b[2J\tb\nc", "completion": "\x9bd\r", "k\x1b": 1}], colour=True)
+    assert lines[-1] == "<s>a\\x1b[2J\tb\nc\033[30;42m\\x9bd\\r</s>\033[0m"
+    assert "nothing reads k\\x1b" in lines
 
 
 def test_histogram_counts_every_length_once() -> None:

@@ -78,7 +78,8 @@ class RowSet:
     skipped: Tally
     warnings: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
-    """Fields that nothing reads, most frequent first, with how many rows have them where that is not all."""
+    """Fields that nothing reads, most frequent first, with how many rows have them where that is not all; and files of a folder
+    that are of another split."""
     has_splits: bool = False
     """Whether one of the files is a data set, here or on the Hub, of which data.split is read."""
 
@@ -136,18 +137,19 @@ class _FileRows:
     dropped: Tally = field(default_factory=lambda: Tally("dropped"))
     skipped: Tally = field(default_factory=lambda: Tally("skipped"))
     unread: Counter[str] = field(default_factory=Counter)
+    of_other_splits: list[str] = field(default_factory=list)
 
 
 def _read_file(name: str, config: DataConfig, kind: RowKind, first: int | None) -> _FileRows:
     """first: read no more rows than these."""
     source = find(name)
-    raw, problems = _raw_rows(source, config, first)
+    raw, problems, others = _raw_rows(source, config, first)
     try:
         _rename(name, raw, config.columns)
         chosen = _choose_format(name, raw, config.format, kind)
     except DataError as error:
         raise DataError([*problems, *_faults(raw), *error.problems]) from error
-    file = _FileRows(source, chosen, total=len(raw), problems=problems)
+    file = _FileRows(source, chosen, total=len(raw), problems=problems, of_other_splits=others)
     for where, row in raw:
         try:
             if isinstance(row, BadRow):
@@ -177,16 +179,20 @@ def _sha256(raw: Iterable[RawRow]) -> str:
     return sha256_rows(row for _, row in raw if not isinstance(row, BadRow))
 
 
-def _raw_rows(source: DataSource, config: DataConfig, first: int | None) -> tuple[list[RawRow], list[Problem]]:
-    """All rows of a source, or the first ones, and the problem that ended reading before its end, if any."""
+def _raw_rows(
+    source: DataSource, config: DataConfig, first: int | None
+) -> tuple[list[RawRow], list[Problem], list[str]]:
+    """All rows of a source, or the first ones, the problem that ended reading before its end, if any, and files that are of another
+    split."""
     raw: list[RawRow] = []
+    files, others = files_of(source, config.split, config.name)
     try:
-        raw.extend(islice(_read(files_of(source, config.split, config.name), config, first is not None), first))
+        raw.extend(islice(_read(files, config, first is not None), first))
     except DataError as error:
-        return raw, list(error.problems)
+        return raw, list(error.problems), others
     if not raw:
         raise DataError.at(source.name, "no rows")
-    return raw, []
+    return raw, [], others
 
 
 def _read(files: Sequence[DataSource], config: DataConfig, streaming: bool) -> Iterator[RawRow]:
@@ -270,6 +276,7 @@ def _joined(files: Sequence[_FileRows], kind: RowKind) -> RowSet:
         records.append(DataFile(file.source.name, file.sha256, file.total, len(kept), file.format.name))
     unread = sum((file.unread for file in files), Counter[str]())
     told = [name if n == len(rows) else f"{name} ({n:,} rows)" for name, n in unread.most_common()]
+    told += [f"{name} (of another split)" for file in files for name in file.of_other_splits]
     has_splits = any(file.source.kind == "hub" for file in files)
     return RowSet(tuple(rows), tuple(records), dropped, skipped, tuple(warnings), tuple(told), has_splits)
 

@@ -130,8 +130,9 @@ def _has_data(folder: Path) -> bool:
     return any(_kind_of(file.name)[0] is not None and file.is_file() for file in files)
 
 
-def files_of(source: DataSource, split: str, config: str | None = None) -> list[DataSource]:
-    """The files of one split of a folder that lies here, in the order of their names; of any other source itself.
+def files_of(source: DataSource, split: str, config: str | None = None) -> tuple[list[DataSource], list[str]]:
+    """The files of one split of a folder that lies here, in the order of their names, and the names of its other data files; of any
+    other source itself.
 
     A file belongs to the split that its name, or the folder it is in, names with a word of SPLITS, and to `train` if it names none.
     Folders that are laid out like a Hub data set (a README.md that tells its `configs`, data/train-*), and what only that library
@@ -139,7 +140,7 @@ def files_of(source: DataSource, split: str, config: str | None = None) -> list[
     the same name with two suffixes, or as `find`."""
     folder = Path(source.path)
     if source.kind != "hub" or not folder.is_dir() or config is not None or split not in SPLITS or _is_hub_set(folder):
-        return [source]
+        return [source], []
     of_split: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -157,7 +158,9 @@ def files_of(source: DataSource, split: str, config: str | None = None) -> list[
         if first != name:
             fix = "name the files one by one, each set of rows once"
             raise DataError.at(source.name, f"{first} and {name} may hold the same rows", fix=fix)
-    return [find(f"{source.name.rstrip('/')}/{name.as_posix()}") for name in names]
+    at = source.name.rstrip("/")
+    others = [f"{at}/{name.as_posix()}" for other, found in of_split.items() if other != split for name in found]
+    return [find(f"{at}/{name.as_posix()}") for name in names], others
 
 
 def _is_hub_set(folder: Path) -> bool:

@@ -262,7 +262,11 @@ def test_all_files_of_a_folder_are_read_as_if_they_were_named(folder: Path, writ
         ("set/a.jsonl:1", "a1"), ("set/a.jsonl:2", "a2"), ("set/b.csv:2", "NA"), ("set/c.jsonl.gz:1", "c"),
         ("set/more/d.parquet:row 1", "d"), ("set/train.jsonl:1", "2020-01-01"),
     ]  # fmt: skip
-    (line,) = load_rows(config, "sft").manifest
+    found = load_rows(config, "sft")
+    assert (
+        found.summary[1] == "nothing reads set/alpaca_dev.jsonl (of another split), set/test/f.jsonl (of another split)"
+    )
+    (line,) = found.manifest
     assert (line["path"], line["rows"], len(line["sha256"])) == ("set", 6, 64)
     for split, where in (("validation", "set/alpaca_dev.jsonl:1"), ("test", "set/test/f.jsonl:1")):
         assert [row.where for row in read_rows(DataConfig(train=("set",), split=split), "sft").rows] == [where]

@@ -123,13 +123,18 @@ class RunCallback(TrainerCallback):
     def keep_best(self) -> None:
         """Put the weights with the lowest held-out loss back, where the job asks for them."""
         found = self.state
-        if found.best is not None and found.best_step != found.step:
+        if found.best is None:
+            return
+        keeping = f"{self.job.stage}: keeping step {found.best_step}, held-out loss {found.best_loss:.4f}"
+        if found.best_step != found.step:
             self.task.restore(*found.best)
             found.last |= self._measured()
             if self.session.is_main:
-                self.session.console.log(
-                    f"{self.job.stage}: keeping step {found.best_step}, held-out loss {found.best_loss:.4f}"
-                )
+                self.session.console.log(keeping)
+        if self.session.is_main and self.task.evaluates_at_start and found.best_loss >= found.first["eval/loss"]:
+            self.session.console.warn(
+                f"{keeping}; no step's is below that of the start, {found.first['eval/loss']:.4f}"
+            )
 
     def summary(self) -> dict[str, float]:
         """The last value of every metric, where the losses started, and which step was best."""
@@ -152,7 +157,8 @@ class RunCallback(TrainerCallback):
                     Problem(f"step {self.step}", f"{name} is not finite", "a finite number", str(value), fix)
                 )
         self._record(self.step, metrics)
-        if metrics["eval/loss"] < self.state.best_loss:
+        is_trained = self.step > self.trainer.skipped  # the start is no result, even where no step is better
+        if is_trained and metrics["eval/loss"] < self.state.best_loss:
             self.state.best_step, self.state.best_loss = self.step, metrics["eval/loss"]
             if self.config.load_best_model_at_end:
                 self.state.best = (self.task.tensors(), self.task.head())

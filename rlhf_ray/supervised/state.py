@@ -40,4 +40,5 @@ class SupervisedState:
         """Put back what `state_dict` gave."""
         self.step, self.seconds = state["step"], state["seconds"]
         self.first, self.last = state["first"], state["last"]
-        self.best_step, self.best_loss = state["best"]["step"], float.fromhex(state["best"]["loss"])
+        best = state["best"]  # in older versions perhaps the start, which is no result
+        self.best_step, self.best_loss = best["step"], float.fromhex(best["loss"]) if best["step"] else math.inf

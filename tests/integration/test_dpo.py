@@ -19,6 +19,7 @@ from rlhf_ray.registry import Registry
 from rlhf_ray.stages.generate import generate
 from rlhf_ray.stages.start import dpo, pipeline, sft
 from rlhf_ray.storage.run import Run, load_run
+from rlhf_ray.supervised.state import SupervisedState
 from tests.runs import lasting_rows, weights, yes_or_no
 
 pytestmark = pytest.mark.integration
@@ -85,6 +86,41 @@ def test_it_learns_what_the_pairs_say_from_the_sft_adapter(
     assert run_without_us(LOGITS, config.model_name_or_path, str(run.adapter_dir)) > 1e-3
     page = (Path(run.run_dir) / "report.html").read_text()
     assert "Implied rewards" in page and "Direct preference optimisation" in page
+
+
+@pytest.mark.parametrize("stage", [dpo, sft])
+def test_a_run_whose_every_step_is_worse_than_the_start_keeps_its_best_step(
+    stage: Callable[..., Run], make_config: Make, supervised_job: Callable[..., Any], console: Any, write_jsonl: Write
+) -> None:
+    """The start, which is no result, used to be put back, and could not be saved; nor could it after a resume."""
+    pairs = yes_or_no(24)
+    names = {"user_input": "user_input", "completion_a": "completion_b", "completion_b": "completion_a"}
+    opposite = write_jsonl("opposite.jsonl", [{to: pair[name] for name, to in names.items()} for pair in pairs])
+    how: dict[str, Any] = {
+        "max_steps": 3,
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "data": {"eval": [opposite]},
+    }
+    if stage is sft:
+        yes, no = (
+            [{"instruction": p["user_input"], "output": p[n]} for p in pairs] for n in ("completion_a", "completion_b")
+        )
+        how |= {"data": {"eval": [write_jsonl("no.jsonl", no)]}, "learning_rate": 1.0}
+        job: Any = supervised_job(SFTConfig, "sft", yes, **how)
+    else:
+        job = make_config(24, **how)
+    run = stage(job, console)
+    evaluated = [row["eval/loss"] for row in lasting_rows(run) if "eval/loss" in row]
+    assert evaluated[0] < min(evaluated[1:])
+    assert run.metrics["best/eval_loss"] == min(evaluated[1:]) and run.metrics["best/step"] >= 1
+    (line,) = [line for line in console.warnings if "keeping step" in line]
+    assert f"no step's is below that of the start, {evaluated[0]:.4f}" in line
+    state = SupervisedState()
+    state.load_state_dict(
+        {"step": 3, "seconds": 1.0, "first": {}, "last": {}, "best": {"step": 0, "loss": (0.5).hex()}}
+    )
+    assert state.best_loss == math.inf  # of a run that an older version left so
 
 
 def test_rpo_holds_the_chosen_replies_up_and_a_wrong_label_is_allowed_for(

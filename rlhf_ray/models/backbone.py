@@ -36,7 +36,7 @@ from rlhf_ray.models.lora_compute import compute_adapters_in
 from rlhf_ray.models.packing import Packing
 from rlhf_ray.models.quantisation import dequantised, keep_trainable
 from rlhf_ray.models.recurrent import one_recurrence
-from rlhf_ray.models.sources import ModelSource, config_sha256, resolve_source, weights_sha256
+from rlhf_ray.models.sources import GENERATION, ModelSource, config_sha256, resolve_source, weights_sha256
 from rlhf_ray.models.tokenizer import (
     PadChoice,
     choose_pad,
@@ -399,7 +399,7 @@ def base_files(
     source = resolve_source(path, revision)
     plan = plan_load(source, dtype, "auto", None, False, device)
     tokenizer = tokenizer_of(source)
-    has_own = (source.folder / "generation_config.json").is_file()
+    has_own = (source.folder / GENERATION).is_file()
     generation: Any = GenerationConfig
     how = generation.from_pretrained(str(source.folder)) if has_own else generation.from_model_config(plan.config)
     text = plan.config.get_text_config()

@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,7 +18,15 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf_ray.errors import ArtifactError, ResourceError
 from rlhf_ray.models.quantisation import quantised_kwargs
-from rlhf_ray.models.sources import ModelSource, are_pickled, check_files, load_error, one_line, weight_files
+from rlhf_ray.models.sources import (
+    CONFIG_ERRORS,
+    ModelSource,
+    are_pickled,
+    check_files,
+    load_error,
+    one_line,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,14 +38,31 @@ _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def no_dropout(config: Any) -> dict[str, float]:
-    """Set every dropout probability of a transformers config to 0 and return what they were, to be restored before saving."""
-    before = {}
-    for name, value in config.to_dict().items():
+    """Set every dropout probability of a transformers config, and of the configs inside it, to 0; return what they were, to be
+    restored before saving (`restore_dropout`), as text_config.attention_dropout."""
+    from transformers import PreTrainedConfig
+
+    before: dict[str, float] = {}
+    for name in config.to_dict():
+        value = getattr(config, name, None)
+        if isinstance(value, PreTrainedConfig):
+            before |= {f"{name}.{inner}": rate for inner, rate in no_dropout(value).items()}
         is_rate = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
         if is_rate and value and (name.endswith(("dropout", "pdrop", "layerdrop", "dropout_prob", "dropout_p"))):
             before[name] = value
             setattr(config, name, 0.0)
     return before
+
+
+def restore_dropout(config: Any, rates: Mapping[str, float]) -> None:
+    """Put back what `no_dropout` gave, into a copy of that config or of its text_config, as far as that has a place for it."""
+    for name, rate in rates.items():
+        *inside, last = name.split(".")
+        found = config
+        for part in inside:
+            found = getattr(found, part, found if part == "text_config" else None)
+        if found is not None:
+            setattr(found, last, rate)
 
 
 @dataclass
@@ -64,7 +89,7 @@ def config_of(source: ModelSource) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except CONFIG_ERRORS as e:
         raise load_error(source, e) from e
 
 
@@ -128,13 +153,17 @@ def checkpoint_dtype(folder: Path, config: Any) -> torch.dtype:
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
-    """One tensor of a checkpoint's safetensors files. ArtifactError if none of them has it."""
+    """One tensor of a checkpoint, which has been loaded before. ArtifactError if none of its files has it."""
     for path in weight_files(folder):
-        if path.suffix == ".safetensors":
+        if path.suffix == ".bin":
+            pickled = torch.load(path, map_location="cpu", weights_only=True)
+            if name in pickled:
+                return pickled[name]
+        else:
             with safe_open(path, framework="pt") as file:
                 if name in file.keys():  # noqa: SIM118
                     return file.get_tensor(name)
-    raise ArtifactError.at(str(folder), f"{name} cannot be read", "safetensors files that hold it")
+    raise ArtifactError.at(str(folder), f"{name} cannot be read", "weight files that hold it")
 
 
 def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -227,7 +256,7 @@ def from_pretrained(auto: Any, source: ModelSource, plan: LoadPlan) -> tuple[Pre
         raise ArtifactError.at(
             str(source.folder), "the pickled weights hold more than tensors", "tensors alone", one_line(e)
         ) from e
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as e:
+    except (*CONFIG_ERRORS, RuntimeError, ImportError, SafetensorError) as e:
         raise load_error(source, e) from e
 
 

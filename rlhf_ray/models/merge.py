@@ -25,7 +25,7 @@ from rlhf_ray.models.adapters import lora_layers, use_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_exact, trunk
 from rlhf_ray.models.heads import ScalarHead, logits_head
 from rlhf_ray.models.lineage import MERGED, check_lineage, merged_manifest
-from rlhf_ray.models.loading import quiet
+from rlhf_ray.models.loading import quiet, restore_dropout
 from rlhf_ray.models.merge_by_peft import merge_by_peft, more_than_lora, read_any
 from rlhf_ray.models.sources import ModelSource, resolve_source, weights_sha256
 from rlhf_ray.models.specs import ModelSpec, policy_source
@@ -356,8 +356,7 @@ def _write(folder: Path, backbone: Backbone, dropout: dict[str, float], base: Mo
     from transformers import GenerationConfig
 
     model: Any = backbone.model
-    for name, rate in dropout.items():
-        setattr(model.config, name, rate)
+    restore_dropout(model.config, dropout)
     if hasattr(model, "score"):
         model.config.pad_token_id = backbone.pad_id
     else:

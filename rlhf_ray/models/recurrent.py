@@ -21,6 +21,8 @@ ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention
 STATE = frozenset({"linear_attention", "conv"})
 """With a state alone."""
 BOTH = frozenset({"hybrid", "hybrid_sliding"})
+JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+"""Attributes of modules whose passes in training are random."""
 NEITHER = frozenset({"moe", "mlp", "dummy"})
 
 
@@ -77,13 +79,14 @@ def one_recurrence(model: nn.Module) -> None:
 
     Mamba 2 mixers lose their smallest time step, where they have one: transformers keeps to it where it reads many tokens at once
     (Zamba 2 and Nemotron-H: 0.001) and not where it decodes one, nor do the kernels of mamba_ssm. And mixers always run as in
-    evaluation: in training a fused kernel reads the weights of out_proj and x_proj, past any adapter on them."""
+    evaluation: in training a fused kernel reads the weights of out_proj and x_proj, past any adapter on them. So do routers of
+    experts with a jitter: in training they choose at random (Mixtral, DBRX, MiniMax; Phi-MoE always)."""
     module: Any
     for module in model.modules():
         low, high = getattr(module, "time_step_limit", (0.0, 0.0))
         if low > 0 and high == float("inf"):
             module.time_step_limit = (0.0, high)
-        if hasattr(module, "A_log"):
+        if any(hasattr(module, name) for name in ("A_log", *JITTER)):
             module.register_forward_pre_hook(_as_in_evaluation)
 
 

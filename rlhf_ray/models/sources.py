@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem, RlhfRayError
@@ -28,11 +29,14 @@ from rlhf_ray.storage.files import read_json, sha256_text
 from rlhf_ray.storage.hash_cache import cached_sha256
 
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _NOT_WANTED = ["*/*", "consolidated*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
+CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
+"""What transformers raises for a config.json that it cannot read."""
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of config.json that change when the same model is saved again, without changing what it computes."""
 
@@ -158,14 +162,18 @@ def check_files(source: ModelSource) -> dict[str, Any]:
     if own_code and tokenizer_config.exists() and read_json(tokenizer_config).get("auto_map"):
         problems.append(Problem(str(tokenizer_config), "auto_map is refused: a tokenizer may not bring its own code"))
     ArtifactError.raise_all(problems)
+    if (folder / GENERATION).exists():
+        read_json(folder / GENERATION)  # a damaged one, and the stop tokens in it, transformers leaves out in silence
     weight_files(folder)
     return config
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, in order: safetensors, or pytorch_model.bin where there are none. ArtifactError if one is
-    missing."""
+    """The files that hold the weights, in order, as transformers chooses them: safetensors, or pytorch_model.bin where there are
+    none; one file rather than shards. ArtifactError if one is missing."""
     for index, whole in ((INDEX, "model.safetensors"), (PICKLED_INDEX, PICKLED)):
+        if (folder / whole).exists():
+            return [folder / whole]
         if (folder / index).exists():
             table = read_json(folder / index).get("weight_map")
             if not isinstance(table, dict) or not table:
@@ -173,8 +181,6 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted({str(name) for name in table.values()})
             ArtifactError.raise_all(_shard_problems(folder, index, names))
             return [folder / name for name in names]
-        if (folder / whole).exists():
-            return [folder / whole]
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     expected = f"model.safetensors, or {INDEX} with its shards; or {PICKLED}"
     raise ArtifactError.at(str(folder), "no weights", expected, ", ".join(others[:3]) or "none")
@@ -219,8 +225,9 @@ def config_sha256(folder: Path) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """First line of a library's error message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """First line of a library's error message, with the one below it that it announces."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def load_error(source: ModelSource, error: Exception) -> RlhfRayError:

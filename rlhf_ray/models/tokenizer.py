@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ArtifactError, ConfigError
-from rlhf_ray.models.sources import ModelSource, check_files, load_error, resolve_source
+from rlhf_ray.models.sources import GENERATION, ModelSource, check_files, load_error, resolve_source
 from rlhf_ray.storage.files import sha256_text
 
 if TYPE_CHECKING:
@@ -117,14 +117,14 @@ def eos_ids(
         return tuple(dict.fromkeys(override))
     from_config = getattr(generation_config, "eos_token_id", None)
     listed = from_config if isinstance(from_config, (list, tuple)) else [from_config]
-    found = tuple(dict.fromkeys(i for i in (tokenizer.eos_token_id, *listed) if i is not None))
+    found = [i for i in (tokenizer.eos_token_id, *listed) if i is not None]
     if not found:
         raise ArtifactError.at(
             "tokenizer", "the model has no end-of-sequence token, so no reply could ever end", fix="set stop_token_ids"
         )
-    foreign = [i for i in found if not 0 <= i < rows]
-    if foreign:
+    strange = [i for i in found if type(i) is not int or not 0 <= i < rows]
+    if strange:
         raise ArtifactError.at(
-            "generation_config.json", "an end token is not in the vocabulary", f"below {rows}", str(foreign)
+            GENERATION, "an end token is not in the vocabulary", f"whole numbers below {rows}", str(strange)
         )
-    return found
+    return tuple(dict.fromkeys(found))

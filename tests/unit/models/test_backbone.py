@@ -14,24 +14,47 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     CTRLConfig,
     Gemma2Config,
     GraniteConfig,
+    Mistral3Config,
+    MistralConfig,
+    MixtralConfig,
+    PhimoeConfig,
+    PixtralVisionConfig,
 )
 
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ArtifactError, ConfigError, InvariantError, ResourceError
 from rlhf_ray.models import loading
-from rlhf_ray.models.backbone import Backbone, trunk
+from rlhf_ray.models.backbone import Backbone, base_files, trunk
 from rlhf_ray.models.heads import LogitsHead, ScalarHead, scalar_head
-from rlhf_ray.models.loading import LoadPlan, plan_load
+from rlhf_ray.models.loading import LoadPlan, no_dropout, plan_load, restore_dropout
 from rlhf_ray.models.sources import resolve_source
 
 from .conftest import IDS, hidden, logits
 
 Load = Callable[..., Backbone]
 Make = Callable[..., Path]
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+RANDOM_IN_TRAINING: dict[str, Any] = {
+    "phimoe": PhimoeConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2, input_jitter_noise=0.1),
+    "mixtral": MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.3),
+    "mistral3": Mistral3Config(
+        text_config=MistralConfig(**_SMALL, head_dim=16, attention_dropout=0.1),
+        vision_config=PixtralVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=32
+        ),
+        image_token_index=10,
+    ),
+}
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -59,6 +82,32 @@ class TestLoading:
         expected = logits(model)
         model.train()
         assert torch.equal(logits(model), expected)
+
+    @pytest.mark.parametrize("family", sorted(RANDOM_IN_TRAINING))
+    def test_no_family_is_random_in_training(self, load: Load, tiny_llama: Make, tmp_path: Path, family: str) -> None:
+        """Dropout in a config inside the config, jitter of routers: DPO did not begin at ln 2, nor PPO with a ratio of 1."""
+        model = AutoModelForImageTextToText if family == "mistral3" else AutoModelForCausalLM
+        torch.manual_seed(0)
+        model.from_config(RANDOM_IN_TRAINING[family]).save_pretrained(tmp_path)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_llama() / file, tmp_path)
+        base = load(tmp_path).model
+        expected = logits(base)
+        base.train()
+        assert torch.equal(logits(base), expected) and torch.equal(logits(base), expected)
+
+    def test_dropout_inside_a_config_is_put_back(self) -> None:
+        """Into a copy of the whole, or of its text config, which is what a wrapper's reward model is merged as."""
+        config = copy.deepcopy(RANDOM_IN_TRAINING["mistral3"])
+        config.vision_config.attention_dropout = 0.2
+        rates = no_dropout(config)
+        assert rates == {"text_config.attention_dropout": 0.1, "vision_config.attention_dropout": 0.2}
+        whole, text = copy.deepcopy(config), copy.deepcopy(config.text_config)
+        assert (whole.text_config.attention_dropout, whole.vision_config.attention_dropout) == (0, 0)
+        for each in (whole, text):
+            restore_dropout(each, rates)
+        assert (whole.text_config.attention_dropout, whole.vision_config.attention_dropout) == (0.1, 0.2)
+        assert text.attention_dropout == 0.1
 
     @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
     def test_auto_precision_on_the_cpu_is_float32(self, load: Load, tiny_llama: Make, stored: str) -> None:
@@ -194,6 +243,46 @@ class TestRefusals:
             load(folder)
         assert len(e.value.lines()) == 1
 
+    @pytest.mark.parametrize(
+        ("values", "named"),
+        [
+            ({"hidden_size": "32"}, "hidden_size"),
+            ({"num_hidden_layers": None}, "num_hidden_layers"),
+            ({"num_attention_heads": 3, "head_dim": None}, "number of attention heads"),
+            ({"layer_types": ["full_attention"]}, "layer_types"),
+            ({"eos_token_id": "x"}, "eos_token_id"),
+            ({"rope_parameters": [1]}, "rope_parameters"),
+            ({"max_position_embeddings": 256.0}, "max_position_embeddings"),
+        ],
+    )
+    def test_a_config_that_transformers_refuses(
+        self, load: Load, tiny_llama: Make, tmp_path: Path, values: dict[str, Any], named: str
+    ) -> None:
+        """Its own kind of error, of no kind that Python has: it was told as a bug of ours."""
+        folder = Path(shutil.copytree(tiny_llama(), tmp_path / "m"))
+        edit(folder / "config.json", **values)
+        with pytest.raises(ArtifactError, match=named) as e:
+            load(folder)
+        assert e.value.exit_code == 5 and len(e.value.lines()) == 1 and "Error: " in str(e.value)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('{"eos_token_id": [2, 7]', "cannot be read as JSON"),
+            ('{"eos_token_id": "x"}', "whole numbers below 260"),
+            ("[]", "a JSON object"),
+        ],
+    )
+    def test_a_damaged_generation_config(
+        self, load: Load, tiny_llama: Make, tmp_path: Path, text: str, message: str
+    ) -> None:
+        """transformers passes over it in silence, and with it over the stop tokens that it names."""
+        folder = Path(shutil.copytree(tiny_llama(), tmp_path / "m"))
+        (folder / "generation_config.json").write_text(text)
+        for read in (load, lambda path: base_files(str(path), None, "auto", "cpu", None)):
+            with pytest.raises(ArtifactError, match=f"generation_config.json.*{message}"):
+                read(folder)
+
 
 class TestHeads:
     @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
@@ -302,14 +391,20 @@ class TestClassifiers:
         with pytest.raises(ArtifactError, match=r"several labels; expected one label, or two; got 3.*reward function"):
             load_reward(reward_model(num_labels=3))
 
-    def test_a_bias_counts_and_what_is_not_used_is_told(self, load_reward: Load, reward_model: Make) -> None:
+    @pytest.mark.parametrize("pickled", [False, True])
+    def test_a_bias_counts_and_what_is_not_used_is_told(
+        self, load_reward: Load, reward_model: Make, pickled: bool
+    ) -> None:
         """transformers drops a bias that its class does not have, and says so in its log alone."""
         folder = reward_model(pad_token_id=0)
         stored = load_file(folder / "model.safetensors")
         plain = scalar_head(load_reward(folder).model.score)  # type: ignore[arg-type]
-        save_file(
-            {**stored, "score.bias": torch.tensor([1.5]), "critic.weight": torch.ones(2)}, folder / "model.safetensors"
-        )
+        stored |= {"score.bias": torch.tensor([1.5]), "critic.weight": torch.ones(2)}
+        if pickled:
+            (folder / "model.safetensors").unlink()
+            torch.save(stored, folder / "pytorch_model.bin")
+        else:
+            save_file(stored, folder / "model.safetensors")
         base = load_reward(folder)
         states = hidden(base.model)[:, -1]
         torch.testing.assert_close(scalar_head(base.model.score)(states), plain(states) + 1.5)  # type: ignore[arg-type]

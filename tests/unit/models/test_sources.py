@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.backbone import load_backbone
@@ -130,6 +130,7 @@ class TestWhatMayBeLoaded:
             check_files(resolve_source(str(copy)))
 
     def test_shards_must_all_be_there_and_lie_here(self, copy: Path) -> None:
+        (copy / "model.safetensors").unlink()
         index = copy / "model.safetensors.index.json"
         index.write_text(
             json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "../m-2.safetensors", "c": "m-3.bin"}})
@@ -161,6 +162,16 @@ class TestIdentity:
         first = weights_sha256(tmp_path)
         save_file({"b": torch.ones(2)}, tmp_path / "m-2.safetensors")
         assert weights_sha256(tmp_path) != first
+
+    def test_of_one_file_and_shards_it_names_what_is_loaded(self, copy: Path) -> None:
+        """The lineage used to hold the hash of the shards, while transformers loads the file."""
+        before, whole = weights_sha256(copy), load_file(copy / "model.safetensors")
+        save_file({name: torch.zeros_like(tensor) for name, tensor in whole.items()}, copy / "m-1.safetensors")
+        table = {"metadata": {}, "weight_map": dict.fromkeys(whole, "m-1.safetensors")}
+        (copy / "model.safetensors.index.json").write_text(json.dumps(table))
+        base = load_backbone(path=str(copy), **SETTINGS)
+        assert torch.equal(base.model.get_input_embeddings().weight, whole["model.embed_tokens.weight"])  # type: ignore[arg-type]
+        assert base.identity.weights_sha256 == before
 
     def test_who_saved_a_config_does_not_matter_and_what_it_says_does(self, copy: Path) -> None:
         first = config_sha256(copy)

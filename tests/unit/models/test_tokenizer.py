@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,12 @@ class TestEnd:
     def test_a_foreign_id_in_the_generation_config_is_an_artefact_s_fault(self) -> None:
         with pytest.raises(ArtifactError, match="not in the vocabulary"):
             eos_ids(self.TOKENS, GenerationConfig(eos_token_id=100_000), None)
+
+    @pytest.mark.parametrize("found", ["x", ["2"], [[2]], 2.0, True])
+    def test_an_end_token_is_a_whole_number(self, found: Any) -> None:
+        """As a damaged file may have it; it was a TypeError, and 2.0 an id."""
+        with pytest.raises(ArtifactError, match=r"generation_config\.json.*whole numbers below 4"):
+            eos_ids(self.TOKENS, SimpleNamespace(eos_token_id=found), None)  # type: ignore[arg-type]
 
     def test_no_end_at_all(self) -> None:
         with pytest.raises(ArtifactError, match="no end-of-sequence"):

@@ -38,7 +38,7 @@ WEIGHTS = "adapter_model.safetensors"
 HEAD_KEY = "base_model.model.score.weight"
 """Where PEFT keeps the score head of a one-label sequence-classification adapter."""
 
-KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<half>[AB])\.weight")
+KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]{1,256})\.lora_(?P<half>[AB])\.weight")
 MAX_R = 1024
 MAX_TARGETS = 1024
 MAX_REGEX = 10_000
@@ -119,6 +119,13 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
     return AdapterFiles(config, tensors, head, adapter_sha256(tensors, head), str(folder))
 
 
+def policy_files(files: AdapterFiles, where: str) -> AdapterFiles:
+    """`files`. ArtifactError if they are a reward model's, whose head no policy has.   where: what the job calls them."""
+    if files.head is not None and not files.head.is_meta:  # a plan's adapters have one, whatever they will be
+        raise ArtifactError.at(where, "is a reward model", "a policy", "an adapter with a reward head")
+    return files
+
+
 def adapter_sha256(tensors: Mapping[str, Tensor], head: Tensor | None = None) -> str:
     """Identity of an adapter: over its float32 tensors, and its score head if it has one."""
     named = dict(tensors) if head is None else {**tensors, HEAD_KEY: head}
@@ -153,16 +160,16 @@ def check_folder(folder: Path) -> None:
 def check_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of `raw` that matter here, checked. ArtifactError, all problems at once, for what would be read differently.
 
-    target_modules may be BY_TENSORS.   ranks_differ, alphas: by `rank_pattern`, and alpha by module name."""
+    target_modules may be BY_TENSORS.   ranks_differ, alphas: by `rank_pattern`, and the keys of `alpha_pattern` as they are."""
     problems = _value_problems(raw, where) + _meaning_problems(raw, where)
     ArtifactError.raise_all(problems)
     targets = raw["target_modules"]
-    if any(raw.get(name) for name in _CHOICES) or (isinstance(targets, str) and targets != "all-linear"):
+    if _chooses(raw) or (isinstance(targets, str) and targets != "all-linear"):
         targets = BY_TENSORS
     return {
         "r": raw["r"],
         "ranks_differ": bool(raw.get("rank_pattern")),
-        "alphas": {_plain_name(k) or k: float(alpha) for k, alpha in (raw.get("alpha_pattern") or {}).items()},
+        "alphas": {key: float(alpha) for key, alpha in (raw.get("alpha_pattern") or {}).items()},
         "lora_alpha": float(raw["lora_alpha"]),
         "lora_dropout": float(raw.get("lora_dropout", 0.0)),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
@@ -211,7 +218,7 @@ def _value_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
         check(name, good, "numbers above 0 by module name (other regular expressions are not run)")
     stacked = raw.get("target_parameters") or []
     plain = isinstance(stacked, list) and all(isinstance(t, str) and _NAME.fullmatch(t) for t in stacked)
-    alone = not any(raw.get(name) for name in (*_CHOICES, "rank_pattern", "alpha_pattern")) and not is_regex
+    alone = not (_chooses(raw) or raw.get("rank_pattern") or raw.get("alpha_pattern") or is_regex)
     check(
         "target_parameters", plain and (alone or not stacked), "a list of names, beside a list of target_modules alone"
     )
@@ -223,6 +230,11 @@ def _value_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
         f"score, for SEQ_CLS only; else {WAY_OUT}",
     )
     return problems
+
+
+def _chooses(raw: Mapping[str, Any]) -> bool:
+    """Whether modules are chosen by layer, too: 0 is one."""
+    return any(raw.get(name) not in (None, [], "") for name in _CHOICES)
 
 
 def _meaning_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
@@ -285,7 +297,8 @@ def _uniform(tensors: dict[str, Tensor], config: dict[str, Any], alphas: Mapping
         return
     largest, alpha, rslora = max(ranks.values()), config["lora_alpha"], config["use_rslora"]
     for module, key in downs.items():
-        own = next((a for name, a in alphas.items() if module == name or module.endswith(f".{name}")), alpha)
+        # As PEFT matches them; expressions they are, but no other than a name with dots (`_plain_name`).
+        own = next((a for name, a in alphas.items() if re.match(rf"(.*\.)?({name})$", module)), alpha)
         up, missing = key.replace("lora_A", "lora_B"), largest - ranks[module]
         factor = lora_scale(own, ranks[module], rslora) / lora_scale(alpha, largest, rslora)
         tensors[key] = torch.nn.functional.pad(tensors[key], (0, 0, 0, missing))

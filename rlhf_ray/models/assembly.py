@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from rlhf_ray.config import JobFields, LoraConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config import DPOConfig, JobFields, LoraConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models.adapter_files import policy_files
 from rlhf_ray.models.adapters import (
     AdapterFiles,
     adapter_config,
@@ -77,7 +78,7 @@ class Assembly:
             if more is not None:
                 self.bindings[role] = RoleBinding(self._merged(more), None)
             else:
-                adapter = self._saved(BASE, role, self._read(source.path), trainable=False)
+                adapter = self._saved(BASE, role, policy_files(self._read(source.path), source.path), trainable=False)
                 self.bindings[role] = RoleBinding(BASE, adapter)
         else:
             self.bindings[role] = RoleBinding(self._full(source, "causal_lm"), None)
@@ -97,7 +98,7 @@ class Assembly:
                 header_line("reference", "the base, adapters off"),
             ]
         elif source.kind == "adapter":
-            files = self._read(source.path)
+            files = policy_files(self._read(source.path), source.path)
             self._saved(BASE, "policy", files, trainable=True)
             if with_reference:
                 self.bindings["reference"] = RoleBinding(BASE, self._saved(BASE, "reference", files, trainable=False))
@@ -336,5 +337,5 @@ def load_options(job: JobFields, device: torch.device) -> dict[str, Any]:
         "load_in_4bit": job.load_in_4bit,
         "cpu_offload": job.cpu_offload,
         "device": device,
-        "trains": isinstance(job, (SFTConfig, RewardConfig, PPOConfig)),
+        "trains": isinstance(job, (SFTConfig, DPOConfig, RewardConfig, PPOConfig)),
     }

@@ -20,7 +20,7 @@ from rlhf_ray.data.collate import Tokenised, TokenisedPrompt, tokenise_prompts
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.templates import Template, load_template
 from rlhf_ray.data.tokenise import TooLong
-from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.batching import Batching
@@ -312,9 +312,6 @@ class _PolicyLoader:
         sha256 = self._check(source, f"policy:{name}")
         here = ModelSpec("base", "base") if self._is_base(source) else source
         self.assembly.add_policy(role, here)
-        files = self.assembly.files.get(role)
-        if files is not None and files.head is not None:
-            raise ArtifactError.at(spec, "is a reward model", "a policy", "an adapter with a reward head")
         self.lines.append(header_line("policy", f"{name}: {here.describe()}"))
         return Policy(name, role, source, ActiveAdapter(self.assembly.bindings[role].adapter, 0, sha256))
 

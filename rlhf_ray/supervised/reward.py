@@ -68,7 +68,7 @@ class RewardTask(PairTask):
             if config.init_from == "sft" and session.is_main:
                 session.console.warn("no sft is given: the reward model starts from the base, not from the SFT model")
         else:
-            start = copy_of(config.sft, backbone, template, self.adapter, session)
+            start = copy_of(config.sft, backbone, template, self.adapter, session, for_reward=True)
         head = ScalarHead(backbone.hidden_size, initial_head(backbone.hidden_size, config.seed)).to(backbone.device)
         lineage = [*describe(backbone.identity, start.parents, template), f"adapter    {start.told}; scalar head"]
         model = RewardModel(backbone, start.model, head, config.has_contiguous_rows)

@@ -266,10 +266,26 @@ class TestAdaptersByOthers:
                 "alpha_pattern": {r".*\.q_proj": 4, "^model.layers.1.self_attn.v_proj": 3},
             },
             {"target_modules": "all-linear", "rank_pattern": {r"layers\.0\.mlp\.up_proj": 9}, "use_rslora": True},
+            {
+                "target_modules": ["q_proj", "v_proj"],
+                "alpha_pattern": {"^v_proj": 32, "^layers.0.self_attn.v_proj": 64, "self.attn.q_proj": 3, "no_such": 5},
+            },
+            {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"layers.1.self_attn.v_proj": 32, "v_proj$": 5}},
             {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+            {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 0},
             {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
         ],
-        ids=["regular expression", "ranks", "alphas", "ranks, rsLoRA", "layers", "excluded"],
+        ids=[
+            "expression",
+            "ranks",
+            "alphas",
+            "ranks, rsLoRA",
+            "anchored",
+            "first counts",
+            "layers",
+            "layer 0",
+            "excluded",
+        ],
     )
     def test_modules_and_scales_of_their_own(
         self, tiny_llama: Callable[..., Path], tmp_path: Path, options: dict[str, Any]

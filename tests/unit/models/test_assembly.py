@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.batches import Sequences
-from rlhf_ray.config import LoraConfig, PPOConfig
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.assembly import Assembly
+from rlhf_ray.config import DPOConfig, EvaluateConfig, LoraConfig, PPOConfig, SFTConfig
+from rlhf_ray.data.templates import load_template
+from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models.assembly import Assembly, load_options
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.merge import merge_run
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.specs import policy_source, reward_source
+from rlhf_ray.supervised.start import copy_of
 
 from .conftest import IDS
 
@@ -102,6 +105,28 @@ def test_without_an_sft_adapter_the_reference_is_the_base(tiny_llama: Make, load
     with torch.no_grad():
         expected = plain(IDS).logits.log_softmax(-1)[:, 1:-1].gather(-1, IDS[:, 2:, None])[..., 0]
     torch.testing.assert_close(logprobs(models, "reference"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reward_model_is_no_policy(tiny_llama: Make, save_trained: Save, tmp_path: Path) -> None:
+    """Its head was left out without a word, in PPO where it was given as `sft`, and in DPO and SFT; the reward stage tells it."""
+    save_trained(tiny_llama(), tmp_path / "reward", head=torch.linspace(-1, 1, 64)[None])
+    source, assembly = policy_source(str(tmp_path / "reward")), start(tiny_llama())
+    for add in (lambda: assembly.add_trained_policy(source, LORA), lambda: assembly.add_policy("reference", source)):
+        with pytest.raises(ArtifactError, match="is a reward model; expected a policy"):
+            add()
+    told: list[str] = []
+    session = SimpleNamespace(is_main=True, console=SimpleNamespace(warn=told.append))
+    how: Any = (str(tmp_path / "reward"), assembly.base, load_template("none"), "copied", session)
+    with pytest.raises(ArtifactError, match="is a reward model; expected a policy"):
+        copy_of(*how)
+    assert copy_of(*how, for_reward=True).parents and "its adapter is copied, its head is not" in told[0]
+
+
+@pytest.mark.parametrize(("kind", "trains"), [(SFTConfig, True), (DPOConfig, True), (EvaluateConfig, False)])
+def test_what_trains_says_so_to_the_loader(kind: Any, trains: bool) -> None:
+    """DPO did not, and so trained in float16, which is refused."""
+    job = kind.model_construct(**dict.fromkeys(("model_name_or_path", "dtype", "attn_implementation")))
+    assert load_options(job, torch.device("cpu"))["trains"] is trains
 
 
 def test_a_merged_reward_model_is_a_second_base_loaded_once(

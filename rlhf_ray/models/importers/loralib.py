@@ -10,6 +10,7 @@ has to be told (the published checkpoints: 64, with rank 8).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_ray.errors import ArtifactError, Problem
+from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 from rlhf_ray.models.adapter_files import save_adapter
-from rlhf_ray.models.importers.pickles import new_folder, read_pickled_tensors
+from rlhf_ray.models.importers.pickles import filled_at_once, new_folder, read_pickled_tensors
 from rlhf_ray.models.sources import resolve_source
 from rlhf_ray.storage.files import atomic_write_json, sha256_file
 from rlhf_ray.storage.run_folder import read_json
@@ -37,12 +38,16 @@ def import_loralib(
 
     checkpoint: the folder or its pytorch_model.bin.   base: what the policy belongs on, the recovered SFT model.   value_base: what
     the value model belongs on, the reward model's backbone; default: base.
-    ArtifactError, with nothing written, if a key is unknown, missing, or does not fit the base."""
+    ArtifactError, with nothing written, if a key is unknown, missing, or does not fit the base; ConfigError if that is none."""
+    if not (math.isfinite(lora_alpha) and lora_alpha > 0):
+        raise ConfigError.at("lora_alpha", "bad value", "a finite number above 0", str(lora_alpha))
     target, source = new_folder(output_dir), Path(checkpoint)
     file = source / "pytorch_model.bin" if source.is_dir() else source
     tensors = read_pickled_tensors(file)
     parts, heads = sort_keys(tensors, str(file))
     config = read_json(resolve_source(base).folder / "config.json")
+    if lacks := [name for name in ("num_hidden_layers", "hidden_size") if type(config.get(name)) is not int]:
+        raise ConfigError.at(base, f"its config.json has no {lacks[0]}", "the LLaMA that the checkpoint was trained on")
     problems = [p for role in parts for p in _complete(parts[role], role, config, str(file))]
     if heads[HEAD].numel() != config["hidden_size"]:
         problems.append(
@@ -50,33 +55,41 @@ def import_loralib(
         )
     ArtifactError.raise_all(problems)
     shapes = {role: _config(found, lora_alpha) for role, found in parts.items()}
-    save_adapter(target / "adapter", parts["policy"], shapes["policy"], "CAUSAL_LM", None, base)
     head = heads[HEAD].reshape(1, -1)
-    save_adapter(target / "value", parts["critic"], shapes["critic"], "SEQ_CLS", head, value_base or base)
-    atomic_write_json(
-        target / "import.json",
-        {
-            "from": "loralib",
-            "source": str(file.absolute()),
-            "sha256": sha256_file(file),
-            "lora_alpha": lora_alpha,
-            "dropped": {HEAD_BIAS: float(heads[HEAD_BIAS])},
-        },
-    )
+    story = {
+        "from": "loralib",
+        "source": str(file.absolute()),
+        "sha256": sha256_file(file),
+        "lora_alpha": lora_alpha,
+        "dropped": {HEAD_BIAS: float(heads[HEAD_BIAS])},
+    }
+    with filled_at_once(target) as folder:
+        save_adapter(folder / "adapter", parts["policy"], shapes["policy"], "CAUSAL_LM", None, base)
+        save_adapter(folder / "value", parts["critic"], shapes["critic"], "SEQ_CLS", head, value_base or base)
+        atomic_write_json(folder / "import.json", story)
     return target
 
 
 def sort_keys(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """({"policy", "critic"} -> PEFT key -> tensor, {head names -> tensor}). ArtifactError for what is unknown or missing."""
+    """({"policy", "critic"} -> PEFT key -> tensor, {head names -> tensor}). ArtifactError for what is unknown, missing, or of
+    another form."""
     parts: dict[str, dict[str, Tensor]] = {"policy": {}, "critic": {}}
     heads = {name: tensors[name] for name in (HEAD, HEAD_BIAS) if name in tensors}
     problems = [Problem(where, f"{name} is missing") for name in (HEAD, HEAD_BIAS) if name not in tensors]
+    if HEAD_BIAS in heads and heads[HEAD_BIAS].numel() != 1:
+        problems.append(Problem(where, f"{HEAD_BIAS} is not one number", "1", str(heads[HEAD_BIAS].numel())))
     for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            problems.append(Problem(where, f"{name} holds values that are not finite"))
         match = _KEY.fullmatch(name)
         if match:
             role = "critic" if match["critic"] else "policy"
             key = f"base_model.model.model.layers.{match['layer']}.self_attn.{match['module']}.{match['part']}.weight"
             parts[role][key] = tensor
+            if tensor.ndim != 2 or 0 in tensor.shape:
+                problems.append(
+                    Problem(where, f"{name} is not a matrix", "[r, in] or [out, r]", str(list(tensor.shape)))
+                )
         elif name not in heads:
             problems.append(Problem(where, f"unknown key {name}", "a LoRA tensor of q, k, v or o, or the value head"))
     ArtifactError.raise_all(problems)

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.importers.pickles import filled_at_once, new_folder, read_pickled_tensors
+from rlhf_ray.models.sources import one_line
 from rlhf_ray.storage.files import atomic_save_tensors, atomic_write_json
 from rlhf_ray.storage.run_folder import read_json
 
@@ -62,8 +64,11 @@ def import_weight_diff(diff: Path | str, raw: Path | str, output_dir: Path | str
 def recover(diff: Mapping[str, Tensor], raw: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """diff + raw in float32 wherever the shapes agree, diff as it is elsewhere.
 
-    ArtifactError if a raw tensor has no difference (buffers that are computed, as rotary frequencies, may lack one)."""
+    ArtifactError if a raw tensor has no difference (buffers that are computed, as rotary frequencies, may lack one), or a reward
+    model no head."""
     is_reward = any(name.startswith(PREFIX) for name in diff)
+    if is_reward and (HEAD not in diff or (HEAD_BIAS in diff and diff[HEAD_BIAS].numel() != 1)):
+        raise ArtifactError.at(where, "is a reward model without a head", f"{HEAD}, and one number {HEAD_BIAS} at most")
     tuned = {name: t.float() for name, t in diff.items()}
     missing = []
     for name, tensor in raw.items():
@@ -82,7 +87,10 @@ def check_sum(tuned: Mapping[str, Tensor], diff: Path, raw: Path) -> None:
     path = diff / SUM_FILE
     if not path.is_file():
         raise ArtifactError.at(str(diff), f"no {SUM_FILE}", "the published sum of the tuned model's weights")
-    expected = float(path.read_text())
+    try:
+        expected = float(path.read_text())
+    except ValueError as error:
+        raise ArtifactError.at(str(path), "is damaged", "the sum of all weights, a number") from error
     found = math.fsum(float(t.double().sum()) for t in tuned.values())
     if not math.isclose(found, expected, rel_tol=1e-5, abs_tol=1e-8):
         raise ArtifactError.at(
@@ -117,7 +125,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def _each(files: list[Path], read: Any) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         if file.name not in ("training_args.bin", "trainer_state.bin"):
-            yield from read(file).items()
+            try:
+                yield from read(file).items()
+            except SafetensorError as error:
+                raise ArtifactError.at(str(file), f"is damaged: {one_line(error)}") from error
 
 
 def _standalone(

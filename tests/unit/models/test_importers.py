@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_ray.cli import main
 from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapter_files import read_adapter
-from rlhf_ray.models.importers import import_loralib, import_peft, import_weight_diff
+from rlhf_ray.models.importers import import_loralib, import_peft, import_weight_diff, loralib
 from rlhf_ray.models.importers.weight_diff import check_converted
 
 Llama = Callable[..., Path]
@@ -99,6 +99,15 @@ class TestLoralib:
                 lambda f: f.update({"model.layers.0.self_attn.q_proj.lora_A": torch.zeros(4, 64)}),
                 "the policy has several ranks; expected one; got 4, 8",
             ),
+            (
+                lambda f: f.update({"model.layers.0.self_attn.q_proj.lora_A": torch.zeros(8)}),
+                r"model.layers.0.self_attn.q_proj.lora_A is not a matrix; .*; got \[8\]",
+            ),
+            (
+                lambda f: f.update(value_head_bias=torch.zeros(2)),
+                "value_head_bias is not one number; expected 1; got 2",
+            ),
+            (lambda f: f["value_head"].fill_(torch.nan), "value_head holds values that are not finite"),
         ],
     )
     def test_what_does_not_fit_is_refused_and_nothing_is_written(
@@ -109,6 +118,35 @@ class TestLoralib:
         with pytest.raises(ArtifactError, match=says):
             import_loralib(self.save(tmp_path / "ck", flat), str(base), 64.0, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("alpha", "family", "says"),
+        [
+            (float("nan"), "tiny_llama", "lora_alpha: bad value"),
+            (64.0, "tiny_gpt2", "has no num_hidden_layers; expected the LLaMA"),
+        ],
+    )
+    def test_what_was_asked_for_is_looked_at_first(
+        self, flat: dict[str, Tensor], tmp_path: Path, request: Any, alpha: float, family: str, says: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=says):
+            import_loralib(
+                self.save(tmp_path / "ck", flat), str(request.getfixturevalue(family)()), alpha, tmp_path / "out"
+            )
+        assert not (tmp_path / "out").exists()
+
+    def test_it_is_written_whole_or_not_at_all(
+        self, base: Path, flat: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A disk that fills up between the policy and the value model."""
+
+        def full(*_: Any) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(loralib, "atomic_write_json", full)
+        with pytest.raises(OSError, match="No space left"):
+            import_loralib(self.save(tmp_path / "ck", flat), str(base), 64.0, tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["ck"]
 
     def test_a_pickle_that_wants_more_than_tensors_is_refused(self, base: Path, tmp_path: Path) -> None:
         (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
@@ -186,6 +224,26 @@ class TestWeightDiff:
                     check_converted(tmp_path)
             else:
                 check_converted(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("spoil", "says"),
+        [
+            (lambda diff: (diff / "model_sum.txt").write_text("abc"), "model_sum.txt: is damaged; expected the sum"),
+            (lambda diff: (diff / "model.safetensors").write_bytes(b"\x08cut"), "model.safetensors: is damaged"),
+            (
+                lambda diff: torch.save({"backbone_model.x": torch.ones(1)}, diff / "pytorch_model.bin"),
+                "is a reward model without a head; expected reward_head.weight",
+            ),
+        ],
+    )
+    def test_a_damaged_difference(
+        self, made: tuple[Path, Path, dict[str, Tensor]], tmp_path: Path, spoil: Callable[[Path], Any], says: str
+    ) -> None:
+        diff, raw, _ = made
+        spoil(diff)
+        with pytest.raises(ArtifactError, match=says):
+            import_weight_diff(diff, raw, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
     def test_a_tensor_without_a_difference_is_refused(
         self, made: tuple[Path, Path, dict[str, Tensor]], tmp_path: Path

@@ -92,7 +92,8 @@ def prepare(
 ) -> tuple[EvaluationModels, list[TokenisedPrompt], int]:
     """Everything that can be wrong with the job is found here: rows, models, lineage, lengths. Cheap checks come first.
 
-    Returns the loaded models, the prompts, and how many held-out prompts are too long to be answered."""
+    Returns the loaded models, the prompts, and how many held-out prompts before the last of them are not answered: they are too
+    long, or a file has no reply to them."""
     rows = held_out_rows(config)
     shared, leaks = check_ancestors(rows, sources_of(config))
     leaks += [*maximised_judge(config), *choosing_judge(config)]
@@ -118,8 +119,9 @@ def prepare(
         write_lineage(folder, evaluation, rows)
         lines = [f"{len(done.examples)} of {len(rows.held_out)} held-out prompts"]
         tell(evaluation, [*rows.summary, *lines, *map(str, done.tallies)], (*rows.warnings, *done.warnings))
-    unanswered = len(rows.held_out) - len(answered)
-    return evaluation, done.examples, len(asked) - len(done.examples) + unanswered
+    is_cut = len(asked) < len(answered)
+    reached = [row is asked[-1] for row in rows.held_out].index(True) + 1 if is_cut else len(rows.held_out)
+    return evaluation, done.examples, reached - len(done.examples)
 
 
 def sources_of(config: EvaluateConfig) -> list[tuple[str, str]]:

@@ -14,8 +14,10 @@ from rlhf_ray.config import DataConfig, EndpointConfig, EvaluateConfig, PolicySp
 from rlhf_ray.data.collate import TokenisedPrompt, pad_left, pad_right
 from rlhf_ray.data.continuation import texts_after_prompts
 from rlhf_ray.data.encode import encode_texts
+from rlhf_ray.data.formats import FORMATS, Dropped
+from rlhf_ray.data.lines import BadRow
 from rlhf_ray.data.records import Row, read_rows
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, DataError, Problem
 from rlhf_ray.maths.rng import row_seed
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.rewards.build import request_limits
@@ -33,11 +35,29 @@ class Replies:
 
 
 def replies_in_file(spec: PolicySpec, config: EvaluateConfig) -> dict[str, str]:
-    """{canonical prompt: reply} of a file of outputs; of rows that ask the same the first counts. Raises DataError, ConfigError."""
+    """{canonical prompt: reply} of a file of outputs; of rows that ask the same the first counts. Nothing is a reply, too, which
+    may lose. Raises DataError, ConfigError."""
     data = DataConfig(train=(str(spec.outputs),), held_out_fraction=0.0, on_bad_row=config.data.on_bad_row)
+    read = read_rows(data, "prompt")
+    form = FORMATS[read.files[0].format]
+    if not form.gives("sft"):
+        raise DataError.at(str(spec.outputs), "has prompts and no replies", "rows of a prompt and its reply each")
     found: dict[str, str] = {}
-    for row in read_rows(data, "sft").rows:
-        found.setdefault(row.prompt.canonical(), row.completion or "")
+    problems = []
+    for row in read.rows:
+        prompt, reply = row.prompt, ""
+        try:
+            parsed = form.parse(row.columns, "sft")
+            prompt, reply = parsed.prompt, parsed.completion or ""
+        except Dropped:
+            continue
+        except BadRow as bad:
+            if bad.reason != "empty completion":
+                problems.append(Problem(row.where, bad.message, fix=bad.fix))
+                continue
+        found.setdefault(prompt.canonical(), reply)
+    if data.on_bad_row == "stop":
+        DataError.raise_all(problems)
     return found
 
 

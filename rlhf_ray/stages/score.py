@@ -86,12 +86,13 @@ def score(
 
 def _read(file: str, console: Console) -> RowSet:
     """The file's rows as pairs where it has pairs, else as replies. Raises DataError."""
-    first = read_rows(DataConfig(train=(file,)), "prompt").rows[0]
+    data = DataConfig(train=(file,), on_bad_row="skip")
+    first = read_rows(data, "prompt").rows[0]
     kinds: tuple[RowKind, ...] = ("preference", "sft")
     kind = next((kind for kind in kinds if detect(first.columns, kind) is not None), None)
     if kind is None:
         raise DataError.at(file, "has prompts and no replies to score", "pairs, or prompts with a reply each")
-    read = read_rows(DataConfig(train=(file,), on_bad_row="skip"), kind)
+    read = read_rows(data, kind)
     for tally in (read.dropped, read.skipped):
         if tally.total:
             console.warn(f"{file}: {tally}")

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_ray.config import EvaluateConfig, PPOConfig
 from rlhf_ray.console import NullConsole
-from rlhf_ray.errors import ConfigError, Interrupted
+from rlhf_ray.errors import ConfigError, DataError, Interrupted
 from rlhf_ray.maths.stats import cohen_kappa
 from rlhf_ray.plan.job_plan import plan as plan_of
 from rlhf_ray.rewards import http_client
@@ -200,6 +200,36 @@ def test_two_files_of_outputs_need_no_policy_of_ours(evaluation: Make, chain: An
     assert run.metrics["length/ppo"] > run.metrics["length/davinci"] and "reward/rm/ppo" in run.metrics
     assert not any(name.startswith("kl_") for name in run.metrics)
     assert "sampling" not in plan_of(config, "cpu").stages[0].processes[0].phases
+
+
+def test_an_empty_reply_loses_and_only_prompts_that_were_come_to_are_dropped(
+    evaluation: Make, chain: Any, rule: str, tmp_path: Path
+) -> None:
+    """An empty reply ended the evaluation; eval_max_rows counted what is beyond it as dropped."""
+    asked = [json.loads(line) for line in Path(chain.prompts).read_text().splitlines()]
+    file = tmp_path / "outputs.json"
+    file.write_text(
+        json.dumps([row | {"output": "" if i == 2 else "long"} for i, row in enumerate(asked[:12]) if i != 1])
+    )
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps([row | {"output": "no"} for row in asked]))
+    config = evaluation(
+        tmp_path / "run",
+        policies=[{"name": "base", "outputs": str(whole)}, {"name": "file", "outputs": str(file)}],
+        rewards=[{"name": "rule", "function": rule}],
+        data={"train": chain.prompts, "eval": chain.prompts, "eval_max_rows": 4},
+    )
+    run = evaluate(config, QUIET)
+    counts = comparisons(run)["policies"]["file"]
+    assert (counts["n_total"], counts["n_judged"], counts["n_dropped"]) == (5, 4, 1)
+    assert (run.metrics["win_rate/file"], run.metrics["dropped/file"]) == (0.75, 1.0)
+    assert [row["replies"]["file"]["output"] for row in rows(run)] == ["long", "", "long", "long"]
+    file.write_text(json.dumps([row | {"output": None} for row in asked]))
+    with pytest.raises(DataError, match="'output'"):
+        evaluate(config.model_copy(update={"output_dir": str(tmp_path / "again")}), QUIET)
+    file.write_text(json.dumps(asked))
+    with pytest.raises(DataError, match="has prompts and no replies"):
+        evaluate(config.model_copy(update={"output_dir": str(tmp_path / "again")}), QUIET)
 
 
 def test_best_of_n_by_its_own_judge_is_told(evaluation: Make, tmp_path: Path, console: Any) -> None:

@@ -63,6 +63,19 @@ def test_replies_of_a_file_score_alone_as_in_a_batch(chain: Any, tmp_path: Path,
     assert "of 3 replies" in console.text
 
 
+def test_one_bad_row_leaves_the_others_to_be_scored(tmp_path: Path, console: Any) -> None:
+    """It was skipped where rows are read, but not where their format is looked for."""
+    (tmp_path / "r.py").write_text(
+        "def size(completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+    )
+    rows = [{"prompt": "a", "completion": "x"}, {"prompt": "", "completion": "x"}, {"prompt": "b", "completion": "yy"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "b", "completion": "zzz"}]))
+    found = grade(console, function=f"{tmp_path / 'r.py'}:size", file=str(file))
+    assert [row["reward"] for row in found] == [1.0, 2.0, 3.0]
+    assert any("1 skipped: empty prompt" in line for line in console.warnings)
+
+
 def test_a_sharegpt_file_has_replies_or_pairs(tmp_path: Path, console: Any) -> None:
     (tmp_path / "r.py").write_text(
         "def size(completions, **columns):\n    return [float(len(c)) for c in completions]\n"

@@ -303,11 +303,12 @@ def engine_chain(name: str) -> str:
 def service() -> str:
     m = measured("serve_load")
     counts = [name.split()[-1] for name in m if name.startswith("times vLLM, adapters")]
-    spoken, by_count = f"{', '.join(counts)} adapters", [scattered(m[f"times vLLM, adapters {n}"]) for n in counts]
+    by_count = ", ".join(scattered(m[f"times vLLM, adapters {n}"]) for n in counts)
+    under_adapters = f"; over {', '.join(counts)} adapters {by_count} times vLLM" if counts else ""
     return (
         f"tokens a second: {mid(m['rlhf_ray, base']['tokens_per_second'])}; {scattered(m['times transformers serve'])} times "
         f"`transformers serve`, {scattered(m['times FastAPI + generate'])} times FastAPI and `generate`, "
-        f"{scattered(m['times vLLM'])} times vLLM; over {spoken}, {', '.join(by_count)} times vLLM ([details](#the-service))"
+        f"{scattered(m['times vLLM'])} times vLLM{under_adapters} ([details](#the-service))"
     )
 
 

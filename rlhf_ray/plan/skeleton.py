@@ -27,7 +27,7 @@ from rlhf_ray.models.loading import (
     quiet,
 )
 from rlhf_ray.models.lora_compute import compute_adapters_in
-from rlhf_ray.models.sources import one_line
+from rlhf_ray.models.sources import CONFIG_ERRORS, one_line
 from rlhf_ray.models.tokenizer import PadChoice
 from rlhf_ray.plan.attention import fused
 from rlhf_ray.plan.meta_tracker import Device
@@ -51,7 +51,7 @@ def read_config(path: str, revision: str | None = None, where: str = "model_name
         raise ConfigError.at(where, f"{path} has no config.json", "a folder that has one, weights or not")
     try:
         config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except CONFIG_ERRORS as e:
         raise ArtifactError.at(str(file), f"cannot be read: {one_line(e)}") from e
     no_dropout(config)
     return config

@@ -21,7 +21,7 @@ from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.heads import logits_head
 from rlhf_ray.models.loading import no_dropout, quiet
 from rlhf_ray.models.recurrent import hidden_states, layer_types, one_recurrence
-from rlhf_ray.models.sources import one_line
+from rlhf_ray.models.sources import CONFIG_ERRORS, one_line
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest
 
@@ -47,7 +47,7 @@ def check_config(file: Path) -> None:
 
     try:
         config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except CONFIG_ERRORS:
         return
     check_family(config)
 

@@ -86,9 +86,10 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         ConfigError, match=r"meta/none: no config.json on this machine.*fix: set model_name_or_path=FOLDER"
     ):
         read_config("meta/none")
-    (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        read_config(str(tmp_path))
+    for wrong in ({"model_type": "no such thing"}, {"model_type": "llama", "hidden_size": "32"}):
+        (tmp_path / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ArtifactError, match="cannot be read"):
+            read_config(str(tmp_path))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

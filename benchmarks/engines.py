@@ -117,7 +117,7 @@ def main() -> None:
                 measured[f"replies_that_differ/{name}/{count}"] = spread([differ[name, count]])
     parameters = sum(p.numel() for n, p in peft.named_parameters() if "lora_" not in n)
     settings = {
-        "model": f"{args.model}, {parameters:,} parameters, {str(peft.dtype).removeprefix('torch.')}",
+        "model": f"{Path(args.model).name}, {parameters:,} parameters, {str(peft.dtype).removeprefix('torch.')}",
         "lora": "r 8 on all linear layers",
         "requests": args.requests,
         "rows": ROWS,

@@ -278,7 +278,8 @@ def engines(name: str) -> str:
     most = max(int(key.rpartition("/")[2]) for key in m)
     said = [
         f"{what}: {mid(m[f'tokens_per_second/builtin/{n}'])} tokens a second, "
-        f"vLLM {scattered(m[f'times_builtin/vllm/{n}'])} times that, `generate` {scattered(m[f'times_builtin/generate/{n}'])}"
+        f"vLLM {scattered(m[f'times_builtin/vllm/{n}'])} times that"
+        + (f", `generate` {scattered(m[by_generate])}" if (by_generate := f"times_builtin/generate/{n}") in m else "")
         for what, n in (("base", 0), ("one adapter", 1), (f"{most} adapters", most))
     ]
     differ = sum(value for key, f in m.items() if key.startswith("replies_that_differ") for value in f["values"])
@@ -531,6 +532,12 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "random Llama, 5.8 M parameters",
         lambda: engines("engines_5_8m"),
         "engines_5_8m",
+    ),
+    (
+        "The same, 32 requests",
+        "SmolLM2-135M-Instruct, float32",
+        lambda: engines("engines_smollm2_135m"),
+        "engines_smollm2_135m",
     ),
     (
         "vLLM 0.30 (CPU build) against the builtin engine: greedy replies of 64 tokens to instructions of the Alpaca file",

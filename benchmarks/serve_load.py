@@ -203,7 +203,10 @@ def main() -> None:
     options = parser(__doc__, repeats=3, threads=2)
     options.add_argument("--clients", type=int, default=32)
     options.add_argument("--requests", type=int, default=256, help="per server and repeat; slow servers get a quarter")
-    options.add_argument("--vllm-python", help="Python of an environment with vLLM's CPU build")
+    options.add_argument(
+        "--vllm-python",
+        help="Python of an environment with vLLM's CPU build, and what its server needs (model-hosting-container-standards)",
+    )
     arguments = options.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -114,12 +114,13 @@ def read_hub(
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
+    failures = (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError)
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except DatasetNotFoundError as error:
         fix = "hf auth login, once access is granted on its page" if "gated" in str(error) else nearest(name)
         raise DataError.at(name, "no such file, and no such data set on the Hub", fix=fix) from error
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except failures as error:
         if isinstance(error, ConnectionError):
             offline = "offline mode" if datasets.config.HF_HUB_OFFLINE else "no connection"
             raise DataError.at(
@@ -133,13 +134,7 @@ def read_hub(
     try:
         for number, row in enumerate(rows, start=1):
             yield f"{name}:row {number}", _unless_too_big(dict(row), max_row_bytes)
-    except (
-        DatasetsError,
-        HfHubHTTPError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # while streaming, or a damaged cache
+    except failures as error:  # while streaming, or a damaged cache
         raise DataError.at(f"{name}:row {number + 1}", f"cannot be read: {_whole(error)}") from error
 
 

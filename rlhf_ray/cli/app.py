@@ -43,6 +43,7 @@ from rlhf_ray.cli.output import stdout_kept
 from rlhf_ray.cli.registry import add_registry_commands
 from rlhf_ray.cli.serve import add_serve_commands
 from rlhf_ray.errors import DISK_FULL, ConfigError, Interrupted, RlhfRayError
+from rlhf_ray.runtime.imports import imported, importing
 
 if TYPE_CHECKING:
     from rlhf_ray.storage.run import Run
@@ -145,7 +146,8 @@ def sweep(job: Job, overrides: Overrides = None, as_json: Json = False, debug: D
     from rlhf_ray.config.load import load
 
     config = load(SweepConfig, job, overrides or ())
-    from rlhf_ray.sweep.sweep import sweep as run_sweep
+    with importing():
+        from rlhf_ray.sweep.sweep import sweep as run_sweep
 
     with stdout_kept(), _resumable(config.output_dir):
         run = run_sweep(config)
@@ -173,7 +175,8 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Run the whole chain on the bundled task. Base, SFT, reward model, PPO, comparison, report: no download, no GPU."""
-    from rlhf_ray.stages.demo import demo as run_demo
+    with importing():
+        from rlhf_ray.stages.demo import demo as run_demo
 
     with stdout_kept(), _resumable(output_dir):
         run = run_demo(output_dir, fresh=fresh)
@@ -195,7 +198,8 @@ def resume(
 
     with stdout_kept(), _resumable(run):
         if open_run(run, verify=False).stage == "sweep":
-            from rlhf_ray.sweep.sweep import resume_sweep
+            with importing():
+                from rlhf_ray.sweep.sweep import resume_sweep
 
             if changes := [*(overrides or ()), *(["--reset-data"] if reset_data else [])]:
                 raise ConfigError.at(
@@ -225,7 +229,8 @@ def merge(
     from rlhf_ray.models.specs import policy_source
 
     policy_source(run)  # refused before anything heavy is imported
-    from rlhf_ray.models.merge import merge_run
+    with importing():
+        from rlhf_ray.models.merge import merge_run
 
     with stdout_kept():
         merged = merge_run(run, output_dir, dtype, model=model, log=lambda line: print(line, file=sys.stderr))
@@ -265,7 +270,8 @@ def generate(
     _exactly_one({"--instruction": instruction, "--file": file})
     sampling = sampling_of(temperature, top_p, top_k, greedy, "generate")
     policies = named_policies(policy)
-    from rlhf_ray.stages.generate import generate as run_generate
+    with importing():
+        from rlhf_ray.stages.generate import generate as run_generate
 
     with stdout_kept():
         rows = run_generate(
@@ -326,7 +332,8 @@ def score(
         from rlhf_ray.models.specs import reward_source
 
         reward_source(run or model or "")  # refused before anything heavy is imported
-    from rlhf_ray.stages.score import score as run_score
+    with importing():
+        from rlhf_ray.stages.score import score as run_score
 
     with stdout_kept():
         rows = run_score(source=source, file=file, prompt=prompt, completion=completion, template=template, out=out)
@@ -363,11 +370,10 @@ def plan(
     where = {"sweep": ("sweep.planning", "plan_sweep"), "serve": ("serve.planning", "plan_service")}
     module, function = where.get(name, ("plan.job_plan", "plan"))
     with stdout_kept():
-        from importlib import import_module
+        with importing():
+            from rlhf_ray.plan.job_plan import text
 
-        from rlhf_ray.plan.job_plan import text
-
-        found = getattr(import_module(f"rlhf_ray.{module}"), function)(config, device, gpu, prompt_tokens)
+        found = imported(f"rlhf_ray.{module}:{function}")(config, device, gpu, prompt_tokens)
     print(json.dumps(found.to_json()) if as_json else text(found))
     if check and not (found.fits and found.placed):
         raise typer.Exit(3)

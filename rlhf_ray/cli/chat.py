@@ -9,6 +9,7 @@ import typer
 
 from rlhf_ray.cli.output import stdout_kept
 from rlhf_ray.cli.registry import policy_path
+from rlhf_ray.runtime.imports import importing
 
 Policies = Annotated[list[str], typer.Option(help="base, RUN, RUN@STEP, registry:NAME or a folder; may be repeated")]
 Model = Annotated[str | None, typer.Option(help="base model; default: the one the first run was trained on")]
@@ -60,7 +61,8 @@ def chat(
     """Talk to policies, several side by side. Replies stream; /reset, /system TEXT, /exit; stdin may be a file or a pipe."""
     sampling = sampling_of(temperature, top_p, top_k, greedy, "chat")
     policies = named_policies(policy)
-    from rlhf_ray.chat import load_chat, talk_at_terminal, typed_lines
+    with importing():
+        from rlhf_ray.chat import load_chat, talk_at_terminal, typed_lines
 
     fields = {
         "template": template,

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from rlhf_ray.runtime.imports import importing
+
 data = typer.Typer(help="Look at data files before anything is trained.", rich_markup_mode=None)
 
 
@@ -37,8 +39,9 @@ def check(
     values = {"output_dir": ".", "model_name_or_path": model, "data": {"train": file}}
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with stdout_kept():
-        from rlhf_ray.models.tokenizer import load_tokenizer
-        from rlhf_ray.stages.data_check import check_data
+        with importing():
+            from rlhf_ray.models.tokenizer import load_tokenizer
+            from rlhf_ray.stages.data_check import check_data
 
         if template is None:
             template = "none" if load_tokenizer(model).chat_template is None else "chat"

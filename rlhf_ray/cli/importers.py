@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rlhf_ray.cli.output import stdout_kept
+from rlhf_ray.runtime.imports import importing
 
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 importers = typer.Typer(help="Take over GGUF files, and artefacts of two older systems.", rich_markup_mode=None)
@@ -23,7 +24,8 @@ def import_loralib(
     debug: Debug = False,
 ) -> None:
     """A LoRA PPO checkpoint of AlpacaFarm-LoRA."""
-    from rlhf_ray.models.importers import import_loralib as run_import
+    with importing():
+        from rlhf_ray.models.importers import import_loralib as run_import
 
     print(run_import(checkpoint, base, lora_alpha, output_dir, value_base))
 
@@ -36,7 +38,8 @@ def import_weight_diff(
     debug: Debug = False,
 ) -> None:
     """A model that AlpacaFarm published as differences from LLaMA; checked by its published sum."""
-    from rlhf_ray.models.importers import import_weight_diff as run_import
+    with importing():
+        from rlhf_ray.models.importers import import_weight_diff as run_import
 
     with stdout_kept():
         written = run_import(diff, raw, output_dir)
@@ -50,7 +53,8 @@ def import_peft(
     debug: Debug = False,
 ) -> None:
     """A PEFT adapter whose weights are pickled."""
-    from rlhf_ray.models.importers import import_peft as run_import
+    with importing():
+        from rlhf_ray.models.importers import import_peft as run_import
 
     print(run_import(adapter, output_dir))
 
@@ -70,7 +74,8 @@ def import_gguf(
     """A model of llama.cpp: quantised weights are dequantised; checked by a greedy reply."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype: expected float32, bfloat16 or float16; got {dtype}")
-    from rlhf_ray.models.importers import import_gguf as run_import
+    with importing():
+        from rlhf_ray.models.importers import import_gguf as run_import
 
     with stdout_kept():
         written = run_import(file, output_dir, dtype, tokenizer, log=lambda line: print(line, file=sys.stderr))

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import pkgutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 from rlhf_ray.errors import ResourceError
 
+# A process that ends collects once more, to free what ends with it: a second where torch, transformers and PEFT were imported.
+atexit.register(gc.freeze)
 
-def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The function `package.module:name`; one that is no name is returned as it is.
 
-    While a module is imported for the first time the garbage collector waits: it walks again and again through what stays, a fifth
-    of the time of torch, transformers and PEFT. Afterwards it is as it was."""
-    if not isinstance(function, str):
-        return function
-    waits = gc.isenabled() and function.partition(":")[0] not in sys.modules
-    if waits:
-        gc.disable()
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Around first imports of torch, transformers and PEFT. The garbage collector waits: it would walk again and again through what
+    stays, a fifth of their time. Afterwards it is as it was."""
+    waits = gc.isenabled()
+    gc.disable()
     try:
-        return pkgutil.resolve_name(function)  # type: ignore[no-any-return]
+        yield
     finally:
         if waits:
             gc.enable()
+
+
+def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function `package.module:name`; one that is no name is returned as it is."""
+    if not isinstance(function, str):
+        return function
+    if function.partition(":")[0] in sys.modules:
+        return pkgutil.resolve_name(function)  # type: ignore[no-any-return]
+    with importing():
+        return pkgutil.resolve_name(function)  # type: ignore[no-any-return]
 
 
 def begin_imports(function: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from rlhf_ray.runtime.imports import begin_imports, call_imported, imported
+from rlhf_ray.runtime.imports import begin_imports, call_imported, imported, importing
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -26,6 +27,20 @@ def test_the_collector_is_left_as_it_was(enabled: bool, monkeypatch: pytest.Monk
         assert gc.isenabled() is enabled and gc.get_freeze_count() == frozen
     finally:
         gc.enable()
+
+
+def test_the_collector_waits_while_modules_are_imported() -> None:
+    assert gc.isenabled()
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_a_process_that_ends_does_not_walk_through_what_it_imported() -> None:
+    """Its last collection finds nothing to look at: all is frozen by then."""
+    code = "import atexit, gc; atexit.register(lambda: print(len(gc.get_objects()))); import rlhf_ray.runtime.imports"
+    walked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(walked) < 100
 
 
 def test_a_function_is_itself() -> None:

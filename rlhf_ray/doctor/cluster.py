@@ -57,6 +57,8 @@ def nodes(cluster: Cluster, storage: str | None, read: Sequence[str]) -> tuple[l
     silent = [node for node in answers if "error" in node]
     found = [CheckResult(ABOUT, called(node), "fail", f"does not answer: {node['error']}") for node in silent]
     talking = [node for node in answers if "error" not in node]
+    if not talking:  # nothing is known of versions, ports or storage
+        return [], found
     found += _versions(talking)
     for node in talking:
         found += _node(node)

@@ -149,7 +149,7 @@ class FunctionReward(Reward):
                 with global_generators(seed):
                     answer = self.function(**_copied(arguments))
                     return coroutines.run(answer) if inspect.iscoroutine(answer) else answer
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # its sys.exit() is no end of ours
                 if pause is None:
                     what = f"raised {type(error).__name__} {len(PAUSES_S) + 1} times: {error}"
                     raise Interrupted.at(where, what, fix=FIX) from error
@@ -233,7 +233,7 @@ def load_function(spec: str) -> tuple[Callable[..., Any], str]:
         raise ConfigError.at("rewards.function", "no such file", "a Python file", place)
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"`
         raise ConfigError.at(
             "rewards.function", f"importing {place} failed: {type(error).__name__}: {error}"
         ) from error

@@ -151,6 +151,12 @@ def test_nodes_of_one_machine_are_numbered() -> None:
     assert [there.called(n) for n in answers] == ["node 10.0.0.2", "node 10.0.0.2 #2", "node 10.0.0.3"]
 
 
+def test_nothing_is_said_of_a_cluster_none_of_whose_nodes_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(there.ask_nodes, "ask", lambda *_: [{**node(), "error": "no worker started"}])
+    talking, found = there.nodes(Cluster(), "/shared", ["/data"])  # type: ignore[arg-type]
+    assert talking == [] and [f.status for f in found] == ["fail"] and "no worker started" in found[0].said
+
+
 @pytest.mark.parametrize("status", [404, 500])
 def test_what_is_no_ray_is_not_said_to_lack_authentication(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(there, "look", lambda url: client.HttpAnswer(status))

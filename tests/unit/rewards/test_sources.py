@@ -117,6 +117,7 @@ def test_random_numbers_are_those_of_the_texts(make: Make) -> None:
         ("return (int(c) for c in completions)", "did not return .*; got generator"),
         ("import torch; return torch.zeros(2, 2)", "did not return .*; got Tensor for reply 0"),
         ("raise KeyError('label')", "raised KeyError 3 times: 'label'"),
+        ("raise SystemExit(0)", "raised SystemExit 3 times: 0"),
     ],
 )
 def test_a_bad_answer_is_named_with_the_function(
@@ -157,6 +158,9 @@ def test_what_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("import nowhere_to_be_found\n")
     with pytest.raises(ConfigError, match=r"importing .*mine.py failed: ModuleNotFoundError"):
+        FunctionReward("mine", 1.0, f"{path}:score")
+    path.write_text("import argparse\nargparse.ArgumentParser().parse_args(['ppo', 'job.yaml'])\n")
+    with pytest.raises(ConfigError, match=r"importing .*mine.py failed: SystemExit: 2"):
         FunctionReward("mine", 1.0, f"{path}:score")
     path.write_text("def other(prompts, completions):\n    return []\n")
     with pytest.raises(ConfigError, match="has no function score; expected one of other"):

@@ -6,11 +6,11 @@ import logging
 from importlib import metadata
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from rlhf_ray.errors import ArtifactError, ResourceError
+from rlhf_ray.runtime.devices import free_memory
 
 
 def quantised_kwargs(bits: int, device: torch.device, cpu_offload: bool) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def quantised_kwargs(bits: int, device: torch.device, cpu_offload: bool) -> dict
 def _own_memory(device: torch.device) -> dict[int | str, int]:
     """What layers may be spread over: what is free on this process's own GPU, and the host's memory; not the GPUs of others."""
     index = device.index or 0
-    return {index: torch.cuda.mem_get_info(index)[0], "cpu": psutil.virtual_memory().available}
+    return {index: torch.cuda.mem_get_info(index)[0], "cpu": free_memory()}
 
 
 def refuse_offloaded(module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from rlhf_ray.launch.model_families import check_models
 from rlhf_ray.plan.advice import Option, as_written, options, recommendation, warnings
 from rlhf_ray.plan.estimate import Estimator, with_stages
 from rlhf_ray.plan.memory import CARDS, CPU_IMPORTS, GIB, PARTS, Device, Process, gpus
+from rlhf_ray.runtime.devices import free_memory
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,7 @@ def room_here(device: Device) -> tuple[float | None, str]:
             return None, "no GPU here"
         least = min(found, key=lambda p: p.total_memory)
         return least.total_memory / GIB, f"{len(found)} x {least.name}, {least.total_memory / GIB:.1f} GiB"
-    import psutil
-    from ray._private.utils import estimate_available_memory
-
-    free = min(psutil.virtual_memory().available, estimate_available_memory()) / GIB
+    free = free_memory() / GIB
     return free, f"{free:.1f} GiB of memory free"
 
 

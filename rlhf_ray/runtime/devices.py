@@ -24,6 +24,14 @@ ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 """Torch's settings of its CUDA allocator, read when CUDA is first used. Newer versions also know it as PYTORCH_ALLOC_CONF."""
 
 
+def free_memory() -> int:
+    """Bytes of the host's memory that are free; in a container no more than its limit leaves, by Ray's own figures."""
+    import psutil
+    from ray._private.utils import estimate_available_memory  # psutil knows of the whole machine alone
+
+    return min(int(psutil.virtual_memory().available), int(estimate_available_memory()))
+
+
 def own_device() -> torch.device:
     """Where this process computes: the first of the GPUs that Ray gave it; the first GPU there is in a process that Ray did not
     start; else the CPU. Ray may declare GPUs that torch does not see, so torch is asked too. CUDA is prepared for use."""

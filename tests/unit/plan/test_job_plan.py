@@ -15,6 +15,7 @@ from rlhf_ray.cli import main
 from rlhf_ray.config import EvaluateConfig, LoraConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.config.load import load_any
 from rlhf_ray.console import LocalConsole
+from rlhf_ray.models import quantisation
 from rlhf_ray.models.adapters import adapter_config, adapter_tensors, save_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.role_models import RoleModels
@@ -388,6 +389,8 @@ def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(f"ray.{part}.utils.get_system_memory", lambda: 2**28)
     assert probe.memory() == (2**28, 2**28 - 2**26)
     assert room_here("cpu") == (3 / 16, "0.2 GiB of memory free")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (2**30, 2**31))
+    assert quantisation._own_memory(torch.device("cuda", 1)) == {1: 2**30, "cpu": 2**28 - 2**26}
 
 
 def test_the_command_prints_json(job: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -412,7 +412,8 @@ def saved_by_peft() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_run() -> Callable[..., Path]:
     """tiny_run(folder, base, stage="sft", seed=0, ...) -> a finished run as training leaves it, with a random adapter on `base`,
-    which says something else for every seed; stage "reward" has a random head. Options: template, r, scale of B, targets."""
+    which says something else for every seed; stage "reward" has a random head. Options: template, r, scale of B, targets,
+    add_eos_token of a reward run."""
 
     def make(
         folder: Path,
@@ -423,6 +424,7 @@ def tiny_run() -> Callable[..., Path]:
         r: int = 4,
         scale: float = 0.3,
         targets: Any = "all-linear",
+        add_eos_token: bool = True,
     ) -> Path:
         import torch
 
@@ -453,7 +455,7 @@ def tiny_run() -> Callable[..., Path]:
             template=load_template(template, backbone.tokenizer).manifest(),
             stop_token_ids=list(backbone.eos_ids),
             parents=[],
-            **({"reward": {"add_eos_token": True}} if is_reward else {}),
+            **({"reward": {"add_eos_token": add_eos_token}} if is_reward else {}),
         )
         Run(stage, "done", str(run.path), 10, 1.0, seed, {}).save()
         run.seal()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rlhf_ray.config import JobFields
+from rlhf_ray.config import JobFields, RewardConfig
 from rlhf_ray.errors import ArtifactError, Problem
 from rlhf_ray.models.adapter_files import read_adapter
 from rlhf_ray.models.merge_by_peft import read_any
@@ -251,6 +251,13 @@ def recorded_end(source: ModelSpec) -> int | None:
     """The token that ended the replies it was trained on: the first of the stop_token_ids in its manifest; None if it has none."""
     ids = _own_manifest(source).get("stop_token_ids") or (None,)
     return ids[0]
+
+
+def recorded_add_eos_token(source: ModelSpec) -> bool:
+    """Whether a reward model, a promoted one too, was trained on replies with the token that ends them; where nothing is recorded,
+    the default of its stage."""
+    recorded = _own_manifest(source).get("reward") or {}
+    return bool(recorded.get("add_eos_token", RewardConfig.model_fields["add_eos_token"].default))
 
 
 def _with_kwargs(template: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from rlhf_ray.models.lineage import (
     check_lineage,
     header_line,
     parent_of,
+    recorded_add_eos_token,
     recorded_date,
     recorded_end,
     recorded_kwargs,
@@ -158,7 +159,7 @@ class RewardBuilder:
         if load:
             self.assembly.add_reward(role, source)
         ends = self.assembly.base.stop_ids(self.template)
-        if not foreign and recorded_reward(source).get("add_eos_token") is False:
+        if not foreign and not recorded_add_eos_token(source):
             self.warnings.append(
                 f"{label}: was trained on replies without their end token, and scores sampled ones with it: train it with"
                 " add_eos_token: true"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.config import EvaluateConfig, RewardConfig, RewardSource
+from rlhf_ray.config import EvaluateConfig, RewardSource
 from rlhf_ray.console import Console
 from rlhf_ray.data.encode import end_of_turn
 from rlhf_ray.data.templates import Template, load_template
@@ -27,6 +27,7 @@ from rlhf_ray.models.lineage import (
     DEFAULT_TEMPLATE,
     check_lineage,
     parent_of,
+    recorded_add_eos_token,
     recorded_date,
     recorded_end,
     recorded_kwargs,
@@ -110,8 +111,7 @@ def reader_of(source: ModelSpec, backbone: Backbone, template: Template) -> Read
     """How the reward model `source` reads text. ConfigError if its replies end with a token that its tokenizer lacks."""
     if backbone.is_encoder:
         return PairReader(backbone, template, False)
-    add_eos = bool(recorded_reward(source).get("add_eos_token", RewardConfig.model_fields["add_eos_token"].default))
-    if not add_eos:
+    if not recorded_add_eos_token(source):
         return Reader(backbone, template, False)
     end = recorded_end(source)
     if end is None:  # not made here, or by a version that did not say

@@ -19,9 +19,9 @@ from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import (
     DEFAULT_TEMPLATE,
     check_lineage,
+    recorded_add_eos_token,
     recorded_date,
     recorded_kwargs,
-    recorded_reward,
     recorded_template,
 )
 from rlhf_ray.models.merge_by_peft import more_than_lora, read_any
@@ -279,7 +279,7 @@ def load_run(name: str, spec: str, backbone: Backbone) -> ModelCheckpoint:
         _check_stop_ids(
             (source.run.manifest() if source.run is not None else {}).get("stop_token_ids"), backbone, template, name
         ),
-        bool(recorded_reward(source).get("add_eos_token", True)),
+        recorded_add_eos_token(source),
         lineage,
     )
 

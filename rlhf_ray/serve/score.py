@@ -96,7 +96,8 @@ def _replies(replica: Replica, request: ScoreRequest, served: ServedModel) -> li
     finished = request.finished or [True] * len(texts)
     tokenizer = replica.backbone.tokenizer
     encoded = encode_texts(tokenizer, texts_after_prompts(tokenizer, texts))
-    end = list(served.stop_ids[:1])
+    assert served.cached is not None
+    end = list(served.stop_ids[:1]) if served.cached.checkpoint.add_eos_token else []
     return [[*ids, *(end if whole else [])] for ids, whole in zip(encoded, finished, strict=True)]
 
 

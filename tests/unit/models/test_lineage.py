@@ -14,7 +14,7 @@ import pytest
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.adapters import read_adapter
 from rlhf_ray.models.backbone import Backbone, BaseIdentity
-from rlhf_ray.models.lineage import check_lineage, describe, parent_of
+from rlhf_ray.models.lineage import check_lineage, describe, parent_of, recorded_add_eos_token
 from rlhf_ray.models.merge import merge_run
 from rlhf_ray.models.specs import policy_source
 from rlhf_ray.storage.run_folder import RunFolder, create_run
@@ -96,6 +96,19 @@ def test_a_plain_adapter_is_checked_as_far_as_it_tells(run: RunFolder, identity:
     config.write_text(json.dumps({**values, "base_model_name_or_path": None}))
     (line,) = check_lineage(source, identity, ALPACA)
     assert "does not say which base" in line
+
+
+def test_how_a_reward_model_ends_replies_is_read_wherever_it_is(run: RunFolder, tmp_path: Path) -> None:
+    """From its run, from a copy that was promoted; its stage's default where nothing says."""
+    promoted = shutil.copytree(run.adapter_dir, tmp_path / "promoted")
+    assert recorded_add_eos_token(policy_source(str(run.path))) and recorded_add_eos_token(policy_source(str(promoted)))
+    reward = {"add_eos_token": False}
+    run.update_manifest(reward=reward)
+    run.seal()
+    parts = {part: {} for part in ("adapter", "source", "base", "template")}
+    (promoted / "manifest.json").write_text(json.dumps({"kind": "reward", **parts, "reward": reward}))
+    assert not recorded_add_eos_token(policy_source(str(run.path)))
+    assert not recorded_add_eos_token(policy_source(str(promoted)))
 
 
 def test_a_merged_checkpoint_keeps_template_and_tokenizer(

@@ -14,6 +14,7 @@ import torch
 from rlhf_ray.batches import Rollout
 from rlhf_ray.config import LLMJudgeConfig, RewardSource
 from rlhf_ray.console import LocalConsole
+from rlhf_ray.data.records import Prompt, Row
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.rewards.build import request_limits
 from rlhf_ray.rewards.http_client import HttpClient, credentials
@@ -99,6 +100,19 @@ def test_texts_are_read_as_the_reward_model_reads_them(live: MakeLive) -> None:
         "completions": [[{"role": "assistant", "content": "Hi!"}]],
     }
     assert post(service, messages, "?model=judge")[0] == 200
+
+
+def test_replies_end_as_in_the_training_of_the_reward_model(
+    live: MakeLive, tmp_path: Path, base_dir: Path, tiny_run: Callable[..., Path]
+) -> None:
+    """One that was trained without the end token reads texts without it, finished or not."""
+    without = tiny_run(tmp_path / "without", base_dir, "reward", seed=3, template="none", add_eos_token=False)
+    body = {"prompts": ["Say hi.", "Say hi."], "completions": ["Hi!", "Hi!"], "finished": [True, False]}
+    rewards = post(live(adapters={"judge": str(without)}), body)[1]["rewards"]
+    reader = load_scoring_model(RewardSource(run=str(without)), "none", torch.device("cpu"), LocalConsole())
+    encoded = reader.reader.encode([Row("x:1", Prompt("Say hi."))], ["Hi!"])
+    assert rewards == pytest.approx(reader.score(*encoded) * 2, abs=1e-5)
+    assert rewards[1] == pytest.approx(post(live(), body)[1]["rewards"][1], abs=1e-5) and rewards[0] == rewards[1]
 
 
 def test_the_score_command_asks_it_as_ppo_does(live: MakeLive, tmp_path: Path) -> None:

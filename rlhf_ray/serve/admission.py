@@ -25,7 +25,7 @@ MAX_PREFIXES = 64
 asked for a key."""
 MAX_HEADER_BYTES = 32_768
 MAX_PATH_BYTES = 2_048
-LIMITED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/compare")
+LIMITED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/compare", "/v1/score")
 
 
 def middlewares() -> list[Any]:

@@ -32,7 +32,7 @@ from rlhf_ray.serve.page import Page
 from rlhf_ray.serve.request_body import parsed, read_body
 from rlhf_ray.serve.request_context import Backend, Handler, RequestContext
 from rlhf_ray.serve.request_log import ACCESS_LOG, PREFERENCE_LOG, TIE_LOG, RequestLog, preference_row
-from rlhf_ray.serve.score import ScoreRequest
+from rlhf_ray.serve.score import ROWS_PER_PASS, ScoreRequest
 
 log = logging.getLogger(__name__)
 
@@ -166,11 +166,26 @@ class HttpApi:
         return JSONResponse(await self.idempotency.get_or_run(self._idempotency_key(context, body), store))
 
     async def create_score(self, context: RequestContext) -> Response:
-        request = await parsed(await read_body(context.request, self.limits), ScoreRequest)
+        body = await read_body(context.request, self.limits)
+        request = await parsed(body, ScoreRequest)
         if request.model is None and (named := context.request.query_params.get("model")) is not None:
             request = request.model_copy(update={"model": named})
         context.require_access(*await self._reward_models(context, request.model or True))
-        found = await self.backend.score(request)
+        key, rows = context.key, min(len(request.prompts), ROWS_PER_PASS)
+        if key is not None:  # rows take turns: who may have fewer at a time is not refused for that
+            self._count_rows(context, min(rows, key.max_concurrent or rows))
+        try:
+            found = await self.backend.score(request, "" if key is None else key.name)
+        except (
+            asyncio.CancelledError
+        ):  # its client has left, and how far it got is not known here: no token is less than a byte
+            if key is not None:
+                self.usage.charge(key, len(body))
+            raise
+        usage = found["usage"]
+        if key is not None:
+            self.usage.charge(key, usage["total_tokens"])
+        context.log |= {k: v for k, v in usage.items() if k != "total_tokens"}
         if (error := found.get("error")) is not None:
             raise ApiError(**error)
         context.log |= {"model": found["model"], "rows": len(found["rewards"])}
@@ -195,10 +210,7 @@ class HttpApi:
         if self.config.log_prompts:
             context.log["prompt"] = [dict(p) for p in request.prompts]
         if context.key is not None:
-            self.usage.end(context.key, context.rows)  # it was counted as one reply until what it asks for was known
-            context.rows = 0
-            self.usage.begin(context.key, request.rows)
-            context.rows = request.rows
+            self._count_rows(context, request.rows)
             request = replace(request, key=context.key.name)
         if request.seed is None:  # so that a second attempt, on another replica, gives the same response
             request = replace(request, seed=secrets.randbits(62))
@@ -221,6 +233,14 @@ class HttpApi:
         finally:  # a reply that was not finished in time has cost what it has
             self._log_generation(context, builder)
         return JSONResponse(content)
+
+    def _count_rows(self, context: RequestContext, rows: int) -> None:
+        """A request with a key counts as one reply until what it asks for is known. ApiError as of `KeyUsage.begin`."""
+        assert context.key is not None
+        self.usage.end(context.key, context.rows)
+        context.rows = 0
+        self.usage.begin(context.key, rows)
+        context.rows = rows
 
     async def _stream(self, context: RequestContext, request: GenerationRequest, builder: ResponseBuilder) -> Response:
         events = self.backend.stream(request)

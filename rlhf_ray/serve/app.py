@@ -51,8 +51,8 @@ class EngineDeployment:
     async def complete(self, request: GenerationRequest) -> list[Event]:
         return [event async for events in self.replica.events(request, whole=True) for event in events]
 
-    async def score(self, request: ScoreRequest) -> dict[str, Any]:
-        return await score_on(self.replica, request)
+    async def score(self, request: ScoreRequest, key: str) -> dict[str, Any]:
+        return await score_on(self.replica, request, key)
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         events = self.replica.events(request)
@@ -99,14 +99,14 @@ class ServeBackend:
     async def complete(self, request: GenerationRequest) -> list[Event]:
         return list(await self._retried(self._engine.complete, request))
 
-    async def score(self, request: ScoreRequest) -> dict[str, Any]:
-        return dict(await self._retried(self._engine.score, request))
+    async def score(self, request: ScoreRequest, key: str) -> dict[str, Any]:
+        return dict(await self._retried(self._engine.score, request, key))
 
-    async def _retried(self, method: Any, request: Any) -> Any:
+    async def _retried(self, method: Any, *values: Any) -> Any:
         """What a replica answers; one that dies meanwhile costs nothing but time."""
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s + 5
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            response = method.remote(request)
+            response = method.remote(*values)
             try:
                 async with asyncio.timeout_at(deadline):
                     return await response

@@ -65,6 +65,10 @@ class TokenBuffer:
         await self._ready.wait()
         self._ready.clear()
         self._flushed_at = time.monotonic()
+        return self.take()
+
+    def take(self) -> list[DecodedToken | ScoredGeneration]:
+        """Everything there is, due or not."""
         items, self._items = self._items, []
         return items
 
@@ -110,13 +114,14 @@ class GenerationStream:
     _seed: int = 0
     _by_ticket: dict[int, Generation] = field(default_factory=dict)
     _scoring: dict[Generation, asyncio.Task[None]] = field(default_factory=dict)
-    _unfinished: int = 0
+    _finished: set[Generation] = field(default_factory=set)
     _has_tokens: bool = False
 
     async def events(self, deadline: float) -> AsyncGenerator[list[Event], None]:
         """Lists of events until every generation has ended. deadline: of the event loop's clock.
 
-        TimeoutError at the deadline, ApiError if a generation fails; every row is freed, however this iterator ends."""
+        TimeoutError at the deadline, ApiError if a generation fails, both behind what was decoded so far: it is paid for. Every
+        row is freed, however this iterator ends."""
         self.router.open_streams += 1
         try:
             if self.request.echo_first:
@@ -124,11 +129,15 @@ class GenerationStream:
                     echoed = [await self._echo(generation) for generation in self.generations]
                 yield echoed
             self.submit()
-            while self._unfinished:
+            while len(self._finished) < len(self.generations):
                 async with asyncio.timeout_at(deadline):
                     items = await self.buffer.get()
                 if events := self.advance(items):
                     yield events
+        except (ApiError, TimeoutError):
+            if events := self._unfinished_events():
+                yield events
+            raise
         finally:
             self.router.open_streams -= 1
             self.close()
@@ -139,7 +148,6 @@ class GenerationStream:
 
     def submit(self) -> None:
         """A row of the decode thread for every generation, for as many as there are places."""
-        self._unfinished = len(self.generations)
         self._seed = self.request.seed if self.request.seed is not None else secrets.randbits(62)
         self._waiting.extend(self.generations)
         for _ in range(min(self.places, len(self._waiting))):
@@ -167,6 +175,18 @@ class GenerationStream:
             elif self._by_ticket[item.ticket].end is None:  # else it goes on for a step after its stop string
                 self.add_token(item, texts)
         return [*texts.values(), *ends]
+
+    def _unfinished_events(self) -> list[Event]:
+        """Of every generation that has not ended: the text that is left of what was decoded, and how many tokens."""
+        texts: dict[int, Event] = {}
+        for item in self.buffer.take():
+            if isinstance(item, DecodedToken) and item.end != "error" and self._by_ticket[item.ticket].end is None:
+                self.add_token(item, texts)
+        return [
+            {"i": g.index, "text": "", **texts.get(g.index, {}), "completion_tokens": len(g.response_ids)}
+            for g in self.generations
+            if g.response_ids and g not in self._finished
+        ]
 
     def add_token(self, token: DecodedToken, events: dict[int, Event]) -> None:
         """Append a token; the text that it completes goes into its generation's event. A generation that ends is scored."""
@@ -198,7 +218,7 @@ class GenerationStream:
         if isinstance(scored.scores, ApiError):
             raise scored.scores
         generation, adapter = scored.generation, scored.generation.served.model
-        self._unfinished -= 1
+        self._finished.add(generation)
         if self._waiting:
             self._submit_next()
         self.metrics.count("replies", adapter=adapter, end=str(generation.end))

@@ -110,6 +110,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         sha256=STRING,
         ids=_list({"type": ["string", "integer"]}),
         rewards=_list(_null(NUMBER)),
+        usage=USAGE,
     ),
     "Tokens": _object(
         {"token_strs": _null(_list(STRING))}, count=INTEGER, max_model_len=INTEGER, tokens=_list(INTEGER)

@@ -271,21 +271,25 @@ class Replica:
     # ---- from a request to generations -----------------------------------------------------------------------------------
 
     def _admit(self, request: GenerationRequest, resources: AsyncExitStack) -> None:
-        """Take the request in, until `resources` is closed. ApiError 429 if all places are taken.
+        """Take the request in, until `resources` is closed. ApiError 400 for too many replies, 429 if all places are taken."""
+        if request.rows > MAX_REQUEST_ROWS:
+            message = f"{request.rows} replies are asked for at once; at most {MAX_REQUEST_ROWS} can be."
+            raise ApiError(400, message, "too_many_replies", "n")
+        self.claim(request.key, request.rows, resources)
+
+    def claim(self, key: str, rows: int, resources: AsyncExitStack) -> None:
+        """Places for a request of so many rows, until `resources` is closed. ApiError 429 if all are taken.
 
         A request for more than half of the places claims half: its rows take turns. Where places are taken, who asks for no more
         than a fair share still comes in and waits: of the places divided among keys, or of a key's share divided among its
         requests. So large requests keep nobody out, and C places take C requests of one row at most."""
         places = self.limits.max_batch_rows + self.limits.max_waiting_rows
-        if request.rows > MAX_REQUEST_ROWS:
-            message = f"{request.rows} replies are asked for at once; at most {MAX_REQUEST_ROWS} can be."
-            raise ApiError(400, message, "too_many_replies", "n")
-        claim, own = min(request.rows, max(places // 2, 1)), self._claims.get(request.key, [])
+        claim, own = min(rows, max(places // 2, 1)), self._claims.get(key, [])
         share = places / (len(self._claims) + (not own))
         if self.places_taken + claim > places and sum(own) + claim > share and claim > share / (len(own) + 1):
             raise overloaded(self.limits.retry_after_s)
-        self._claims.setdefault(request.key, []).append(claim)
-        resources.callback(self._release, request.key, claim)
+        self._claims.setdefault(key, []).append(claim)
+        resources.callback(self._release, key, claim)
 
     def _release(self, key: str, claim: int) -> None:
         self._claims[key].remove(claim)
@@ -396,7 +400,7 @@ class Replica:
     def _start_event(self, generations: Sequence[Generation], served_models: Sequence[ServedModel]) -> Event:
         base = self.backbone.identity.weights_sha256[:8]
         return {
-            "prompt_tokens": sum({id(g.prompt): len(g.prompt_ids) for g in generations}.values()),
+            "prompt_tokens": sum({(id(g.prompt), g.served.model): len(g.prompt_ids) for g in generations}.values()),
             "choices": [generation.served.model for generation in generations],
             "adapters": {
                 s.model: {"id": s.id, "sha256": s.sha256, "fingerprint": f"{base}/{s.id}"} for s in served_models

@@ -25,8 +25,8 @@ class Backend(Protocol):
         """The events as they come. Closing the iterator ends the work."""
         ...
 
-    async def score(self, request: ScoreRequest) -> dict[str, Any]:
-        """See score.py."""
+    async def score(self, request: ScoreRequest, key: str) -> dict[str, Any]:
+        """See `score_on`."""
         ...
 
     async def models(self) -> list[dict[str, Any]]: ...

@@ -4,6 +4,7 @@ rewards/http_reward.py, whose protocol it speaks; a batch of replies is read bet
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # torch is imported by replicas; the API process does without
     from rlhf_ray.serve.replica import Replica
 
 ROWS_PER_PASS = 16
+"""Of one request: that many of its replies are read at a time."""
 TextOrMessages = Text | Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
 
 
@@ -53,19 +55,30 @@ class ScoreRequest(BaseModel):
         return list(self.ids) if self.ids is not None else [str(i) for i in range(len(self.prompts))]
 
 
-async def score_on(replica: Replica, request: ScoreRequest) -> dict[str, Any]:
-    """{model, sha256, ids, rewards}, a reward None where the reply is empty or, with its prompt, longer than the context; or
-    {error}, as plain data."""
+async def score_on(replica: Replica, request: ScoreRequest, key: str = "") -> dict[str, Any]:
+    """{model, sha256, ids, rewards, usage}, a reward None where the reply is empty or, with its prompt, longer than the context; or
+    {error, usage}, as plain data. usage: of the tokens that were read.
+
+    key: name of the API key that asks. A request takes one place, however many rows it has: they take turns."""
+    read: Counter[str] = Counter()
     try:
         async with AsyncExitStack() as resources, asyncio.timeout(replica.limits.request_timeout_s):
+            replica.claim(key, 1, resources)
             served = await replica.reward_model(request.model or True, resources)
             prompts, replies = await _encoded(replica, request, served)
-            rewards = await _rewards(replica, served, prompts, replies)
-            return {"model": served.model, "sha256": served.sha256, "ids": request.row_ids(), "rewards": rewards}
+            rewards = await _rewards(replica, served, prompts, replies, read)
+            told: dict[str, Any] = {
+                "model": served.model,
+                "sha256": served.sha256,
+                "ids": request.row_ids(),
+                "rewards": rewards,
+            }
     except ApiError as error:
-        return {"error": error.as_dict()}
+        told = {"error": error.as_dict()}
     except TimeoutError:
-        return {"error": request_timeout(replica.limits.request_timeout_s).as_dict()}
+        told = {"error": request_timeout(replica.limits.request_timeout_s).as_dict()}
+    counts = {name: read[name] for name in ("prompt_tokens", "completion_tokens")}
+    return {**told, "usage": {**counts, "total_tokens": read.total()}}
 
 
 async def _encoded(
@@ -102,15 +115,22 @@ def _replies(replica: Replica, request: ScoreRequest, served: ServedModel) -> li
 
 
 async def _rewards(
-    replica: Replica, served: ServedModel, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
+    replica: Replica,
+    served: ServedModel,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    read: Counter[str],
 ) -> list[float | None]:
-    """In the order of the request, ROWS_PER_PASS to a forward pass: other clients' tokens come in between."""
+    """In the order of the request, ROWS_PER_PASS to a forward pass: other clients' tokens come in between. Counts in `read` what
+    the passes read."""
     found: list[float | None] = [None] * len(prompts)
     context = replica.backbone.context_length
     fits = [i for i, (p, r) in enumerate(zip(prompts, replies, strict=True)) if p and r and len(p) + len(r) <= context]
     for start in range(0, len(fits), ROWS_PER_PASS):
         part = fits[start : start + ROWS_PER_PASS]
         some = [list(prompts[i]) for i in part], [list(replies[i]) for i in part]
+        read["prompt_tokens"] += sum(map(len, some[0]))
+        read["completion_tokens"] += sum(map(len, some[1]))
         values = await asyncio.wrap_future(replica.engine.call(partial(_pass, replica, served, *some)))
         for i, value in zip(part, values):
             found[i] = value

@@ -62,15 +62,15 @@ class LocalBackend:
         self.replica = replica
 
     async def complete(self, request: Any) -> list[dict[str, Any]]:
-        return [event async for events in self.replica.events(request) for event in events]
+        return [event async for events in self.replica.events(request, whole=True) for event in events]
 
     def stream(self, request: Any) -> Any:
         return self.replica.events(request)
 
-    async def score(self, request: Any) -> dict[str, Any]:
+    async def score(self, request: Any, key: str) -> dict[str, Any]:
         from rlhf_ray.serve.score import score_on
 
-        return await score_on(self.replica, request)
+        return await score_on(self.replica, request, key)
 
     async def models(self) -> list[dict[str, Any]]:
         return list(await self.replica.models())

@@ -84,6 +84,7 @@ def test_requests_beyond_the_capacity_are_refused_until_others_end() -> None:
             body
         )
         assert service.requests == 3 and counted.refused == 1
+        assert (await send_request(control, "/v1/score"))[0] == 429, "it takes places as well"
         service.may_respond.set()
         assert [status for status, _, _ in await asyncio.gather(*in_flight)] == [200, 200]
         assert (await send_request(control))[0] == 200

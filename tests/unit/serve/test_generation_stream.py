@@ -243,6 +243,7 @@ def test_an_error_of_the_scoring_ends_the_request(error: Exception, status: int)
         first = asyncio.ensure_future(anext(events))
         await harness.send((1, 4, "length"))
         await first
+        assert await anext(events) == [{"i": 1, "text": "", "completion_tokens": 1}], "what it has cost comes before it"
         with pytest.raises(ApiError) as raised:
             await anext(events)
         assert raised.value.status == status and "secret" not in str(raised.value)

@@ -535,6 +535,16 @@ def test_tokens_of_a_reply_that_is_not_finished_are_charged(
     assert send(service, "POST", "/v1/chat/completions", asked, auth)[0] == 429
 
 
+def test_a_comparison_reads_its_prompt_once_for_each_model(live: MakeLive) -> None:
+    """It was counted once, however many models read it."""
+    prompt = {"prompt": "Name a bird.", "max_tokens": 1, "n": 2}
+    one, two = (
+        send(live(), "POST", "/v1/compare", {**prompt, "models": models})[2]["usage"]["prompt_tokens"]
+        for models in (["one"], ["one", "two"])
+    )
+    assert two == 2 * one > 0
+
+
 def test_a_reply_whose_client_leaves_is_charged_what_it_could_have_cost(live: MakeLive, tmp_path: Path) -> None:
     """It was charged nothing: who never waited for an answer had no limit of tokens. The proxy cancels such a request."""
     key = add_key(tmp_path / "keys.json", "eve", max_tokens_per_minute=1000)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from rlhf_ray.rewards.judge_usage import JudgeUsage
 from rlhf_ray.rewards.llm_judge import LLMJudge, read_completion, read_refusal
 from rlhf_ray.rewards.protocol import RewardInputs, Texts
 from rlhf_ray.rewards.scoring_model import load_scoring_model
+from rlhf_ray.serve import score as score_module
 from rlhf_ray.serve.api_keys import add_key
 from rlhf_ray.stages.score import score
 from rlhf_ray.storage.answers import Answers
@@ -32,9 +35,11 @@ from .conftest import LiveService
 MakeLive = Callable[..., LiveService]
 
 
-def post(service: LiveService, body: Any, query: str = "") -> tuple[int, Any]:
+def post(service: LiveService, body: Any, query: str = "", headers: dict[str, str] | None = None) -> tuple[int, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
-    connection.request("POST", f"/v1/score{query}", json.dumps(body), {"content-type": "application/json"})
+    connection.request(
+        "POST", f"/v1/score{query}", json.dumps(body), {"content-type": "application/json", **(headers or {})}
+    )
     response = connection.getresponse()
     found = json.loads(response.read())
     connection.close()
@@ -183,6 +188,45 @@ def test_a_key_from_a_file_opens_it(live: MakeLive, tmp_path_factory: pytest.Tem
         with pytest.raises(Interrupted, match=told) as error:
             served(service, headers=headers(key)).score(sampled(2))
         assert key not in str(error.value)
+
+
+def test_it_keeps_the_limits_of_a_key(
+    live: MakeLive, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was charged nothing, took no place, and ten thousand rows were one reply."""
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    key = add_key(file, "ppo", max_concurrent=4, max_tokens_per_minute=500)
+    service = live(api_keys=str(file), limits={"max_batch_rows": 1, "max_waiting_rows": 0})
+    scored, seen = score_module._pass, list[tuple[int, int]]()
+
+    def watched(replica: Any, *rest: Any) -> list[float]:
+        seen.append((service.api.usage.rows["ppo"], replica.places_taken))
+        return scored(replica, *rest)
+
+    monkeypatch.setattr(score_module, "_pass", watched)
+
+    def ask() -> tuple[int, Any]:
+        return post(
+            service,
+            {"prompts": ["Say hi."] * 20, "completions": ["Hi!"] * 20},
+            headers={"authorization": f"Bearer {key}"},
+        )
+
+    async def while_it_is_full() -> tuple[int, Any]:
+        async with AsyncExitStack() as resources:
+            service.replica.claim("other", 1, resources)
+            return await asyncio.to_thread(ask)
+
+    status, found = ask()
+    assert status == 200 and seen == [(4, 1)] * 2 and not service.api.usage.rows
+    tokenizer, usage = service.replica.backbone.tokenizer, found["usage"]
+    assert usage["prompt_tokens"] == 20 * len(tokenizer("Say hi.")["input_ids"])
+    assert usage["completion_tokens"] == 20 * (1 + len(tokenizer("Hi!", add_special_tokens=False)["input_ids"]))
+    assert service.api.usage._tokens["ppo"][0] == 500 - usage["total_tokens"] > 0
+    assert service.call(while_it_is_full())[0] == 429 and service.replica.places_taken == 0
+    while service.api.usage._tokens["ppo"][0] > 0:
+        assert ask()[0] == 200
+    assert ask()[0] == 429 and not service.api.usage.rows
 
 
 def test_a_judge_asks_this_service_as_any_other(live: MakeLive, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ Lists of events come back, each a dict:
      "prompt_text",                                                              only with echo, not in a stream
      "listed": [[text, log-probability or None, {text: log-probability}], ...],    of the whole sequence
      "prompt_logprobs": [None, {id: {logprob, rank, decoded_token}}, ...],       only if requested
-     "mean_logprob"}                                                             only if ranked: nats per token of the reply
+     "mean_logprob"}                                                             only if ranked: nats per token decoded
     {"error": {...}}                                                            last of all
 """
 

@@ -295,5 +295,5 @@ class GenerationStream:
 
 
 def _mean_logprob(generation: Generation) -> float:
-    shown = generation.logprobs[: generation.shown]
-    return sum(shown) / len(shown) if shown else 0.0
+    """Over every token that was decoded, a stop string's too, as vLLM counts: an empty reply is as likely as what ended it."""
+    return sum(generation.logprobs) / len(generation.logprobs) if generation.logprobs else 0.0

@@ -207,6 +207,20 @@ def test_best_of_returns_the_likeliest(live: MakeLive) -> None:
     assert send(service, "POST", "/v1/completions", {**ASKED, "best_of": 1, "n": 2})[0] == 400
 
 
+def test_best_of_does_not_prefer_replies_that_a_stop_string_empties(live: MakeLive) -> None:
+    """A reply without text had the mean 0, above every other one. It counts the tokens that ended it."""
+    service, first = live(), dict[str, float]()
+    for choice in complete(service, n=6, seed=5, logprobs=0)["choices"]:
+        first[choice["text"][:1]] = choice["logprobs"]["token_logprobs"][0]
+    stop = min(first, key=lambda text: first[text])
+    every = complete(service, n=6, seed=5, logprobs=0, stop=stop)["choices"]
+    texts = [choice["text"] for choice in every]
+    assert stop.strip() and "" in texts and any(texts)
+    means = [sum(p := c["logprobs"]["token_logprobs"]) / len(p) for c in every if c["text"]]
+    assert max(means) > first[stop] + 0.1, "what is emptied is the less likely"
+    assert complete(service, n=1, best_of=6, seed=5, stop=stop)["choices"][0]["text"] in set(texts) - {""}
+
+
 def test_a_prompt_that_is_too_long_says_what_client_libraries_look_for(live: MakeLive) -> None:
     status, found = chat(live(), messages=[{"role": "user", "content": "x" * 5000}])
     assert status == 400 and found["error"]["code"] == "context_length_exceeded"

@@ -113,6 +113,7 @@ class HttpApi:
         request = chat.to_generation_request(self.limits, (chat.model,), (chat.prompt(self.limits),))
         builder = ResponseBuilder("chat", chat.model, request.logprobs, chat.wants_usage, chat.calls)
         builder.single_call = chat.parallel_tool_calls is False
+        builder.tools = frozenset(tool.function.name for tool in chat.tools or ())
         return await self._generate(context, body, request, builder, chat.wants_stream)
 
     async def create_completion(self, context: RequestContext) -> Response:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from rlhf_ray.serve.strict_json import load_json
+
 Text = Annotated[str, Field(max_length=1_000_000)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 MAX_LIST = 10_000
@@ -56,7 +58,7 @@ class CalledFunction(StrictModel):
     @model_validator(mode="after")
     def _arguments_are_json(self) -> CalledFunction:
         try:
-            found = json.loads(self.arguments or "{}")
+            found = load_json(self.arguments or "{}")
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):

@@ -35,7 +35,7 @@ class PartialChoice:
 class ResponseBuilder:
     """Collects the events of one request. model: as the client named it.  logprobs: the client wants them.
     include_usage: it wants the token usage in a last chunk (OpenAI's `stream_options`).
-    calls: how tool calls are read from replies (`ChatRequest.calls`).   single_call: one of them at most.
+    calls: how tool calls are read from replies (`ChatRequest.calls`).   single_call: one of them at most.   tools: their names.
     best: of so many replies to a prompt, that many are returned, the likeliest first."""
 
     kind: Kind
@@ -44,6 +44,7 @@ class ResponseBuilder:
     include_usage: bool = False
     calls: str = ""
     single_call: bool = False
+    tools: frozenset[str] = frozenset()
     best: tuple[int, int] | None = None
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -70,7 +71,7 @@ class ResponseBuilder:
             if self.calls:
                 if partial.reader is None:
                     kind = self.start["tool_format"] if self.calls == "auto" else self.calls
-                    partial.reader = ToolCallReader(kind, self.single_call)
+                    partial.reader = ToolCallReader(kind, self.single_call, self.tools)
                 event["deltas"] = partial.reader.push(event.get("text", ""))
                 event["deltas"] += partial.reader.finish() if "end" in event else []
             if "end" in event:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from rlhf_ray.config.serve import LimitsConfig
 from rlhf_ray.serve.api_errors import ApiError
+from rlhf_ray.serve.strict_json import load_json
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 MAX_FIELDS = 64
@@ -51,11 +51,7 @@ async def parsed(body: bytes, model: type[ModelT]) -> ModelT:
 def parse_body(body: bytes, model: type[ModelT]) -> ModelT:
     """ApiError 400 for a body that is not one JSON object, or that `model` does not accept."""
     try:
-        values = json.loads(body.decode("utf-8"), parse_constant=_reject_constant)
-        if b"\\u" in body:
-            json.dumps(values, ensure_ascii=False).encode(
-                "utf-8"
-            )  # escapes may hide a lone surrogate, which is no text
+        values = load_json(body.decode("utf-8"))
     except (ValueError, RecursionError):
         raise ApiError(400, "The body is not valid JSON in UTF-8.", "invalid_json") from None
     if not isinstance(values, dict):
@@ -68,10 +64,6 @@ def parse_body(body: bytes, model: type[ModelT]) -> ModelT:
         raise _validation_error(error) from None
     except RecursionError:
         raise ApiError(400, "The body is nested too deeply.", "invalid_json") from None
-
-
-def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _too_long(limits: LimitsConfig) -> ApiError:

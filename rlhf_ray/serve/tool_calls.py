@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from rlhf_ray.serve.response_text import overlap
+from rlhf_ray.serve.strict_json import DECODER, check_utf8, load_json
 
 Call = tuple[str, str]
 """(name of the function, its arguments as JSON text)"""
@@ -44,10 +45,11 @@ class ToolCallReader:
     as in the deltas of a stream. A call of the model's own form comes as a whole.
 
     kind: of `MARKERS`; "required", a JSON list of calls; or "named:NAME", the arguments of one function.   single: calls
-    behind the first are dropped (`parallel_tool_calls: false`)."""
+    behind the first are dropped (`parallel_tool_calls: false`).   tools: names of the functions there are; where no mark has to
+    stand before a call (llama3_json), JSON that names none of them is the reply itself. None: any name is one."""
 
-    def __init__(self, kind: str, single: bool = False) -> None:
-        self._single = single
+    def __init__(self, kind: str, single: bool = False, tools: Collection[str] | None = None) -> None:
+        self._single, self._tools = single, tools if kind == "llama3_json" else None
         self._kind, self._called = kind, kind.partition(":")[2]
         self._held = ""
         self._count = 0
@@ -116,7 +118,7 @@ class ToolCallReader:
             yield {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
 
     def _call_or_text(self, calls: list[Call] | None, text: str) -> Iterator[dict[str, Any]]:
-        if calls is None:
+        if calls is None or (self._tools is not None and any(name not in self._tools for name, _ in calls)):
             yield from self._say(text)
             return
         if self._single:
@@ -142,14 +144,15 @@ class ToolCallReader:
 
 def _calls(text: str) -> list[Call] | None:
     """Of one JSON object, a JSON list of them, or several with semicolons between; None if it is anything else."""
-    decoder, found, at = json.JSONDecoder(), list[Any](), 0
+    found, at = list[Any](), 0
     text = text.strip()
     try:
         while at < len(text):
-            value, at = decoder.raw_decode(text, at)
+            value, at = DECODER.raw_decode(text, at)
             found += value if isinstance(value, list) else [value]
             rest = text[at:].lstrip("; \n\t")
             at = len(text) - len(rest)
+        check_utf8(found)
     except (ValueError, RecursionError):
         return None
     calls = [_call_of(value) for value in found]
@@ -159,7 +162,7 @@ def _calls(text: str) -> list[Call] | None:
 def _call_of(value: Any) -> Call | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
-    arguments = value.get("arguments", value.get("parameters", {}))
+    arguments = value.get("arguments", value.get("parameters"))  # without them it is some JSON that has a name
     if isinstance(arguments, str):
         return value["name"], arguments
     return (value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
@@ -173,7 +176,7 @@ def _mistral_calls(text: str) -> list[Call] | None:
     for part in text.split("[TOOL_CALLS]"):
         name = _NAME.match(part)
         try:
-            arguments = json.loads(part[name.end() :]) if name else None
+            arguments = load_json(part[name.end() :]) if name else None
         except (ValueError, RecursionError):
             arguments = None
         if name is None or not isinstance(arguments, dict):

@@ -53,6 +53,14 @@ WRITTEN: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("llama3_json", LLAMA, "", [("get_weather", {"city": "Rome"})]),
     ("llama3_json", f"<|python_tag|>{LLAMA}; {LLAMA}", "", [("get_weather", {"city": "Rome"})] * 2),
     ("llama3_json", '{"a": 1}', '{"a": 1}', []),
+    ("llama3_json", '{"name": "Ann", "age": 30}', '{"name": "Ann", "age": 30}', []),
+    ("llama3_json", '{"name": "Ann", "parameters": {}}', '{"name": "Ann", "parameters": {}}', []),
+    ("llama3_json", '{"name": "get_time"}', '{"name": "get_time"}', []),
+    *(
+        ("hermes", f"<tool_call>{call}</tool_call>", f"<tool_call>{call}</tool_call>", [])
+        for call in (CALL.replace('"Rome"', value) for value in ("NaN", "-Infinity", "1e999", '"\\ud800"'))
+    ),
+    ("mistral", '[TOOL_CALLS]get_time{"a": NaN}', '[TOOL_CALLS]get_time{"a": NaN}', []),
     ("llama3_json", "It is {warm}.", "It is {warm}.", []),
     ("mistral", f"[TOOL_CALLS][{CALL}, {CALL}]", "", [("get_weather", {"city": "Rome"})] * 2),
     ("mistral", 'Yes.[TOOL_CALLS]get_weather[ARGS]{"city": "Rome"}', "Yes.", [("get_weather", {"city": "Rome"})]),
@@ -67,7 +75,7 @@ WRITTEN: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
 @pytest.mark.parametrize(("kind", "text", "content", "calls"), WRITTEN)
 def test_calls_are_read_in_whatever_pieces_they_come(kind: str, text: str, content: str, calls: Any) -> None:
     for size in (1, 3, 7, len(text)):
-        reader, deltas = ToolCallReader(kind), list[dict[str, Any]]()
+        reader, deltas = ToolCallReader(kind, tools=("get_weather", "get_time")), list[dict[str, Any]]()
         for start in range(0, len(text), size):
             deltas += reader.push(text[start : start + size])
         deltas += reader.finish()
@@ -144,6 +152,19 @@ def test_the_template_is_given_tools_variables_and_the_calls_of_earlier_turns(se
     ):
         assert chat(service, messages=wrong)[0] == 400
     assert chat(service, messages=ASKED, chat_template_kwargs={"messages": []})[0] == 400
+
+
+@has_library
+def test_json_that_is_no_call_is_the_reply(service: LiveService) -> None:
+    """In Llama 3's form nothing marks a call: a reply that has a name was taken for one, and its text dropped."""
+    for name, called in (("Ann", False), ("get_time", True)):
+        one_of = {"name": {"const": name}, "parameters": {"const": {}}}
+        schema = {"type": "object", "properties": one_of, "required": [*one_of], "additionalProperties": False}
+        form = {"type": "json_schema", "json_schema": {"schema": schema}}
+        status, found = chat(service, messages=ASKED, tools=[TOOL, OTHER], response_format=form, max_tokens=400)
+        (choice,) = found["choices"]
+        assert status == 200 and choice["finish_reason"] == ("tool_calls" if called else "stop")
+        assert ("tool_calls" in choice["message"]) is called and bool(choice["message"]["content"]) is not called
 
 
 def test_no_text_of_tools_becomes_a_control_token(service: LiveService) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import secrets
@@ -335,8 +334,12 @@ class HttpApi:
         if context.key is not None:
             self.usage.end(context.key, context.rows)
         seconds = round(time.time() - context.log["time"], 4)
-        with contextlib.suppress(OSError):  # a full disk must not take the service down
+        try:
             self.access_log.append({**context.log, "key": context.key_name, "status": status, "seconds": seconds})
+        except OSError:  # a full disk must not take the service down
+            pass
+        except Exception:  # nor may a line that cannot be written take the answer away
+            log.exception("a request is missing from the access log")
 
 
 class ClosingStreamingResponse(StreamingResponse):

@@ -154,6 +154,32 @@ def test_the_template_is_given_tools_variables_and_the_calls_of_earlier_turns(se
     assert chat(service, messages=ASKED, chat_template_kwargs={"messages": []})[0] == 400
 
 
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999", '"\\ud800"'])
+def test_arguments_in_the_history_are_json_that_can_be_written_again(service: LiveService, value: str) -> None:
+    """They were accepted, and then a server error where the prompt, or the preference, was written."""
+    call = {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": f'{{"x": {value}}}'}}
+    turns = [*ASKED, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": ""}]
+    for path, more in (
+        ("/v1/chat/completions", {"model": "base"}),
+        ("/v1/compare", {"models": ["base"]}),
+        ("/v1/preferences", {"chosen": "a", "rejected": "b"}),
+        ("/tokenize", {}),
+    ):
+        status, _, found = send(service, "POST", path, {"messages": turns, **more})
+        assert status == 400 and "arguments: expected a JSON object" in found["error"]["message"], path
+
+
+@pytest.mark.parametrize("error", [OSError("full"), ValueError("Out of range float values are not JSON compliant")])
+def test_a_log_that_cannot_be_written_takes_no_answer_away(
+    service: LiveService, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(row: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(service.api.access_log, "append", fail)
+    assert chat(service, max_tokens=2)[0] == 200
+
+
 @has_library
 def test_json_that_is_no_call_is_the_reply(service: LiveService) -> None:
     """In Llama 3's form nothing marks a call: a reply that has a name was taken for one, and its text dropped."""

@@ -146,6 +146,7 @@ class ResponseBuilder:
         choice["logprobs"] = _chat_logprobs(partial.tokens, partial.bytes, partial.top) if self.logprobs else None
         if self.kind == "comparison":
             choice |= {"model": self._model_of(index), "completion_tokens": end.get("completion_tokens")}
+            choice |= {"prompt_logprobs": end["prompt_logprobs"]} if "prompt_logprobs" in end else {}
         return choice
 
     def _scores(self, end: Mapping[str, Any]) -> dict[str, Any]:

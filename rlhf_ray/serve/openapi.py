@@ -100,7 +100,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         object={"const": "comparison"},
         created=INTEGER,
         adapters={"type": "object"},
-        choices=_list(_object({}, model=STRING, completion_tokens=INTEGER, **CHAT_CHOICE["properties"]) | {}),
+        choices=_list(
+            _object(
+                {"prompt_logprobs": PROMPT_LOGPROBS},
+                model=STRING,
+                completion_tokens=INTEGER,
+                **CHAT_CHOICE["properties"],
+            )
+        ),
         usage=USAGE,
     ),
     "StoredPreference": _object(id=STRING, object={"const": "preference"}, created=INTEGER),

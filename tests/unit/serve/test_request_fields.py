@@ -171,6 +171,11 @@ def test_prompt_logprobs_as_vllm_tells_them(live: MakeLive, base_dir: Path) -> N
     found = chat(service, prompt_logprobs=1)[1]
     assert found["prompt_logprobs"][0] is None and len(found["prompt_logprobs"]) > 3
     assert chat(service, prompt_logprobs=1, stream=True)[0] == 400
+    asked = {"models": ["base", "one"], "messages": HELLO, "max_tokens": 1, "prompt_logprobs": 1}
+    compared = send(service, "POST", "/v1/compare", asked)[2]["choices"]
+    assert [c["prompt_logprobs"] for c in compared] == [
+        chat(service, model=model, prompt_logprobs=1, max_tokens=1)[1]["prompt_logprobs"] for model in ("base", "one")
+    ], "a comparison computed them and told nothing"
 
 
 def test_the_kl_to_the_base_is_at_the_temperature_that_was_sampled_at(live: MakeLive) -> None:

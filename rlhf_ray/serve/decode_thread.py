@@ -221,7 +221,7 @@ class DecodeThread:
         return len(self._rows) + len(self._queue) + len(self._pending)
 
     def waiting_by_model(self) -> dict[str, int]:
-        """Rows that wait for a place, by the model they are for."""
+        """Rows that wait for a place, by the version of the model they are for."""
         return dict(self._queue.waiting(1))
 
     def _enqueue(self, ticket: int, request: DecodeRequest | None, flow: Flow = ()) -> None:

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 Flow = tuple[str, ...]
-"""Whose a row is, from the outermost level to the innermost: (key, adapter, request)."""
+"""Whose a row is, from the outermost level to the innermost: (key, version of an adapter, request)."""
 
 
 @dataclass(eq=False)

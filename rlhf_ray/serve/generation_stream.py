@@ -159,7 +159,7 @@ class GenerationStream:
             generation.end = "length"
             self._scoring[generation] = asyncio.create_task(self._score(generation))
             return
-        flow = self.request.key, generation.served.model, str(id(self))
+        flow = self.request.key, generation.served.id, str(id(self))  # not the model's name: a version has several
         ticket = self.engine.submit(self._decode_request(generation, self._seed), flow)
         self._by_ticket[ticket] = generation
         self.router.buffers[ticket] = self.buffer

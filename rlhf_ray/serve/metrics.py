@@ -23,7 +23,7 @@ COUNTERS = {
 }
 GAUGES = {
     "rows_running": ("replies being written or waiting, in this replica", ()),
-    "rows_waiting": ("replies that wait for a place, in this replica, by adapter", ("adapter",)),
+    "rows_waiting": ("replies that wait for a place, in this replica, by version of an adapter", ("adapter",)),
     "adapter_bytes": ("weights of adapters, in this replica, by where they are: device or host", ("where",)),
     "longest_step_seconds": ("longest time between two decoding steps since the last report, in this replica", ()),
     "adapters_loaded": ("adapters in memory, in this replica", ()),

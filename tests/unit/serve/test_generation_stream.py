@@ -91,10 +91,12 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.submitted: list[DecodeRequest] = []
+        self.flows: list[tuple[str, ...]] = []
         self.cancelled: list[int] = []
 
     def submit(self, request: DecodeRequest, flow: tuple[str, ...]) -> int:
         self.submitted.append(request)
+        self.flows.append(flow)
         return len(self.submitted) - 1
 
     def cancel(self, ticket: int) -> None:
@@ -230,6 +232,24 @@ def test_a_special_token_among_the_stop_strings_is_stopped_on_and_not_scored() -
         harness.stream.advance([DecodedToken(0, 8, -1.0, "stop"), DecodedToken(1, 2, -1.0, "stop")])
         assert [(generation.end, generation.shown) for generation in (first, second)] == [("stop", 1), ("stop", 2)]
         harness.stream.close()
+
+    play(scenario)
+
+
+def test_a_version_takes_turns_as_one_however_it_is_named() -> None:
+    """Three names of one version had three shares."""
+
+    async def scenario() -> None:
+        found = set[tuple[str, ...]]()
+        for name in ("m", "m@v3", "m@v3-1a2b3c4d"):
+            harness = Harness()
+            model = ServedModel(name, "m@v3-1a2b3c4d", "0", SimpleNamespace(), ())  # type: ignore[arg-type]
+            for generation in harness.stream.generations:
+                generation.served = model
+            harness.stream.submit()
+            found |= {flow[:2] for flow in harness.engine.flows}
+            harness.stream.close()
+        assert found == {("", "m@v3-1a2b3c4d")}
 
     play(scenario)
 

@@ -204,10 +204,16 @@ def read_completion(answer: Any) -> dict[str, Any]:
         "text": text or "",
         "refused": bool(refusal) or choice.get("finish_reason") == "content_filter",
         **{
-            name: usage.get(name) if isinstance(usage, dict) else None
+            name: _count(usage.get(name)) if isinstance(usage, dict) else None
             for name in ("prompt_tokens", "completion_tokens")
         },
     }
+
+
+def _count(value: Any) -> int | None:
+    """None for what is no number of tokens."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == value // 1
+    return int(value) if is_one else None
 
 
 def read_refusal(status: int, answer: Any) -> dict[str, Any] | None:

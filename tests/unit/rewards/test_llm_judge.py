@@ -327,3 +327,14 @@ def test_bad_fields_of_a_judge(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(told)) as error:
         load_dict(RewardSource, {"name": "gpt", "llm": {"base_url": "http://h/v1", "model": "m", **fields}}, "job.yaml")
     assert "secret-key" not in str(error.value) and len(error.value.lines()) == 1
+
+
+@pytest.mark.parametrize("told", ["12", None, True, [12], -1, 1.5, float("nan")])
+def test_a_usage_that_is_no_number_is_none(tmp_path: Path, told: Any) -> None:
+    """A text there ended the run with a TypeError."""
+    message = {"message": {"content": "SCORE: 7"}}
+    answer = read_completion({"choices": [message], "usage": {"prompt_tokens": told, "completion_tokens": 3.0}})
+    assert answer["prompt_tokens"] is None and answer["completion_tokens"] == 3
+    usage = JudgeUsage("judge", LLMJudgeConfig(model="m", base_url="http://localhost/v1"), tmp_path)
+    usage.add(answer)
+    assert usage.total() == {"requests": 1, "completion_tokens": 3}

@@ -1,4 +1,7 @@
-"""A request that is sent again under the same id runs once: clients retry, and must not be charged or counted twice."""
+"""A request that is sent again under the same id runs once: clients retry, and must not be charged or counted twice.
+
+Not of streams, which cannot be repeated from where they broke off: they are written anew. They are not refused, since clients send
+the header with every request."""
 
 from __future__ import annotations
 

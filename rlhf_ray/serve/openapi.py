@@ -169,7 +169,7 @@ def document(with_keys: bool) -> dict[str, Any]:
             found["parameters"] = [{"name": path, "in": "path", "required": True, "schema": STRING}]
         return found
 
-    generated = "streamed as server-sent events with `stream: true`"
+    generated = "streamed as server-sent events with `stream: true`, whatever the Idempotency-Key"
     return {
         "openapi": "3.1.0",
         "info": {"title": "rlhf_ray", "version": version("rlhf_ray")},

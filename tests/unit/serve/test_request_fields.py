@@ -242,6 +242,11 @@ def test_a_request_id_names_a_request_and_an_idempotency_key_makes_it_one(live: 
 
     assert len(ids("x-request-id")) == 3
     assert len(ids("idempotency-key")) == 1
+    header, stream = {"idempotency-key": "a"}, {**asked, "stream": True}
+    streams = {send(service, "POST", "/v1/chat/completions", stream, header)[2].split('"')[3] for _ in range(2)}
+    assert len(streams) == 2, "written anew, as the document says"
+    document = send(service, "GET", "/openapi.json")[2]
+    assert "Idempotency-Key" in document["paths"]["/v1/chat/completions"]["post"]["summary"]
     lines = (Path(service.config.output_dir) / "access.jsonl").read_text().splitlines()
     assert any(json.loads(line)["request_id"] == "a" for line in lines)
 

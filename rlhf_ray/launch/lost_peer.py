@@ -22,17 +22,27 @@ def is_of_a_lost_peer(error: BaseException) -> bool:
     import ray.exceptions
     import torch.distributed as dist
 
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, RlhfRayError):
+    seen, ahead = set[int](), [error]
+    while ahead:
+        one = ahead.pop(0)
+        if id(one) in seen:  # what a role raised has Ray's error as its cause, which holds it
+            continue
+        seen.add(id(one))
+        if isinstance(one, RlhfRayError):
             return False
-        if isinstance(seen, (dist.DistError, ray.exceptions.RayError)):
+        if isinstance(
+            one, ray.exceptions.RayTaskError
+        ):  # of code that ran: that by itself tells of no process that is gone
+            ahead += (
+                [one.cause] if type(one.cause) is not ray.exceptions.RayError else []
+            )  # in place of one that cannot be sent
+        elif isinstance(one, (dist.DistError, ray.exceptions.RayError)):
             return True
-        if type(seen) is RuntimeError:
-            raised_there = _innermost(seen.__traceback__).is_relative_to(Path(dist.__file__).parent)
-            if raised_there or _RAISED_BY_GLOO.match(str(seen)):
+        elif type(one) is RuntimeError:
+            raised_there = _innermost(one.__traceback__).is_relative_to(Path(dist.__file__).parent)
+            if raised_there or _RAISED_BY_GLOO.match(str(one)):
                 return True
-        seen = seen.__cause__ or seen.__context__
+        ahead += [before for before in (one.__cause__ or one.__context__,) if before is not None]
     return False
 
 

@@ -20,6 +20,7 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
@@ -241,12 +242,18 @@ class ActorPool:
         return Interrupted.at(f"{self.role} {index}", f"{what}, while {doing}", fix=fix)
 
     def raised(self, index: int, error: RayTaskError, doing: str) -> BaseException:
-        """The exception that the role raised, as it was raised; Interrupted if it was for want of memory on its GPU, since the
-        same work needs less of it under other settings."""
+        """The exception that the role raised, as it was raised: its type and errno say what it is; Interrupted if it was for want
+        of memory on its GPU, since the same work needs less of it under other settings."""
         cause = error.cause
         if gpu_memory_ran_out(cause):
             return self.failed(index, first_sentence(cause), doing, LESS_GPU_MEMORY)
-        return cause if isinstance(cause, RlhfRayError) else error
+        if not isinstance(cause, Exception) or isinstance(
+            cause, RayError
+        ):  # Ray's own, or in place of one that cannot be sent
+            return error
+        if not isinstance(cause, RlhfRayError):
+            cause.add_note(f"in {self.role} {index}, while {doing}")
+        return cause
 
     def exhausted(self, index: int, error: BaseException, doing: str) -> Interrupted:
         """The error for work that was lost in every attempt."""

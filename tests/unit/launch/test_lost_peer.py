@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray.exceptions
 import torch.distributed as dist
 
 from rlhf_ray.errors import Interrupted
+from rlhf_ray.launch import launch
 from rlhf_ray.launch.lost_peer import is_of_a_lost_peer
+from rlhf_ray.roles.actor_pool import ActorHandles, ActorPool
+from rlhf_ray.storage.run_folder import create_run, resume_command
 
 KILLED = """
 import datetime, os, sys, time
@@ -80,3 +85,32 @@ def test_types_along_the_chain_of_causes() -> None:
     assert is_of_a_lost_peer(raised(dist.DistNetworkError("socket")))
     assert is_of_a_lost_peer(raised(ValueError("while saving"), cause=ray.exceptions.RayActorError()))
     assert not is_of_a_lost_peer(raised(Interrupted.at("a", "stopped"), cause=dist.DistNetworkError("socket")))
+
+
+def of_a_task(cause: BaseException) -> BaseException:
+    """As `ray.get` raises what a role raised."""
+    return ray.exceptions.RayTaskError("call", "Traceback", cause).as_instanceof_cause()
+
+
+def test_an_exception_in_an_actor_is_no_lost_process() -> None:
+    """A KeyError there restarted the whole group three times. Where the actor itself met a process that is gone, it is one."""
+    for cause in (KeyError("x"), OSError(errno.ENOSPC, "No space left on device")):
+        error = of_a_task(cause)
+        assert not is_of_a_lost_peer(raised(error)) and not is_of_a_lost_peer(raised(cause, cause=error))
+    assert not is_of_a_lost_peer(raised(of_a_task(ray.exceptions.RayError("an exception that cannot be sent"))))
+    assert is_of_a_lost_peer(raised(of_a_task(ray.exceptions.RayActorError())))
+    assert is_of_a_lost_peer(raised(of_a_task(dist.DistNetworkError("socket"))))
+    assert is_of_a_lost_peer(
+        raised(ValueError("x"), cause=of_a_task(raised(KeyError("y"), dist.DistNetworkError("z"))))
+    )
+
+
+def test_a_disk_that_is_full_for_an_actor_ends_the_run_as_one_that_is_for_the_learner(tmp_path: Path) -> None:
+    """It was a bug of ours, exit 1."""
+    run = create_run(tmp_path / "ppo", "ppo", {"seed": 0}, "never")
+    pool = ActorPool("scorer", ActorHandles({"scorer": (None,)}, None, {"scorer": 1.0}, ""), print, print)
+    with pytest.raises(Interrupted) as caught, launch._with_the_way_on(SimpleNamespace(output_dir=str(run.path))):  # type: ignore[arg-type]
+        error = of_a_task(OSError(errno.ENOSPC, "No space left on device"))
+        raise pool.raised(0, error, "scoring chunk 1") from error  # type: ignore[arg-type]
+    (line,) = caught.value.lines()
+    assert "cannot be written: No space left on device" in line and line.endswith(resume_command(str(run.path)))

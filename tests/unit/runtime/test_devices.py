@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from rlhf_ray.errors import Interrupted, ResourceError
 from rlhf_ray.roles.actor_pool import ActorHandles, ActorPool
@@ -128,8 +129,17 @@ def test_an_actor_whose_gpu_is_full_is_no_bug() -> None:
         "error: generator 0: CUDA out of memory. Tried to allocate 1.96 GiB, while sampling chunk 3 of step 7; fix: see what"
     )
     assert "sampler_rows" in line and line.endswith("rlhf-ray resume runs/x")
-    other = RayTaskError("call", "Traceback", KeyError("x"))
-    assert pool.raised(0, other, "sampling") is other
+
+
+def test_what_a_role_raised_comes_as_it_was_raised() -> None:
+    """Ray's own class of it hid the errno of a full disk, and looked like a process that is gone."""
+    pool = ActorPool("scorer", ActorHandles({"scorer": (None,)}, None, {"scorer": 1.0}, ""), print, print)
+    for cause in (KeyError("x"), OSError(errno.ENOSPC, "No space left on device")):
+        error = pool.raised(0, RayTaskError("call", "Traceback", cause).as_instanceof_cause(), "scoring chunk 1")
+        assert type(error) is type(cause) and error.args == cause.args
+        assert error.__notes__ == ["in scorer 0, while scoring chunk 1"]
+    other = RayTaskError("call", "Traceback", RayError("cannot be sent"))
+    assert pool.raised(0, other, "scoring") is other
 
 
 class Model:

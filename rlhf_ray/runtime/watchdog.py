@@ -34,6 +34,28 @@ def forget_stacks(run: Path) -> None:
         (run / FOLDER / "asked").unlink(missing_ok=True)
 
 
+_asked_until: dict[object, float] = {}
+"""When the requests that are under way have ended, by their own limits of time."""
+
+
+@contextlib.contextmanager
+def asking(longest_s: float) -> Iterator[None]:
+    """A request to a server that ends within so many seconds, tries and pauses included: who waits for it does not hang, and the
+    time does not count for any phase of this process. On any thread."""
+    request = object()
+    _asked_until[request] = time.monotonic() + longest_s
+    try:
+        yield
+    finally:
+        del _asked_until[request]
+
+
+def is_asking() -> bool:
+    """Whether a request is under way, within its time."""
+    now = time.monotonic()
+    return any(now < until for until in list(_asked_until.values()))
+
+
 class Watchdog:
     """One rank's. run: the run folder, which gets stacks/.  least_s: 0 switches it off.  resume: the command that goes on.
 
@@ -94,7 +116,7 @@ class Watchdog:
             now = time.monotonic()
             with self._lock:
                 # A process that was stopped and continued has not hung: at most two polls count for one.
-                self._spent += 0.0 if self.waits() else min(now - last, 2 * self.poll_s)
+                self._spent += 0.0 if self.waits() or is_asking() else min(now - last, 2 * self.poll_s)
                 phase, step, spent, limit = self._phase, self._step, self._spent, self.limit(self._phase)
             last = now
             if (self.run / FOLDER / "asked").exists():

@@ -16,16 +16,23 @@ from rlhf_ray.runtime.watchdog import Watchdog
 from rlhf_ray.storage.run_folder import RunFolder, resume_command
 
 WAITS = ("rollout", "settle", "heldout")
-"""Phases in which a learner may wait for generators and scorers, whose own timeouts end them first."""
+"""Phases in which a learner may wait for generators, scorers and other ranks' rewards, whose own timeouts end them first."""
 
 
-def patience(session: Session) -> dict[str, float]:
-    """Seconds that these phases may take whatever they took before: an actor that is silent is ended and its work done again."""
-    if session.actor_handles is None:
+def patience(config: JobFields, session: Session) -> dict[str, float]:
+    """Seconds that these phases may take whatever they took before: an actor that is silent is ended and its work done again, and a
+    reward server is asked again. The rank that asks does not count that time; another one, which waits for its rewards, may."""
+    if session.actor_handles is not None:
+        from rlhf_ray.roles.actor_pool import ATTEMPTS, RESTART_S  # brings Ray
+
+        return dict.fromkeys(WAITS, ATTEMPTS * max(session.actor_handles.timeouts.values()) + RESTART_S)
+    rewards = getattr(config, "rewards", ())
+    endpoints = [*(r for r in rewards if r.url is not None), *(r.llm for r in rewards if r.llm is not None)]
+    if session.world_size == 1 or not endpoints:
         return {}
-    from rlhf_ray.roles.actor_pool import ATTEMPTS, RESTART_S  # brings Ray
+    from rlhf_ray.rewards.http_client import longest_request_s  # brings aiohttp
 
-    return dict.fromkeys(WAITS, ATTEMPTS * max(session.actor_handles.timeouts.values()) + RESTART_S)
+    return dict.fromkeys(WAITS, max(longest_request_s(e.timeout_s, e.max_retries) for e in endpoints))
 
 
 class Phases:
@@ -57,7 +64,7 @@ class TrainingMonitor:
             config.watchdog_s,
             session.console,
             self.resume,
-            patience(session),
+            patience(config, session),
         )
 
     def enter(self, phase: str, step: int) -> None:

@@ -19,6 +19,7 @@ from rlhf_ray.rewards import http_client
 from rlhf_ray.rewards.http_client import HttpClient, check_reachable, credentials
 from rlhf_ray.rewards.http_reward import HttpReward
 from rlhf_ray.rewards.protocol import RewardInputs, Texts
+from rlhf_ray.runtime.watchdog import is_asking
 from rlhf_ray.storage.answers import Answers
 from tests.servers import Reply, ScriptedServer, serving
 
@@ -99,6 +100,19 @@ def test_a_fault_that_passes_is_tried_again(server: ScriptedServer, fault: Reply
     server.faults.append(fault)
     assert reward(server.url, timeout_s=2.0 if fault.wait_s else 30.0).score(inputs("aaa")).tolist() == [1.0]
     assert len(server.asked) == 2
+
+
+def test_the_watchdog_knows_of_requests_that_are_under_way() -> None:
+    """Through all tries of one, and not a moment longer."""
+    seen = list[bool]()
+
+    def answer(body: dict[str, Any]) -> Any:
+        seen.append(is_asking())
+        return lengths(body) if len(seen) > 2 else Reply({}, 503)
+
+    with serving(answer) as found:
+        assert reward(found.url).score(inputs("aaa")).tolist() == [1.0]
+    assert seen == [True] * 3 and not is_asking()
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from rlhf_ray.config import RewardSource
 from rlhf_ray.console import NullConsole
-from rlhf_ray.runtime.watchdog import FIRST_S, Watchdog
+from rlhf_ray.runtime.watchdog import FIRST_S, Watchdog, asking, is_asking
+from rlhf_ray.training.monitor import WAITS, patience
 
 RANK = """
 import sys, time
@@ -64,6 +69,30 @@ def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
     assert process.poll() is None
     process.kill()
     process.communicate()
+
+
+def test_a_request_that_is_under_way_has_its_own_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward server that was away for three minutes, within the retries of the job, ended a colocated run: exit 75."""
+    dog = Watchdog(tmp_path, 0, 1, 0.1, NullConsole(), "")
+    barked = threading.Event()
+    monkeypatch.setattr(dog, "_bark", lambda *_: barked.set())
+    for step in (1, 2, 3):
+        dog.enter("rollout", step)
+    with dog.watching(), asking(0.8):
+        assert not barked.wait(0.6), "it waits for an answer"
+        assert barked.wait(5), "which should be there by now"
+    assert not is_asking()
+
+
+def test_ranks_that_wait_for_anothers_rewards_are_patient_as_its_requests() -> None:
+    sources: Any = ({"url": "http://127.0.0.1:9/score"}, {"llm": {"base_url": "http://127.0.0.1:9/v1", "model": "m"}})
+    for source, timeout_s in zip(sources, (60.0, 120.0)):
+        config: Any = SimpleNamespace(rewards=(RewardSource(**source),))
+        alone: Any = SimpleNamespace(actor_handles=None, world_size=1)
+        together: Any = SimpleNamespace(actor_handles=None, world_size=2)
+        found = patience(config, together)
+        assert set(found) == set(WAITS) and min(found.values()) == 6 * timeout_s + 5 * 300
+        assert patience(config, alone) == {} == patience(cast(Any, SimpleNamespace()), together)
 
 
 def test_the_limit_is_ten_medians_and_never_below_the_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def open_pipeline(config: PipelineConfig, session: Session, stage: str, held: Ex
             copy_from_now_on(folder, config.copy_to, session.console.warn)
         else:
             require_same_stages(config)
-            keep_config(folder, config)
+            keep_config(folder, written_out(config))
     session.barrier()
     return made or open_run(config.output_dir, verify=False)
 

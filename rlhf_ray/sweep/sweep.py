@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
+from typing import Any
 
 from rlhf_ray.config.stored import load_stored
 from rlhf_ray.config.sweep import SweepConfig
@@ -34,8 +35,21 @@ from rlhf_ray.sweep.report import write_sweep_report
 from rlhf_ray.sweep.sharing import check_sharing, described
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trial import run_trial
-from rlhf_ray.sweep.trials import check_trials, job_of, planned, trial_of, written_out
-from rlhf_ray.training.run_entry import copy_from_now_on, discarded_on_error
+from rlhf_ray.sweep.trials import check_trials, job_of, planned, trial_of, written_out, written_out_as
+from rlhf_ray.training import run_entry
+from rlhf_ray.training.run_entry import (
+    copy_from_now_on,
+    discarded_on_error,
+    keep_config,
+    require_same,
+    tell_changes,
+)
+
+MAY_CHANGE = (
+    *("time_budget_s", "max_concurrent_trials", "max_trial_failures", "share_base", "trials_per_base"),
+    *(f"{section}{name}" for section in ("", "ppo.", "dpo.", "evaluate.") for name in run_entry.MAY_CHANGE),
+)
+"""Fields that may differ between the job that started a sweep and the one that goes on with it."""
 
 
 def sweep(config: SweepConfig, console: Console | None = None) -> Run:
@@ -49,20 +63,36 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     check_sharing(config, jobs)
     values = written_out(config.confirming(True), jobs[0])
     folder = create_run(config.output_dir, "sweep", values, config.resume)
-    # what a sweep began with stays: its trials compare, and one of an older version set no prompts apart
-    config = config.confirming((folder.config().get("ppo") or {}).get("confirm_held_out", False))
-    if folder.manifest()["status"] == "done":
-        copy_from_now_on(folder, config.copy_to, console.warn)
-        console.log(f"sweep: {config.output_dir} is finished; nothing to do")
-        return Run.load(folder.path)
     started = time.monotonic()
     with folder.lock(), discarded_on_error(folder, lambda: (folder.path / "sweep.json").exists()):
+        config = _go_on_under(folder, config, values, console)
+        if folder.manifest()["status"] == "done":
+            copy_from_now_on(folder, config.copy_to, console.warn)
+            console.log(f"sweep: {config.output_dir} is finished; nothing to do")
+            return Run.load(folder.path)
         record = Record(config, folder.path, trials)
         if record.left() or record.to_suggest():
             resume = resume_command(config.output_dir)
             with Signals(Stop(), console, config.output_dir, resume, config.stop_grace_s) as signals:
                 _run(config, record, signals, console)
         return _finish(config, record, time.monotonic() - started, console)
+
+
+def _go_on_under(folder: RunFolder, config: SweepConfig, values: dict[str, Any], console: Console) -> SweepConfig:
+    """`config` as the sweep in `folder` goes on under it, which config.yaml then says.   values: `config`, written out.
+
+    ConfigError with every difference from what its trials ran under: they are compared, and chosen by one rule."""
+    if not any((folder.path / name).exists() for name in ("sweep.json", "trials")):  # nothing ran
+        keep_config(folder, values)
+        return config.confirming(True)
+    # one of an older version set no prompts apart
+    confirm = (folder.config().get("ppo") or {}).get("confirm_held_out", False)
+    full = partial(written_out_as, confirm=confirm)
+    changes = require_same(folder, config, MAY_CHANGE, full)
+    if folder.manifest()["status"] != "done":
+        tell_changes(folder, changes, console)
+        keep_config(folder, full(config))
+    return config.confirming(confirm)
 
 
 def _run(config: SweepConfig, record: Record, signals: Signals, console: Console) -> None:

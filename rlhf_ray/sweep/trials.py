@@ -110,6 +110,17 @@ def written_out(config: SweepConfig, job: TrialJob) -> dict[str, Any]:
     return {**values, config.stage: stage_values(job, values[config.stage], varies)}
 
 
+def written_out_as(config: SweepConfig, confirm: bool) -> dict[str, Any]:
+    """`written_out` of a sweep that says of `confirm_held_out` what it says itself, else `confirm`."""
+    config = config.confirming(confirm)
+    settings = next(iter(planned(config)), None)
+    chosen = corners(read_space(config.space))[0] if settings is None else settings.settings
+    try:
+        return written_out(config, job_of(config, trial_of(config, chosen, config.seeds[0])))
+    except ConfigError:  # of an older version, which took what this one refuses
+        return to_dict(config)
+
+
 def check_trials(config: SweepConfig, trials: list[Trial]) -> list[TrialJob]:
     """The trials' jobs, each setting once. Every setting must make one, and what the jobs name must exist: ConfigError, each
     problem once."""

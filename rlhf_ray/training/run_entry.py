@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_ray.config import JobFields
 from rlhf_ray.config.defaults import follows
@@ -30,6 +30,7 @@ from rlhf_ray.storage.run_folder import RunFolder, atomic_write_text, config_cha
 if TYPE_CHECKING:
     from rlhf_ray.models.backbone import BaseIdentity
 
+J = TypeVar("J", bound=JobFields)
 MAY_CHANGE = (
     *("output_dir", "resume", "run_name", "report_to", "learner.", "wait_for_resources", "stop_grace_s", "watchdog_s"),
     *(
@@ -104,12 +105,14 @@ def enter_afresh(
     return folder, None if finished is None else Run.from_json(finished)
 
 
-def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
-    """{field: (old, new)} of what differs from the configuration in `folder` and may.
+def require_same(
+    folder: RunFolder, config: J, may_change: tuple[str, ...], full: Callable[[J], dict[str, Any]] = to_dict
+) -> dict[str, tuple[Any, Any]]:
+    """{field: (old, new)} of what differs from the configuration in `folder` and may.   full: writes a configuration out.
 
     Going on under other settings would be a third run, which no configuration describes: ConfigError with every difference."""
     stored = load_stored(type(config), folder.config(), str(folder.path / "config.yaml"))
-    changes = other_settings(to_dict(stored), to_dict(config))
+    changes = other_settings(full(stored), full(config))
     is_done = folder.manifest()["status"] == "done"
     refused = {n: c for n, c in changes.items() if not _may_change(n, c, may_change) or (n in LENGTH and is_done)}
     causes = {name: change for name, change in refused.items() if not follows(config, name)}
@@ -128,7 +131,8 @@ def require_same(folder: RunFolder, config: JobFields, may_change: tuple[str, ..
 
 
 def _may_change(name: str, change: tuple[Any, Any], may_change: tuple[str, ...]) -> bool:
-    return name.startswith(may_change) or (name == "rewards" and _asked(change[0]) == _asked(change[1]))
+    is_rewards = name.rpartition(".")[2] == "rewards"  # of a sweep they are ppo.rewards, or evaluate.rewards
+    return name.startswith(may_change) or (is_rewards and _asked(change[0]) == _asked(change[1]))
 
 
 def _asked(rewards: Any) -> Any:
@@ -217,16 +221,23 @@ def go_on_under(folder: RunFolder, config: JobFields, may_change: tuple[str, ...
     if "max_steps" in changes and changes["max_steps"][1] > 0:  # a refusal must come before it is kept
         done = max((checkpoint.step for checkpoint in folder.checkpoints()), default=0)
         require_steps_left(done, changes["max_steps"][1])
+    tell_changes(folder, changes, console)
+    keep_config(folder, written_out(config))
+
+
+def tell_changes(folder: RunFolder, changes: Mapping[str, tuple[Any, Any]], console: Console) -> None:
+    """changes: of `require_same`."""
     for name, (old, new) in changes.items():
         if name not in KEPT:
             console.log(f"{folder.stage}: continuing with {name} {json.dumps(new)} (was {json.dumps(old)})")
-    keep_config(folder, config)
 
 
-def keep_config(folder: RunFolder, config: JobFields) -> None:
-    """Write config.yaml anew where it says otherwise; the run keeps the name that it was given, and its `resume`."""
+def keep_config(folder: RunFolder, full: Mapping[str, Any]) -> None:
+    """Write config.yaml anew where it says otherwise; the run keeps the name that it was given, and its `resume`.
+
+    full: the configuration, written out."""
     before = folder.config()
-    values = {**written_out(config), **{name: before[name] for name in KEPT if name in before}}
+    values = {**full, **{name: before[name] for name in KEPT if name in before}}
     if values != before:
         atomic_write_text(folder.path / "config.yaml", dump_yaml(values))
 

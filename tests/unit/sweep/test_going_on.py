@@ -1,0 +1,119 @@
+"""Which sweep a folder goes on with, without running a trial: those of the folder are made by hand, done or failed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config.resolved import dump_yaml, to_dict
+from rlhf_ray.config.sweep import SweepConfig
+from rlhf_ray.console import LocalConsole
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run_folder import create_run, open_run
+from rlhf_ray.sweep.record import Record
+from rlhf_ray.sweep.sweep import _go_on_under, resume_sweep, sweep
+from rlhf_ray.sweep.trials import Trial, job_of, planned, written_out_as
+
+Make = Callable[..., SweepConfig]
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Make:
+    """make(field=value, ...) -> two settings of one seed, in this process."""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"instruction": "Hello.", "input": ""}) + "\n")
+    (tmp_path / "f.py").write_text("def score(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
+
+    def of(**changes: Any) -> SweepConfig:
+        ppo = {"data": {"train": str(tmp_path / "prompts.jsonl")}, "rewards": [{"function": f"{tmp_path}/f.py:score"}]}
+        fields = {
+            "output_dir": str(tmp_path / "sweep"),
+            "model_name_or_path": str(tiny_llama()),
+            "template": "none",
+            "report_to": [],
+            "resume": "auto",
+            "learner": {"num_workers": 0},
+            "share_base": True,
+            "ppo": ppo | {"max_steps": 8} | changes.pop("ppo", {}),
+            "space": {"kl_coef": [0.01, 0.1]},
+        }
+        return SweepConfig(**{**fields, **changes})
+
+    return of
+
+
+def finish(config: SweepConfig, trial: Trial, score: float) -> None:
+    """Leave `trial` as its stage does when it is done."""
+    run = create_run(trial.folder, "ppo", to_dict(job_of(config.confirming(True), trial)), "never")
+    rows = [{"step": s, "eval/reward": score, "eval/length": 10.0, "eval/rows": 20.0} for s in (0, 8)]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Run("ppo", "done", str(run.path), 8, 1.0, trial.seed, {}).save()
+    run.update_manifest(status="done")
+
+
+def begun(config: SweepConfig, done: int = 2) -> Record:
+    """A sweep that was cut off when so many trials were done."""
+    folder = create_run(config.output_dir, "sweep", written_out_as(config, True), "never")
+    for score, trial in enumerate(planned(config)[:done]):
+        finish(config, trial, float(score))
+    record = Record(config, folder.path, planned(config))
+    record.write()
+    return record
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "ppo.max_steps": {"ppo": {"max_steps": 200}},
+    "ppo.learning_rate": {"ppo": {"learning_rate": 9e-4}},
+    "length_ratio": {"length_ratio": None},
+    "space.kl_coef": {"space": {"kl_coef": [0.5]}},
+    "seeds": {"seeds": (0, 1)},
+}
+
+
+@pytest.mark.parametrize("field", OTHERS)
+@pytest.mark.parametrize("finished", [False, True])
+def test_no_other_sweep_goes_on_in_its_folder(make: Make, field: str, finished: bool) -> None:
+    folder = begun(make()).folder
+    if finished:
+        sweep(make())
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError) as error:
+        sweep(make(**OTHERS[field]))
+    assert field in [problem.where for problem in error.value.problems]
+    assert "put it back, or choose another output_dir" in str(error.value)
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_where_and_how_often_may_change_and_config_yaml_says_so(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = begun(make()).folder
+    changed = make(
+        time_budget_s=900.0, trials_per_base=2, ppo={"save_steps": 3}, learner={"num_workers": 0, "num_threads": 1}
+    )
+    assert sweep(changed, LocalConsole()).metrics["trials/done"] == 2.0
+    assert "sweep: continuing with time_budget_s 900.0 (was null)" in capsys.readouterr().err
+    kept = open_run(folder).config()
+    assert (kept["time_budget_s"], kept["ppo"]["save_steps"], kept["resume"]) == (900.0, 3, "auto")
+    assert resume_sweep(str(folder)).metrics["trials/done"] == 2.0
+
+
+def test_a_sweep_of_which_nothing_ran_may_become_another(make: Make) -> None:
+    folder = create_run(make().output_dir, "sweep", written_out_as(make(), True), "never").path
+    other = make(ppo={"max_steps": 0})
+    config = _go_on_under(open_run(folder, verify=False), other, written_out_as(other, True), LocalConsole())
+    assert config.confirming(False) is config and open_run(folder, verify=False).config()["ppo"]["max_steps"] == 0
+
+
+def test_a_sweep_of_an_older_version_goes_on(make: Make) -> None:
+    """Its config.yaml lacks fields that came later, and set no prompts apart."""
+    folder = begun(make()).folder
+    values = open_run(folder, verify=False).config()
+    for name in ("confirm_held_out", "dual_clip", "alarm"):
+        del values["ppo"][name]
+    del values["trials_per_base"]
+    (folder / "config.yaml").write_text(dump_yaml(values))
+    assert sweep(make()).metrics["trials/done"] == 2.0
+    assert open_run(folder).config()["ppo"]["confirm_held_out"] is False

@@ -36,6 +36,7 @@ from rlhf_ray.stages.evaluation_models import (
     PolicyResponses,
     decoding_line,
     load_evaluation_models,
+    without_kl,
 )
 from rlhf_ray.stages.judging import best_of_kl_bound, by_pairs, by_scores, choosing_judge, judges_of, maximised_judge
 from rlhf_ray.stages.other_policies import with_replies
@@ -155,7 +156,10 @@ def answer_all(evaluation: EvaluationModels, prompts: Sequence[TokenisedPrompt])
     """Every policy's answers, on every rank."""
     found: dict[str, PolicyResponses] = {}
     for number, policy in enumerate(evaluation.config.policies, start=1):
-        found[policy.name] = evaluation.answer(policy.name, prompts)
+        answers = evaluation.answer(policy.name, prompts)
+        if not evaluation.config.sampling.estimates_kl:  # a reader of the rows would take their mean for one
+            answers = replace(answers, figures=without_kl(answers.figures))
+        found[policy.name] = answers
         if evaluation.session.is_main:
             evaluation.session.console.progress("evaluate", number, len(evaluation.config.policies))
     return found
@@ -184,7 +188,7 @@ def judge(
     pairs = {name: pair_counts(a.texts.completions) for name, a in answers.items()}
     drawn = min([DRAWN_PAIRS, *(total for counts in pairs.values() if (total := counts.total()))])
     for name, found in answers.items():
-        metrics |= policy_metrics(name, found, config.rewards, n_dropped, config.sampling.estimates_kl)
+        metrics |= policy_metrics(name, found, config.rewards, n_dropped)
         n = next(p.best_of for p in config.policies if p.name == name)
         metrics |= {f"best_of/{name}": float(n), f"kl_bound/{name}": best_of_kl_bound(n)} if n > 1 else {}
         if pairs[name]:
@@ -212,14 +216,12 @@ def decodings(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def policy_metrics(
-    policy: str, answers: PolicyResponses, rewards: Sequence[RewardSource], n_dropped: int, estimates_kl: bool
+    policy: str, answers: PolicyResponses, rewards: Sequence[RewardSource], n_dropped: int
 ) -> dict[str, float]:
     """A policy's figures under the names of metrics.py. Undefined ones are left out: one prompt has no standard error, replies that
     are not drawn from the whole distribution no KL."""
     figures = answers.figures
-    found: dict[str, float] = {}
-    if estimates_kl:
-        found |= _with_error("kl_k1_per_response", figures.k1) | _with_error("kl_k3_per_response", figures.k3)
+    found = _with_error("kl_k1_per_response", figures.k1) | _with_error("kl_k3_per_response", figures.k3)
     found |= {
         "length": float(figures.length.mean()),
         "finished": float(figures.finished.mean()),

@@ -53,7 +53,8 @@ RANDOMNESS = "evaluate"
 @dataclass(frozen=True)
 class PolicyResponses:
     """One policy's replies to all prompts, in prompt order: per-reply figures and texts. k1 and k3 are NaN where they say nothing
-    of a KL: of a policy that is not loaded here, of a choice among replies, without a reference."""
+    of a KL: of a policy that is not loaded here, of a choice among replies, without a reference, and in an evaluation whose replies
+    are not drawn from the whole distribution (`answer_all`)."""
 
     figures: HeldOut
     texts: Texts
@@ -167,7 +168,7 @@ class EvaluationModels:
             )
             scorer = self._scorer(lambda *_: texts_, Batching(self.config.per_device_eval_batch_size), None)
             collected = Collected(rollout, scorer.score(rollout, rows), {})
-            return PolicyResponses(_without_kl(HeldOut.of(collected)), texts_), cut
+            return PolicyResponses(without_kl(HeldOut.of(collected)), texts_), cut
 
         found, cut = self.session.on_main(work)
         if cut and self.session.is_main:
@@ -204,7 +205,7 @@ class EvaluationModels:
         collected = collector.collect(prompts, budgets, policy.active, how, RANDOMNESS, 0)
         figures = HeldOut.of(collected)
         if self.reference is None:
-            figures = _without_kl(figures)
+            figures = without_kl(figures)
         return PolicyResponses(figures, to_texts(collected.rollout, [p.row for p in prompts]))
 
     def _scorer(
@@ -229,10 +230,10 @@ def best_of(found: PolicyResponses, n: int, chooser: RewardSource) -> PolicyResp
         [part[i] for i in rows.tolist()]
         for part in (texts.prompts, texts.completions, texts.completion_ids, texts.columns)
     )
-    return PolicyResponses(_without_kl(found.figures.where(rows)), Texts(*parts))
+    return PolicyResponses(without_kl(found.figures.where(rows)), Texts(*parts))
 
 
-def _without_kl(figures: HeldOut) -> HeldOut:
+def without_kl(figures: HeldOut) -> HeldOut:
     unknown = torch.full_like(figures.k1, torch.nan)
     return replace(figures, k1=unknown, k3=unknown)
 

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.sections import SamplingConfig
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.splits import confirms, prompt_hash
 from rlhf_ray.maths.standard_errors import standard_error
 from rlhf_ray.metrics import confirm_name, read_metrics, standard_error_name
-from rlhf_ray.storage.run_folder import is_run, open_run
+from rlhf_ray.storage.run_folder import RunFolder, is_run, open_run
 
 EVALUATION = "evaluation"
 """Folder in the trial's run."""
@@ -29,8 +30,9 @@ def evaluated(folder: Path, verify: bool = False) -> tuple[Figures, Figures] | N
     held-out figures of PPO have; None if there is none, or it has not come to its end.   verify: whether its files are
     those that it was sealed with; ArtifactError if not."""
     place = folder / EVALUATION
-    if not is_run(place) or open_run(place, verify=verify).manifest()["status"] != "done":
+    if not is_run(place) or (run := open_run(place, verify=verify)).manifest()["status"] != "done":
         return None
+    has_kl = _estimates_kl(run)
     rows = read_metrics(place / "results.jsonl")
     apart = [confirms(_hash(row)) for row in rows]
     if all(apart) or not any(apart):  # too few prompts: all of them choose
@@ -39,11 +41,16 @@ def evaluated(folder: Path, verify: bool = False) -> tuple[Figures, Figures] | N
     confirming = [row for row, is_apart in zip(rows, apart) if is_apart]
     found = []
     for policy in (STARTED_FROM, TRAINED):
-        figures = _figures([row["replies"][policy] for row in choosing])
-        found.append(
-            figures | {confirm_name(n): v for n, v in _figures([r["replies"][policy] for r in confirming]).items()}
-        )
+        figures = _figures([row["replies"][policy] for row in choosing], has_kl)
+        confirmed = _figures([row["replies"][policy] for row in confirming], has_kl)
+        found.append(figures | {confirm_name(name): value for name, value in confirmed.items()})
     return found[0], found[1]
+
+
+def _estimates_kl(run: RunFolder) -> bool:
+    """Whether its replies were drawn from the whole distribution; older versions wrote a `kl` into its rows all the same."""
+    how = (run.manifest().get("decoding") or {}).get(TRAINED) or run.config().get("sampling") or {}
+    return SamplingConfig(**{name: how[name] for name in SamplingConfig.model_fields if name in how}).estimates_kl
 
 
 def _hash(row: Mapping[str, Any]) -> int:
@@ -53,14 +60,14 @@ def _hash(row: Mapping[str, Any]) -> int:
     return prompt_hash(Prompt(row["instruction"], row["input"]))  # an evaluation of an older version
 
 
-def _figures(replies: Sequence[Mapping[str, Any]]) -> Figures:
-    """Means over replies, with the standard error of rewards. What no reply has is left out."""
+def _figures(replies: Sequence[Mapping[str, Any]], has_kl: bool) -> Figures:
+    """Means over replies, with the standard error of rewards. What no reply has is left out; so is KL unless `has_kl`."""
     if not replies:
         return {}
     columns = {
         "eval/reward": [reply.get("reward") for reply in replies],
         **{f"eval/reward/{name}": [reply["rewards"][name] for reply in replies] for name in replies[0]["rewards"]},
-        "eval/kl_k1_per_response": [reply["kl"] for reply in replies],
+        "eval/kl_k1_per_response": [reply["kl"] for reply in replies if has_kl],
     }
     found: Figures = {"eval/rows": float(len(replies))}
     for name in ("length", "finished"):

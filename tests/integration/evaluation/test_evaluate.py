@@ -184,6 +184,7 @@ def test_greedy_decoding_does_not_depend_on_the_seed(evaluation: Make, tmp_path:
     assert responses(once, "sft") == responses(other, "sft")
     assert "no KL can be estimated" in str(console.warnings)
     assert not any(name.startswith("kl_") for name in once.metrics), "a mean of k1 over greedy replies is not a KL"
+    assert {reply["kl"] for row in results(once) for reply in row["replies"].values()} == {None}
 
 
 def test_a_finished_evaluation_is_returned_and_another_job_is_not_answered_by_it(

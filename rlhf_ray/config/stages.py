@@ -50,6 +50,8 @@ RESPONSE_LENGTH = (
     "longest reply in tokens; default with template chat, unless max_length is below"
     f" {defaults.ROOM_FOR_CHAT}: {defaults.CHAT_RESPONSE_LENGTH} (verl's; OpenRLHF: 1024, TRL's GRPO: 256)"
 )
+CLIPPED_ERROR = 0.2
+"""maths.controllers.MAX_ERROR, which a job file is read without."""
 SAMPLER_ROWS = (
     "replies of a chunk that are written at the same time, a token of each in every step; what `plan` counts; default: all of them,"
     " on the CPU at most 64, on a GPU at most 256"
@@ -447,8 +449,10 @@ class PPOConfig(JobFields, OptimFields):
         6.0,
         "adaptive controllers: wanted k1 per response, nats, against the reference as it then is (ref_model_sync_steps)",
     )
-    kl_step_size: Positive = field(0.1, "adaptive: step size (k_beta)")
-    kl_horizon: Positive = field(10000.0, "horizon: samples over which the coefficient adapts")
+    kl_step_size: Positive = field(0.1, "adaptive: step size (k_beta), below 5")
+    kl_horizon: Positive = field(
+        10000.0, "horizon: samples over which the coefficient adapts, above 0.2 x rollout_batch_size"
+    )
     ref_model_sync_steps: Count | None = field(
         None,
         "after every so many PPO steps the policy as it then is becomes the reference of the KL penalty (ProRL, arXiv:2505.24864;"
@@ -629,7 +633,7 @@ class PPOConfig(JobFields, OptimFields):
                 " pulls towards the policy's KL to the reference as kl does in the reward, or bregman (the reference's KL to the"
                 " policy), or use_kl_loss: false"
             )
-        problems += [*self._ptx_rules(), *self._zero_rules(), *self._engine_rules()]
+        problems += [*self._ptx_rules(), *self._zero_rules(), *self._engine_rules(), *self._controller_rules()]
         names = [r.name for r in self.rewards]
         if not any(r.weight for r in self.rewards):
             problems.append("rewards: all weights are 0, so nothing is maximised; give one of them a weight")
@@ -655,6 +659,22 @@ class PPOConfig(JobFields, OptimFields):
         if problems:
             raise ValueError(" | ".join(problems))
         return self
+
+    def _controller_rules(self) -> list[str]:
+        """A step moves the coefficient by at most this share of itself times the relative error of the KL, which both published
+        rules clip (maths/controllers.py): at a whole, it could turn negative."""
+        if self.kl_controller == "adaptive" and self.kl_step_size * CLIPPED_ERROR >= 1:
+            return [
+                "kl_step_size: the coefficient could turn negative in one step; expected below"
+                f" {1 / CLIPPED_ERROR:g}; got {self.kl_step_size:g}; fix: lower it (AlpacaFarm: 0.1)"
+            ]
+        least = CLIPPED_ERROR * self.rollout_batch_size
+        if self.kl_controller == "horizon" and self.kl_horizon <= least:
+            return [
+                "kl_horizon: the coefficient could turn negative in one step; expected above"
+                f" {CLIPPED_ERROR:g} x rollout_batch_size = {least:g}; got {self.kl_horizon:g}; fix: raise it (TRL: 10000)"
+            ]
+        return []
 
     def _value_start(self) -> list[str]:
         start = (self.value.init_from or "policy").removeprefix("reward:")

@@ -195,6 +195,16 @@ def test_a_bad_override(
         ("watch: judge", "job.yaml:5: watch: no reward is called 'judge'; expected one of weight 0: none"),
         ("watch: reward", "job.yaml:5: watch: reward reward is maximised; expected one of weight 0: none"),
         ("max_steps: 0", "job.yaml:5: max_steps: expected at least 1, or -1; got 0"),
+        (
+            "kl_controller: adaptive\nkl_step_size: 5",
+            "job.yaml:6: kl_step_size: the coefficient could turn negative in one step; expected below 5; got 5; fix: lower it"
+            " (AlpacaFarm: 0.1)",
+        ),
+        (
+            "kl_controller: horizon\nkl_horizon: 51.2\nrollout_batch_size: 256",
+            "job.yaml:6: kl_horizon: the coefficient could turn negative in one step; expected above 0.2 x rollout_batch_size ="
+            " 51.2; got 51.2; fix: raise it (TRL: 10000)",
+        ),
     ],
 )
 def test_rules_across_fields(lines: str, expected: str, complaints: Callable[..., list[str]]) -> None:

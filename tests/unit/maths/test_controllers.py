@@ -7,7 +7,14 @@ import math
 
 import pytest
 
-from rlhf_ray.maths.controllers import AdaptiveKLController, FixedKLController, HorizonKLController, make_controller
+from rlhf_ray.config.stages import CLIPPED_ERROR
+from rlhf_ray.maths.controllers import (
+    MAX_ERROR,
+    AdaptiveKLController,
+    FixedKLController,
+    HorizonKLController,
+    make_controller,
+)
 
 
 def _make(kind: str):
@@ -105,3 +112,8 @@ def test_beta_cannot_turn_negative() -> None:
     with pytest.raises(ValueError, match="beta could turn negative"):
         controller.update(6.0, 256)
     assert HorizonKLController(0.2, 6.0, 51.3).update(-100.0, 256) > 0
+
+
+def test_a_job_file_is_held_to_the_same_bounds() -> None:
+    """What the rules of a job file let through, no step refuses."""
+    assert CLIPPED_ERROR == MAX_ERROR

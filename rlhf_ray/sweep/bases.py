@@ -235,9 +235,8 @@ class SharedTrials:
 
     def _judge(self, placed: Placed, report: dict[str, Any]) -> str:
         """Whether a trial goes on after an evaluation."""
-        count = placed.last_result.get("training_iteration", 0) + 1
-        placed.last_result = {**report, "training_iteration": count}
-        self.watcher.on_trial_result(count, self.all, placed, placed.last_result)
+        placed.last_result = report
+        self.watcher.on_trial_result(report["evaluation"], self.all, placed, placed.last_result)
         decision = self.scheduler.on_trial_result(_Alone(), placed, placed.last_result)  # type: ignore[arg-type]
         return STOP if decision == TrialScheduler.STOP else GO_ON
 

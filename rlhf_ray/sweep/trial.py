@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_ray.config import JobFields, PPOConfig
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console, duration
 from rlhf_ray.errors import InvariantError, LimitReached, RlhfRayError
+from rlhf_ray.metrics import read_metrics
 from rlhf_ray.runtime.session import enter
 from rlhf_ray.stages.start import dpo, evaluate, ppo
 from rlhf_ray.storage.files import atomic_write_json
@@ -23,14 +25,18 @@ from rlhf_ray.sweep.trials import Trial, TrialJob, evaluation_of, job_of, trial_
 
 J = TypeVar("J", bound=JobFields)
 Report = Callable[[dict[str, Any]], None]
-"""Hears of an evaluation: score, KL, length, step, and the time left."""
+"""Hears of an evaluation: score, KL, length, step, its number among the trial's evaluations, and the time left."""
 
 
 class TrialConsole(Console):
-    """Tells of every evaluation after training has begun. Everything else a trial says is in its run folder."""
+    """Tells of every evaluation after training has begun. Everything else a trial says is in its run folder.
 
-    def __init__(self, metric: str, total_steps: int, report: Report) -> None:
-        self.metric, self.total, self.report, self.seen = metric, total_steps, report, False
+    seen: the number of the last one, counted from the trial's beginning; 0 if this start has told of none."""
+
+    def __init__(self, metric: str, total_steps: int, report: Report, folder: Path) -> None:
+        """folder: of the trial's run."""
+        self.metric, self.total, self.report, self.seen = metric, total_steps, report, 0
+        self._metrics = folder / "metrics.jsonl"
         self._started, self._first = time.monotonic(), 0
 
     def emit(self, event: dict[str, Any]) -> None:
@@ -49,10 +55,15 @@ class TrialConsole(Console):
             raise InvariantError.at(
                 "metric", "is never reported in this job", known, self.metric, "set metric to one of those"
             )
-        self.seen = True
+        self.seen = (self.seen or self._told_before(step)) + 1
         seconds = (time.monotonic() - self._started) / max(step - self._first + 1, 1) * max(self.total - step, 0)
         shown = {"score": values[self.metric], "KL": values.get(K1), "length": values.get(LENGTH)}
-        self.report({**shown, "step": step, "left": duration(seconds)})
+        self.report({**shown, "step": step, "evaluation": self.seen, "left": duration(seconds)})
+
+    def _told_before(self, step: int) -> int:
+        """Evaluations of earlier starts, before `step`: schedulers compare trials after equally many."""
+        rows = read_metrics(self._metrics) if self._metrics.is_file() else []
+        return sum(0 < row["step"] < step and "eval/reward" in row for row in rows)
 
 
 def run_trial(config: SweepConfig, params: dict[str, Any], in_process: bool, threads: int, folder: str) -> None:
@@ -70,7 +81,7 @@ def train_trial(config: SweepConfig, trial: Trial, job: TrialJob, report: Report
 
     seat: of a trial that shares process and base with others."""
     failure_file(trial).unlink(missing_ok=True)
-    console = TrialConsole(config.metric, max(job.max_steps, 0), report)
+    console = TrialConsole(config.metric, max(job.max_steps, 0), report, trial.folder)
     try:
         if isinstance(job, PPOConfig):
             run = ppo(job, console, seat)

@@ -86,16 +86,16 @@ class _MedianStopping(MedianStoppingRule):
 
 
 def scheduler_of(config: SweepConfig) -> TrialScheduler:
-    """Time is counted in evaluations."""
+    """Time is counted in evaluations, from a trial's beginning: one that is resumed, or tried again, is as old as its run."""
     if config.scheduler == "asha":
         return ASHAScheduler(
-            time_attr="training_iteration",
+            time_attr="evaluation",
             max_t=10**6,  # trials end by themselves
             grace_period=config.grace_evaluations,
             reduction_factor=config.reduction_factor,
         )
     if config.scheduler == "median_stopping":
-        return _MedianStopping(time_attr="training_iteration", grace_period=config.grace_evaluations)
+        return _MedianStopping(time_attr="evaluation", grace_period=config.grace_evaluations)
     return FIFOScheduler()
 
 

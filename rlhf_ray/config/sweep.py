@@ -55,7 +55,11 @@ class SweepConfig(JobFields):
     trials_per_base: Count = field(
         8, "with share_base: trials at once in a process; more of them take another process, where resources allow one"
     )
-    time_budget_s: Positive | None = field(None, "seconds for the whole sweep; what has not ended by then is stopped")
+    time_budget_s: Positive | None = field(
+        None,
+        "seconds for all trials of a start; what has not ended by then is stopped, and goes on if the sweep is resumed before any"
+        " trial finished, or is started again with a larger budget",
+    )
     max_trial_failures: Annotated[int, Field(ge=0)] = field(
         1, "how often a trial that fails or dies is resumed from its checkpoint"
     )

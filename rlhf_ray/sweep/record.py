@@ -28,6 +28,8 @@ from rlhf_ray.sweep.space import grid, has_ranges, read_space
 from rlhf_ray.sweep.trials import Trial, trial_of
 
 SCHEMA = 1
+OUT_OF_TIME = "the time budget of "
+"""How a reason starts that says so."""
 NOT_WORSE = "not shown to be worse"
 
 
@@ -55,6 +57,15 @@ class Record:
         """Note that the sweep ended `trial` before its end."""
         with self._lock:
             self.stopped[trial.id] = reason
+
+    @property
+    def has_stopped_for_time(self) -> bool:
+        return any(reason.startswith(OUT_OF_TIME) for reason in self.stopped.values())
+
+    def forget_time_budget(self) -> None:
+        """Have the trials that the time budget stopped wait again: that was no verdict on them."""
+        with self._lock:
+            self.stopped = {name: why for name, why in self.stopped.items() if not why.startswith(OUT_OF_TIME)}
 
     def outcome(self, trial: Trial) -> TrialOutcome:
         return outcome_of(trial, self.stopped.get(trial.id, ""))

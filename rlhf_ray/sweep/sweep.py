@@ -55,7 +55,8 @@ MAY_CHANGE = (
 def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     """Run the trials that are not done yet and choose the winner. Returns the sweep's run; raises the error tree of errors.py.
 
-    Trials that fail stand in the table with their reason; if none finishes, InvariantError."""
+    Trials that fail stand in the table with their reason, and are tried again when the sweep goes on, finished or not; if none
+    finishes, InvariantError. What the time budget stopped goes on with an unfinished sweep, or with a larger budget."""
     console = console or LocalConsole()
     config = with_defaults_as_begun(config)
     trials = planned(config)
@@ -65,34 +66,43 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     folder = create_run(config.output_dir, "sweep", values, config.resume)
     started = time.monotonic()
     with folder.lock(), discarded_on_error(folder, lambda: (folder.path / "sweep.json").exists()):
-        config = _go_on_under(folder, config, values, console)
-        if folder.manifest()["status"] == "done":
+        config, changes = _as_it_began(folder, config)
+        record, is_done = Record(config, folder.path, trials), folder.manifest()["status"] == "done"
+        has_time = not is_done or _is_longer(*changes.get("time_budget_s", (None, None)))
+        if has_time:
+            record.forget_time_budget()
+        goes_on = bool(record.left()) or (has_time and record.to_suggest() > 0)
+        if is_done and not goes_on:
             copy_from_now_on(folder, config.copy_to, console.warn)
             console.log(f"sweep: {config.output_dir} is finished; nothing to do")
             return Run.load(folder.path)
-        record = Record(config, folder.path, trials)
-        if record.left() or record.to_suggest():
+        if is_done:
+            folder.update_manifest(status="running")
+        tell_changes(folder, changes, console)
+        keep_config(folder, written_out_as(config, True))
+        if goes_on:
             resume = resume_command(config.output_dir)
             with Signals(Stop(), console, config.output_dir, resume, config.stop_grace_s) as signals:
                 _run(config, record, signals, console)
         return _finish(config, record, time.monotonic() - started, console)
 
 
-def _go_on_under(folder: RunFolder, config: SweepConfig, values: dict[str, Any], console: Console) -> SweepConfig:
-    """`config` as the sweep in `folder` goes on under it, which config.yaml then says.   values: `config`, written out.
+def _as_it_began(folder: RunFolder, config: SweepConfig) -> tuple[SweepConfig, dict[str, tuple[Any, Any]]]:
+    """`config` with what the sweep in `folder` began with and the job says nothing of, and the changes of `require_same`.
 
     ConfigError with every difference from what its trials ran under: they are compared, and chosen by one rule."""
     if not any((folder.path / name).exists() for name in ("sweep.json", "trials")):  # nothing ran
-        keep_config(folder, values)
-        return config.confirming(True)
+        return config.confirming(True), {}
     # one of an older version set no prompts apart
     confirm = (folder.config().get("ppo") or {}).get("confirm_held_out", False)
-    full = partial(written_out_as, confirm=confirm)
-    changes = require_same(folder, config, MAY_CHANGE, full)
-    if folder.manifest()["status"] != "done":
-        tell_changes(folder, changes, console)
-        keep_config(folder, full(config))
-    return config.confirming(confirm)
+    return config.confirming(confirm), require_same(
+        folder, config, MAY_CHANGE, partial(written_out_as, confirm=confirm)
+    )
+
+
+def _is_longer(old: float | None, new: float | None) -> bool:
+    """Of time budgets, in seconds; None: no end."""
+    return old is not None and (new is None or new > old)
 
 
 def _run(config: SweepConfig, record: Record, signals: Signals, console: Console) -> None:
@@ -156,7 +166,10 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
     counts = {s: sum(o.status == s for o in outcomes) for s in ("done", "stopped", "failed")}
     if not counts["done"]:
         why = next((o.reason for o in outcomes if o.reason), "none was started")
-        raise InvariantError.at(config.output_dir, "no trial finished", got=why, fix="see trials.csv")
+        fix = "see trials.csv"
+        if record.has_stopped_for_time:
+            fix = f"raise time_budget_s, or {resume_command(config.output_dir)}: trials go on from their checkpoints; {fix}"
+        raise InvariantError.at(config.output_dir, "no trial finished", got=why, fix=fix)
     metrics = {f"trials/{status}": float(n) for status, n in counts.items()}
     artifacts = {"report": "report.html", "trials": "trials.csv", "settings": "settings.csv"}
     if choice.winner is not None and choice.trial is not None:
@@ -191,7 +204,7 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
 
 
 def resume_sweep(run: str, console: Console | None = None) -> Run:
-    """Go on with the sweep in folder `run`: trials that are done are kept, those that failed or were cut off go on."""
+    """Go on with the sweep in folder `run`: trials that are done are kept, those that failed or were cut off go on. See `sweep`."""
     folder, console = open_run(run, verify=False), console or LocalConsole()
     values = {**folder.config(), "resume": "auto", "output_dir": str(folder.path)}
     with where_it_began(folder, console):

@@ -15,7 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console
 from rlhf_ray.sweep.capacity import Capacity
-from rlhf_ray.sweep.record import Record
+from rlhf_ray.sweep.record import OUT_OF_TIME, Record
 from rlhf_ray.sweep.results import failure_file
 from rlhf_ray.sweep.space import read_space
 from rlhf_ray.sweep.trial import write_failure
@@ -153,7 +153,7 @@ class Watcher(_NotKept, tune.Callback):
 
     def _why(self, result: dict[str, Any]) -> str:
         if self.out_of_time:
-            return f"the time budget of {self.config.time_budget_s:g} s was used up"
+            return f"{OUT_OF_TIME}{self.config.time_budget_s:g} s was used up"
         at = f" at step {result['step']}, score {result['score']:.4g}" if "score" in result else ""
         return f"{self.config.scheduler}: others do better{at}"
 

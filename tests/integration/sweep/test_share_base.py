@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from rlhf_ray.config import SweepConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.storage.run import Run
+from rlhf_ray.storage.run_folder import open_run
 from rlhf_ray.sweep import bases
 from rlhf_ray.sweep.host import Host
 from rlhf_ray.sweep.sweep import resume_sweep, sweep
@@ -108,6 +110,18 @@ def test_without_ray_the_process_is_this_one(sweep_job: Job, console: Any, tmp_p
     assert all("the reward service is gone" in row["reason"] for row in rows[2:])
     assert [path.name for path in tmp_path.glob("pid*[0-9]")] == [f"pid{os.getpid()}"]
     assert not list((tmp_path / "here").glob(".turn*"))
+
+
+def test_a_trial_that_failed_is_tried_again_by_a_finished_sweep(sweep_job: Job, console: Any) -> None:
+    """Its cause removed, the sweep is the one that nothing failed in."""
+    fields = {"learner": {"num_workers": 0, "num_threads": 1}, "space": {"kl_coef": [0.01, 0.1]}}
+    whole = sweep(sweep_job("again", share_base=True, max_concurrent_trials=1, **fields), console)
+    before, failed = table(whole), Path(whole.run_dir) / "trials" / table(whole)[1]["trial"]
+    shutil.rmtree(failed)
+    failed.with_name(f"{failed.name}.failure.json").write_text(json.dumps({"error": "out of memory", "limit": False}))
+    again = resume_sweep(whole.run_dir, console)
+    assert again.metrics == whole.metrics and open_run(whole.run_dir).manifest()["status"] == "done"
+    assert [{**row, "seconds": ""} for row in table(again)] == [{**row, "seconds": ""} for row in before]
 
 
 def test_asha_stops_trials_on_a_shared_base(two_cpus: Any, sweep_job: Job, console: Any) -> None:

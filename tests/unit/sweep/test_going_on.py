@@ -12,11 +12,13 @@ import pytest
 from rlhf_ray.config.resolved import dump_yaml, to_dict
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import LocalConsole
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, InvariantError
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import create_run, open_run
 from rlhf_ray.sweep.record import Record
-from rlhf_ray.sweep.sweep import _go_on_under, resume_sweep, sweep
+from rlhf_ray.sweep.results import failure_file
+from rlhf_ray.sweep.sweep import _as_it_began, _finish, resume_sweep, sweep
+from rlhf_ray.sweep.trial import write_failure
 from rlhf_ray.sweep.trials import Trial, job_of, planned, written_out_as
 
 Make = Callable[..., SweepConfig]
@@ -101,10 +103,9 @@ def test_where_and_how_often_may_change_and_config_yaml_says_so(make: Make, caps
 
 
 def test_a_sweep_of_which_nothing_ran_may_become_another(make: Make) -> None:
-    folder = create_run(make().output_dir, "sweep", written_out_as(make(), True), "never").path
-    other = make(ppo={"max_steps": 0})
-    config = _go_on_under(open_run(folder, verify=False), other, written_out_as(other, True), LocalConsole())
-    assert config.confirming(False) is config and open_run(folder, verify=False).config()["ppo"]["max_steps"] == 0
+    folder = create_run(make().output_dir, "sweep", written_out_as(make(), True), "never")
+    config, changes = _as_it_began(folder, make(ppo={"max_steps": 200}))
+    assert config.ppo is not None and config.ppo["confirm_held_out"] and changes == {}
 
 
 def test_a_sweep_of_an_older_version_goes_on(make: Make) -> None:
@@ -117,3 +118,69 @@ def test_a_sweep_of_an_older_version_goes_on(make: Make) -> None:
     (folder / "config.yaml").write_text(dump_yaml(values))
     assert sweep(make()).metrics["trials/done"] == 2.0
     assert open_run(folder).config()["ppo"]["confirm_held_out"] is False
+
+
+def stopped_for_time(config: SweepConfig, done: int) -> Record:
+    """As a sweep of 20 seconds leaves it."""
+    record = begun(config, done)
+    for trial in planned(config)[done:]:
+        record.stop(trial, "the time budget of 20 s was used up")
+    record.write()
+    return record
+
+
+class Went(Exception):
+    """A sweep that goes on with these trials."""
+
+
+@pytest.fixture
+def trials_that_go_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[SweepConfig], int]:
+    """How many trials `sweep` starts with a job, without any being started; 0 if it has nothing to do."""
+
+    def run(config: SweepConfig, record: Record, *rest: Any) -> None:
+        raise Went(len(record.left()))
+
+    monkeypatch.setattr("rlhf_ray.sweep.sweep._run", run)
+
+    def count(config: SweepConfig) -> int:
+        try:
+            sweep(config)
+        except Went as went:
+            return int(went.args[0])
+        return 0
+
+    return count
+
+
+def test_a_time_budget_without_a_finished_trial_is_no_verdict(
+    make: Make, trials_that_go_on: Callable[[SweepConfig], int]
+) -> None:
+    record = stopped_for_time(make(time_budget_s=20.0), done=0)
+    with pytest.raises(
+        InvariantError, match=r"no trial finished; got the time budget of 20 s.*fix: raise time_budget_s"
+    ):
+        _finish(record.config, record, 20.0, LocalConsole())
+    assert trials_that_go_on(make(time_budget_s=9000.0)) == 2
+    assert trials_that_go_on(make(time_budget_s=9000.0)) == 2, "and again"
+
+
+def test_a_finished_sweep_goes_on_only_with_more_time(
+    make: Make, trials_that_go_on: Callable[[SweepConfig], int]
+) -> None:
+    record = stopped_for_time(make(time_budget_s=20.0), done=1)
+    assert _finish(record.config, record, 20.0, LocalConsole()).metrics["trials/stopped"] == 1.0
+    assert [trials_that_go_on(make(time_budget_s=t)) for t in (20.0, 10.0, 30.0)] == [0, 0, 1]
+
+
+def test_a_failed_trial_of_a_finished_sweep_is_tried_again(
+    make: Make, trials_that_go_on: Callable[[SweepConfig], int]
+) -> None:
+    config = make()
+    record, (_, failed) = begun(config, done=1), planned(config)
+    write_failure(failed, RuntimeError("CUDA out of memory"))
+    assert _finish(config, record, 1.0, LocalConsole()).metrics["trials/failed"] == 1.0
+    assert trials_that_go_on(config) == 1
+    finish(config, failed, 3.0)
+    failure_file(failed).unlink()
+    assert resume_sweep(config.output_dir).metrics["trials/done"] == 2.0
+    assert trials_that_go_on(config) == 0

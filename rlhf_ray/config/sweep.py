@@ -66,12 +66,12 @@ class SweepConfig(JobFields):
     kl_cap: Positive | None = field(
         10.0,
         "selection: highest mean eval/kl_k1_per_response, nats, that a winner may have; null: any; of dpo without evaluate, which"
-        " measures no KL: null",
+        " measures no KL: null; a winner whose KL was not measured (greedy evaluations, say) is told as such",
     )
     length_ratio: Annotated[float, Field(ge=1)] | None = field(
         2.0,
-        "selection: replies may become at most this many times longer, or shorter, than before training; null: any; of dpo without"
-        " evaluate: null",
+        "selection: replies may become at most this many times longer, or shorter, than before training (which needs"
+        " ppo.eval_on_start); null: any; of dpo without evaluate: null",
     )
 
     @model_validator(mode="before")

@@ -167,7 +167,9 @@ def _objection(setting: Setting, whole: bool, kl_cap: float | None, length_ratio
     kl, ratio = setting.mean(K1), setting.length_ratio
     if kl_cap is not None and kl > kl_cap:  # NaN where evaluations are greedy, say, and no KL is known
         return f"KL {kl:.3g} nats is over the cap of {kl_cap:g}"
-    if length_ratio is not None and not 1 / length_ratio <= ratio <= length_ratio:
+    if length_ratio is not None and (
+        ratio < 1 / length_ratio or ratio > length_ratio
+    ):  # NaN: of a sweep before it was refused
         return f"replies became {ratio:.2g} times as long, beyond the ratio of {length_ratio:g}"
     return ""
 

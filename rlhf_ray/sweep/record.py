@@ -156,15 +156,25 @@ def _known(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
-    """The winner, the rule it won by, and how sure that is, as plain JSON."""
+def _rule(choice: Choice, config: SweepConfig) -> str:
+    """In words; a cap that was not applied to the winner, for want of what it caps, says so."""
+
+    def applied(measured: float) -> str:
+        return " (not measured)" if math.isnan(measured) else ""
+
+    kl, ratio = (choice.winner.mean(K1), choice.winner.length_ratio) if choice.winner else (0.0, 1.0)
     rule = f"highest mean {config.metric} over the seeds, of settings with the most finished trials"
     if config.kl_cap is not None:
-        rule += f", mean KL (k1) at most {config.kl_cap:g} nats"
+        rule += f", mean KL (k1) at most {config.kl_cap:g} nats{applied(kl)}"
     if config.length_ratio is not None:
-        rule += f", reply length within {config.length_ratio:g} times of what it was"
+        rule += f", reply length within {config.length_ratio:g} times of what it was{applied(ratio)}"
+    return rule
+
+
+def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
+    """The winner, the rule it won by, and how sure that is, as plain JSON."""
     told: dict[str, Any] = {
-        "rule": rule,
+        "rule": _rule(choice, config),
         "worse": "studentized range over all settings compared",
         "confidence": CONFIDENCE,
         "compared": choice.compared,

@@ -26,8 +26,9 @@ Status = Literal["done", "stopped", "failed", "waiting"]
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """One trial. first: its first held-out evaluation.  last: that of the adapter it ended with, which is its last one but for
-    load_best_model_at_end; of an unfinished trial the last.  reason: why it did not finish."""
+    """One trial. first: its held-out evaluation before training; empty if there was none (eval_on_start: false).  last: that of the
+    adapter it ended with, which is its last one but for load_best_model_at_end; of an unfinished trial the last.
+    reason: why it did not finish."""
 
     trial: Trial
     status: Status
@@ -39,7 +40,7 @@ class TrialOutcome:
 
     @property
     def length_ratio(self) -> float:
-        """Held-out reply length over that before training."""
+        """Held-out reply length over that before training; NaN where that was not measured."""
         before = self.first.get(LENGTH, math.nan)
         return self.last.get(LENGTH, math.nan) / before if before else math.nan
 
@@ -62,14 +63,14 @@ def outcome_of(trial: Trial, stopped: str = "") -> TrialOutcome:
         failure = json.loads(failure_file(trial).read_text())
         status, reason = "stopped" if failure.get("limit") else "failed", str(failure["error"])
     step = run.result_step() if run is not None and done else None
-    kept = [row for row in evaluations if row["step"] == step]
+    kept, begin = ([row for row in evaluations if row["step"] == at] for at in (step, 0))
     return TrialOutcome(
         trial,
         status,
         reason,
         step=int(rows[-1]["step"]) if rows else 0,
         seconds=_seconds(trial, rows, done),
-        first={**(evaluations[0] if evaluations else {}), **before},
+        first={**(begin[0] if begin else {}), **before},
         last={**((kept or evaluations)[-1] if evaluations else {}), **after},
     )
 

@@ -19,7 +19,7 @@ from rlhf_ray.config.stored import load_stored
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import Console, LocalConsole
 from rlhf_ray.errors import InvariantError
-from rlhf_ray.launch.begun import with_defaults_as_begun
+from rlhf_ray.launch.begun import begun, with_defaults_as_begun
 from rlhf_ray.launch.placement import cluster_nodes, cluster_total
 from rlhf_ray.launch.preflight import nodes_of
 from rlhf_ray.launch.ray_cluster import cluster
@@ -60,7 +60,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     console = console or LocalConsole()
     config = with_defaults_as_begun(config)
     trials = planned(config)
-    jobs = check_trials(config.confirming(True), trials)
+    jobs = check_trials(config.confirming(True), trials, goes_on=begun(config) is not None)
     check_sharing(config, jobs)
     values = written_out(config.confirming(True), jobs[0])
     folder = create_run(config.output_dir, "sweep", values, config.resume)

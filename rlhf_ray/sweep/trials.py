@@ -121,9 +121,11 @@ def written_out_as(config: SweepConfig, confirm: bool) -> dict[str, Any]:
         return to_dict(config)
 
 
-def check_trials(config: SweepConfig, trials: list[Trial]) -> list[TrialJob]:
+def check_trials(config: SweepConfig, trials: list[Trial], goes_on: bool = False) -> list[TrialJob]:
     """The trials' jobs, each setting once. Every setting must make one, and what the jobs name must exist: ConfigError, each
-    problem once."""
+    problem once.
+
+    goes_on: with a sweep that an older version may have begun, without a measure of what length_ratio compares with."""
     space = read_space(config.space)
     known = trials or [trial_of(config, s, config.seeds[0]) for s in corners(space)[:MOST_CHECKED]]
     problems: dict[tuple[Any, ...], Problem] = {}
@@ -135,6 +137,11 @@ def check_trials(config: SweepConfig, trials: list[Trial]) -> list[TrialJob]:
             job = job_of(config, trial)
             jobs.append(job)
             found = [*check_paths(job), *_measured_problems(config, trial, job)]
+            if config.length_ratio is not None and isinstance(job, PPOConfig) and not (job.eval_on_start or goes_on):
+                what, expected = "replies are compared with those before training", "eval_on_start: true"
+                found.append(
+                    Problem("length_ratio", what, expected, "eval_on_start: false", "set it, or length_ratio: null")
+                )
         except ConfigError as error:
             found = list(error.problems)
         for problem in found:

@@ -214,3 +214,14 @@ def test_a_setting_that_lost_a_trial_cannot_win() -> None:
     both_lost = settings_of([*lucky.outcomes, lost, *setting("steady", [1.0, 1.1]).outcomes], METRIC)
     chosen = choose(both_lost, None, None).winner
     assert chosen is not None and chosen.name == "lucky", "where no setting is whole, those with the most are compared"
+
+
+def test_a_cap_on_what_was_not_measured_says_so() -> None:
+    """Greedy evaluations measure no KL; a sweep of an older version may have no evaluation before training."""
+    measured = setting("a", [1.0])
+    unknown = replace(measured, outcomes=(replace(measured.outcomes[0], first={}, last={METRIC: 1.0, LENGTH: 30.0}),))
+    config = SweepConfig(output_dir="s", model_name_or_path="m", ppo={}, space={"which": ["a", "b"]})
+    caps = "mean KL (k1) at most 10 nats{0}, reply length within 2 times of what it was{0}"
+    for given, told in ((measured, ""), (unknown, " (not measured)")):
+        choice = choose([given], config.kl_cap, config.length_ratio)
+        assert choice.winner is given and choice_record(choice, config)["rule"].endswith(caps.format(told))

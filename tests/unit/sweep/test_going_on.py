@@ -184,3 +184,19 @@ def test_a_failed_trial_of_a_finished_sweep_is_tried_again(
     failure_file(failed).unlink()
     assert resume_sweep(config.output_dir).metrics["trials/done"] == 2.0
     assert trials_that_go_on(config) == 0
+
+
+def test_a_length_ratio_needs_an_evaluation_before_training(
+    make: Make, trials_that_go_on: Callable[[SweepConfig], int]
+) -> None:
+    """Said before a new sweep; one that an older version began goes on."""
+    late = {"ppo": {"eval_on_start": False}}
+    refused = (
+        "length_ratio: replies are compared with those before training; expected eval_on_start: true; got eval_on_start"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        sweep(make(**late))
+    assert not Path(make().output_dir).exists()
+    assert trials_that_go_on(make(length_ratio=None, **late)) == 2
+    begun(make(**late), done=1)
+    assert trials_that_go_on(make(**late)) == 1

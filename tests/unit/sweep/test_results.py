@@ -45,3 +45,12 @@ def test_a_trial_is_judged_by_the_adapter_that_it_ends_with(tmp_path: Path, best
 def test_an_unfinished_trial_is_where_it_is(tmp_path: Path) -> None:
     found = outcome_of(trial(tmp_path / "run", status="running", load_best_model_at_end=True), stopped="ASHA")
     assert (found.status, found.last["eval/reward"]) == ("stopped", 0.5)
+
+
+def test_without_an_evaluation_before_training_no_length_ratio_is_known(tmp_path: Path) -> None:
+    """Replies that had doubled by the first evaluation are not called as long as before."""
+    given = trial(tmp_path / "run")
+    lines = (given.folder / "metrics.jsonl").read_text().splitlines()
+    (given.folder / "metrics.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    found = outcome_of(given)
+    assert found.first == {} and row_of(found, "eval/reward")["length_ratio"] is None

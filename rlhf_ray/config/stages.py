@@ -484,7 +484,8 @@ class PPOConfig(JobFields, OptimFields):
     alarm: AlarmConfig = field(AlarmConfig(), "signs of over-optimisation")
     kl_cap: Positive | None = field(
         None,
-        "the best step is chosen among evaluations at a held-out KL (k1) of at most this, nats; default: max_kl, any without one",
+        "the best step is chosen among evaluations at a held-out KL (k1) of at most this, nats, which eval_sampling from the whole"
+        " distribution measures; default: max_kl, any without one",
     )
 
     gamma: Share = field(1.0, "discount")

@@ -166,6 +166,11 @@ _PPO: list[Rule] = [
         ),
     ),
     (
+        ("kl_coef",),
+        lambda c: c.kl_penalty == "none" and c.kl_coef > 0,
+        "with kl_penalty none; drop it, or name a penalty",
+    ),
+    (
         ("use_kl_loss", "ref_model_sync_steps"),
         lambda c: c.kl_penalty == "none" or c.kl_coef == 0,
         lambda c: f"with {'kl_penalty none' if c.kl_penalty == 'none' else 'kl_coef 0'}; drop it",
@@ -231,9 +236,14 @@ _PPO: list[Rule] = [
         "with alarm.action none; drop it, or set warn or stop",
     ),
     (
-        ("max_clip_fraction",),
+        ("max_clip_fraction", "cliprange", "cliprange_high", "dual_clip"),
         lambda c: c.num_ppo_epochs == 1 and c.num_mini_batches == 1,
         "with one optimizer step per rollout, in which every ratio is 1; drop it",
+    ),
+    (
+        ("cliprange_value",),
+        lambda c: c.num_ppo_epochs == 1 and c.num_mini_batches == 1,
+        "with one optimizer step per rollout, in which every value is still the old one; drop it",
     ),
     (
         (
@@ -246,5 +256,11 @@ _PPO: list[Rule] = [
         ),
         _holds_nothing_out,
         "where no prompt is held out (data.held_out_fraction 0, no data.eval); drop it, or hold some out",
+    ),
+    (
+        ("kl_cap",),
+        lambda c: not c.eval_sampling.estimates_kl,
+        "where evaluations do not draw from the whole distribution (eval_sampling) and so measure no KL; drop it, or sample with"
+        " top_p 1 and top_k 0",
     ),
 ]

@@ -32,6 +32,7 @@ from rlhf_ray.sweep.capacity import Capacity, capacity, here
 from rlhf_ray.sweep.choice import comparison_sentence, confirmation_sentence
 from rlhf_ray.sweep.record import Record
 from rlhf_ray.sweep.report import write_sweep_report
+from rlhf_ray.sweep.results import K1
 from rlhf_ray.sweep.sharing import check_sharing, described
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trial import run_trial
@@ -182,6 +183,8 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
         error = f" ± {figure(choice.error)}" if math.isfinite(choice.error) else ""
         console.log(f"winner: {named}: {config.metric} {figure(choice.winner.score)}{error}")
         console.log(confirmation_sentence(choice))
+        if config.kl_cap is not None and math.isnan(choice.winner.mean(K1)):
+            console.warn(f"kl_cap {config.kl_cap:g} was not applied: no KL of the winner was measured")
         if choice.p:
             console.log(f"{comparison_sentence(choice)} See {record.folder / 'settings.csv'}")
     else:

@@ -43,6 +43,13 @@ UNUSED = [
     ("overlong_penalty: 0.5", "overlong_penalty", "without overlong_buffer"),
     ("num_ppo_epochs: 1\nnum_mini_batches: 1\ntarget_kl: 0.1", "target_kl", "one optimizer step per rollout"),
     ("num_ppo_epochs: 1\nnum_mini_batches: 1\nmax_clip_fraction: 0.1", "max_clip_fraction", "every ratio is 1"),
+    *(
+        (f"num_ppo_epochs: 1\nnum_mini_batches: 1\n{field}: {value}", field, "with one optimizer step per rollout")
+        for field, value in (("cliprange", 0.1), ("cliprange_high", 0.28), ("dual_clip", 3), ("cliprange_value", 0.3))
+    ),
+    ("kl_penalty: none\nkl_coef: 0.3", "kl_coef", "with kl_penalty none"),
+    ("kl_cap: 3\neval_sampling: {do_sample: false}", "kl_cap", "and so measure no KL"),
+    ("kl_cap: 3\neval_sampling: {top_p: 0.9}", "kl_cap", "and so measure no KL"),
     ("importance_sampling_cap: 3", "importance_sampling_cap", "with max_staleness 0"),
     ("rollout: {kv_cache_gb: 2}", "rollout.kv_cache_gb", "with rollout.engine builtin"),
     ("rollout: {enforce_eager: true}", "rollout.enforce_eager", "with rollout.engine builtin"),
@@ -85,6 +92,10 @@ def test_the_same_field_alone_is_fine_or_the_same_as_its_default(
     config = loaded("ppo", JOB + (RLOO if lines.startswith(RLOO) else ""))
     assert unused_fields(config) == []
     assert unused_fields(PPOConfig(**config.model_dump())) == []
+
+
+def test_no_penalty_at_a_coefficient_of_0_is_said_twice_and_true(loaded: Callable[..., Any]) -> None:
+    assert unused_fields(loaded("ppo", JOB + "kl_penalty: none\nkl_coef: 0\n")) == []
 
 
 def test_what_does_not_come_from_a_file_is_told(loaded: Callable[..., Any]) -> None:

@@ -96,7 +96,9 @@ def test_where_and_how_often_may_change_and_config_yaml_says_so(make: Make, caps
         time_budget_s=900.0, trials_per_base=2, ppo={"save_steps": 3}, learner={"num_workers": 0, "num_threads": 1}
     )
     assert sweep(changed, LocalConsole()).metrics["trials/done"] == 2.0
-    assert "sweep: continuing with time_budget_s 900.0 (was null)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "sweep: continuing with time_budget_s 900.0 (was null)" in told
+    assert "kl_cap 10 was not applied: no KL of the winner was measured" in told
     kept = open_run(folder).config()
     assert (kept["time_budget_s"], kept["ppo"]["save_steps"], kept["resume"]) == (900.0, 3, "auto")
     assert resume_sweep(str(folder)).metrics["trials/done"] == 2.0

@@ -91,7 +91,10 @@ def document(title: str, head_of_page: Html, contents: Sequence[Section]) -> str
         tag("footer", "Written by rlhf_ray from the files of this run folder."),
         tag("script", script),
     )
-    return "<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n"
+    text = "<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n"
+    return text.encode("utf-8", errors="backslashreplace").decode(
+        "utf-8"
+    )  # a lone surrogate in a reply cannot be UTF-8
 
 
 def _policy(script: str) -> str:

@@ -3,6 +3,7 @@ so that they are scored, measured and judged like them; what needs log-probabili
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ from rlhf_ray.rewards.build import request_limits
 from rlhf_ray.rewards.http_client import HttpClient, check_reachable, credentials
 from rlhf_ray.rewards.llm_judge import read_completion
 from rlhf_ray.storage.answers import MISSING, Answers, digest
+
+_LONE = re.compile("[\ud800-\udfff]")
+"""Half a character, as a server sends it whose reply was cut there: no tokenizer takes it. The answer is kept as it came."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class ServedPolicy:
             [bodies[i] for i in missing], done=lambda n, said: self.answers.keep(keys[missing[n]], said)
         )
         found |= {keys[i]: said for i, said in zip(missing, asked)}
-        return Replies([found[key]["text"] for key in keys], [found[key]["finished"] for key in keys])
+        texts = [_LONE.sub("\ufffd", found[key]["text"]) for key in keys]
+        return Replies(texts, [found[key]["finished"] for key in keys])
 
     def _body(self, prompt: TokenisedPrompt, row: int, role: str) -> dict[str, Any]:
         sampling, messages = self.config.sampling, prompt.row.prompt.as_messages()

@@ -343,3 +343,13 @@ def test_a_split_run_shows_its_roles_log(fake: SimpleNamespace, tmp_path: Path) 
     html = write_report(run).read_text()
     assert "generator 0  pid &lt;1&gt; on n\n… 20 lines left out\n10:00  step 21: adapter" in html
     assert "step 60: adapter 59" in html and "step 20: adapter" not in html
+
+
+def test_half_a_character_in_a_reply_does_not_cost_the_page(fake: SimpleNamespace, tmp_path: Path) -> None:
+    """As a server cuts an emoji; JSON can hold it, UTF-8 cannot."""
+    path = fake.ppo(tmp_path / "run")
+    row = {"step": 6, "prompt": "What now?", "reply": "half \ud83d of it", "reward": 1.0}
+    with open(path / "samples.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    write_report(path)
+    assert "half \\ud83d of it" in check(path).text

@@ -45,6 +45,12 @@ def test_a_write_never_follows_a_link_out_of_the_folder(tmp_path: Path) -> None:
     assert outside.read_text() == "keep" and not link.is_symlink() and link.read_text() == "new"
 
 
+def test_half_a_character_is_kept(tmp_path: Path) -> None:
+    """An error that quotes a reply, say: writing why a trial failed must not fail."""
+    atomic_write_json(tmp_path / "x.json", {"error": "half \ud83d"})
+    assert read_json(tmp_path / "x.json") == {"error": "half \ud83d"}
+
+
 def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         atomic_write_json(tmp_path / "x.json", {"loss": float("nan")})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.load import load_dict
+from rlhf_ray.config.stored import load_stored
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.maths.standard_errors import pooled_deviation
 from rlhf_ray.metrics import read_metrics
@@ -44,7 +44,7 @@ def write_sweep_report(folder: str | Path) -> Path:
     """Write report.html of a sweep, finished or not, from its trials' run folders; its path. ArtifactError if it is no sweep."""
     run = open_run(folder, verify=False)
     values = {**run.config(), "output_dir": str(run.path)}
-    config = load_dict(SweepConfig, values, str(run.path / "config.yaml"))
+    config = load_stored(SweepConfig, values, str(run.path / "config.yaml"))
     record = Record(config, run.path, planned(config))
     outcomes = record.outcomes()
     settings, choice = record.choice(outcomes)

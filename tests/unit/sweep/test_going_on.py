@@ -16,6 +16,7 @@ from rlhf_ray.errors import ConfigError, InvariantError
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import create_run, open_run
 from rlhf_ray.sweep.record import Record
+from rlhf_ray.sweep.report import write_sweep_report
 from rlhf_ray.sweep.results import failure_file
 from rlhf_ray.sweep.sweep import _as_it_began, _finish, resume_sweep, sweep
 from rlhf_ray.sweep.trial import write_failure
@@ -111,13 +112,14 @@ def test_a_sweep_of_which_nothing_ran_may_become_another(make: Make) -> None:
 
 
 def test_a_sweep_of_an_older_version_goes_on(make: Make) -> None:
-    """Its config.yaml lacks fields that came later, and set no prompts apart."""
+    """Its config.yaml lacks fields that came later, has one that is gone and was off, and set no prompts apart."""
     folder = begun(make()).folder
     values = open_run(folder, verify=False).config()
     for name in ("confirm_held_out", "dual_clip", "alarm"):
         del values["ppo"][name]
     del values["trials_per_base"]
-    (folder / "config.yaml").write_text(dump_yaml(values))
+    (folder / "config.yaml").write_text(dump_yaml({**values, "gone_since": False}))
+    assert write_sweep_report(folder).is_file()
     assert sweep(make()).metrics["trials/done"] == 2.0
     assert open_run(folder).config()["ppo"]["confirm_held_out"] is False
 

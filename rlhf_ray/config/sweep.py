@@ -30,7 +30,7 @@ class SweepConfig(JobFields):
         "what varies: a field of ppo or dpo (a.b for nested ones) -> a list of values, {choice: [..]}, {uniform: [low, high]},"
         " {loguniform: [low, high]}, {randint: [low, high]}, or {given: other field, cases: {its value: any of these}}",
     )
-    seeds: Ints = field((0,), "every setting runs once with each", min_length=1)
+    seeds: Ints = field((0,), "every setting runs once with each; settings x seeds: at most 10,000", min_length=1)
     search: Literal["grid", "random", "optuna"] = field(
         "grid", "grid: every combination of lists; random: independent draws; optuna: TPE (extra sweep)"
     )

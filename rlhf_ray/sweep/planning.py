@@ -14,7 +14,7 @@ from rlhf_ray.plan.memory import GIB, Parts
 from rlhf_ray.sweep.capacity import capacity
 from rlhf_ray.sweep.sharing import check_sharing, described, processes
 from rlhf_ray.sweep.space import corners, read_space
-from rlhf_ray.sweep.trials import TrialJob, job_of, planned, trial_of
+from rlhf_ray.sweep.trials import MOST_TRIALS, TrialJob, check_size, job_of, planned, trial_of
 
 _NO_MEMORY = {
     *("output_dir", "run_name", "seed", "learning_rate", "weight_decay", "warmup_steps", "min_lr_ratio", "max_steps"),
@@ -35,6 +35,7 @@ def plan_sweep(
     prompt_tokens: int | None = None,
 ) -> Plan:
     """See `stages.plan.plan`. ConfigError for settings that make no job."""
+    check_size(config)
     jobs = _jobs(config)
     check_sharing(config, jobs)
     plans = [plan(job, device, gpu_gib, prompt_tokens) for job in jobs]
@@ -74,6 +75,6 @@ def _of_a_base(stage: StagePlan, trials: int, zero_stage: int) -> StagePlan:
 def _jobs(config: SweepConfig) -> list[TrialJob]:
     """A job for each kind of trial that differs in what it takes."""
     trials = planned(config)
-    settings = [t.settings for t in trials] or corners(read_space(config.space))
+    settings = [t.settings for t in trials] or corners(read_space(config.space), MOST_TRIALS)
     jobs = [job_of(config, trial_of(config, s, config.seeds[0])) for s in settings]
     return list({job.model_dump_json(exclude=_NO_MEMORY): job for job in jobs}.values())

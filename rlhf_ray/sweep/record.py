@@ -24,7 +24,7 @@ from rlhf_ray.sweep.results import (
     settings_of,
     write_csv,
 )
-from rlhf_ray.sweep.space import grid, has_ranges, read_space
+from rlhf_ray.sweep.space import has_ranges, read_space, size
 from rlhf_ray.sweep.trials import Trial, trial_of
 
 SCHEMA = 1
@@ -83,7 +83,7 @@ class Record:
             return 0
         wanted, space = self.config.num_samples, read_space(self.config.space)
         if not has_ranges(space):
-            wanted = min(wanted, len(grid(space)))
+            wanted = min(wanted, size(space))
         return max(wanted - len({trial.setting for trial in self.trials.values()}), 0)
 
     def choice(self, outcomes: Sequence[TrialOutcome]) -> tuple[list[Setting], Choice]:

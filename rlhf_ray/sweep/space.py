@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from rlhf_ray.errors import ConfigError, Problem
@@ -170,10 +171,30 @@ def grid(space: Space) -> list[Settings]:
         )
         for name in ranges
     )
-    found: list[Settings] = [{}]
+    return list(combinations(space))
+
+
+def combinations(space: Space) -> Iterator[Settings]:
+    """Those of `grid`, one by one; of a space without ranges."""
+
+    def beside(chosen: Settings, names: Sequence[str]) -> Iterator[Settings]:
+        if not names:
+            yield chosen
+            return
+        for value in _at(space[names[0]], chosen).values:  # type: ignore[union-attr]
+            yield from beside({**chosen, names[0]: value}, names[1:])
+
+    return beside({}, list(space))
+
+
+def size(space: Space) -> int:
+    """How many combinations a space without ranges has, without making them."""
+    count = 1
     for name, domain in space.items():
-        found = [{**settings, name: v} for settings in found for v in _at(domain, settings).values]  # type: ignore[union-attr]
-    return found
+        if isinstance(domain, Values):  # a field that depends on it has the values of each of its cases
+            beside = [d for d in space.values() if isinstance(d, Given) and d.other == name]
+            count *= sum(math.prod([len(d.cases[v].values) for d in beside]) for v in domain.values)  # type: ignore[union-attr, misc]
+    return count
 
 
 def draw(space: Space, seed: int, number: int) -> Settings:
@@ -195,15 +216,15 @@ def ask(space: Space, suggest: Callable[[str, Values | Range], Any]) -> Settings
     return settings
 
 
-def corners(space: Space) -> list[Settings]:
-    """A setting for every value of a list and both ends of a range, to be checked before anything runs."""
+def corners(space: Space, most: int) -> list[Settings]:
+    """A setting for every value of a list and both ends of a range, to be checked before anything runs: the first `most`."""
     bounded: Space = {}
     for name, domain in space.items():
         if isinstance(domain, Given):
             bounded[name] = Given(domain.other, {case: _ends(d) for case, d in domain.cases.items()})
         else:
             bounded[name] = _ends(domain)
-    return grid(bounded)
+    return list(islice(combinations(bounded), most))
 
 
 def _ends(domain: Values | Range) -> Values:

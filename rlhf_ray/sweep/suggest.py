@@ -15,7 +15,7 @@ from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.sweep.record import Record
 from rlhf_ray.sweep.results import TrialOutcome
-from rlhf_ray.sweep.space import Range, Settings, Space, Values, ask, grid, has_ranges
+from rlhf_ray.sweep.space import Range, Settings, Space, Values, ask, combinations, has_ranges
 from rlhf_ray.sweep.trials import setting_name
 
 MOST_ASKED = 100
@@ -83,7 +83,7 @@ class Suggestions(Searcher):
                 break
             self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)  # which the sampler does not learn from
         else:
-            left = [] if has_ranges(self.space) else grid(self.space)
+            left = iter(()) if has_ranges(self.space) else combinations(self.space)
             found = next((one for one in left if setting_name(one) not in self.known), None)
             if found is None:
                 return None

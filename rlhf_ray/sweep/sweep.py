@@ -36,7 +36,16 @@ from rlhf_ray.sweep.results import K1
 from rlhf_ray.sweep.sharing import check_sharing, described
 from rlhf_ray.sweep.space import corners, read_space
 from rlhf_ray.sweep.trial import run_trial
-from rlhf_ray.sweep.trials import check_trials, job_of, planned, trial_of, written_out, written_out_as
+from rlhf_ray.sweep.trials import (
+    MOST_CHECKED,
+    check_size,
+    check_trials,
+    job_of,
+    planned,
+    trial_of,
+    written_out,
+    written_out_as,
+)
 from rlhf_ray.training import run_entry
 from rlhf_ray.training.run_entry import (
     copy_from_now_on,
@@ -60,8 +69,11 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     finishes, InvariantError. What the time budget stopped goes on with an unfinished sweep, or with a larger budget."""
     console = console or LocalConsole()
     config = with_defaults_as_begun(config)
+    goes_on = begun(config) is not None
+    if not goes_on:
+        check_size(config)
     trials = planned(config)
-    jobs = check_trials(config.confirming(True), trials, goes_on=begun(config) is not None)
+    jobs = check_trials(config.confirming(True), trials, goes_on)
     check_sharing(config, jobs)
     values = written_out(config.confirming(True), jobs[0])
     folder = create_run(config.output_dir, "sweep", values, config.resume)
@@ -72,8 +84,8 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
         has_time = not is_done or _is_longer(*changes.get("time_budget_s", (None, None)))
         if has_time:
             record.forget_time_budget()
-        goes_on = bool(record.left()) or (has_time and record.to_suggest() > 0)
-        if is_done and not goes_on:
+        has_more = bool(record.left()) or (has_time and record.to_suggest() > 0)
+        if is_done and not has_more:
             copy_from_now_on(folder, config.copy_to, console.warn)
             console.log(f"sweep: {config.output_dir} is finished; nothing to do")
             return Run.load(folder.path)
@@ -81,7 +93,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
             folder.update_manifest(status="running")
         tell_changes(folder, changes, console)
         keep_config(folder, written_out_as(config, True))
-        if goes_on:
+        if has_more:
             resume = resume_command(config.output_dir)
             with Signals(Stop(), console, config.output_dir, resume, config.stop_grace_s) as signals:
                 _run(config, record, signals, console)
@@ -108,7 +120,7 @@ def _is_longer(old: float | None, new: float | None) -> bool:
 
 def _run(config: SweepConfig, record: Record, signals: Signals, console: Console) -> None:
     sample = list(record.trials.values()) or [
-        trial_of(config, settings, config.seeds[0]) for settings in corners(read_space(config.space))
+        trial_of(config, settings, config.seeds[0]) for settings in corners(read_space(config.space), MOST_CHECKED)
     ]
     jobs = [job_of(config, trial) for trial in sample]
     if config.share_base and all(job.learner.num_workers == 0 for job in jobs):

@@ -18,7 +18,7 @@ from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.config.yaml_reader import Override
 from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.sweep.evaluation import EVALUATION, STARTED_FROM, TRAINED
-from rlhf_ray.sweep.space import Settings, Space, corners, draw, grid, read_space
+from rlhf_ray.sweep.space import Settings, Space, corners, draw, grid, has_ranges, read_space, size
 
 TrialJob: TypeAlias = PPOConfig | DPOConfig
 MEASURED_WITH = (
@@ -26,6 +26,8 @@ MEASURED_WITH = (
     *("lora_compute_dtype", "template", "template_date", "chat_template_kwargs", "learner"),
 )
 """Fields of a DPO trial that its evaluation takes over: which base is loaded, how, where, and how prompts are written out."""
+MOST_TRIALS = 10_000
+"""Of a sweep, whose tables hold all of them and are written anew after each."""
 MOST_CHECKED = 256
 """Combinations of a large space that are checked before a search that draws from it."""
 
@@ -50,6 +52,20 @@ def setting_name(settings: Settings) -> str:
     """A name that follows from the settings alone, so that a sweep that goes on finds its trials again."""
     text = json.dumps(settings, sort_keys=True)
     return f"c{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def check_size(config: SweepConfig) -> None:
+    """ConfigError for a sweep of more trials than anybody can run, before they are listed."""
+    space = read_space(config.space)
+    if config.search == "grid":
+        where, fix = "space", "fewer values or seeds, or search: random with num_samples"
+        settings = 0 if has_ranges(space) else size(space)  # a range is refused as such
+    else:
+        where, fix = "num_samples", "fewer settings or seeds"
+        settings = config.num_samples if has_ranges(space) else min(config.num_samples, size(space))
+    if settings * len(config.seeds) > MOST_TRIALS:
+        what, expected = "the sweep has more trials than can be run", f"at most {MOST_TRIALS:,}, settings x seeds"
+        raise ConfigError.at(where, what, expected, f"{settings:,} x {len(config.seeds):,}", fix)
 
 
 def planned(config: SweepConfig) -> list[Trial]:
@@ -113,8 +129,8 @@ def written_out(config: SweepConfig, job: TrialJob) -> dict[str, Any]:
 def written_out_as(config: SweepConfig, confirm: bool) -> dict[str, Any]:
     """`written_out` of a sweep that says of `confirm_held_out` what it says itself, else `confirm`."""
     config = config.confirming(confirm)
-    settings = next(iter(planned(config)), None)
-    chosen = corners(read_space(config.space))[0] if settings is None else settings.settings
+    space = read_space(config.space)
+    chosen = draw(space, 0, 0) if config.search == "random" else corners(space, 1)[0]
     try:
         return written_out(config, job_of(config, trial_of(config, chosen, config.seeds[0])))
     except ConfigError:  # of an older version, which took what this one refuses
@@ -127,7 +143,7 @@ def check_trials(config: SweepConfig, trials: list[Trial], goes_on: bool = False
 
     goes_on: with a sweep that an older version may have begun, without a measure of what length_ratio compares with."""
     space = read_space(config.space)
-    known = trials or [trial_of(config, s, config.seeds[0]) for s in corners(space)[:MOST_CHECKED]]
+    known = trials or [trial_of(config, s, config.seeds[0]) for s in corners(space, MOST_CHECKED)]
     problems: dict[tuple[Any, ...], Problem] = {}
     jobs: list[TrialJob] = []
     for trial in known:

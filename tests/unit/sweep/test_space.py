@@ -11,7 +11,7 @@ import yaml
 from rlhf_ray.config import SweepConfig
 from rlhf_ray.config.resolved import dump_yaml, to_dict
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.sweep.space import ask, corners, draw, grid, read_space
+from rlhf_ray.sweep.space import ask, corners, draw, grid, read_space, size
 
 BY_PENALTY = {"given": "kl_penalty", "cases": {"kl": [0.1, 0.2], "none": [0.0]}}
 
@@ -73,7 +73,7 @@ def test_suggestions_have_a_name_for_each_case() -> None:
 
 
 def test_corners_reach_both_ends() -> None:
-    assert corners(read_space({"a": {"uniform": [1, 2]}, "b": [3]})) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+    assert corners(read_space({"a": {"uniform": [1, 2]}, "b": [3]}), 256) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
 
 
 @pytest.mark.parametrize(
@@ -105,3 +105,27 @@ def test_all_problems_at_once_and_no_ranges_in_a_grid() -> None:
     assert len(caught.value.problems) == 2
     with pytest.raises(ConfigError, match=r"space.a: a grid has no ranges"):
         grid(read_space({"a": {"uniform": [0, 1]}}))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"a": [1, 2, 3], "b": ["x", "y"]},
+        {"kl_coef": BY_PENALTY, "kl_penalty": ["kl", "none"], "a": [1, 2]},
+        {
+            "kl_coef": BY_PENALTY,
+            "lam": {**BY_PENALTY, "cases": {"kl": [1], "none": [2, 3, 4]}},
+            "kl_penalty": ["kl", "none"],
+        },
+    ],
+)
+def test_the_size_of_a_grid_is_its_length(raw: dict[str, Any]) -> None:
+    space = read_space(raw)
+    assert size(space) == len(grid(space)) == len(corners(space, 10**6)) and corners(space, 2) == grid(space)[:2]
+
+
+def test_a_large_space_is_counted_and_sampled_without_being_listed() -> None:
+    ranges = {f"f{i}": {"uniform": [0, 1]} for i in range(60)}
+    assert len(corners(read_space(ranges), 256)) == 256
+    lists = {f"f{i}": list(range(10)) for i in range(60)}
+    assert size(read_space(lists)) == 10**60

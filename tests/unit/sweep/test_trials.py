@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import SweepConfig
-from rlhf_ray.sweep.trials import evaluation_of, job_of, planned, setting_name
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.sweep.planning import plan_sweep
+from rlhf_ray.sweep.sweep import sweep
+from rlhf_ray.sweep.trials import check_size, evaluation_of, job_of, planned, setting_name
 
 
 def config(**changes: Any) -> SweepConfig:
@@ -95,3 +98,37 @@ def test_random_settings_are_the_same_at_every_start() -> None:
 def test_rules(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"search": "random", "num_samples": 10**6, "space": {"kl_coef": {"uniform": [0, 1]}}},
+            "num_samples: .* 1,000,000 x 1;",
+        ),
+        (
+            {
+                "search": "optuna",
+                "num_samples": 200,
+                "space": {"kl_coef": {"uniform": [0, 1]}},
+                "seeds": tuple(range(51)),
+            },
+            "200 x 51;",
+        ),
+        (
+            {"space": {f"f{i}": list(range(10)) for i in range(60)}},
+            "^space: the sweep has more trials than can be run; expected",
+        ),
+    ],
+)
+def test_more_trials_than_can_be_run_are_refused_before_they_are_listed(changes: dict[str, Any], told: str) -> None:
+    given = config(**changes)
+    for start in (check_size, sweep, plan_sweep):
+        with pytest.raises(ConfigError, match=told):
+            start(given)
+
+
+def test_a_search_over_few_settings_may_ask_for_many() -> None:
+    check_size(config(search="optuna", num_samples=10**6))
+    check_size(config(seeds=tuple(range(2500))))

@@ -48,18 +48,22 @@ class RunFiles:
     def results(self) -> dict[str, float]:
         """The numbers of summary.json."""
         metrics = self.summary.get("metrics")
-        return {k: float(v) for k, v in metrics.items() if _is_number(v)} if isinstance(metrics, dict) else {}
+        return {k: float(v) for k, v in metrics.items() if is_number(v)} if isinstance(metrics, dict) else {}
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the run took; None where summary.json does not say so."""
+        seconds: Any = self.summary.get("seconds")
+        return float(seconds) if is_number(seconds) and seconds >= 0 else None
 
     @property
     def steps(self) -> int:
         """The last step that has metrics."""
-        return max((int(row["step"]) for row in self.rows if _is_number(row.get("step"))), default=0)
+        return max((int(row["step"]) for row in self.rows if is_number(row.get("step"))), default=0)
 
     def points(self, name: str) -> Points:
         """(step, value) of a metric in order of steps; a step written twice counts once, as written last."""
-        found = {
-            row["step"]: row[name] for row in self.rows if _is_number(row.get("step")) and _is_number(row.get(name))
-        }
+        found = {row["step"]: row[name] for row in self.rows if is_number(row.get("step")) and is_number(row.get(name))}
         return [(float(step), float(found[step])) for step in sorted(found)]
 
     def values(self, name: str) -> list[float]:
@@ -106,7 +110,7 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """A number that can be drawn: differences and sums of such numbers stay finite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 

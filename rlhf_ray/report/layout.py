@@ -59,8 +59,7 @@ def chip(run: RunFiles) -> Html:
 
 
 def took(run: RunFiles) -> str:
-    seconds = run.summary.get("seconds")
-    return duration(float(seconds)) if isinstance(seconds, (int, float)) else ""
+    return "" if run.seconds is None else duration(run.seconds)
 
 
 def tiles(items: Sequence[Tile]) -> Html | None:

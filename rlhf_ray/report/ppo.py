@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rlhf_ray.console import duration
 from rlhf_ray.maths.standard_errors import deviation
 from rlhf_ray.metrics import START_KL, held_out_reward, standard_error_name, start_kl
@@ -87,9 +85,7 @@ def _tiles(run: RunFiles) -> list[Tile]:
         if tile.label == "Reply length":
             tiles[i] = Tile(tile.label, f"{tile.value} tokens", tile.detail)
     if times:
-        recorded = run.summary.get("seconds")
-        usable = isinstance(recorded, (int, float)) and math.isfinite(recorded) and recorded > 0
-        total = float(recorded or 0.0) if usable else sum(times)
+        total = run.seconds or sum(times)
         tiles.append(
             Tile("Time", duration(total), f"{count(run.steps, 'step')}, {duration(sum(times) / len(times))} each")
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_ray.metrics import describe
-from rlhf_ray.report.folder import RunFiles
+from rlhf_ray.report.folder import RunFiles, is_number
 from rlhf_ray.report.html import Html, join, tag
 from rlhf_ray.report.numbers import shown, size
 
@@ -101,7 +101,7 @@ def _data(files: Any) -> list[tuple[Any, ...]]:
 
 def _files(files: Any) -> list[tuple[Any, ...]]:
     return [
-        (name, size(f.get("bytes") or 0), _hash(f.get("sha256")))
+        (name, size(f["bytes"]) if is_number(f.get("bytes")) else "", _hash(f.get("sha256")))
         for name, f in sorted(_mapping(files).items())
         if isinstance(f, dict)
     ]

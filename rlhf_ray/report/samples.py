@@ -34,7 +34,8 @@ def samples_section(samples: Sequence[Sample]) -> Html | None:
 def _by_step(samples: Sequence[Sample], shorten: Shorten, notes: list[str]) -> Html:
     steps: dict[Any, list[Sample]] = {}
     for sample in samples:
-        steps.setdefault(sample.get("step", 0), []).append(sample)
+        step = sample.get("step", 0)
+        steps.setdefault(step if isinstance(step, (int, float, str)) else str(step), []).append(sample)
     kept = _spread(list(steps), MOST_STEPS)
     if len(kept) < len(steps):
         notes.append(f"{len(kept)} of {len(steps)} steps are shown; samples.jsonl has all of them.")

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_ray.console import duration
 from rlhf_ray.metrics import METRICS
 from rlhf_ray.report.charts import Chart, Line
-from rlhf_ray.report.folder import Points, RunFiles, last
+from rlhf_ray.report.folder import Points, RunFiles, is_number, last
 from rlhf_ray.report.html import Html, tag
 from rlhf_ray.report.numbers import count, shown
 from rlhf_ray.report.plane import Dots, Plane, draw_plane
@@ -136,9 +136,15 @@ def _held_out(run: RunFiles) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _has_numbers(found: Any, names: tuple[str, ...]) -> bool:
+    return isinstance(found, dict) and all(is_number(found.get(name)) for name in names)
+
+
 def _reliability(run: RunFiles) -> Html | None:
     """Observed against predicted preference, with the line on which they agree."""
-    bins = [b for b in _held_out(run).get("reliability") or () if b.get("pairs")]
+    told = _held_out(run).get("reliability")
+    names = ("predicted", "observed", "pairs", "low", "high")
+    bins = [b for b in told if _has_numbers(b, names) and b["pairs"]] if isinstance(told, list) else []
     if not bins:
         return None
     dots = Dots(
@@ -160,7 +166,9 @@ def _reliability(run: RunFiles) -> Html | None:
 
 def _groups(run: RunFiles) -> Html | None:
     """Accuracy of each group of pairs, where the data name groups."""
-    groups = _held_out(run).get("groups") or {}
+    told = _held_out(run).get("groups")
+    names = ("accuracy", "low", "high", "pairs")
+    groups = {n: of for n, of in told.items() if _has_numbers(of, names)} if isinstance(told, dict) else {}
     if not groups:
         return None
     head = tag("tr", [tag("th", name, scope="col") for name in ("group", "accuracy", "95% interval", "pairs")])
@@ -232,9 +240,8 @@ def _tile(run: RunFiles, name: str, label: str) -> list[Tile]:
 
 def _effort(run: RunFiles) -> list[Tile]:
     tiles = [Tile("Steps", shown(run.steps), _epochs(run))] if run.steps else []
-    seconds = run.summary.get("seconds")
-    if isinstance(seconds, (int, float)):
-        tiles.append(Tile("Time", duration(float(seconds))))
+    if run.seconds is not None:
+        tiles.append(Tile("Time", duration(run.seconds)))
     return tiles
 
 

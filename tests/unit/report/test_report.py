@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -353,3 +354,26 @@ def test_half_a_character_in_a_reply_does_not_cost_the_page(fake: SimpleNamespac
         file.write(json.dumps(row) + "\n")
     write_report(path)
     assert "half \\ud83d of it" in check(path).text
+
+
+DAMAGED = {
+    "seconds that are not a number": ("ppo", "summary.json", {"seconds": math.nan}),
+    "seconds without an end": ("sft", "summary.json", {"seconds": 1e400}),
+    "a size as text": ("ppo", "manifest.json", {"files": {"a": {"bytes": "12", "sha256": 1}}}),
+    "a group without figures": ("reward", "manifest.json", {"reward": {"held_out": {"groups": {"g": {}, "h": 1}}}}),
+    "groups that are a list": ("reward", "manifest.json", {"reward": {"held_out": {"groups": [1]}}}),
+    "bins without figures": ("reward", "manifest.json", {"reward": {"held_out": {"reliability": [{"pairs": 3}, 1]}}}),
+    "a step that is a list": ("ppo", "samples.jsonl", {"step": [1], "prompt": "a", "reply": "b"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_files_that_say_something_odd_cost_no_page(fake: SimpleNamespace, tmp_path: Path, damage: str) -> None:
+    stage, name, values = DAMAGED[damage]
+    file = getattr(fake, stage)(tmp_path / "run") / name
+    if name == "samples.jsonl":
+        file.write_text(file.read_text() + json.dumps(values) + "\n")
+    else:
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    write_report(file.parent)
+    assert "run" in check(file.parent).text

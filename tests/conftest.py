@@ -74,6 +74,7 @@ def _beside(name: str) -> Any:
 
 fault_table = _beside("fault_table")
 write_byte_tokenizer = _beside("byte_tokenizer").write_byte_tokenizer
+write_encoder = _beside("encoders").write_encoder
 TABLE = fault_table.FaultTable()
 
 
@@ -384,6 +385,13 @@ def tiny_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return _write_model(folder, AutoConfig.for_model(model_type, **values), seed, "float32", 0.1)
 
     return _cached(tmp_path_factory, "tiny_hybrid", build)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """encoder(kind, labels=1) -> folder of a random classifier of tests/encoders.py."""
+    make = _cached(tmp_path_factory, "encoder", write_encoder)
+    return lambda kind, labels=1: make(kind=kind, labels=labels)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,13 @@ import pytest
 from rlhf_ray.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.stages.start import pipeline, ppo, reward, sft
 from rlhf_ray.storage.run_folder import sha256_file
+from tests.encoders import KINDS
+from tests.runs import equal, lasting_rows, weights
 
-pytestmark = [pytest.mark.integration, pytest.mark.long]
+pytestmark = pytest.mark.integration
 
 
+@pytest.mark.long
 def test_it_gives_the_adapter_of_colocate(
     two_gpus: Any, split_job: Callable[..., PPOConfig], tmp_path: Path, console: Any
 ) -> None:
@@ -62,6 +65,23 @@ def test_it_gives_the_adapter_of_colocate(
         assert apart.metrics[f"reward/{name}"] == here.metrics[f"reward/{name}"]
 
 
+def test_encoders_of_their_own_base(
+    two_gpus: Any, split_job: Callable[..., PPOConfig], encoder: Callable[..., Path], console: Any
+) -> None:
+    """Alone in the scorer's process, by replies as text: policy, critic and every reward bit for bit those of one process."""
+    rewards = [{"name": kind, "model": str(encoder(kind))} for kind in KINDS]
+    common: dict[str, Any] = {"rewards": rewards, "max_steps": 1, "response_length": 12, "learning_rate": 1e-2}
+    beside = {"placement": "colocate", "learner": {"num_workers": 0, "num_threads": 1}}
+    here, apart = ppo(split_job("here", **common, **beside), console), ppo(split_job("apart", **common), console)
+    for name in ("adapter", "value"):
+        assert equal(weights(apart, name), weights(here, name))
+    assert any(bool(t.any()) for name, t in weights(apart).items() if "lora_B" in name), "it learned"
+    found = [row for row in lasting_rows(apart) if "reward/bert" in row]
+    assert found == [row for row in lasting_rows(here) if "reward/bert" in row]
+    assert len({found[0][f"reward/{kind}"] for kind in KINDS}) == len(KINDS)
+
+
+@pytest.mark.long
 def test_in_a_pipeline(two_gpus: Any, split_job: Callable[..., PPOConfig], tmp_path: Path, console: Any) -> None:
     """The actors are placed before SFT and reward model, which they load, exist; the chain ends where one process ends."""
     asked = [f"Say something about number {i}." for i in range(40)]

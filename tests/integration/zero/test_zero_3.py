@@ -28,6 +28,7 @@ from rlhf_ray.roles.experience import make_experience
 from rlhf_ray.runtime.session import process_session
 from rlhf_ray.stages.start import ppo
 from rlhf_ray.storage.run_folder import sha256_tensors
+from tests.encoders import KINDS
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 Job = Callable[..., PPOConfig]
@@ -129,6 +130,19 @@ def reward_model(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Callable[..
         return str(folder)
 
     return make
+
+
+def test_encoders_that_score(zero_job: Job, encoder: Callable[..., Path]) -> None:
+    """Their forward passes are collectives too: two ranks with unequal chunks, one of them empty, learn as at stage 0."""
+    rewards = [{"name": kind, "model": str(encoder(kind))} for kind in KINDS]
+    plain, sharded = (zero_job(f"stage_{stage}", stage, rewards=rewards, max_steps=1) for stage in (0, 3))
+    on_ranks(2, train, [plain, sharded], 7)
+    for name in ("adapter", "value"):
+        assert difference(weights(plain.output_dir, name), weights(sharded.output_dir, name)) < 1e-5
+    assert any(bool(t.any()) for k, t in weights(sharded.output_dir).items() if "lora_B" in k)
+    for ours, theirs in zip(deterministic(sharded.output_dir), deterministic(plain.output_dir), strict=True):
+        for name in (f"reward/{kind}" for kind in KINDS):
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-4)
 
 
 @pytest.mark.long

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import BertProcessing, RobertaProcessing
 
 from rlhf_ray.cli import main
 from rlhf_ray.config import EvaluateConfig, PPOConfig, RewardSource
@@ -22,59 +17,13 @@ from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.plan.job_plan import plan
 from rlhf_ray.stages.score import score
 from rlhf_ray.stages.start import evaluate, ppo
+from tests.encoders import KINDS, POSITIONS
 
-KINDS = ("bert", "deberta-v2", "roberta", "distilbert", "modernbert")
-POSITIONS = 64
 ROWS = [
     {"instruction": "Name a bird.", "input": "", "output": "Robin"},
     {"instruction": "Sum up.", "input": "a tale of two cities", "output": "It was the best of times"},
     {"instruction": "Say [SEP].", "input": "", "output": "[CLS] [SEP]"},
 ]
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """encoder(kind, labels=1) -> folder of a random classifier with a tokenizer of characters."""
-    root, made = tmp_path_factory.mktemp("encoders"), dict[str, Path]()
-
-    def make(kind: str, labels: int = 1) -> Path:
-        folder = root / f"{kind}_{labels}"
-        if folder.name not in made:
-            build(folder, kind, labels)
-            made[folder.name] = folder
-        return folder
-
-    return make
-
-
-def build(folder: Path, kind: str, labels: int) -> None:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
-
-    signs = string.ascii_letters + string.digits + string.punctuation
-    special = ("<s>", "<pad>", "</s>", "<unk>") if kind == "roberta" else ("[CLS]", "[PAD]", "[SEP]", "[UNK]")
-    words = {w: i for i, w in enumerate((*special, *signs, *(f"##{s}" for s in signs)))}
-    tokenizer = Tokenizer(WordPiece(words, unk_token=special[3]))
-    tokenizer.pre_tokenizer = BertPreTokenizer()
-    processing = RobertaProcessing if kind == "roberta" else BertProcessing
-    tokenizer.post_processor = processing((special[2], 2), (special[0], 0))
-    names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token"), special))
-    if kind == "bert":
-        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **names).save_pretrained(folder)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    if kind == "distilbert":
-        sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
-    more = {"type_vocab_size": 2} if kind == "bert" else {"type_vocab_size": 1} if kind == "roberta" else {}
-    positions = POSITIONS + 2 if kind == "roberta" else POSITIONS
-    ids = {"pad_token_id": 1, "cls_token_id": 0, "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
-    config = AutoConfig.for_model(
-        kind, vocab_size=len(words), max_position_embeddings=positions, num_labels=labels, **ids, **sizes, **more
-    )
-    torch.manual_seed(7)
-    model = AutoModelForSequenceClassification.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
 
 
 def asked_of_transformers(folder: Path, pairs: Sequence[tuple[str, str]]) -> list[float]:

@@ -37,11 +37,12 @@ from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.launch.model_families import check_model
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.models.adapters import adapter_parameters, add_fresh, wrap
+from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.loading import quiet
 from rlhf_ray.models.merge import merge_run
 from rlhf_ray.plan.job_plan import plan
 from rlhf_ray.sampler.engine import DecodeRequest, Sampler
-from rlhf_ray.sampler.probe import tiny_model
+from rlhf_ray.sampler.probe import tiny_config, tiny_model
 from rlhf_ray.stages.start import ppo, reward, sft
 
 README = Path(__file__).parents[1] / "rlhf_ray" / "models" / "README.md"
@@ -49,6 +50,8 @@ ROWS = Path(__file__).parents[1] / "benchmarks" / "results" / "families.jsonl"
 COLUMNS = ("greedy", "SFT", "reward", "PPO", "mixed adapters", "merge", "plan")
 SECONDS = 600
 """Of one family; most take ten."""
+ALSO_SEE = ("internvl", "llava", "mistral3", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
+"""Model types whose causal language model is but a part of one that also sees."""
 VOCABULARY = 260
 PROMPTS = ((5, 9, 200), (17,), (44, 45, 46, 47, 48, 49, 50, 51), (5, 9, 200, 100), (90, 91))
 REPLY = 8
@@ -58,10 +61,10 @@ LOCAL: dict[str, Any] = {"learner": {"num_workers": 0, "num_threads": 1}, "templ
 
 
 def families() -> list[str]:
-    """The model types that transformers has a causal language model for."""
+    """The model types that transformers has a causal language model for, and those of ALSO_SEE."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *ALSO_SEE})
 
 
 def try_family(model_type: str, folder: Path) -> dict[str, str]:
@@ -105,7 +108,7 @@ def tiny(model_type: str) -> tuple[Any, str]:
     config = CONFIG_MAPPING[model_type]()
     text = config.get_text_config(decoder=True)
     if text.model_type != model_type:
-        return None, f"as {text.model_type}"
+        return tiny_wrapper(config)
     if getattr(config, "is_encoder_decoder", False):
         return None, "an encoder and a decoder"
     if hasattr(config, "is_decoder"):
@@ -114,6 +117,33 @@ def tiny(model_type: str) -> tuple[Any, str]:
         config.num_experts_per_tok = 2
     model = tiny_model(config, vocabulary=VOCABULARY)
     return model, "" if model is not None else "no tiny model could be made of its default config"
+
+
+def tiny_wrapper(config: Any) -> tuple[Any, str]:
+    """The same of a model that also sees or hears, on a tiny text decoder: all of it, as its checkpoints have it."""
+    from transformers import AutoModelForImageTextToText, PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    text = config.get_text_config(decoder=True)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or getattr(config, "text_config", None) is not text:
+        return None, f"as {text.model_type}"
+    config.text_config = tiny_config(text, vocabulary=VOCABULARY)
+    for name in config.to_dict():
+        value = getattr(config, name)
+        if isinstance(value, PreTrainedConfig) and name != "text_config":
+            for field in ("num_hidden_layers", "depth"):
+                if getattr(value, field, None):
+                    setattr(value, field, 1)
+    try:
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(0)
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            for name, parameter in trunk(model).named_parameters():
+                if parameter.ndim > 1 and name.endswith("weight") and "norm" not in name:
+                    torch.nn.init.normal_(parameter, std=0.1)
+    except Exception as error:
+        return None, f"no tiny model could be made of its default config ({told(error)})"
+    return model.eval(), ""
 
 
 def chain(base: Path, folder: Path) -> dict[str, Any]:
@@ -289,9 +319,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     others = [row for row in tried if row["family"] not in whole]
     untried = [row for row in rows if row not in tried and row not in refused]
     lines = [
-        f"transformers {transformers.__version__}: {len(rows)} of its {len(families())} model types with a causal",
-        "language model. A tiny random model of each: greedy replies against `generate`, one step of SFT and of",
-        "reward modelling, two of PPO (first ratio 1, log-probabilities of sampler and learner within",
+        f"transformers {transformers.__version__}: {len(rows)} of its {len(families())} model types with a causal language model,",
+        "alone or in a model that also sees. A tiny random model of each: greedy replies against `generate`, one step of SFT",
+        "and of reward modelling, two of PPO (first ratio 1, log-probabilities of sampler and learner within",
         f"{NEAR:g}), two adapters and the base in one batch against each row alone, `merge`, `plan`.",
         "",
         f"**Pass whole ({len(whole)}):** {', '.join(whole)}.",

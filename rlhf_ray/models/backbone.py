@@ -31,6 +31,7 @@ from rlhf_ray.models.loading import (
     plan_load,
     quiet,
     read_tensor,
+    without_placeholders,
 )
 from rlhf_ray.models.lora_compute import compute_adapters_in
 from rlhf_ray.models.packing import Packing
@@ -164,6 +165,7 @@ def load_backbone(
     bits = bits_of(load_in_8bit, load_in_4bit)
     plan = plan_load(source, dtype, attn_implementation, bits, cpu_offload, device, trains)
     model, info = from_pretrained(causal_class(plan.config), source, plan)
+    without_placeholders(model.config)
     compute_adapters_in(model, lora_compute_dtype, plan.dtype)
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:

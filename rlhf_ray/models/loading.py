@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rlhf_ray.errors import ArtifactError, ResourceError
+from rlhf_ray.errors import ArtifactError, ConfigError, ResourceError
 from rlhf_ray.models.quantisation import quantised_kwargs
 from rlhf_ray.models.sources import (
     CONFIG_ERRORS,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLASH_ATTN_WHEELS = "https://github.com/Dao-AILab/flash-attention/releases"
 """By versions of CUDA, torch and Python. No extra asks for flash-attn: without the right wheel pip would compile it for hours."""
+_PLACEHOLDER = re.compile("(image|video|audio)_token_(id|index)")
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -43,7 +44,8 @@ def no_dropout(config: Any) -> dict[str, float]:
     from transformers import PreTrainedConfig
 
     before: dict[str, float] = {}
-    for name in config.to_dict():
+    per_layer = getattr(config, "per_layer_attributes", None) or ()  # Gemma 4's head_dim: no number of the whole model
+    for name in [key for key in config.to_dict() if key not in per_layer]:
         value = getattr(config, name, None)
         if isinstance(value, PreTrainedConfig):
             before |= {f"{name}.{inner}": rate for inner, rate in no_dropout(value).items()}
@@ -63,6 +65,17 @@ def restore_dropout(config: Any, rates: Mapping[str, float]) -> None:
             found = getattr(found, part, found if part == "text_config" else None)
         if found is not None:
             setattr(found, last, rate)
+
+
+def without_placeholders(config: Any) -> None:
+    """Let no token stand for an image, a video or a sound in the model of this config.
+
+    Gemma 4 reads such a token as padding, its text decoder alone as itself; a policy that writes one would be sampled as one model
+    and trained as another. Nothing that is loaded for a job is saved."""
+    if config.get_text_config() is not config:
+        for name in config.to_dict():
+            if _PLACEHOLDER.fullmatch(name):
+                setattr(config, name, -1)
 
 
 @dataclass
@@ -181,7 +194,17 @@ def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def causal_class(config: Any) -> Any:
-    """The Auto class of language models for this config; models that also see are image-text models where there is no other."""
+    """The Auto class of language models for this config; models that also see are image-text models where there is no other.
+
+    ConfigError if its tokens see those that follow (PaliGemma, EmbeddingGemma): no cache can hold what changes later."""
+    if getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
+        raise ConfigError.at(
+            "model_name_or_path",
+            f"models of type {config.model_type} cannot be used here: each of their tokens sees those that follow it",
+            "a causal language model",
+            "use_bidirectional_attention in its config",
+            "choose a model of another family",
+        )
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

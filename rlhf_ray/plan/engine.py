@@ -33,9 +33,12 @@ def engine_parts(job: PPOConfig, cast: Cast, shapes: Shapes, device: Device) -> 
 
 def bytes_per_token(text: Any, width: int) -> int:
     """Of keys and values.   text: config of a language model.   width: bytes of a number."""
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    per_head = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 2 * int(text.num_hidden_layers) * heads * per_head * width
+
+    def numbers(layer: Any) -> int:
+        heads = int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
+        return heads * int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+
+    return 2 * width * sum(map(numbers, text.per_layer_config))
 
 
 def with_engine(phases: Phases, engine: Parts, asleep: frozenset[str]) -> Phases:

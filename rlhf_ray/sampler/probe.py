@@ -171,6 +171,13 @@ def tiny_config(config: Any, width: int = WIDTH, of_each: int = 1, vocabulary: i
         elif name in _TOKENS and value is not None:
             changed[name] = _TOKENS[name]
     changed |= {"num_hidden_layers": layers, "vocab_size": vocabulary}
+    changed |= {k: vocabulary for k in sizes if k.startswith("vocab_size_")}
+    if "per_layer_config" in values:  # Gemma 4: what single layers have instead
+        changed["per_layer_config"] = {
+            i: {k: v // factor if k in widths else v for k, v in own.items()}
+            for i, own in values["per_layer_config"].items()
+            if int(i) < layers
+        }
     for name in ("quantization_config", "architectures", "dtype"):
         values.pop(name, None)
     return type(text).from_dict({**values, **changed})

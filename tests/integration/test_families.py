@@ -21,7 +21,7 @@ def families(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return families
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_5_text"])
+@pytest.mark.parametrize("model_type", ["gemma4", "qwen3_5_text"])
 def test_a_family_passes_whole(model_type: str, families: Any, tmp_path: Path) -> None:
     found = families.try_family(model_type, tmp_path)
     assert {column: found.get(column) for column in families.COLUMNS} == dict.fromkeys(families.COLUMNS, "yes")

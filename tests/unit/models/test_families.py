@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, Gemma3TextConfig
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
@@ -22,8 +22,10 @@ from rlhf_ray.models.adapters import (
     adapter_parameters,
     adapter_tensors,
     add_fresh,
+    add_from_files,
     copy_adapter,
     remove_adapter,
+    use_adapter,
     wrap,
 )
 from rlhf_ray.models.backbone import trunk
@@ -33,6 +35,7 @@ from rlhf_ray.models.loading import causal_class
 from rlhf_ray.models.merge import merge_run
 from rlhf_ray.models.tokenizer import load_tokenizer, tokenizer_sha256
 from rlhf_ray.sampler.engine import DecodeRequest, Sampler
+from rlhf_ray.sampler.probe import differences, tiny_config, tiny_model
 
 from .conftest import IDS, hidden, logits
 
@@ -125,6 +128,48 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+SLIDES = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16, "global_head_dim": 16}
+GEMMA_4 = {**TEXT, **SLIDES, "num_hidden_layers": 4, "vocab_size_per_layer_input": 300, "final_logit_softcapping": 30.0}
+SHARED_KEYS = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+GEMMAS_4: dict[str, dict[str, Any]] = {
+    "E2B": {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+    "31B": {**SHARED_KEYS, "use_bidirectional_attention": "vision"},
+    "26B-A4B": {
+        **SHARED_KEYS,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
+}
+"""What the sizes of Gemma 4 differ in."""
+ALSO_SEES: dict[str, dict[str, Any]] = {
+    **{
+        f"gemma4 {size}": {
+            "text_config": {**GEMMA_4, **more},
+            "vision_config": {**SIGHT, "num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 64},
+            "audio_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "output_proj_dims": 32,
+            },
+            "image_token_id": 255,
+            "video_token_id": 254,
+            "audio_token_id": 253,
+        }
+        for size, more in GEMMAS_4.items()
+    },
+    "llama4": {
+        "text_config": {**TEXT, "num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
+        "vision_config": {**SIGHT, "intermediate_size": 64, "patch_size": 14}
+        | dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32),
+        "image_token_index": 255,
+    },
+}
+"""Whole models that see and hear, as their checkpoints have them."""
 
 
 def tiny(family: str, **changes: Any) -> nn.Module:
@@ -237,6 +282,62 @@ class TestWrappers:
             save_trained(folder, tmp_path / name, head=head)
             merged = merge_run(tmp_path / name)
             assert tokenizer_sha256(load_tokenizer(str(merged))) == base.identity.tokenizer_sha256
+
+    @pytest.mark.parametrize("model", ALSO_SEES)
+    def test_gemma_4_and_llama_4(
+        self, model: str, written: Callable[..., Path], load: Any, save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        """Each token is read as itself, also one that stands for an image; rows of two adapters get the replies that they get
+        alone; the merged model answers as the unmerged one, and its config is that of the base."""
+        folder = written("llama4_text")
+        config = AutoConfig.for_model(model.split()[0], **ALSO_SEES[model])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+        base = load(folder)
+        ids = torch.cat([IDS, torch.tensor([[255, 254, 9, 253, 255, 7]])])
+        with torch.no_grad():
+            torch.testing.assert_close(
+                base.lm_head(hidden(base.model, ids)), logits(base.model, ids), atol=1e-4, rtol=1e-4
+            )
+        for name in ("policy", "value"):
+            save_trained(folder, tmp_path / name, seed=len(name))
+        peft_model = wrap(load(folder).model, read_adapter(tmp_path / "policy"), "policy")
+        add_from_files(peft_model, "value", read_adapter(tmp_path / "value"), trainable=False)
+        prompts = ((5, 9, 255, 17, 8), (7, 7), (44, 9, 3), tuple(range(20, 44)))
+        names = ("policy", None, "value", "policy")
+        requests = [DecodeRequest(p, 0, 6, (), adapter=name, greedy=True) for p, name in zip(prompts, names)]
+        sampler = Sampler(peft_model, 0, max_rows=4)
+        alone = [sampler.run([request])[0].token_ids for request in requests]
+        assert [result.token_ids for result in sampler.run(requests)] == alone
+        expected = {}
+        for name in ("policy", "value"):
+            with use_adapter(peft_model, name):
+                expected[name] = logits(peft_model, ids)
+        assert (expected["policy"] - expected["value"]).abs().max() > 1e-3
+        merged = merge_run(tmp_path / "policy")
+        torch.testing.assert_close(logits(load(merged).model, ids), expected["policy"], atol=1e-4, rtol=1e-4)
+        if model != "llama4":  # which is merged as its text decoder
+            assert AutoConfig.from_pretrained(merged).image_token_id == 255
+
+    @pytest.mark.parametrize("size", GEMMAS_4)
+    def test_the_tiny_copy_of_gemma_4(self, size: str) -> None:
+        """Layers of their own width stay so, as many as there are in the copy."""
+        config = AutoConfig.for_model(
+            "gemma4_text", **{**GEMMA_4, **GEMMAS_4[size], "hidden_size": 512, "head_dim": 32}
+        )
+        small = tiny_config(config)
+        assert small.hidden_size == 128 and [layer.head_dim for layer in small.per_layer_config] == [8, 4]
+        assert small.vocab_size == small.vocab_size_per_layer_input
+        found = differences(tiny_model(config))
+        assert max(found.values()) < 1e-3
+
+    def test_a_model_whose_tokens_see_those_that_follow(self) -> None:
+        for config in (AutoConfig.for_model("paligemma"), Gemma3TextConfig(use_bidirectional_attention=True)):
+            with pytest.raises(
+                ConfigError, match=rf"{config.model_type} cannot be used here: each of their tokens sees"
+            ):
+                causal_class(config)
 
 
 class TestAllLinear:

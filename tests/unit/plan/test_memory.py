@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_ray.plan.engine import bytes_per_token
 from rlhf_ray.plan.memory import (
     CARDS,
     CPU_BESIDES,
@@ -93,3 +94,12 @@ def test_a_process_peaks_where_it_needs_most() -> None:
 def test_cards() -> None:
     assert [smallest_card(int(g * GIB)) for g in (1, 14.6, 14.7, 23, 79, 139, 140)] == [16, 16, 24, 40, 80, 141, None]
     assert all(room < gb for gb, room in CARDS.items())
+
+
+def test_keys_and_values_of_layers_of_different_width() -> None:
+    """Gemma 4: two sliding layers of 2 heads of 8, two full ones of 1 head of 24. Keys and values, in bfloat16."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_k_eq_v": True}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = transformers.Gemma4TextConfig(layer_types=kinds, global_head_dim=24, num_global_key_value_heads=1, **sizes)
+    assert bytes_per_token(config, 2) == 2 * 2 * (2 * (2 * 8) + 2 * (1 * 24))

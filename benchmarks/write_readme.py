@@ -397,8 +397,7 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "stories_sentiment",
     ),
     (
-        f"The whole chain: SFT on stories, reward model on 990 sentiment pairs, PPO on the learned reward, three seeds ({BUSY}; "
-        "SFT had read stories that open with most of the held-out prompts, which the script leaves out since)",
+        f"The whole chain: SFT on stories, reward model on 990 sentiment pairs, PPO on the learned reward, three seeds ({BUSY})",
         STORIES,
         chain,
         "stories_chain",

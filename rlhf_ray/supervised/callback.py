@@ -98,9 +98,8 @@ class RunCallback(TrainerCallback):
         due = final or self.step % self.save_every == 0
         control.should_save = self.session.is_preempted() or due or bool(self._stop)
         self._elsewhere += time.perf_counter() - started
-        if self.session.is_main:
-            known = {name: self.state.last[name] for name in SHOWN if name in self.state.last}
-            self.session.console.progress(self.job.stage, self.step, self.steps, known)
+        if not control.should_log:
+            self._progress()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the step's metrics were written, if they were due."""
@@ -119,6 +118,13 @@ class RunCallback(TrainerCallback):
         training = now - self._logged_at - self._elsewhere
         self._record(step, {**metrics, "time/step": training / max(step - self._logged_step, 1)})
         self._logged_step, self._logged_at, self._elsewhere = step, now, 0.0
+        self._progress()
+
+    def _progress(self) -> None:
+        """One line, with the newest training metrics there are."""
+        if self.session.is_main:
+            known = {name: self.state.last[name] for name in SHOWN if name in self.state.last}
+            self.session.console.progress(self.job.stage, self.step, self.steps, known)
 
     def keep_best(self) -> None:
         """Put the weights with the lowest held-out loss back, where the job asks for them."""

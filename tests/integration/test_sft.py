@@ -128,6 +128,15 @@ def test_it_learns_what_the_data_say(make_config: Callable[..., SFTConfig], cons
     assert rows[-1]["step"] == 40 and "loss" in rows[-1]
 
 
+def test_the_last_line_of_progress_tells_the_last_step(make_config: Callable[..., SFTConfig], console: Any) -> None:
+    run = sft(make_config(max_steps=4, logging_steps=3), console)
+    told = [event for event in console.events if event["kind"] == "progress"]
+    assert [event["step"] for event in told] == [1, 2, 3, 4]
+    rows = {row["step"]: row for row in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "loss" in row}
+    for step in (3, 4):
+        assert told[step - 1]["shown"]["loss"] == pytest.approx(rows[step]["loss"])
+
+
 def test_the_header_says_what_will_happen(make_config: Callable[..., SFTConfig], console: Any) -> None:
     sft(make_config(per_device_train_batch_size=4), console)
     for part in (

@@ -27,7 +27,7 @@ def check(
         typer.Argument(metavar="FIELD=VALUE", help="as in the job, e.g. data.format=messages max_length=256"),
     ] = None,
     stage: Annotated[Literal["sft", "dpo", "reward", "ppo"], typer.Option(help="what the rows are for")] = "sft",
-    template: Annotated[str | None, typer.Option(help="prompt template; default: chat if the model has one")] = None,
+    template: Annotated[str | None, typer.Option(help="prompt template; default: the job's, alpaca")] = None,
     rows: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -40,11 +40,9 @@ def check(
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with stdout_kept():
         with importing():
-            from rlhf_ray.models.tokenizer import load_tokenizer
             from rlhf_ray.stages.data_check import check_data
 
-        if template is None:
-            template = "none" if load_tokenizer(model).chat_template is None else "chat"
-        config = load_dict(SFTConfig, {**values, "template": template}, "data check", overrides or ())
+        said = {} if template is None else {"template": template}
+        config = load_dict(SFTConfig, {**values, **said}, "data check", overrides or ())
         lines = check_data(config, stage, rows, colour)
     print("\n".join(lines))

@@ -31,6 +31,8 @@ from rlhf_ray.errors import ArtifactError, ConfigError, Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_ray.config import JobFields
+
 SHIPPED = ("alpaca", "alpaca_legacy", "alpaca_short", "vigogne")
 _SLOT = re.compile(r"\{(instruction|input)\}")
 _SEED_2_KEYS = ("description", "prompt_input", "prompt_no_input", "response_split")
@@ -240,6 +242,16 @@ def _clock(now: datetime) -> str:
         f"{{% for code, text in {json.dumps(told)}.items() %}}{{% set said.text = said.text | replace(code, text) %}}{{% endfor %}}"
         "{{ said.text | replace('\\x00', '%') }}{% endmacro %}\n"
     )
+
+
+def unused_chat_template(config: JobFields, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A line where the model has a chat template, and the job, which starts from no run, uses the default without saying so."""
+    if "template" in config.model_fields_set or getattr(config, "sft", None) or tokenizer.chat_template is None:
+        return []
+    name = config.template
+    return [
+        f"template: the model has a chat template, the default is {name}: set template=chat, or template={name} to keep it"
+    ]
 
 
 def load_template(

@@ -14,6 +14,7 @@ from rlhf_ray.config.unused import unused_fields
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, response_budgets
+from rlhf_ray.data.templates import unused_chat_template
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.maths.schedules import lr_multiplier, resolve_warmup, value_warmup
 from rlhf_ray.metrics import MetricsWriter, SamplesWriter
@@ -187,6 +188,7 @@ def set_up(config: PPOConfig, session: Session, folder: RunFolder, held: ExitSta
         _write_manifest(setup, assembly, roles, prompts, session)
         _tell(config, session, setup, roles, prompts, loading, whereabouts)
         notes = [note for stack in assembly.stacks.values() for note in stack.backbone.notes]
+        notes += unused_chat_template(config, backbone.tokenizer)
         if config.sft is None and config.lora.target_modules == "all-linear":
             notes += adapter_notes(trunk(policy_model), "policy")
         _warn(config, session, total, [*notes, *prompts.warnings, *roles.warnings, *weak])

@@ -13,7 +13,7 @@ from rlhf_ray.config import SFTConfig
 from rlhf_ray.data.formats import RowKind
 from rlhf_ray.data.load import load_rows
 from rlhf_ray.data.records import Row
-from rlhf_ray.data.templates import Template, load_template
+from rlhf_ray.data.templates import Template, load_template, unused_chat_template
 from rlhf_ray.data.tokenise import (
     IGNORE_INDEX,
     TokenisedPair,
@@ -52,12 +52,13 @@ def check_data(config: SFTConfig, stage: Stage, shown_rows: int = 3, colour: boo
     whole = _tokenise(config, stage, rows.train, template, tokenizer, UNLIMITED, "stop")
     done = _tokenise(config, stage, rows.train, template, tokenizer, limit, too_long)
     lines = [
-        f"{item['path']}: {item['rows']:,} rows of format {item['format']}, read for {stage}" for item in rows.manifest
+        f"{item['path']}: {item['rows']:,} rows of format {item['format']}, read for {stage} with template {config.template}"
+        for item in rows.manifest
     ]
     lines += [
         *rows.summary,
         *map(str, done.tallies),
-        *(f"warning: {text}" for text in (*rows.warnings, *done.warnings)),
+        *(f"warning: {text}" for text in (*unused_chat_template(config, tokenizer), *rows.warnings, *done.warnings)),
     ]
     lines = [_escaped(line) for line in lines]
     lines += ["", *histogram([_length(example) for example in whole.examples], limit)]

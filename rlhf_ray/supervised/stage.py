@@ -18,7 +18,7 @@ from rlhf_ray.config.unused import unused_fields
 from rlhf_ray.data.collate import require_batch
 from rlhf_ray.data.load import StageRows, load_rows
 from rlhf_ray.data.records import DataFile, check_same_data
-from rlhf_ray.data.templates import Template, load_template
+from rlhf_ray.data.templates import Template, load_template, unused_chat_template
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.models.adapters import add_from_files, gradient_checkpointing, read_adapter, use_adapter
@@ -156,7 +156,7 @@ def tell(job: Job, template: Template) -> None:
     console = job.session.console
     console.header(f"{job.stage}  {job.config.output_dir}", header_lines(job, template))
     model, is_fresh = job.task.model, getattr(job.config, "sft", None) is None
-    notes = [*model.backbone.notes]
+    notes = [*model.backbone.notes, *unused_chat_template(job.config, model.backbone.tokenizer)]
     if is_fresh and job.config.lora.target_modules == "all-linear":
         notes += adapter_notes(trunk(model.peft_model), job.task.adapter)
     for line in [

@@ -153,6 +153,14 @@ def test_the_header_says_what_will_happen(make_config: Callable[..., SFTConfig],
     ]
 
 
+def test_a_chat_template_left_to_the_default_is_warned_of(
+    make_config: Callable[..., SFTConfig], chat_llama: Callable[..., Path], console: Any
+) -> None:
+    job = make_config(model=str(chat_llama()), max_steps=1, max_length=200)
+    sft(SFTConfig(**job.model_dump(exclude_unset=True, exclude={"template"})), console)
+    assert any("the model has a chat template, the default is alpaca" in text for text in console.warnings)
+
+
 def test_a_warm_up_longer_than_the_run_is_warned_about(make_config: Callable[..., SFTConfig], console: Any) -> None:
     """Seeds F28: the learning rate peaks at 7 of 101 parts."""
     sft(make_config(max_steps=7, warmup_steps=100, learning_rate=3e-4), console)

@@ -45,7 +45,7 @@ def test_it_says_what_is_there_what_is_dropped_and_what_is_learnt(check: Callabl
     rows += [{"prompt": "ab"}, {"prompt": "a" * 30, "completion": "b"}]
     lines = check(rows)
     path = lines[0].partition(": ")[0]
-    assert lines[0] == f"{path}: 3 rows of format prompt_completion, read for sft"
+    assert lines[0] == f"{path}: 3 rows of format prompt_completion, read for sft with template none"
     assert lines[1].startswith(f"3 rows: 2 train, 0 held out, 1 skipped: missing field 'completion' (first {path}:2)")
     assert lines[2] == "nothing reads id (1 rows)"
     assert lines[3] == f"1 dropped: over max_length 20 (first {path}:3, 33 tokens)"
@@ -84,6 +84,9 @@ def test_prompts_of_ppo_have_no_limit_of_sft(
     assert any(line.startswith("1 dropped: over 20-0") for line in check(rows, "ppo"))
 
 
+ROW = [{"prompt": "ab", "completion": "cd"}]
+
+
 def test_control_characters_of_data_are_no_orders_to_the_terminal(check: Callable[..., list[str]]) -> None:
     lines = check([{"prompt": "a\x1b[2J\tb\nc", "completion": "\x9bd\r", "k\x1b": 1}], colour=True)
     assert lines[-1] == "<s>a\\x1b[2J\tb\nc\033[30;42m\\x9bd\\r</s>\033[0m"
@@ -98,12 +101,24 @@ def test_histogram_counts_every_length_once() -> None:
     assert histogram([], 5) == ["no row has a token"]
 
 
+def test_a_chat_template_that_the_job_would_not_use_is_told(
+    chat_llama: Callable[..., Path], write_jsonl: Callable[..., str]
+) -> None:
+    job = {"output_dir": ".", "model_name_or_path": str(chat_llama()), "data": {"train": write_jsonl(ROW * 3)}}
+    said = (
+        "warning: template: the model has a chat template, the default is alpaca: set template=chat, or template=alpaca"
+    )
+    assert said in "\n".join(check_data(SFTConfig(**job), "sft"))
+    for settled in ({"template": "alpaca"}, {"template": "chat"}):
+        assert said not in "\n".join(check_data(SFTConfig(**job, **settled), "sft"))
+
+
 def test_the_command(
     tiny_llama: Callable[..., Path], write_jsonl: Callable[..., str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = write_jsonl([{"prompt": "ab", "completion": "cd"}] * 3)
     assert main(["data", "check", path, "--model", str(tiny_llama()), "--rows", "1", "data.held_out_fraction=0"]) == 0
     out = capfd.readouterr().out.splitlines()
-    assert out[0] == f"{path}: 3 rows of format prompt_completion, read for sft"
-    assert out[-1] == "<s>ab\u00abcd</s>\u00bb"
+    assert out[0] == f"{path}: 3 rows of format prompt_completion, read for sft with template alpaca"
+    assert "### Instruction:\nab" in "\n".join(out) and out[-2:] == ["### Response:", "\u00abcd</s>\u00bb"]
     assert main(["data", "check", path, "--model", str(tiny_llama()), "max_lenght=3"]) == 2

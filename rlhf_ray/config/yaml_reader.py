@@ -254,7 +254,9 @@ def parse_override(text: str) -> Override:
     if not sign:
         raise ConfigError.at(where, "no value", "field=value, e.g. kl_coef=0.1")
     if not all(re.fullmatch(r"[A-Za-z_][\w-]*", part) for part in path):
-        raise ConfigError.at(where, "not a field name before the =", "field=value or section.field=value")
+        place = re.match(r"([\w.-]*?)(?:\.\d|\[)", name.strip())
+        fix = f"override the list whole: {place[1]}=..." if place and place[1] else ""
+        raise ConfigError.at(where, "not a field name before the =", "field=value or section.field=value", fix=fix)
     try:
         return Override(text, path, parse(value, where).values)
     except ConfigError as error:

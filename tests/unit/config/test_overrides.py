@@ -80,9 +80,11 @@ def test_the_values_they_are_laid_over_do_not_change() -> None:
 
 
 def test_paths_into_lists_and_single_values(complaints: Callable[..., list[str]]) -> None:
-    assert complaints("ppo", JOB, "rewards.0=1", "rewards.run=x", "lam.x=1")[0] == (
-        "error: override rewards.0=1: not a field name before the =; expected field=value or section.field=value"
-    )
+    for place in ("rewards.0.run", "rewards[0].run", "rewards.0"):
+        assert complaints("ppo", JOB, f"{place}=1", "rewards.run=x", "lam.x=1")[0] == (
+            f"error: override {place}=1: not a field name before the =; expected field=value or section.field=value;"
+            " fix: override the list whole: rewards=..."
+        )
     assert complaints("ppo", JOB + "lam: 0.9\n", "rewards.run=x", "lam.x=1") == [
         "error: override rewards.run=x: rewards is a list; fix: override it whole: rewards=...",
         "error: override lam.x=1: lam is a single value; fix: override it whole: lam=...",

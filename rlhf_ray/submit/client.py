@@ -167,7 +167,9 @@ def _accepted(url: str) -> AuthToken:
         raise ConfigError.at(url, "requires a token, and none was found here", fix=fix)
     answer = look(url, token)
     if answer.status in (401, 403):
-        fix = "take the token of the cluster's head node: RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN in the environment"
+        fix = (
+            "take the token of the cluster's head node: RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN in the environment"
+        )
         raise ConfigError.at(url, f"refuses the token of {token.where}", fix=fix)
     if answer.status == 0:
         raise ResourceError.at(url, f"cannot be reached: {answer.text}", fix=TUNNEL)

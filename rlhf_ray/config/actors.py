@@ -29,5 +29,6 @@ class ActorsConfig(Section):
     accelerator_type: str | None = field(None, "GPU model the node must have, as Ray calls it, e.g. A100")
     timeout_s: Positive = field(
         1800.0,
-        "longest wait of this role without a chunk being finished, models' loading included; then the actor is replaced",
+        "longest wait of this role without a chunk being finished, models' loading included; then the actor is replaced; a scorer"
+        " that asks a reward server has by default as long as the server's retries may take, where that is more",
     )

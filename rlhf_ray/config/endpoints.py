@@ -86,6 +86,18 @@ MAX_RETRIES = (
     " 1, 2, 4, ... s, at most 60, or what Retry-After says, at most 300"
 )
 
+LONGEST_RETRY_AFTER_S = 300.0
+"""That a server may ask for; it says so in MAX_RETRIES."""
+
+
+def longest_request_s(
+    timeout_s: float, max_retries: int, concurrency: int = 1, requests_per_minute: float | None = None
+) -> float:
+    """Seconds after which a request has its answer or has failed for good: all its tries, the longest pauses that a server may ask
+    for between them, and its turns where only so many may start in a minute. Whoever waits for it must wait longer."""
+    turns_s = (max_retries + 1) * concurrency * 60.0 / requests_per_minute if requests_per_minute else 0.0
+    return (max_retries + 1) * timeout_s + max_retries * LONGEST_RETRY_AFTER_S + turns_s
+
 
 class EndpointConfig(Section):
     """An OpenAI-compatible endpoint (/chat/completions): vLLM, OpenAI, or `rlhf-ray serve`."""

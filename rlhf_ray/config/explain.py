@@ -42,6 +42,15 @@ def problems(error: ValidationError, cls: type[Section], values: Mapping[str, An
     return found
 
 
+def in_python(error: ValidationError, cls: type[Section], values: Mapping[str, Any]) -> ConfigError:
+    """What is raised where `cls(**values)` is called: the same problems as for a job file, at `PPOConfig: rewards.0.run`."""
+
+    def where(loc: Loc) -> str:
+        return ": ".join(part for part in (cls.__name__, ".".join(map(str, loc))) if part)
+
+    return ConfigError(problems(error, cls, values, where))
+
+
 def _is_inside(loc: Loc, section: Loc) -> bool:
     return len(loc) > len(section) and loc[: len(section)] == section
 

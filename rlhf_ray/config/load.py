@@ -151,7 +151,7 @@ def _validated(cls: type[S], values: dict[str, Any], source: JobText, check_file
     if other:
         raise ConfigError.at(source.name, other[0], fix=other[1])
     try:
-        config = cls(**values)
+        config = cls.model_validate(values)
     except ValidationError as error:
         raise ConfigError(in_order(explain.problems(error, cls, values, source.where))) from None
     if isinstance(config, PipelineConfig):

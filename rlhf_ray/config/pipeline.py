@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
+from rlhf_ray.config.rewards import StageFields
 from rlhf_ray.config.sections import DataConfig, _to_tuple, field, under
 from rlhf_ray.config.stages import DPOConfig, EvaluateConfig, JobFields, PPOConfig, RewardConfig, SFTConfig
 
@@ -33,14 +34,14 @@ class PipelineConfig(JobFields):
         tuple(stage for stage in STAGES if stage not in OPTIONAL),
         "stages to run, in this order; default where the job has a section dpo: that one too, after sft",
     )
-    sft: dict[str, Any] = field({}, "fields of SFTConfig")
-    dpo: dict[str, Any] = field({}, "fields of DPOConfig; its data by default those of the reward stage")
-    reward: dict[str, Any] = field({}, "fields of RewardConfig")
-    ppo: dict[str, Any] = field(
+    sft: StageFields = field({}, "fields of SFTConfig")
+    dpo: StageFields = field({}, "fields of DPOConfig; its data by default those of the reward stage")
+    reward: StageFields = field({}, "fields of RewardConfig")
+    ppo: StageFields = field(
         {},
         "fields of PPOConfig; of its rewards, one that names no run, ensemble, model or function is that of the reward stage",
     )
-    evaluate: dict[str, Any] = field({}, "fields of EvaluateConfig")
+    evaluate: StageFields = field({}, "fields of EvaluateConfig")
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +76,7 @@ class PipelineConfig(JobFields):
             wired["rewards"] = wiring["rewards"]
         if stage == "evaluate":  # what PPO maximised is always compared; the job may add judges of its own
             wired["rewards"] = [*wiring["rewards"], *own.get("rewards", ())]
-        return STAGES[stage](**wired)
+        return STAGES[stage].model_validate(wired)
 
     def _rewards(self, made: dict[str, str]) -> list[Any] | None:
         """PPO's: as the job has them, those that name no reward taken for the reward stage's; that one alone if it names none."""

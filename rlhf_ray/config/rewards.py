@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -16,25 +17,46 @@ from rlhf_ray.config.endpoints import (
     HttpUrl,
     LLMJudgeConfig,
     VariableName,
+    longest_request_s,
     without_keys,
 )
+from rlhf_ray.config.functions import function_name
 from rlhf_ray.config.sections import Count, Float, Path, Positive, Section, _one_or_many, field
 
 HTTP_DEFAULTS: dict[str, Any] = {"batch_size": 64, "timeout_s": 60.0, "max_retries": 5, "concurrency": 4}
 KINDS = ("run", "ensemble", "model", "function", "url", "llm")
+NAME = re.compile(r"^[A-Za-z0-9_-]{1,32}$")
 RESERVED_REWARDS = ("mean", "std", "min", "max", "score", "shaped")
 """reward/<name> with one of these names is a metric of the step."""
 RESERVED_MODELS = ("policy", "reference", "synced_reference", "value")
 """Roles of PPO, beside which a reward model is a role of its name."""
 
 
+def _by_name(value: Any) -> Any:
+    """A reward as a job file spells it, where Python gave a function: alone, as TRL takes them, or as the field of a section."""
+    if isinstance(value, dict) and callable(value.get("function")):
+        return {**value, "function": function_name(value["function"])}
+    if not callable(value) or isinstance(value, type):
+        return value
+    name = getattr(value, "__name__", "")
+    is_free = NAME.fullmatch(name) and name not in RESERVED_REWARDS
+    return {"function": function_name(value), **({"name": name} if is_free else {})}
+
+
+def _rewards_by_name(fields: Any) -> Any:
+    rewards = fields.get("rewards") if isinstance(fields, dict) else None
+    return {**fields, "rewards": [_by_name(r) for r in rewards]} if isinstance(rewards, (list, tuple)) else fields
+
+
+StageFields = Annotated[dict[str, Any], BeforeValidator(_rewards_by_name)]
+"""The section of a stage in another job: checked as that stage's own job when it is put together, and kept as text."""
+
+
 class RewardSource(Section):
     """One reward: a reward run, an ensemble, a sequence-classification checkpoint, a Python function, a server or an LLM judge. Set
     exactly one of them."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")] = field(
-        "reward", "how metrics and value.init_from call it"
-    )
+    name: Annotated[str, Field(pattern=NAME.pattern)] = field("reward", "how metrics and value.init_from call it")
     run: Path | None = field(None, "folder of a reward run, or of its merged checkpoint")
     ensemble: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] | None = field(
         None,
@@ -54,8 +76,9 @@ class RewardSource(Section):
     )
     function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")] | None = field(
         None,
-        "my_reward.py:score or pkg.mod:score, with TRL's signature score(prompts, completions, **columns); None for a reply that it"
-        " does not apply to; may be `async def`, and is then asked while later replies are sampled, as url and llm are;"
+        "my_reward.py:score or pkg.mod:score (in Python also the function itself), with TRL's signature"
+        " score(prompts, completions, **columns); None for a reply that it does not apply to; may be `async def`, and is then asked"
+        " while later replies are sampled, as url and llm are;"
         " what it draws from random, numpy.random or torch depends on the texts alone",
     )
     url: HttpUrl | None = field(
@@ -94,6 +117,7 @@ class RewardSource(Section):
     @classmethod
     def _defaults_of_its_kind(cls, values: Any) -> Any:
         """Filled in, so that a run records what it did."""
+        values = _by_name(values)
         without_keys(values)
         if isinstance(values, dict) and values.get("url") is not None:
             return values | {name: value for name, value in HTTP_DEFAULTS.items() if values.get(name) is None}
@@ -171,6 +195,16 @@ class RewardSource(Section):
             return {f"{role}/{number}": path for number, path in enumerate(self.ensemble, start=1)}
         path = self.run or self.model
         return {} if path is None else {role: path}
+
+    @property
+    def longest_request_s(self) -> float:
+        """Of a server or a judge; 0 for any other reward."""
+        if self.llm is not None:
+            how = self.llm
+            return longest_request_s(how.timeout_s, how.max_retries, how.concurrency, how.requests_per_minute)
+        if self.url is None:
+            return 0.0
+        return longest_request_s(self.timeout_s, self.max_retries)  # type: ignore[arg-type]  # filled in by _defaults_of_its_kind
 
 
 class PolicySpec(Section):

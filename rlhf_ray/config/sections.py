@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rlhf_ray.config.uris import a_folder_here, without_credentials
 
@@ -52,9 +53,25 @@ def field(default: Any, description: str, **rules: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, types are not coerced, values cannot change after loading."""
+    """Base of every section: unknown keys are refused, types are not coerced, values cannot change after loading.
+
+    Called as a class it raises ConfigError, as a job file does; `model_validate` raises pydantic's ValidationError."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    as_raised: ClassVar[Callable[[ValidationError, type[Section], Mapping[str, Any]], Exception]]
+    """What a call of the class raises for pydantic's error: config/__init__.py puts in explain.py, which knows every section."""
+
+    if not TYPE_CHECKING:  # type checkers see the fields as arguments
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise Section.as_raised(error, type(self), values) from None
+
+        # As BaseModel's own: sections inside others are validated by pydantic, which collects what is wrong in all of them.
+        __init__.__pydantic_base_init__ = True
 
 
 class LoraConfig(Section):

@@ -48,7 +48,7 @@ def split_known(cls: type[Section], values: Mapping[str, Any]) -> tuple[dict[str
     """`values` without the fields that `cls` does not have, at any depth; and those, each with its place and value."""
     known, gone = copy.deepcopy(dict(values)), []
     try:
-        cls(**known)
+        cls.model_validate(known)
     except ValidationError as error:
         for detail in error.errors():
             if detail["type"] == "extra_forbidden":

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf_ray.config.rewards import StageFields
 from rlhf_ray.config.sections import Count, Ints, Positive, field
 from rlhf_ray.config.stages import JobFields
 
@@ -17,9 +18,9 @@ class SweepConfig(JobFields):
     """A search over PPO or DPO jobs. Shared fields stand at the top, those of the stage under `ppo` or `dpo`; trials write
     output_dir/trials/<id>."""
 
-    ppo: dict[str, Any] | None = field(None, "fields of PPOConfig that all trials share")
-    dpo: dict[str, Any] | None = field(None, "fields of DPOConfig that all trials share; instead of ppo")
-    evaluate: dict[str, Any] | None = field(
+    ppo: StageFields | None = field(None, "fields of PPOConfig that all trials share")
+    dpo: StageFields | None = field(None, "fields of DPOConfig that all trials share; instead of ppo")
+    evaluate: StageFields | None = field(
         None,
         "dpo: fields of EvaluateConfig (data, rewards, response_length, ...); each trial, trained, answers its held-out prompts"
         " beside the policy that it started from. Reward, KL and length come from there, since DPO samples nothing; half of the"

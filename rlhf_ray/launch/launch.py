@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import threading
@@ -20,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config import JobFields
+from rlhf_ray.config import JobFields, PipelineConfig
 from rlhf_ray.console import Console, FileConsole, Follower
 from rlhf_ray.errors import DISK_FULL, Interrupted, Problem
 from rlhf_ray.launch.begun import with_defaults_as_begun
@@ -28,7 +29,7 @@ from rlhf_ray.launch.channel import RunChannel, open_channel
 from rlhf_ray.launch.engines import check_engine_here, check_engine_there
 from rlhf_ray.launch.lost_peer import is_of_a_lost_peer
 from rlhf_ray.launch.model_families import check_models
-from rlhf_ray.launch.placement import Builder, check_cluster, cluster_total, default_threads, placed
+from rlhf_ray.launch.placement import Builder, check_cluster, cluster_total, default_threads, longest_answer_s, placed
 from rlhf_ray.launch.preflight import check, check_this_machine
 from rlhf_ray.launch.ray_cluster import at_hand, cluster
 from rlhf_ray.launch.resources import ACCELERATOR, ResourceRequest, role_requests
@@ -52,7 +53,14 @@ MAX_PREEMPTIONS = 10
 START_FAILURES = 2
 PREEMPTION_GRACE_S = 30.0
 GROUP_TIMEOUT_S = 1800
-"""Of torch's process group: the longest that a rank waits for another one, loading included. The watchdog is quicker."""
+"""Of torch's process group, at least: the longest that a rank waits for another one, loading included. The watchdog is quicker."""
+
+
+def group_timeout_s(config: JobFields) -> int:
+    """Seconds that a rank waits for another one: longer than that one may wait for a reward server, whose failure is then what ends
+    the run, in one line, and not a rank that seems lost."""
+    jobs = [config.stage_config(stage) for stage in config.stages] if isinstance(config, PipelineConfig) else [config]
+    return max(GROUP_TIMEOUT_S, *(math.ceil(longest_answer_s(job)) for job in jobs))
 
 
 def launch(
@@ -178,7 +186,7 @@ def _fit(
             accelerator_type=config.learner.accelerator_type,
             label_selector=request.labels or None,
         ),
-        backend_config=TorchGroup(_backend(ray.nodes(), uses_gpu), GROUP_TIMEOUT_S),
+        backend_config=TorchGroup(_backend(ray.nodes(), uses_gpu), group_timeout_s(config)),
         run_config=RunConfig(  # type: ignore[arg-type]
             name="group",
             storage_path=str(channel.path),

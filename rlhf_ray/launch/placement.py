@@ -215,9 +215,27 @@ def _start(
                 resources=request.each,
                 num_threads=settings.num_threads or default_threads(config),
                 bundles=range(first, first + request.count),
-                timeout_s=settings.timeout_s,
+                timeout_s=role_timeout_s(config, request.role),
                 imports=builders[request.role],
             )
         )
         first += request.count
     return start(specs, group, with_ref_store=config.learner.num_workers > 1, resume=resume)
+
+
+MARGIN_S = 300.0
+"""Of what waits for a reward server, beyond the server's own limit."""
+
+
+def longest_answer_s(config: JobFields) -> float:
+    """Seconds that whoever waits for the job's reward servers and judges must have; 0 if it has none."""
+    longest = max((reward.longest_request_s for reward in getattr(config, "rewards", ())), default=0.0)
+    return longest + MARGIN_S if longest else 0.0
+
+
+def role_timeout_s(config: JobFields, role: str) -> float:
+    """Of an actor: as the job says; by default a scorer that asks a server has the time that the server has."""
+    settings = getattr(config, role)
+    if role != "scorer" or "timeout_s" in settings.model_fields_set:
+        return float(settings.timeout_s)
+    return max(settings.timeout_s, longest_answer_s(config))

@@ -282,7 +282,7 @@ def changed(job: JobFields, **fields: Any) -> JobFields:
         section, _, inner = name.rpartition("__")
         target = values.setdefault(section, {}) if section else values
         target[inner] = value
-    return type(job)(**values)
+    return type(job).model_validate(values)
 
 
 def with_stages(job: PipelineConfig, estimator: Estimator) -> Estimator:

@@ -24,11 +24,12 @@ from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 
+from rlhf_ray.config.endpoints import LONGEST_RETRY_AFTER_S, longest_request_s
 from rlhf_ray.errors import ConfigError, Interrupted, ResourceError
 from rlhf_ray.runtime import coroutines
 from rlhf_ray.runtime.watchdog import asking
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_RETRY_AFTER_S = 1.0, 60.0, 300.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 529})
 """Statuses after which the same request may succeed."""
 MAX_ANSWER_BYTES = 256 * 2**20
@@ -36,11 +37,6 @@ MAX_REDIRECTS = 3
 REACH_TIMEOUT_S = 10.0
 SHOWN = 200
 FIX = "start or repair the server"
-
-
-def longest_request_s(timeout_s: float, max_retries: int) -> float:
-    """Seconds after which a request has its answer or has failed for good, with the longest pauses that a server may ask for."""
-    return (max_retries + 1) * timeout_s + max_retries * LONGEST_RETRY_AFTER_S
 
 
 class _Failed(Exception):
@@ -78,8 +74,7 @@ class HttpClient:
         self.timeout_s, self.max_retries, self.concurrency = timeout_s, max_retries, concurrency
         self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next_at = 0.0
-        turns_s = (max_retries + 1) * concurrency * self._spacing
-        self._longest_s = longest_request_s(timeout_s, max_retries) + turns_s
+        self._longest_s = longest_request_s(timeout_s, max_retries, concurrency, requests_per_minute)
         self.retries = 0
 
     def ask_all(

@@ -26,13 +26,8 @@ def patience(config: JobFields, session: Session) -> dict[str, float]:
         from rlhf_ray.roles.actor_pool import ATTEMPTS, RESTART_S  # brings Ray
 
         return dict.fromkeys(WAITS, ATTEMPTS * max(session.actor_handles.timeouts.values()) + RESTART_S)
-    rewards = getattr(config, "rewards", ())
-    endpoints = [*(r for r in rewards if r.url is not None), *(r.llm for r in rewards if r.llm is not None)]
-    if session.world_size == 1 or not endpoints:
-        return {}
-    from rlhf_ray.rewards.http_client import longest_request_s  # brings aiohttp
-
-    return dict.fromkeys(WAITS, max(longest_request_s(e.timeout_s, e.max_retries) for e in endpoints))
+    longest = max((r.longest_request_s for r in getattr(config, "rewards", ())), default=0.0)
+    return {} if session.world_size == 1 or not longest else dict.fromkeys(WAITS, longest)
 
 
 class Phases:

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlhf_ray.config import SFTConfig
+from rlhf_ray.config import PipelineConfig, PPOConfig, SFTConfig
 from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import LimitReached, ResourceError
-from rlhf_ray.launch.launch import launch
+from rlhf_ray.launch.launch import GROUP_TIMEOUT_S, group_timeout_s, launch
+from rlhf_ray.launch.placement import role_timeout_s
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import create_run
 
@@ -116,3 +118,24 @@ def test_an_interruption_ends_with_the_command_that_goes_on(tmp_path: Path, fix:
     with pytest.raises(LimitReached) as caught:
         launch(body, config.model_copy(update={"resume": "auto"}), NullConsole())
     assert str(caught.value) == f"here: it broke; {said.replace('RUN', str(run))}"
+
+
+def test_who_waits_for_a_reward_server_waits_longer_than_the_server_may_be_asked() -> None:
+    """A rank that gave up first took the other one for lost, and the group was started again instead of one line that says why."""
+    fields: dict[str, Any] = {"output_dir": "x", "model_name_or_path": "m", "data": {"train": "p.jsonl"}}
+    url = {"url": "http://127.0.0.1:9/score", "max_retries": 20}
+    asked = 21 * 60 + 20 * 300
+    asking = PPOConfig(**fields, rewards=[url])
+    assert group_timeout_s(asking) >= asked + 300 and role_timeout_s(asking, "scorer") >= asked + 300
+    assert role_timeout_s(asking, "generator") == 1800.0
+    assert role_timeout_s(PPOConfig(**fields, rewards=[url], scorer={"timeout_s": 50.0}), "scorer") == 50.0
+    judged = PPOConfig(
+        **fields, rewards=[{"llm": {"base_url": "http://127.0.0.1:9/v1", "model": "m", "requests_per_minute": 1.0}}]
+    )
+    assert group_timeout_s(judged) >= 6 * 120 + 5 * 300 + 6 * 8 * 60
+    assert group_timeout_s(PPOConfig(**fields, rewards=[{"run": "r"}])) == GROUP_TIMEOUT_S
+    ppo = {"data": {"train": "p.jsonl"}, "rewards": [url]}
+    chain = PipelineConfig(
+        output_dir="x", model_name_or_path="m", stages=["sft", "ppo"], sft={"data": {"train": "p"}}, ppo=ppo
+    )
+    assert group_timeout_s(chain) >= asked + 300

@@ -909,9 +909,47 @@ def speed_aims() -> list[str]:
             continue
         group, _, inner = key.partition(" > ")
         figure = measured(name)[group][inner] if inner else measured(name)[key]
-        met = figure["median"] >= aim if more else figure["median"] <= aim
-        rows.append([what, told, scattered(figure), "met" if met else "**missed**"])
+        rows.append([what, told, scattered(figure), verdict(figure["median"], aim, more)])
+    rows += step_overheads()
     return table("what | aim | measured | ", rows)
+
+
+def verdict(value: float, aim: float, more: bool) -> str:
+    return "met" if (value >= aim if more else value <= aim) else "**missed**"
+
+
+def step_overheads() -> list[list[str]]:
+    """What a run does beside sampling, scoring and learning, checkpoint of every step included, of a step of one second."""
+    return [
+        [
+            f"overhead of a step of one second that saves a checkpoint, adapter of {size} MB",
+            "at most 0.05",
+            f"{seconds['all']:.3g} (the checkpoint alone {seconds['checkpoint']:.3g})",
+            verdict(seconds["all"], 0.05, False),
+        ]
+        for size, seconds in sorted(measured("control_plane")["overhead"].items(), key=lambda item: float(item[0]))
+    ]
+
+
+SERVE_AIMS = (
+    ("replies a second, 1,000 adapters against one", "replies_against_one", 0.6, True),
+    ("longest time between two steps, s", "many_longest_stall", 0.05, False),
+    ("start with all adapters, times that with three", "start_against_3", 1.5, False),
+    ("a promotion among 10,000 names is seen after, s", "promotion_seen_seconds", 1.0, False),
+    ("requests that failed", "many_errors", 0.0, False),
+)
+
+
+def serve_aims() -> list[str]:
+    """A thousand adapters: what was aimed at, and what came out."""
+    rows = []
+    for what, key, aim, more in SERVE_AIMS:
+        row = [what, f"at {'least' if more else 'most'} {aim:g}"]
+        for name in ("serve_many_adapters_stories260k", "serve_many_adapters_6m"):
+            figure = measured(name)[key]
+            row += [mid(figure), verdict(figure["median"], aim, more)]
+        rows.append(row)
+    return table("what | aim | stories260K |  | 6 M parameters | ", rows)
 
 
 def adapters() -> list[str]:
@@ -1089,7 +1127,18 @@ def shared_base() -> list[str]:
             if name in m:
                 memory = m[name].get("pss_mib_of_all_at_once", m[name]["pss_mib"])
                 rows.append([trials, name, mid(m[name]["seconds"]), mid(m[name]["cpu_seconds"]), mid(memory)])
-    return table("trials | how | seconds | CPU seconds | peak MiB (PSS)", rows)
+    lines = table("trials | how | seconds | CPU seconds | peak MiB (PSS)", rows)
+    for trials, m in measured("sweep_share_base").items():
+        if "equality" in m:
+            e = m["equality"]
+            same, at_first = mid(e["equal_replies"]), mid(e["equal_replies_of_the_first_step"])
+            lines += [
+                "",
+                f"Of {mid(e['replies'])} replies kept of {trials}, a share of {same} is the same, letter for letter, as in"
+                f" processes of their own ({at_first} in the first step): float near-ties. Scores of trials differ by at"
+                f" most {mid(e['largest_difference_of_scores'])}.",
+            ]
+    return lines
 
 
 def conditions() -> list[str]:
@@ -1126,6 +1175,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "trl-trainers": other_trainers,
     "update-layouts": update_layouts,
     "speed-aims": speed_aims,
+    "serve-aims": serve_aims,
     "adapters": adapters,
     "servers": servers,
     "overload": overloaded,

@@ -8,8 +8,8 @@ One step, on every rank (arXiv:1909.08593; details: arXiv:2403.17031):
     3  evaluate  the learner's own log-probabilities and values of the same tokens, before any update
     4  shape     reward - kl_coef x KL penalty per token; advantages; whitening              (roles/experience.py)
     5  update    num_ppo_epochs x num_mini_batches optimizer steps on the clipped losses     (roles/learner.py)
-    6  publish   the new adapter gets a version and a hash; the KL coefficient moves once; every ref_model_sync_steps steps the
-                 reference becomes the policy as it is now (arXiv:2505.24864)
+    6  publish   the new adapter gets a version and a hash, and goes to who samples; the KL coefficient moves once
+                                                                                           (ppo/hand_over.py)
 
 With max_staleness 1 the next step's 1 and 2 go on meanwhile, by the adapter from before 5 (roles/rollouts.py).
 """
@@ -17,22 +17,22 @@ With max_staleness 1 the next step's 1 and 2 go on meanwhile, by the adapter fro
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.metrics import held_out_reward
-from rlhf_ray.models.assembly import SYNCED_REFERENCE
 from rlhf_ray.ppo.checkpoint import enter_run, finish, restore, save
 from rlhf_ray.ppo.checks import check_rollout
+from rlhf_ray.ppo.hand_over import HandOver
 from rlhf_ray.ppo.reporting import StepReport, whole_step
 from rlhf_ray.ppo.setup import PPOSetup, set_up
 from rlhf_ray.ppo.state import PPOState
 from rlhf_ray.roles import invariants
 from rlhf_ray.roles.experience import informative_rows, make_experience
-from rlhf_ray.roles.generator import ActiveAdapter, Decoding
+from rlhf_ray.roles.generator import Decoding
 from rlhf_ray.roles.guards import StopTraining
 from rlhf_ray.roles.heldout import held_out_metrics
 from rlhf_ray.roles.rollouts import Rollouts, Sampled
@@ -68,12 +68,13 @@ class PPOLoop:
         self.learner, self.collector = setup.learner, setup.collector
         self.monitor = TrainingMonitor(config, session, setup.folder)
         self.state = PPOState.of(config, self.monitor.guards)
+        self.hand_over = HandOver(config, session, setup, self.state)
         self.report = StepReport(config, session, setup, self.state)
         self.rollouts = Rollouts(
             self.collector,
             lambda step: (setup.schedule.step(step), setup.budgets(step)),
             Decoding(setup.stop_ids, temperature=config.temperature),
-            self.active().name,
+            self.hand_over.active().name,
             ahead=config.max_staleness > 0,
             last_step=setup.total_steps,
         )
@@ -85,7 +86,7 @@ class PPOLoop:
         phase, started = self.monitor.phases(step), time.perf_counter()
         state, before = self.state, self.learner.published
 
-        with phase("rollout"), self.engine_awake():  # 1 and 2: sample and score
+        with phase("rollout"), self.hand_over.engine_awake():  # 1 and 2: sample and score
             sampled = self._sampled(step)
             collected = sampled.collected
 
@@ -109,9 +110,8 @@ class PPOLoop:
             after = self.learner.publish()
             if rates["policy"] > 0 and stats.updates and bool(trained_on.advantages.any()):
                 invariants.check_adapter_changed(before.sha256, after.sha256, after.tensors, step)
-            moved = self.hand_over()
-            if self.resets_reference_after(step):
-                self.reset_reference()
+            moved = self.hand_over.policy()
+            self.hand_over.reset_reference_if_due(step)
             state.controller.update(metrics["kl/k1_per_response"], len(experience))
             state.tokens += int(metrics["tokens/generated"])
 
@@ -125,7 +125,7 @@ class PPOLoop:
     def _sampled(self, step: int) -> Sampled:
         """The rollout of `step`, without replies whose reward or reference is not finite."""
         try:
-            sampled = self.rollouts.take(step, self.learner.published, self.reference())
+            sampled = self.rollouts.take(step, self.learner.published, self.hand_over.reference())
         except Interrupted:  # no generator is left, a reward cannot be had: the step before is whole
             if self.session.world_size == 1 and self.config.max_staleness == 0:
                 self.save_if_new()
@@ -140,10 +140,10 @@ class PPOLoop:
         phase, started = self.monitor.phases(step), time.perf_counter()
         with phase("settle"):
             self.rollouts.settle()  # generators answer in turn: a rollout under way comes first
-        with phase("heldout"), self.engine_awake():
+        with phase("heldout"), self.hand_over.engine_awake():
             budgets = [self.config.response_length] * len(self.setup.held_out)
             collected = self.setup.eval_collector.collect(
-                self.setup.held_out, budgets, self.active(), self.setup.eval_decoding, "eval", 0
+                self.setup.held_out, budgets, self.hand_over.active(), self.setup.eval_decoding, "eval", 0
             )
             collected = self.state.guards.sound(collected, 1, step, counts=False)
         metrics = held_out_metrics(collected, self.setup.confirming, self.config.eval_sampling.estimates_kl)
@@ -158,57 +158,6 @@ class PPOLoop:
         """Whether an evaluation may be the best one: within the KL cap, where its KL was measured."""
         cap = self.config.max_kl if self.config.kl_cap is None else self.config.kl_cap
         return cap is None or metrics.get("eval/kl_k1_per_response", 0.0) <= cap
-
-    def active(self) -> ActiveAdapter:
-        """The policy adapter that is in the model now."""
-        name = self.learner.models.bindings["policy"].adapter
-        return ActiveAdapter(name, self.learner.published.version, self.learner.published.sha256)
-
-    def reference(self) -> ActiveAdapter | None:
-        """The policy to which the reference was reset; None while it is the one that the run started from."""
-        kept = self.state.reference
-        return None if kept is None else ActiveAdapter(SYNCED_REFERENCE, kept.version, kept.sha256)
-
-    def resets_reference_after(self, step: int) -> bool:
-        every = self.config.ref_model_sync_steps
-        return every is not None and step % every == 0 and step < self.setup.total_steps
-
-    def reset_reference(self) -> None:
-        """From the next rollout that is begun on, the reference is the policy as it is now. What is measured against the start
-        (evaluations, max_kl) goes on so."""
-        self.state.reference = self.learner.published
-        self.hand_over_reference()
-        if self.config.ref_model_sync_resets_optimizer:
-            self.learner.forget_optimizer("policy")
-
-    def hand_over_reference(self) -> None:
-        """Let whoever scores have the reference, if it was reset."""
-        active = self.reference()
-        if active is None or self.state.reference is None:
-            return
-        if self.setup.remote_roles is not None:
-            self.setup.remote_roles.sync_reference(self.state.reference)
-        elif self.setup.synced_reference is not None:
-            self.setup.synced_reference.load(active, self.state.reference.tensors)
-
-    def hand_over(self) -> int:
-        """Let the samplers have the published adapter; its size in bytes. Where they use the learner's model nothing moves."""
-        if self.setup.engine_adapter is not None:
-            with self.engine_awake():
-                self.setup.engine_adapter.load(self.active(), self.learner.published.tensors)
-        if self.setup.remote_roles is None:
-            return self.learner.published.size_bytes
-        return self.session.from_main(self.setup.remote_roles.publish(self.learner.published))
-
-    @contextmanager
-    def engine_awake(self) -> Iterator[None]:
-        """Around sampling: an engine beside this learner has its memory back meanwhile, if it gives it away at all."""
-        engine = None if self.setup.engine_adapter is None else self.setup.engine_adapter.engine
-        if engine is not None:
-            engine.wake()
-        yield
-        if engine is not None:
-            engine.sleep()
 
     def run(self) -> None:
         """All steps that are left. Raises Interrupted, after saving what can be saved, if somebody or a guard ends the run."""
@@ -227,8 +176,8 @@ class PPOLoop:
     def _steps(self) -> None:
         """With evaluations and checkpoints where they are due."""
         state, setup = self.state, self.setup
-        self.hand_over()
-        self.hand_over_reference()
+        self.hand_over.policy()
+        self.hand_over.synced_reference()
         if state.step == 0 and self.config.eval_on_start:
             first = self.evaluate(0)
             self.state.alarm.look(self.config, first)

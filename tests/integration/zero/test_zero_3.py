@@ -65,7 +65,7 @@ def experience(zero_job: Job, tmp_path: Path) -> str:
     with ExitStack() as held:
         loop = PPOLoop(job, session, set_up(job, session, enter_run(job, session, held)))
     prompts, budgets = loop.setup.schedule.step(1), loop.setup.budgets(1)
-    collected = loop.collector.collect(prompts, budgets, loop.active(), loop.rollouts.decoding, "rollout", 1)
+    collected = loop.collector.collect(prompts, budgets, loop.hand_over.active(), loop.rollouts.decoding, "rollout", 1)
     evaluation = loop.learner.evaluate(collected.rollout, 1)
     made, _ = make_experience(collected.rollout, collected.scores, evaluation, job, 0.05, RunningMoments())
     path = str(tmp_path / "experience.safetensors")

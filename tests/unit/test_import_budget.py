@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ def command(*words: str) -> str:
     return f"from rlhf_ray.cli import main\nassert main({list(words)!r}) in (0, 2)"
 
 
+JOBS = Path(__file__).parents[2] / "jobs"
 HEAVY = "torch ray transformers peft datasets pandas"
 REFUSED: tuple[tuple[str, ...], ...] = (
     ("ppo", "nowhere.yaml"),
@@ -36,6 +38,19 @@ REFUSED: tuple[tuple[str, ...], ...] = (
     ("generate", "--policy", "./nowhere", "--instruction", "hello"),
     ("chat", "--policy", "./nowhere"),
     ("score", "--run", "./nowhere", "--prompt", "a", "--completion", "b"),
+    ("submit", "nowhere.yaml"),
+    ("doctor", "nowhere.yaml"),
+    ("data", "check", "nowhere.jsonl", "--stage", "sft", "--model", "./nowhere"),
+    ("import", "gguf", "nowhere.gguf", "--output", "nowhere"),
+    *(
+        (stage, str(JOBS / job), "no_such_field=1")
+        for stage, job in (
+            ("ppo", "ppo_2xa100_split.yaml"),
+            ("pipeline", "tiny.yaml"),
+            ("sweep", "sweep_kl.yaml"),
+            ("reward", "smollm2_judge.yaml"),
+        )
+    ),
 )
 NOT_FOR_PPO = "transformers.trainer rlhf_ray.supervised datasets pandas ray.train deepspeed"
 
@@ -55,7 +70,7 @@ NOT_FOR_PPO = "transformers.trainer rlhf_ray.supervised datasets pandas ray.trai
     ],
     ids=[
         *("package", "help"),
-        *(" ".join(words[:2]) for words in REFUSED),
+        *(" ".join((words[0], Path(words[1]).name, *words[2:3])) for words in REFUSED),
         *("import ppo", "import sft", "import serve.app", "import serve.api", "import serve.admission"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,25 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def parsed(source: str) -> tuple[list[ast.Import | ast.ImportFrom], list[str]]:
+    """Import statements, wherever they stand in `source`, and its classes at the top; each file is parsed once for all tests."""
+    tree = ast.parse(source)
+    found = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return found, [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+
+
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of everything of ours that `source` imports, wherever in the file."""
-    for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
+    for node in parsed(source)[0]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = node.module or ""
             if node.level:
                 here = module.split(".") if is_package else module.split(".")[:-1]
@@ -100,7 +113,7 @@ def test_imports_run_downward(path: Path) -> None:
     module = module_name(path)
     if module == "rlhf_ray":
         return
-    assert upward(path.read_text(encoding="utf-8"), module, path.stem == "__init__") == []
+    assert upward(text_of(path), module, path.stem == "__init__") == []
 
 
 @pytest.mark.parametrize(
@@ -132,7 +145,7 @@ def test_every_import_of_ours_leads_to_a_module() -> None:
     sources = [*MODULES, *(PACKAGE.parent / "tests").rglob("*.py"), *(PACKAGE.parent / "benchmarks").rglob("*.py")]
     lost = []
     for path in sources:
-        for line, name in imports(path.read_text(encoding="utf-8"), path.stem):
+        for line, name in imports(text_of(path), path.stem):
             place = PACKAGE.parent / Path(*name.split("."))
             if not (place.is_dir() or place.with_suffix(".py").is_file()):
                 lost.append(f"{path.relative_to(PACKAGE.parent)}:{line}: {name}")
@@ -142,7 +155,7 @@ def test_every_import_of_ours_leads_to_a_module() -> None:
 def modules_imported(path: Path) -> set[str]:
     """Dotted names of our modules that a file imports, `from package import module` included, for type checkers alone included."""
     module, found = module_name(path), set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in parsed(text_of(path))[0]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rlhf_ray":
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
@@ -160,7 +173,7 @@ def test_no_room_holds_more_than_its_share() -> None:
     sizes: dict[str, int] = {}
     for path in MODULES:
         room = part_of(module_name(path))
-        sizes[room] = sizes.get(room, 0) + len(path.read_text(encoding="utf-8").splitlines())
+        sizes[room] = sizes.get(room, 0) + len(text_of(path).splitlines())
     total = sum(sizes.values())
     assert {room: f"{size / total:.1%}" for room, size in sizes.items() if size > 0.15 * total} == {}
 
@@ -169,7 +182,7 @@ def test_no_two_classes_share_a_name() -> None:
     """One name, one concept. Private helpers (a leading underscore) are their file's own business."""
     places: dict[str, list[str]] = {}
     for path in MODULES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                places.setdefault(node.name, []).append(module_name(path))
+        for name in parsed(text_of(path))[1]:
+            if not name.startswith("_"):
+                places.setdefault(name, []).append(module_name(path))
     assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -397,13 +397,16 @@ class Learner:
         return by_length(minibatch, lengths, rank, world_size, self.batching)
 
     def _count_tokens(self, sums: dict[str, float], seq: Sequences, lengths: Tensor, micro: Microbatch) -> None:
-        """What a pass reads of rows that count, and what it computes. Older runs log what they have logged.
+        """What the passes over a microbatch read of rows that count, and what they compute: one for each base, since that of a
+        value model of its own may need padding where the policy's needs none. Older runs log what they have logged.
 
         lengths: tokens of every row that `micro` may name."""
         if self.batching.contiguous:
-            sums["real_tokens"] = sums.get("real_tokens", 0.0) + float(lengths[micro.index[micro.counts]].sum())
+            real = float(lengths[micro.index[micro.counts]].sum())
+            stacks = {id(s): s for s in map(self.models.stack_of, {"policy", "value"} & self.models.bindings.keys())}
+            sums["real_tokens"] = sums.get("real_tokens", 0.0) + real * len(stacks)
             sums["computed_tokens"] = sums.get("computed_tokens", 0.0) + float(
-                self.models.stack_of("policy").computed_tokens(seq)
+                sum(stack.computed_tokens(seq) for stack in stacks.values())
             )
 
     def _sequences(self, rows: Rollout | Experience, micro: Microbatch) -> Sequences:

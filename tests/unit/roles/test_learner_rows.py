@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,16 @@ def test_the_share_of_real_tokens_is_that_of_the_passes_shapes(job: Callable[...
     assert computed(job(per_device_train_batch_size=8)) == computed(job(tokens_per_microbatch=24)) == REAL
     older = job(per_device_train_batch_size=8, defaults_version=2)
     assert "update/real_token_share" not in learnt(older)[2].metrics(), "older runs log what they have logged"
+
+
+def test_a_value_model_on_a_base_of_its_own_is_counted_as_well(job: Callable[..., PPOConfig]) -> None:
+    """The policy's pass is packed, 73 tokens; the value model's is padded, 8 rows of 13: its base has no packing."""
+    config, sampled = job(per_device_train_batch_size=8), rollout()
+    both, other = models(config).finish(), models(job(defaults_version=3)).finish()
+    both.stacks["other"] = other.stacks["base"]
+    both.bindings["value"] = replace(both.bindings["value"], stack="other")
+    learner, sums = Learner(both, config, process_session(NullConsole(), 1)), dict[str, float]()
+    lengths = sampled.attention_mask.sum(dim=1)
+    (micro,) = learner._microbatches(torch.arange(8), lengths)
+    learner._count_tokens(sums, learner._sequences(sampled, micro), lengths, micro)
+    assert sums == {"real_tokens": 2.0 * REAL, "computed_tokens": REAL + 8.0 * 13}

@@ -32,6 +32,11 @@ SAMPLE_CHARACTERS = 600
 LOG_WIDTH = 400  # of a table where stderr is not a terminal
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 class Console:
     """Each method makes one event, a dict that JSON can hold; backends implement `emit`."""
 

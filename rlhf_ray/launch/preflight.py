@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rlhf_ray.config import JobFields
+from rlhf_ray.console import counted
 from rlhf_ray.errors import Problem, ResourceError
 from rlhf_ray.launch.resources import ACCELERATOR, Node, ResourceRequest, described, role_requests, this_machine
 
@@ -186,7 +187,7 @@ def _together(requests: Sequence[ResourceRequest], nodes: Sequence[Node]) -> Pro
             f"set {request.role}.num_workers={max(most, 1)}, or use a larger cluster",
         )
     what = "; ".join(map(str, requests)).replace("; ", ", ")
-    spread = f"on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
+    spread = f"on {counted(len(nodes), 'node')}"
     return Problem(
         "placement",
         f"the roles do not fit together: {what}",

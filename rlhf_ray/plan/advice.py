@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config import EvaluateConfig, JobFields, PPOConfig
+from rlhf_ray.console import counted
 from rlhf_ray.plan.estimate import Estimator, changed
 from rlhf_ray.plan.memory import CARDS, GIB, Process, gpus, most_on_one, smallest_card
 from rlhf_ray.sampler.engine import MOST_ROWS
@@ -52,7 +53,7 @@ def options(job: PPOConfig, estimator: Estimator) -> Iterator[Option]:
                 other = changed(job, **fields)
             except ValueError:  # a stage that this optimizer or this base cannot have
                 continue
-            name = f"{placement}, ZeRO {stage}, {workers} learner{'s' if workers > 1 else ''}"
+            name = f"{placement}, ZeRO {stage}, {counted(workers, 'learner')}"
             yield option(name, _settings(fields), estimator.processes(other))
 
 

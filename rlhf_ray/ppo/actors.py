@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.console import counted
 from rlhf_ray.errors import ArtifactError
 from rlhf_ray.models.backbone import BaseIdentity
 from rlhf_ray.models.batching import Batching
@@ -66,8 +67,7 @@ def check_and_describe(actors: list[tuple[str, Any]], identity: BaseIdentity) ->
                 "load one revision",
             )
         gpus = f"GPU {', '.join(about['gpus'])}" if about["gpus"] else "no GPU"
-        threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
-        bases = f"{about['bases']} base{'s' if about['bases'] > 1 else ''}"
+        threads, bases = counted(about["threads"], "thread"), counted(about["bases"], "base")
         where = f"pid {about['pid']} on {about['node']}"
         lines.append(header_line(name, f"{where}, {gpus}, {about['device']}, {threads}, {bases}"))
     return lines

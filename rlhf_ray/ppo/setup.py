@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rlhf_ray.batches import Rollout
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.unused import unused_fields
+from rlhf_ray.console import counted
 from rlhf_ray.data.collate import TokenisedPrompt
 from rlhf_ray.data.records import DataFile, Row, check_same_data
 from rlhf_ray.data.schedule import PromptSchedule, response_budgets
@@ -337,11 +338,13 @@ def header_lines(
         header_line("trainable", f"{share} of {total:,} parameters"),
         header_line(
             "placement",
-            f"{config.placement}, {world} worker{'s' if world > 1 else ''}, ZeRO {config.learner.zero_stage}",
+            f"{config.placement}, {counted(world, 'worker')}, ZeRO {config.learner.zero_stage}",
         ),
         *engine_lines(config, session.device),
         *zero_3_lines(config, session),
-        header_line("device", f"{session.device}, {session.num_threads} threads, {backbone.attn_implementation}"),
+        header_line(
+            "device", f"{session.device}, {counted(session.num_threads, 'thread')}, {backbone.attn_implementation}"
+        ),
         *([header_line("", f"not bit-exact: {why}")] if (why := not_exact(session.device)) else []),
         *(header_line("learner", line) for line in whereabouts),
         *(header_line("data", line) for line in data_lines),

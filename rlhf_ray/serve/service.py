@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.serve import ServeConfig, is_loopback
-from rlhf_ray.console import Console, LocalConsole
+from rlhf_ray.console import Console, LocalConsole, counted
 from rlhf_ray.errors import ConfigError, ResourceError
 from rlhf_ray.launch.engines import check_service_engine
 from rlhf_ray.launch.model_families import check_models
@@ -179,7 +179,8 @@ def _header_lines(config: ServeConfig, url: str, seconds: float) -> list[str]:
         f"access     {who}",
         f"metrics    {_metrics_address()}",
         *([f"engine     vLLM {vllm_version()}"] if config.engine == "vllm" else []),
-        f"replicas   {config.replicas.min_replicas}, {config.replicas.num_threads} threads each; up after {seconds:.0f} s",
+        f"replicas   {config.replicas.min_replicas}, {counted(config.replicas.num_threads or 1, 'thread')} each; up after"
+        f" {seconds:.0f} s",
         "stop       Ctrl-C",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_ray.config import DPOConfig
+from rlhf_ray.console import counted
 from rlhf_ray.data.encode import end_of_turn
 from rlhf_ray.data.templates import Template
 from rlhf_ray.maths.schedules import peak_multiplier, resolve_warmup
@@ -31,11 +32,11 @@ def header_lines(job: Job, template: Template) -> list[str]:
         *(f"data       {line}" for line in job.examples.lines),
         f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
         f"batch      {config.train_batch_size} rows a step = {per_device} per device x "
-        f"{config.train_batch_size // (per_device * world)} accumulated x {world} worker{'s' if world > 1 else ''}",
+        f"{config.train_batch_size // (per_device * world)} accumulated x {counted(world, 'worker')}",
         f"steps      {steps:,} ({steps / -(-rows // config.train_batch_size):.3g} epochs of {rows:,} rows), "
         f"{config.lr_scheduler_type}, {warmup} of them warm-up",
         f"peak lr    {peak_rate(config, steps):.3g} ({config.optim})",
-        f"device     {session.device}, {session.num_threads} threads, {backbone.identity.precision}, "
+        f"device     {session.device}, {counted(session.num_threads, 'thread')}, {backbone.identity.precision}, "
         f"{backbone.attn_implementation}",
         *([f"           not bit-exact: {why}"] if (why := not_exact(session.device)) else []),
         f"tokens     pad {backbone.pad.token!r} ({backbone.pad.why}); replies end in {ends}",
@@ -48,8 +49,7 @@ def warnings_about(config: SupervisedConfig, steps: int) -> list[str]:
     found = []
     if steps < FEW_STEPS:
         found.append(
-            f"only {steps} optimizer step{'s' if steps > 1 else ''}: expect little;"
-            " lower train_batch_size, or raise num_train_epochs"
+            f"only {counted(steps, 'optimizer step')}: expect little; lower train_batch_size, or raise num_train_epochs"
         )
     peak = peak_rate(config, steps)
     if peak < 0.99 * config.learning_rate:

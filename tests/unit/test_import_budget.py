@@ -40,8 +40,6 @@ REFUSED: tuple[tuple[str, ...], ...] = (
     ("score", "--run", "./nowhere", "--prompt", "a", "--completion", "b"),
     ("submit", "nowhere.yaml"),
     ("doctor", "nowhere.yaml"),
-    ("data", "check", "nowhere.jsonl", "--stage", "sft", "--model", "./nowhere"),
-    ("import", "gguf", "nowhere.gguf", "--output", "nowhere"),
     *(
         (stage, str(JOBS / job), "no_such_field=1")
         for stage, job in (

@@ -116,12 +116,12 @@ def test_equal_prompts_share_their_reading_and_differ_by_seed(llama, make_reques
 
 
 def test_a_group_reads_its_prompt_once(llama, make_requests):
-    """Counted at the embedding: the first pass is the prompt's, of 12 replies as of one; each later one is a token of each row."""
+    """Counted at the embedding: one pass reads the prompt, all but its last token, for 12 replies; then a token of each row."""
     passes = []
     llama.get_input_embeddings().register_forward_pre_hook(lambda module, args: passes.append(tuple(args[0].shape)))
     prompt = make_requests(1, seed=3)[0].prompt_ids
     Sampler(llama, PAD).run(make_requests(12, prompt_ids=prompt, max_new_tokens=4))
-    assert passes[0] == (1, len(prompt)) and all(width == 1 for _, width in passes[1:])
+    assert passes[0] == (1, len(prompt) - 1) and all(width == 1 for _, width in passes[1:])
     passes.clear()
     Sampler(llama, PAD).run([*make_requests(6, prompt_ids=prompt), *make_requests(6, prompt_ids=(*prompt, 5))])
     assert sum(rows for rows, width in passes if width > 1) == 2

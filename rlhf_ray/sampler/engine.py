@@ -45,6 +45,9 @@ __all__ = ["DecodeEvent", "DecodeRequest", "DecodeResult", "Sampler"]
 STAGED_SHARE = 4
 """When slots become free, at least max_rows / 4 prompts are read at once: reading them one by one would cost a forward each."""
 
+PASSES = 256
+"""Rows that may be decoded before an earlier one which the cache has no room for."""
+
 UNLIMITED = 2**31
 """Context of models that have no limit of their own."""
 MOST_ROWS = {"cpu": 64, "cuda": 256}
@@ -288,15 +291,28 @@ class Sampler:
         """The next rows of the queue, up to one whose adapter cannot share a forward with those before it: it waits for them."""
         rows: list[DecodeRow] = []
         adapters = {row.request.adapter for row in (*live(self._rows), *self._staged)}
-        while self._waiting and len(rows) < count:
-            adapters.add(self._waiting[0].request.adapter)
-            if not self._router.together(adapters) or not self._is_room([*rows, self._waiting[0]]):
-                break
-            rows.append(self._waiting.popleft())
+        while self._waiting and len(rows) < count and (row := self._next(rows, adapters)) is not None:
+            adapters.add(row.request.adapter)
+            rows.append(row)
         self._staged.extend(rows)
         mixed = self._router.mixes(row.request.adapter for row in rows)
         tokens = self._prefill_tokens if self._chunk is None else self._chunk
         self._to_read.extend(prompt_groups(rows, mixed, not self._caches.recurrent, tokens))
+
+    def _next(self, staged: Sequence[DecodeRow], adapters: set[str | None]) -> DecodeRow | None:
+        """Takes the row that is staged next from the queue. A long one that the cache has no room for yet lets shorter ones go
+        first, PASSES of them at most: so it neither stops them nor waits for ever."""
+        first = self._waiting[0]
+        for place, row in enumerate(self._waiting):
+            if not self._router.together(adapters | {row.request.adapter}):
+                return None
+            if self._is_room([*staged, row]):
+                first.passed += place > 0
+                del self._waiting[place]
+                return row
+            if first.passed >= PASSES:
+                return None
+        return None
 
     def _is_room(self, coming: Sequence[DecodeRow]) -> bool:
         """Whether the cache may become as large as it takes for these rows beside those that are there. One always may."""

@@ -27,7 +27,7 @@ PREFILL_FILL = 0.75
 class DecodeRow:
     """One request on its way. held: its tokens in the cache. prefix: the cache that its prompt was read into, and its row there.
     slot: where its prompt lies already, while it waits for others that begin with it.   matcher: where the reply stands in its
-    grammar (logits.py)."""
+    grammar (logits.py).   passed: rows that came later and went first, since the cache had no room for this one."""
 
     id: int
     request: DecodeRequest
@@ -37,6 +37,7 @@ class DecodeRow:
     prefix: tuple[Cache, int] | None = None
     slot: int | None = None
     matcher: Any = None
+    passed: int = 0
     end: Literal["stop", "length", "error", "cancelled"] | None = None
 
     @property

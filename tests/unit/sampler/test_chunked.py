@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
+from rlhf_ray.sampler import engine
 from rlhf_ray.sampler.engine import Sampler
-from rlhf_ray.sampler.requests import DecodeRequest
+from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest
 
 PAD = 0
 
@@ -83,6 +85,38 @@ def test_the_cache_is_kept_to_its_tokens_and_the_replies_are_the_same(make_llama
         most = max(most, cells(sampler))
     assert [tuple(seen[i]) for i in ids] == [one.token_ids for one in expected]
     assert most <= 1500 + 8 * 96, "and the spare columns of its rows"
+
+
+def test_a_long_row_that_waits_for_room_lets_short_ones_pass_but_not_for_ever(
+    make_llama: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind it everybody waited until the cache was nearly empty: a long prompt stopped all short ones."""
+    model = make_llama(max_position_embeddings=2048).eval()
+    requests = [request(i, 5, new=6 + i % 3) for i in range(20)]
+    requests.insert(4, request(99, 700, new=6))
+    expected = Sampler(model, PAD, 4).run(requests)
+    for most, late in ((256, 16), (5, 5)):  # all the others, or as many as may
+        monkeypatch.setattr(engine, "PASSES", most)
+        sampler, order = Sampler(model, PAD, 4, max_cached=1000), []
+        sampler.submit(requests[0])
+        ids, tokens = [0], {0: []}
+        for one in requests[1:]:
+            while not sampler.free_slots:
+                note(sampler.step(), tokens, order)
+            ids.append(sampler.submit(one))
+            tokens[ids[-1]] = []
+        while sampler.busy:
+            note(sampler.step(), tokens, order)
+        assert [tuple(tokens[i]) for i in ids] == [one.token_ids for one in expected]
+        passed = sum(order.index(i) < order.index(ids[4]) for i in ids[5:])
+        assert late <= passed <= late + 3, f"{passed} of 16 ended before it"
+
+
+def note(events: list[DecodeEvent], tokens: dict[int, list[int]], order: list[int]) -> None:
+    for event in events:
+        tokens[event.request_id].append(event.token_id)
+        if event.end is not None:
+            order.append(event.request_id)
 
 
 def test_the_cache_shrinks_and_is_given_back(make_llama: Callable[..., nn.Module]) -> None:

@@ -369,6 +369,7 @@ def plan(
     name, config = load_any(job, overrides or (), stage)
     where = {"sweep": ("sweep.planning", "plan_sweep"), "serve": ("serve.planning", "plan_service")}
     module, function = where.get(name, ("plan.job_plan", "plan"))
+    print("plan: tries the job's passes on models without weights; for a 7B that takes about a minute", file=sys.stderr)
     with stdout_kept():
         with importing():
             from rlhf_ray.plan.job_plan import text

@@ -22,14 +22,27 @@ atexit.register(gc.freeze)
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """Around first imports of torch, transformers and PEFT. The garbage collector waits: it would walk again and again through what
-    stays, a fifth of their time. Afterwards it is as it was."""
-    waits = gc.isenabled()
+    stays, a fifth of their time. Afterwards it is as it was. On a terminal a line says meanwhile why nothing else is said."""
+    waits, says = gc.isenabled(), _is_watched()
     gc.disable()
+    if says:
+        print(LOADING, end="", file=sys.stderr, flush=True)
     try:
         yield
     finally:
+        if says:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         if waits:
             gc.enable()
+
+
+LOADING = "loading torch and transformers ..."
+
+
+def _is_watched() -> bool:
+    """Whether somebody would look at an empty terminal for these seconds."""
+    is_first = "torch" not in sys.modules and threading.current_thread() is threading.main_thread()
+    return is_first and sys.stderr is not None and sys.stderr.isatty()
 
 
 def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.runtime.imports import begin_imports, call_imported, imported, importing
+from rlhf_ray.runtime.imports import LOADING, begin_imports, call_imported, imported, importing
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -61,3 +62,21 @@ def test_imports_are_begun_on_another_thread(tmp_path: Path, monkeypatch: pytest
     assert call_imported("slow_module:work") == "imports"
     with pytest.raises(ValueError, match="broken"):
         call_imported("broken_module:work")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_told_why_it_is_empty_and_is_empty_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for stream, said in ((Terminal(), f"{LOADING}\r\x1b[K"), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with importing():
+            assert stream.getvalue() == said.partition("\r")[0]
+        assert stream.getvalue() == said
+    monkeypatch.setitem(sys.modules, "torch", io)
+    monkeypatch.setattr(sys, "stderr", again := Terminal())
+    with importing():
+        assert again.getvalue() == ""

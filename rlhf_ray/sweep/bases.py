@@ -268,9 +268,9 @@ class SharedTrials:
             self._failed(process.trials.pop(name))
 
     def _died(self, process: _Process, error: RayError) -> None:
-        """Its trials go on in another process. Whoever had the turn is to blame; where nobody had it, all may be."""
+        """Its trials resume in another process. Whoever had the turn is to blame; where nobody had it, all may be."""
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        self.console.warn(f"the process of {len(process.trials)} trials died, and they go on in another one: {first}")
+        self.console.warn(f"the process of {len(process.trials)} trials died, and they resume in another one: {first}")
         blamed = process.turn.read_text() if process.turn.is_file() else ""
         lost, process.trials, process.answers = dict(process.trials), {}, {}
         process.begin()

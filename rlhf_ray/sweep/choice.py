@@ -67,6 +67,24 @@ class Choice:
         return len(self.p) + (self.winner is not None)
 
 
+def conclusion(choice: Choice, metric: str) -> str:
+    """Which setting has the highest mean `metric`, and whether it is shown to be better than others; empty without a winner.
+
+    A setting that chance alone may have put first is not called the winner here, although it is the one to promote."""
+    if choice.winner is None:
+        return ""
+    named = ", ".join(f"{name} {value}" for name, value in choice.winner.settings.items())
+    error = f" ± {figure(choice.error)}" if math.isfinite(choice.error) else ""
+    score = f"{metric} {figure(choice.winner.score)}{error}"
+    if not choice.not_worse:
+        return f"winner: {named}: {score}"
+    others, left = len(choice.p), len(choice.not_worse)
+    whom = "all others" if left < others else "the others" if others > 1 else "the other one"
+    same = sum(s.score == choice.winner.score for s in choice.not_worse)
+    highest = f"and {same} other{'s' * (same > 1)} have the highest mean" if same else "has the highest mean"
+    return f"no setting is shown to be better than {whom}; {named} {highest}: {score}"
+
+
 def confirmation_sentence(choice: Choice) -> str:
     """The winner's score where nothing was chosen; empty without a winner."""
     if choice.winner is None or choice.trial is None:
@@ -76,8 +94,11 @@ def confirmation_sentence(choice: Choice) -> str:
         return f"Not confirmed: measured only on the prompts that chose it, so its score is likely too high. Median seed: {seed}."
     over = f"{figure(found.score)} over its seeds, " if len(choice.winner.outcomes) > 1 else ""
     error = "" if math.isnan(found.trial_error) else f" ± {figure(found.trial_error)}"
+    rows = (
+        f"{found.rows} " if found.rows else ""
+    )  # not known of a trial whose folder is gone, in a sweep of an older version
     return (
-        f"On {found.rows} held-out prompts that chose nothing: {over}{figure(found.trial_score)}{error} by the median seed, {seed},"
+        f"On {rows}held-out prompts that chose nothing: {over}{figure(found.trial_score)}{error} by the median seed, {seed},"
         " which is the one to promote."
     )
 

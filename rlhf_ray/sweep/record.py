@@ -1,4 +1,8 @@
-"""What a sweep remembers beside its trials' run folders (sweep.json): which trials there are, which were ended early, and why."""
+"""What a sweep remembers beside its trials' run folders (sweep.json): which trials there are, which were ended early, and why.
+
+A trial is what its run folder says. Where that is gone (deleted for room, or not copied along with the sweep), it is what
+sweep.json said of it last, so that nothing that is done is trained again.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ from typing import Any
 
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.storage.files import atomic_write_json
-from rlhf_ray.sweep.choice import CONFIDENCE, Choice, Confirmed, choose, frontier
+from rlhf_ray.storage.run_folder import is_run
+from rlhf_ray.sweep.choice import CONFIDENCE, Choice, Confirmed, choose, conclusion, frontier
 from rlhf_ray.sweep.results import (
     K1,
     K3,
@@ -20,6 +25,7 @@ from rlhf_ray.sweep.results import (
     Setting,
     TrialOutcome,
     outcome_of,
+    outcome_of_row,
     row_of,
     settings_of,
     write_csv,
@@ -34,15 +40,24 @@ NOT_WORSE = "not shown to be worse"
 
 
 class Record:
-    """The trials of a sweep and what became of them. planned: those known beforehand."""
+    """The trials of a sweep and what became of them.
+
+    finished: the sweep came to its end, and was given no more time since: only what failed is tried again, however often that is
+    interrupted."""
 
     def __init__(self, config: SweepConfig, folder: Path, planned: Sequence[Trial]) -> None:
+        """planned: trials known beforehand."""
         self.config, self.folder = config, folder
         self.trials: dict[str, Trial] = {trial.id: trial for trial in planned}
         self.stopped: dict[str, str] = {}
+        self.finished = False
+        self._rows: dict[str, dict[str, Any]] = {}  # trial -> what an earlier start wrote of it
         self._lock = threading.RLock()
         if (folder / "sweep.json").is_file():
-            for row in json.loads((folder / "sweep.json").read_text())["trials"]:
+            before = json.loads((folder / "sweep.json").read_text())
+            self.finished = before.get("finished", False)
+            self._rows = {row["trial"]: row for row in before["trials"]}
+            for row in self._rows.values():
                 for seed in config.seeds:  # a suggestion is tried with all of them, wherever the sweep was cut off
                     trial = trial_of(config, row["settings"], seed)
                     self.trials.setdefault(trial.id, trial)
@@ -62,13 +77,26 @@ class Record:
     def has_stopped_for_time(self) -> bool:
         return any(reason.startswith(OUT_OF_TIME) for reason in self.stopped.values())
 
-    def forget_time_budget(self) -> None:
-        """Have the trials that the time budget stopped wait again: that was no verdict on them."""
+    def begin(self, finished: bool, has_more_time: bool) -> None:
+        """Before a start.   finished: whether its run is.  has_more_time: than at the last start.
+
+        What the time budget stopped waits again, since that was no verdict on it, unless the sweep is finished: then it takes more
+        time for that, and for seeds of a suggestion that were never started."""
         with self._lock:
-            self.stopped = {name: why for name, why in self.stopped.items() if not why.startswith(OUT_OF_TIME)}
+            self.finished = (finished or self.finished) and not has_more_time
+            if self.finished:
+                self.trials = {name: trial for name, trial in self.trials.items() if name in self._rows}
+            else:
+                self.stopped = {name: why for name, why in self.stopped.items() if not why.startswith(OUT_OF_TIME)}
 
     def outcome(self, trial: Trial) -> TrialOutcome:
-        return outcome_of(trial, self.stopped.get(trial.id, ""))
+        """As its run folder says; as sweep.json said where that is gone."""
+        found = outcome_of(trial, self.stopped.get(trial.id, ""))
+        row = self._rows.get(trial.id, {})
+        if_gone = {"done": "waiting", "failed": "waiting", "stopped": "stopped"}.get(row.get("status", ""))
+        if found.status != if_gone or (row["status"] != "done" and is_run(trial.folder)):
+            return found
+        return outcome_of_row(trial, row, self.config.metric)
 
     def outcomes(self) -> list[TrialOutcome]:
         return [self.outcome(trial) for trial in list(self.trials.values())]
@@ -79,7 +107,7 @@ class Record:
 
     def to_suggest(self) -> int:
         """Settings that optuna is still to suggest: new ones, of which a space of lists has no more than its combinations."""
-        if self.config.search != "optuna":
+        if self.config.search != "optuna" or self.finished:
             return 0
         wanted, space = self.config.num_samples, read_space(self.config.space)
         if not has_ranges(space):
@@ -104,6 +132,7 @@ class Record:
                 {
                     "schema": SCHEMA,
                     "metric": self.config.metric,
+                    "finished": self.finished,
                     "trials": rows,
                     "settings": [setting_row(s, choice, settings) for s in settings],
                     "choice": choice_record(choice, self.config),
@@ -183,6 +212,7 @@ def choice_record(choice: Choice, config: SweepConfig) -> dict[str, Any]:
     if choice.winner is None or choice.trial is None:
         return told | {"setting": None}
     return told | {
+        "conclusion": conclusion(choice, config.metric),
         "setting": choice.winner.name,
         "settings": choice.winner.settings,
         "score": choice.winner.score,

@@ -18,7 +18,15 @@ from rlhf_ray.report.plane import Dots, Plane, draw_plane
 from rlhf_ray.report.render import Section, document, write_page
 from rlhf_ray.report.samples import samples_section
 from rlhf_ray.storage.run_folder import open_run
-from rlhf_ray.sweep.choice import CONFIDENCE, Choice, comparison_sentence, confirmation_sentence, frontier, score_error
+from rlhf_ray.sweep.choice import (
+    CONFIDENCE,
+    Choice,
+    comparison_sentence,
+    conclusion,
+    confirmation_sentence,
+    frontier,
+    score_error,
+)
 from rlhf_ray.sweep.evaluation import EVALUATION, TRAINED
 from rlhf_ray.sweep.record import Record, setting_row
 from rlhf_ray.sweep.results import K1, K3, LENGTH, Setting, TrialOutcome, row_of
@@ -94,11 +102,9 @@ def sentence(config: SweepConfig, choice: Choice) -> str:
             if choice.excluded
             else "No trial has finished yet."
         )
-    winner = choice.winner
-    kl = winner.mean(K1)
-    told = "" if math.isnan(kl) else f", KL {shown(kl)} nats"
-    text = f"{label(winner)} wins: {config.metric} {with_error(winner.score, choice.error)}{told}."
-    text += f" {confirmation_sentence(choice)}"
+    kl, found = choice.winner.mean(K1), conclusion(choice, config.metric)
+    measured = "" if math.isnan(kl) else f", KL {shown(kl)} nats"
+    text = f"{found[0].upper()}{found[1:]}{measured}. {confirmation_sentence(choice)}"
     if choice.p:
         text += f" {comparison_sentence(choice)}"
     if choice.not_worse:
@@ -154,7 +160,7 @@ def _planes(
         ]
         marked = (choice.winner.mean(name), choice.winner.score) if choice.winner is not None else None
         limit = (config.kl_cap, f"KL cap {config.kl_cap:g}") if config.kl_cap is not None and name == K1 else None
-        note = "Means over seeds, one standard error up and down; the ring is the winner"
+        note = "Means over seeds, one standard error up and down; the ring is the setting to promote"
         note += ", the line joins settings that no other beats" if best else ""
         note += f", dots mark the KL cap of {config.kl_cap:g}." if limit is not None else "."
         drawn.append(
@@ -185,12 +191,13 @@ def settings_table(settings: Sequence[Setting], choice: Choice) -> Html | None:
         cells.append(tag("td", str(row["seeds"]), class_="number"))
         cells.append(tag("td", with_error(setting.score, score_error(setting, spread)), class_="number"))
         cells += [tag("td", "" if row[n] is None else shown(row[n]), class_="number") for n, _ in figures]
-        cells += [tag("td", "yes" if row["on_frontier"] else ""), tag("td", row["verdict"])]
+        verdict = "highest mean" if row["verdict"] == "winner" and choice.not_worse else row["verdict"]
+        cells += [tag("td", "yes" if row["on_frontier"] else ""), tag("td", verdict)]
         cells.append(tag("td", "" if row["p_equal"] is None else shown(row["p_equal"]), class_="number"))
         body.append(tag("tr", cells))
     rule = (
         f"± is one standard error of a setting's own mean, from {_SPREADS[choice.by]}. p: the share of sweeps that would put any"
-        f" setting as far below the winner if all were equal (studentized range over {choice.compared} settings)."
+        f" setting as far below the highest mean if all were equal (studentized range over {choice.compared} settings)."
         f" “worse”: p below {1 - CONFIDENCE:.2g}."
     )
     table = tag("table", tag("thead", tag("tr", head)), tag("tbody", body))
@@ -209,17 +216,19 @@ def _curves(config: SweepConfig, groups: dict[str, list[Setting]], name: str, un
 
 def _line(setting: Setting, name: str, group: str) -> Line:
     values: dict[float, list[float]] = {}
-    for outcome in setting.outcomes:
-        for row in read_metrics(outcome.trial.folder / "metrics.jsonl"):
+    files = [o.trial.folder / "metrics.jsonl" for o in setting.outcomes]
+    files = [path for path in files if path.is_file()]  # of folders that are still here
+    for path in files:
+        for row in read_metrics(path):
             if name in row:
                 values.setdefault(float(row["step"]), []).append(row[name])
-    whole = {step: v for step, v in sorted(values.items()) if len(v) == len(setting.outcomes)}
+    whole = {step: v for step, v in sorted(values.items()) if len(v) == len(files)}
     rest = ", ".join(f"{n} {_setting(v)}" for n, v in setting.settings.items() if str(v) != group) or "all"
     return Line(
         rest,
         [(step, sum(v) / len(v)) for step, v in whole.items()],
-        low=[(step, min(v)) for step, v in whole.items()] if len(setting.outcomes) > 1 else [],
-        high=[(step, max(v)) for step, v in whole.items()] if len(setting.outcomes) > 1 else [],
+        low=[(step, min(v)) for step, v in whole.items()] if len(files) > 1 else [],
+        high=[(step, max(v)) for step, v in whole.items()] if len(files) > 1 else [],
     )
 
 

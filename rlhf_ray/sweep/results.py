@@ -1,4 +1,4 @@
-"""What became of the trials, read from their run folders, and told as a table: one row per trial, one per setting."""
+"""What became of the trials, read from their run folders, as a table: one row per trial, one per setting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -140,26 +140,50 @@ def settings_of(outcomes: Iterable[TrialOutcome], metric: str) -> list[Setting]:
     return settings
 
 
+def _columns(metric: str) -> dict[str, str]:
+    """Column of the table -> held-out metric in it."""
+    confirmed = confirm_name(metric)
+    return {
+        "score": metric,
+        "score_se": standard_error_name(metric),
+        "confirmed": confirmed,
+        "confirmed_se": standard_error_name(confirmed),
+        "kl_k1": K1,
+        "kl_k3": K3,
+        "length": LENGTH,
+        "rows": ROWS,
+        "confirmed_rows": confirm_name(ROWS),
+    }
+
+
 def row_of(outcome: TrialOutcome, metric: str) -> dict[str, Any]:
     """A trial as a row of the table; figures that it does not have are None."""
-    last = outcome.last
     return {
         "trial": outcome.trial.id,
         **outcome.trial.settings,
         "seed": outcome.trial.seed,
         "status": outcome.status,
-        "score": last.get(metric),
-        "score_se": last.get(standard_error_name(metric)),
-        "confirmed": last.get(confirm_name(metric)),
-        "confirmed_se": last.get(standard_error_name(confirm_name(metric))),
-        "kl_k1": last.get(K1),
-        "kl_k3": last.get(K3),
-        "length": last.get(LENGTH),
+        **{column: outcome.last.get(name) for column, name in _columns(metric).items()},
         "length_ratio": None if math.isnan(outcome.length_ratio) else outcome.length_ratio,
         "step": outcome.step,
         "seconds": round(outcome.seconds, 1),
         "reason": outcome.reason,
     }
+
+
+def outcome_of_row(trial: Trial, row: Mapping[str, Any], metric: str) -> TrialOutcome:
+    """The inverse of `row_of`, for a trial whose run folder is not here any more; an older version wrote fewer columns."""
+    last = {name: row[column] for column, name in _columns(metric).items() if row.get(column) is not None}
+    ratio = row.get("length_ratio")
+    return TrialOutcome(
+        trial,
+        row["status"],
+        row["reason"],
+        step=row["step"],
+        seconds=row["seconds"],
+        first={LENGTH: last[LENGTH] / ratio} if ratio and LENGTH in last else {},
+        last=last,
+    )
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -23,13 +23,12 @@ from rlhf_ray.launch.begun import begun, with_defaults_as_begun
 from rlhf_ray.launch.placement import cluster_nodes, cluster_total
 from rlhf_ray.launch.preflight import nodes_of
 from rlhf_ray.launch.ray_cluster import cluster
-from rlhf_ray.metrics import figure
 from rlhf_ray.runtime.signals import Signals, Stop
 from rlhf_ray.stages.resume import where_it_began
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import RunFolder, create_run, open_run, resume_command
 from rlhf_ray.sweep.capacity import Capacity, capacity, here
-from rlhf_ray.sweep.choice import comparison_sentence, confirmation_sentence
+from rlhf_ray.sweep.choice import comparison_sentence, conclusion, confirmation_sentence
 from rlhf_ray.sweep.record import Record
 from rlhf_ray.sweep.report import write_sweep_report
 from rlhf_ray.sweep.results import K1
@@ -59,21 +58,20 @@ MAY_CHANGE = (
     *("time_budget_s", "max_concurrent_trials", "max_trial_failures", "share_base", "trials_per_base"),
     *(f"{section}{name}" for section in ("", "ppo.", "dpo.", "evaluate.") for name in run_entry.MAY_CHANGE),
 )
-"""Fields that may differ between the job that started a sweep and the one that goes on with it."""
+"""Fields that may differ between the job that started a sweep and the one that resumes it."""
 
 
 def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     """Run the trials that are not done yet and choose the winner. Returns the sweep's run; raises the error tree of errors.py.
 
-    Trials that fail stand in the table with their reason, and are tried again when the sweep goes on, finished or not; if none
-    finishes, InvariantError. What the time budget stopped goes on with an unfinished sweep, or with a larger budget."""
+    Trials that fail stand in the table with their reason, and are tried again when the sweep resumes, finished or not; if none
+    finishes, InvariantError. What the time budget stopped resumes with an unfinished sweep, or with a larger budget."""
     console = console or LocalConsole()
     config = with_defaults_as_begun(config)
-    goes_on = begun(config) is not None
-    if not goes_on:
-        check_size(config)
+    before = begun(config)
+    check_size(config, before)
     trials = planned(config)
-    jobs = check_trials(config.confirming(True), trials, goes_on)
+    jobs = check_trials(config.confirming(True), trials, before is not None)
     check_sharing(config, jobs)
     values = written_out(config.confirming(True), jobs[0])
     folder = create_run(config.output_dir, "sweep", values, config.resume)
@@ -81,16 +79,19 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
     with folder.lock(), discarded_on_error(folder, lambda: (folder.path / "sweep.json").exists()):
         config, changes = _as_it_began(folder, config)
         record, is_done = Record(config, folder.path, trials), folder.manifest()["status"] == "done"
-        has_time = not is_done or _is_longer(*changes.get("time_budget_s", (None, None)))
-        if has_time:
-            record.forget_time_budget()
-        has_more = bool(record.left()) or (has_time and record.to_suggest() > 0)
+        has_more_time = _is_longer(*changes.get("time_budget_s", (None, None)))
+        record.begin(is_done, has_more_time)
+        has_more = bool(record.left()) or record.to_suggest() > 0
         if is_done and not has_more:
             copy_from_now_on(folder, config.copy_to, console.warn)
             console.log(f"sweep: {config.output_dir} is finished; nothing to do")
             return Run.load(folder.path)
         if is_done:
             folder.update_manifest(status="running")
+        if (
+            is_done or has_more_time
+        ):  # known from manifest and config.yaml this once; if this start is interrupted, from the record
+            record.write()
         tell_changes(folder, changes, console)
         keep_config(folder, written_out_as(config, True))
         if has_more:
@@ -172,16 +173,17 @@ def _tell_plan(config: SweepConfig, record: Record, fits: Capacity, console: Con
 
 def _finish(config: SweepConfig, record: Record, seconds: float, console: Console) -> Run:
     """Tables, report, summary. InvariantError if no trial finished."""
-    record.write()
     outcomes = record.outcomes()
+    counts = {s: sum(o.status == s for o in outcomes) for s in ("done", "stopped", "failed")}
+    record.finished = counts["done"] > 0
+    record.write()
     _, choice = record.choice(outcomes)
     write_sweep_report(record.folder)
-    counts = {s: sum(o.status == s for o in outcomes) for s in ("done", "stopped", "failed")}
     if not counts["done"]:
         why = next((o.reason for o in outcomes if o.reason), "none was started")
         fix = "see trials.csv"
         if record.has_stopped_for_time:
-            fix = f"raise time_budget_s, or {resume_command(config.output_dir)}: trials go on from their checkpoints; {fix}"
+            fix = f"raise time_budget_s, or {resume_command(config.output_dir)}: trials resume from their checkpoints; {fix}"
         raise InvariantError.at(config.output_dir, "no trial finished", got=why, fix=fix)
     metrics = {f"trials/{status}": float(n) for status, n in counts.items()}
     artifacts = {"report": "report.html", "trials": "trials.csv", "settings": "settings.csv"}
@@ -189,11 +191,10 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
         found = {"best/score": choice.winner.score, "best/score_se": choice.error}
         if choice.confirmed is not None:
             found |= {"best/confirmed": choice.confirmed.score, "best/confirmed_se": choice.confirmed.error}
+        found["best/not_shown_to_be_worse"] = float(len(choice.not_worse))
         metrics |= {name: value for name, value in found.items() if math.isfinite(value)}
         artifacts |= {"best": f"trials/{choice.trial.trial.id}"}
-        named = ", ".join(f"{name} {value}" for name, value in choice.winner.settings.items())
-        error = f" ± {figure(choice.error)}" if math.isfinite(choice.error) else ""
-        console.log(f"winner: {named}: {config.metric} {figure(choice.winner.score)}{error}")
+        console.log(conclusion(choice, config.metric))
         console.log(confirmation_sentence(choice))
         if config.kl_cap is not None and math.isnan(choice.winner.mean(K1)):
             console.warn(f"kl_cap {config.kl_cap:g} was not applied: no KL of the winner was measured")
@@ -219,7 +220,7 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
 
 
 def resume_sweep(run: str, console: Console | None = None) -> Run:
-    """Go on with the sweep in folder `run`: trials that are done are kept, those that failed or were cut off go on. See `sweep`."""
+    """Resume the sweep in folder `run`: trials that are done are kept, those that failed or were cut off resume. See `sweep`."""
     folder, console = open_run(run, verify=False), console or LocalConsole()
     values = {**folder.config(), "resume": "auto", "output_dir": str(folder.path)}
     with where_it_began(folder, console):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -30,6 +30,10 @@ MOST_TRIALS = 10_000
 """Of a sweep, whose tables hold all of them and are written anew after each."""
 MOST_CHECKED = 256
 """Combinations of a large space that are checked before a search that draws from it."""
+MOST_DRAWN = 100_000
+"""Draws of a random search over lists, which may be asked for more: of MOST_TRIALS settings they miss 0.5 on average."""
+_LISTED = ("space", "search", "num_samples", "seeds")
+"""Fields that decide which trials there are."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,13 @@ def setting_name(settings: Settings) -> str:
     return f"c{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def check_size(config: SweepConfig) -> None:
-    """ConfigError for a sweep of more trials than anybody can run, before they are listed."""
+def check_size(config: SweepConfig, before: Mapping[str, Any] | None = None) -> None:
+    """ConfigError for a sweep of more trials than anybody can run, before they are listed.
+
+    before: configuration of the sweep that is resumed; if its trials are the same ones, an older version has taken them."""
+    values = json.loads(json.dumps(to_dict(config)))
+    if before is not None and all(before.get(name) == values[name] for name in _LISTED):
+        return
     space = read_space(config.space)
     if config.search == "grid":
         where, fix = "space", "fewer values or seeds, or search: random with num_samples"
@@ -74,14 +83,23 @@ def planned(config: SweepConfig) -> list[Trial]:
     if config.search == "grid":
         chosen = grid(space)
     elif config.search == "random":
-        chosen = _distinct(draw(space, 0, number) for number in range(config.num_samples))
+        chosen = _drawn(config, space)
     else:
         chosen = []
     return [trial_of(config, settings, seed) for settings in chosen for seed in config.seeds]
 
 
-def _distinct(found: Iterable[Settings]) -> list[Settings]:
-    return list({setting_name(settings): settings for settings in found}.values())
+def _drawn(config: SweepConfig, space: Space) -> list[Settings]:
+    """The different ones among the draws of a random search, until there are no others."""
+    count = config.num_samples
+    whole = count if has_ranges(space) else min(count, size(space))
+    found: dict[str, Settings] = {}
+    for number in range(min(count, max(MOST_DRAWN, whole))):
+        if len(found) == whole:
+            break
+        settings = draw(space, 0, number)
+        found[setting_name(settings)] = settings
+    return list(found.values())
 
 
 def trial_of(config: SweepConfig, settings: Settings, seed: int) -> Trial:

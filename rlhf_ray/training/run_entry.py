@@ -48,9 +48,11 @@ MAY_CHANGE = (
 LENGTH = ("num_train_epochs", "max_steps")
 """An unfinished run may be given another length; learning rates follow the schedule of that length from there on."""
 
+REWARDS = ("rewards", "ppo.rewards", "evaluate.rewards")
+"""Of a job, and of a sweep what its trials share. Those of its `space` tell trials apart, and may not change."""
 ASKED = ("url", "timeout_s", "max_retries", "concurrency", "requests_per_minute", "headers_file", "api_key_env")
 LIMITS = ("input_price", "output_price", "max_cost", "max_total_tokens")
-"""Of rewards: where and how a server is asked, and what a judge may cost. A server may move, a limit be raised; what they said is
+"""Of REWARDS: where and how a server is asked, and what a judge may cost. A server may move, a limit be raised; what they said is
 kept."""
 
 KEPT = ("output_dir", "resume")
@@ -131,8 +133,7 @@ def require_same(
 
 
 def _may_change(name: str, change: tuple[Any, Any], may_change: tuple[str, ...]) -> bool:
-    is_rewards = name.rpartition(".")[2] == "rewards"  # of a sweep they are ppo.rewards, or evaluate.rewards
-    return name.startswith(may_change) or (is_rewards and _asked(change[0]) == _asked(change[1]))
+    return name.startswith(may_change) or (name in REWARDS and _asked(change[0]) == _asked(change[1]))
 
 
 def _asked(rewards: Any) -> Any:
@@ -154,7 +155,7 @@ def _another_run(folder: RunFolder) -> str:
     """How to train further from a finished run."""
     if folder.stage == "reward":
         return "put it back, or train another run with it"
-    return f"go on from it in another run: rlhf-ray {folder.stage} JOB sft={folder.path} output_dir=..."
+    return f"continue from it in another run: rlhf-ray {folder.stage} JOB sft={folder.path} output_dir=..."
 
 
 def require_steps_left(step: int, steps: int) -> None:

@@ -203,7 +203,8 @@ def test_a_sweep_is_submitted(cluster: Any, chain: Path, submit: Submit, tmp_pat
     sweep = {**shared, "output_dir": "runs/sweep", "ppo": ppo, "seeds": [0], "space": {"kl_coef": [0.0, 0.1]}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     code, said = submit("sweep.yaml")
-    assert code == 0 and "winner: " in said, said
+    chosen = json.loads((tmp_path / "runs" / "sweep" / "sweep.json").read_text())["choice"]
+    assert code == 0 and chosen["conclusion"] in said, said
     assert (tmp_path / "runs" / "sweep" / "report.html").is_file()
     code, said = submit("sweep.yaml")
     assert code == 0 and "is finished; nothing to do" in said

@@ -97,7 +97,7 @@ def test_a_trial_that_kills_the_process_or_fails_leaves_the_others_alone(
     note(23, [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 2, "trials that share a process")
     assert all("the reward service is gone" in row["reason"] for row in rows[4:])
     assert not (tmp_path / "die").exists() and len(list(tmp_path.glob("pid*[0-9]"))) == 2
-    assert any("died, and they go on in another one" in line for line in console.warnings)
+    assert any("died, and they resume in another one" in line for line in console.warnings)
 
 
 def test_without_ray_the_process_is_this_one(sweep_job: Job, console: Any, tmp_path: Path, pid_reward: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from rlhf_ray.config.resolved import dump_yaml, to_dict
 from rlhf_ray.config.sweep import SweepConfig
 from rlhf_ray.console import LocalConsole
 from rlhf_ray.errors import ConfigError, InvariantError
+from rlhf_ray.metrics import standard_error_name
 from rlhf_ray.storage.run import Run
 from rlhf_ray.storage.run_folder import create_run, open_run
 from rlhf_ray.sweep.record import Record
@@ -20,7 +23,7 @@ from rlhf_ray.sweep.report import write_sweep_report
 from rlhf_ray.sweep.results import failure_file
 from rlhf_ray.sweep.sweep import _as_it_began, _finish, resume_sweep, sweep
 from rlhf_ray.sweep.trial import write_failure
-from rlhf_ray.sweep.trials import Trial, job_of, planned, written_out_as
+from rlhf_ray.sweep.trials import Trial, job_of, planned, trial_of, written_out_as
 
 Make = Callable[..., SweepConfig]
 
@@ -49,10 +52,11 @@ def make(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Make:
     return of
 
 
-def finish(config: SweepConfig, trial: Trial, score: float) -> None:
-    """Leave `trial` as its stage does when it is done."""
+def finish(config: SweepConfig, trial: Trial, score: float, error: float | None = None) -> None:
+    """Leave `trial` as its stage does when it is done.   error: of its score, over prompts."""
     run = create_run(trial.folder, "ppo", to_dict(job_of(config.confirming(True), trial)), "never")
-    rows = [{"step": s, "eval/reward": score, "eval/length": 10.0, "eval/rows": 20.0} for s in (0, 8)]
+    spread = {} if error is None else {standard_error_name("eval/reward"): error}
+    rows = [{"step": s, "eval/reward": score, **spread, "eval/length": 10.0, "eval/rows": 20.0} for s in (0, 8)]
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Run("ppo", "done", str(run.path), 8, 1.0, trial.seed, {}).save()
     run.update_manifest(status="done")
@@ -68,11 +72,18 @@ def begun(config: SweepConfig, done: int = 2) -> Record:
     return record
 
 
+def asked(name: str, port: int = 8123) -> dict[str, Any]:
+    """A reward that a server gives."""
+    return {"name": name, "url": f"http://127.0.0.1:{port}/score"}
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "ppo.max_steps": {"ppo": {"max_steps": 200}},
     "ppo.learning_rate": {"ppo": {"learning_rate": 9e-4}},
     "length_ratio": {"length_ratio": None},
+    "ppo.rewards": {"ppo": {"rewards": [asked("politeness")]}},
     "space.kl_coef": {"space": {"kl_coef": [0.5]}},
+    "space.rewards": {"space": {"rewards": [[asked("politeness")], [asked("brevity")]]}},
     "seeds": {"seeds": (0, 1)},
 }
 
@@ -103,6 +114,26 @@ def test_where_and_how_often_may_change_and_config_yaml_says_so(make: Make, caps
     kept = open_run(folder).config()
     assert (kept["time_budget_s"], kept["ppo"]["save_steps"], kept["resume"]) == (900.0, 3, "auto")
     assert resume_sweep(str(folder)).metrics["trials/done"] == 2.0
+
+
+def test_a_server_may_move_but_no_reward_of_the_space(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What all trials share is asked elsewhere from now on; the values of a space are what tells its trials apart."""
+    begun(make(ppo={"rewards": [asked("politeness")]}))
+    assert sweep(make(ppo={"rewards": [asked("politeness", 8124)]}), LocalConsole()).metrics["trials/done"] == 2.0
+    assert "sweep: continuing with ppo.rewards" in capsys.readouterr().err
+    space = [{"rewards": [[asked("a", port)], [asked("b")]]} for port in (8123, 8124)]
+    varied = [make(output_dir=str(tmp_path / "varied"), space=values) for values in space]
+    begun(varied[0])
+    with pytest.raises(ConfigError, match=r"space\.rewards: .*varied holds a run with another value"):
+        sweep(varied[1])
+
+
+def test_no_space_is_listed_that_is_too_large_for_a_folder_that_is_there(make: Make) -> None:
+    begun(make())
+    with pytest.raises(ConfigError, match="space: the sweep has more trials than can be run; expected at most 10,000"):
+        sweep(make(space={f"lora.field{i}": list(range(10)) for i in range(60)}))
 
 
 def test_a_sweep_of_which_nothing_ran_may_become_another(make: Make) -> None:
@@ -188,6 +219,111 @@ def test_a_failed_trial_of_a_finished_sweep_is_tried_again(
     failure_file(failed).unlink()
     assert resume_sweep(config.output_dir).metrics["trials/done"] == 2.0
     assert trials_that_go_on(config) == 0
+
+
+Count = Callable[[SweepConfig], int]
+
+
+def test_an_interrupted_retry_of_a_finished_sweep_takes_nothing_up_that_had_ended(
+    make: Make, trials_that_go_on: Count
+) -> None:
+    """Of three trials one is done, one failed and one was stopped by the time budget. The fake is interrupted each time."""
+    config = make(time_budget_s=20.0, space={"kl_coef": [0.01, 0.1, 0.2]})
+    record, (_, failed, stopped) = begun(config, done=1), planned(config)
+    write_failure(failed, RuntimeError("CUDA out of memory"))
+    record.stop(stopped, "the time budget of 20 s was used up")
+    _finish(config, record, 1.0, LocalConsole())
+    assert [trials_that_go_on(config) for _ in range(3)] == [1, 1, 1]
+    more = config.model_copy(update={"time_budget_s": 30.0})
+    assert [trials_that_go_on(more) for _ in range(3)] == [2, 2, 2], "more time was asked for once"
+
+
+def test_a_seed_for_which_there_was_no_time_waits_for_more(make: Make, trials_that_go_on: Count) -> None:
+    """Of a suggestion only the first seed was started: the sweep is finished all the same."""
+    config = make(search="optuna", seeds=(0, 1), num_samples=2, time_budget_s=20.0)
+    record, trial = begun(config), trial_of(config, {"kl_coef": 0.01}, 0)
+    finish(config, trial, 1.0)
+    record.add(trial)
+    _finish(config, record, 20.0, LocalConsole())
+    assert [trials_that_go_on(config.model_copy(update={"time_budget_s": t})) for t in (20.0, 30.0, 30.0)] == [0, 1, 1]
+
+
+def table(config: SweepConfig) -> list[dict[str, str]]:
+    with (Path(config.output_dir) / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("lost", ["a folder was deleted", "the machine was lost"])
+def test_what_a_finished_sweep_says_is_done_is_not_run_again(
+    make: Make, trials_that_go_on: Count, tmp_path: Path, lost: str
+) -> None:
+    """Its copy holds the sweep's own files, and its trials have copies of their own; a user deletes losers to save room."""
+    config = make(copy_to=f"file://{tmp_path}/copies", space={"kl_coef": [0.01, 0.1, 0.2]})
+    record, (loser, other, failed) = begun(config), planned(config)
+    write_failure(failed, RuntimeError("CUDA out of memory"))
+    _finish(config, record, 1.0, LocalConsole())
+    before = table(config)
+    if lost == "a folder was deleted":
+        shutil.rmtree(loser.folder)
+        failure_file(failed).unlink()
+    else:
+        shutil.rmtree(config.output_dir)
+    assert [trials_that_go_on(config) for _ in range(2)] == [1, 1], "the one that failed"
+    finish(config, failed, 3.0)
+    done = resume_sweep(config.output_dir)
+    assert done.metrics["trials/done"] == 3.0 and done.metrics["best/score"] == 3.0
+    assert table(config)[:2] == before[:2], "its row, with every figure"
+    assert [row["score"] for row in table(config)] == ["0.0", "1.0", "3.0"]
+    shutil.rmtree(other.folder, ignore_errors=True)
+    assert trials_that_go_on(config) == 0
+    assert resume_sweep(config.output_dir).metrics == done.metrics
+
+
+def test_a_folder_that_is_gone_leaves_what_was_said_of_it(make: Make) -> None:
+    """Also of a trial that was stopped, whose figures stand in the table, and of one that waits again with more time."""
+    config = make(time_budget_s=20.0)
+    record, (first, second) = begun(config, done=1), planned(config)
+    finish(config, second, 1.0)
+    open_run(second.folder).update_manifest(status="running")
+    record.stop(second, "the time budget of 20 s was used up")
+    _finish(config, record, 20.0, LocalConsole())
+    before = table(config)
+    shutil.rmtree(Path(config.output_dir) / "trials")
+    again = Record(config, Path(config.output_dir), planned(config))
+    again.write()
+    assert table(config) == before and before[1]["score"] == "1.0" and before[1]["length_ratio"] == "1.0"
+    assert write_sweep_report(config.output_dir).is_file()
+    again.begin(finished=True, has_more_time=True)
+    assert [again.outcome(trial).status for trial in (first, second)] == ["done", "waiting"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        (
+            (0.5, 0.5),
+            "no setting is shown to be better than the other one; kl_coef 0.01 and 1 other have the highest mean",
+        ),
+        ((0.5, 0.6), "no setting is shown to be better than the other one; kl_coef 0.1 has the highest mean"),
+        ((0.1, 0.9), "winner: kl_coef 0.1"),
+    ],
+)
+def test_who_is_not_shown_to_be_better_is_not_announced_as_the_winner(
+    make: Make, capsys: pytest.CaptureFixture[str], scores: tuple[float, float], said: str
+) -> None:
+    """The last lines, sweep.json and the report say the same; a prompt's standard error is 0.1 here."""
+    config = make()
+    record = begun(config, done=0)
+    for trial, score in zip(planned(config), scores):
+        finish(config, trial, score, error=0.1)
+    run = _finish(config, record, 1.0, LocalConsole())
+    told, folder = capsys.readouterr().err, Path(config.output_dir)
+    found = f"{said}: eval/reward {max(scores):.3f} ± 0.100"
+    assert found in told
+    assert json.loads((folder / "sweep.json").read_text())["choice"]["conclusion"] == found
+    page = (folder / "report.html").read_text()
+    assert found[1:] in page and ("winner" in page) is said.startswith("winner")
+    assert run.metrics["best/not_shown_to_be_worse"] == (0.0 if said.startswith("winner") else 1.0)
 
 
 def test_a_length_ratio_needs_an_evaluation_before_training(

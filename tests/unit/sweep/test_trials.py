@@ -129,6 +129,13 @@ def test_more_trials_than_can_be_run_are_refused_before_they_are_listed(changes:
             start(given)
 
 
+def test_a_random_search_stops_drawing_when_it_has_all_settings() -> None:
+    """In the order in which they are drawn, as ever."""
+    few = config(search="random", num_samples=50)
+    many = config(search="random", num_samples=10**8)
+    assert len(planned(few)) == 4 and [t.settings for t in planned(many)] == [t.settings for t in planned(few)]
+
+
 def test_a_search_over_few_settings_may_ask_for_many() -> None:
     check_size(config(search="optuna", num_samples=10**6))
     check_size(config(seeds=tuple(range(2500))))

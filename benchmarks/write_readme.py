@@ -391,7 +391,7 @@ def overhead() -> str:
 STORIES, TINY, BUSY = "stories260K, 260,032 parameters", "bundled Llama, 0.66 M parameters", "other work on the machine"
 OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
     (
-        "PPO on a VADER reward, 24 steps of 128 replies, three seeds; what is told is that reward on held-out prompts",
+        "PPO on a VADER reward, 24 steps of 128 replies, three seeds; figures are of that reward on held-out prompts",
         STORIES,
         sentiment,
         "stories_sentiment",

@@ -276,7 +276,7 @@ class SFTConfig(_SupervisedFields):
     )
     sft: Path | None = field(
         None,
-        "SFT or PPO run, or adapter, that training goes on from: a copy of it is trained (default: a fresh adapter)",
+        "SFT or PPO run, or adapter, that training continues from: a copy of it is trained (default: a fresh adapter)",
     )
 
     @model_validator(mode="after")

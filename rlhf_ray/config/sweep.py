@@ -58,8 +58,8 @@ class SweepConfig(JobFields):
     )
     time_budget_s: Positive | None = field(
         None,
-        "seconds for all trials of a start; what has not ended by then is stopped, and goes on if the sweep is resumed before any"
-        " trial finished, or is started again with a larger budget",
+        "seconds for all trials of a start; what has not ended by then is stopped, and resumes with the sweep if no trial had"
+        " finished by then, or if the sweep is started again with a larger budget",
     )
     max_trial_failures: Annotated[int, Field(ge=0)] = field(
         1, "how often a trial that fails or dies is resumed from its checkpoint"
@@ -67,7 +67,7 @@ class SweepConfig(JobFields):
     kl_cap: Positive | None = field(
         10.0,
         "selection: highest mean eval/kl_k1_per_response, nats, that a winner may have; null: any; of dpo without evaluate, which"
-        " measures no KL: null; a winner whose KL was not measured (greedy evaluations, say) is told as such",
+        " measures no KL: null; a winner whose KL was not measured (greedy evaluations, say) comes with a warning",
     )
     length_ratio: Annotated[float, Field(ge=1)] | None = field(
         2.0,

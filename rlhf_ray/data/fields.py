@@ -224,7 +224,7 @@ def continued(asked: tuple[Message, ...], inner: tuple[Message, ...]) -> tuple[M
     if not shared and inner[0].role not in _NEXT[asked[-1].role]:
         raise BadRow(
             "the prompt and the turns of 'chosen' do not go together",
-            f"'chosen' does not go on from the prompt: {inner[0].role} after {asked[-1].role}",
+            f"'chosen' does not continue the prompt: {inner[0].role} after {asked[-1].role}",
             "prompt: what chosen begins with, or what precedes it; or no prompt where chosen is the whole conversation",
         )
     return asked + inner[shared:]

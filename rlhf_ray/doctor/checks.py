@@ -50,6 +50,6 @@ def gib(size: float | None) -> str:
 def room(about: str, name: str, free: float | None, least: float, enough: float, fix: str) -> CheckResult:
     """Free bytes: fail below `least`, warn below `enough`."""
     if free is None:
-        return CheckResult(about, name, "warn", "cannot be told")
+        return CheckResult(about, name, "warn", "unknown")
     status: Status = "fail" if free < least else "warn" if free < enough else "ok"
     return CheckResult(about, name, status, f"{gib(free)} free", fix)

@@ -47,7 +47,7 @@ def _python() -> Iterator[CheckResult]:
     if wrong:
         yield CheckResult(HERE, "packages", "fail", ", ".join(wrong), "pip install -c constraints.txt -e .")
     else:
-        yield CheckResult(HERE, "packages", "ok", ", ".join(right) or "cannot be told: rlhf_ray is not installed")
+        yield CheckResult(HERE, "packages", "ok", ", ".join(right) or "unknown: rlhf_ray is not installed")
 
 
 def _required() -> list[tuple[str, Any]]:

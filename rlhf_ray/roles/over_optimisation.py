@@ -19,7 +19,7 @@ from rlhf_ray.metrics import held_out_reward, standard_error_name
 IN_A_ROW = 2
 """Steps out of a band after which it counts: one noisy step is none."""
 ADVICE = "take the best checkpoint, raise kl_coef or lower learning_rate"
-GO_ON = "or go on by alarm.action=warn at the end of the command"
+GO_ON = "or resume with alarm.action=warn at the end of the command"
 LENGTH, REPETITION, ENTROPY = "response/length", "response/repetition", "policy/entropy"
 WORDS = {
     LENGTH: ("have become shorter", "have become longer"),

@@ -192,7 +192,7 @@ def _require_own(store: Store, run_id: str | None) -> None:
     for name, _ in _whole(store):
         if (found := _run_id(store.text(f"{name}/run/manifest.json"))) not in (None, run_id):
             fix = "choose another folder for the copies, or delete those that are there"
-            fix = f"resume=auto goes on with that run; else {fix}" if run_id is None else fix
+            fix = f"to resume that run: resume=auto; else {fix}" if run_id is None else fix
             what = f"{store.uri} holds copies of another run"
             raise ConfigError.at("copy_to", what, got=f"{name} of run {found}", fix=fix)
 

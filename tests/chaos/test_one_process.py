@@ -313,7 +313,7 @@ def test_a_reward_function_that_is_broken_is_mended_and_the_run_goes_on(
     ), child.text
     (world.folder / f"{name}.py").write_text(source.format("[len(c) for c in completions]"))
     world.finish(name)
-    note(6, code == 75, "a broken function: exit 75, named, mended, resumed")
+    note(6, code == 75, "a broken function: exit 75, named, fixed, resumed")
 
 
 @pytest.mark.parametrize(

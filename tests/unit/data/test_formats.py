@@ -184,7 +184,7 @@ PAIR_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"chosen": [WREN], "rejected": [OAK]}, "missing field 'prompt'"),
     (
         {"prompt": [{**USER, "content": "x"}], "chosen": [USER, WREN], "rejected": [USER, OAK]},
-        "'chosen' does not go on from the prompt: user after user",
+        "'chosen' does not continue the prompt: user after user",
     ),
     (
         {"conversations": SAID[:1], "chosen": [*SAID, *SAID], "rejected": SAID},

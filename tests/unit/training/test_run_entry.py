@@ -242,7 +242,7 @@ def test_a_finished_copy_is_not_taken_for_a_run_that_began_later(enter: Entered,
     first.seal(("config.yaml",))
     first.copy_finished()
     shutil.rmtree(first.path)
-    with pytest.raises(ConfigError, match=r"got final of run .*; fix: resume=auto goes on with that run; else choose"):
+    with pytest.raises(ConfigError, match=r"got final of run .*; fix: to resume that run: resume=auto; else choose"):
         enter(copy_to=uri, resume="never")
     assert enter(copy_to=uri).manifest()["status"] == "done", "resume: auto asks for that run"
 

@@ -94,9 +94,8 @@ def confirmation_sentence(choice: Choice) -> str:
         return f"Not confirmed: measured only on the prompts that chose it, so its score is likely too high. Median seed: {seed}."
     over = f"{figure(found.score)} over its seeds, " if len(choice.winner.outcomes) > 1 else ""
     error = "" if math.isnan(found.trial_error) else f" ± {figure(found.trial_error)}"
-    rows = (
-        f"{found.rows} " if found.rows else ""
-    )  # not known of a trial whose folder is gone, in a sweep of an older version
+    # Not known of a trial whose folder is gone, in a sweep of an older version.
+    rows = f"{found.rows} " if found.rows else ""
     return (
         f"On {rows}held-out prompts that chose nothing: {over}{figure(found.trial_score)}{error} by the median seed, {seed},"
         " which is the one to promote."

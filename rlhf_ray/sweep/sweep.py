@@ -88,9 +88,8 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Run:
             return Run.load(folder.path)
         if is_done:
             folder.update_manifest(status="running")
-        if (
-            is_done or has_more_time
-        ):  # known from manifest and config.yaml this once; if this start is interrupted, from the record
+        # Known from manifest and config.yaml this once; if this start is interrupted, from the record.
+        if is_done or has_more_time:
             record.write()
         tell_changes(folder, changes, console)
         keep_config(folder, written_out_as(config, True))

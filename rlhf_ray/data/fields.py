@@ -17,10 +17,17 @@ _SHAREGPT_ROLES = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "system": "system",
     "function_call": "assistant",
     "observation": "tool",
+    "tool": "tool",
+    "function": "tool",
 }
+"""LLaMA-Factory's tags; those of the collections that were scraped from several assistants; and OpenAI's roles: `function` is the
+older name of what a function has answered."""
 EXTRA = ("reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "name")
 """What chat templates read of a message beside role and content."""
 KNOWN = (*EXTRA, "role", "content", "from", "value", "weight", "train")

@@ -19,8 +19,9 @@
 Every format gives prompts; a pair also gives its better reply as a completion. Further fields are kept, not read. A prompt of
 `messages` or `sharegpt` is what precedes the assistant's last turn; its earlier turns are answers too (Parsed.is_conversation).
 
-Beside conversations `tools` and `chat_template_kwargs` are read, for the chat template. SFT learns no rows with `label: false` and
-no messages with `weight: 0`. Fields that nothing reads are told.
+Beside conversations `tools` and `chat_template_kwargs` are read, for the chat template, and `system`, if the conversation does not
+begin with a system text of its own. SFT learns no rows with `label: false` and no messages with `weight: 0`. Fields that nothing
+reads are told.
 """
 
 from __future__ import annotations
@@ -110,14 +111,19 @@ class Format:
         """Fields, and keys of messages, that nothing reads. A reward function may read any column beside a prompt.
 
         prompt: the row's; what is for the chat template is read beside messages only."""
-        beside = READ_BESIDE + (FOR_TEMPLATES if prompt.messages else ())
+        beside = READ_BESIDE[kind] + (FOR_TEMPLATES if prompt.messages else ())
+        beside += ("label",) if kind == "sft" and says_what_is_learnt(row.get("label")) else ()
         messages = [
             name
             for name in ("messages", "conversations", "prompt", "completion", *self.pair_fields)
             if is_list(row.get(name))
         ]
         inner = [key for name in messages for key in unread_keys(row, name)]
-        return inner if kind == "prompt" else [name for name in self.extra(row) if name not in beside] + inner
+        extra = [name for name in self.extra(row) if name not in beside]
+        extra += (
+            ["system"] if "system" not in extra and "system" in self.optional and _loses_system(row, prompt) else []
+        )
+        return inner if kind == "prompt" else extra + inner
 
     def parse(self, row: Fields, kind: RowKind) -> Parsed:
         """The row's prompt and the answers that `kind` asks for.
@@ -128,7 +134,7 @@ class Format:
         missing = [f"missing field '{name}'" for name in needed if name not in row]
         if missing:
             raise BadRow(missing[0], "; ".join(missing))
-        if kind == "sft" and (row.get("label") is False or row.get("label") in _BAD):
+        if kind == "sft" and _lower(row.get("label")) in _BAD:
             raise Dropped("label: false, a reply that is not to be learnt")
         if self.name == "text" and kind == "sft":
             (text,) = _told(completion=self._completion(row))[0].values()
@@ -169,12 +175,27 @@ class Format:
 _SKIP = "data.on_bad_row: skip leaves such rows out and counts them"
 
 
-_BAD = ("false", "False", "FALSE")
-"""`label` of a bad reply (KTO's data), of a file that has no booleans; 0 and 1 may be classes."""
-READ_BESIDE = ("label", "margin", "group")
-"""Columns of any format that are read where they are there."""
+_GOOD, _BAD = ("true",), ("false",)
+"""`label` of a reply in KTO's data: a boolean, or the word in a file that has none; 0 and 1 may be classes."""
+READ_BESIDE: dict[RowKind, tuple[str, ...]] = {"sft": (), "preference": ("margin", "group"), "prompt": ()}
+"""Columns of any format that are read where they are there; and `label`, for SFT, where it says that a reply is good or bad."""
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 """Columns that are read beside conversations."""
+
+
+def _lower(label: object) -> str:
+    return str(label).strip().lower() if isinstance(label, (bool, str)) else ""
+
+
+def says_what_is_learnt(label: object) -> bool:
+    """Whether a `label` says that a reply is good, or bad, or is not there."""
+    is_empty = label is None or (isinstance(label, str) and not label.strip())
+    return is_empty or _lower(label) in _GOOD + _BAD
+
+
+def may_say_what_is_learnt(label: object) -> bool:
+    """Whether a `label` is 0 or 1, which may mean bad and good, or be a class like any other number."""
+    return not isinstance(label, bool) and (label in (0, 1) or str(label).strip() in ("0", "1", "0.0", "1.0"))
 
 
 def _says_something(reply: str | Message) -> bool:
@@ -260,13 +281,28 @@ def _before_last_response(turns: tuple[Message, ...]) -> Prompt:
     return Prompt(messages=turns[:-1] if turns and turns[-1].role == "assistant" else turns)
 
 
+def _conversation(row: Fields, name: str, sharegpt: bool = False) -> tuple[Message, ...]:
+    """The messages of a field, behind the row's `system` text if they have none themselves, which comes first in LLaMA-Factory."""
+    turns = messages(row, name, sharegpt)
+    system = texts(row, "system")[0] if row.get("system") is not None else ""
+    if not system.strip() or (turns and turns[0].role == "system"):
+        return turns
+    return (Message("system", system), *turns)
+
+
+def _loses_system(row: Fields, prompt: Prompt) -> bool:
+    """Whether a row has a `system` text that is not what its prompt begins with."""
+    system = str(row.get("system") or "").strip()
+    return system not in ("", *(turn.content.strip() for turn in prompt.messages[:1] if turn.role == "system"))
+
+
 def _has_pair(row: Fields) -> bool:
     return row.get("chosen") is not None
 
 
 def _sharegpt_prompt(row: Fields) -> Prompt:
     """All of the conversation where two replies to it follow, else what precedes its last reply."""
-    turns = messages(row, "conversations", sharegpt=True)
+    turns = _conversation(row, "conversations", sharegpt=True)
     if not _has_pair(row):
         return _before_last_response(turns)
     return Prompt(messages=continued(turns, messages(row, "chosen", sharegpt=True)[:-1]))
@@ -400,7 +436,7 @@ _ALL = (
         completion=_sharegpt_completion,
         pair=lambda row: _pair_of_messages(row, sharegpt=True),
         pair_fields=("chosen", "rejected"),
-        optional=("chosen", "rejected"),
+        optional=("chosen", "rejected", "system"),
         is_conversation=lambda row: not _has_pair(row),
     ),
     Format(
@@ -424,8 +460,9 @@ _ALL = (
         name="messages",
         fields=("messages",),
         asks=("messages",),
-        prompt=lambda row: _before_last_response(messages(row, "messages")),
+        prompt=lambda row: _before_last_response(_conversation(row, "messages")),
         completion=lambda row: last_response(messages(row, "messages"), "messages"),
+        optional=("system",),
         is_conversation=lambda row: True,
     ),
     Format(

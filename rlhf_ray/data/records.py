@@ -11,7 +11,15 @@ from typing import Any, BinaryIO, Literal
 
 from rlhf_ray.config import DataConfig
 from rlhf_ray.data.counts import Tally
-from rlhf_ray.data.formats import FORMATS, Dropped, Format, RowKind, detect
+from rlhf_ray.data.formats import (
+    FORMATS,
+    Dropped,
+    Format,
+    RowKind,
+    detect,
+    may_say_what_is_learnt,
+    says_what_is_learnt,
+)
 from rlhf_ray.data.jsonrows import read_json, read_jsonl
 from rlhf_ray.data.lines import BadRow, RawRow
 from rlhf_ray.data.prompts import Message, Prompt
@@ -223,6 +231,7 @@ def _rename(name: str, raw: Iterable[RawRow], columns: Mapping[str, str]) -> Non
     if not columns or not rows:
         return
     names = dict.fromkeys(key for row in rows for key in row)
+    columns = {old if old in names else old.strip(): new for old, new in columns.items()}  # as headers of CSV files are
     problems = []
     for old, new in columns.items():
         if list(columns.values()).count(new) > 1:
@@ -272,6 +281,8 @@ def _joined(files: Sequence[_FileRows], kind: RowKind) -> RowSet:
         kept = list(_without_repeats(file, seen, dropped)) if kind == "prompt" else file.rows
         if kind == "preference" and (warning := _one_sided(file)):
             warnings.append(warning)
+        if kind == "sft" and (warning := _numbered_labels(file)):
+            warnings.append(warning)
         rows += kept
         records.append(DataFile(file.source.name, file.sha256, file.total, len(kept), file.format.name))
     unread = sum((file.unread for file in files), Counter[str]())
@@ -299,6 +310,18 @@ def _one_sided(file: _FileRows) -> str:
     if len(sides) != 1 or len(file.rows) < _ONE_SIDED:
         return ""
     return f"{file.source.name}: 'preference' is {sides.pop()} in all {len(file.rows):,} rows: are the labels real?"
+
+
+def _numbered_labels(file: _FileRows) -> str:
+    """A warning if the labels of a file could be verdicts on its replies, written as numbers: they are not taken for such."""
+    labels = [(row.where, row.columns.get("label")) for row in file.rows]
+    unclear = [(where, label) for where, label in labels if not says_what_is_learnt(label)]
+    if not unclear or not all(may_say_what_is_learnt(label) for _, label in unclear):
+        return ""
+    zeros = sum(str(label).strip() in ("0", "0.0") for _, label in unclear)
+    counted = f"0 in {zeros:,} rows and 1 in {len(unclear) - zeros:,} (first {unclear[0][0]})"
+    rule = "all of them are learnt; only true and false say whether a reply is"
+    return f"{file.source.name}: 'label' is {counted}: {rule}"
 
 
 def _first_rows(rows: RowSet, max_rows: int) -> RowSet:

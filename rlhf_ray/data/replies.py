@@ -53,7 +53,7 @@ class ReplyWriter:
             if message is not None and "tool_calls" in message.fields():
                 raise PromptMismatch(f"template '{self.template.name}' writes no tool calls", "template: chat")
             left_out = f"learnt without reasoning_content, which template '{self.template.name}' does not write"
-            return Reply(text, note=left_out if message is not None and _reasoning(message) else "")
+            return Reply(text, note=left_out if message is not None and reasoning_of(message) else "")
         asked = self.template.render(prompt)
         found = _OPENED.search(asked)
         closing = self._closing(found[1]) if found is not None else None
@@ -81,7 +81,7 @@ class ReplyWriter:
         """A reply with reasoning or tool calls, as the template writes it; None for one that says nothing but its text.
 
         closing: of the thought that the prompt has opened, if it has."""
-        reasoning, calls = _reasoning(message), message.fields().get("tool_calls", [])
+        reasoning, calls = reasoning_of(message), message.fields().get("tool_calls", [])
         if not reasoning and not calls:
             return None
         assert isinstance(self.template, ChatTemplate)
@@ -115,6 +115,7 @@ class ReplyWriter:
         return self._closings[tag]
 
 
-def _reasoning(message: Message) -> str:
+def reasoning_of(message: Message) -> str:
+    """What a turn says that it thought, under any of the names that chat templates read; "" if nothing."""
     fields = message.fields()
     return str(fields.get("reasoning_content") or fields.get("reasoning") or fields.get("thinking") or "")

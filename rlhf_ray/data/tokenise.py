@@ -22,8 +22,9 @@ from rlhf_ray.data.encode import (
     speakable_tokens,
     spelled_tokens,
 )
+from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row
-from rlhf_ray.data.replies import Reply, ReplyWriter
+from rlhf_ray.data.replies import Reply, ReplyWriter, reasoning_of
 from rlhf_ray.data.templates import ChatTemplate, PromptMismatch, Template
 from rlhf_ray.data.turns import Span, assistant_spans, earlier_turns
 from rlhf_ray.errors import ConfigError, DataError, Problem
@@ -38,6 +39,7 @@ SpecialTokens = Literal["text", "parse"]
 T = TypeVar("T")
 Found = TypeVar("Found")
 _NOTHING_LEFT = "reply empty after truncation"
+_OVER = "over "
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,11 @@ class Tokenised(Generic[T]):
     def tallies(self) -> list[Tally]:
         """Those that have rows."""
         return [t for t in (self.skipped, self.dropped, self.truncated, self.unlearnt) if t.total]
+
+    @property
+    def over(self) -> int:
+        """Rows that were dropped for their length."""
+        return sum(entry.count for reason, entry in self.dropped.reasons.items() if reason.startswith(_OVER))
 
     @property
     def warnings(self) -> list[str]:
@@ -317,11 +324,16 @@ def _note_replies(rows: Sequence[Row], replies: Sequence[Reply], out: Tokenised[
 def _note_prompts(
     tokenizer: PreTrainedTokenizerBase, template: Template, rows: Sequence[Row], parse: bool, out: Tokenised[T]
 ) -> None:
-    """Count rows whose variables of a chat template nothing reads, and those whose texts spell control tokens and are read as text:
-    rows that were rendered already, perhaps."""
+    """Count rows whose variables of a chat template nothing reads, those whose prompts are read without the reasoning in them, and
+    those whose texts spell control tokens and are read as text: rows that were rendered already, perhaps."""
     for row in rows if not isinstance(template, ChatTemplate) else ():
         if row.prompt.template_kwargs:
             out.unread.add(f"template '{template.name}' does not read chat_template_kwargs", row.where)
+    for row in rows:
+        if _loses_reasoning(template, row.prompt):
+            out.unread.add(
+                f"earlier turns without their reasoning_content, which {_named(template)} leaves out", row.where
+            )
     if parse:
         return
     texts = ["\0".join((r.prompt.plain(), r.completion or "", r.chosen or "", r.rejected or "")) for r in rows]
@@ -330,6 +342,19 @@ def _note_prompts(
         if tokens := [token for token in spelled if token not in said]:
             shown = ", ".join(map(repr, tokens[:3]))
             out.spelled.add("read as text; data.special_tokens: parse reads them as the tokens", row.where, shown)
+
+
+def _loses_reasoning(template: Template, prompt: Prompt) -> bool:
+    """Whether a turn of a prompt has reasoning that the rendered prompt lacks: many templates drop that of earlier turns."""
+    thoughts = [said for message in prompt.messages if (said := reasoning_of(message).strip())]
+    if not thoughts:
+        return False
+    text = template.render(prompt)
+    return any(said not in text for said in thoughts)
+
+
+def _named(template: Template) -> str:
+    return "the chat template" if isinstance(template, ChatTemplate) else f"template '{template.name}'"
 
 
 def _accepted(
@@ -376,7 +401,7 @@ class _LengthRule:
         if self.too_long == "truncate":
             return ids[: self.limit]
         if self.too_long == "drop":
-            out.dropped.add(f"over {self.shown}", where, f"{len(ids):,} tokens")
+            out.dropped.add(_OVER + self.shown, where, f"{len(ids):,} tokens")
         else:
             fix = f"data.too_long: drop or truncate, or a longer {self.field}"
             self.problems.append(Problem(where, f"{len(ids):,} tokens > {self.shown}", fix=fix))
@@ -385,7 +410,7 @@ class _LengthRule:
     def count_cut(self, where: str, ids: list[int], out: Tokenised[T]) -> None:
         """Count a row that is used, if it had to be cut."""
         if len(ids) > self.limit:
-            out.truncated.add(f"over {self.shown}", where, f"{len(ids):,} tokens")
+            out.truncated.add(_OVER + self.shown, where, f"{len(ids):,} tokens")
 
 
 def require_batch(rows: int, batch: int, where: str, fix: str, account: Sequence[str] = ()) -> None:

@@ -86,6 +86,34 @@ def test_rows_that_say_they_are_bad_are_not_learnt(read: Read) -> None:
     assert str(found.dropped) == "1 dropped: no answer that is to be learnt (weight: 0) (first rows.jsonl:2)"
 
 
+def test_labels_that_say_nothing_of_what_is_learnt_are_told(write: Callable[..., str]) -> None:
+    """`label` is read where it is true or false. 0 and 1 may mean that, or be classes: all are learnt, and told."""
+
+    def told(*labels: Any, kind: Any = "sft", **columns: Any) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+        pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+        rows = [
+            {**(pair if kind == "preference" else {"prompt": "p", "completion": f"c{i}"}), "label": label, **columns}
+            for i, label in enumerate(labels)
+        ]
+        found = load_rows(DataConfig(train=(write(rows),), held_out_fraction=0.0), kind)
+        return len(found.train), found.summary[1:], found.warnings
+
+    unread = ("nothing reads label",)
+    warned = (
+        "rows.jsonl: 'label' is 0 in 2 rows and 1 in 1 (first rows.jsonl:1): all of them are learnt; only true and false say"
+        " whether a reply is",
+    )
+    assert told(0, 1, 0) == told("0", "1", "0.0") == (3, unread, warned)
+    assert told("bad", "chosen") == (2, unread, ())
+    assert told(0, 1, 7) == (3, unread, ())  # classes
+    assert told(True, None, "", " TRUE ") == (4, (), ())
+    assert told(True, False, " false") == (1, (), ())
+    assert told(True, 0)[1:] == (("nothing reads label (1 rows)",), (warned[0].replace("2 rows", "1 rows").replace(
+        "1 in 1 (first rows.jsonl:1)", "1 in 0 (first rows.jsonl:2)"),))  # fmt: skip
+    assert told(True, margin=1, group="g")[1] == ("nothing reads margin, group",)
+    assert told(0, kind="preference", margin=1, group="g") == (1, unread, ())
+
+
 def test_a_turn_that_is_not_to_be_learnt_is_left_out_of_the_loss(learn: Any) -> None:
     row = {"messages": [USER, {**WREN, "weight": 0}, USER, {"role": "assistant", "content": "Crow."}]}
     _, learnt, told = learn(CHATML, row)
@@ -115,6 +143,32 @@ def test_reasoning_is_learnt_where_the_template_writes_it_and_told_where_not(lea
     _, learnt, told = learn(CHATML, {"messages": [USER, THOUGHT]})
     assert learnt == "Wren.<|im_end|>"
     assert told[0].startswith("1 replies: learnt without reasoning_content, which the chat template does not write")
+
+
+@pytest.mark.parametrize("chat_template", [CHATML, QWEN, "none", QWEN_THINKING])
+def test_reasoning_of_earlier_turns_is_told_where_it_is_lost(learn: Any, read: Read, chat_template: str) -> None:
+    """By templates that never write it, and by those that drop it of all turns but the last; in prompts and pairs as well."""
+    row = {"messages": [USER, THOUGHT, USER, WREN]}
+    tokenizer = learn.tokenizer
+    tokenizer.chat_template = CHATML if chat_template == "none" else chat_template
+    template = load_template("none" if chat_template == "none" else "chat", tokenizer)
+    which = "template 'none'" if chat_template == "none" else "the chat template"
+    told = f"1 rows: earlier turns without their reasoning_content, which {which} leaves out (first rows.jsonl:1)"
+    expected = [] if chat_template == QWEN_THINKING else [told]  # which writes that of every turn
+    pair = {"prompt": row["messages"][:3], "chosen": [WREN], "rejected": [{**WREN, "content": "Oak."}]}
+    length = {"max_length": 900, "too_long": "stop"}
+    turns: dict[str, Any] = {"train_on_inputs": False, "train_on_turns": "last"}
+    found = [
+        tokenise_sft(read([row], "sft").rows, template, tokenizer, **OPTIONS, **turns),
+        tokenise_pairs(read([pair], "preference").rows, template, tokenizer, **OPTIONS),
+        tokenise_prompts(read([row], "prompt").rows, template, tokenizer, response_length=1, **length),
+    ]
+    for done in found:
+        assert [line for line in done.warnings if "earlier turns" in line] == expected
+    plain = {"messages": [USER, WREN, USER, WREN]}
+    assert (
+        tokenise_prompts(read([plain], "prompt").rows, template, tokenizer, response_length=1, **length).warnings == []
+    )
 
 
 def test_only_thoughts_are_closed(learn: Any) -> None:

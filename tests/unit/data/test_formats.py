@@ -288,6 +288,16 @@ def test_columns_rename_fields(read: Read) -> None:
     assert (row.prompt, row.completion) == (Prompt("Name a bird."), "Wren.")
     assert row.columns == {"instruction": "Name a bird.", "output": "Wren.", "level": 3}
     swapped = {"completion_a": "completion_b", "completion_b": "completion_a"}
+    (row,) = read(
+        "id, question,answer\n1,Name a bird.,Wren.\n",
+        "sft",
+        "rows.csv",
+        columns={" question": "prompt", "answer": "completion"},
+    ).rows
+    assert (row.prompt, row.completion) == (
+        Prompt("Name a bird."),
+        "Wren.",
+    )  # names of a CSV header have no blanks around them
     (pair,) = read([{"user_input": "p", "completion_a": "x", "completion_b": "y"}], "preference", columns=swapped).rows
     assert (pair.chosen, pair.rejected) == ("y", "x")
 
@@ -344,6 +354,56 @@ def test_conversations_are_told_from_prompts_with_one_answer(read: Read) -> None
         (found,) = read([row], "sft").rows
         assert (found.is_conversation, len(found.prompt.messages), found.completion) == (is_conversation, 3, "Wren.")
         assert not read([row], "prompt").rows[0].is_conversation
+
+
+def test_speakers_of_sharegpt_files(read: Read) -> None:
+    """Scraped collections name the assistant; what a tool has answered has OpenAI's names as well as LLaMA-Factory's."""
+    for speaker in ("gpt", "chatgpt", "bing", "bard", "assistant"):
+        (row,) = read([{"conversations": [SAID[0], {"from": speaker, "value": "Wren."}]}], "sft").rows
+        assert (row.prompt, row.completion) == (ASKED, "Wren.")
+    call = {"from": "function_call", "value": '{"name": "look", "arguments": {}}'}
+    for speaker in ("observation", "tool", "function"):
+        talk = [SAID[0], call, {"from": speaker, "value": "a wren"}, SAID[1]]
+        (row,) = read([{"conversations": talk}], "sft").rows
+        assert [turn.role for turn in row.prompt.messages] == ["user", "assistant", "tool"]
+        assert row.prompt.messages[2].content == "a wren"
+    with pytest.raises(
+        DataError, match=r"'conversations'\[0\]: unknown from 'narrator'; expected one of human, .* tool, function"
+    ):
+        read([{"conversations": [{"from": "narrator", "value": "x"}, SAID[1]]}], "sft")
+
+
+@pytest.mark.parametrize("name", ["conversations", "messages"])
+def test_a_system_text_beside_a_conversation_begins_it(read: Read, name: str) -> None:
+    """Unless it begins with one of its own, as in LLaMA-Factory: then the column is not read, and told."""
+    said = SAID if name == "conversations" else [USER, WREN]
+    own = (
+        {"from": "system", "value": "Briefly."}
+        if name == "conversations"
+        else {"role": "system", "content": "Briefly."}
+    )
+    asked = Prompt(messages=(Message("system", "Be kind."), *ASKED.messages))
+    for kind in ("sft", "prompt"):
+        found = read([{name: said, "system": "Be kind."}], kind)
+        assert (found.rows[0].prompt, found.unread) == (asked, ())
+        for nothing in ({}, {"system": None}, {"system": " "}):
+            assert read([{name: said, **nothing}], kind).rows[0].prompt == ASKED
+    found = read([{name: [own, *said], "system": "Be kind."}, {name: [own, *said], "system": "Briefly."}], "sft")
+    assert [row.prompt.messages[0].content for row in found.rows] == ["Briefly.", "Briefly."]
+    assert all(len(row.prompt.messages) == 2 for row in found.rows) and found.unread == ("system (1 rows)",)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: 'system': expected string, got int"):
+        read([{name: said, "system": 3}], "sft")
+
+
+def test_the_system_text_of_a_sharegpt_pair(read: Read) -> None:
+    pair = {
+        "conversations": SAID[:1],
+        "chosen": SAID[1],
+        "rejected": {"from": "gpt", "value": "Oak."},
+        "system": "Be kind.",
+    }
+    (row,) = read([pair], "preference").rows
+    assert [turn.role for turn in row.prompt.messages] == ["system", "user"]
 
 
 def test_sharegpt_rows_without_pairs_are_no_preferences(read: Read) -> None:

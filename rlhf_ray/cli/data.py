@@ -33,16 +33,18 @@ def check(
 ) -> None:
     """What a stage would make of a data file. Format, counts, lengths, what is left out and why, rows as the model reads them."""
     from rlhf_ray.cli.output import stdout_kept
-    from rlhf_ray.config import SFTConfig
     from rlhf_ray.config.load import load_dict
+    from rlhf_ray.config.pipeline import STAGES
 
     values = {"output_dir": ".", "model_name_or_path": model, "data": {"train": file}}
+    if stage == "ppo":
+        values["rewards"] = [{"function": "none:none"}]  # a job has one; its data are read without asking it
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with stdout_kept():
         with importing():
             from rlhf_ray.stages.data_check import check_data
 
         said = {} if template is None else {"template": template}
-        config = load_dict(SFTConfig, {**values, **said}, "data check", overrides or ())
-        lines = check_data(config, stage, rows, colour)
+        config = load_dict(STAGES[stage], {**values, **said}, "data check", overrides or ())
+        lines = check_data(config, rows, colour)
     print("\n".join(lines))

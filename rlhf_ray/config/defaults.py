@@ -27,6 +27,8 @@ REWARD_GATE_SINCE = 3
 CHAT_RESPONSE_LENGTH = 512
 ROOM_FOR_CHAT = 1024
 """max_length from which on a reply to a chat template may take CHAT_RESPONSE_LENGTH."""
+EVAL_MAX_ROWS = 256
+"""Held-out prompts of an evaluation in PPO, if the job does not say: replies are sampled to all of them."""
 
 VERSION_1: dict[str, Any] = {
     "adam_epsilon": 1e-5,

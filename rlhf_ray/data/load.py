@@ -20,6 +20,7 @@ class StageRows:
 
     summary: one line per set of files, which accounts for every row.  warnings: lines that the user should see.
     manifest: [{path, sha256, rows, used, format}] of all files.  rule: how rows were held out, for the manifest.
+    skipped: malformed rows that were left out (data.on_bad_row).
     """
 
     train: tuple[Row, ...]
@@ -28,6 +29,7 @@ class StageRows:
     warnings: tuple[str, ...]
     manifest: tuple[dict[str, Any], ...]
     rule: HeldOutRule
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
         tuple(w for w in warnings if w),
         tuple(dict(item) for item in manifest),
         HeldOutRule.of(config),
+        read.skipped.total + (separate.skipped.total if separate else 0),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf_ray.errors import ConfigError
+
 NO_LIMIT = 1 << 20
 """Context of a model that states none."""
 
@@ -63,3 +65,16 @@ def context_notes(config: Any) -> list[str]:
 def shortened_note(max_length: int, limit: int, config: Any) -> str:
     """What a stage says that uses `limit`, the model's context, instead of the job's max_length."""
     return f"max_length {max_length} is over the model's context{rope_note(config)}; {limit} is used"
+
+
+def usable_length(
+    max_length: int | None, context: int, config: Any, response_length: int | None = None
+) -> tuple[int, list[str]]:
+    """(tokens of prompt and reply together, what is to be warned of) of a job on a model of `context` tokens.   max_length: the
+    job's, if it has one.   response_length: of the replies that PPO samples.   Raises ConfigError if these leave no room for a
+    prompt."""
+    limit = min(max_length or context, context)
+    if response_length is not None and response_length >= limit:
+        expected = f"below {limit} (the model's context{rope_note(config)})"
+        raise ConfigError.at("response_length", "leaves no room for a prompt", expected, str(response_length))
+    return limit, [shortened_note(max_length, limit, config)] if max_length and limit < max_length else []

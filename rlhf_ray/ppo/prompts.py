@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.defaults import EVAL_MAX_ROWS
 from rlhf_ray.data.collate import TokenisedPrompt, TokenisedRow, tokenise_prompts
 from rlhf_ray.data.load import HeldOutRule, load_rows
 from rlhf_ray.data.schedule import PromptSchedule
 from rlhf_ray.data.splits import confirms, prompt_hash
 from rlhf_ray.data.templates import Template
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import DataError
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.models.context import rope_note, shortened_note
+from rlhf_ray.models.context import usable_length
 from rlhf_ray.ppo.ptx import load_ptx
 from rlhf_ray.training.ancestry import check_ancestors
-
-EVAL_MAX_ROWS = 256
-"""Held-out prompts of an evaluation, if the job does not say: replies are sampled to all of them."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,9 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
     """Read, cut, tokenise. Raises ConfigError if no prompt could fit or an ancestor held out otherwise (a run that is resumed only
     says so), DataError if none is left."""
     rows = load_rows(config.data, "prompt", "ppo")
-    limit = min(config.max_length or backbone.context_length, backbone.context_length)
-    notes = list(rows.warnings)
-    if limit < (config.max_length or 0):
-        notes.append(shortened_note(config.max_length or 0, limit, backbone.model.config.get_text_config()))
-    if config.response_length >= limit:
-        raise ConfigError.at(
-            "response_length",
-            "leaves no room for a prompt",
-            f"below {limit} (the model's context{rope_note(backbone.model.config.get_text_config())})",
-            str(config.response_length),
-        )
+    text = backbone.model.config.get_text_config()
+    limit, shortened = usable_length(config.max_length, backbone.context_length, text, config.response_length)
+    notes = [*rows.warnings, *shortened]
     shared, leaks = check_ancestors(rows, sources_of(config), refuse=not is_resumed)
     lines, sides, noted = [*rows.summary], [], list[str]()
     for side in (rows.train, rows.held_out[: config.data.eval_max_rows or EVAL_MAX_ROWS]):

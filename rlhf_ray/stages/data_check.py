@@ -7,12 +7,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
-from rlhf_ray.config import SFTConfig
+from rlhf_ray.config import STAGES, DPOConfig, JobFields, PPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config.defaults import EVAL_MAX_ROWS
 from rlhf_ray.data.formats import RowKind
 from rlhf_ray.data.load import load_rows
 from rlhf_ray.data.records import Row
+from rlhf_ray.data.splits import Half
 from rlhf_ray.data.templates import Template, load_template, unused_chat_template
 from rlhf_ray.data.tokenise import (
     IGNORE_INDEX,
@@ -24,71 +26,126 @@ from rlhf_ray.data.tokenise import (
     tokenise_prompts,
     tokenise_sft,
 )
+from rlhf_ray.models.context import context_length, usable_length
+from rlhf_ray.models.sources import CONFIG_ERRORS, load_error, resolve_source
 from rlhf_ray.models.tokenizer import load_tokenizer
 
-Stage = Literal["sft", "dpo", "reward", "ppo"]
+Job: TypeAlias = SFTConfig | DPOConfig | RewardConfig | PPOConfig
 Piece = tuple[str, bool]
 """A text, and whether it is learnt."""
-KINDS: dict[Stage, RowKind] = {"sft": "sft", "dpo": "preference", "reward": "preference", "ppo": "prompt"}
+READ_AS: dict[str, tuple[RowKind, Half | None]] = {
+    "sft": ("sft", None),
+    "dpo": ("preference", "reward"),
+    "reward": ("preference", "reward"),
+    "ppo": ("prompt", "ppo"),
+}
+"""Stage -> kind of its rows, and whose half of them it takes where stages are disjoint."""
 UNLIMITED = 2**30
 BAR, COLUMN = 40, 12
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 LEARNT, PLAIN = "\033[30;42m", "\033[0m"
 
 
-def check_data(config: SFTConfig, stage: Stage, shown_rows: int = 3, colour: bool = False) -> list[str]:
-    """Lines for a person. config: data, model, template and lengths; of the reward and PPO stages, what they share with SFT.
+def check_data(config: JobFields, shown_rows: int = 3, colour: bool = False) -> list[str]:
+    """Lines for a person. config: of an sft, dpo, reward or ppo job, of which data, model, template and lengths are read.
 
-    Rows that cannot be used are counted, whatever data.on_bad_row says; so are rows that are too long.   colour: ANSI colours on
-    what is learnt, else it stands between \u00ab and \u00bb; control characters of the data are escaped.   PPO's limits (context,
-    response_length, max_prompt_length) are its own: its prompts are held against a max_length only where the job sets one.
+    Rows that cannot be used are counted, whatever data.on_bad_row says; so are rows that are too long; a line says so where the job
+    stops at them.   colour: ANSI colours on what is learnt, else it stands between \u00ab and \u00bb; control characters of the
+    data are escaped.
 
     Raises DataError if no row can be used; ConfigError, ArtifactError."""
-    rows = load_rows(config.data.model_copy(update={"on_bad_row": "skip"}), KINDS[stage])
+    assert isinstance(config, (SFTConfig, DPOConfig, RewardConfig, PPOConfig))
+    stage = next(name for name, cls in STAGES.items() if type(config) is cls)
+    rows = load_rows(config.data.model_copy(update={"on_bad_row": "skip"}), *READ_AS[stage])
     tokenizer = load_tokenizer(config.model_name_or_path, config.revision)
     template = load_template(config.template, tokenizer, config.template_date, config.chat_template_kwargs)
-    limit = UNLIMITED if stage == "ppo" and "max_length" not in config.model_fields_set else config.max_length
+    limit, room, what, notes = _limits(config, tokenizer)
     too_long: TooLong = "truncate" if config.data.too_long == "truncate" else "drop"
-    whole = _tokenise(config, stage, rows.train, template, tokenizer, UNLIMITED, "stop")
-    done = _tokenise(config, stage, rows.train, template, tokenizer, limit, too_long)
+    most = config.data.eval_max_rows or EVAL_MAX_ROWS if stage == "ppo" else None
+    whole = _tokenise(config, rows.train, template, tokenizer, UNLIMITED, "stop")
+    done = _tokenise(config, rows.train, template, tokenizer, limit, too_long)
+    held = _tokenise(config, rows.held_out[:most], template, tokenizer, limit, too_long)
+    bad = rows.skipped + done.skipped.total + held.skipped.total
     lines = [
         f"{item['path']}: {item['rows']:,} rows of format {item['format']}, read for {stage} with template {config.template}"
         for item in rows.manifest
     ]
-    lines += [
-        *rows.summary,
-        *map(str, done.tallies),
-        *(f"warning: {text}" for text in (*unused_chat_template(config, tokenizer), *rows.warnings, *done.warnings)),
-    ]
-    lines = [_escaped(line) for line in lines]
-    lines += ["", *histogram([_length(example) for example in whole.examples], limit)]
+    notes += [*unused_chat_template(config, tokenizer), *rows.warnings, *done.warnings]
+    notes += [f"held out: {warning}" for warning in held.warnings]
+    notes += _stops(config, bad, done.over + held.over)
+    lines += [*rows.summary, *map(str, done.tallies), *(f"held out: {tally}" for tally in held.tallies)]
+    lines = [_escaped(line) for line in (*lines, *(f"warning: {text}" for text in notes))]
+    lines += ["", *histogram([_length(example) for example in whole.examples], room, what)]
     for example in done.examples[:shown_rows]:
         lines += ["", f"{_escaped(_where(example))}, {_length(example):,} tokens, as the model reads it"]
         lines += [_painted(pieces, colour) for pieces in _pieces(example, tokenizer)]
     return lines
 
 
+def _stops(config: Job, bad: int, over: int) -> list[str]:
+    """What ends the job that this check has only counted."""
+    data, found = config.data, list[str]()
+    if bad and data.on_bad_row == "stop":
+        found.append(
+            f"the job stops at the {bad:,} skipped rows (data.on_bad_row: stop); data.on_bad_row=skip leaves them out"
+        )
+    if over and data.too_long == "stop":
+        found.append(
+            f"the job stops at the {over:,} rows that are too long (data.too_long: stop); drop leaves them out, truncate cuts"
+        )
+    return found
+
+
+def _limits(config: Job, tokenizer: Any) -> tuple[int, int, str, list[str]]:
+    """(tokens of prompt and reply together; tokens of what is read here: in PPO, of the prompt; what sets these; warnings)."""
+    from transformers import AutoConfig
+
+    source = resolve_source(config.model_name_or_path, config.revision)
+    try:
+        text = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False).get_text_config()
+    except CONFIG_ERRORS as error:
+        raise load_error(source, error) from error
+    context = context_length(text, tokenizer)
+    reply = config.response_length if isinstance(config, PPOConfig) else None
+    limit, notes = usable_length(config.max_length, context, text, reply)
+    what = "max_length" if config.max_length == limit else "the model's context"
+    if not isinstance(config, PPOConfig):
+        return limit, limit, what, notes
+    room = limit - config.response_length
+    if config.max_prompt_length is not None and config.max_prompt_length < room:
+        return limit, config.max_prompt_length, "max_prompt_length", notes
+    return limit, room, f"{what} less response_length", notes
+
+
 def _tokenise(
-    config: SFTConfig,
-    stage: Stage,
+    config: Job,
     rows: Sequence[Row],
     template: Template,
     tokenizer: Any,
     max_length: int,
     too_long: TooLong,
 ) -> Any:
-    shared: dict[str, Any] = {"on_bad_row": "skip", "special_tokens": config.data.special_tokens, "too_long": too_long}
-    if stage == "ppo":
-        return tokenise_prompts(rows, template, tokenizer, max_length=max_length, response_length=0, **shared)
-    shared |= {"max_length": max_length, "add_eos_token": config.add_eos_token}
-    if stage in ("dpo", "reward"):
+    """max_length: UNLIMITED is for whole rows, without any other limit either."""
+    shared: dict[str, Any] = {
+        "on_bad_row": "skip",
+        "special_tokens": config.data.special_tokens,
+        "too_long": too_long,
+        "max_length": max_length,
+    }
+    if isinstance(config, PPOConfig):
+        reply, most = config.response_length, config.max_prompt_length
+        reply, most = (0, None) if max_length == UNLIMITED else (reply, most)
+        return tokenise_prompts(rows, template, tokenizer, response_length=reply, max_prompt_length=most, **shared)
+    shared |= {"add_eos_token": config.add_eos_token}
+    if not isinstance(config, SFTConfig):
         return tokenise_pairs(rows, template, tokenizer, **shared)
     turns: dict[str, Any] = {"train_on_inputs": config.train_on_inputs, "train_on_turns": config.train_on_turns}
     return tokenise_sft(rows, template, tokenizer, **shared, **turns)
 
 
-def histogram(lengths: Sequence[int], limit: int) -> list[str]:
-    """How many rows have which length, in bins of equal width up to the longest, and how many are over the limit."""
+def histogram(lengths: Sequence[int], limit: int, what: str = "max_length") -> list[str]:
+    """How many rows have which length, in bins of equal width up to the longest, and how many are over the limit, which `what`
+    sets."""
     if not lengths:
         return ["no row has a token"]
     ordered, bins = sorted(lengths), 8
@@ -97,7 +154,7 @@ def histogram(lengths: Sequence[int], limit: int) -> list[str]:
     over = sum(1 for n in ordered if n > limit)
     middle, most = ordered[len(ordered) // 2], max(counts)
     lines = [f"tokens: {ordered[0]:,} to {ordered[-1]:,}, median {middle:,}"]
-    lines[0] += f"; {over:,} over max_length {limit:,}" if limit < UNLIMITED else ""
+    lines[0] += f"; {over:,} over {what} {limit:,}"
     for i, count in enumerate(counts):
         name = f"{i * width + 1:,}-{(i + 1) * width:,}"
         lines.append(f"{name:>{COLUMN}} {'#' * -(-BAR * count // most):{BAR}} {count:,}")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rlhf_ray.cli.app import main
-from rlhf_ray.config import SFTConfig
-from rlhf_ray.errors import DataError
+from rlhf_ray.config import STAGES, SFTConfig
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.stages.data_check import check_data, histogram
 
 
@@ -35,7 +35,8 @@ def check(tiny_llama: Callable[..., Path], write_jsonl: Callable[..., str]) -> C
     ) -> list[str]:
         data = {"train": write_jsonl(rows), "held_out_fraction": 0.0, **job.pop("data", {})}
         fixed = {"output_dir": ".", "model_name_or_path": str(tiny_llama()), "template": "none", "max_length": 20}
-        return check_data(SFTConfig(**{**fixed, **job}, data=data), stage, shown, colour)
+        fixed |= {"rewards": [{"function": "none:none"}], "response_length": 4} if stage == "ppo" else {}
+        return check_data(STAGES[stage](**{**fixed, **job}, data=data), shown, colour)
 
     return made
 
@@ -49,7 +50,8 @@ def test_it_says_what_is_there_what_is_dropped_and_what_is_learnt(check: Callabl
     assert lines[1].startswith(f"3 rows: 2 train, 0 held out, 1 skipped: missing field 'completion' (first {path}:2)")
     assert lines[2] == "nothing reads id (1 rows)"
     assert lines[3] == f"1 dropped: over max_length 20 (first {path}:3, 33 tokens)"
-    assert lines[5] == "tokens: 6 to 33, median 33; 1 over max_length 20"
+    assert lines[4].startswith("warning: the job stops at the 1 skipped rows (data.on_bad_row: stop)")
+    assert lines[6] == "tokens: 6 to 33, median 33; 1 over max_length 20"
     assert lines[-2:] == [f"{path}:1, 6 tokens, as the model reads it", "<s>ab\u00abcd</s>\u00bb"]
     assert check(rows, colour=True)[-1] == "<s>ab\033[30;42mcd</s>\033[0m"
 
@@ -74,14 +76,43 @@ def test_rows_are_shown_as_the_run_reads_them(check: Callable[..., list[str]]) -
         assert any(line.startswith("1 dropped: over max_length 20") for line in lines)
 
 
-def test_prompts_of_ppo_have_no_limit_of_sft(
-    tiny_llama: Callable[..., Path], write_jsonl: Callable[..., str], check: Callable[..., list[str]]
-) -> None:
-    rows = [{"prompt": "a" * 600}]
-    job = {"output_dir": ".", "model_name_or_path": str(tiny_llama()), "template": "none"}
-    lines = check_data(SFTConfig(**job, data={"train": write_jsonl(rows), "held_out_fraction": 0.0}), "ppo")
-    assert "tokens: 601 to 601, median 601" in lines and lines[-1] == "<s>" + "a" * 600
-    assert any(line.startswith("1 dropped: over 20-0") for line in check(rows, "ppo"))
+def test_prompts_of_ppo_have_the_room_that_its_replies_leave(check: Callable[..., list[str]]) -> None:
+    """Within max_length, else the model's context (256 here), and max_prompt_length."""
+    rows = [{"prompt": "a" * n} for n in (10, 17, 110, 130)]
+    lines = check(rows, "ppo", shown=4)
+    assert "tokens: 11 to 131, median 111; 3 over max_length less response_length 16" in lines
+    assert any(line.startswith("3 dropped: over 20-4 (first") for line in lines) and lines[-1] == "<s>" + "a" * 10
+    lines = check(rows, "ppo", max_length=None, response_length=128, shown=4)
+    assert "tokens: 11 to 131, median 111; 1 over the model's context less response_length 128" in lines
+    lines = check(rows, "ppo", max_length=None, max_prompt_length=100)
+    assert "tokens: 11 to 131, median 111; 2 over max_prompt_length 100" in lines
+    with pytest.raises(ConfigError, match=r"response_length: leaves no room for a prompt; expected below 256"):
+        check(rows, "ppo", max_length=None, response_length=256)
+
+
+def test_a_model_that_reads_less_than_the_job_asks_for(check: Callable[..., list[str]]) -> None:
+    lines = check([{"prompt": "a" * 300, "completion": "b"}, {"prompt": "a", "completion": "b"}], max_length=512)
+    assert "warning: max_length 512 is over the model's context; 256 is used" in lines
+    assert "tokens: 4 to 303, median 303; 1 over the model's context 256" in lines
+
+
+def test_a_job_that_would_stop_is_told(check: Callable[..., list[str]]) -> None:
+    """Rows that cannot be used, on either side, and rows that are too long; not where the job leaves them out."""
+    rows: list[dict[str, Any]] = [{"prompt": f"p{i}", "completion": "c"} for i in range(40)]
+    bad = [*rows, {"prompt": "ab"}, {"prompt": "a" * 30, "completion": "b"}]
+    stops = "warning: the job stops at the 1 skipped rows (data.on_bad_row: stop)"
+    long = "warning: the job stops at the 1 rows that are too long (data.too_long: stop)"
+
+    def told(rows: list[dict[str, Any]], **data: Any) -> list[str]:
+        return [line for line in check(rows, data=data) if "the job stops" in line]
+
+    first, second = told(bad, too_long="stop")
+    assert first.startswith(stops) and second.startswith(long)
+    assert told(bad, on_bad_row="skip") == []
+    assert len(told(bad)) == 1 and told(rows, too_long="stop") == []
+    held = [row for row in check([*rows, *({"prompt": "a" * (30 + i), "completion": "b"} for i in range(40))],
+                                 data={"held_out_fraction": 0.5, "too_long": "stop"}) if "the job stops" in row]  # fmt: skip
+    assert held[0].startswith("warning: the job stops at the 40 rows that are too long")
 
 
 ROW = [{"prompt": "ab", "completion": "cd"}]
@@ -108,9 +139,9 @@ def test_a_chat_template_that_the_job_would_not_use_is_told(
     said = (
         "warning: template: the model has a chat template, the default is alpaca: set template=chat, or template=alpaca"
     )
-    assert said in "\n".join(check_data(SFTConfig(**job), "sft"))
+    assert said in "\n".join(check_data(SFTConfig(**job)))
     for settled in ({"template": "alpaca"}, {"template": "chat"}):
-        assert said not in "\n".join(check_data(SFTConfig(**job, **settled), "sft"))
+        assert said not in "\n".join(check_data(SFTConfig(**job, **settled)))
 
 
 def test_the_command(
@@ -122,3 +153,9 @@ def test_the_command(
     assert out[0] == f"{path}: 3 rows of format prompt_completion, read for sft with template alpaca"
     assert "### Instruction:\nab" in "\n".join(out) and out[-2:] == ["### Response:", "\u00abcd</s>\u00bb"]
     assert main(["data", "check", path, "--model", str(tiny_llama()), "max_lenght=3"]) == 2
+    capfd.readouterr()
+    room = ["response_length=64", "max_length=100", "max_prompt_length=36", "data.held_out_fraction=0"]
+    assert (
+        main(["data", "check", path, "--model", str(tiny_llama()), "--stage", "ppo", "--template", "none", *room]) == 0
+    )
+    assert "tokens: 3 to 3, median 3; 0 over max_length less response_length 36" in capfd.readouterr().out

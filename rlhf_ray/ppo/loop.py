@@ -148,6 +148,7 @@ class PPOLoop:
             collected = self.state.guards.sound(collected, 1, step, counts=False)
         metrics = held_out_metrics(collected, self.setup.confirming, self.config.eval_sampling.estimates_kl)
         self.report.roles(collected, f"evaluation at step {step}")
+        self.report.warn_if_unrewarded(collected.scores.reward, step)
         judged = metrics.get(held_out_reward(self.config.watch))
         is_best = judged is not None and self._is_near(metrics) and self.state.best.offer(step, judged)
         if is_best and self.config.load_best_model_at_end:

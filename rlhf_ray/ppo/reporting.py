@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.metrics import held_out_reward
 from rlhf_ray.ppo.setup import PPOSetup
@@ -49,7 +51,7 @@ class StepReport:
 
     def __init__(self, config: PPOConfig, session: Session, setup: PPOSetup, state: PPOState) -> None:
         self.config, self.session, self.setup, self.state = config, session, setup, state
-        self._warned_flat = False
+        self._warned_flat = self._warned_unrewarded = False
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the step's metrics and show the few worth a glance. InvariantError if one is not finite."""
@@ -93,6 +95,19 @@ class StepReport:
             self.session.console.warn(
                 f"reward std 0 at step {step}: all replies earned the same; is the reward at work?"
             )
+
+    def warn_if_unrewarded(self, reward: Tensor, step: int) -> None:
+        """Once a run: of which replies an evaluation's mean is.   reward: f32[B] of all of them, NaN where none applies."""
+        without, rows = int(reward.isnan().sum()), len(reward)
+        if not without or self._warned_unrewarded or not self.session.is_main:
+            return
+        self._warned_unrewarded = True
+        then = "eval/reward is that of the others"
+        if without == rows:
+            then = "there is no eval/reward" + (", and so no best step" if self.config.watch is None else "")
+        self.session.console.warn(
+            f"evaluation at step {step}: no reward applies to {without} of {rows} replies to held-out prompts (None): {then}"
+        )
 
     def samples(self, sampled: Sampled) -> None:
         """The first replies of the step, with their figures."""

@@ -75,15 +75,15 @@ class Guards:
     def sound(self, collected: Collected, generations: int, step: int, counts: bool = True) -> Collected:
         """`collected` without the replies whose reward or reference is not finite, nor the other replies to the same prompt.
 
-        generations: replies per prompt.  counts: whether the step counts for "in a row" (an evaluation does not). Raises
-        StopTraining if too many are bad or no reply is left, InvariantError if rewards are not of the replies they are said to be
-        of."""
+        generations: replies per prompt.  counts: whether the step counts for "in a row" (an evaluation does not, and is of the
+        replies that have a reward: those that none applies to stay). Raises StopTraining if too many are bad or no reply is left,
+        InvariantError if rewards are not of the replies they are said to be of."""
         rollout, scores = collected.rollout, collected.scores
         if not torch.equal(rollout.row_id, scores.row_id):
             raise InvariantError.at(
                 f"step {step}", "rewards are of other replies", _some(rollout.row_id), _some(scores.row_id)
             )
-        fine = _is_finite(collected)
+        fine = _is_finite(collected, needs_reward=counts)
         bad = int((~fine).sum())
         if counts:
             self.bad_rewards = self.bad_rewards + 1 if bad else 0
@@ -163,11 +163,15 @@ class Guards:
             )
 
 
-def _is_finite(collected: Collected) -> Tensor:
-    """bool[B]: the reward and the log-probabilities under the reference, and under the start, are finite."""
+def _is_finite(collected: Collected, needs_reward: bool) -> Tensor:
+    """bool[B]: the reward and the log-probabilities under the reference, and under the start, are finite.   needs_reward: false if
+    none may apply to a reply."""
     scores = collected.scores
     finite = torch.isfinite(scores.ref_logprobs) & torch.isfinite(scores.start)
-    return torch.isfinite(scores.reward) & finite.all(dim=1)
+    rewarded = torch.isfinite(scores.reward)
+    if not needs_reward:
+        rewarded |= scores.reward.isnan() & ~torch.stack([scores.reward, *scores.parts.values()]).isinf().any(dim=0)
+    return rewarded & finite.all(dim=1)
 
 
 def _some(ids: Tensor) -> str:

@@ -41,11 +41,15 @@ class HeldOut:
         return HeldOut(self.reward[mask], parts, self.k1[mask], self.k3[mask], self.length[mask], self.finished[mask])
 
     def metrics(self, estimates_kl: bool = True) -> dict[str, float]:
-        """Under the `eval/` names.   estimates_kl: false where replies are not drawn from the policy's whole distribution: the mean
-        of k1 over greedy ones, say, is not a KL, and nothing should take it for one."""
+        """Under the `eval/` names; none of a reward that applies to no reply.
+
+        estimates_kl: false where replies are not drawn from the policy's whole distribution: the mean of k1 over
+        greedy ones, say, is not a KL, and nothing should take it for one."""
+        if not len(self.reward):
+            return {"eval/rows": 0.0}
         reward = self.reward[torch.isfinite(self.reward)]
-        found = {
-            "eval/reward": float(reward.mean()),
+        found = {"eval/reward": float(reward.mean())} if len(reward) else {}
+        found |= {
             "eval/length": float(self.length.mean()),
             "eval/finished": float(self.finished.mean()),
             "eval/rows": float(len(self.reward)),

@@ -249,6 +249,33 @@ def test_several_rewards_are_told_apart_and_the_judge_decides(evaluation: Make, 
     assert m["score_difference/sft"] == pytest.approx(-sum(gaps) / 16)
 
 
+def test_a_reward_that_applies_to_some_replies_or_to_none(evaluation: Make, tmp_path: Path) -> None:
+    """None: a figure is of the replies that have one, and is left out where there is none; files say null."""
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "def some(prompts, completions, instruction, **columns):\n"
+        "    return [float(len(i)) if i.startswith('Name') else None for i in instruction]\n"
+        "def never(prompts, completions, **columns):\n    return [None] * len(prompts)\n"
+    )
+    rewards = [{"name": name, "function": f"{rule}:{name}"} for name in ("some", "never")]
+    run = evaluate(evaluation(tmp_path / "run", rewards=rewards), QUIET)
+    known = [float(len(row["instruction"])) for row in results(run) if row["instruction"].startswith("Name")]
+    assert 1 < len(known) < 16
+    assert run.metrics["reward/sft"] == run.metrics["reward/some/sft"] == pytest.approx(sum(known) / len(known))
+    assert run.metrics["reward_se/sft"] == pytest.approx(standard_error(known), rel=1e-5)
+    assert "reward/never/sft" not in run.metrics
+    for row in results(run):
+        has_one = row["instruction"].startswith("Name")
+        said = row["replies"]["sft"]
+        assert (said["reward"] is None, said["rewards"]["some"] is None) == (not has_one, not has_one)
+        assert said["rewards"]["never"] is None
+    silent = evaluate(evaluation(tmp_path / "silent", rewards=rewards[1:]), QUIET)
+    assert (
+        not any(name.startswith(("reward", "win_rate")) for name in silent.metrics) and silent.metrics["length/sft"] > 0
+    )
+    assert "NaN" not in "".join(path.read_text() for path in Path(silent.run_dir).glob("*.json*"))
+
+
 def test_without_rewards_nobody_wins(evaluation: Make, tmp_path: Path) -> None:
     run = evaluate(evaluation(tmp_path / "run", rewards=[]), QUIET)
     assert not any(name.startswith(("reward", "win_rate", "draws")) for name in run.metrics)

@@ -104,6 +104,28 @@ def test_rewards_for_some_prompts_only_and_a_watcher_that_breaks(ppo_job: Job, t
         assert row["reward/mean"] == pytest.approx(share + 1.5 * (1 - share)) and "faults/rewards_left_out" not in row
 
 
+def test_a_reward_that_applies_to_no_held_out_reply(ppo_job: Job, tmp_path: Path) -> None:
+    """The run trains on the prompts that it does apply to, says once that nothing is evaluated, and ends with its last step. It was
+    stopped before the first step."""
+    rule, said = tmp_path / "half.py", io.StringIO()
+    rule.write_text(
+        "def score(prompts, completions, **k):\n    return [None if p.startswith('Held') else float(len(c))"
+        " for p, c in zip(prompts, completions)]\n"
+    )
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(f'{{"instruction": "Held out {i}."}}\n' for i in range(4)))
+    data = {"train": ppo_job("none").data.train, "eval": str(held)}
+    rewards = [{"function": f"{rule}:score"}]
+    config = ppo_job("half", rewards=rewards, data=data, load_best_model_at_end=True, max_steps=2, eval_steps=1)
+    done = run(config, LocalConsole(file=said))
+    assert done.status == "done" and done.steps == 2
+    evaluated = [row for row in rows_of(done) if "eval/rows" in row]
+    assert [row["step"] for row in evaluated] == [0, 1, 2] and not any("eval/reward" in row for row in evaluated)
+    line = "evaluation at step 0: no reward applies to 4 of 4 replies to held-out prompts (None): there is no eval/reward, and so"
+    assert said.getvalue().replace("\n", " ").count(line) == 1
+    assert "best/step" not in done.metrics and "NaN" not in (Path(done.run_dir) / "metrics.jsonl").read_text()
+
+
 def test_a_short_run_leaves_its_result_and_its_last_step(ppo_job: Job) -> None:
     """F31 and F7, no final save: the ancestors saved every 100 steps and not at the end; 3 steps left nothing."""
     done = run(ppo_job("short", save_steps=100, eval_steps=100))

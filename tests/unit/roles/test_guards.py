@@ -51,6 +51,18 @@ class TestRewards:
         assert found.rollout.tokens[:, 0].tolist() == [4 * i for i in left]
         assert found.faults == {"faults/rewards_left_out": 2.0}
 
+    def test_an_evaluation_keeps_replies_that_no_reward_applies_to(self) -> None:
+        """And still leaves out, or stops at, those whose reward is broken."""
+        unasked = torch.full((40,), math.nan)
+        given = collected(reward=unasked, parts={"mine": unasked.clone()})
+        assert Guards().sound(given, 1, 0, counts=False) is given
+        with pytest.raises(StopTraining, match="no reward applies"):
+            Guards().sound(given, 1, 1)
+        broken = unasked.clone()
+        broken[7] = math.inf  # of one reward; the other one has its opposite, and the sum is NaN
+        found = Guards().sound(collected(reward=unasked, parts={"mine": broken}), 1, 0, counts=False)
+        assert found.rollout.row_id.tolist() == [i for i in range(40) if i != 7]
+
     def test_replies_that_are_compared_with_each_other_go_together(self) -> None:
         found = Guards().sound(collected(bad=(5,)), 4, 1)
         assert found.rollout.row_id.tolist() == [0, 1, 2, 3, *range(8, 40)]

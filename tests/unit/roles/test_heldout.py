@@ -58,3 +58,15 @@ def test_a_half_whose_replies_were_all_left_out_is_not_told() -> None:
 def test_replies_that_are_not_drawn_from_the_whole_distribution_have_no_kl() -> None:
     found = held_out_metrics(collected([0, 2], [1.0, 3.0]), [True, False, False], False)
     assert "eval/confirm/reward" in found and not [name for name in found if "kl" in name]
+
+
+def test_a_reward_that_applies_to_no_reply_has_no_metric() -> None:
+    """NaN stopped the run as soon as it was written; of some of the replies the mean is theirs."""
+    found = held_out_metrics(collected([0, 1], [math.nan, math.nan]), [], True)
+    assert not [name for name in found if "reward" in name] and found["eval/rows"] == 2.0
+    found = held_out_metrics(collected([0, 1, 2], [math.nan, 1.0, 3.0]), [], True)
+    assert (found["eval/reward"], found["eval/reward/judge"], found["eval/rows"]) == (2.0, 20.0, 3.0)
+    assert found["eval/reward_se"] == pytest.approx(1.0)  # of 1 and 3
+    found = held_out_metrics(collected([1], [2.0]), [False, True], True)  # all that choose were left out
+    assert found["eval/confirm/reward"] == 2.0 and found["eval/rows"] == 0.0 and "eval/reward" not in found
+    assert all(math.isfinite(value) for value in found.values())

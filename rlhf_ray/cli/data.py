@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,7 +36,7 @@ def check(
     from rlhf_ray.config.load import load_dict
     from rlhf_ray.config.pipeline import STAGES
 
-    values = {"output_dir": ".", "model_name_or_path": model, "data": {"train": file}}
+    values: dict[str, Any] = {"output_dir": ".", "model_name_or_path": model, "data": {"train": file}}
     if stage == "ppo":
         values["rewards"] = [{"function": "none:none"}]  # a job has one; its data are read without asking it
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

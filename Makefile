@@ -15,7 +15,7 @@ PREFERENCES       ?= $(DATA)/pref_comparison_gpt4_1095.jsonl.gz
 JUDGE_PREFERENCES ?= $(DATA)/pref_hh_helpful_base_test.jsonl.gz
 REAL   ?= runs/smollm2
 
-.PHONY: install demo real test test-long test-unit test-vllm chaos bad-inputs families check bench clients clean
+.PHONY: install demo real test test-long test-unit test-vllm chaos bad-inputs families inputs check bench clients clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -86,6 +86,10 @@ bad-inputs: install
 # rlhf_ray/models/README.md. What stands in benchmarks/results/families.jsonl is not done again.
 families: install
 	$(BIN)/python tests/families.py
+
+# Every folder of `inputs` beside the shared data (cases from public reports), ten minutes of a core; writes the table of tests/README.md.
+inputs: install
+	$(BIN)/python -m tests.shared_inputs
 
 check: install
 	$(BIN)/ruff format --check .

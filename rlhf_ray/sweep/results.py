@@ -7,7 +7,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,11 @@ class TrialOutcome:
         return self.last.get(LENGTH, math.nan) / before if before else math.nan
 
 
+def of_replies(metrics: Container[str]) -> bool:
+    """Whether these are an evaluation's of PPO, also where what is maximised applies to none of its replies."""
+    return "eval/reward" in metrics or LENGTH in metrics
+
+
 def failure_file(trial: Trial) -> Path:
     return trial.folder.with_name(f"{trial.id}.failure.json")
 
@@ -52,7 +57,7 @@ def failure_file(trial: Trial) -> Path:
 def outcome_of(trial: Trial, stopped: str = "") -> TrialOutcome:
     """stopped: why the sweep ended it early, if it did."""
     rows = read_metrics(trial.folder / "metrics.jsonl") if (trial.folder / "metrics.jsonl").is_file() else []
-    evaluations = [row for row in rows if "eval/reward" in row or "eval/loss" in row]
+    evaluations = [row for row in rows if of_replies(row) or "eval/loss" in row]
     run = open_run(trial.folder, verify=False) if is_run(trial.folder) else None
     done = run is not None and run.manifest()["status"] == "done"
     found = evaluated(trial.folder) if done and trial.is_evaluated else ({}, {})

@@ -20,7 +20,7 @@ from rlhf_ray.metrics import read_metrics
 from rlhf_ray.runtime.session import enter
 from rlhf_ray.stages.start import dpo, evaluate, ppo
 from rlhf_ray.storage.files import atomic_write_json
-from rlhf_ray.sweep.results import K1, LENGTH, failure_file, outcome_of
+from rlhf_ray.sweep.results import K1, LENGTH, failure_file, of_replies, outcome_of
 from rlhf_ray.sweep.trials import Trial, TrialJob, evaluation_of, job_of, trial_of
 
 J = TypeVar("J", bound=JobFields)
@@ -46,7 +46,7 @@ class TrialConsole(Console):
             return
         step, values = event["step"], event["values"]
         self._first = self._first or step
-        if step > 0 and "eval/reward" in values:
+        if step > 0 and of_replies(values):
             self.tell(step, values)
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:
@@ -63,7 +63,7 @@ class TrialConsole(Console):
     def _told_before(self, step: int) -> int:
         """Evaluations of earlier starts, before `step`: schedulers compare trials after equally many."""
         rows = read_metrics(self._metrics) if self._metrics.is_file() else []
-        return sum(0 < row["step"] < step and "eval/reward" in row for row in rows)
+        return sum(0 < row["step"] < step and of_replies(row) for row in rows)
 
 
 def run_trial(config: SweepConfig, params: dict[str, Any], in_process: bool, threads: int, folder: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import SweepConfig
+from rlhf_ray.errors import InvariantError
 from rlhf_ray.sweep.bases import Placed, _Alone
 from rlhf_ray.sweep.trial import TrialConsole
 from rlhf_ray.sweep.tuning import scheduler_of
@@ -40,6 +41,19 @@ def train(folder: Path, steps: range, report: Callable[[dict[str, Any]], None]) 
             file.write(json.dumps({"step": step, **values}) + "\n")
             file.flush()
             console.emit({"kind": "metrics", "step": step, "values": values})
+
+
+def test_an_evaluation_without_the_reward_that_is_maximised_is_one(tmp_path: Path) -> None:
+    """It applies to no held-out reply: a trial is judged by another reward, or ends saying that it cannot be judged."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval/length": 9.0, "eval/reward/gold": 0.5}\n')
+    told: list[dict[str, Any]] = []
+    event = {"kind": "metrics", "step": 4, "values": {"eval/length": 8.0, "eval/reward/gold": 0.7}}
+    TrialConsole("eval/reward/gold", 8, told.append, tmp_path).emit(event)
+    assert [(row["score"], row["step"], row["evaluation"]) for row in told] == [(0.7, 4, 2)]
+    with pytest.raises(
+        InvariantError, match="metric: is never reported in this job; expected eval/length, eval/reward/gold"
+    ):
+        TrialConsole("eval/reward", 8, told.append, tmp_path).emit(event)
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median_stopping"])

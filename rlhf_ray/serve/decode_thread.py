@@ -6,7 +6,8 @@ callback, all together. Rows that wait for a place take turns (fair_queue.py). A
 beside the model (models/adapter_pool.py), where nothing that is in use changes; this thread alone lets them go.
 
 A row that breaks fails alone. Logits that are not finite end their row; where a step raises, the rows that had not been through one
-yet take theirs one by one, what raises again is refused, and all others go on behind the tokens that they have.
+yet take theirs one by one (if it is none of them, all do), what raises again is refused, and all others go on behind the tokens
+that they have.
 """
 
 from __future__ import annotations
@@ -348,9 +349,26 @@ class DecodeThread:
             time.sleep(0.01)
 
     def _go_on_without_what_fails(self) -> None:
-        """The suspects (rows without a step so far; if there are none, all) take a step alone; what raises again has failed."""
+        """The suspects take a step alone; what raises again has failed. First the rows without a step so far; the others too, where
+        it was none of those, or not those alone. So a step that raises always finds its rows, whoever comes meanwhile."""
         self._by_id.clear()
-        suspects = [row for row in self._rows.values() if not row.proven] or list(self._rows.values())
+        tried = [row for row in self._rows.values() if not row.proven]
+        others = [row for row in self._rows.values() if row.proven]
+        failed = self._try_alone(tried)
+        if not failed or self.failures > 1:
+            failed += self._try_alone(others)
+            tried += others
+        if 0 < failed < len(tried):
+            self.failures = 0  # what stepped shows that it was those rows, and not the engine
+        for row in list(self._rows.values()):
+            try:
+                self._submit(row)
+            except RlhfRayError as error:  # this thread must outlive whatever a row asks for
+                self._fail_alone(row, error)
+
+    def _try_alone(self, suspects: Sequence[_Row]) -> int:
+        """Each of these takes a step by itself, and leaves the sampler; how many failed."""
+        failed = 0
         for row in suspects:
             try:
                 self._submit(row)
@@ -358,6 +376,7 @@ class DecodeThread:
                     while not (events := self.sampler.step()):
                         pass
             except Exception as error:
+                failed += 1
                 self._by_id.clear()
                 self._fail_alone(row, error)
             else:
@@ -365,11 +384,7 @@ class DecodeThread:
                 if row.ticket in self._rows:
                     self.sampler.cancel(row.request_id)
                     del self._by_id[row.request_id]
-        for row in list(self._rows.values()):
-            try:
-                self._submit(row)
-            except RlhfRayError as error:  # this thread must outlive whatever a row asks for
-                self._fail_alone(row, error)
+        return failed
 
     def _fail_alone(self, row: _Row, error: Exception) -> None:
         log.error("a row failed alone, under adapter %s", row.request.adapter, exc_info=error)

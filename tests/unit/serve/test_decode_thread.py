@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -18,11 +20,14 @@ from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.models.adapters import wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.sampler.engine import Sampler
-from rlhf_ray.sampler.requests import DecodeRequest
+from rlhf_ray.sampler.logits import LogitsOptions
+from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest
 from rlhf_ray.serve.adapter_cache import AdapterCache
 from rlhf_ray.serve.decode_thread import DecodedToken, DecodeThread
+from rlhf_ray.serve.openai_types import SamplingParams
 
 from .conftest import load_tiny
+from .edges import numeric_fields
 
 
 class Sink:
@@ -223,12 +228,74 @@ def test_a_row_that_cannot_be_submitted_again_does_not_end_the_thread(
     assert engine.alive
 
 
-EDGES = {
-    "top_p": (5e-324, 1e-50, 1.4e-45, 1.2e-38, 1e-7, 0.99999999, 1.0),
-    "temperature": (0.01, 0.011, 99.9, 100.0),
-    "top_k": (0, 1, 10**6, 2**31 - 1, 2**63 - 1),
+@pytest.mark.parametrize("who", ["one that was there", "all that come"])
+def test_rows_that_break_every_step_fail_alone_whoever_comes_meanwhile(
+    engine: DecodeThread, sink: Sink, monkeypatch: pytest.MonkeyPatch, base_dir: Path, who: str
+) -> None:
+    """With a newcomer before each retry newcomers alone were suspected; after the third step that raised all rows were failed."""
+    there = [request(None, seed, new=40) for seed in range(3)]
+    come = [request(None, seed, new=5) for seed in range(10, 13)]
+    bad = {0} if who == "one that was there" else {10, 11, 12}
+    expected = {r.row_seed: alone(base_dir, None, r) for r in (*there, *come)}
+    sampler, step, feed, left = engine.sampler, engine.sampler.step, engine._feed, list(come)
+    assert isinstance(sampler, Sampler)
+    begun, tickets = threading.Event(), dict[int, int]()
+
+    def breaks() -> list[DecodeEvent]:
+        held = (*sampler._waiting, *sampler._staged, *sampler._rows)
+        if begun.is_set() and any(row.end is None and row.request.row_seed in bad for row in held):
+            sampler._clear()
+            raise RuntimeError("a fault of one row")
+        return step()
+
+    def crowded() -> None:
+        if engine._rows and all(len(row.tokens) >= 3 for row in engine._rows.values()):
+            begun.set()
+        if begun.is_set() and left:
+            newcomer = left.pop(0)
+            tickets[newcomer.row_seed] = engine.submit(newcomer)
+            engine._admit_pending()
+        feed()
+
+    monkeypatch.setattr(sampler, "step", breaks)
+    monkeypatch.setattr(engine, "_feed", crowded)
+    engine.call(lambda model: tickets.update((r.row_seed, engine.submit(r)) for r in there)).result(60)  # all at once
+    found = {seed: sink.wait(tickets[seed]) for seed in (0, 1, 2)}
+    found |= {seed: sink.wait(tickets[seed]) for seed in (10, 11, 12)}
+    assert {seed for seed, tokens in found.items() if tokens[-1].end == "error"} == bad
+    assert all(tuple(t.token_id for t in found[seed]) == expected[seed] for seed in found.keys() - bad)
+    assert engine.failures == 0
+
+
+ASKED = numeric_fields(SamplingParams)
+EDGES: dict[str, Sequence[Any]] = {
+    **{
+        name: [number.wrap(x) for x in number.values() if number.allows(x)]
+        for name, (number,) in ASKED.items()
+        if name in {*DecodeRequest.__annotations__, *LogitsOptions.__annotations__} and name != "temperature"
+    },
+    "temperature": (0.01, math.nextafter(0.01, 1), 0.011, 99.9, math.nextafter(100, 0), 100.0),
     "row_seed": (-(2**63), -1, 0, 2**63 - 1),
+    "max_new_tokens": (1, 2),
+    "top_logprobs": (0, 1, 20),
 }
+EDGES["top_k"] = [*(x for x in EDGES["top_k"] if x >= 0), 2**31 - 1, 2**63 - 1]
+"""What the API allows of each number of a request to the sampler, at the edges of float32 and of its bounds; -1 stays there."""
+
+
+def decode_requests(name: str, values: Sequence[Any]) -> list[DecodeRequest]:
+    if name in LogitsOptions.__annotations__:
+        wrapped = ({name: tuple((int(i), b) for i, b in x.items()) if isinstance(x, dict) else x} for x in values)
+        fields: list[dict[str, Any]] = [{"logits": LogitsOptions(**asked)} for asked in wrapped]
+    else:
+        fields = [{name: x} for x in values]
+    return [request(None, i, new=4, **asked) for i, asked in enumerate(fields)]
+
+
+def test_every_number_of_a_decode_request_has_its_edges() -> None:
+    hints = get_type_hints(DecodeRequest) | get_type_hints(LogitsOptions)
+    assert {name for name, hint in hints.items() if hint in (int, float)} | {"logit_bias"} == EDGES.keys()
+    assert all(len(values) > 1 for values in EDGES.values())
 
 
 def test_numbers_at_the_edge_of_float32_hurt_nobody(engine: DecodeThread, sink: Sink, base_dir: Path) -> None:
@@ -236,8 +303,8 @@ def test_numbers_at_the_edge_of_float32_hurt_nobody(engine: DecodeThread, sink: 
     innocent = request(None, seed=1, new=200, top_p=0.9)
     expected = alone(base_dir, None, innocent)
     ticket = engine.submit(innocent)
-    asked = [request(None, i, new=4, **{name: x}) for name, xs in EDGES.items() for i, x in enumerate(xs)]
-    edges = [sink.wait(engine.submit(r)) for r in asked]
+    asked = [r for name, values in EDGES.items() for r in decode_requests(name, values)]
+    edges = [sink.wait(ticket) for ticket in [engine.submit(r) for r in asked]]
     assert [tokens[-1].end for tokens in edges] == ["length"] * len(asked)
     assert tuple(t.token_id for t in sink.wait(ticket)) == expected
     assert engine.failures == 0

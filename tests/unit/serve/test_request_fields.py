@@ -11,8 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
+
+from rlhf_ray.serve.api_errors import ApiError
+from rlhf_ray.serve.openai_types import ChatRequest, CompareRequest, CompletionRequest
+from rlhf_ray.serve.request_body import parse_body
 
 from .conftest import LiveService
+from .edges import numeric_fields, told_numeric
 from .test_http import HELLO, chat, client, send
 
 MakeLive = Callable[..., LiveService]
@@ -82,27 +88,87 @@ def test_requests_with_and_without_fields_in_one_batch_are_as_alone(live: MakeLi
     assert alone == together
 
 
-EDGES: list[dict[str, Any]] = [
-    {"temperature": 1e-300},
-    {"top_p": 5e-324},
-    {"min_p": 5e-324},
+TOGETHER: list[dict[str, Any]] = [
     {"presence_penalty": 5e-324, "frequency_penalty": -5e-324},
     {"repetition_penalty": 0.01, "temperature": 0.01, "presence_penalty": 2, "frequency_penalty": -2},
     {"repetition_penalty": 100, "temperature": 2},
     {"logit_bias": {str(i): -100 for i in range(250)}, "temperature": 0.01},
     {"top_k": 1_000_000, "top_p": 1 - 1e-16, "min_p": 1 - 1e-16},
 ]
+NOT_BY_TYPE = frozenset(
+    ("max_tokens", "max_completion_tokens", "n", "best_of", "min_tokens", "length_penalty", "stop_token_ids", "prompt")
+)
+"""Bounded by the service's limits, the model's vocabulary or each other: what their types allow is answered 200 or 400."""
+BESIDE: dict[str, dict[str, Any]] = {"top_logprobs": {"logprobs": True}}
+"""What a field needs beside it."""
+
+
+def body_of(model: type[BaseModel], name: str, value: Any) -> dict[str, Any]:
+    asked: dict[str, Any] = {"model": "one", "max_tokens": 3, **BESIDE.get(name, {})}
+    asked |= {"messages": HELLO} if model is ChatRequest else {"prompt": "Name a bird."}
+    if name == "max_completion_tokens":
+        del asked["max_tokens"]
+    return {**asked, name: value}
+
+
+def cases(model: type[BaseModel], inside: bool) -> list[tuple[str, dict[str, Any]]]:
+    """(field, body) for every numeric field of `model`, with values that its type allows, or does not."""
+    return [
+        (name, body_of(model, name, number.wrap(value)))
+        for name, own in numeric_fields(model).items()
+        for number in own
+        for value in number.values()
+        if number.allows(value) is inside
+    ]
+
+
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, CompareRequest])
+def test_every_numeric_field_has_its_edges(model: type[BaseModel]) -> None:
+    """By the JSON schema of the request, which is another account of its types than the one that the cases come from."""
+    schema = model.model_json_schema()
+    told = {name for name, part in schema["properties"].items() if told_numeric(part)}
+    assert told == numeric_fields(model).keys() and {"temperature", "top_k", "logit_bias", "seed"} <= told
+    inner = {
+        (name, field)
+        for name, part in schema["$defs"].items()
+        for field, own in part.get("properties", {}).items()
+        if told_numeric(own)
+    }
+    assert inner <= {("ToolCall", "index")}, "a number within a field: this one is not read"
+    assert {name for name, _ in cases(model, True)} == told
+    bounded = {name for name, own in numeric_fields(model).items() if any(number.bounds for number in own)}
+    assert {name for name, _ in cases(model, False)} == bounded
+
+
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
+def test_numbers_beyond_the_bounds_of_their_field_are_refused(model: type[BaseModel]) -> None:
+    for name, body in cases(model, inside=False):
+        with pytest.raises(ApiError) as caught:
+            parse_body(json.dumps(body).encode(), model)
+        assert caught.value.status == 400 and (caught.value.param or "").partition(".")[0] == name, body
 
 
 def test_fields_at_the_edges_of_float32_fail_nobody_in_the_batch(live: MakeLive) -> None:
     service = live()
     innocent = {"seed": 5}
     right = complete(service, **innocent)["choices"]
+    own = set(ChatRequest.model_fields) - set(CompletionRequest.model_fields)
+    asked = [("/v1/completions", name, body) for name, body in cases(CompletionRequest, inside=True)]
+    asked += [("/v1/chat/completions", name, body) for name, body in cases(ChatRequest, inside=True) if name in own]
+    asked += [("/v1/completions", "", {**ASKED, **fields}) for fields in TOGETHER]
     with ThreadPoolExecutor(8) as pool:
-        edges = [pool.submit(send, service, "POST", "/v1/completions", {**ASKED, **fields}) for fields in EDGES]
+        edges = [pool.submit(send, service, "POST", path, body) for path, _, body in asked]
         others = [pool.submit(complete, service, **innocent) for _ in range(8)]
-        assert [(f, done.result()[0]) for f, done in zip(EDGES, edges)] == [(f, 200) for f in EDGES]
+        statuses = [done.result()[0] for done in edges]
         assert all(done.result()["choices"] == right for done in others)
+    wrong = [
+        (body, status)
+        for (_, name, body), status in zip(asked, statuses)
+        if status not in ((200, 400) if name in NOT_BY_TYPE else (200,))
+    ]
+    assert wrong == [] and service.replica.engine.failures == 0
+    for name in NOT_BY_TYPE - {"length_penalty", "prompt"}:
+        assert 200 in {status for (_, field, _), status in zip(asked, statuses) if field == name}, name
 
 
 def test_log_probabilities_are_the_models_own_whatever_is_done_to_its_logits(live: MakeLive, base_dir: Path) -> None:
@@ -297,8 +363,6 @@ def test_pages_of_allowed_origins_may_use_the_service(live: MakeLive) -> None:
 
 def test_the_openapi_document_names_every_route_and_field(live: MakeLive) -> None:
     """Answers are checked against it by schemathesis (tests/clients.py)."""
-    from rlhf_ray.serve.openai_types import ChatRequest, CompletionRequest
-
     service = live()
     document = send(service, "GET", "/openapi.json")[2]
     routes = {(r.path.replace(":path", ""), m) for r in service.api.app.app.routes for m in r.methods}  # type: ignore[attr-defined]

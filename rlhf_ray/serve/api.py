@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from rlhf_ray.config.serve import ServeConfig
+from rlhf_ray.serve.admission import max_requests
 from rlhf_ray.serve.api_errors import ApiError, internal_error, model_not_found
 from rlhf_ray.serve.api_keys import ApiKeys
 from rlhf_ray.serve.generation import GenerationRequest
@@ -35,6 +36,10 @@ from rlhf_ray.serve.score import ROWS_PER_PASS, ScoreRequest
 
 log = logging.getLogger(__name__)
 
+TAKES_TURNS = frozenset({"/v1/score"})
+"""Routes whose requests wait, where others are answered 429, until their key has room: a training job sends several batches at a
+time, and must not end because its key may have few rows."""
+
 
 class HttpApi:
     """`app` is the ASGI application."""
@@ -51,7 +56,7 @@ class HttpApi:
         self.tie_log = RequestLog(folder / TIE_LOG, durable=True)
         self.page = Page()
         self.idempotency = IdempotencyCache()
-        self.usage = KeyUsage(self.limits.retry_after_s)
+        self.usage = KeyUsage(self.limits.retry_after_s, max(max_requests(config) // 4, 4))
         self._listed: tuple[Any, bytes] | None = None  # what the backend gave, and all of it as JSON
         info = InfoRoutes(config, backend)
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -173,7 +178,7 @@ class HttpApi:
         context.require_access(*await self._reward_models(context, request.model or True))
         key, rows = context.key, min(len(request.prompts), ROWS_PER_PASS)
         if key is not None:  # rows take turns: who may have fewer at a time is not refused for that
-            self._count_rows(context, min(rows, key.max_concurrent or rows))
+            context.rows += self.usage.begin_some(key, rows - context.rows)
         try:
             found = await self.backend.score(request, "" if key is None else key.name)
         except (
@@ -310,7 +315,12 @@ class HttpApi:
             try:
                 if self.keys is not None:
                     key = self.keys.authenticate(request.headers.get("authorization"))
-                    self.usage.begin(key, 1)
+                    if path in TAKES_TURNS:
+                        await self.usage.wait(
+                            key, self.limits.request_timeout_s / 2
+                        )  # the other half is for the answer
+                    else:
+                        self.usage.begin(key, 1)
                     context.key, context.rows = key, 1
                 response = await handler(context)
                 status = response.status_code

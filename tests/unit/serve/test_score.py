@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from rlhf_ray.data.records import Prompt, Row
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.rewards.build import request_limits
 from rlhf_ray.rewards.http_client import HttpClient, credentials
-from rlhf_ray.rewards.http_reward import HttpReward
+from rlhf_ray.rewards.http_reward import HttpReward, make_http_reward
 from rlhf_ray.rewards.judge_usage import JudgeUsage
 from rlhf_ray.rewards.llm_judge import LLMJudge, read_completion, read_refusal
 from rlhf_ray.rewards.protocol import RewardInputs, Texts
@@ -227,6 +228,29 @@ def test_it_keeps_the_limits_of_a_key(
     while service.api.usage._tokens["ppo"][0] > 0:
         assert ask()[0] == 200
     assert ask()[0] == 429 and not service.api.usage.rows
+
+
+def test_a_job_at_its_defaults_scores_with_a_key_that_may_have_few_rows(
+    live: MakeLive, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first request took all that the key may have, the three beside it got 429, and after five tries the job ended."""
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    monkeypatch.setenv("SCORE_KEY", add_key(file, "ppo", max_concurrent=4))
+    service = live(api_keys=str(file), limits={"max_waiting_rows": 1})
+    scored, at_once = score_module._pass, list[int]()
+
+    def slow(*given: Any) -> list[float]:
+        at_once.append(service.api.usage.rows["ppo"])
+        time.sleep(0.05)
+        return scored(*given)
+
+    monkeypatch.setattr(score_module, "_pass", slow)
+    source = RewardSource(name="rm", url=f"{service.url}/v1/score?model=judge", api_key_env="SCORE_KEY")
+    reward = make_http_reward(source, None, service.replica.backbone.identity.tokenizer_sha256)
+    assert (reward.batch_size, reward.client.concurrency, reward.client.max_retries) == (64, 4, 5)
+    assert reward.score(sampled(256)).isfinite().all()
+    assert reward.client.retries == 0 and len(at_once) == 16 and max(at_once) <= 4
+    assert not service.api.usage.rows
 
 
 def test_a_judge_asks_this_service_as_any_other(live: MakeLive, tmp_path: Path) -> None:

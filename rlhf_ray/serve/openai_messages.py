@@ -83,8 +83,8 @@ class ToolCall(StrictModel):
 
 
 class ChatMessage(StrictModel):
-    """name of a tool: given to the chat template; any other is accepted and ignored, and so is the assistant's reasoning, which
-    chat templates leave out of earlier turns.
+    """name of a tool, and the assistant's reasoning: given to the chat template, which writes what the model is to read again (what
+    it thought between two calls of tools, say). Any other name is accepted and ignored.
 
     content: None, or none at all, of an assistant who said nothing."""
 
@@ -124,9 +124,8 @@ class ChatMessage(StrictModel):
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.tool_calls:
             found["tool_calls"] = [call.to_dict() for call in self.tool_calls]
-        if self.role == "tool":
-            found |= {k: v for k in ("tool_call_id", "name") if (v := getattr(self, k))}
-        return found
+        names = {"assistant": ("reasoning_content", "reasoning"), "tool": ("tool_call_id", "name")}.get(self.role, ())
+        return found | {name: value for name in names if (value := getattr(self, name))}
 
 
 Messages = Annotated[list[ChatMessage], Field(max_length=MAX_LIST, fail_fast=True)]

@@ -4,7 +4,8 @@
 - llama3_json (Llama 3.1 and later): a reply that is {"name": ..., "parameters": {...}}, several with a semicolon between;
 - mistral: [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...], or [TOOL_CALLS]name{...} as of tokenizer version 11.
 
-What looks like a call and is none is text, as the model wrote it.
+Behind a mark a function without arguments is called with none, {}; JSON without a mark is a call only with them. What looks like a
+call and is none is text, as the model wrote it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ class ToolCallReader:
         elif self._kind == "hermes" and self._within:
             yield from self._call_or_text(_calls(held), f"<tool_call>{held}")
         elif self._kind in ("llama3_json", "required") and not self._is_text:
-            yield from self._call_or_text(_calls(held.strip().removeprefix("<|python_tag|>")), held)
+            (tag,), text = MARKERS["llama3_json"], held.strip()
+            is_marked = self._kind == "required" or text.startswith(tag)
+            yield from self._call_or_text(_calls(text.removeprefix(tag), is_marked), held)
         else:
             yield from self._say(held)
 
@@ -142,8 +145,10 @@ class ToolCallReader:
             yield {"content": text}
 
 
-def _calls(text: str) -> list[Call] | None:
-    """Of one JSON object, a JSON list of them, or several with semicolons between; None if it is anything else."""
+def _calls(text: str, is_marked: bool = True) -> list[Call] | None:
+    """Of one JSON object, a JSON list of them, or several with semicolons between; None if it is anything else.
+
+    is_marked: what stands there says that it is a call, and may leave out the arguments."""
     found, at = list[Any](), 0
     text = text.strip()
     try:
@@ -155,14 +160,17 @@ def _calls(text: str) -> list[Call] | None:
         check_utf8(found)
     except (ValueError, RecursionError):
         return None
-    calls = [_call_of(value) for value in found]
+    calls = [_call_of(value, is_marked) for value in found]
     return None if not calls or None in calls else [call for call in calls if call is not None]
 
 
-def _call_of(value: Any) -> Call | None:
+def _call_of(value: Any, is_marked: bool) -> Call | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
-    arguments = value.get("arguments", value.get("parameters"))  # without them it is some JSON that has a name
+    given = (value[key] for key in ("arguments", "parameters") if value.get(key) is not None)
+    arguments = next(given, None)
+    if arguments is None and is_marked:  # without a mark it is some JSON that has a name
+        return value["name"], "{}"
     if isinstance(arguments, str):
         return value["name"], arguments
     return (value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None

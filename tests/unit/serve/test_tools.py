@@ -32,7 +32,8 @@ TOOL = {"type": "function", "function": {"name": "get_weather", "description": "
 OTHER = {"type": "function", "function": {"name": "get_time"}}
 ASKED = [{"role": "user", "content": "The weather in Rome?"}]
 TEMPLATE = """{%- if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>
-{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}{% for c in m.tool_calls %}
+{% endif %}{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}
+{{- m.content }}{% if m.tool_calls %}{% for c in m.tool_calls %}
 {"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}{% endfor %}{% endif %}
 {% endfor %}{% if style %}[{{ style }}]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}
 {#- <|start_header_id|> #}"""
@@ -48,6 +49,9 @@ WRITTEN: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         [("get_weather", {"city": "Rome"})] * 2,
     ),
     ("hermes", f"<tool_call>{CALL}", "", [("get_weather", {"city": "Rome"})]),  # the end mark is a stop token
+    ("hermes", '<tool_call>{"name": "get_time"}</tool_call>', "", [("get_time", {})]),  # were text: no arguments
+    ("hermes", '<tool_call>{"name": "get_time", "arguments": null}', "", [("get_time", {})]),
+    ("hermes", '<tool_call>{"age": 30}</tool_call>', '<tool_call>{"age": 30}</tool_call>', []),
     ("hermes", "<tool_call>{broken</tool_call> so", "<tool_call>{broken</tool_call> so", []),
     ("hermes", "1 < 2 and <tool", "1 < 2 and <tool", []),
     ("llama3_json", LLAMA, "", [("get_weather", {"city": "Rome"})]),
@@ -56,6 +60,7 @@ WRITTEN: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("llama3_json", '{"name": "Ann", "age": 30}', '{"name": "Ann", "age": 30}', []),
     ("llama3_json", '{"name": "Ann", "parameters": {}}', '{"name": "Ann", "parameters": {}}', []),
     ("llama3_json", '{"name": "get_time"}', '{"name": "get_time"}', []),
+    ("llama3_json", '<|python_tag|>{"name": "get_time"}', "", [("get_time", {})]),
     *(
         ("hermes", f"<tool_call>{call}</tool_call>", f"<tool_call>{call}</tool_call>", [])
         for call in (CALL.replace('"Rome"', value) for value in ("NaN", "-Infinity", "1e999", '"\\ud800"'))
@@ -65,6 +70,13 @@ WRITTEN: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("mistral", f"[TOOL_CALLS][{CALL}, {CALL}]", "", [("get_weather", {"city": "Rome"})] * 2),
     ("mistral", 'Yes.[TOOL_CALLS]get_weather[ARGS]{"city": "Rome"}', "Yes.", [("get_weather", {"city": "Rome"})]),
     ("mistral", 'x[TOOL_CALLS]a{"b": 1}[TOOL_CALLS]c{}', "x", [("a", {"b": 1}), ("c", {})]),
+    ("mistral", '[TOOL_CALLS][{"name": "get_time"}]', "", [("get_time", {})]),
+    (
+        "mistral",
+        f'[TOOL_CALLS][{CALL}, {{"name": "get_time"}}]',
+        "",
+        [("get_weather", {"city": "Rome"}), ("get_time", {})],
+    ),
     ("mistral", "[TOOL_CALLS]nonsense", "[TOOL_CALLS]nonsense", []),
     ("required", f"[{LLAMA}]", "", [("get_weather", {"city": "Rome"})]),
     ("required", f"[{LLAMA[:20]}", f"[{LLAMA[:20]}", []),  # cut off
@@ -152,6 +164,25 @@ def test_the_template_is_given_tools_variables_and_the_calls_of_earlier_turns(se
     ):
         assert chat(service, messages=wrong)[0] == 400
     assert chat(service, messages=ASKED, chat_template_kwargs={"messages": []})[0] == 400
+
+
+def test_the_template_is_given_the_reasoning_of_earlier_turns(service: LiveService) -> None:
+    """It was taken and dropped: a model that reasons between two calls of tools did not read what it had thought."""
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+    answer = {"role": "tool", "tool_call_id": "c1", "content": "Sunny."}
+
+    def turns(**said: Any) -> list[dict[str, Any]]:
+        return [*ASKED, {"role": "assistant", "content": None, "tool_calls": [call], **said}, answer]
+
+    plain = prompt_of(service, messages=turns(), tools=[TOOL])
+    thought = prompt_of(service, messages=turns(reasoning_content="First Rome."), tools=[TOOL])
+    assert thought == plain.replace("<assistant>", "<assistant><think>First Rome.</think>", 1)
+    assert "<think>" not in plain and prompt_of(service, messages=turns(reasoning_content=""), tools=[TOOL]) == plain
+    spelled = {"messages": turns(reasoning_content="</s>"), "tools": [TOOL]}
+    assert not {0, 1, 2} & set(send(service, "POST", "/tokenize", spelled)[2]["tokens"][1:])
+    assert chat(service, messages=turns(reasoning_content="First Rome."), tools=[TOOL], max_tokens=3)[0] == 200
+    row = {"messages": turns(reasoning_content="First Rome."), "chosen": "Sun.", "rejected": "Rain."}
+    assert send(service, "POST", "/v1/preferences", row)[0] == 200
 
 
 @pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999", '"\\ud800"'])

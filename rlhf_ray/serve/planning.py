@@ -40,10 +40,9 @@ def plan_service(
     on_gpu = torch.cuda.is_available() if num_gpus is None else num_gpus > 0
     chosen: Device = ("cuda" if on_gpu else "cpu") if device == "auto" else device
     limits = config.limits
-    reply = _longest_reply(config)
-    prompt = prompt_tokens or max(limits.cached_tokens // limits.max_batch_rows - reply, 1)
+    rows, copies = limits.max_batch_rows, config.replicas.max_replicas or config.replicas.min_replicas
+    prompt, reply = _longest_row(config, prompt_tokens)
     estimator = Estimator(chosen, prompt=prompt)
-    rows, copies = config.limits.max_batch_rows, config.replicas.max_replicas or config.replicas.min_replicas
     evaluation = EvaluateConfig(
         **_base_fields(config),
         policies=[{"name": "base", "policy": "base"}],  # type: ignore[arg-type]
@@ -58,7 +57,7 @@ def plan_service(
     phases: Phases = {name: dict(found.phases[name]) for name in ("load", "sampling")}
     for parts in phases.values():
         parts["adapters"] = parts.get("adapters", 0) + adapters
-    notes = _notes(config, adapter, prompt, reply, prompt_tokens is None)
+    notes = _notes(config, adapter, (prompt, reply), prompt_tokens is None)
     if config.engine == "vllm":
         engine = _vllm_parts(config, evaluation, phases["load"], adapter, rows * (prompt + reply), chosen)
         own = phases["load"] if config.vllm.scoring_base else {"other": phases["load"].get("other", 0)}
@@ -78,15 +77,22 @@ def plan_service(
     return Plan(chosen, [stage], where, placed, None if gib is None else int(gib * GIB), here)
 
 
-def _longest_reply(config: ServeConfig) -> int:
-    """Tokens: limits.max_tokens, or what the context leaves behind a prompt of one token."""
-    own = context_length(read_config(config.model_name_or_path, config.revision).get_text_config())
-    return min(config.limits.max_tokens, max(min(config.limits.max_context or own, own) - 1, 1))
-
-
-def _notes(config: ServeConfig, adapter: int, prompt: int, reply: int, prompt_is_assumed: bool) -> list[str]:
-    """What had to be assumed.   adapter: bytes of one."""
+def _longest_row(config: ServeConfig, prompt_tokens: int | None) -> tuple[int, int]:
+    """Tokens of a prompt and its reply, together no more than the context: replies of limits.max_tokens, or what the context leaves
+    behind a prompt of `prompt_tokens`, default one; prompts that fill what the cache has for a row."""
     limits = config.limits
+    own = context_length(read_config(config.model_name_or_path, config.revision).get_text_config())
+    context = max(min(limits.max_context or own, own), 2)
+    prompt = min(prompt_tokens or 1, context - 1)
+    reply = min(limits.max_tokens, context - prompt)
+    if prompt_tokens is None:
+        prompt = max(min(limits.cached_tokens // limits.max_batch_rows, context) - reply, 1)
+    return prompt, reply
+
+
+def _notes(config: ServeConfig, adapter: int, row: tuple[int, int], prompt_is_assumed: bool) -> list[str]:
+    """What had to be assumed.   adapter: bytes of one.   row: tokens of a prompt and its reply."""
+    limits, (prompt, reply) = config.limits, row
     notes = [
         f"{limits.max_loaded_adapters} adapters (limits.max_loaded_adapters) of rank {ASSUMED.r} on all linear layers are"
         f" assumed, {adapter / 2**20:.0f} MiB each"
@@ -99,8 +105,8 @@ def _notes(config: ServeConfig, adapter: int, prompt: int, reply: int, prompt_is
             notes.append(f"its keys and values are counted for {replies}")
     elif prompt_is_assumed:
         notes.append(
-            f"the key-value cache is kept to {limits.cached_tokens:,} tokens (limits.max_cached_tokens): {replies}, or fewer and"
-            " longer ones"
+            f"the key-value cache is kept to {min(limits.cached_tokens, limits.max_batch_rows * sum(row)):,} tokens"
+            f" (limits.max_cached_tokens, and the context): {replies}, or fewer and longer ones"
         )
     return notes
 

@@ -132,3 +132,21 @@ def test_a_base_shorter_than_the_longest_reply_can_be_planned(base_dir: Path) ->
         plan = plan_service(job(str(base_dir), engine=engine), "cpu")
         assert plan.stages[0].processes[0].total > 0
         assert any("replies of 255 tokens" in note for note in plan.stages[0].warnings)
+
+
+def test_a_plan_counts_no_row_longer_than_the_context(base_dir: Path) -> None:
+    """Prompts of 1,793 tokens were counted before replies of 255, where the base reads 256 in all."""
+
+    def cached(engine: str, prompt: int | None = None, **limits: int) -> int:
+        config = job(str(base_dir), engine=engine, limits=limits)
+        (process,) = plan_service(config, "cuda", prompt_tokens=prompt).stages[0].processes
+        return process.phases["sampling"]["kv cache"]
+
+    whole = cached("vllm")
+    assert cached("vllm", prompt=192) == cached("vllm", prompt=2000) == whole
+    assert cached("vllm", max_context=128) == whole / 2 and cached("vllm", max_tokens=32) == whole / 4
+    assert max(cached("builtin"), cached("builtin", prompt=192)) < 2 * whole, (
+        "a cache that grows is there twice for a moment"
+    )
+    notes = plan_service(job(str(base_dir), engine="builtin"), "cpu").stages[0].warnings
+    assert any("kept to 8,192 tokens" in note and "replies of 255 tokens to prompts of 1" in note for note in notes)

@@ -420,8 +420,8 @@ def saved_by_peft() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_run() -> Callable[..., Path]:
     """tiny_run(folder, base, stage="sft", seed=0, ...) -> a finished run as training leaves it, with a random adapter on `base`,
-    which says something else for every seed; stage "reward" has a random head. Options: template, r, scale of B, targets,
-    add_eos_token of a reward run."""
+    which says something else for every seed; stage "reward" has a random head. Options: template and the date that it says, r,
+    scale of B, targets, add_eos_token of a reward run."""
 
     def make(
         folder: Path,
@@ -433,6 +433,7 @@ def tiny_run() -> Callable[..., Path]:
         scale: float = 0.3,
         targets: Any = "all-linear",
         add_eos_token: bool = True,
+        template_date: str | None = None,
     ) -> Path:
         import torch
 
@@ -460,7 +461,7 @@ def tiny_run() -> Callable[..., Path]:
         run.update_manifest(
             base=backbone.identity.manifest(),
             tokenizer_sha256=backbone.identity.tokenizer_sha256,
-            template=load_template(template, backbone.tokenizer).manifest(),
+            template=load_template(template, backbone.tokenizer, template_date).manifest(),
             stop_token_ids=list(backbone.eos_ids),
             parents=[],
             **({"reward": {"add_eos_token": add_eos_token}} if is_reward else {}),

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.rollout import RolloutConfig
 from rlhf_ray.config.sections import Count, Float, NotNegative, OutputDir, Path, Positive, Section, Strings, field
-from rlhf_ray.config.stages import JobFields
+from rlhf_ray.config.stages import JobFields, TemplateDate
 
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -161,6 +161,11 @@ class ServeConfig(Section):
         "prompt template of the base without an adapter; default: chat where its tokenizer has one, else none"
         " (an adapter always has the template it was trained with)",
     )
+    template_date: TemplateDate | None = field(
+        None,
+        "what a chat template of the base that says the date (strftime_now) takes for now, e.g. 2026-01-31T09:00:00; default: the"
+        " date that the adapters record, if they agree, else when the service started (an adapter always has that of its run)",
+    )
     tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = field(
         "auto", "form in which the base and its adapters write tool calls (vLLM's names); auto: by the chat template"
     )
@@ -196,6 +201,10 @@ class ServeConfig(Section):
         if self.load_in_8bit and self.load_in_4bit:
             problems.append("load_in_8bit and load_in_4bit exclude each other")
         problems += self._engine_rules()
+        if self.template_date is not None and self.template not in (None, "chat"):
+            problems.append(
+                f"template_date: has no effect with template {self.template}; drop it, or set template: chat"
+            )
         if not is_loopback(self.host) and self.api_keys is None:
             problems.append(
                 f"host: {self.host} can be reached from other machines: api_keys is needed (rlhf-ray api-key FILE --name NAME)"

@@ -66,6 +66,9 @@ def _iso(value: str) -> str:
     return value
 
 
+TemplateDate = Annotated[str, AfterValidator(_iso)]
+
+
 class JobFields(Section):
     """Fields that every stage has."""
 
@@ -109,7 +112,7 @@ class JobFields(Section):
         "alpaca",
         "prompt template: alpaca, alpaca_legacy, alpaca_short, vigogne, none (the prompt as it is), chat, or a JSON file",
     )
-    template_date: Annotated[str, AfterValidator(_iso)] | None = field(
+    template_date: TemplateDate | None = field(
         None,
         "what a chat template that says the date (strftime_now) takes for now, e.g. 2026-01-31T09:00:00; default: that of the run"
         " it starts from, else when it was started; kept in the run folder",

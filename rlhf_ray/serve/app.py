@@ -221,6 +221,9 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def application(config: ServeConfig, own_ray: bool = False) -> serve.Application:
     """own_ray: on a Ray of our own everything fits, whatever the number of cores."""
+    from rlhf_ray.serve.template_date import with_template_date  # brings what reads adapters
+
+    config = with_template_date(config)
     values, limits, replicas = to_dict(config), config.limits, config.replicas
     cpus = replicas.num_cpus if replicas.num_cpus is not None else 0.1 if own_ray else 1.0
     gpus = replicas.num_gpus

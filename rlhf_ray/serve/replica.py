@@ -72,7 +72,7 @@ class Replica:
         if more is not None:
             merge_in_memory(self.backbone, more)
         chat = "chat" if self.backbone.tokenizer.chat_template is not None else "none"
-        self.template = load_template(config.template or chat, self.backbone.tokenizer)
+        self.template = load_template(config.template or chat, self.backbone.tokenizer, config.template_date)
         self.router = TokenRouter()
         self.engine = DecodeThread(
             self.backbone,

@@ -1,4 +1,4 @@
-"""Serve's own refusals as the API's errors."""
+"""What the application is built of, and Serve's own refusals as the API's errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ray.serve.exceptions import BackPressureError
 
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.serve.api_errors import ApiError
-from rlhf_ray.serve.app import ServeBackend
+from rlhf_ray.serve.app import ServeBackend, application
 from rlhf_ray.serve.generation import GenerationRequest
 
 REQUEST = GenerationRequest(models=("base",), prompts=({"text": "Hello"},))
@@ -59,3 +59,10 @@ def test_a_full_queue_is_a_429(tmp_path: Path, streamed: bool) -> None:
     with pytest.raises(ApiError) as error:
         asyncio.run(send())
     assert error.value.status == 429 and error.value.retry_after == 1
+
+
+def test_all_replicas_are_told_one_date(tmp_path: Path) -> None:
+    """Of the base's chat template: each would else take its own, as it starts."""
+    api = application(ServeConfig(output_dir=str(tmp_path), model_name_or_path="base"))._bound_deployment
+    values, engine = api.init_args
+    assert values["template_date"] and engine._bound_deployment.init_args == (values,)

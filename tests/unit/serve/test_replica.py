@@ -9,6 +9,7 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from rlhf_ray.serve.generation import GenerationRequest
 from rlhf_ray.serve.metrics import NoMetrics
 from rlhf_ray.serve.prompt_encoder import PromptEncoder
 from rlhf_ray.serve.replica import Replica
+from rlhf_ray.serve.template_date import with_template_date
 
 from .conftest import load_tiny
 
@@ -318,6 +320,47 @@ def test_a_health_check_counts_scoring_as_work(job: Callable[..., ServeConfig]) 
             hold.set()
 
     run(job(), body)
+
+
+DATED = (
+    "{{ 'Today is ' + strftime_now('%d %b %Y') + '. ' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' So: ' }}{% endif %}"
+)
+
+
+def test_the_base_says_the_date_that_the_adapters_beside_it_say(
+    job: Callable[..., ServeConfig], tmp_path: Path, chat_llama: Callable[..., Path], tiny_run: Callable[..., Path]
+) -> None:
+    """It asked the clock, and so read another prompt than the adapters that it is compared with."""
+    base, then, later = chat_llama(chat_template=DATED), "2020-02-03T04:05:06", "2021-01-01T00:00:00"
+    made = {"a": ("sft", then), "b": ("ppo", then), "c": ("sft", later), "judge": ("reward", later)}
+    runs = {
+        name: str(tiny_run(tmp_path / name, base, stage, seed=i, template="chat", template_date=date))
+        for i, (name, (stage, date)) in enumerate(made.items())
+    }
+    registry = Registry(tmp_path / "registry")
+    registry.promote(runs["b"], "helper", force=True, reason="nothing was measured")
+    registry.promote(runs["judge"], "judge", force=True, reason="nothing was measured")
+
+    def config(*names: str, **fields: Any) -> ServeConfig:
+        given = {"model_name_or_path": str(base), "template": None, **fields}
+        return with_template_date(job(adapters={name: runs[name] for name in names}, **given))
+
+    def is_now(date: str | None) -> bool:
+        return date is not None and abs((datetime.now() - datetime.fromisoformat(date)).total_seconds()) < 600
+
+    assert config("a", "b", "judge").template_date == then
+    assert config("a", registry=str(registry.path)).template_date == config(registry=str(registry.path)).template_date
+    assert config(registry=str(registry.path)).template_date == then
+    assert is_now(config("c", registry=str(registry.path)).template_date), "they do not agree"
+    assert is_now(config("judge").template_date) and config("a", template_date=later).template_date == later
+
+    async def body(replica: Replica) -> None:
+        told = [await replica.tokenize(name, PROMPT) for name in ("base", "a")]
+        assert told[0]["ids"] == told[1]["ids"]
+        assert (await replica.detokenize(told[0]["ids"]))["text"].startswith("Today is 03 Feb 2020.")
+
+    run(config("a"), body)
 
 
 def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_takes_over(

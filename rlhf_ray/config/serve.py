@@ -178,6 +178,11 @@ class ServeConfig(Section):
         "address to listen on; any but a loopback address needs api_keys, and cluster/nginx.conf in front of it",
     )
     port: Annotated[int, Field(ge=1, le=65535)] = field(8000, "port to listen on")
+    expose_metrics: bool = field(
+        False,
+        "metrics can be read from other machines also where `host` is a loopback address; false: a Ray that the command starts for"
+        " such a host listens on this machine alone (a cluster's listens as it was started)",
+    )
     api_keys: Path | None = field(None, "file of hashed API keys that `rlhf-ray api-key` writes; null: no key needed")
     allowed_hosts: Strings = field(
         (), "further names by which browsers may reach the service (Host header); loopback names and `host` are allowed"

@@ -33,6 +33,11 @@ SESSION_SOCKET = "/ray/session_2026-01-31_09-00-00_000000_/sockets/plasma_store"
 """What Ray puts behind its temporary folder, without the number of the process."""
 PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Ray Train's variable."""
+ADDRESS_OF_ITS_OWN = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's variable. Without it a node is 127.0.0.1, as by default on macOS, and its processes listen there alone. (An address that is
+given to `ray.init` does not do that: Ray replaces a loopback one by the machine's.)"""
+NO_GRPC_PROXY = "no_grpc_proxy"
+"""gRPC's variable, which it reads in place of no_proxy where it is set."""
 POLL_S = 2.0
 AGENTS = 2
 """Of a node: that of the dashboard and that of runtime environments."""
@@ -76,10 +81,11 @@ def check_socket_paths() -> None:
 
 
 @contextlib.contextmanager
-def cluster(again: str) -> Iterator[bool]:
+def cluster(again: str, loopback: bool = False) -> Iterator[bool]:
     """A Ray to run on: the one this process or its environment is connected to, else one of our own for the length of the job.
 
-    again: the command that goes on where this one ends, should Ray be lost.  Yields whether the Ray is our own."""
+    again: the command that goes on where this one ends, should Ray be lost.   loopback: a Ray of our own can be reached from this
+    machine alone, its metrics, which ask nobody for a token, included.  Yields whether the Ray is our own."""
     import ray
 
     if ray.is_initialized():
@@ -97,18 +103,48 @@ def cluster(again: str) -> Iterator[bool]:
         # Nobody starts the control service of our own Ray again: workers that have lost it end after 20 s, not after a minute.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_GONE_S))
     options: dict[str, Any] = {} if given else {"include_dashboard": False}
+    with _on_loopback() if loopback and not given else contextlib.nullcontext():
+        if not given:
+            _past_the_proxy()
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:
+            if (known := cannot_join(error)) is None:
+                raise
+            raise known from error
+        _protect_token()
+        try:
+            with _watched(again, GIVEN_GONE_S) if given else _one_end(again):
+                yield not given
+        finally:
+            ray.shutdown()
+
+
+def _past_the_proxy() -> None:
+    """Processes of a Ray of our own tell each other of their metrics by gRPC, which would ask the user's proxy for this machine."""
+    import ray
+
+    known = next(filter(None, map(os.environ.get, (NO_GRPC_PROXY, "no_proxy", "NO_PROXY"))), "")
+    own = ("localhost", "127.0.0.1", "::1", ray.util.get_node_ip_address())
+    os.environ[NO_GRPC_PROXY] = ",".join(dict.fromkeys([*filter(None, known.split(",")), *own]))
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1 alone, unless the user has set Ray's variable himself."""
+    from ray._private import ray_constants
+
+    if ADDRESS_OF_ITS_OWN in os.environ:
+        yield
+        return
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ADDRESS_OF_ITS_OWN] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # here it has been read
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except Exception as error:
-        if (known := cannot_join(error)) is None:
-            raise
-        raise known from error
-    _protect_token()
-    try:
-        with _watched(again, GIVEN_GONE_S) if given else _one_end(again):
-            yield not given
+        yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(ADDRESS_OF_ITS_OWN, None)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def run_service(
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with (
-        cluster("start the service again") as own_ray,
+        cluster("start the service again", loopback=is_loopback(config.host) and not config.expose_metrics) as own_ray,
         _stop_signals() as stopping,
     ):  # in this order: ray.init takes SIGTERM
         from ray import serve

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import yaml
 from tests.servers import free_ports
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DEAD_PROXY = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+"""As where the user's proxy is not there any more: nothing on this machine may be asked through it."""
 HELLO = [{"role": "user", "content": "Name a bird."}]
 
 
@@ -76,15 +78,16 @@ class Service:
         return found[1]
 
 
-def start(folder: Path, **fields: Any) -> Service:
-    """fields: of the job, over those that every service here has."""
+def start(folder: Path, environment: Mapping[str, str] | None = None, **fields: Any) -> Service:
+    """fields: of the job, over those that every service here has.   environment: more than this process's."""
     (port,) = free_ports(1)
     job = {"output_dir": str(folder / "serve"), "template": "none", "port": port, "poll_interval_s": 0.2, **fields}
     (folder / "serve.yaml").write_text(yaml.safe_dump(job))
     log = folder / "serve.log"
     with log.open("wb") as out:
         command = [sys.executable, "-m", "rlhf_ray.cli", "serve", str(folder / "serve.yaml")]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)
+        where: Any = {"cwd": folder, "env": {**os.environ, **(environment or {})}}
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **where)
     service = Service(process, f"http://127.0.0.1:{port}", folder / "serve", log, folder / "registry", [])
     try:
         service.wait(lambda: "Ctrl-C" in log.read_text(), 600)
@@ -118,6 +121,7 @@ def service(
     replicas = {"min_replicas": 2, "num_threads": 1}
     made = start(
         folder,
+        DEAD_PROXY,
         model_name_or_path=str(base),
         registry=str(folder / "registry"),
         adapters={"judge": str(judge)},

@@ -34,6 +34,8 @@ PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _NOT_WANTED = ["*/*", "consolidated*"]
+_PICKLED_WANTED = ["pytorch_model*.bin"]
+"""Of a repository without safetensors; training_args.bin and the like are never fetched."""
 _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 """What transformers raises for a config.json that it cannot read."""
@@ -117,9 +119,13 @@ def _adapter_base(folder: Path) -> str | None:
 
 
 def _from_hub(where: str, name: str, revision: str | None) -> ModelSource:
-    """Download (or find in the cache) the files a model needs, and nothing else of the repository."""
+    """Download (or find in the cache) the files a model needs, and nothing else of the repository: pickled weights only where there
+    are no others."""
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_WANTED)
+        if not any(Path(folder).glob("*.safetensors")):
+            commit = Path(folder).name
+            snapshot_download(name, revision=commit, allow_patterns=_PICKLED_WANTED, ignore_patterns=_NOT_WANTED)
     except GatedRepoError as e:
         raise ConfigError.at(
             where,

@@ -6,9 +6,9 @@ import http.server
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -181,10 +181,42 @@ class TestIdentity:
         assert config_sha256(copy) != first
 
 
+COMMIT = "c" * 40
+
+
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """Answers like the Hub does for a gated, a missing and a private repository."""
+    """Answers like the Hub does for a gated, a missing and a private repository, and for those in `files`."""
+
+    files: ClassVar[dict[str, dict[str, bytes]]] = {}
+    """Of each repository, by name."""
+    fetched: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
+        name, _, rest = self.path.removeprefix("/api/models").strip("/").partition("?")[0].partition("/")
+        repo, _, what = rest.partition("/")
+        found = self.files.get(f"{name}/{repo}")
+        if found is None:
+            self._refuse()
+        elif what.startswith("resolve/"):
+            file = what.rpartition("/")[2]
+            self.fetched += [file] if self.command == "GET" else []
+            self._send(found[file])
+        elif what.startswith("tree/"):
+            tree = [{"type": "file", "path": n, "size": len(d), "oid": f"{len(d):040}"} for n, d in found.items()]
+            self._send(json.dumps(tree).encode())
+        else:
+            siblings = [{"rfilename": n} for n in found]
+            self._send(json.dumps({"id": f"{name}/{repo}", "sha": COMMIT, "siblings": siblings}).encode())
+
+    def _send(self, data: bytes) -> None:
+        self.send_response(200)
+        for key, value in (("X-Repo-Commit", COMMIT), ("ETag", f'"{len(data)}"'), ("Content-Length", str(len(data)))):
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def _refuse(self) -> None:
         gated = "/gated/" in self.path
         self.send_response(403 if gated else 401)
         self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
@@ -197,20 +229,48 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_gated_and_missing_repositories_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real Hub client, against a local server that answers as the Hub does, and against none at all."""
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
+    """The real Hub client, against a local server that answers as the Hub does; after the test against none at all."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    try:
-        with pytest.raises(ConfigError, match=r"gated/llama is a gated repository.*hf auth login"):
-            resolve_source("gated/llama")
-        with pytest.raises(ConfigError, match="nobody/nothing: not found"):
-            resolve_source("nobody/nothing")
-    finally:
-        server.shutdown()
-        server.server_close()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + template[template.index("/{repo_id}") :])
+    monkeypatch.setattr(_Hub, "files", {})
+    monkeypatch.setattr(_Hub, "fetched", [])
+    yield _Hub
+    server.shutdown()
+    server.server_close()
     with pytest.raises(ConfigError, match="does not answer"):
         resolve_source("someone/some-model")
+
+
+def test_gated_and_missing_repositories_online(hub: type[_Hub]) -> None:
+    with pytest.raises(ConfigError, match=r"gated/llama is a gated repository.*hf auth login"):
+        resolve_source("gated/llama")
+    with pytest.raises(ConfigError, match="nobody/nothing: not found"):
+        resolve_source("nobody/nothing")
+
+
+@pytest.mark.parametrize("has_safetensors", [False, True])
+def test_pickled_weights_are_fetched_where_there_are_no_others(
+    hub: type[_Hub], copy: Path, has_safetensors: bool
+) -> None:
+    """Many repositories have pytorch_model.bin alone: nothing was fetched of them but their JSON."""
+    files = {path.name: path.read_bytes() for path in copy.iterdir()}
+    weights = files.pop("model.safetensors")
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    files |= {"pytorch_model.bin": (copy / "pytorch_model.bin").read_bytes(), "training_args.bin": b"a pickle"}
+    if has_safetensors:
+        files["model.safetensors"] = weights
+    hub.files["someone/model"] = files
+    source = resolve_source("someone/model")
+    assert (source.name, source.revision) == ("someone/model", COMMIT)
+    expected = "model.safetensors" if has_safetensors else "pytorch_model.bin"
+    assert [p.name for p in weight_files(source.folder)] == [expected]
+    assert set(hub.fetched) & {"model.safetensors", "pytorch_model.bin", "training_args.bin"} == {expected}
+    assert resolve_source("someone/model") == source  # once more, from the cache

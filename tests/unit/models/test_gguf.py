@@ -109,6 +109,7 @@ def write(path: Path, model: LlamaForCausalLM, *, kind: str = "F32", arch: str =
     }
     writer = gguf.GGUFWriter(path, arch)
     adders = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
+    adders[bool] = writer.add_bool
     for name, value in settings.items():
         if value is not None:
             adders[type(value)](name, value)
@@ -231,6 +232,65 @@ class TestTokenizer:
     ) -> None:
         with pytest.raises(ArtifactError, match="is another vocabulary: token 0"):
             import_gguf(write(tmp_path / "m.gguf", llama()), tmp_path / "out", tokenizer=tiny_llama())
+
+    @pytest.mark.parametrize(("says", "starts"), [(True, True), (False, False), (None, False)])
+    def test_a_byte_level_vocabulary_starts_with_bos_where_the_file_says_so(
+        self, says: bool | None, starts: bool, tmp_path: Path
+    ) -> None:
+        out = import_gguf(
+            write(tmp_path / "m.gguf", llama(), **{"tokenizer.ggml.add_bos_token": says}), tmp_path / "out"
+        )
+        ids = load_tokenizer(str(out))("tips").input_ids
+        assert (ids[0] == 1) is starts and len(ids) == 4 + starts
+
+
+PIECES = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "▁",
+    *"aehipst",
+    "ti",
+    "tip",
+    "▁t",
+    "▁tip",
+)
+"""Of a SentencePiece vocabulary: an unknown, two control tokens, all bytes, and few words."""
+SENTENCEPIECE: dict[str, Any] = {
+    "llama.vocab_size": len(PIECES),
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.tokens": list(PIECES),
+    "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(PIECES) - 259)],
+    "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 259),
+    "tokenizer.ggml.merges": None,
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.chat_template": None,
+}
+
+
+class TestSentencePiece:
+    """Vocabularies of Llama 2, Mistral and Gemma; llama.cpp begins their texts with BOS unless the file says not to."""
+
+    @pytest.mark.parametrize(("says", "starts"), [(True, True), (None, True), (False, False)])
+    def test_texts_begin_with_bos_as_the_file_says(self, says: bool | None, starts: bool, tmp_path: Path) -> None:
+        fields = {**SENTENCEPIECE, "tokenizer.ggml.add_bos_token": says}
+        out = import_gguf(write(tmp_path / "m.gguf", llama(vocab_size=len(PIECES)), **fields), tmp_path / "out")
+        tokenizer = load_tokenizer(str(out))
+        ids = tokenizer("tip is é").input_ids
+        assert (ids[0] == tokenizer.bos_token_id == 1) is starts and ids.count(1) == starts
+        words = ["▁tip", "▁", "i", "s", "▁", "<0xC3>", "<0xA9>"]
+        assert tokenizer.convert_ids_to_tokens(ids[starts:]) == words
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "tip is é"
+        (prompt,) = encode_prompts(tokenizer, load_template("none", tokenizer), [Prompt("tip")])
+        assert prompt == [1] * starts + [PIECES.index("▁tip")]
+        assert load_backbone(
+            path=str(out), revision=None, dtype="auto", attn_implementation="auto", load_in_8bit=False,
+            load_in_4bit=False, cpu_offload=False, device="cpu",
+        ).eos_ids == (2,)  # fmt: skip
 
 
 class TestRefused:

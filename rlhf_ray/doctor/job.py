@@ -24,7 +24,7 @@ def tokens(model: str, revision: str | None, template: str | None) -> Iterator[C
     from rlhf_ray.models.tokenizer import choose_pad, eos_ids, tokenizer_of
 
     try:
-        check_model(model, revision)
+        untried = check_model(model, revision)
         source = resolve_source(model, revision)
         check_files(source)
         tokenizer = tokenizer_of(source)
@@ -36,7 +36,7 @@ def tokens(model: str, revision: str | None, template: str | None) -> Iterator[C
     except RlhfRayError as error:
         yield from _told("model", error)
         return
-    yield CheckResult(ABOUT, "model", "ok", model)
+    yield CheckResult(ABOUT, "model", "warn" if untried else "ok", untried or model)
     named = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ends)
     own = tokenizer.eos_token_id
     status: Status = "ok" if own in ends else "warn"

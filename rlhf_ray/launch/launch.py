@@ -76,7 +76,8 @@ def launch(
     resume = resume_command(config.output_dir)
     check_place(config.output_dir, config.resume)
     config = with_defaults_as_begun(config)
-    check_models(config)
+    for line in check_models(config):
+        console.warn(line)
     check_engine_here(config)
     if config.template_date is None:
         from rlhf_ray.launch.template_date import with_template_date  # brings what reads adapters

@@ -24,21 +24,31 @@ of their own, that layers choose by an index what they attend to, or that they a
 Those that make their masks themselves are tried as well."""
 
 
-def check_models(config: Any) -> None:
-    """ConfigError if a base of a job, a pipeline or a service is of a family that would be sampled or scored wrong."""
+def check_models(config: Any) -> list[str]:
+    """ConfigError if a base of a job, a pipeline or a service is of a family that would be sampled or scored wrong. Returns a line
+    for each of which nobody knows."""
     stages = [config.stage_config(stage) for stage in config.stages] if isinstance(config, PipelineConfig) else [config]
-    for path, revision in dict.fromkeys((stage.model_name_or_path, stage.revision) for stage in stages):
-        check_model(path, revision)
+    models = dict.fromkeys((stage.model_name_or_path, stage.revision) for stage in stages)
+    return [line for path, revision in models if (line := check_model(path, revision))]
 
 
-def check_model(path: str, revision: str | None = None) -> None:
-    """The same of one model, a folder or a Hub id. What cannot be read is told by whoever loads it."""
+def check_model(path: str, revision: str | None = None) -> str:
+    """The same of one model, a folder or a Hub id: "", or the line. What cannot be read is told by whoever loads it."""
     file = _config_file(path, revision)
     if file is None or not may_keep_more(file):
-        return
+        return ""
     from rlhf_ray.sampler.probe import check_config
 
-    check_config(file)
+    if check_config(file):
+        return ""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    decoder = config["text_config"] if _is_config(config.get("text_config")) else config
+    if not _family_keeps_more(str(decoder["model_type"])):
+        return ""
+    return (
+        f"{path}: models of type {decoder['model_type']} may keep more than keys and values, and no tiny copy of this config could"
+        " be made to try whether they are sampled right here; compare some greedy replies with those of transformers' generate"
+    )
 
 
 def may_keep_more(config_file: Path) -> bool:

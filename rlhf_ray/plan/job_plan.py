@@ -110,13 +110,14 @@ def plan(
 
     Raises ConfigError if a model's config.json cannot be had or is of a kind that does not work here, ArtifactError if it cannot
     be read."""
-    check_models(job)
+    untried = check_models(job)
     chosen = _device(job) if device == "auto" else device
     estimator = Estimator(chosen, prompt=prompt_tokens)
     if isinstance(job, PipelineConfig):
         estimator = with_stages(job, estimator)
     gib, here = room_here(chosen) if gpu_gib is None else (gpu_gib, f"GPUs of {gpu_gib:g} GiB")
     stages = [_stage(name, config, estimator, gib) for name, config in estimator.stages(job)]
+    stages[0].warnings[:0] = untried
     placed, where = _placement(job)
     return Plan(chosen, stages, where, placed, None if gib is None else int(gib * GIB), here)
 

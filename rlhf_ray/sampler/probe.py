@@ -41,28 +41,29 @@ _WIDTHS = re.compile(r"(hidden|embedding)_(size|dim)$|head_?dim$|d_head$|d_ssm$|
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def check_config(file: Path) -> None:
-    """`check_family` of a config.json. What cannot be read is told by whoever loads the model."""
+def check_config(file: Path) -> bool:
+    """`check_family` of a config.json; True if it could not be read, which is told by whoever loads the model."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False)
     except CONFIG_ERRORS:
-        return
-    check_family(config)
+        return True
+    return check_family(config)
 
 
-def check_family(config: Any, where: str = "model_name_or_path") -> None:
+def check_family(config: Any, where: str = "model_name_or_path") -> bool:
     """ConfigError if models of this config's kind would be sampled or scored wrong.   where: the job field that names the model.
 
-    config: a transformers config. Nothing is said of a model whose tiny copy cannot be built: what a model shows of itself is
-    checked again where it is loaded and where it decodes."""
+    config: a transformers config. False, and no more, of one whose tiny copy cannot be built: nobody knows. What a model shows of
+    itself is checked again where it is loaded and where it decodes."""
     layer_types(config)
     may_look_ahead = hasattr(config, "is_decoder")
-    got = ""
+    got, is_tried = "", True
     try:
         with quiet():
             model = tiny_model(config)
+            is_tried = model is not None
             found = {} if model is None else differences(model)
             if model is not None and may_look_ahead:
                 logits_head(model, trunk(model))
@@ -83,6 +84,7 @@ def check_family(config: Any, where: str = "model_name_or_path") -> None:
             got,
             "choose a model of another family",
         )
+    return is_tried
 
 
 @torch.no_grad()

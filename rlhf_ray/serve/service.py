@@ -110,7 +110,8 @@ def _resolve(config: ServeConfig) -> ServeConfig:
             raise ResourceError.at(
                 "port", f"cannot listen on {where}: {error.strerror}", "a free port", fix="port=8001"
             ) from None
-    check_models(config)
+    for line in check_models(config):
+        LocalConsole().warn(line)
     folder = Path(config.output_dir)
     (folder / "replicas").mkdir(parents=True, exist_ok=True)
     for old in (folder / "replicas").glob("*.json"):

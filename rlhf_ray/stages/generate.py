@@ -127,7 +127,8 @@ def plan_job(
     if origin is not None:
         specs.append(PolicySpec(name=REFERENCE, policy=origin))
     base, revision = base_of(sources, model)
-    check_model(base, revision)
+    if untried := check_model(base, revision):
+        console.warn(untried)
     template = next((found for s in sources if (found := recorded_template(s)) is not None), None)
     date = next((found for s in sources if (found := recorded_date(s)) is not None), None)
     kwargs = next((given for s in sources if (given := recorded_kwargs(s))), None)

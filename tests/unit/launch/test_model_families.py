@@ -6,10 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from rlhf_ray.config import SFTConfig
+from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.launch.launch import launch
 from rlhf_ray.launch.model_families import check_model, may_keep_more
 
 
@@ -78,6 +82,39 @@ def test_a_cache_that_is_not_decoded_with_here_is_refused(tmp_path: Path) -> Non
     AutoConfig.for_model("cpmant").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="models of type cpmant cannot be used here"):
         check_model(str(tmp_path))
+
+
+def test_a_family_that_nobody_could_try_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config that no tiny copy can be made of: nothing was said where layers with a state might be sampled wrong."""
+    from transformers import AutoConfig
+
+    from rlhf_ray.sampler import probe
+
+    def unknown_rule(*_: object) -> None:
+        raise ValueError("heads must divide a number that nobody knows")
+
+    for name in ("lfm2", "llava"):
+        AutoConfig.for_model(name).save_pretrained(tmp_path / name)
+    monkeypatch.setattr(probe, "tiny_config", unknown_rule)
+    line = check_model(str(tmp_path / "lfm2"))
+    assert "models of type lfm2 may keep more than keys and values, and no tiny copy" in line and "\n" not in line
+    assert check_model(str(tmp_path / "llava")) == ""  # its decoder is a Llama: attention needs no trial
+
+    class Heard(NullConsole):
+        warnings: ClassVar[list[str]] = []
+
+        def warn(self, line: str) -> None:
+            self.warnings.append(line)
+
+    job = SFTConfig(
+        output_dir=str(tmp_path / "run"),
+        model_name_or_path=str(tmp_path / "lfm2"),
+        data={"train": "d.jsonl"},  # type: ignore[arg-type]
+        template="none",
+        learner={"num_workers": 0},  # type: ignore[arg-type]
+    )
+    launch(lambda config, session: None, job, Heard())  # type: ignore[arg-type,return-value]
+    assert Heard.warnings == [line]
 
 
 def test_a_driver_imports_nothing_for_a_model_of_attention(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.assembly import Assembly
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.batching import Batching
-from rlhf_ray.models.context import rope_note
+from rlhf_ray.models.context import rope_note, shortened_note
 from rlhf_ray.models.lineage import check_lineage, header_line, parent_of
 from rlhf_ray.models.role_models import RoleModels
 from rlhf_ray.models.sources import resolve_source
@@ -116,6 +116,13 @@ class EvaluationModels:
         stacks: Any = self.models.stacks.items()
         bases = [stack.backbone for name, stack in stacks if name not in self.readers]
         return min(bases, key=lambda base: base.context_length)
+
+    def notes(self) -> list[str]:
+        """A line if replies are shorter than the job allows."""
+        shortest, wanted = self._shortest(), self.config.max_length or 0
+        if wanted <= shortest.context_length:
+            return []
+        return [shortened_note(wanted, shortest.context_length, shortest.model.config.get_text_config())]
 
     def tokenise(self, rows: Sequence[Row], too_long: TooLong) -> Tokenised[TokenisedPrompt]:
         """Prompts that leave room for the longest reply. Raises ConfigError if none could, DataError."""
@@ -274,7 +281,7 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
     models = assembly.finish()
     bases = [stack.backbone.identity.path for stack in assembly.stacks.values()]
     notes = [note for stack in assembly.stacks.values() for note in stack.backbone.notes]
-    return EvaluationModels(
+    found = EvaluationModels(
         config,
         session,
         assembly.base,
@@ -289,6 +296,8 @@ def load_evaluation_models(config: EvaluateConfig, session: Session, reference: 
         roles.judges,
         frozenset(assembly.bindings[role].stack for role in roles.readers),
     )
+    found.warnings += found.notes()
+    return found
 
 
 def decoding_line(config: EvaluateConfig) -> str:

@@ -10,10 +10,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from rlhf_ray.config import EvaluateConfig
+from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.context import NO_LIMIT, context_length, rope_limit, rope_note, shortened_note
+from rlhf_ray.runtime.session import process_session
 from rlhf_ray.sampler.engine import DecodeRequest, Sampler
+from rlhf_ray.stages.evaluation_models import load_evaluation_models
 from rlhf_ray.stages.generate import generate
 
 LONGROPE = {
@@ -74,3 +78,21 @@ def test_a_reply_beyond_it_is_refused_by_name(tiny_llama: Callable[..., Path]) -
     base = str(tiny_llama(rope_parameters=LONGROPE, max_position_embeddings=64))
     with pytest.raises(ConfigError, match=r"below 16 .*rope_type longrope: beyond 16 tokens"):
         generate(policies=["base"], model=base, instruction="Name a bird.", max_new_tokens=20, template="none")
+
+
+@pytest.mark.parametrize(("max_length", "is_told"), [(None, False), (200, False), (256, False), (257, True)])
+def test_an_evaluation_says_what_it_uses_instead_of_max_length(
+    tiny_llama: Callable[..., Path], max_length: int | None, is_told: bool
+) -> None:
+    """As SFT, reward models and PPO do: the context is 256."""
+    job = EvaluateConfig(
+        output_dir="run",
+        model_name_or_path=str(tiny_llama()),
+        data={"train": "d"},  # type: ignore[arg-type]
+        template="none",
+        policies=[{"name": "base", "policy": "base"}],  # type: ignore[arg-type]
+        max_length=max_length,
+    )
+    models = load_evaluation_models(job, process_session(NullConsole(), 1), None)
+    assert models.limit == (max_length if max_length == 200 else 256)
+    assert models.warnings == (["max_length 257 is over the model's context; 256 is used"] if is_told else [])

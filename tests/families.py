@@ -142,7 +142,8 @@ def tiny_wrapper(config: Any) -> tuple[Any, str]:
                 if parameter.ndim > 1 and name.endswith("weight") and "norm" not in name:
                     torch.nn.init.normal_(parameter, std=0.1)
     except Exception as error:
-        return None, f"no tiny model could be made of its default config ({told(error)})"
+        why = told(error)
+        return None, why if why.startswith("needs ") else f"no tiny model could be made of its default config ({why})"
     return model.eval(), ""
 
 
@@ -275,6 +276,9 @@ def attempt(step: Callable[[], object]) -> str:
 
 def told(error: BaseException) -> str:
     """One short line."""
+    package = re.search(r"requires the (\S+) library", str(error)) if isinstance(error, ImportError) else None
+    if package is not None:
+        return f"needs {package[1]}"
     text = str(error.problems[0]) if isinstance(error, RlhfRayError) else f"{type(error).__name__}: {error}"
     return re.sub(r"/\S*/(?=[\w.]+)", "", " ".join(text.split()))[:300]
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,10 +33,14 @@ from rlhf_ray.storage.files import (
 if TYPE_CHECKING:  # torch is imported where tensors are looked at: a command that is refused must not wait for it
     from torch import Tensor
 
+    from rlhf_ray.models.heads import ScalarHead
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 HEAD_KEY = "base_model.model.score.weight"
-"""Where PEFT keeps the score head of a one-label sequence-classification adapter."""
+"""Where PEFT keeps the score head of a sequence-classification adapter."""
+BIAS_KEY = "base_model.model.score.bias"
+"""That of one whose head has a bias; ours have none."""
 
 KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]{1,256})\.lora_(?P<half>[AB])\.weight")
 MAX_R = 1024
@@ -52,6 +56,20 @@ _REFUSED = {
     "megatron_config": "it belongs to another trainer",
 }
 WAY_OUT = "merge it into its base, and use the result as model_name_or_path: rlhf-ray merge, or PEFT's merge_and_unload"
+"""Of what `merge_by_peft` takes. For everything else there is `by_peft`."""
+MALFORMED = "the file is damaged or was edited: save the adapter again with PEFT"
+_PROMPTS = {
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+}
+"""Kinds of adapters that PEFT cannot merge: tokens or keys of their own before each prompt."""
+_UNMERGED = {"layer_replication", "alora_invocation_tokens", "arrow_config"}
+"""Options of LoRA that PEFT does not merge either."""
 BY_TENSORS = "the modules that have tensors"
 """`target_modules` of a configuration that chooses modules otherwise than by a list of names: by a regular expression, which is not
 run, or by layers. What it chose has tensors in the file."""
@@ -78,14 +96,22 @@ _CHECKED = {
     "target_parameters",
     *_CHOICES,
 }
-_WITHOUT_MEANING = {"peft_version", "inference_mode", "auto_mapping", "megatron_core", "qalora_group_size"}
+_WITHOUT_MEANING = {
+    "peft_version",
+    "inference_mode",
+    "auto_mapping",
+    "megatron_core",
+    "qalora_group_size",
+    "eva_config",  # how A was chosen before training
+}
 
 _BYSTANDERS = re.compile(
-    r".*\.(md|txt|json|jsonl|jinja|model|yaml)|\.gitattributes|LATEST|latest|zero_to_fp32\.py|events\.out\.tfevents\..*"
-    r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin|random_states_\d+\.pkl"
+    r".*\.(md|txt|json|jsonl|csv|jinja|model|tiktoken|ya?ml|log|png|jpe?g|gif|svg|webp)|\.git(attributes|ignore)|\.DS_Store"
+    r"|LATEST|latest|zero_to_fp32\.py|events\.out\.tfevents\..*|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth"
+    r"|training_args\.bin|(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.bin|(random_states|custom_checkpoint)_\d+\.pkl"
 )
-"""Files that may lie beside an adapter (a model card, a tokenizer, the state of a Trainer, of accelerate or of DeepSpeed, events of
-TensorBoard) and are never opened."""
+"""Files that may lie beside an adapter (a model card with its images, a tokenizer, the state of a Trainer, of accelerate or of
+DeepSpeed, events of TensorBoard, logs) and are never opened."""
 
 
 @dataclass(frozen=True)
@@ -94,29 +120,48 @@ class AdapterFiles:
 
     config: checked values r, lora_alpha, lora_dropout, target_modules, use_rslora, fan_in_fan_out, task_type,
     base_model_name_or_path, revision.   tensors: plain PEFT key -> float32 on the CPU, of one rank and one scale (`_uniform`).
-    head: f32[1, D] of a reward adapter.   sha256: over the tensors, head included."""
+    head: f32[1, D] of a reward adapter.   sha256: over the tensors, head and offset included.   offset: what the head adds to each
+    score: the bias of an adapter by others.   notes: what a run should say of it."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     head: Tensor | None
     sha256: str
     path: str
+    offset: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def scalar_head(self, hidden_size: int) -> ScalarHead:
+        """The head of a reward adapter, on the CPU. ArtifactError if there is none, or it is of another width."""
+        from rlhf_ray.models.heads import ScalarHead
+
+        if self.head is None:
+            raise ArtifactError.at(self.path, "has no reward head", "the adapter of a reward run", "a policy adapter")
+        return ScalarHead(hidden_size, self.head.float().cpu(), self.offset)
 
 
 def read_adapter(folder: Path | str) -> AdapterFiles:
     """Read and check the adapter in `folder`.
 
     ArtifactError, with every problem found, for: files that are not plain files, pickled weights, unknown files, a configuration
-    outside the schema, no tensors, unexpected or unpaired tensors, wrong shapes or dtypes, values that are not finite."""
+    outside the schema, no tensors, unexpected or unpaired tensors, wrong shapes or dtypes, values that are not finite.
+
+    The head of a classifier of two labels becomes that of their difference, as in a whole checkpoint (`heads.score_layer`)."""
+    from rlhf_ray.models.heads import score_layer, two_labels_note
+
     folder = Path(folder)
     check_folder(folder)
     config = check_config(read_json(folder / CONFIG), str(folder / CONFIG))
     alphas = config.pop("alphas")
     tensors = _read_tensors(folder / WEIGHTS, config)
-    head = tensors.pop(HEAD_KEY, None)
+    head, bias, offset = tensors.pop(HEAD_KEY, None), tensors.pop(BIAS_KEY, None), 0.0
+    notes = (two_labels_note(str(folder)),) if head is not None and len(head) == 2 else ()
+    if head is not None and (bias is not None or len(head) > 1):
+        score = score_layer(head, bias, f"{folder / WEIGHTS}: {HEAD_KEY}")
+        head, offset = score.weight.detach(), 0.0 if score.bias is None else float(score.bias.detach())
     config["target_modules"] = _resolved(config["target_modules"], tensors)
     _uniform(tensors, config, alphas)
-    return AdapterFiles(config, tensors, head, adapter_sha256(tensors, head), str(folder))
+    return AdapterFiles(config, tensors, head, adapter_sha256(tensors, head, offset), str(folder), offset, notes)
 
 
 def policy_files(files: AdapterFiles, where: str) -> AdapterFiles:
@@ -126,9 +171,13 @@ def policy_files(files: AdapterFiles, where: str) -> AdapterFiles:
     return files
 
 
-def adapter_sha256(tensors: Mapping[str, Tensor], head: Tensor | None = None) -> str:
-    """Identity of an adapter: over its float32 tensors, and its score head if it has one."""
+def adapter_sha256(tensors: Mapping[str, Tensor], head: Tensor | None = None, offset: float = 0.0) -> str:
+    """Identity of an adapter: over its float32 tensors, its score head if it has one, and the offset of that if it is not 0."""
+    import torch
+
     named = dict(tensors) if head is None else {**tensors, HEAD_KEY: head}
+    if offset:
+        named[BIAS_KEY] = torch.tensor([offset])
     return sha256_tensors({name: t.float() for name, t in named.items()})
 
 
@@ -140,7 +189,8 @@ def check_folder(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.name in (CONFIG, WEIGHTS):
             if not stat.S_ISREG(os.lstat(path).st_mode):
-                problems.append(Problem(str(path), "is not a plain file"))
+                fix = f"copy the folder with what its links point at: cp -rL {folder} COPY"
+                problems.append(Problem(str(path), "is not a plain file", fix=fix))
         elif path.name.startswith("adapter_model."):
             problems.append(
                 Problem(
@@ -148,7 +198,8 @@ def check_folder(folder: Path) -> None:
                 )
             )
         elif not path.is_dir() and not _BYSTANDERS.fullmatch(path.name):
-            problems.append(Problem(str(path), "does not belong in an adapter folder", f"{CONFIG} and {WEIGHTS}"))
+            what = "does not belong in an adapter folder"
+            problems.append(Problem(str(path), what, f"{CONFIG} and {WEIGHTS}", fix="move it elsewhere"))
     missing = [n for n in (CONFIG, WEIGHTS) if not (folder / n).exists()]
     if not problems:
         problems = [Problem(str(folder / n), "file is missing") for n in missing]
@@ -161,7 +212,9 @@ def check_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of `raw` that matter here, checked. ArtifactError, all problems at once, for what would be read differently.
 
     target_modules may be BY_TENSORS.   ranks_differ, alphas: by `rank_pattern`, and the keys of `alpha_pattern` as they are."""
-    problems = _value_problems(raw, where) + _meaning_problems(raw, where)
+    problems = _value_problems(raw, where)
+    if raw.get("peft_type") == "LORA":
+        problems += _meaning_problems(raw, where)
     ArtifactError.raise_all(problems)
     targets = raw["target_modules"]
     if _chooses(raw) or (isinstance(targets, str) and targets != "all-linear"):
@@ -182,54 +235,85 @@ def check_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def by_peft(raw: Mapping[str, Any]) -> str:
+    """The way out of an adapter that neither a job nor `rlhf-ray merge` takes, by its adapter_config.json."""
+    if raw.get("peft_type") in _PROMPTS:
+        return "train a LoRA adapter: PEFT cannot merge one of this kind into its base"
+    use = "give the result as a reward's model" if _is_reward(raw) else "use the result as model_name_or_path"
+    return f"merge it into its base with PEFT's merge_and_unload, and {use}"
+
+
+def _way_out(raw: Mapping[str, Any], option: str) -> str:
+    """The same of one option of LoRA."""
+    if option in _UNMERGED:
+        return "train plain LoRA: PEFT cannot merge such an adapter into its base"
+    taken = option in ("use_dora", "modules_to_save", "trainable_token_indices")  # by `merge_by_peft`
+    return WAY_OUT if taken and not _is_reward(raw) else by_peft(raw)
+
+
+def _is_reward(raw: Mapping[str, Any]) -> bool:
+    return raw.get("task_type") == "SEQ_CLS"
+
+
 def _value_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
     problems = []
 
-    def check(name: str, good: bool, expected: str) -> None:
+    def check(name: str, good: bool, expected: str, fix: str) -> None:
         if not good:
-            problems.append(Problem(f"{where}: {name}", "bad value", expected, repr(raw.get(name))[:80]))
+            problems.append(Problem(f"{where}: {name}", "bad value", expected, repr(raw.get(name))[:80], fix))
 
-    r, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
-    check("peft_type", raw.get("peft_type") == "LORA", "LORA")
-    check("r", isinstance(r, int) and not isinstance(r, bool) and 1 <= r <= MAX_R, f"a whole number from 1 to {MAX_R}")
-    check("lora_alpha", _is_number(alpha) and alpha > 0, "a finite number above 0")  # type: ignore[operator]
-    check("lora_dropout", _is_number(dropout) and 0 <= dropout < 1, "from 0 up to, not including, 1")
-    check("task_type", raw.get("task_type") in (None, "CAUSAL_LM", "SEQ_CLS"), "CAUSAL_LM or SEQ_CLS")
-    check("bias", raw.get("bias", "none") == "none", "none")
-    check("init_lora_weights", raw.get("init_lora_weights", True) in _INIT, "one that leaves the base unchanged")
+    kind, alpha, dropout = raw.get("peft_type"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
+    if kind != "LORA":  # its other fields are of that kind
+        check("peft_type", False, "LORA", by_peft(raw) if isinstance(kind, str) else MALFORMED)
+        return problems
+    given = raw.get("r")
+    r = given if isinstance(given, int) and not isinstance(given, bool) else 0
+    check("r", 1 <= r <= MAX_R, f"a whole number from 1 to {MAX_R}", by_peft(raw) if r > MAX_R else MALFORMED)
+    check("lora_alpha", _is_number(alpha) and alpha > 0, "a finite number above 0", MALFORMED)  # type: ignore[operator]
+    check("lora_dropout", _is_number(dropout) and 0 <= dropout < 1, "from 0 up to, not including, 1", MALFORMED)
+    task = "write CAUSAL_LM there if its base is a causal language model"
+    check("task_type", raw.get("task_type") in (None, "CAUSAL_LM", "SEQ_CLS"), "CAUSAL_LM or SEQ_CLS", task)
+    check("bias", raw.get("bias", "none") == "none", "none", by_peft(raw))
+    initial = raw.get("init_lora_weights", True)
+    check("init_lora_weights", initial in _INIT, "one that leaves the base unchanged", by_peft(raw))
     for name in ("base_model_name_or_path", "revision"):
-        check(name, raw.get(name) is None or isinstance(raw.get(name), str), "a string")
+        check(name, raw.get(name) is None or isinstance(raw.get(name), str), "a string", MALFORMED)
     for name in ("use_rslora", "fan_in_fan_out"):
-        check(name, isinstance(raw.get(name, False), bool), "true or false")
+        check(name, isinstance(raw.get(name, False), bool), "true or false", MALFORMED)
+    saved = raw.get("modules_to_save") or []
+    allowed = {"score", "classifier"} if _is_reward(raw) else set()
+    good = isinstance(saved, list) and set(map(str, saved)) <= allowed
+    check("modules_to_save", good, "score, for SEQ_CLS only", _way_out(raw, "modules_to_save"))
+    _check_targets(raw, check)
+    return problems
+
+
+def _check_targets(raw: Mapping[str, Any], check: Callable[[str, bool, str, str], None]) -> None:
+    """The fields that choose modules, and ranks and scales of some of them. No expression is run: of `rank_pattern` nothing is
+    needed, since tensors have ranks."""
     targets = raw.get("target_modules")
     is_list = isinstance(targets, list) and 0 < len(targets) <= MAX_TARGETS
     names = is_list and all(isinstance(t, str) and _NAME.fullmatch(t) for t in targets)  # type: ignore[union-attr]
     is_regex = isinstance(targets, str) and 0 < len(targets) <= MAX_REGEX and targets != "all-linear"
-    check(
-        "target_modules",
-        names or is_regex or targets == "all-linear",
-        "a list of module names, or a regular expression",
-    )
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = raw.get(name) or {}
-        good = isinstance(pattern, dict) and all(
-            _plain_name(key) and _is_number(value) and value > 0 for key, value in pattern.items()
-        )
-        check(name, good, "numbers above 0 by module name (other regular expressions are not run)")
+    expected = "a list of module names, or a regular expression"
+    check("target_modules", names or is_regex or targets == "all-linear", expected, by_peft(raw))
+    ranks, alphas = (_numbers_by_name(raw.get(name)) for name in ("rank_pattern", "alpha_pattern"))
+    check("rank_pattern", ranks is not None, "numbers above 0 by module name", MALFORMED)
+    check("alpha_pattern", alphas is not None, "numbers above 0 by module name", MALFORMED)
+    if not all(map(_plain_name, alphas or ())):
+        check("alpha_pattern", False, "module names (other regular expressions are not run)", by_peft(raw))
     stacked = raw.get("target_parameters") or []
     plain = isinstance(stacked, list) and all(isinstance(t, str) and _NAME.fullmatch(t) for t in stacked)
-    alone = not (_chooses(raw) or raw.get("rank_pattern") or raw.get("alpha_pattern") or is_regex)
-    check(
-        "target_parameters", plain and (alone or not stacked), "a list of names, beside a list of target_modules alone"
-    )
-    saved = raw.get("modules_to_save") or []
-    allowed = {"score", "classifier"} if raw.get("task_type") == "SEQ_CLS" else set()
-    check(
-        "modules_to_save",
-        isinstance(saved, list) and set(map(str, saved)) <= allowed,
-        f"score, for SEQ_CLS only; else {WAY_OUT}",
-    )
-    return problems
+    alone = not (_chooses(raw) or ranks or alphas or is_regex)
+    expected = "a list of names, beside a list of target_modules alone"
+    check("target_parameters", plain and (alone or not stacked), expected, by_peft(raw))
+
+
+def _numbers_by_name(pattern: Any) -> dict[str, Any] | None:
+    """The pattern, {} where there is none; None if it is anything else than numbers above 0 by strings."""
+    found = pattern or {}
+    is_one = isinstance(found, dict) and all(isinstance(k, str) and _is_number(v) and v > 0 for k, v in found.items())
+    return found if is_one else None
 
 
 def _chooses(raw: Mapping[str, Any]) -> bool:
@@ -252,7 +336,8 @@ def _meaning_problems(raw: Mapping[str, Any], where: str) -> list[Problem]:
         ):
             continue
         reason = _REFUSED.get(name, "not a plain LoRA option")
-        problems.append(Problem(f"{where}: {name}", f"is not supported: {reason}", "null", repr(value)[:80], WAY_OUT))
+        what, got = f"is not supported: {reason}", repr(value)[:80]
+        problems.append(Problem(f"{where}: {name}", what, "null", got, _way_out(raw, name)))
     return problems
 
 
@@ -260,11 +345,9 @@ def is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
-def _plain_name(key: Any) -> str | None:
+def _plain_name(key: str) -> str | None:
     """The module name that a key of PEFT's patterns stands for, by itself or as a regular expression: `q_proj`,
     `.*\\.self_attn\\.q_proj`, `^model\\.layers\\.0\\.mlp\\.up_proj`. None for any other expression."""
-    if not isinstance(key, str):
-        return None
     name = re.sub(r"^\^?(\(\.\*\\\.\)\?|\.\*\\?\.)?", "", key.removesuffix("$")).replace("\\.", ".")
     return name if _NAME.fullmatch(name) else None
 
@@ -326,7 +409,7 @@ def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
             shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
             r = None if config["ranks_differ"] else config["r"]
             stacked = bool(config["target_parameters"])
-            problems = tensor_problems(shapes, r, str(path), config["task_type"] == "SEQ_CLS", stacked)
+            problems = tensor_problems(shapes, r, str(path), _is_reward(config), stacked, by_peft(config))
             problems += [
                 Problem(f"{path}: {n}", "wrong number format", "F32, BF16 or F16", k)
                 for n, k in kinds.items()
@@ -345,21 +428,31 @@ def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def tensor_problems(
-    shapes: Mapping[str, tuple[int, ...]], r: int | None, where: str, allow_head: bool, stacked: bool = False
+    shapes: Mapping[str, tuple[int, ...]],
+    r: int | None,
+    where: str,
+    allow_head: bool,
+    stacked: bool = False,
+    way_out: str = "",
 ) -> list[Problem]:
     """What is wrong with the names and shapes of an adapter's tensors: A is [r, in], B is [out, r], in pairs.
 
     r: None where modules have ranks of their own, the same in both halves.   stacked: some are on weights of E experts, whose
-    factors have r E rows and columns; how many is known by the model alone."""
+    factors have r E rows and columns; how many is known by the model alone.   allow_head: score.weight [labels, D], and score.bias
+    [labels] beside it.   way_out: of an adapter that has other tensors."""
     halves: dict[str, set[str]] = {}
     problems = []
     for name, shape in shapes.items():
         key = KEY.fullmatch(name)
         if name == HEAD_KEY and allow_head:
-            if len(shape) != 2 or shape[0] != 1:
-                problems.append(Problem(f"{where}: {name}", "wrong shape", "(1, hidden size)", str(shape)))
+            if len(shape) != 2 or 0 in shape:
+                problems.append(Problem(f"{where}: {name}", "wrong shape", "(labels, hidden size)", str(shape)))
+        elif name == BIAS_KEY and allow_head and HEAD_KEY in shapes:
+            if shape != shapes[HEAD_KEY][:1]:
+                problems.append(Problem(f"{where}: {name}", "wrong shape", str(shapes[HEAD_KEY][:1]), str(shape)))
         elif key is None:
-            problems.append(Problem(f"{where}: {name}", "unexpected tensor", "lora_A and lora_B weights"))
+            fix = WAY_OUT if way_out and ".lora_embedding_" in name and not allow_head else way_out
+            problems.append(Problem(f"{where}: {name}", "unexpected tensor", "lora_A and lora_B weights", fix=fix))
         else:
             halves.setdefault(key["module"], set()).add(key["half"])
             rank = shape[0 if key["half"] == "A" else 1] if len(shape) == 2 else None

@@ -143,7 +143,7 @@ class AdapterPool:
         scale = lora_scale(config["lora_alpha"], config["r"], config["use_rslora"])
         packed = pack(self.groups, config["r"], scale, halves)
         held, own = self.unpacked(packed), {key: theirs for theirs, key in zip(files.tensors, given)}
-        sha256 = adapter_sha256({own[key]: held[key] for key in held if key in own}, files.head)
+        sha256 = adapter_sha256({own[key]: held[key] for key in held if key in own}, files.head, files.offset)
         if sha256 != files.sha256:
             what = "the adapter in memory is not the one that was read"
             raise ArtifactError.at(files.path, what, files.sha256, sha256)

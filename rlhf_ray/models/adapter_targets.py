@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import ArtifactError, ConfigError, Problem
-from rlhf_ray.models.adapter_files import KEY, AdapterFiles
+from rlhf_ray.models.adapter_files import KEY, AdapterFiles, by_peft
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.recurrent import is_read_past
 from rlhf_ray.models.zero3 import whole_shape
@@ -157,7 +157,7 @@ def fit_tensors(
     if targets == "all-linear":
         targets = resolve_targets(base, targets)
     refused = refused_by_peft(base, targets)
-    fix = "merge it into its base with PEFT, and use the result as model_name_or_path"
+    fix = by_peft(files.config)
     ArtifactError.raise_all(Problem(files.path, f"target {name}: {why}", fix=fix) for name, why in refused.items())
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in linear.items():

@@ -137,7 +137,8 @@ class Assembly:
                     source.path, "has no reward head", "the adapter of a reward run", "a policy adapter"
                 )
             adapter = self._saved(BASE, role, files, trainable=False)
-            self._head(BASE, role, files.head)
+            self._head(BASE, role, files.head, files.offset)
+            self.base.notes = tuple(dict.fromkeys((*self.base.notes, *files.notes)))
             self.bindings[role] = RoleBinding(BASE, adapter, role)
         else:
             stack = self._full(source, "classifier")

@@ -5,7 +5,7 @@ Any causal language model that the Auto classes know; dropout 0, eval mode, no g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from rlhf_ray.data.templates import ChatTemplate, Template
 from rlhf_ray.errors import ArtifactError, InvariantError
 from rlhf_ray.models.context import context_length, context_notes, encoder_context
 from rlhf_ray.models.coverage import quantisation_notes
-from rlhf_ray.models.heads import check_labels, logits_head, score_layer
+from rlhf_ray.models.heads import check_labels, logits_head, score_layer, two_labels_note
 from rlhf_ray.models.loading import (
     DTYPES,
     LoadPlan,
@@ -31,6 +31,7 @@ from rlhf_ray.models.loading import (
     plan_load,
     quiet,
     read_tensor,
+    refuse_unreadable_merge,
     without_placeholders,
 )
 from rlhf_ray.models.lora_compute import compute_adapters_in
@@ -217,14 +218,13 @@ def load_classifier(
             "give a reward run, or a merged one (rlhf-ray merge)",
         )
     labels = int(model.config.num_labels or 0)
-    two = f"{source.name} has two labels: a reward is the logit of label 1 minus that of label 0"
+    two = [two_labels_note(source.name)] if labels == 2 else []
     if is_encoder(plan.config):
         check_labels(labels)
         backbone = _finish(model, source, plan, None, encoder=True)
-        backbone.notes += (*unused_notes(info["unexpected_keys"], model), *([two] if labels == 2 else []))
+        backbone.notes += (*unused_notes(info["unexpected_keys"], model), *two)
         return backbone
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear):
+    if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ArtifactError.at(
             str(source.folder),
             "no score head that can be read",
@@ -233,13 +233,23 @@ def load_classifier(
             "give it as a Python reward function",
         )
     unexpected = set(info["unexpected_keys"])
-    # transformers' classes have no bias, and drop that of a checkpoint.
-    bias = read_tensor(source.folder, "score.bias") if "score.bias" in unexpected else head.bias
-    model.score = score_layer(head.weight.detach(), None if bias is None else bias.detach())
+    model.score = _score_of(model, source, unexpected)
     backbone = _finish(model, source, plan, None)
-    notes = unused_notes(unexpected - {"score.bias"}, model)
-    backbone.notes += (*notes, *([two] if labels == 2 else []))
+    backbone.notes += (*unused_notes(unexpected - {SCORE_BIAS}, model), *two)
     return backbone
+
+
+SCORE_BIAS = "score.bias"
+"""Tensor of a checkpoint that transformers' classes have no place for, and drop."""
+
+
+def _score_of(model: Any, source: ModelSource, unexpected: Collection[str]) -> nn.Linear:
+    """The score head of a decoder's checkpoint as one linear layer D -> 1, with the bias that the checkpoint may have.
+
+    unexpected: the tensors of the checkpoint that `model` has no place for."""
+    head = model.score
+    bias = read_tensor(source.folder, SCORE_BIAS) if SCORE_BIAS in unexpected else head.bias
+    return score_layer(head.weight.detach(), None if bias is None else bias.detach())
 
 
 def unused_notes(keys: Iterable[str], model: nn.Module) -> list[str]:
@@ -265,12 +275,19 @@ def load_in_float32(path: str, attn_implementation: str = "auto") -> Backbone:
 
 
 def load_exact(
-    *, path: str, revision: str | None, dtype: str | None, classifier: bool, head: torch.Tensor | None = None
+    *,
+    path: str,
+    revision: str | None,
+    dtype: str | None,
+    classifier: bool,
+    head: torch.Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[Backbone, dict[str, float]]:
     """Load `path` on the CPU in its own number format, for a merge, which must work where running it would be too slow or refused.
 
     dtype: None is the checkpoint's own.   classifier: as a one-label sequence-classification model; its score head must be among
-    the weights, unless `head` [1, D] is given.   Also returns the dropout rates of its config, to be restored before saving."""
+    the weights, unless `head` [1, D] is given, and its `offset`.   The backbone's notes are of tensors that were not used, and of
+    nothing else.   Also returns the dropout rates of its config, to be restored before saving."""
     from transformers import AutoModelForSequenceClassification
 
     source = resolve_source(path, revision)
@@ -278,6 +295,8 @@ def load_exact(
     plan.dtype = DTYPES[dtype] if dtype else checkpoint_dtype(source.folder, plan.config)
     if classifier:
         plan.config = classifier_config(plan.config, str(source.folder))
+    else:
+        refuse_unreadable_merge(plan.config, str(source.folder))
     auto = AutoModelForSequenceClassification if classifier else causal_class(plan.config)
     model, info = from_pretrained(auto, source, plan)
     missing = set(info["missing_keys"]) - ({"score.weight"} if head is not None else set())
@@ -285,10 +304,17 @@ def load_exact(
         raise ArtifactError.at(str(source.folder), "weights are missing", got=_some(sorted(missing)))
     if getattr(model, "is_quantized", False):
         model = dequantised(model, plan.dtype, str(source.folder))
+    unexpected = set(info["unexpected_keys"])
     if head is not None:
-        with torch.no_grad():
-            model.score.weight.copy_(head)  # type: ignore[union-attr,operator]
-    return _finish(model, source, plan, None), plan.dropout
+        given: Any = model.score
+        model.score = score_layer(head.to(given.weight.dtype), torch.tensor([offset]) if offset else None)
+        unexpected -= {"lm_head.weight", "embed_out.weight"}  # a classifier has none
+    elif classifier:
+        model.score = _score_of(model, source, unexpected)
+        unexpected -= {SCORE_BIAS}
+    backbone = _finish(model, source, plan, None)
+    backbone.notes = tuple(unused_notes(unexpected, model))
+    return backbone, plan.dropout
 
 
 def trunk(model: nn.Module) -> nn.Module:

@@ -29,11 +29,11 @@ class ScalarHead(nn.Linear):
             return super().forward(hidden.float()).squeeze(-1) + self.offset
 
 
-def check_labels(count: int) -> None:
+def check_labels(count: int, where: str = "score") -> None:
     """ArtifactError for a classifier with more labels than two: nobody knows which of them is good."""
     if count not in (1, 2):
         raise ArtifactError.at(
-            "score",
+            where,
             "has several labels",
             "one label, or two",
             str(count),
@@ -41,11 +41,16 @@ def check_labels(count: int) -> None:
         )
 
 
-def score_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def two_labels_note(name: str) -> str:
+    """What a run says of a reward model of two labels."""
+    return f"{name} has two labels: a reward is the logit of label 1 minus that of label 0"
+
+
+def score_layer(weight: Tensor, bias: Tensor | None, where: str = "score") -> nn.Linear:
     """The score head of a classifier as one linear layer D -> 1. weight: [labels, D].   bias: [labels].
 
-    Two labels: the log-odds of label 1, which are the difference of their logits. ArtifactError for more."""
-    check_labels(len(weight))
+    Two labels: the log-odds of label 1, which are the difference of their logits. ArtifactError, about `where`, for more."""
+    check_labels(len(weight), where)
     if len(weight) == 2:
         weight, bias = weight[1:] - weight[:1], None if bias is None else bias[1:] - bias[:1]
     layer = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=weight.dtype, device=weight.device)

@@ -80,12 +80,13 @@ def without_placeholders(config: Any) -> None:
 
 @dataclass
 class LoadPlan:
-    """extra: further arguments of from_pretrained.  dropout: the config's own rates, which are set to 0."""
+    """attn: the attention kernel.  may_be_eager: sdpa was not asked for by name, so a model that has none gets eager.
+    extra: further arguments of from_pretrained.  dropout: the config's own rates, which are set to 0."""
 
     config: Any
     dtype: torch.dtype
     attn: str
-    attn_may_fall_back: bool
+    may_be_eager: bool
     bits: int | None
     device: torch.device
     extra: dict[str, Any]
@@ -180,8 +181,8 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor:
 
 
 def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """auto: torch's own scaled dot product attention. In decoding flash-attn would take the padding out of the whole cache, in
-    every layer and at every token."""
+    """auto: torch's own scaled dot product attention, and eager where a model has none (`from_pretrained`). In decoding flash-attn
+    would take the padding out of the whole cache, in every layer and at every token."""
     if name == "auto":
         return "sdpa"
     fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
@@ -209,6 +210,24 @@ def causal_class(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def refuse_unreadable_merge(config: Any, where: str) -> None:
+    """ArtifactError, before any weight is read, if what `causal_class` makes of this config cannot be loaded again once it is
+    saved: the decoder alone, of a type of which transformers has no language model (Mllama)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    saved = None if causal is None else causal.config_class
+    if saved is not None and saved not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ArtifactError.at(
+            where,
+            f"models of type {config.model_type} cannot be merged: their decoder alone would be saved, and transformers loads no"
+            f" language model of type {saved.model_type}",
+            "a model type whose decoder can be loaded by itself",
+            config.model_type,
+            "use the adapter unmerged (serve, generate)",
+        )
 
 
 def classifier_config(config: Any, where: str) -> Any:
@@ -252,7 +271,8 @@ def is_encoder(config: Any) -> bool:
 
 
 def from_pretrained(auto: Any, source: ModelSource, plan: LoadPlan) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model as an Auto class makes it, and its report of missing and unexpected weights. A library's errors become ours."""
+    """The model as an Auto class makes it, and its report of missing and unexpected weights (`unexpected_keys`: all that the model
+    has no place for). A library's errors become ours. plan.attn becomes eager where a model has no sdpa, and need not."""
     arguments: dict[str, Any] = {
         "config": copy.deepcopy(plan.config),
         "dtype": plan.dtype,
@@ -263,16 +283,15 @@ def from_pretrained(auto: Any, source: ModelSource, plan: LoadPlan) -> tuple[Pre
         **plan.extra,
     }
     try:
-        with quiet():
-            while True:
-                try:
-                    return auto.from_pretrained(str(source.folder), attn_implementation=plan.attn, **arguments)
-                except (ValueError, ImportError) as e:
-                    slower = {"flash_attention_2": "sdpa", "sdpa": "eager"}.get(plan.attn)
-                    about_attention = re.search("attention|flash|sdpa", str(e), re.IGNORECASE)
-                    if slower is None or not (plan.attn_may_fall_back and about_attention):
-                        raise
-                    plan.attn = slower
+        with quiet(), _all_unexpected():
+            try:
+                model, info = auto.from_pretrained(str(source.folder), attn_implementation=plan.attn, **arguments)
+            except (ValueError, ImportError) as e:
+                if not plan.may_be_eager or re.search("attention|sdpa", str(e), re.IGNORECASE) is None:
+                    raise
+                plan.attn = "eager"
+                model, info = auto.from_pretrained(str(source.folder), attn_implementation=plan.attn, **arguments)
+        return model, {**info, "unexpected_keys": {*info["unexpected_keys"], *model.__dict__.pop(_UNEXPECTED, ())}}
     except torch.cuda.OutOfMemoryError as e:
         raise ResourceError.at(str(source.folder), f"does not fit into GPU memory: {one_line(e)}") from e
     except pickle.UnpicklingError as e:
@@ -281,6 +300,33 @@ def from_pretrained(auto: Any, source: ModelSource, plan: LoadPlan) -> tuple[Pre
         ) from e
     except (*CONFIG_ERRORS, RuntimeError, ImportError, SafetensorError) as e:
         raise load_error(source, e) from e
+
+
+_COMPUTED = re.compile(r"(inv_freq|position_ids|masked_bias|(attn|attention)\.bias|relative_position_index|\.version)$")
+"""Tensors of older checkpoints that a model computes by itself, of those that transformers leaves out of its report."""
+
+
+_UNEXPECTED = "_rlhf_ray_unexpected"
+
+
+@contextmanager
+def _all_unexpected() -> Iterator[None]:
+    """Models that are loaded meanwhile have an attribute _UNEXPECTED: names of tensors that they have no place for, also of those
+    that transformers leaves out of its report because the class says so (`_keys_to_ignore_on_load_unexpected`: a vision tower,
+    layers that predict further tokens)."""
+    from transformers import PreTrainedModel
+
+    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    def note_and_adjust(self: Any, loading_info: Any) -> None:
+        self.__dict__[_UNEXPECTED] = {name for name in loading_info.unexpected_keys if not _COMPUTED.search(name)}
+        adjust(self, loading_info)
+
+    PreTrainedModel._adjust_missing_and_unexpected_keys = note_and_adjust  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel._adjust_missing_and_unexpected_keys = adjust  # type: ignore[method-assign]
 
 
 @contextmanager

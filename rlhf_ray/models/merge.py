@@ -23,7 +23,7 @@ from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.models.adapter_files import AdapterFiles, read_adapter
 from rlhf_ray.models.adapters import lora_layers, use_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_exact, trunk
-from rlhf_ray.models.heads import ScalarHead, logits_head
+from rlhf_ray.models.heads import logits_head, scalar_head
 from rlhf_ray.models.lineage import MERGED, check_lineage, merged_manifest
 from rlhf_ray.models.loading import quiet, restore_dropout
 from rlhf_ray.models.merge_by_peft import merge_by_peft, more_than_lora, read_any
@@ -166,9 +166,18 @@ def _merge_into(
 
     The model is let go on return, so that reading back needs no second copy in memory."""
     backbone, dropout = load_exact(
-        path=str(base.folder), revision=None, dtype=dtype, classifier=files.head is not None, head=files.head
+        path=str(base.folder),
+        revision=None,
+        dtype=dtype,
+        classifier=files.head is not None,
+        head=files.head,
+        offset=files.offset,
     )
-    notes = []
+    notes = [*files.notes, *(f"{note}; the merged checkpoint is without them" for note in backbone.notes)]
+    if files.offset:
+        notes.append(
+            f"score.bias ({files.offset:g}) is in the checkpoint; transformers' own class leaves it out of its scores"
+        )
     if not more_than_lora(files):  # others hold no hash of their base
         notes += check_lineage(source, backbone.identity, None, role=source.run.stage if source.run else "adapter")
     ids = _fixture_ids(backbone)
@@ -197,7 +206,7 @@ def fixture_outputs(backbone: Backbone, ids: Tensor) -> Tensor:
     if score is None:
         return model(input_ids=ids[:, :-1], use_cache=False).logits.float().log_softmax(-1).cpu()
     hidden = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
-    return ScalarHead(backbone.hidden_size, score.weight.float().cpu())(hidden.cpu())
+    return scalar_head(score)(hidden.cpu())
 
 
 def _merge(backbone: Backbone, files: AdapterFiles, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

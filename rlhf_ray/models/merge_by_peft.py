@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from rlhf_ray.errors import ArtifactError, Problem
 from rlhf_ray.models.adapter_files import (
     CONFIG,
+    MALFORMED,
     WEIGHTS,
     AdapterFiles,
+    by_peft,
     check_config,
     check_folder,
     is_plain_name,
@@ -70,10 +72,12 @@ def read_for_merge(folder: Path | str) -> AdapterFiles | None:
     config = check_config({**raw, **OPTIONS}, where)
     saved = raw.get("modules_to_save") or []
     problems = []
-    if config["ranks_differ"] or config["alphas"] or raw.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(Problem(where, "rank_pattern, alpha_pattern or another task beside DoRA or saved modules"))
+    if config["ranks_differ"] or config["alphas"]:
+        what = "rank_pattern or alpha_pattern beside DoRA, saved modules or embeddings is not merged here"
+        problems.append(Problem(where, what, fix=by_peft(raw)))
     if not isinstance(saved, list) or not all(map(is_plain_name, saved)):
-        problems.append(Problem(f"{where}: modules_to_save", "bad value", "a list of module names", repr(saved)[:80]))
+        got = repr(saved)[:80]
+        problems.append(Problem(f"{where}: modules_to_save", "bad value", "a list of module names", got, MALFORMED))
     bad = [key for key, t in tensors.items() if not t.is_floating_point() or not bool(torch.isfinite(t).all())]
     problems += [Problem(f"{folder / WEIGHTS}: {key}", "holds values that are not finite numbers") for key in bad]
     ArtifactError.raise_all(problems)

@@ -97,7 +97,7 @@ def dequantised(model: Any, dtype: torch.dtype, where: str) -> Any:
     method = getattr(model.config.quantization_config, "quant_method", "quantised")
     try:
         whole = model.dequantize().to(dtype)
-    except (NotImplementedError, ValueError, RuntimeError, AttributeError) as e:
+    except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError, ImportError) as e:
         raise ArtifactError.at(
             where,
             f"its weights are quantised ({getattr(method, 'value', method)}), and transformers cannot make them whole again",

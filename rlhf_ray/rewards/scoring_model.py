@@ -22,7 +22,7 @@ from rlhf_ray.metrics import figure
 from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone, load_backbone, load_classifier, trunk
 from rlhf_ray.models.batching import Batching
-from rlhf_ray.models.heads import ScalarHead, scalar_head
+from rlhf_ray.models.heads import scalar_head
 from rlhf_ray.models.lineage import (
     DEFAULT_TEMPLATE,
     check_lineage,
@@ -138,8 +138,9 @@ def _load(source: ModelSpec, device: torch.device) -> tuple[Backbone, RoleModels
         backbone = load_backbone(
             path=str(base["path"]), revision=base.get("revision"), **_how(base.get("precision"), device)
         )
+        backbone.notes += files.notes
         stack, binding = AdapterStack(backbone, wrap(backbone.model, files, ROLE)), RoleBinding(STACK, ROLE, ROLE)
-        score = ScalarHead(backbone.hidden_size, files.head.float().cpu())
+        score = files.scalar_head(backbone.hidden_size)
     stack.heads[ROLE] = score.to(device)
     backbone.packing = packing_of(trunk(backbone.model), backbone.attn_implementation)
     models = RoleModels({STACK: stack}, {ROLE: binding})

@@ -18,11 +18,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-import torch
-
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.models.adapter_files import AdapterFiles
 from rlhf_ray.models.adapter_pool import PackedAdapter
+from rlhf_ray.models.heads import ScalarHead
 from rlhf_ray.serve.decode_thread import DecodeThread
 from rlhf_ray.serve.metrics import Metrics, NoMetrics
 
@@ -66,14 +65,14 @@ class HostAdapter(Generic[C]):
 
 @dataclass(eq=False)
 class CachedAdapter(Generic[C]):
-    """An adapter beside the model. adapter_name: of the sampler.  head: of a reward model.  users: requests that use it now.
-    leaving: it takes no new ones, and goes when those are done."""
+    """An adapter beside the model. adapter_name: of the sampler.  head: of a reward model, frozen.  users: requests that use it
+    now.  leaving: it takes no new ones, and goes when those are done."""
 
     key: str
     adapter_name: str
     checkpoint: C
     nbytes: int
-    head: torch.Tensor | None = None
+    head: ScalarHead | None = None
     users: int = 0
     leaving: bool = False
 
@@ -203,9 +202,9 @@ class AdapterCache(Generic[C]):
         return await self._to_its_end(self._put(key, adapter))
 
     async def _put(self, key: str, adapter: HostAdapter[C]) -> CachedAdapter[C]:
-        head = adapter.files.head
-        if head is not None:
-            head = head.to(self.engine.backbone.device)
+        backbone, head = self.engine.backbone, None
+        if adapter.files.head is not None:
+            head = adapter.files.scalar_head(backbone.hidden_size).requires_grad_(False).to(backbone.device)
         name = f"ad_{next(self._numbers):04d}"
         await asyncio.to_thread(self.engine.add_adapter, name, adapter.packed, adapter.files)
         cached = self._cached[key] = CachedAdapter(key, name, adapter.checkpoint, adapter.nbytes, head)

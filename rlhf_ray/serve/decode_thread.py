@@ -417,7 +417,9 @@ def _add_to_peft(model: PeftModel, name: str, files: AdapterFiles) -> None:
     add_from_files(model, name, files, trainable=False)
     model.eval()
     added = {key: parameter.detach().cpu() for key, parameter in adapter_parameters(model, name).items()}
-    sha256 = adapter_sha256(added, files.head) if files.tensors.keys() == added.keys() else files.sha256
+    sha256 = files.sha256
+    if files.tensors.keys() == added.keys():
+        sha256 = adapter_sha256(added, files.head, files.offset)
     if sha256 != files.sha256:
         remove_adapter(model, name)
         raise ArtifactError.at(files.path, "the model does not hold the adapter that was read", files.sha256, sha256)

@@ -32,12 +32,12 @@ ROWS_PER_PASS = 16
 @dataclass(frozen=True, eq=False)
 class ScoringCase:
     """A response to be scored. adapter: PEFT name, None for the base.
-    head: f32[1, D] of a reward; None for log-probabilities.  temperature: divides the base's logits."""
+    head: of a reward; None for log-probabilities.  temperature: divides the base's logits."""
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     adapter: str | None = None
-    head: torch.Tensor | None = None
+    head: ScalarHead | None = None
     temperature: float = 1.0
 
     @property
@@ -174,8 +174,7 @@ def score_cases(cases: Sequence[ScoringCase], backbone: Backbone, model: PeftMod
             if first.head is None:
                 values = stack.logprobs(states, seq, first.temperature, False, int)[0].double().sum(dim=1)
             else:
-                head = ScalarHead(backbone.hidden_size, first.head.cpu()).to(backbone.device)
-                values = after_last_token(head(states), seq)
+                values = after_last_token(first.head(states), seq)
             for i, value in zip(batch, values.tolist()):
                 scores[i] = value
     return scores

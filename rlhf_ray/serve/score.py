@@ -144,7 +144,6 @@ def _pass(
     import torch
 
     from rlhf_ray.models.forward import after_last_token
-    from rlhf_ray.models.heads import ScalarHead
     from rlhf_ray.models.role_models import AdapterStack
     from rlhf_ray.rewards.retokenised import Reader
 
@@ -152,6 +151,5 @@ def _pass(
     assert cached is not None and cached.head is not None
     with torch.no_grad():
         seq = Reader(backbone, served.template, False).sequences(prompts, replies)
-        head = ScalarHead(backbone.hidden_size, cached.head.cpu()).to(backbone.device)
         states = AdapterStack(backbone, model).states(seq, cached.adapter_name)
-        return after_last_token(head(states), seq).float().tolist()
+        return after_last_token(cached.head(states), seq).float().tolist()

@@ -42,6 +42,11 @@ def test_a_family_that_fails_is_a_row_that_says_so(families: Any, tmp_path: Path
     assert "- an encoder and a decoder: bart" in text
 
 
+def test_a_missing_package_is_named_and_no_more(families: Any) -> None:
+    said = "\nTimmWrapperModel requires the timm library but it was not found in your environment. You can install it with pip:"
+    assert families.told(ImportError(said)) == "needs timm"
+
+
 def test_the_table_is_that_of_the_rows(families: Any) -> None:
     """Nothing is in it that was not tried, and nothing that was tried is left out."""
     import readme_tables

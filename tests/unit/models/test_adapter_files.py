@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_ray.errors import ArtifactError, InvariantError
-from rlhf_ray.models.adapter_files import HEAD_KEY, adapter_sha256, read_adapter, save_adapter
+from rlhf_ray.models.adapter_files import BIAS_KEY, HEAD_KEY, adapter_sha256, read_adapter, save_adapter
+from rlhf_ray.models.adapter_pool import AdapterPool
 from rlhf_ray.models.adapters import adapter_config, adapter_tensors, wrap
+from rlhf_ray.models.merge_by_peft import read_for_merge
 
 from .conftest import IDS, hidden, logits
 
@@ -103,7 +105,8 @@ class TestReading:
             ("use_dora", True),
             ("init_lora_weights", "pissa"),
             ("init_lora_weights", "olora"),
-            ("rank_pattern", {"(a+)+q_proj": 4}),
+            ("rank_pattern", {"q_proj": -4}),
+            ("rank_pattern", ["q_proj"]),
             ("alpha_pattern", {"(a+)+q_proj": 4}),
             ("trainable_token_indices", [1]),
             ("megatron_config", {"a": 1}),
@@ -117,6 +120,7 @@ class TestReading:
         with pytest.raises(ArtifactError) as e:
             read_adapter(folder)
         assert len(e.value.problems) == 1 and field in e.value.problems[0].where and e.value.exit_code == 5
+        assert e.value.problems[0].fix
         assert time.monotonic() - start < 1  # a hostile regular expression is never run
 
     @pytest.mark.parametrize(
@@ -146,9 +150,18 @@ class TestReading:
             read_adapter(folder)
         assert len(e.value.problems) == 3
 
-    def test_dora_and_pissa_are_refused_with_the_reason(self, folder: Path) -> None:
-        change_config(folder, use_dora=True)
-        with pytest.raises(ArtifactError, match="DoRA"):
+    @pytest.mark.parametrize(
+        ("option", "reason"),
+        [
+            ({"use_dora": True}, "DoRA makes a token's result depend on the whole weight"),
+            ({"init_lora_weights": "pissa"}, "expected one that leaves the base unchanged; got 'pissa'"),
+        ],
+    )
+    def test_dora_and_pissa_are_refused_with_the_reason(
+        self, folder: Path, option: dict[str, Any], reason: str
+    ) -> None:
+        change_config(folder, **option)
+        with pytest.raises(ArtifactError, match=reason):
             read_adapter(folder)
 
     def test_the_form_of_older_peft_is_read(self, folder: Path) -> None:
@@ -248,6 +261,20 @@ class TestReading:
             "events.out.tfevents.1764412345.host.17.0",
             "tokenizer.json",
             "chat_template.jinja",
+            "qwen.tiktoken",
+            "optimizer.bin",
+            "scheduler.bin",
+            "sampler.bin",
+            "sampler_1.bin",
+            "dl_state_dict.bin",
+            "random_states_0.pkl",
+            "custom_checkpoint_0.pkl",
+            "training_loss.png",
+            "logo.svg",
+            "debug.log",
+            "dpo_metrics.csv",
+            ".gitignore",
+            ".gitattributes",
         ):
             (folder / name).write_bytes(b"never opened")
         assert read_adapter(folder).sha256 == before
@@ -266,6 +293,7 @@ class TestAdaptersByOthers:
                 "alpha_pattern": {r".*\.q_proj": 4, "^model.layers.1.self_attn.v_proj": 3},
             },
             {"target_modules": "all-linear", "rank_pattern": {r"layers\.0\.mlp\.up_proj": 9}, "use_rslora": True},
+            {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {r"layers\.(0|5)\.self_attn\.[qk]_proj": 4}},
             {
                 "target_modules": ["q_proj", "v_proj"],
                 "alpha_pattern": {"^v_proj": 32, "^layers.0.self_attn.v_proj": 64, "self.attn.q_proj": 3, "no_such": 5},
@@ -280,6 +308,7 @@ class TestAdaptersByOthers:
             "ranks",
             "alphas",
             "ranks, rsLoRA",
+            "ranks by an expression",
             "anchored",
             "first counts",
             "layers",
@@ -314,14 +343,137 @@ class TestAdaptersByOthers:
         )
         torch.testing.assert_close(logits(again.eval()), expected, atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize(("labels", "has_bias"), [(1, False), (1, True), (2, False), (2, True)])
+    def test_reward_heads_of_one_label_or_two(
+        self, tiny_llama: Callable[..., Path], tmp_path: Path, labels: int, has_bias: bool
+    ) -> None:
+        """What PEFT and transformers answer: the logit, or that of label 1 minus that of label 0."""
+        base = AutoModelForSequenceClassification.from_pretrained(tiny_llama(), num_labels=labels, pad_token_id=0)
+        base.score = torch.nn.Linear(base.config.hidden_size, labels, bias=has_bias)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+        theirs = peft.get_peft_model(base, config).eval()
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name or name.endswith("score.modules_to_save.default.bias"):
+                torch.nn.init.normal_(parameter, std=0.05)
+        theirs.save_pretrained(tmp_path / "theirs")
+        with torch.no_grad():
+            found = theirs(IDS).logits
+        expected = found[:, 0] if labels == 1 else found[:, 1] - found[:, 0]
+        files = read_adapter(tmp_path / "theirs")
+        model = wrap(AutoModelForCausalLM.from_pretrained(tiny_llama()), files, "reward").eval()
+        ours = files.scalar_head(64)(hidden(model)[:, -1])
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+        assert ("two labels" in "".join(files.notes)) is (labels == 2)
+        assert (files.sha256 != adapter_sha256(files.tensors, files.head)) is has_bias  # another bias, another reward
+        AdapterPool(model).pack(files)  # as a service packs it, and compares it with the hash
+
+    @pytest.mark.parametrize(
+        ("head", "bias", "message"),
+        [
+            (torch.ones(3, 6), None, "has several labels; expected one label, or two; got 3; fix: .*Python reward"),
+            (torch.ones(6), None, r"score.weight: wrong shape; expected \(labels, hidden size\)"),
+            (torch.ones(2, 6), torch.ones(1), r"score.bias: wrong shape; expected \(2,\); got \(1,\)"),
+            (None, torch.ones(1), "score.bias: unexpected tensor"),
+            (torch.ones(1, 6), torch.tensor([torch.nan]), "score.bias: holds values that are not finite"),
+        ],
+        ids=["three labels", "shape", "two and one", "alone", "nan"],
+    )
+    def test_other_heads_are_refused(
+        self, folder: Path, head: Tensor | None, bias: Tensor | None, message: str
+    ) -> None:
+        change_config(folder, task_type="SEQ_CLS")
+        named = {key: t for key, t in ((HEAD_KEY, head), (BIAS_KEY, bias)) if t is not None}
+        change_tensors(folder, lambda t: t.update(named))
+        with pytest.raises(ArtifactError, match=message):
+            read_adapter(folder)
+
     def test_a_hostile_expression_is_not_run(self, folder: Path) -> None:
-        change_config(folder, target_modules="(a+)+$" * 20)
+        change_config(folder, target_modules="(a+)+$" * 20, rank_pattern={"(a+)+q_proj": 2})
         assert read_adapter(folder).config["target_modules"] == [A.split(".lora_")[0].removeprefix("base_model.model.")]
 
-    def test_a_refusal_has_a_way_out(self, folder: Path) -> None:
-        change_config(folder, use_dora=True)
-        with pytest.raises(ArtifactError, match=r"merge it into its base.* model_name_or_path: rlhf-ray merge"):
+
+OUR_MERGE = r"use the result as model_name_or_path: rlhf-ray merge, or PEFT's merge_and_unload"
+PEFT_MERGE = r"merge it into its base with PEFT's merge_and_unload, and use the result as model_name_or_path"
+REWARD_MERGE = r"merge it into its base with PEFT's merge_and_unload, and give the result as a reward's model"
+PLAIN_LORA = r"train (plain|a) LoRA( adapter)?: PEFT cannot merge"
+
+
+class TestWaysOut:
+    """Whatever PEFT saves and is not read here says what to do with it."""
+
+    @pytest.mark.parametrize(
+        ("fields", "fix"),
+        [
+            ({"use_dora": True}, OUR_MERGE),
+            ({"modules_to_save": ["embed_tokens", "lm_head"]}, OUR_MERGE),
+            ({"trainable_token_indices": [1, 2]}, OUR_MERGE),
+            ({"use_dora": True, "task_type": "SEQ_CLS"}, REWARD_MERGE),
+            ({"modules_to_save": ["score", "embed_tokens"], "task_type": "SEQ_CLS"}, REWARD_MERGE),
+            ({"peft_type": "LOHA", "r": 8, "alpha": 8, "target_modules": ["q_proj"]}, PEFT_MERGE),
+            ({"peft_type": "IA3", "r": None, "lora_alpha": None, "feedforward_modules": ["down_proj"]}, PEFT_MERGE),
+            ({"peft_type": "IA3", "task_type": "SEQ_CLS"}, REWARD_MERGE),
+            ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 8}, PLAIN_LORA),
+            ({"bias": "all"}, PEFT_MERGE),
+            ({"bias": "lora_only"}, PEFT_MERGE),
+            ({"init_lora_weights": "pissa"}, PEFT_MERGE),
+            ({"init_lora_weights": "pissa_niter_4"}, PEFT_MERGE),
+            ({"init_lora_weights": "olora"}, PEFT_MERGE),
+            ({"init_lora_weights": "loftq", "task_type": "SEQ_CLS"}, REWARD_MERGE),
+            ({"lora_bias": True}, PEFT_MERGE),
+            ({"layer_replication": [[0, 2], [1, 2]]}, PLAIN_LORA),
+            ({"alora_invocation_tokens": [5, 6]}, PLAIN_LORA),
+            ({"alpha_pattern": {r"layers\.(0|1)\.self_attn\.q_proj": 4}}, PEFT_MERGE),
+            ({"target_parameters": ["mlp.experts.gate_up_proj"], "rank_pattern": {"q_proj": 4}}, PEFT_MERGE),
+            ({"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": ".*q_proj"}, PEFT_MERGE),
+            ({"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": None}, PEFT_MERGE),
+            ({"r": 2048}, PEFT_MERGE),
+            ({"task_type": "FEATURE_EXTRACTION"}, "write CAUSAL_LM there"),
+        ],
+        ids=str,
+    )
+    def test_of_a_configuration(self, folder: Path, fields: dict[str, Any], fix: str) -> None:
+        change_config(folder, **fields)
+        with pytest.raises(ArtifactError, match=rf"fix: [^\n]*{fix}[^\n]*$") as e:
             read_adapter(folder)
+        assert len(e.value.problems) == 1
+
+    @pytest.mark.parametrize(
+        ("key", "task", "fix"),
+        [
+            ("base_model.model.model.embed_tokens.lora_embedding_A", "CAUSAL_LM", OUR_MERGE),
+            ("base_model.model.model.embed_tokens.weight", "CAUSAL_LM", PEFT_MERGE),
+            ("base_model.model.classifier.weight", "SEQ_CLS", REWARD_MERGE),
+        ],
+    )
+    def test_of_tensors(self, folder: Path, key: str, task: str, fix: str) -> None:
+        change_config(folder, task_type=task)
+        change_tensors(folder, lambda t: t.update({key: torch.ones(2, 6)}))
+        with pytest.raises(ArtifactError, match=f"unexpected tensor.*{fix}"):
+            read_adapter(folder)
+
+    @pytest.mark.parametrize("pattern", [{"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}}])
+    def test_of_what_our_merge_refuses(self, folder: Path, pattern: dict[str, Any]) -> None:
+        change_config(folder, use_dora=True, **pattern)
+        with pytest.raises(ArtifactError, match=f"is not merged here; fix: {PEFT_MERGE}"):
+            read_for_merge(folder)
+
+    def test_it_leads_out(self, tiny_llama: Callable[..., Path], load: Callable[..., Any], tmp_path: Path) -> None:
+        """PiSSA by the way out: PEFT merges it, and the result is a base that answers as the adapter does there."""
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama())
+        config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"], task_type="CAUSAL_LM")
+        theirs = peft.get_peft_model(base, config).eval()
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.data += 0.05
+        theirs.save_pretrained(tmp_path / "theirs")
+        with pytest.raises(ArtifactError, match=PEFT_MERGE):
+            read_adapter(tmp_path / "theirs")
+        again = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_llama()), str(tmp_path / "theirs")
+        )
+        shutil.copytree(tiny_llama(), tmp_path / "merged")
+        again.merge_and_unload().save_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(logits(load(tmp_path / "merged").model), logits(theirs), atol=1e-4, rtol=1e-4)
 
 
 class TestSaving:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_ray.batches import Sequences
 from rlhf_ray.config import DPOConfig, EvaluateConfig, LoraConfig, PPOConfig, SFTConfig
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import ArtifactError, ConfigError
+from rlhf_ray.models.adapter_files import BIAS_KEY, HEAD_KEY
 from rlhf_ray.models.assembly import Assembly, load_options
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.merge import merge_run
@@ -120,6 +122,21 @@ def test_a_reward_model_is_no_policy(tiny_llama: Make, save_trained: Save, tmp_p
     with pytest.raises(ArtifactError, match="is a reward model; expected a policy"):
         copy_of(*how)
     assert copy_of(*how, for_reward=True).parents and "its adapter is copied, its head is not" in told[0]
+
+
+def test_a_reward_adapter_of_two_labels_with_biases(tiny_llama: Make, save_trained: Save, tmp_path: Path) -> None:
+    """By others: a score is the difference of both logits, and the run says so. Biases of 0.5 and 2: 1.5 above that of weights."""
+    base, head, found = tiny_llama(), torch.linspace(-1, 1, 64)[None], []
+    save_trained(base, tmp_path / "reward", head=head)
+    file = tmp_path / "reward" / "adapter_model.safetensors"
+    for _ in range(2):
+        assembly = start(base)
+        assembly.add_reward("reward", reward_source(str(tmp_path / "reward")))
+        found.append(assembly.finish()("rewards", "reward", sequences()))
+        two = {HEAD_KEY: torch.cat([head, 2 * head]), BIAS_KEY: torch.tensor([0.5, 2.0])}
+        save_file({**load_file(file), **two}, file)
+    torch.testing.assert_close(found[1], found[0] + 1.5)
+    assert ["two labels" in note for note in assembly.base.notes] == [True]
 
 
 @pytest.mark.parametrize(("kind", "trains"), [(SFTConfig, True), (DPOConfig, True), (EvaluateConfig, False)])

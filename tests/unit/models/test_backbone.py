@@ -213,6 +213,19 @@ class TestRefusals:
         else:
             assert (planned().dtype, planned().attn) == (expected, "sdpa")
 
+    def test_a_model_without_sdpa_is_eager_unless_sdpa_is_asked_for(
+        self, load: Load, tiny_llama: Make, tmp_path: Path
+    ) -> None:
+        """Gemma 2 caps its attention scores, which sdpa cannot: transformers refuses it."""
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(Gemma2Config(**_SMALL, head_dim=16)).save_pretrained(tmp_path)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_llama() / file, tmp_path)
+        base = load(tmp_path)
+        assert (base.attn_implementation, base.model.config._attn_implementation) == ("eager", "eager")
+        with pytest.raises(ArtifactError, match=r"does not support .*scaled_dot_product_attention"):
+            load(tmp_path, attn_implementation="sdpa")
+
     def test_missing_and_damaged_weights(self, load: Load, tiny_llama: Make, tmp_path: Path) -> None:
         folder = Path(shutil.copytree(tiny_llama(), tmp_path / "m"))
         edit(folder / "config.json", num_hidden_layers=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, Gemma3TextConfig
 
@@ -31,7 +33,7 @@ from rlhf_ray.models.adapters import (
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.coverage import adapter_notes
 from rlhf_ray.models.heads import LogitsHead
-from rlhf_ray.models.loading import causal_class
+from rlhf_ray.models.loading import causal_class, refuse_unreadable_merge
 from rlhf_ray.models.merge import merge_run
 from rlhf_ray.models.tokenizer import load_tokenizer, tokenizer_sha256
 from rlhf_ray.sampler.engine import DecodeRequest, Sampler
@@ -277,11 +279,41 @@ class TestWrappers:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+        whole = {**load_file(folder / "model.safetensors"), "mtp.fc.weight": torch.ones(32, 64)}
+        save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+        unused = sorted(name for name in whole if name.startswith(("model.visual.", "mtp.")))
         base = load(folder)
+        (note,) = base.notes  # transformers leaves both out of its report
+        assert len(unused) > 10 and note == (
+            f"Qwen3_5ForCausalLM does not use {len(unused)} of the checkpoint's tensors: {', '.join(unused[:3])}"
+            f" and {len(unused) - 3} more"
+        )
         for name, head in (("policy", None), ("reward", torch.linspace(-1, 1, 32)[None])):
             save_trained(folder, tmp_path / name, head=head)
-            merged = merge_run(tmp_path / name)
+            told: list[str] = []
+            merged = merge_run(tmp_path / name, log=told.append)
             assert tokenizer_sha256(load_tokenizer(str(merged))) == base.identity.tokenizer_sha256
+            (lost,) = json.loads((merged / "rlhf_ray.json").read_text())["notes"]
+            assert f"does not use {len(unused)} of the checkpoint's tensors" in lost and lost in told
+            assert (
+                lost.endswith("the merged checkpoint is without them")
+                and load(tmp_path / "policy-adapter-merged").notes == ()
+            )
+
+    def test_a_decoder_that_could_not_be_loaded_again_is_not_merged(
+        self, tiny_llama: Callable[..., Path], save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        """Mllama: transformers has a class for its decoder, and loads none of the decoder's own type. Refused before weights are
+        read; it was said of the folder that had just been written, as "Unrecognized configuration class"."""
+        save_trained(tiny_llama(), tmp_path / "a")
+        folder = Path(shutil.copytree(tiny_llama(), tmp_path / "base"))
+        AutoConfig.for_model("mllama").save_pretrained(folder)
+        with pytest.raises(
+            ArtifactError, match=r"models of type mllama cannot be merged: .*mllama_text_model.*unmerged"
+        ):
+            merge_run(tmp_path / "a", model=str(folder))
+        for other in ("llama4", "qwen3_5", "gemma3", "llama"):
+            refuse_unreadable_merge(AutoConfig.for_model(other), "base")
 
     @pytest.mark.parametrize("model", ALSO_SEES)
     def test_gemma_4_and_llama_4(

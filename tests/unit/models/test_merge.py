@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from rlhf_ray.errors import ArtifactError, ConfigError, RlhfRayError
 from rlhf_ray.models import merge
 from rlhf_ray.models.adapters import read_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
-from rlhf_ray.models.heads import ScalarHead
+from rlhf_ray.models.heads import ScalarHead, scalar_head
 from rlhf_ray.models.merge import fixture_difference, merge_run
 from rlhf_ray.models.sources import weights_sha256
 from rlhf_ray.models.tokenizer import load_tokenizer, tokenizer_sha256
@@ -212,6 +213,24 @@ class TestRewardModels:
             plain = AutoModelForSequenceClassification.from_pretrained(merged)(IDS).logits
         assert plain.shape == (2, 1)
         torch.testing.assert_close(plain[:, 0], before, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("labels", [1, 2])
+    def test_heads_by_others(
+        self, labels: int, tiny_llama: Make, load: Load, load_reward: Load, tmp_path: Path
+    ) -> None:
+        """With a bias, and of two labels: the checkpoint scores as the adapter does, and says what it leaves to say."""
+        base = AutoModelForSequenceClassification.from_pretrained(tiny_llama(), num_labels=labels, pad_token_id=0)
+        base.score = torch.nn.Linear(64, labels)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / "theirs")
+        files = read_adapter(tmp_path / "theirs")
+        expected = files.scalar_head(64)(hidden(wrap(load(tiny_llama()).model, files, "reward"))[:, -1])
+        merged = merge_run(tmp_path / "theirs", model=str(tiny_llama()))
+        loaded = load_reward(merged)
+        found = scalar_head(loaded.model.score)(hidden(loaded.model)[:, -1])  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        notes = " ".join(manifest_of(merged)["notes"])
+        assert "score.bias" in notes and ("two labels" in notes) is (labels == 2) and loaded.notes == ()
 
     def test_a_merged_reward_model_is_no_causal_lm(
         self, load: Load, tiny_llama: Make, make_run: Callable[..., RunFolder]

@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from rlhf_ray.config import LoraConfig
-from rlhf_ray.errors import ResourceError
+from rlhf_ray.errors import ArtifactError, ResourceError
 from rlhf_ray.models import quantisation
 from rlhf_ray.models.adapters import adapter_parameters, read_adapter, use_adapter, wrap
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.merge import merge_run
-from rlhf_ray.models.quantisation import quantised_kwargs
+from rlhf_ray.models.quantisation import dequantised, quantised_kwargs
 
 from .conftest import IDS, logits
 
@@ -101,6 +102,31 @@ def test_a_checkpoint_that_is_quantised_merges_whole(
     expected = logits(wrap(base.model, read_adapter(tmp_path / "adapter"), "policy"))
     correlation = torch.corrcoef(torch.stack([expected.flatten().float(), logits(merged.model).flatten()]))[0, 1]
     assert correlation > 0.999
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("no way back"),
+        TypeError("dequantize() got an unexpected keyword argument"),
+        ImportError("needs the package auto_gptq"),
+    ],
+    ids=["never", "another signature", "no package"],
+)
+def test_what_cannot_be_made_whole_is_refused_in_one_line(error: Exception) -> None:
+    """Whatever a quantiser raises: packages of other formats are not installed where most people merge."""
+
+    class Quantised(torch.nn.Module):
+        config = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gptq"))
+
+        def dequantize(self) -> torch.nn.Module:
+            raise error
+
+    with pytest.raises(
+        ArtifactError, match=r"base: its weights are quantised \(gptq\).*fix: merge into the checkpoint"
+    ) as e:
+        dequantised(Quantised(), torch.float32, "base")
+    assert len(e.value.lines()) == 1
 
 
 def test_offloaded_layers_go_to_the_own_gpu_and_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

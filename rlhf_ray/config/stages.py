@@ -637,6 +637,9 @@ class PPOConfig(JobFields, OptimFields):
                 " pulls towards the policy's KL to the reference as kl does in the reward, or bregman (the reference's KL to the"
                 " policy), or use_kl_loss: false"
             )
+        for name, data in (("data", self.data), ("ptx_data", self.ptx_data)):
+            if data is not None and data.streaming and data.max_rows is None:
+                problems.append(f"{name}.streaming: PPO keeps all its rows in memory; set {name}.max_rows, or drop it")
         problems += [*self._ptx_rules(), *self._zero_rules(), *self._engine_rules(), *self._controller_rules()]
         names = [r.name for r in self.rewards]
         if not any(r.weight for r in self.rewards):

@@ -12,6 +12,7 @@ from rlhf_ray.data.formats import RowKind
 from rlhf_ray.data.mixture import mixture
 from rlhf_ray.data.records import Row, RowSet, read_rows
 from rlhf_ray.data.splits import Half, Questions, overlap, split
+from rlhf_ray.data.streamed import StreamedRows, picked
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class StageRows:
     skipped: malformed rows that were left out (data.on_bad_row).
     """
 
-    train: tuple[Row, ...]
-    held_out: tuple[Row, ...]
+    train: Sequence[Row]
+    held_out: Sequence[Row]
     summary: tuple[str, ...]
     warnings: tuple[str, ...]
     manifest: tuple[dict[str, Any], ...]
@@ -65,7 +66,7 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
     if config.held_out_prompts:
         others = read_rows(DataConfig(train=config.held_out_prompts), "prompt")
         held_elsewhere = Questions(split(others.rows, config.held_out_fraction).held_out)
-        train = tuple(row for row in train if row not in held_elsewhere)
+        train = picked(train, (row not in held_elsewhere for row in train))
         manifest += others.manifest()
     counts = {"train": len(train), "held out": len(parts.held_out)}
     if len(train) < len(parts.train):
@@ -77,14 +78,14 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
         mixed, counts = [line], {"train": len(train), **{k: n for k, n in counts.items() if k != "train"}}
         counts["beyond the mixture"] = of_all - len(train)
     summary = [_account(read, counts, parts.other_half), *mixed]
-    if config.streaming:
+    if config.streaming and config.max_rows:
         summary.append(f"no more than {config.max_rows:,} rows of a file are read (data.streaming)")
     if read.unread:
         summary.append(f"nothing reads {', '.join(read.unread)}")
     given = [f"data.{n}" for n in ("name", "split") if getattr(config, n) != DataConfig.model_fields[n].default]
     if given and not read.has_splits and not (separate and separate.has_splits):
         warnings.append(f"{', '.join(given)}: no effect on files; only folders and Hub data sets have splits")
-    held_out = parts.held_out
+    held_out = tuple(parts.held_out) if kind == "prompt" else parts.held_out  # replies to them are kept beside them
     if separate:
         held_out = separate.rows
         warnings += [*separate.warnings, overlap(held_out, train).warning()]
@@ -101,8 +102,10 @@ def load_rows(config: DataConfig, kind: RowKind, disjoint_stage: Half | None = N
     )
 
 
-def _by_file(read: RowSet, train: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def _by_file(read: RowSet, train: Sequence[Row]) -> Sequence[tuple[str, Sequence[Row]]]:
     """The training rows of each file."""
+    if isinstance(train, StreamedRows):
+        return [(file.path, rows) for file, rows in zip(read.files, train.by_part(), strict=True)]
     files: list[tuple[str, list[Row]]] = [(file.path, []) for file in read.files]
     numbers = [i for i, file in enumerate(read.files) for _ in range(file.used)]
     of = {id(row): number for row, number in zip(read.rows, numbers, strict=True)}

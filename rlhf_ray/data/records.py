@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, BinaryIO, Literal
 
@@ -24,6 +25,7 @@ from rlhf_ray.data.jsonrows import read_json, read_jsonl
 from rlhf_ray.data.lines import BadRow, RawRow
 from rlhf_ray.data.prompts import Message, Prompt
 from rlhf_ray.data.sources import DataSource, files_of, find
+from rlhf_ray.data.streamed import Part, StreamedRows, joined, picked
 from rlhf_ray.data.tables import read_csv, read_hub, read_parquet, sha256_rows
 from rlhf_ray.errors import ConfigError, DataError, Problem
 
@@ -34,7 +36,7 @@ _READERS: dict[str, Callable[[str, BinaryIO, int], Iterator[RawRow]]] = {
     "parquet": read_parquet,
 }
 STREAMED = ("jsonl", "parquet", "hub")
-"""Kinds of sources whose first rows can be had without the others."""
+"""Kinds of sources whose rows can be had one after the other."""
 _LOOKED_AT = 100
 _ONE_SIDED = 10
 
@@ -80,7 +82,8 @@ class DataFile:
 class RowSet:
     """The usable rows of some files, in file order, and an account of all others."""
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
+    """Read anew each time they are gone through under data.streaming."""
     files: tuple[DataFile, ...]
     dropped: Tally
     skipped: Tally
@@ -105,16 +108,16 @@ def read_rows(config: DataConfig, kind: RowKind, part: Literal["train", "eval"] 
 
     A malformed row stops everything, with all problems of all files in one DataError, or is skipped and counted
     (data.on_bad_row). Draws, pairs without a difference and repeated prompts are dropped and counted. data.max_rows keeps the
-    first usable rows of data.train. Raises ConfigError if data.format cannot give the kind.
+    first usable rows of data.train. Under data.streaming the rows of data.train are not kept, but read again.
+
+    Raises ConfigError if data.format cannot give the kind.
     """
     _check_format(config.format, kind)
     problems: list[Problem] = []
     files: list[_FileRows] = []
     for name in (config.train if part == "train" else config.eval) or ():
         try:
-            files.append(
-                _read_file(name, config, kind, config.max_rows if config.streaming and part == "train" else None)
-            )
+            files.append(_read_file(name, config, kind, config.streaming and part == "train"))
             problems += files[-1].problems
         except DataError as error:
             problems += error.problems
@@ -138,7 +141,7 @@ def _check_format(name: str, kind: RowKind) -> None:
 class _FileRows:
     source: DataSource
     format: Format
-    rows: list[Row] = field(default_factory=list)
+    rows: Sequence[Row] = ()
     total: int = 0
     sha256: str = ""
     problems: list[Problem] = field(default_factory=list)
@@ -148,25 +151,30 @@ class _FileRows:
     of_other_splits: list[str] = field(default_factory=list)
 
 
-def _read_file(name: str, config: DataConfig, kind: RowKind, first: int | None) -> _FileRows:
-    """first: read no more rows than these."""
-    source = find(name)
-    raw, problems, others = _raw_rows(source, config, first)
+def _read_file(name: str, config: DataConfig, kind: RowKind, streamed: bool) -> _FileRows:
+    """streamed: rows are not kept, and none is read beyond max_rows."""
+    source, first = find(name), config.max_rows if streamed else None
+    files, others = files_of(source, config.split, config.name)
+    end: list[Problem] = []
+    raw: Iterable[RawRow] = _RawRows(files, config, streamed, first)
+    if not streamed or (source.kind == "hub" and first is not None):  # what was fetched is not fetched again
+        raw = list(_up_to_its_end(raw, end))
     try:
-        _rename(name, raw, config.columns)
-        chosen = _choose_format(name, raw, config.format, kind)
+        columns = _columns_in(name, _up_to_its_end(raw, end), config.columns)
+        raw = _Renamed(raw, columns) if columns else raw
+        chosen = _choose_format(name, _up_to_its_end(raw, end), config.format, kind)
     except DataError as error:
-        raise DataError([*problems, *_faults(raw), *error.problems]) from error
-    file = _FileRows(source, chosen, total=len(raw), problems=problems, of_other_splits=others)
-    for where, row in raw:
+        faults = _faults(_up_to_its_end(raw, end))
+        raise DataError([*end, *faults, *error.problems]) from error
+    file, rows, usable = _FileRows(source, chosen, of_other_splits=others), list[Row](), bytearray()
+    for where, fields in _up_to_its_end(raw, end):
+        usable.append(0)
         try:
-            if isinstance(row, BadRow):
-                raise row
-            parsed = chosen.parse(row, kind)
-            answers = parsed.chosen, parsed.rejected, parsed.completion
-            more = parsed.is_conversation, parsed.margin, parsed.replies
-            file.rows.append(Row(where, parsed.prompt, *answers, row, *more))
-            file.unread.update(chosen.unread(row, kind, parsed.prompt))
+            row = _row(where, fields, chosen, kind)
+            file.unread.update(chosen.unread(row.columns, kind, row.prompt))
+            usable[-1] = 1
+            if not streamed:
+                rows.append(row)
         except Dropped as drop:
             file.dropped.add(drop.reason, where)
         except BadRow as bad:
@@ -174,9 +182,36 @@ def _read_file(name: str, config: DataConfig, kind: RowKind, first: int | None) 
                 file.skipped.add(bad.reason, where)
             else:
                 file.problems.append(Problem(where, bad.message, fix=bad.fix))
+    file.total, file.problems = len(usable), [*end, *file.problems]
     if not file.problems:
+        if not file.total:
+            raise DataError.at(name, "no rows")
         file.sha256 = source.sha256() if first is None and source.kind != "hub" else _sha256(raw)
+    reader = partial(_read_again, name, raw, chosen, kind)
+    file.rows = StreamedRows([Part(bytes(usable), reader)]) if streamed else rows
     return file
+
+
+def _row(where: str, fields: dict[str, Any] | BadRow, chosen: Format, kind: RowKind) -> Row:
+    """Raises BadRow, Dropped."""
+    if isinstance(fields, BadRow):
+        raise fields
+    parsed = chosen.parse(fields, kind)
+    answers = parsed.chosen, parsed.rejected, parsed.completion
+    return Row(where, parsed.prompt, *answers, fields, parsed.is_conversation, parsed.margin, parsed.replies)
+
+
+def _read_again(name: str, raw: Iterable[RawRow], chosen: Format, kind: RowKind, wanted: bytes) -> Iterator[Row]:
+    """The rows whose byte in `wanted` is 1. Raises DataError if they are not those that were checked."""
+    number = 0
+    for number, (where, fields) in enumerate(raw, start=1):
+        if number <= len(wanted) and wanted[number - 1]:
+            try:
+                yield _row(where, fields, chosen, kind)
+            except (BadRow, Dropped) as error:
+                raise DataError.at(where, f"has changed since it was checked: {error.args[0]}") from error
+    if number != len(wanted):
+        raise DataError.at(name, "has changed since it was checked", f"{len(wanted):,} rows", f"{number:,}")
 
 
 def _faults(raw: Iterable[RawRow]) -> list[Problem]:
@@ -187,33 +222,53 @@ def _sha256(raw: Iterable[RawRow]) -> str:
     return sha256_rows(row for _, row in raw if not isinstance(row, BadRow))
 
 
-def _raw_rows(
-    source: DataSource, config: DataConfig, first: int | None
-) -> tuple[list[RawRow], list[Problem], list[str]]:
-    """All rows of a source, or the first ones, the problem that ended reading before its end, if any, and files that are of another
-    split."""
-    raw: list[RawRow] = []
-    files, others = files_of(source, config.split, config.name)
+@dataclass(frozen=True)
+class _RawRows:
+    """The rows of files, read each time that they are gone through.   first: how many, if not all. Raises DataError."""
+
+    files: Sequence[DataSource]
+    config: DataConfig
+    streamed: bool
+    first: int | None
+
+    def __iter__(self) -> Iterator[RawRow]:
+        return islice(_read(self.files, self.config, self.streamed), self.first)
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """Rows after data.columns."""
+
+    raw: Iterable[RawRow]
+    columns: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[RawRow]:
+        for where, row in self.raw:
+            if not isinstance(row, BadRow):
+                row = {self.columns.get(key, key): value for key, value in row.items()}
+            yield where, row
+
+
+def _up_to_its_end(raw: Iterable[RawRow], problems: list[Problem]) -> Iterator[RawRow]:
+    """The rows; `problems` becomes what ended reading before the end of its source, if anything did."""
     try:
-        raw.extend(islice(_read(files, config, first is not None), first))
+        yield from raw
     except DataError as error:
-        return raw, list(error.problems), others
-    if not raw:
-        raise DataError.at(source.name, "no rows")
-    return raw, [], others
+        problems[:] = error.problems
 
 
-def _read(files: Sequence[DataSource], config: DataConfig, streaming: bool) -> Iterator[RawRow]:
+def _read(files: Sequence[DataSource], config: DataConfig, streamed: bool) -> Iterator[RawRow]:
     """The rows of one file after the other. Raises DataError."""
     for file in files:
-        if streaming and file.kind not in STREAMED:
+        if streamed and file.kind not in STREAMED:
             fix = "convert it to JSONL or Parquet, or drop data.streaming"
             what = "cannot be read in part (data.streaming)"
             raise DataError.at(file.name, what, ", ".join(STREAMED), file.kind, fix)
     for file in files:
         try:
             if file.kind == "hub":
-                yield from read_hub(file.name, config.split, config.max_row_bytes, config.name, streaming)
+                fetched = streamed and config.max_rows is not None  # all of them are better had from a copy here
+                yield from read_hub(file.name, config.split, config.max_row_bytes, config.name, fetched)
             else:
                 with file.open() as stream:
                     yield from _READERS[file.kind](file.name, stream, config.max_row_bytes)
@@ -225,15 +280,14 @@ def _read(files: Sequence[DataSource], config: DataConfig, streaming: bool) -> I
             raise DataError.at(file.name, f"cannot be read: {error}") from error
 
 
-def _rename(name: str, raw: Iterable[RawRow], columns: Mapping[str, str]) -> None:
-    """Apply data.columns in place. Raises DataError if no row has a column, or a new name is taken."""
-    rows = [row for _, row in raw if not isinstance(row, BadRow)]
-    if not columns or not rows:
-        return
-    names = dict.fromkeys(key for row in rows for key in row)
+def _columns_in(name: str, raw: Iterable[RawRow], columns: Mapping[str, str]) -> Mapping[str, str]:
+    """data.columns, its keys as the rows spell them. Raises DataError if no row has a column of it, or a new name is taken."""
+    if not columns:
+        return {}
+    names = dict.fromkeys(key for _, row in raw if not isinstance(row, BadRow) for key in row)
     columns = {old if old in names else old.strip(): new for old, new in columns.items()}  # as headers of CSV files are
     problems = []
-    for old, new in columns.items():
+    for old, new in columns.items() if names else ():
         if list(columns.values()).count(new) > 1:
             problems.append(Problem(name, f"two columns cannot both be called '{new}' (data.columns)"))
         if old not in names:
@@ -243,17 +297,14 @@ def _rename(name: str, raw: Iterable[RawRow], columns: Mapping[str, str]) -> Non
                 Problem(name, f"column '{new}' is there already; '{old}' cannot take its name (data.columns)")
             )
     DataError.raise_all(problems)
-    for row in rows:
-        items = [(columns.get(key, key), value) for key, value in row.items()]
-        row.clear()
-        row.update(items)
+    return columns
 
 
-def _choose_format(name: str, raw: Sequence[RawRow], wanted: str, kind: RowKind) -> Format:
+def _choose_format(name: str, raw: Iterable[RawRow], wanted: str, kind: RowKind) -> Format:
     """The named format, or the one that most of the first rows have."""
     if wanted != "auto":
         return FORMATS[wanted]
-    rows = [row for _, row in raw if not isinstance(row, BadRow)][:_LOOKED_AT]
+    rows = list(islice((row for _, row in raw if not isinstance(row, BadRow)), _LOOKED_AT))
     found = Counter(f.name for row in rows if (f := detect(row, kind)) is not None)
     if found:
         return FORMATS[found.most_common(1)[0][0]]
@@ -271,55 +322,64 @@ def _choose_format(name: str, raw: Sequence[RawRow], wanted: str, kind: RowKind)
 
 def _joined(files: Sequence[_FileRows], kind: RowKind) -> RowSet:
     dropped, skipped = Tally("dropped"), Tally("skipped")
-    rows: list[Row] = []
+    rows: list[Sequence[Row]] = []
     records: list[DataFile] = []
     warnings: list[str] = []
     seen: set[str] = set()
     for file in files:
         dropped.update(file.dropped)
         skipped.update(file.skipped)
-        kept = list(_without_repeats(file, seen, dropped)) if kind == "prompt" else file.rows
+        kept = picked(file.rows, _are_new(file, seen, dropped)) if kind == "prompt" else file.rows
         if kind == "preference" and (warning := _one_sided(file)):
             warnings.append(warning)
         if kind == "sft" and (warning := _numbered_labels(file)):
             warnings.append(warning)
-        rows += kept
+        rows.append(kept)
         records.append(DataFile(file.source.name, file.sha256, file.total, len(kept), file.format.name))
     unread = sum((file.unread for file in files), Counter[str]())
-    told = [name if n == len(rows) else f"{name} ({n:,} rows)" for name, n in unread.most_common()]
+    used = sum(map(len, rows))
+    told = [name if n == used else f"{name} ({n:,} rows)" for name, n in unread.most_common()]
     told += [f"{name} (of another split)" for file in files for name in file.of_other_splits]
     has_splits = any(file.source.kind == "hub" for file in files)
-    return RowSet(tuple(rows), tuple(records), dropped, skipped, tuple(warnings), tuple(told), has_splits)
+    return RowSet(joined(rows), tuple(records), dropped, skipped, tuple(warnings), tuple(told), has_splits)
 
 
-def _without_repeats(file: _FileRows, seen: set[str], dropped: Tally) -> Iterator[Row]:
-    """Rows whose prompt, or a field that a reward function may want, differs from all before; answers do not count."""
+def _are_new(file: _FileRows, seen: set[str], dropped: Tally) -> Iterator[bool]:
+    """Whether each row's prompt, or a field that a reward function may want, differs from all before; answers do not count."""
     for row in file.rows:
         extra = file.format.extra(row.columns)
         key = row.key.exact() + ("\0" + repr(sorted(extra.items())) if extra else "")
-        if key in seen:
+        is_new = key not in seen
+        seen.add(key)
+        if not is_new:
             dropped.add("repeated prompts", row.where)
-        else:
-            seen.add(key)
-            yield row
+        yield is_new
 
 
 def _one_sided(file: _FileRows) -> str:
     """A warning if an annotator seems to have always chosen the same side: position bias, or a lost label."""
-    sides = {str(row.columns["preference"]) for row in file.rows if file.format.name == "alpaca_farm"}
-    if len(sides) != 1 or len(file.rows) < _ONE_SIDED:
+    if file.format.name != "alpaca_farm" or len(file.rows) < _ONE_SIDED:
+        return ""
+    sides = {str(row.columns["preference"]) for row in file.rows}
+    if len(sides) != 1:
         return ""
     return f"{file.source.name}: 'preference' is {sides.pop()} in all {len(file.rows):,} rows: are the labels real?"
 
 
 def _numbered_labels(file: _FileRows) -> str:
     """A warning if the labels of a file could be verdicts on its replies, written as numbers: they are not taken for such."""
-    labels = [(row.where, row.columns.get("label")) for row in file.rows]
-    unclear = [(where, label) for where, label in labels if not says_what_is_learnt(label)]
-    if not unclear or not all(may_say_what_is_learnt(label) for _, label in unclear):
+    zeros, ones, first = 0, 0, ""
+    for row in file.rows:
+        label = row.columns.get("label")
+        if says_what_is_learnt(label):
+            continue
+        if not may_say_what_is_learnt(label):
+            return ""
+        is_zero = str(label).strip() in ("0", "0.0")
+        zeros, ones, first = zeros + is_zero, ones + (not is_zero), first or row.where
+    if not first:
         return ""
-    zeros = sum(str(label).strip() in ("0", "0.0") for _, label in unclear)
-    counted = f"0 in {zeros:,} rows and 1 in {len(unclear) - zeros:,} (first {unclear[0][0]})"
+    counted = f"0 in {zeros:,} rows and 1 in {ones:,} (first {first})"
     rule = "all of them are learnt; only true and false say whether a reply is"
     return f"{file.source.name}: 'label' is {counted}: {rule}"
 
@@ -330,7 +390,8 @@ def _first_rows(rows: RowSet, max_rows: int) -> RowSet:
         used = min(left, file.used)
         left -= used
         files.append(DataFile(file.path, file.sha256, file.rows, used, file.format))
-    return replace(rows, rows=rows.rows[:max_rows], files=tuple(files))
+    kept = picked(rows.rows, (number < max_rows for number in range(len(rows.rows))))
+    return replace(rows, rows=kept, files=tuple(files))
 
 
 def check_same_data(recorded: Iterable[Mapping[str, Any]], current: Iterable[DataFile]) -> None:

@@ -14,8 +14,11 @@ from typing import Literal
 
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.records import Row
+from rlhf_ray.data.streamed import StreamedRows, in_slices, picked
 
 Half = Literal["reward", "ppo"]
+_AT_ONCE = 100_000
+"""Streamed rows whose questions are in memory together."""
 
 
 def prompt_hash(prompt: Prompt) -> int:
@@ -43,28 +46,23 @@ def confirms(hashed: int) -> bool:
 class Split:
     """Rows in file order. `other_half` counts rows left to the other stage."""
 
-    train: tuple[Row, ...]
-    held_out: tuple[Row, ...]
+    train: Sequence[Row]
+    held_out: Sequence[Row]
     other_half: int = 0
 
 
-def split(rows: Iterable[Row], held_out_fraction: float, disjoint_stage: Half | None = None) -> Split:
+def split(rows: Sequence[Row], held_out_fraction: float, disjoint_stage: Half | None = None) -> Split:
     """Cut rows into training and held-out rows.
 
     With `disjoint_stage` only that stage's half of the prompts trains; the held-out rows are the same for all stages.
     """
-    train: list[Row] = []
-    held_out: list[Row] = []
-    other_half = 0
+    trains, is_held = bytearray(), bytearray()
     for row in rows:
         hashed = prompt_hash(row.key)
-        if is_held_out(hashed, held_out_fraction):
-            held_out.append(row)
-        elif disjoint_stage is None or half_of(hashed) == disjoint_stage:
-            train.append(row)
-        else:
-            other_half += 1
-    return Split(tuple(train), tuple(held_out), other_half)
+        is_held.append(is_held_out(hashed, held_out_fraction))
+        trains.append(not is_held[-1] and (disjoint_stage is None or half_of(hashed) == disjoint_stage))
+    other_half = len(trains) - sum(trains) - sum(is_held)
+    return Split(picked(rows, trains), picked(rows, is_held), other_half)
 
 
 @dataclass(frozen=True)
@@ -92,29 +90,39 @@ class Questions:
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._hashes: set[int] = set()
-        self._prompts: set[str] = set()
+        self._prompts: set[int] = set()  # hashes as well: there may be more prompts than memory
         self._texts: list[str] = []
+        lengths: set[int] = set()
         for row in rows:
             self._hashes.add(prompt_hash(row.key))
+            text = row.key.canonical()
             if row.prompt.is_blank:
-                self._texts.append(row.key.canonical())
+                self._texts.append(text)
             else:
-                self._prompts.add(row.prompt.canonical())
+                self._prompts.add(hash(text))
+                lengths.add(len(text))
         self._texts.sort()
-        self._lengths = sorted({len(prompt) for prompt in self._prompts if prompt})
+        self._lengths = sorted(lengths - {0})
 
     def __contains__(self, row: Row) -> bool:
         if prompt_hash(row.key) in self._hashes:
             return True
         text = row.key.canonical()
         if row.prompt.is_blank:
-            return any(text[:length] in self._prompts for length in self._lengths if length < len(text))
+            return any(hash(text[:length]) in self._prompts for length in self._lengths if length < len(text))
         at = bisect.bisect_left(self._texts, text)
         return bool(text) and at < len(self._texts) and self._texts[at].startswith(text)
 
 
 def overlap(evaluated: Sequence[Row], trained: Iterable[Row]) -> Overlap:
     """The rows of `evaluated` whose prompt is also in `trained`, or opens a text that is."""
-    known = Questions(trained)
-    shared = [row for row in evaluated if row in known]
-    return Overlap(len(shared), shared[0].where if shared else "", len(evaluated))
+    parts: Iterable[Iterable[Row]] = [trained]
+    if isinstance(trained, StreamedRows) and not isinstance(evaluated, StreamedRows):
+        parts = in_slices(trained, _AT_ONCE)  # what they ask may be larger than memory
+    shared, first = bytearray(len(evaluated)), (len(evaluated), "")
+    for part in parts:
+        known = Questions(part)
+        for i, row in enumerate(evaluated):
+            if not shared[i] and row in known:
+                shared[i], first = 1, min(first, (i, row.where))
+    return Overlap(sum(shared), first[1], len(evaluated))

@@ -8,7 +8,7 @@ prompts on the left.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
@@ -44,7 +44,9 @@ _OVER = "over "
 
 @dataclass(frozen=True, slots=True)
 class TokenisedRow:
-    """`labels` are `input_ids` where a loss is taken, else IGNORE_INDEX; not yet shifted, as transformers expects them."""
+    """As stored.py keeps it: two lists of numbers, and what JSON can say.
+
+    `labels` are `input_ids` where a loss is taken, else IGNORE_INDEX; not yet shifted, as transformers expects them."""
 
     input_ids: list[int]
     labels: list[int]
@@ -53,7 +55,9 @@ class TokenisedRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenisedPair:
-    """Both sequences start with the same `prompt_length` prompt tokens.   margin: by how much chosen is better, 0 if not known.
+    """As stored.py keeps it: two lists of numbers, and what JSON can say.
+
+    Both sequences start with the same `prompt_length` prompt tokens.   margin: by how much chosen is better, 0 if not known.
     group: what the row's column of that name says, "" where there is none."""
 
     chosen_ids: list[int]
@@ -85,6 +89,12 @@ class Tokenised(Generic[T]):
     noted: Tally = field(default_factory=lambda: Tally("replies"))
     unread: Tally = field(default_factory=lambda: Tally("rows"))
     differing: Tally = field(default_factory=lambda: Tally("differ from the conversation rendered whole"))
+
+    def count(self, other: Tokenised[T]) -> None:
+        """Take over the rows that another one counts, which come after these; not its examples."""
+        for item in fields(self):
+            if isinstance(tally := getattr(self, item.name), Tally):
+                tally.update(getattr(other, item.name))
 
     @property
     def tallies(self) -> list[Tally]:

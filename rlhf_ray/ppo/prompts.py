@@ -45,7 +45,7 @@ def load_prompts(config: PPOConfig, backbone: Backbone, template: Template, is_r
     notes = [*rows.warnings, *shortened]
     shared, leaks = check_ancestors(rows, sources_of(config), refuse=not is_resumed)
     lines, sides, noted = [*rows.summary], [], list[str]()
-    for side in (rows.train, rows.held_out[: config.data.eval_max_rows or EVAL_MAX_ROWS]):
+    for side in (tuple(rows.train), rows.held_out[: config.data.eval_max_rows or EVAL_MAX_ROWS]):
         done = tokenise_prompts(
             side,
             template,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -15,9 +16,12 @@ from rlhf_ray.data.formats import RowKind
 from rlhf_ray.data.load import load_rows
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.splits import Half
+from rlhf_ray.data.stored import SLICE
+from rlhf_ray.data.streamed import in_slices
 from rlhf_ray.data.templates import Template, load_template, unused_chat_template
 from rlhf_ray.data.tokenise import (
     IGNORE_INDEX,
+    Tokenised,
     TokenisedPair,
     TokenisedPrompt,
     TokenisedRow,
@@ -62,9 +66,15 @@ def check_data(config: JobFields, shown_rows: int = 3, colour: bool = False) -> 
     limit, room, what, notes = _limits(config, tokenizer)
     too_long: TooLong = "truncate" if config.data.too_long == "truncate" else "drop"
     most = config.data.eval_max_rows or EVAL_MAX_ROWS if stage == "ppo" else None
-    whole = _tokenise(config, rows.train, template, tokenizer, UNLIMITED, "stop")
-    done = _tokenise(config, rows.train, template, tokenizer, limit, too_long)
-    held = _tokenise(config, rows.held_out[:most], template, tokenizer, limit, too_long)
+    done, held, lengths, shown = Tokenised[Any](), Tokenised[Any](), array("i"), list[Any]()
+    for part in in_slices(rows.train, SLICE):
+        whole = _tokenise(config, part, template, tokenizer, UNLIMITED, "stop")
+        lengths.extend(map(_length, whole.examples))
+        cut = _tokenise(config, part, template, tokenizer, limit, too_long)
+        done.count(cut)
+        shown += cut.examples[: shown_rows - len(shown)]
+    for part in in_slices(itertools.islice(rows.held_out, most), SLICE):
+        held.count(_tokenise(config, part, template, tokenizer, limit, too_long))
     bad = rows.skipped + done.skipped.total + held.skipped.total
     lines = [
         f"{item['path']}: {item['rows']:,} rows of format {item['format']}, read for {stage} with template {config.template}"
@@ -75,8 +85,8 @@ def check_data(config: JobFields, shown_rows: int = 3, colour: bool = False) -> 
     notes += _stops(config, bad, done.over + held.over)
     lines += [*rows.summary, *map(str, done.tallies), *(f"held out: {tally}" for tally in held.tallies)]
     lines = [_escaped(line) for line in (*lines, *(f"warning: {text}" for text in notes))]
-    lines += ["", *histogram([_length(example) for example in whole.examples], room, what)]
-    for example in done.examples[:shown_rows]:
+    lines += ["", *histogram(lengths, room, what)]
+    for example in shown:
         lines += ["", f"{_escaped(_where(example))}, {_length(example):,} tokens, as the model reads it"]
         lines += [_painted(pieces, colour) for pieces in _pieces(example, tokenizer)]
     return lines

@@ -211,7 +211,7 @@ def _named_rewards(specs: Sequence[str]) -> list[RewardSource]:
     return [RewardSource(name=f"reward_{i}", run=spec, normalize=False) for i, spec in enumerate(specs, start=1)]
 
 
-def _rows(instruction: str | None, input: str, file: str | None, console: Console) -> tuple[Row, ...]:
+def _rows(instruction: str | None, input: str, file: str | None, console: Console) -> Sequence[Row]:
     if file is None:
         prompt = Prompt(instruction or "", input if input.strip() else "")
         row = Row(ONE_ROW, prompt, columns={"instruction": prompt.text, "input": prompt.input})

@@ -47,7 +47,7 @@ class RowOrder(Sampler[list[Pick]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | Tensor,
         batch_size: int,
         per_device: int,
         seed: int,
@@ -55,7 +55,7 @@ class RowOrder(Sampler[list[Pick]]):
         world_size: int = 1,
         group_by_length: bool = False,
     ) -> None:
-        self.lengths = torch.tensor(list(lengths), dtype=torch.int64)
+        self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
         self.batch_size, self.per_device, self.seed = batch_size, per_device, seed
         self.rank, self.world_size, self.group_by_length = rank, world_size, group_by_length
         self.epoch = 0

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from rlhf_ray.config.unused import unused_fields
-from rlhf_ray.data.collate import require_batch
+from rlhf_ray.data.collate import Tokenised, require_batch
 from rlhf_ray.data.load import StageRows, load_rows
-from rlhf_ray.data.records import DataFile, check_same_data
+from rlhf_ray.data.records import DataFile, Row, check_same_data
+from rlhf_ray.data.stored import tokenised
 from rlhf_ray.data.templates import Template, load_template, unused_chat_template
 from rlhf_ray.errors import InvariantError
 from rlhf_ray.metrics import MetricsWriter
@@ -74,7 +75,7 @@ def prepare(config: SupervisedConfig, session: Session, recipe: Recipe, folder: 
         check_same_data(folder.manifest()["data"], [DataFile(**item) for item in rows.manifest])
     backbone = load_base(config, session.device)
     template = load_template(config.template, backbone.tokenizer, config.template_date, config.chat_template_kwargs)
-    examples = tokenise(config, recipe, rows, template, backbone)
+    examples = tokenise(config, recipe, rows, template, backbone, folder.path)
     require_rows(config, len(examples.train), [*context_warnings(config, backbone), *examples.lines])
     task = recipe.build(backbone, template)
     if getattr(config, "packing", False):
@@ -112,17 +113,21 @@ def load_base(config: SupervisedConfig, device: torch.device) -> Backbone:
 
 
 def tokenise(
-    config: SupervisedConfig, recipe: Recipe, rows: StageRows, template: Template, backbone: Backbone
+    config: SupervisedConfig, recipe: Recipe, rows: StageRows, template: Template, backbone: Backbone, folder: Path
 ) -> Examples:
-    """Both sides as token ids, no longer than the model's context."""
+    """Both sides as token ids, no longer than the model's context.   folder: where they lie if data.streaming."""
     limit = min(config.max_length, backbone.context_length)
     notes = [*rows.warnings, *context_warnings(config, backbone)]
     lines, sides = list(rows.summary), []
+
+    def encode(part: Sequence[Row]) -> Tokenised[Any]:
+        return recipe.tokenise(part, template, backbone.tokenizer, limit)
+
     for name, side, most in (("train", rows.train, None), ("held out", rows.held_out, config.data.eval_max_rows)):
-        done = recipe.tokenise(side, template, backbone.tokenizer, limit)
+        examples, done = tokenised(side, encode, folder if config.data.streaming else None)
         lines += [f"{name}: {tally}" for tally in done.tallies]
         notes += [f"{name}: {warning}" for warning in done.warnings]
-        sides.append(done.examples[:most])
+        sides.append(examples[:most])
     if not sides[1]:
         notes.append("no held-out rows: nothing is evaluated (data.held_out_fraction, data.eval)")
     return Examples(sides[0], sides[1], lines, notes)
@@ -176,7 +181,7 @@ def train(job: Job, stack: ExitStack) -> RunCallback:
         writer = stack.enter_context(MetricsWriter(job.folder.path, config.report_to, config.run_name))
     callback = RunCallback(job, writer)
     order = RowOrder(
-        [job.task.length(row) for row in rows],
+        job.task.lengths(rows),
         config.train_batch_size,
         config.per_device_train_batch_size,
         config.seed,

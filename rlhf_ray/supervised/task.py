@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from rlhf_ray.config import DPOConfig, RewardConfig, SFTConfig
@@ -15,6 +16,7 @@ from rlhf_ray.data.collate import Tokenised
 from rlhf_ray.data.formats import RowKind
 from rlhf_ray.data.records import Row
 from rlhf_ray.data.splits import Half
+from rlhf_ray.data.stored import StoredRows
 from rlhf_ray.data.templates import Template
 from rlhf_ray.models.adapters import (
     adapter_config,
@@ -84,9 +86,15 @@ class Task(Objective):
             must_differ_from=self.starts_from if is_trained else None,
         )
 
+    def lengths(self, rows: Sequence[Any]) -> Tensor:
+        """i64[N], `length` of every row; rows that are stored need not be made for it."""
+        if isinstance(rows, StoredRows):
+            return torch.from_numpy(rows.lengths).long()
+        return torch.tensor([self.length(row) for row in rows], dtype=torch.int64)
+
     def eval_parts(self, rows: Sequence[Any], size: int, session: Session) -> Iterator[tuple[list[int], Batch]]:
         """This rank's share of `rows`: (indices, batch on the device)."""
-        for part in eval_batches([self.length(row) for row in rows], size, session.rank, session.world_size):
+        for part in eval_batches(self.lengths(rows).tolist(), size, session.rank, session.world_size):
             batch = self.collate([(rows[i], True) for i in part])
             yield part, {name: tensor.to(session.device) for name, tensor in batch.items()}
 
@@ -121,8 +129,8 @@ class Recipe:
 class Examples:
     """Tokenised rows, and the lines that account for them."""
 
-    train: list[Any]
-    held_out: list[Any]
+    train: Sequence[Any]
+    held_out: Sequence[Any]
     lines: list[str]
     warnings: list[str]
 

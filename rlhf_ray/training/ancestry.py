@@ -7,7 +7,7 @@ remembered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def _of(found: Overlap, kind: str) -> str:
     return f"{found.count:,} of {found.total:,} {kind} prompts"
 
 
-def _trained_rows(ancestor: Ancestor) -> tuple[Row, ...]:
+def _trained_rows(ancestor: Ancestor) -> Sequence[Row]:
     kind, half = READS[ancestor.run.stage]
     rows, mixed = load_rows(ancestor.data, kind, half), ancestor.ptx_data
     return rows.train if mixed is None else (*rows.train, *load_ptx_rows(mixed, rows.held_out).train)

@@ -191,6 +191,10 @@ def test_a_bad_override(
             "ptx_coef: 0.1\nptx_data: {train: sft.jsonl, eval_max_rows: 4}",
             "job.yaml:6: ptx_data.eval_max_rows: has no effect: nothing is evaluated on ptx_data, all of it trains; drop it",
         ),
+        (
+            "ptx_coef: 0.1\nptx_data: {train: sft.jsonl, streaming: true}",
+            "job.yaml:6: ptx_data.streaming: PPO keeps all its rows in memory; set ptx_data.max_rows, or drop it",
+        ),
         ("overlong_buffer: 200", "job.yaml:5: overlong_buffer: 200 is over response_length 128"),
         ("watch: judge", "job.yaml:5: watch: no reward is called 'judge'; expected one of weight 0: none"),
         ("watch: reward", "job.yaml:5: watch: reward reward is maximised; expected one of weight 0: none"),

@@ -335,7 +335,7 @@ def test_streaming_reads_no_further(
     assert found.summary[1] == "no more than 50 rows of a file are read (data.streaming)"
     if kind == "rows.parquet":
         whole = load_rows(DataConfig(**told), "sft")
-        assert whole.train == found.train and whole.manifest[0]["rows"] == 20_000
+        assert whole.train == tuple(found.train) and whole.manifest[0]["rows"] == 20_000
     else:
         with pytest.raises(DataError):
             load_rows(DataConfig(**told), "sft")
@@ -356,8 +356,6 @@ def test_what_cannot_be_streamed_says_so(name: str, folder: Path, write: Callabl
     write(KINDS[name.split(".")[1]][0](ROWS), name)
     with pytest.raises(DataError, match=r"cannot be read in part .*expected jsonl, parquet, hub.*; fix: convert it"):
         read_rows(DataConfig(train=(name,), max_rows=2, streaming=True), "sft")
-    with pytest.raises(ValueError, match="set max_rows"):
-        DataConfig(train=(name,), streaming=True)
 
 
 def test_a_hub_id_offline_is_one_line(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,16 @@ from rlhf_ray.serve.generation import GenerationRequest
 
 REPLICAS = [f"replica{i}" for i in range(4)]
 ADAPTERS = [f"adapter{i}" for i in range(400)]
+
+
+@pytest.fixture(autouse=True)
+def _event_loop() -> Iterator[None]:
+    """Serve's PendingRequest makes a future, of whatever loop its thread has."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 def test_each_adapter_has_its_own_order_of_replicas_whoever_lists_them() -> None:

@@ -13,20 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STARTS = (
-    "sft",
-    "dpo",
-    "reward",
-    "ppo",
-    "evaluate",
-    "generate",
-    "score",
-    "pipeline",
-    "sweep",
-    "resume",
-    "merge",
-    "main",
-)
+STARTS = frozenset("sft dpo reward ppo evaluate generate score pipeline sweep resume merge main".split())
 """Calls whose answer a script keeps, and that must not run twice; other assignments (a constant, a model to ask) are let be."""
 
 

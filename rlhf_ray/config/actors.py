@@ -27,8 +27,8 @@ class ActorsConfig(Section):
     )
     label_selector: dict[str, str] = field({}, "Ray node labels that the node must have, e.g. {ray.io/zone: a}")
     accelerator_type: str | None = field(None, "GPU model the node must have, as Ray calls it, e.g. A100")
-    timeout_s: Positive = field(
-        1800.0,
-        "longest wait of this role without a chunk being finished, models' loading included; then the actor is replaced; a scorer"
-        " that asks a reward server has by default as long as the server's retries may take, where that is more",
+    timeout_s: Positive | None = field(
+        None,
+        "longest wait of this role without a chunk being finished, models' loading included; then the actor is replaced; default:"
+        " 1800, and for a scorer that asks a reward server as long as the server's retries may take, where that is more",
     )

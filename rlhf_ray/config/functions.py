@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STARTS = frozenset("sft dpo reward ppo evaluate generate score pipeline sweep resume merge main".split())
-"""Calls whose answer a script keeps, and that must not run twice; other assignments (a constant, a model to ask) are let be."""
+STARTS = frozenset("sft dpo reward ppo evaluate generate score pipeline sweep resume merge main asyncio.run".split())
+"""Calls that must not run twice where a script is imported for its function; others at its top (a path, a model) are let be."""
+IMPORTED_AS = "rlhf_ray_reward_"
+"""What the module of a file that is imported for its function is called, before the file's own name."""
 
 
 def function_name(value: Callable[..., Any]) -> str:
@@ -25,6 +27,11 @@ def function_name(value: Callable[..., Any]) -> str:
     if not inspect.isfunction(value) or value.__name__ != value.__qualname__ or not value.__name__.isidentifier():
         raise ValueError(
             f"function: other processes cannot import {_shown(value)}; expected a function defined with `def` at the top of a file"
+        )
+    if value.__module__.startswith(IMPORTED_AS):  # a job that starts while its own reward is imported would never end
+        raise ValueError(
+            f"function: {value.__name__} is of a file that is being imported for its reward function, and must not start a job"
+            ' meanwhile; put the file\'s work under `if __name__ == "__main__":`'
         )
     module, name = sys.modules.get(value.__module__), value.__name__
     if getattr(module, name, None) is not value:
@@ -51,20 +58,20 @@ def _shown(value: Any) -> str:
 
 
 def _acts_when_imported(script: Path) -> int | None:
-    """The line of the first statement at the script's top level that does more than define or import; None if there is none."""
+    """The line of the first statement at the script's top level that would start work again; None if there is none."""
     for node in ast.parse(script.read_bytes()).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
         if isinstance(node, ast.If) and "__name__" in ast.dump(node.test):
             continue
-        if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
-            return node.lineno
-        if isinstance(node, (ast.For, ast.While, ast.With)):
-            return node.lineno
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and _called(node.value) in STARTS:
+        if any(_called(part) in STARTS for part in ast.walk(node) if isinstance(part, ast.Call)):
             return node.lineno
     return None
 
 
-def _called(value: ast.expr | None) -> str:
-    """The last name of the function whose answer is assigned, as `ppo` of `run = rlhf_ray.ppo(...)`; empty if it is no call."""
-    function = value.func if isinstance(value, ast.Call) else None
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+def _called(call: ast.Call) -> str:
+    """The last name of the function that is called, as `ppo` of `rlhf_ray.ppo(...)`; `asyncio.run` whole."""
+    function = call.func
+    if isinstance(function, ast.Attribute):
+        return ast.unparse(function) if function.attr == "run" else function.attr
+    return getattr(function, "id", "")

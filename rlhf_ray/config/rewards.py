@@ -48,8 +48,18 @@ def _rewards_by_name(fields: Any) -> Any:
     return {**fields, "rewards": [_by_name(r) for r in rewards]} if isinstance(rewards, (list, tuple)) else fields
 
 
+def _space_by_name(space: Any) -> Any:
+    """Lists of rewards are values of a sweep's space too."""
+    if not isinstance(space, dict) or not isinstance(space.get("rewards"), (list, tuple)):
+        return space
+    named = [[_by_name(r) for r in v] if isinstance(v, (list, tuple)) else v for v in space["rewards"]]
+    return {**space, "rewards": named}
+
+
 StageFields = Annotated[dict[str, Any], BeforeValidator(_rewards_by_name)]
 """The section of a stage in another job: checked as that stage's own job when it is put together, and kept as text."""
+SpaceFields = Annotated[dict[str, Any], BeforeValidator(_space_by_name)]
+"""What varies between the trials of a sweep; kept as text too."""
 
 
 class RewardSource(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.rewards import StageFields
+from rlhf_ray.config.rewards import SpaceFields, StageFields
 from rlhf_ray.config.sections import Count, Ints, Positive, field
 from rlhf_ray.config.stages import JobFields
 
@@ -26,7 +26,7 @@ class SweepConfig(JobFields):
         " beside the policy that it started from. Reward, KL and length come from there, since DPO samples nothing; half of the"
         " prompts choose nothing, and confirm the winner (as with ppo.confirm_held_out)",
     )
-    space: dict[str, Any] = field(
+    space: SpaceFields = field(
         ...,
         "what varies: a field of ppo or dpo (a.b for nested ones) -> a list of values, {choice: [..]}, {uniform: [low, high]},"
         " {loguniform: [low, high]}, {randint: [low, high]}, or {given: other field, cases: {its value: any of these}}",

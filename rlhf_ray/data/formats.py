@@ -284,9 +284,9 @@ def _before_last_response(turns: tuple[Message, ...]) -> Prompt:
 def _conversation(row: Fields, name: str, sharegpt: bool = False) -> tuple[Message, ...]:
     """The messages of a field, behind the row's `system` text if they have none themselves, which comes first in LLaMA-Factory."""
     turns = messages(row, name, sharegpt)
-    system = texts(row, "system")[0] if row.get("system") is not None else ""
-    if not system.strip() or (turns and turns[0].role == "system"):
-        return turns
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip() or (turns and turns[0].role == "system"):
+        return turns  # what is no text is listed among what nothing reads
     return (Message("system", system), *turns)
 
 
@@ -302,10 +302,12 @@ def _has_pair(row: Fields) -> bool:
 
 def _sharegpt_prompt(row: Fields) -> Prompt:
     """All of the conversation where two replies to it follow, else what precedes its last reply."""
-    turns = _conversation(row, "conversations", sharegpt=True)
     if not _has_pair(row):
-        return _before_last_response(turns)
-    return Prompt(messages=continued(turns, messages(row, "chosen", sharegpt=True)[:-1]))
+        return _before_last_response(_conversation(row, "conversations", sharegpt=True))
+    inner = messages(row, "chosen", sharegpt=True)[:-1]
+    if inner and inner[0].role == "system":  # the whole conversation again, with a system text of its own
+        return Prompt(messages=continued(messages(row, "conversations", sharegpt=True), inner))
+    return Prompt(messages=continued(_conversation(row, "conversations", sharegpt=True), inner))
 
 
 def _preference_prompt(row: Fields) -> Prompt:

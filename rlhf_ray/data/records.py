@@ -156,6 +156,7 @@ def _read_file(name: str, config: DataConfig, kind: RowKind, streamed: bool) -> 
     source, first = find(name), config.max_rows if streamed else None
     files, others = files_of(source, config.split, config.name)
     end: list[Problem] = []
+    states = [file.state() for file in files]
     raw: Iterable[RawRow] = _RawRows(files, config, streamed, first)
     if not streamed or (source.kind == "hub" and first is not None):  # what was fetched is not fetched again
         raw = list(_up_to_its_end(raw, end))
@@ -187,7 +188,7 @@ def _read_file(name: str, config: DataConfig, kind: RowKind, streamed: bool) -> 
         if not file.total:
             raise DataError.at(name, "no rows")
         file.sha256 = source.sha256() if first is None and source.kind != "hub" else _sha256(raw)
-    reader = partial(_read_again, name, raw, chosen, kind)
+    reader = partial(_read_again, name, raw, chosen, kind, files, states)
     file.rows = StreamedRows([Part(bytes(usable), reader)]) if streamed else rows
     return file
 
@@ -201,8 +202,16 @@ def _row(where: str, fields: dict[str, Any] | BadRow, chosen: Format, kind: RowK
     return Row(where, parsed.prompt, *answers, fields, parsed.is_conversation, parsed.margin, parsed.replies)
 
 
-def _read_again(name: str, raw: Iterable[RawRow], chosen: Format, kind: RowKind, wanted: bytes) -> Iterator[Row]:
-    """The rows whose byte in `wanted` is 1. Raises DataError if they are not those that were checked."""
+def _read_again(
+    name: str,
+    raw: Iterable[RawRow],
+    chosen: Format,
+    kind: RowKind,
+    files: Sequence[DataSource],
+    states: Sequence[Any],
+    wanted: bytes,
+) -> Iterator[Row]:
+    """The rows whose byte in `wanted` is 1. Raises DataError if they are not those that were checked.   states: of files then."""
     number = 0
     for number, (where, fields) in enumerate(raw, start=1):
         if number <= len(wanted) and wanted[number - 1]:
@@ -212,6 +221,9 @@ def _read_again(name: str, raw: Iterable[RawRow], chosen: Format, kind: RowKind,
                 raise DataError.at(where, f"has changed since it was checked: {error.args[0]}") from error
     if number != len(wanted):
         raise DataError.at(name, "has changed since it was checked", f"{len(wanted):,} rows", f"{number:,}")
+    for file, state in zip(files, states, strict=True):
+        if file.state() != state:  # its rows are as many as before, but not those that were hashed and held out
+            raise DataError.at(file.name, "was written again since it was checked")
 
 
 def _faults(raw: Iterable[RawRow]) -> list[Problem]:

@@ -61,6 +61,14 @@ class DataSource:
         except OSError as error:
             raise DataError.at(self.name, f"cannot be read: {error.strerror}") from error
 
+    def state(self) -> tuple[int, int, int] | None:
+        """What differs once the file is written again; None of a Hub data set, whose copy here never is, and of a lost file."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     def sha256(self) -> str:
         """Hash of the file as it lies on disk."""
         with self.open_raw() as file:

@@ -223,6 +223,7 @@ def _start(
     return start(specs, group, with_ref_store=config.learner.num_workers > 1, resume=resume)
 
 
+ROLE_TIMEOUT_S = 1800.0
 MARGIN_S = 300.0
 """Of what waits for a reward server, beyond the server's own limit."""
 
@@ -235,7 +236,5 @@ def longest_answer_s(config: JobFields) -> float:
 
 def role_timeout_s(config: JobFields, role: str) -> float:
     """Of an actor: as the job says; by default a scorer that asks a server has the time that the server has."""
-    settings = getattr(config, role)
-    if role != "scorer" or "timeout_s" in settings.model_fields_set:
-        return float(settings.timeout_s)
-    return max(settings.timeout_s, longest_answer_s(config))
+    given: float | None = getattr(config, role).timeout_s
+    return given or max(ROLE_TIMEOUT_S, longest_answer_s(config) if role == "scorer" else 0.0)

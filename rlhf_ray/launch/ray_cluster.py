@@ -103,9 +103,11 @@ def cluster(again: str, loopback: bool = False) -> Iterator[bool]:
         # Nobody starts the control service of our own Ray again: workers that have lost it end after 20 s, not after a minute.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_GONE_S))
     options: dict[str, Any] = {} if given else {"include_dashboard": False}
-    with _on_loopback() if loopback and not given else contextlib.nullcontext():
+    with contextlib.ExitStack() as environment:
         if not given:
-            _past_the_proxy()
+            environment.enter_context(_past_the_proxy())
+        if loopback and not given:
+            environment.enter_context(_on_loopback())
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except Exception as error:
@@ -120,13 +122,22 @@ def cluster(again: str, loopback: bool = False) -> Iterator[bool]:
             ray.shutdown()
 
 
-def _past_the_proxy() -> None:
+@contextlib.contextmanager
+def _past_the_proxy() -> Iterator[None]:
     """Processes of a Ray of our own tell each other of their metrics by gRPC, which would ask the user's proxy for this machine."""
     import ray
 
+    before = os.environ.get(NO_GRPC_PROXY)
     known = next(filter(None, map(os.environ.get, (NO_GRPC_PROXY, "no_proxy", "NO_PROXY"))), "")
     own = ("localhost", "127.0.0.1", "::1", ray.util.get_node_ip_address())
     os.environ[NO_GRPC_PROXY] = ",".join(dict.fromkeys([*filter(None, known.split(",")), *own]))
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(NO_GRPC_PROXY, None)
+        else:
+            os.environ[NO_GRPC_PROXY] = before
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.batches import Sequences
+from rlhf_ray.config.functions import IMPORTED_AS
 from rlhf_ray.errors import ConfigError, Interrupted, InvariantError
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.maths.stats import disagreement, ensemble_scores
@@ -245,7 +246,7 @@ def load_function(spec: str) -> tuple[Callable[..., Any], str]:
 
 
 def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"rlhf_ray_reward_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{IMPORTED_AS}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"not a Python module: {path}")
     module = importlib.util.module_from_spec(spec)

@@ -290,8 +290,11 @@ class Sampler:
     def _stage(self, count: int) -> None:
         """The next rows of the queue, up to one whose adapter cannot share a forward with those before it: it waits for them."""
         rows: list[DecodeRow] = []
-        adapters = {row.request.adapter for row in (*live(self._rows), *self._staged)}
-        while self._waiting and len(rows) < count and (row := self._next(rows, adapters)) is not None:
+        there = [*live(self._rows), *self._staged]
+        number, longest = len(there), max((row.most for row in there), default=0)
+        adapters = {row.request.adapter for row in there}
+        while self._waiting and len(rows) < count and (row := self._next(number, longest, adapters)) is not None:
+            number, longest = number + 1, max(longest, row.most)
             adapters.add(row.request.adapter)
             rows.append(row)
         self._staged.extend(rows)
@@ -299,14 +302,16 @@ class Sampler:
         tokens = self._prefill_tokens if self._chunk is None else self._chunk
         self._to_read.extend(prompt_groups(rows, mixed, not self._caches.recurrent, tokens))
 
-    def _next(self, staged: Sequence[DecodeRow], adapters: set[str | None]) -> DecodeRow | None:
-        """Takes the row that is staged next from the queue. A long one that the cache has no room for yet lets shorter ones go
-        first, PASSES of them at most: so it neither stops them nor waits for ever."""
+    def _next(self, number: int, longest: int, adapters: set[str | None]) -> DecodeRow | None:
+        """Takes the row that is staged next from the queue, beside `number` rows of up to `longest` tokens. A long one that the
+        cache has no room for yet lets shorter ones go first, PASSES of them at most: so it neither stops them nor waits on."""
         first = self._waiting[0]
         for place, row in enumerate(self._waiting):
+            if place and row.most >= first.most:
+                continue  # has no room either
             if not self._router.together(adapters | {row.request.adapter}):
                 return None
-            if self._is_room([*staged, row]):
+            if self._is_room(number + 1, max(longest, row.most)):
                 first.passed += place > 0
                 del self._waiting[place]
                 return row
@@ -314,11 +319,9 @@ class Sampler:
                 return None
         return None
 
-    def _is_room(self, coming: Sequence[DecodeRow]) -> bool:
-        """Whether the cache may become as large as it takes for these rows beside those that are there. One always may."""
-        rows = [*live(self._rows), *self._staged, *coming]
-        held = min(len(rows), self.max_rows) * max(row.most for row in rows)
-        return self._max_cached is None or len(rows) == 1 or held <= self._max_cached
+    def _is_room(self, number: int, longest: int) -> bool:
+        """Whether the cache may become as large as so many rows of so many tokens take. One row always may."""
+        return self._max_cached is None or number == 1 or min(number, self.max_rows) * longest <= self._max_cached
 
     def _fill_slots(self) -> None:
         """Give free slots to staged rows, then close the gaps that are left with the last rows."""

@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.serve.admission import max_requests
-from rlhf_ray.serve.api_errors import ApiError, internal_error, model_not_found
+from rlhf_ray.serve.api_errors import ApiError, internal_error, model_not_found, request_timeout
 from rlhf_ray.serve.api_keys import ApiKeys
 from rlhf_ray.serve.generation import GenerationRequest
 from rlhf_ray.serve.host_check import HostCheck
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 TAKES_TURNS = frozenset({"/v1/score"})
 """Routes whose requests wait, where others are answered 429, until their key has room: a training job sends several batches at a
 time, and must not end because its key may have few rows."""
+LONGEST_TURN_S = 30.0
 
 
 class HttpApi:
@@ -180,12 +181,14 @@ class HttpApi:
         if key is not None:  # rows take turns: who may have fewer at a time is not refused for that
             context.rows += self.usage.begin_some(key, rows - context.rows)
         try:
-            found = await self.backend.score(request, "" if key is None else key.name)
-        except (
-            asyncio.CancelledError
-        ):  # its client has left, and how far it got is not known here: no token is less than a byte
-            if key is not None:
+            # Waiting for a turn counts; a replica's own answer to what takes too long comes before this one.
+            async with asyncio.timeout_at(context.arrived + self.limits.request_timeout_s + 5):
+                found = await self.backend.score(request, "" if key is None else key.name)
+        except (asyncio.CancelledError, TimeoutError) as ended:
+            if key is not None:  # how far it got is not known here: no token is less than a byte
                 self.usage.charge(key, len(body))
+            if isinstance(ended, TimeoutError):
+                raise request_timeout(self.limits.request_timeout_s) from None
             raise
         usage = found["usage"]
         if key is not None:
@@ -316,9 +319,8 @@ class HttpApi:
                 if self.keys is not None:
                     key = self.keys.authenticate(request.headers.get("authorization"))
                     if path in TAKES_TURNS:
-                        await self.usage.wait(
-                            key, self.limits.request_timeout_s / 2
-                        )  # the other half is for the answer
+                        # Half is for the answer, and clients (reward servers' among them) give up after a minute.
+                        await self.usage.wait(key, min(self.limits.request_timeout_s / 2, LONGEST_TURN_S))
                     else:
                         self.usage.begin(key, 1)
                     context.key, context.rows = key, 1

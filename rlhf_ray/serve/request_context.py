@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
@@ -47,10 +48,11 @@ class Backend(Protocol):
 
 
 class RequestContext:
-    """One HTTP request while it is handled. log: its line in the access log."""
+    """One HTTP request while it is handled. log: its line in the access log.   arrived: by the event loop's clock."""
 
     def __init__(self, request: Request, key: ApiKey | None) -> None:
         self.request, self.key = request, key
+        self.arrived = asyncio.get_running_loop().time()
         self.log: dict[str, Any] = {}
         self.rows = 0
         """That it counts as in `KeyUsage`."""

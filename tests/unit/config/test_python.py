@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_ray.config import PipelineConfig, PPOConfig, SFTConfig, SweepConfig
+from rlhf_ray.config.functions import _acts_when_imported
 from rlhf_ray.config.resolved import to_yaml
 from rlhf_ray.config.sections import LoraConfig
 from rlhf_ray.errors import ConfigError
@@ -136,7 +137,47 @@ def _run(folder: Path, *command: str, script: str) -> str:
 def test_functions_of_the_script_that_runs(tmp_path: Path) -> None:
     guarded = SCRIPT.format(work=f'if __name__ == "__main__":\n    {WORK}')
     assert _run(tmp_path, "job.py", script=guarded) == "job.py:own"
-    said = _run(tmp_path, "job.py", script=SCRIPT.format(work=WORK))
-    assert "own is in the script that runs, and workers that import it" in said and "would run line 7 again" in said
+    harmless = SCRIPT.format(
+        work=f'import os\nos.environ.setdefault("A", "b")\ndef main():\n    {WORK}\nif __name__ == "__main__": main()'
+    )
+    assert _run(tmp_path, "job.py", script=harmless) == "job.py:own"
+    said = _run(tmp_path, "job.py", script=SCRIPT.format(work=f"def main():\n    {WORK}\nmain()"))
+    assert "own is in the script that runs, and workers that import it" in said and "would run line 9 again" in said
     said = _run(tmp_path, "-", script=SCRIPT.format(work=WORK))
     assert "own is in no file (an interactive session); write it to one" in said
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        'x = rlhf_ray.ppo(c).metrics["eval/reward"]',
+        "runs = [ppo(c) for c in cs]",
+        "a, b = ppo(c), sft(c)",
+        "best = max(ppo(c) for c in cs)",
+        "try:\n    ppo(c)\nfinally:\n    pass",
+        "for c in cs:\n    sweep(c)",
+        "assert pipeline(c)",
+        "asyncio.run(work())",
+    ],
+)
+def test_work_that_importing_a_script_would_start_again(work: str, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(f"import rlhf_ray\n\n{work}\n")
+    assert _acts_when_imported(tmp_path / "job.py") == 3
+
+
+def test_a_file_that_is_imported_for_its_function_starts_no_job(tmp_path: Path) -> None:
+    """Whatever the check of the script could not see: it ends there, and not in a job within a job within a job."""
+    job = f"PPOConfig(**{JOB!r}, rewards=[own])"
+    (tmp_path / "mine.py").write_text(SCRIPT.format(work=f"def work():\n    return {job}\nwork()"))
+    with pytest.raises(ConfigError, match=r"own is of a file that is being imported for its reward function"):
+        load_function(f"{tmp_path / 'mine.py'}:own")
+
+
+def test_functions_that_vary_in_a_sweep() -> None:
+    shared: dict[str, Any] = {"output_dir": "runs/x", "model_name_or_path": "m"}
+    swept = SweepConfig(
+        **shared, ppo={}, space={"rewards": [[load_function], [{"function": load_function, "weight": 2.0}]]}
+    )
+    first, second = swept.space["rewards"]
+    assert first[0]["function"] == second[0]["function"] == "rlhf_ray.rewards.sources:load_function"
+    assert "function: rlhf_ray.rewards.sources:load_function" in to_yaml(swept)

@@ -391,8 +391,8 @@ def test_a_system_text_beside_a_conversation_begins_it(read: Read, name: str) ->
     found = read([{name: [own, *said], "system": "Be kind."}, {name: [own, *said], "system": "Briefly."}], "sft")
     assert [row.prompt.messages[0].content for row in found.rows] == ["Briefly.", "Briefly."]
     assert all(len(row.prompt.messages) == 2 for row in found.rows) and found.unread == ("system (1 rows)",)
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: 'system': expected string, got int"):
-        read([{name: said, "system": 3}], "sft")
+    found = read([{name: said, "system": 3}], "sft")  # which were read before the column was
+    assert found.rows[0].prompt == ASKED and found.unread == ("system",)
 
 
 def test_the_system_text_of_a_sharegpt_pair(read: Read) -> None:
@@ -404,6 +404,26 @@ def test_the_system_text_of_a_sharegpt_pair(read: Read) -> None:
     }
     (row,) = read([pair], "preference").rows
     assert [turn.role for turn in row.prompt.messages] == ["system", "user"]
+
+
+def test_system_texts_that_cannot_begin_a_conversation_are_listed_as_unread(read: Read) -> None:
+    """Such rows were read before the column was, and must not stop a job now."""
+    whole = [{"from": "system", "value": "Be brief."}, *SAID[:1]]
+    pair = {
+        "conversations": SAID[:1],
+        "chosen": [*whole, SAID[1]],
+        "rejected": [*whole, {"from": "gpt", "value": "Oak."}],
+        "system": "Be kind.",
+    }
+    for row, kind in (
+        (pair, "preference"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "system": {"a": 1}},
+            "sft",
+        ),
+    ):
+        found = read([row], kind)
+        assert len(found.rows) == 1 and found.unread == ("system",)
 
 
 def test_sharegpt_rows_without_pairs_are_no_preferences(read: Read) -> None:

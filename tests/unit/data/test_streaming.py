@@ -109,6 +109,9 @@ def test_a_file_that_changes_while_it_is_used_is_no_other_data(write: Callable[.
     write(_told(51))
     with pytest.raises(DataError, match=r"rows\.jsonl: has changed since it was checked; expected 50 rows; got 51"):
         list(rows)
+    write([*_told(49), {"prompt": "another", "completion": "row"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl: was written again since it was checked"):
+        list(rows)
     write([*_told(7), {"prompt": "a", "completion": ""}, *_told(42)])
     with pytest.raises(DataError, match=r"rows\.jsonl:8: has changed since it was checked: empty completion"):
         list(rows)

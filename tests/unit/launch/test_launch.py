@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import PipelineConfig, PPOConfig, SFTConfig
+from rlhf_ray.config.resolved import written_out
+from rlhf_ray.config.stored import load_stored
 from rlhf_ray.console import NullConsole
 from rlhf_ray.errors import LimitReached, ResourceError
 from rlhf_ray.launch.launch import GROUP_TIMEOUT_S, group_timeout_s, launch
@@ -129,6 +131,8 @@ def test_who_waits_for_a_reward_server_waits_longer_than_the_server_may_be_asked
     assert group_timeout_s(asking) >= asked + 300 and role_timeout_s(asking, "scorer") >= asked + 300
     assert role_timeout_s(asking, "generator") == 1800.0
     assert role_timeout_s(PPOConfig(**fields, rewards=[url], scorer={"timeout_s": 50.0}), "scorer") == 50.0
+    resumed = load_stored(PPOConfig, written_out(asking), "config.yaml")  # where all fields stand
+    assert role_timeout_s(resumed, "scorer") >= asked + 300
     judged = PPOConfig(
         **fields, rewards=[{"llm": {"base_url": "http://127.0.0.1:9/v1", "model": "m", "requests_per_minute": 1.0}}]
     )

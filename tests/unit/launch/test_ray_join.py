@@ -16,7 +16,7 @@ import pytest
 
 from rlhf_ray.errors import ConfigError, ResourceError
 from rlhf_ray.launch.preflight import given_address
-from rlhf_ray.launch.ray_cluster import check_socket_paths
+from rlhf_ray.launch.ray_cluster import NO_GRPC_PROXY, _on_loopback, _past_the_proxy, check_socket_paths
 from rlhf_ray.launch.ray_join import ANSWER_S, cannot_join, check_is_there
 
 
@@ -113,3 +113,16 @@ def test_a_temporary_folder_with_a_long_name_is_told_before_ray_starts(
         check_socket_paths()
     with pytest.raises(OSError, match="AF_UNIX"):
         validate_socket_filepath(os.path.join("x" * (longest + 1), session))
+
+
+@pytest.mark.parametrize("given", [None, "corp"])
+def test_what_our_own_ray_needs_of_the_environment_ends_with_it(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(NO_GRPC_PROXY, raising=False)
+    if given is not None:
+        monkeypatch.setenv(NO_GRPC_PROXY, given)
+    before = dict(os.environ)
+    with _past_the_proxy(), _on_loopback():
+        assert "127.0.0.1" in os.environ[NO_GRPC_PROXY].split(",") and os.environ != before
+    assert dict(os.environ) == before

@@ -11,6 +11,7 @@ from torch import nn
 from rlhf_ray.sampler import engine
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeEvent, DecodeRequest
+from rlhf_ray.sampler.rows import DecodeRow
 
 PAD = 0
 
@@ -110,6 +111,25 @@ def test_a_long_row_that_waits_for_room_lets_short_ones_pass_but_not_for_ever(
         assert [tuple(tokens[i]) for i in ids] == [one.token_ids for one in expected]
         passed = sum(order.index(i) < order.index(ids[4]) for i in ids[5:])
         assert late <= passed <= late + 3, f"{passed} of 16 ended before it"
+
+
+def test_a_full_cache_is_not_gone_through_for_every_row_that_waits(
+    make_llama: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, most = [0], DecodeRow.most.fget  # type: ignore[attr-defined]
+
+    def counted(row: DecodeRow) -> int:
+        asked[0] += 1
+        return most(row)
+
+    sampler = Sampler(make_llama().eval(), PAD, 400, max_cached=100 * 13)
+    for i in range(300):
+        sampler.submit(request(i, 5))
+    while not sampler.step():
+        pass
+    monkeypatch.setattr(DecodeRow, "most", property(counted))
+    sampler.step()
+    assert 0 < asked[0] < 3 * 300, "looks at all rows for each that waits"
 
 
 def note(events: list[DecodeEvent], tokens: dict[int, list[int]], order: list[int]) -> None:

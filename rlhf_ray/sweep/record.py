@@ -94,7 +94,7 @@ class Record:
         found = outcome_of(trial, self.stopped.get(trial.id, ""))
         row = self._rows.get(trial.id, {})
         if_gone = {"done": "waiting", "failed": "waiting", "stopped": "stopped"}.get(row.get("status", ""))
-        if found.status != if_gone or (row["status"] != "done" and is_run(trial.folder)):
+        if found.status != if_gone or is_run(trial.folder):
             return found
         return outcome_of_row(trial, row, self.config.metric)
 

@@ -323,6 +323,9 @@ def test_a_frozen_replica_is_ended_within_30_s_and_replaced(service: Service) ->
     threads = [threading.Thread(target=stream, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
+    used = {pid: sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids.values()}
+    # Serve may not know a replica yet that has just come: each must have written something, half a second of a core.
+    service.wait(lambda: all(sum(psutil.Process(pid).cpu_times()[:2]) > used[pid] + 0.5 for pid in used))
     service.wait(lambda: len(begun) == len(threads))
     assert not broken
     started = time.monotonic()

@@ -150,9 +150,17 @@ def _got(value: Any) -> str:
 def _fix(annotation: Any, default: Any, value: Any, what: str) -> str:
     words = kind(annotation)
     if what == "not a choice":
-        return did_you_mean(value, _choices(annotation)) if isinstance(value, str) else ""
+        choices = [c for c in _choices(annotation) if c != "none"]  # off is no spelling of what was asked for
+        return did_you_mean(value, choices) if isinstance(value, str) else ""
     if words == "list of sections" and isinstance(value, Mapping):
         return "make it a list: put - before its first field"
+    if what == "wrong type" and isinstance(value, str) and (section := section_of(annotation)[0]) is not None:
+        needed = [name for name, field in section.model_fields.items() if field.is_required()]
+        short = section.short_form or (needed[0] if len(needed) == 1 else None)
+        one = f"{{{short}: {value}}}"
+        return "" if short is None else f"write {f'[{one}]' if words == 'list of sections' else one}"
+    if words == "list of sections" and callable(value):
+        return "make it a list: [...]"
     if isinstance(value, str):
         if "true or false" in words and value.lower() in ("yes", "no", "on", "off", "true", "false", "y", "n"):
             return f"write {'true' if value.lower() in ('yes', 'on', 'true', 'y') else 'false'}"

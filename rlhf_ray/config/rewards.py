@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -65,6 +65,8 @@ SpaceFields = Annotated[dict[str, Any], BeforeValidator(_space_by_name)]
 class RewardSource(Section):
     """One reward: a reward run, an ensemble, a sequence-classification checkpoint, a Python function, a server or an LLM judge. Set
     exactly one of them."""
+
+    short_form: ClassVar[str | None] = "run"
 
     name: Annotated[str, Field(pattern=NAME.pattern)] = field("reward", "how metrics and value.init_from call it")
     run: Path | None = field(None, "folder of a reward run, or of its merged checkpoint")

@@ -59,6 +59,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
+    short_form: ClassVar[str | None] = None
+    """The field that a text in the section's place is probably meant to be; default: the one that is required."""
     as_raised: ClassVar[Callable[[ValidationError, type[Section], Mapping[str, Any]], Exception]]
     """What a call of the class raises for pydantic's error: config/__init__.py puts in explain.py, which knows every section."""
 

@@ -76,5 +76,6 @@ def usable_length(
     limit = min(max_length or context, context)
     if response_length is not None and response_length >= limit:
         expected = f"below {limit} (the model's context{rope_note(config)})"
-        raise ConfigError.at("response_length", "leaves no room for a prompt", expected, str(response_length))
+        fix = f"response_length={max(limit // 2, 1)}, say"
+        raise ConfigError.at("response_length", "leaves no room for a prompt", expected, str(response_length), fix)
     return limit, [shortened_note(max_length, limit, config)] if max_length and limit < max_length else []

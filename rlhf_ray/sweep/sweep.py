@@ -59,6 +59,7 @@ MAY_CHANGE = (
     *(f"{section}{name}" for section in ("", "ppo.", "dpo.", "evaluate.") for name in run_entry.MAY_CHANGE),
 )
 """Fields that may differ between the job that started a sweep and the one that resumes it."""
+EXCLUDED_SHOWN = 5
 
 
 def sweep(config: SweepConfig, console: Console | None = None) -> Run:
@@ -197,6 +198,10 @@ def _finish(config: SweepConfig, record: Record, seconds: float, console: Consol
         console.log(confirmation_sentence(choice))
         if config.kl_cap is not None and math.isnan(choice.winner.mean(K1)):
             console.warn(f"kl_cap {config.kl_cap:g} was not applied: no KL of the winner was measured")
+        for setting, why in choice.excluded[:EXCLUDED_SHOWN]:
+            console.log(
+                f"not compared: {', '.join(f'{name} {value}' for name, value in setting.settings.items())}: {why}"
+            )
         if choice.p:
             console.log(f"{comparison_sentence(choice)} See {record.folder / 'settings.csv'}")
     else:

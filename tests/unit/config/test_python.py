@@ -17,6 +17,7 @@ from rlhf_ray.config.resolved import to_yaml
 from rlhf_ray.config.sections import LoraConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.sources import load_function
+from rlhf_ray.stages.start import ppo
 
 HERE = Path(__file__)
 JOB: dict[str, Any] = {"output_dir": "runs/x", "model_name_or_path": "m", "data": {"train": "p.jsonl"}}
@@ -181,3 +182,26 @@ def test_functions_that_vary_in_a_sweep() -> None:
     first, second = swept.space["rewards"]
     assert first[0]["function"] == second[0]["function"] == "rlhf_ray.rewards.sources:load_function"
     assert "function: rlhf_ray.rewards.sources:load_function" in to_yaml(swept)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"rewards": "runs/rm"}, "rewards: wrong type; .*; fix: write \\[{run: runs/rm}\\]"),
+        ({"rewards": ["runs/rm"]}, "rewards.0: wrong type; .*; fix: write {run: runs/rm}"),
+        ({"rewards": brevity}, "rewards: wrong type; .*; fix: make it a list: \\[...\\]"),
+        ({"data": "prompts.jsonl"}, "data: wrong type; .*; fix: write {train: prompts.jsonl}"),
+        ({"kl_penalty": "jenson"}, "kl_penalty: not a choice; .*; fix: did you mean jensen_shannon"),
+    ],
+)
+def test_what_a_text_in_a_sections_place_was_meant_to_be(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^PPOConfig: {line}"):
+        PPOConfig(**{**JOB, "rewards": [{"run": "r"}], **values})
+
+
+@pytest.mark.parametrize("given", ["ppo.yaml", {"output_dir": "x"}, SFTConfig(**JOB)])
+def test_a_stage_takes_its_own_configuration(given: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^ppo: wrong type; expected a PPOConfig; got \w+; fix: ppo\(PPOConfig\(\.\.\.\)\)"
+    ):
+        ppo(given)

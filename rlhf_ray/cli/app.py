@@ -472,13 +472,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+def _field_of_option(command: str, option: str) -> str:
+    """How a field of a job is overridden, if `--field` was given as other trainers take it; else empty."""
+    from rlhf_ray.config.hints import RENAMED, dotted_fields
+    from rlhf_ray.config.pipeline import STAGES
+
+    job, name = STAGES.get(command.split()[-1]), option.strip("-").replace("-", "_")
+    fields = set(dotted_fields(job)) if job is not None else set()
+    found = next((field for field in (name, *RENAMED.get(name, ())) if field in fields), None)
+    return "" if found is None else f"fields of a job have no dashes: {found}=VALUE"
+
+
 def _verdict(error: Exception) -> tuple[list[str], int]:
     """The lines to show and the exit code."""
     if isinstance(error, RlhfRayError):
         return error.lines(), error.exit_code
     if hasattr(error, "format_message"):  # a wrong command line
         command = getattr(getattr(error, "ctx", None), "command_path", "rlhf-ray")
-        return [f"error: {error.format_message().rstrip('.')}; fix: see `{command} --help`"], 2
+        fix = _field_of_option(command, getattr(error, "option_name", "")) or f"see `{command} --help`"
+        return [f"error: {error.format_message().rstrip('.')}; fix: {fix}"], 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         first = str(error).strip().partition("\n")[0] or "no memory left"
         return [f"error: out of memory: {first}; fix: lower per_device_train_batch_size or rollout_chunk_size"], 3

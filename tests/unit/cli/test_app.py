@@ -121,7 +121,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["pppo", "x"], "error: No such command 'pppo'"),
         (["ppo"], "error: Missing argument 'JOB.yaml'; fix: see `rlhf-ray ppo --help`"),
-        (["ppo", "x.yaml", "--kl_coef=3"], "error: No such option: --kl-coef"),
+        (
+            ["ppo", "x.yaml", "--kl_coef=3"],
+            "error: No such option: --kl-coef; fix: fields of a job have no dashes: kl_coef=VALUE",
+        ),
+        (
+            ["sft", "x.yaml", "--cutoff_len", "3"],
+            "error: No such option: --cutoff-len; fix: fields of a job have no dashes: max_length=VALUE",
+        ),
         (["ppo", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["ppo", "job.yaml", "kl_coef"], "error: override kl_coef: no value; expected field=value, e.g. kl_coef=0.1"),
         (["ppo", "job.yaml", "gamma=2"], "error: override gamma=2: out of range"),

@@ -115,6 +115,11 @@ class PipelineConfig(JobFields):
         return wiring
 
 
+def stages_of(config: Any) -> list[Any]:
+    """The jobs of a pipeline's stages; any other job, or a service, by itself."""
+    return [config.stage_config(s) for s in config.stages] if isinstance(config, PipelineConfig) else [config]
+
+
 def held_out_conflicts(config: PipelineConfig) -> list[tuple[str, str, str]]:
     """(stage, what, fix) for each stage that holds out prompts on which a stage before it trains, as far as their data sections
     say. What only the rows can tell is found when the stage starts (training/ancestry.py)."""

@@ -219,6 +219,11 @@ class RewardSource(Section):
         return longest_request_s(self.timeout_s, self.max_retries)  # type: ignore[arg-type]  # filled in by _defaults_of_its_kind
 
 
+def longest_reward_request_s(config: Any) -> float:
+    """Seconds that a request to one of the job's reward servers and judges may take at most; 0 if it has none."""
+    return max((reward.longest_request_s for reward in getattr(config, "rewards", ())), default=0.0)
+
+
 class PolicySpec(Section):
     """A policy to compare: a model, a model that is served elsewhere, or the replies of one in a file. Set exactly one of them."""
 

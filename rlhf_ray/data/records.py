@@ -380,6 +380,8 @@ def _one_sided(file: _FileRows) -> str:
 
 def _numbered_labels(file: _FileRows) -> str:
     """A warning if the labels of a file could be verdicts on its replies, written as numbers: they are not taken for such."""
+    if not file.unread["label"]:  # rows that are streamed would be read once more
+        return ""
     zeros, ones, first = 0, 0, ""
     for row in file.rows:
         label = row.columns.get("label")

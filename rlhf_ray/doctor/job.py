@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rlhf_ray.config import JobFields, PipelineConfig
+from rlhf_ray.config import JobFields
+from rlhf_ray.config.pipeline import stages_of
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.doctor.checks import CheckResult, Status
 from rlhf_ray.errors import ResourceError, RlhfRayError
@@ -119,8 +120,7 @@ def templates_of(config: JobFields | ServeConfig) -> list[str]:
     """Templates that the job's prompts have."""
     if isinstance(config, ServeConfig):
         return [config.template] if config.template is not None else []
-    stages = [config.stage_config(stage) for stage in config.stages] if isinstance(config, PipelineConfig) else [config]
-    return list(dict.fromkeys(stage.template for stage in stages))
+    return list(dict.fromkeys(stage.template for stage in stages_of(config)))
 
 
 def _told(name: str, error: RlhfRayError) -> Iterator[CheckResult]:

@@ -21,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config import JobFields, PipelineConfig
+from rlhf_ray.config import JobFields
+from rlhf_ray.config.pipeline import stages_of
 from rlhf_ray.console import Console, FileConsole, Follower
 from rlhf_ray.errors import DISK_FULL, Interrupted, Problem
 from rlhf_ray.launch.begun import with_defaults_as_begun
@@ -59,8 +60,7 @@ GROUP_TIMEOUT_S = 1800
 def group_timeout_s(config: JobFields) -> int:
     """Seconds that a rank waits for another one: longer than that one may wait for a reward server, whose failure is then what ends
     the run, in one line, and not a rank that seems lost."""
-    jobs = [config.stage_config(stage) for stage in config.stages] if isinstance(config, PipelineConfig) else [config]
-    return max(GROUP_TIMEOUT_S, *(math.ceil(longest_answer_s(job)) for job in jobs))
+    return max(GROUP_TIMEOUT_S, *(math.ceil(longest_answer_s(job)) for job in stages_of(config)))
 
 
 def launch(

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config import PipelineConfig
+from rlhf_ray.config.pipeline import stages_of
 
 _MORE = re.compile(
     r"_is_stateful = True|create_recurrent_attention_mask|(indexed|sparse|reference_sliding)_attention|_sparse\""
@@ -27,8 +27,7 @@ Those that make their masks themselves are tried as well."""
 def check_models(config: Any) -> list[str]:
     """ConfigError if a base of a job, a pipeline or a service is of a family that would be sampled or scored wrong. Returns a line
     for each of which nobody knows."""
-    stages = [config.stage_config(stage) for stage in config.stages] if isinstance(config, PipelineConfig) else [config]
-    models = dict.fromkeys((stage.model_name_or_path, stage.revision) for stage in stages)
+    models = dict.fromkeys((stage.model_name_or_path, stage.revision) for stage in stages_of(config))
     return [line for path, revision in models if (line := check_model(path, revision))]
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from rlhf_ray.config import JobFields, PPOConfig
+from rlhf_ray.config.rewards import longest_reward_request_s
 from rlhf_ray.console import Console
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.launch import autoscaling
@@ -230,7 +231,7 @@ MARGIN_S = 300.0
 
 def longest_answer_s(config: JobFields) -> float:
     """Seconds that whoever waits for the job's reward servers and judges must have; 0 if it has none."""
-    longest = max((reward.longest_request_s for reward in getattr(config, "rewards", ())), default=0.0)
+    longest = longest_reward_request_s(config)
     return longest + MARGIN_S if longest else 0.0
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from rlhf_ray.config import JobFields
+from rlhf_ray.config.rewards import longest_reward_request_s
 from rlhf_ray.errors import Interrupted, LimitReached, Problem
 from rlhf_ray.roles.guards import Guards, StopTraining
 from rlhf_ray.runtime.fault_injection import fault_point
@@ -26,7 +27,7 @@ def patience(config: JobFields, session: Session) -> dict[str, float]:
         from rlhf_ray.roles.actor_pool import ATTEMPTS, RESTART_S  # brings Ray
 
         return dict.fromkeys(WAITS, ATTEMPTS * max(session.actor_handles.timeouts.values()) + RESTART_S)
-    longest = max((r.longest_request_s for r in getattr(config, "rewards", ())), default=0.0)
+    longest = longest_reward_request_s(config)
     return {} if session.world_size == 1 or not longest else dict.fromkeys(WAITS, longest)
 
 

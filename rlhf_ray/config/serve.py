@@ -81,7 +81,8 @@ class LimitsConfig(Section):
     max_cached_tokens: Annotated[int, Field(ge=64)] | None = field(
         None,
         "tokens in the key-value cache of each copy: replies written at the same time, times the tokens that the longest of them"
-        " may come to; further ones wait; default: max_batch_rows x 2 x max_tokens, and one reply of any length always has room",
+        " may come to, where very different lengths are counted apart; further ones wait; default: max_batch_rows x 2 x"
+        " max_tokens, and one reply of any length always has room",
     )
     prompt_chunk: Annotated[int, Field(ge=16)] = field(
         512,

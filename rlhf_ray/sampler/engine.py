@@ -2,7 +2,8 @@
 
 A request waits, is read (all of its prompt but the last token, many prompts at once, into a cache of its own), is staged, gets a
 slot, and from then on takes part in every step: one token for each row in a slot, the last prompt token first. A finished row
-leaves its slot to a staged row; when none is left, the last row moves into the gap, so no step computes an empty slot.
+leaves its slot to a staged row; when none is left, the last row moves into the gap, so no step computes an empty slot. Where the
+cache has a budget, rows of very different lengths are in groups of their own, which take their steps in turns (row_group.py).
 
     waiting --read prompts--> staged --slot free--> rows 0..n-1 --stop id or length--> result
 
@@ -27,6 +28,7 @@ from transformers.cache_utils import Cache
 from rlhf_ray.errors import ConfigError, InvariantError, RlhfRayError
 from rlhf_ray.models.context import rope_limit
 from rlhf_ray.sampler.adapter_routing import AdapterRouter
+from rlhf_ray.sampler.kv_cache import SlotCache
 from rlhf_ray.sampler.requests import (
     DecodeEvent,
     DecodeRequest,
@@ -35,6 +37,7 @@ from rlhf_ray.sampler.requests import (
     Limits,
     check_requests,
 )
+from rlhf_ray.sampler.row_group import GroupSize, RowGroup, group_to_join
 from rlhf_ray.sampler.rows import PREFILL_TOKENS, Batch, DecodeRow, Reading, live, prompt_groups
 from rlhf_ray.sampler.sampling import likeliest, sample_tokens
 from rlhf_ray.sampler.state_cache import Caches
@@ -74,7 +77,8 @@ class Sampler:
     width_multiple: the columns that a step attends to are rounded up to one of it; default: WIDTHS of the model's device, else 1.
     chunk: prompt tokens that are read before the rows in their slots take their next step; a longer prompt is read in pieces
     (chunked prefill: Sarathi-Serve, arXiv:2403.02310). None reads prompts whole, and all that have a slot first: most tokens a
-    second, and what training uses.   max_cached: rows times tokens of the longest one, which the cache is kept to; others wait.
+    second, and what training uses.   max_cached: tokens that the cache is kept to: of each group of rows, their number times the
+    tokens of the longest one; others wait.
     static: steps over shapes that last, where rows share an adapter and all layers attend to all columns (static_step.py).
     prefill_tokens: prompt tokens that are read at once; default: PREFILL_TOKENS of the model's device.
     Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
@@ -118,19 +122,26 @@ class Sampler:
         self._staged: deque[DecodeRow] = deque()
         self._to_read: deque[list[DecodeRow]] = deque()  # prompts of staged rows, to be read together
         self._reading: Reading | None = None
-        self._has_read = False  # in the last step
-        self._rows: list[DecodeRow] = []  # by slot
-        self._batch: Batch | None = None
+        self._steps_first = 0  # before more is read of the prompts
         if not requests:
-            how: dict[str, Any] = {"multiple": self._multiple, "max_cells": self._max_cached}
-            self._cache = self._caches.slots(self.max_rows, self._context or UNLIMITED, **how)
+            cache = self._open_cache()
         elif len(requests) > self.max_rows:
             longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
-            self._cache = self._caches.slots(self.max_rows, longest, multiple=self._multiple, whole=True)
+            cache = self._caches.slots(self.max_rows, longest, multiple=self._multiple, whole=True)
         else:  # all begin together, and end before the columns do
             longest = max(len(r.prompt_ids) for r in requests) + max(r.max_new_tokens for r in requests)
-            how = {"multiple": self._multiple, "whole": True, "spare": 0}
-            self._cache = self._caches.slots(len(requests), longest, **how)
+            cache = self._caches.slots(len(requests), longest, multiple=self._multiple, whole=True, spare=0)
+        self._groups = [RowGroup(cache)]  # the one whose turn it is first
+
+    def _open_cache(self) -> SlotCache:
+        """Of whatever may come."""
+        return self._caches.slots(
+            self.max_rows, self._context or UNLIMITED, multiple=self._multiple, max_cells=self._max_cached
+        )
+
+    @property
+    def _decoding(self) -> list[DecodeRow]:
+        return [row for group in self._groups for row in live(group.rows)]
 
     # ---- the engine, as callers see it ------------------------------------------------------------------------------------
 
@@ -206,7 +217,7 @@ class Sampler:
 
     def cancel(self, request_id: int) -> bool:
         """See `DecodeEngine.cancel`."""
-        for row in itertools.chain(self._waiting, self._staged, self._rows):
+        for row in itertools.chain(self._waiting, self._staged, self._decoding):
             if row.id == request_id and row.end is None:
                 row.end = "cancelled"
                 break
@@ -214,11 +225,9 @@ class Sampler:
             return False
         self._waiting = deque(row for row in self._waiting if row.end is None)
         self._staged = deque(row for row in self._staged if row.end is None)
-        for slot, staged in enumerate(self._staged):
-            if staged.slot is not None and staged.slot != slot:  # one before it is gone
-                self._cache.move(staged.slot, slot, staged.held)
-                staged.slot = slot
-        self._to_read = deque(group for group in map(live, self._to_read) if group)
+        for group in self._groups:
+            group.forget_ended()
+        self._to_read = deque(together for together in map(live, self._to_read) if together)
         if self._reading is not None and not live(self._reading.rows):
             self._reading = None
         return True
@@ -231,12 +240,12 @@ class Sampler:
     @property
     def busy(self) -> bool:
         """See `DecodeEngine.busy`."""
-        return bool(self._waiting or self._staged or live(self._rows))
+        return bool(self._waiting or self._staged or self._decoding)
 
     @property
     def free_slots(self) -> int:
         """See `DecodeEngine.free_slots`."""
-        return max(0, self.max_rows - len(live(self._rows)) - len(self._staged) - len(self._waiting))
+        return max(0, self.max_rows - len(self._decoding) - len(self._staged) - len(self._waiting))
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -246,7 +255,8 @@ class Sampler:
         # Not inference_mode: tensors made in it can never meet autograd again, and a learner may share this model and its hooks.
         is_outermost = not self._router.is_open
         if is_outermost:
-            self._batch = None  # it holds copies of adapter weights, which may have changed since
+            for group in self._groups:
+                group.batch = None  # it holds copies of adapter weights, which may have changed since
         try:
             with torch.no_grad(), self._router.session():
                 yield
@@ -272,29 +282,25 @@ class Sampler:
         return row
 
     def _advance(self) -> list[DecodeEvent]:
-        """Exactly one forward: some prompts, or a part of one, or one token of every row."""
-        wanted = self.max_rows - len(live(self._rows)) - len(self._staged)
+        """Exactly one forward: some prompts, or a part of one, or one token of every row of a group."""
+        wanted = self.max_rows - len(self._decoding) - len(self._staged)
         if self._waiting and wanted > 0:
             self._stage(max(wanted, self.max_rows // STAGED_SHARE))
-        waits = (
-            self._has_read and self._chunk is not None and (live(self._rows) or any(r.is_read for r in self._staged))
-        )
+        waits = self._steps_first > 0 and (self._decoding or any(row.is_read for row in self._staged))
         if (self._reading is not None or self._to_read) and not waits:
-            self._has_read = True
+            self._steps_first = len(self._groups) if self._chunk is not None else 0
             self._read_prompts()
             return []
-        self._has_read = False
+        self._steps_first -= 1
         self._fill_slots()
         return self._decode()
 
     def _stage(self, count: int) -> None:
         """The next rows of the queue, up to one whose adapter cannot share a forward with those before it: it waits for them."""
         rows: list[DecodeRow] = []
-        there = [*live(self._rows), *self._staged]
-        number, longest = len(there), max((row.most for row in there), default=0)
-        adapters = {row.request.adapter for row in there}
-        while self._waiting and len(rows) < count and (row := self._next(number, longest, adapters)) is not None:
-            number, longest = number + 1, max(longest, row.most)
+        sizes = [group.size for group in self._groups]
+        adapters = {row.request.adapter for row in (*self._decoding, *self._staged)}
+        while self._waiting and len(rows) < count and (row := self._next(sizes, adapters)) is not None:
             adapters.add(row.request.adapter)
             rows.append(row)
         self._staged.extend(rows)
@@ -302,67 +308,51 @@ class Sampler:
         tokens = self._prefill_tokens if self._chunk is None else self._chunk
         self._to_read.extend(prompt_groups(rows, mixed, not self._caches.recurrent, tokens))
 
-    def _next(self, number: int, longest: int, adapters: set[str | None]) -> DecodeRow | None:
-        """Takes the row that is staged next from the queue, beside `number` rows of up to `longest` tokens. A long one that the
-        cache has no room for yet lets shorter ones go first, PASSES of them at most: so it neither stops them nor waits on."""
+    def _next(self, sizes: list[GroupSize], adapters: set[str | None]) -> DecodeRow | None:
+        """Takes the row that is staged next from the queue, into one of the groups. A long one that the cache has no room for yet
+        lets shorter ones go first, PASSES of them at most: so it neither stops them nor waits on."""
         first = self._waiting[0]
         for place, row in enumerate(self._waiting):
-            if place and row.most >= first.most:
+            most = row.most
+            if place and most >= first.most:
                 continue  # has no room either
             if not self._router.together(adapters | {row.request.adapter}):
                 return None
-            if self._is_room(number + 1, max(longest, row.most)):
+            number = group_to_join(sizes, most, self.max_rows, self._max_cached)
+            if number is not None:
                 first.passed += place > 0
                 del self._waiting[place]
+                if number == len(sizes):
+                    sizes.append(GroupSize())
+                    self._groups.append(RowGroup(self._open_cache()))
+                sizes[number] += most
+                self._groups[number].coming.append(row)
                 return row
             if first.passed >= PASSES:
                 return None
         return None
 
-    def _is_room(self, number: int, longest: int) -> bool:
-        """Whether the cache may become as large as so many rows of so many tokens take. One row always may."""
-        return self._max_cached is None or number == 1 or min(number, self.max_rows) * longest <= self._max_cached
-
     def _fill_slots(self) -> None:
         """Give free slots to staged rows, then close the gaps that are left with the last rows."""
-        if self._max_cached is not None and any(row.end is not None for row in self._rows):
-            self._close_gaps()  # before and not behind: the cache must not grow for slots that are about to go
-            self._batch = None
-        gaps = [slot for slot, row in enumerate(self._rows) if row.end is not None]
-        room = self.max_rows - len(self._rows) + len(gaps)
+        if self._max_cached is not None:
+            self._make_room(self._max_cached)
+        room = self.max_rows - len(self._decoding)
         coming = [row for row in self._staged if row.is_read][:room]
         self._staged = deque(row for row in self._staged if row not in coming)
-        if not gaps and not coming:
-            return
-        self._batch = None
-        placed = [row for row in coming if row.slot is not None]
-        longest = max((row.held for row in (*live(self._rows), *placed)), default=0)
-        behind = max(len(coming) - len(gaps), 0)
-        self._cache.reserve(len(self._rows) + behind, longest, max((row.held for row in coming), default=0))
-        slots = gaps[: len(coming)] + list(range(len(self._rows), len(self._rows) + behind))
-        self._rows.extend(coming[len(coming) - behind :])
-        for slot, row in zip(slots, coming):
-            self._rows[slot] = row
-            if row.slot is not None:
-                assert row.slot == slot
-                row.slot = None
-            elif row.prefix is None:
-                self._cache.start(slot)
-            else:
-                self._cache.insert(slot, *row.prefix, row.held)
-                row.prefix = None
-        self._close_gaps()
+        for group in self._groups:
+            group.join([row for row in group.coming if row in coming])
 
-    def _close_gaps(self) -> None:
-        slot = 0
-        while slot < len(self._rows):
-            if self._rows[slot].end is None:
-                slot += 1
-            elif self._rows[-1].end is not None:
-                self._rows.pop()
-            else:
-                self._cache.move(len(self._rows) - 1, slot, self._rows[-1].held)
-                self._rows[slot] = self._rows.pop()
+    def _make_room(self, budget: int) -> None:
+        """Before rows join and not behind: the caches must not grow for slots that are about to go."""
+        if not self._staged and all(row.end is None for group in self._groups for row in group.rows):
+            return
+        for group in self._groups:
+            group.close_gaps()
+        there = [group for group in self._groups if group.rows or group.coming]
+        self._groups = there or self._groups[:1]
+        cells = [group.size.cells(self.max_rows) for group in self._groups]
+        for group, own in zip(self._groups, cells):
+            group.keep_to(budget - sum(cells) + own)
 
     # ---- the forwards -----------------------------------------------------------------------------------------------------
 
@@ -383,59 +373,49 @@ class Sampler:
         self._caches.finish_read(reading.cache)
         for row, place in zip(reading.rows, reading.places):
             row.prefix = reading.cache, place
-        if self._chunk is None and not live(self._rows):
-            self._place(live(reading.rows))
-
-    def _place(self, read: Sequence[DecodeRow]) -> None:
-        """Put prompts of rows that begin together where they will be decoded, as soon as they are read: what they take together is
-        not held twice."""
-        coming = list(self._staged)[: self.max_rows]
-        longest = max((row.held for row in coming if row.slot is not None), default=0)
-        self._cache.reserve(len(coming), longest, max(row.held for row in coming))
-        now = {row.id for row in read}
-        for slot, row in enumerate(coming):
-            if row.id in now and row.prefix is not None:
-                self._cache.insert(slot, *row.prefix, row.held)
-                row.prefix, row.slot = None, slot
+        if self._chunk is None and len(self._groups) == 1 and not self._decoding:
+            self._groups[0].place(live(reading.rows), self.max_rows)
 
     def _decode(self) -> list[DecodeEvent]:
-        """One token of every row."""
-        if self._batch is None:
-            forward = self._router.forward([row.request.adapter for row in self._rows], "rows")
-            self._batch = Batch.of(self._rows, forward, self._device)
-        batch = self._batch
-        adapters = {row.request.adapter for row in self._rows}
-        if self._static is not None and len(adapters) == 1 and self._cache.layers:
-            logits = self._static_step(self._static, batch, adapters.pop())
+        """One token of every row of the group whose turn it is."""
+        group = next(group for group in self._groups if group.rows)
+        self._groups.remove(group)
+        self._groups.append(group)
+        rows = group.rows
+        if group.batch is None:
+            forward = self._router.forward([row.request.adapter for row in rows], "rows")
+            group.batch = Batch.of(rows, forward, self._device)
+        batch = group.batch
+        adapters = {row.request.adapter for row in rows}
+        if self._static is not None and len(adapters) == 1 and group.cache.layers:
+            logits = self._static_step(self._static, group.cache, batch, adapters.pop())
         else:
-            logits = self._step(batch)
+            logits = self._step(group.cache, batch)
         tokens, logprobs = sample_tokens(logits, batch.plan, batch.counters[1])
         ids, numbers = torch.stack(
             (tokens.double(), logprobs.double())
         ).tolist()  # both exact, and one wait for the GPU
         taken = zip(map(int, ids), numbers, likeliest(logits, batch.plan))
-        events = [row.take(*got) for row, got in zip(self._rows, taken)]
+        events = [row.take(*got) for row, got in zip(rows, taken)]
         batch.advance(tokens)
         broken = [slot for slot, event in enumerate(events) if event.end == "error"]
-        self._cache.clear(broken)
+        group.cache.clear(broken)
         return events
 
-    def _step(self, batch: Batch) -> Tensor:
+    def _step(self, cache: SlotCache, batch: Batch) -> Tensor:
         """Logits [N, V] of one token of every row."""
-        self._cache.begin_step(len(self._rows), batch.longest)
+        cache.begin_step(len(batch.tokens), batch.longest)
         positions = batch.counters[0][:, None]
         mask = None
         if self._caches.attends:
-            age = torch.arange(
-                self._cache.width - 1, -1, -1, device=self._device
-            )  # of each column; the current one's is 0
+            age = torch.arange(cache.width - 1, -1, -1, device=self._device)  # of each column; the current one's is 0
             mask = age <= positions
-        logits = self._logits(batch.forward, batch.tokens[:, None], mask, positions, self._cache)
-        self._cache.end_step()
+        logits = self._logits(batch.forward, batch.tokens[:, None], mask, positions, cache)
+        cache.end_step()
         return logits
 
-    def _static_step(self, static: StaticSteps, batch: Batch, adapter: str | None) -> Tensor:
-        cache, forward = self._cache, batch.forward
+    def _static_step(self, static: StaticSteps, cache: SlotCache, batch: Batch, adapter: str | None) -> Tensor:
+        forward = batch.forward
 
         def logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
             return self._logits(forward, ids, mask, positions, cache)

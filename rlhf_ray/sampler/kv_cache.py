@@ -138,7 +138,7 @@ class SlotCache(Cache):
 
     spare: columns beyond those of `max_tokens`, for as many steps between two moves; none where no row follows another.
     multiple: a step's slice is as wide as one of it.  make: the layers, where not all have keys and values alone.
-    max_cells: slots times columns that doubling keeps to."""
+    max_cells: slots times columns that doubling keeps to, and that larger buffers shrink to; it may change."""
 
     layers: list[SlotLayer]  # type: ignore[assignment]
 
@@ -152,7 +152,7 @@ class SlotCache(Cache):
         max_cells: int | None = None,
         spare: int = SPARE_COLUMNS,
     ) -> None:
-        self._geometry, self._max_cells = Geometry(), max_cells
+        self._geometry, self.max_cells = Geometry(), max_cells
         self._multiple, self._whole = multiple, whole
         self._column: Tensor | None = None
         self._max_slots, self._max_columns = max_slots, _round_up(max_tokens + multiple - 1 + spare)
@@ -188,6 +188,7 @@ class SlotCache(Cache):
         before = max(longest, incoming) + self._multiple - 1
         least = _round_up(before + SPARE_COLUMNS)
         wasteful = not self._whole and g.slots * g.columns > max(SHRINK * rows * least, SMALL_CELLS)
+        wasteful |= self.max_cells is not None and g.slots * g.columns > max(self.max_cells, rows * least)
         if rows <= g.slots and before <= g.cursor < g.columns and not wasteful:
             return
         source = slice(g.cursor - longest, g.cursor)
@@ -199,9 +200,9 @@ class SlotCache(Cache):
         if before + SPARE_COLUMNS > columns:
             most = self._max_columns
             columns = most if self._whole else min(max(least, _round_up(2 * columns)), most)
-        if self._max_cells is not None and slots * columns > self._max_cells:
-            columns = max(min(columns, self._max_cells // slots), min(least, self._max_columns))
-            slots = max(rows, min(slots, self._max_cells // columns))
+        if self.max_cells is not None and slots * columns > self.max_cells:
+            columns = max(min(columns, self.max_cells // slots), min(least, self._max_columns))
+            slots = max(rows, min(slots, self.max_cells // columns))
         g.slots, g.columns, g.cursor = slots, columns, before
         for layer in self.layers:
             layer.relocate(held, source, slice(before - longest, before))

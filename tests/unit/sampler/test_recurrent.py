@@ -162,6 +162,23 @@ def test_greedy_replies_are_those_of_generate(family, make, make_requests):
         assert alone[0, ids.shape[1] :].tolist() == list(result.token_ids)
 
 
+@pytest.mark.parametrize("family", [*FIRST, "recurrent_gemma", "minimax", "mamba2"])
+def test_rows_keep_their_states_in_groups_by_length(family, make, make_requests):
+    """RG-LRU's blocks hold a state for one batch alone, and groups take turns on them."""
+    model = make(family)
+    requests = make_requests(9, seed=2, max_new_tokens=10, greedy=True)
+    requests[1] = dataclasses.replace(requests[1], prompt_ids=requests[1].prompt_ids * 6)
+    expected = Sampler(model, PAD, max_rows=4).run(requests)
+    sampler = Sampler(model, PAD, max_rows=4, max_cached=len(requests[1].prompt_ids) + 100)
+    ids = [sampler.submit(one) for one in requests]
+    tokens, groups = {i: [] for i in ids}, 0
+    while sampler.busy:
+        for event in sampler.step():
+            tokens[event.request_id].append(event.token_id)
+        groups = max(groups, len(sampler._groups))
+    assert [tuple(tokens[i]) for i in ids] == [one.token_ids for one in expected] and groups > 1
+
+
 @every_family
 def test_rows_do_not_see_their_padding(family, make):
     """As the learner pads: prompts on the left, replies on the right. Gradients too."""

@@ -102,9 +102,10 @@ def test_rows_are_padded_and_pads_say_nothing(model: Any) -> None:
         while sampler.busy:
             for event in sampler.step():
                 tokens.setdefault(event.request_id, []).append(event.token_id)
-            n = len(sampler._rows)
-            for layer in sampler._cache.layers:
-                if live(sampler._rows):  # before that, prompts lie there that are about to begin
+            (group,) = sampler._groups
+            n = len(group.rows)
+            for layer in group.cache.layers:
+                if live(group.rows):  # before that, prompts lie there that are about to begin
                     layer.keys[n:], layer.values[n:] = torch.nan, torch.nan
     assert sorted(map(tuple, tokens.values())) == sorted(r.token_ids for r in right)
 

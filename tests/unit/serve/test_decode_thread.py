@@ -242,7 +242,7 @@ def test_rows_that_break_every_step_fail_alone_whoever_comes_meanwhile(
     begun, tickets = threading.Event(), dict[int, int]()
 
     def breaks() -> list[DecodeEvent]:
-        held = (*sampler._waiting, *sampler._staged, *sampler._rows)
+        held = (*sampler._waiting, *sampler._staged, *sampler._decoding)
         if begun.is_set() and any(row.end is None and row.request.row_seed in bad for row in held):
             sampler._clear()
             raise RuntimeError("a fault of one row")

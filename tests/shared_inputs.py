@@ -295,7 +295,7 @@ def checked(path: str, *overrides: str) -> list[str]:
     from rlhf_ray.stages.data_check import check_data
 
     config: Any = load_any(path, ("data.held_out_fraction=0", *overrides), "sft")[1]
-    return check_data(config, 1)
+    return list(check_data(config, 1).lines)
 
 
 def metrics_of(done: Any) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from rlhf_ray.errors import DataError
 from rlhf_ray.runtime.imports import importing
 
 data = typer.Typer(help="Look at data files before anything is trained.", rich_markup_mode=None)
@@ -31,7 +32,8 @@ def check(
     rows: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """What a stage would make of a data file. Format, counts, lengths, what is left out and why, rows as the model reads them."""
+    """What a stage would make of a data file. Format, counts, lengths, what is left out and why, rows as the model reads them.
+    Exit 4 where the job would stop."""
     from rlhf_ray.cli.output import stdout_kept
     from rlhf_ray.config.load import load_dict
     from rlhf_ray.config.pipeline import STAGES
@@ -46,5 +48,6 @@ def check(
 
         said = {} if template is None else {"template": template}
         config = load_dict(STAGES[stage], {**values, **said}, "data check", overrides or ())
-        lines = check_data(config, rows, colour)
-    print("\n".join(lines))
+        found = check_data(config, rows, colour)
+    print("\n".join(found.lines), flush=True)
+    DataError.raise_all(found.stops)

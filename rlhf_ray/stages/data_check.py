@@ -8,6 +8,7 @@ import itertools
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from rlhf_ray.config import STAGES, DPOConfig, JobFields, PPOConfig, RewardConfig, SFTConfig
@@ -30,6 +31,7 @@ from rlhf_ray.data.tokenise import (
     tokenise_prompts,
     tokenise_sft,
 )
+from rlhf_ray.errors import Problem
 from rlhf_ray.models.context import context_length, usable_length
 from rlhf_ray.models.sources import CONFIG_ERRORS, load_error, resolve_source
 from rlhf_ray.models.tokenizer import load_tokenizer
@@ -50,12 +52,19 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 LEARNT, PLAIN = "\033[30;42m", "\033[0m"
 
 
-def check_data(config: JobFields, shown_rows: int = 3, colour: bool = False) -> list[str]:
-    """Lines for a person. config: of an sft, dpo, reward or ppo job, of which data, model, template and lengths are read.
+@dataclass(frozen=True)
+class DataCheck:
+    """lines: for a person.   stops: what ends the job that the check has only counted."""
 
-    Rows that cannot be used are counted, whatever data.on_bad_row says; so are rows that are too long; a line says so where the job
-    stops at them.   colour: ANSI colours on what is learnt, else it stands between \u00ab and \u00bb; control characters of the
-    data are escaped.
+    lines: tuple[str, ...]
+    stops: tuple[Problem, ...]
+
+
+def check_data(config: JobFields, shown_rows: int = 3, colour: bool = False) -> DataCheck:
+    """config: of an sft, dpo, reward or ppo job, of which data, model, template and lengths are read.
+
+    Rows that cannot be used are counted, whatever data.on_bad_row says; so are rows that are too long.   colour: ANSI colours on
+    what is learnt, else it stands between \u00ab and \u00bb; control characters of the data are escaped.
 
     Raises DataError if no row can be used; ConfigError, ArtifactError."""
     assert isinstance(config, (SFTConfig, DPOConfig, RewardConfig, PPOConfig))
@@ -82,28 +91,22 @@ def check_data(config: JobFields, shown_rows: int = 3, colour: bool = False) -> 
     ]
     notes += [*unused_chat_template(config, tokenizer), *rows.warnings, *done.warnings]
     notes += [f"held out: {warning}" for warning in held.warnings]
-    notes += _stops(config, bad, done.over + held.over)
     lines += [*rows.summary, *map(str, done.tallies), *(f"held out: {tally}" for tally in held.tallies)]
     lines = [_escaped(line) for line in (*lines, *(f"warning: {text}" for text in notes))]
     lines += ["", *histogram(lengths, room, what)]
     for example in shown:
         lines += ["", f"{_escaped(_where(example))}, {_length(example):,} tokens, as the model reads it"]
         lines += [_painted(pieces, colour) for pieces in _pieces(example, tokenizer)]
-    return lines
+    return DataCheck(tuple(lines), tuple(_stops(config, bad, done.over + held.over)))
 
 
-def _stops(config: Job, bad: int, over: int) -> list[str]:
-    """What ends the job that this check has only counted."""
-    data, found = config.data, list[str]()
-    if bad and data.on_bad_row == "stop":
-        found.append(
-            f"the job stops at the {bad:,} skipped rows (data.on_bad_row: stop); data.on_bad_row=skip leaves them out"
-        )
-    if over and data.too_long == "stop":
-        found.append(
-            f"the job stops at the {over:,} rows that are too long (data.too_long: stop); drop leaves them out, truncate cuts"
-        )
-    return found
+def _stops(config: Job, bad: int, over: int) -> Iterator[Problem]:
+    if bad and config.data.on_bad_row == "stop":
+        fix = "correct them; data.on_bad_row=skip leaves them out"
+        yield Problem("data.on_bad_row: stop", "the job stops at rows that it cannot use", "none", f"{bad:,}", fix)
+    if over and config.data.too_long == "stop":
+        fix = "data.too_long=drop leaves them out, truncate cuts them"
+        yield Problem("data.too_long: stop", "the job stops at rows that are too long", "none", f"{over:,}", fix)
 
 
 def _limits(config: Job, tokenizer: Any) -> tuple[int, int, str, list[str]]:

@@ -28,15 +28,21 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def check(tiny_llama: Callable[..., Path], write_jsonl: Callable[..., str]) -> Callable[..., list[str]]:
-    """check(rows, stage, **options of the job) -> the lines."""
+    """check(rows, stage, **options of the job) -> the lines; with_stops: and behind them where the job stops."""
 
     def made(
-        rows: list[dict[str, Any]], stage: Any = "sft", shown: int = 1, colour: bool = False, **job: Any
+        rows: list[dict[str, Any]],
+        stage: Any = "sft",
+        shown: int = 1,
+        colour: bool = False,
+        with_stops: bool = False,
+        **job: Any,
     ) -> list[str]:
         data = {"train": write_jsonl(rows), "held_out_fraction": 0.0, **job.pop("data", {})}
         fixed = {"output_dir": ".", "model_name_or_path": str(tiny_llama()), "template": "none", "max_length": 20}
         fixed |= {"rewards": [{"function": "none:none"}], "response_length": 4} if stage == "ppo" else {}
-        return check_data(STAGES[stage](**{**fixed, **job}, data=data), shown, colour)
+        found = check_data(STAGES[stage](**{**fixed, **job}, data=data), shown, colour)
+        return [*found.lines, *map(str, found.stops)] if with_stops else list(found.lines)
 
     return made
 
@@ -50,8 +56,7 @@ def test_it_says_what_is_there_what_is_dropped_and_what_is_learnt(check: Callabl
     assert lines[1].startswith(f"3 rows: 2 train, 0 held out, 1 skipped: missing field 'completion' (first {path}:2)")
     assert lines[2] == "nothing reads id (1 rows)"
     assert lines[3] == f"1 dropped: over max_length 20 (first {path}:3, 33 tokens)"
-    assert lines[4].startswith("warning: the job stops at the 1 skipped rows (data.on_bad_row: stop)")
-    assert lines[6] == "tokens: 6 to 33, median 33; 1 over max_length 20"
+    assert lines[5] == "tokens: 6 to 33, median 33; 1 over max_length 20"
     assert lines[-2:] == [f"{path}:1, 6 tokens, as the model reads it", "<s>ab\u00abcd</s>\u00bb"]
     assert check(rows, colour=True)[-1] == "<s>ab\033[30;42mcd</s>\033[0m"
 
@@ -100,19 +105,18 @@ def test_a_job_that_would_stop_is_told(check: Callable[..., list[str]]) -> None:
     """Rows that cannot be used, on either side, and rows that are too long; not where the job leaves them out."""
     rows: list[dict[str, Any]] = [{"prompt": f"p{i}", "completion": "c"} for i in range(40)]
     bad = [*rows, {"prompt": "ab"}, {"prompt": "a" * 30, "completion": "b"}]
-    stops = "warning: the job stops at the 1 skipped rows (data.on_bad_row: stop)"
-    long = "warning: the job stops at the 1 rows that are too long (data.too_long: stop)"
+    stops = "data.on_bad_row: stop: the job stops at rows that it cannot use; expected none; got 1; fix: correct them"
+    long = "data.too_long: stop: the job stops at rows that are too long; expected none; got "
 
     def told(rows: list[dict[str, Any]], **data: Any) -> list[str]:
-        return [line for line in check(rows, data=data) if "the job stops" in line]
+        return [line for line in check(rows, data=data, with_stops=True) if "the job stops" in line]
 
     first, second = told(bad, too_long="stop")
-    assert first.startswith(stops) and second.startswith(long)
+    assert first.startswith(stops) and second.startswith(long + "1; fix: data.too_long=drop leaves them out")
     assert told(bad, on_bad_row="skip") == []
     assert len(told(bad)) == 1 and told(rows, too_long="stop") == []
-    held = [row for row in check([*rows, *({"prompt": "a" * (30 + i), "completion": "b"} for i in range(40))],
-                                 data={"held_out_fraction": 0.5, "too_long": "stop"}) if "the job stops" in row]  # fmt: skip
-    assert held[0].startswith("warning: the job stops at the 40 rows that are too long")
+    too_long = [{"prompt": "a" * (30 + i), "completion": "b"} for i in range(40)]
+    assert told([*rows, *too_long], held_out_fraction=0.5, too_long="stop")[0].startswith(long + "40; ")
 
 
 ROW = [{"prompt": "ab", "completion": "cd"}]
@@ -139,9 +143,9 @@ def test_a_chat_template_that_the_job_would_not_use_is_told(
     said = (
         "warning: template: the model has a chat template, the default is alpaca: set template=chat, or template=alpaca"
     )
-    assert said in "\n".join(check_data(SFTConfig(**job)))
+    assert said in "\n".join(check_data(SFTConfig(**job)).lines)
     for settled in ({"template": "alpaca"}, {"template": "chat"}):
-        assert said not in "\n".join(check_data(SFTConfig(**job, **settled)))
+        assert said not in "\n".join(check_data(SFTConfig(**job, **settled)).lines)
 
 
 def test_the_command(
@@ -159,3 +163,11 @@ def test_the_command(
         main(["data", "check", path, "--model", str(tiny_llama()), "--stage", "ppo", "--template", "none", *room]) == 0
     )
     assert "tokens: 3 to 3, median 3; 0 over max_length less response_length 36" in capfd.readouterr().out
+    path = write_jsonl([{"prompt": "ab", "completion": "cd"}, {"prompt": "ab"}])
+    words = ["data", "check", path, "--model", str(tiny_llama()), "data.held_out_fraction=0"]
+    assert main(words) == DataError.exit_code
+    said = capfd.readouterr()
+    assert "1 skipped: missing field 'completion'" in said.out and said.err.startswith(
+        "error: data.on_bad_row: stop: the job stops"
+    )
+    assert main([*words, "data.on_bad_row=skip"]) == 0

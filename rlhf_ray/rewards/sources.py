@@ -7,8 +7,10 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType
@@ -152,7 +154,9 @@ class FunctionReward(Reward):
                     return coroutines.run(answer) if inspect.iscoroutine(answer) else answer
             except (Exception, SystemExit) as error:  # its sys.exit() is no end of ours
                 if pause is None:
-                    what = f"raised {type(error).__name__} {len(PAUSES_S) + 1} times: {error}"
+                    code = getattr(inspect.unwrap(self.function), "__code__", None)
+                    line = "" if code is None else _line_of(error, code.co_filename)
+                    what = f"raised {type(error).__name__} {len(PAUSES_S) + 1} times: {error}{line}"
                     raise Interrupted.at(where, what, fix=FIX) from error
                 time.sleep(pause)
 
@@ -236,13 +240,20 @@ def load_function(spec: str) -> tuple[Callable[..., Any], str]:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"`
         raise ConfigError.at(
-            "rewards.function", f"importing {place} failed: {type(error).__name__}: {error}"
+            "rewards.function", f"importing {place} failed: {type(error).__name__}: {error}{_line_of(error, place)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         names = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v)) or "none"
         raise ConfigError.at("rewards.function", f"{place} has no function {name}", f"one of {names}", spec)
     return function, sha256_file(Path(inspect.getfile(module)))
+
+
+def _line_of(error: BaseException, file: str) -> str:
+    """` (file:line)`, the last place in `file` that the error came through; empty if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if os.path.realpath(frame.filename) == os.path.realpath(file)]
+    return f" ({os.path.basename(file)}:{own[-1].lineno})" if own else ""
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -116,7 +116,8 @@ def test_random_numbers_are_those_of_the_texts(make: Make) -> None:
         ("return [1, 10**9999]", "did not return .*; got int over the largest float for reply 1"),
         ("return (int(c) for c in completions)", "did not return .*; got generator"),
         ("import torch; return torch.zeros(2, 2)", "did not return .*; got Tensor for reply 0"),
-        ("raise KeyError('label')", "raised KeyError 3 times: 'label'"),
+        ("raise KeyError('label')", r"raised KeyError 3 times: 'label' \(mine.py:2\)"),
+        ("import json; return json.loads(completions[0])", r"raised JSONDecodeError 3 times: .*\(mine.py:2\)"),
         ("raise SystemExit(0)", "raised SystemExit 3 times: 0"),
     ],
 )
@@ -157,7 +158,7 @@ def test_a_service_that_comes_back_is_asked_again(make: Make, monkeypatch: pytes
 def test_what_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("import nowhere_to_be_found\n")
-    with pytest.raises(ConfigError, match=r"importing .*mine.py failed: ModuleNotFoundError"):
+    with pytest.raises(ConfigError, match=r"importing .*mine.py failed: ModuleNotFoundError: .*\(mine.py:1\)"):
         FunctionReward("mine", 1.0, f"{path}:score")
     path.write_text("import argparse\nargparse.ArgumentParser().parse_args(['ppo', 'job.yaml'])\n")
     with pytest.raises(ConfigError, match=r"importing .*mine.py failed: SystemExit: 2"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_ray.config import ActorsConfig, JobFields, LearnerConfig, PipelineConfig, PPOConfig
+from rlhf_ray.runtime.session import usable_cores
 
 ACCELERATOR = "accelerator_type:"
 """Ray gives a node with such a GPU one unit of a resource of this name; a request takes a thousandth of it."""
@@ -119,7 +120,7 @@ def _default_gpus(roles: Mapping[str, tuple[int, float | None]], total: float) -
 
 def this_machine() -> Node:
     """What a Ray that is started here would find. Without torch, whose import alone takes seconds."""
-    return Node("this machine", {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(_gpus())})
+    return Node("this machine", {"CPU": float(usable_cores()), "GPU": float(_gpus())})
 
 
 def _gpus() -> int:

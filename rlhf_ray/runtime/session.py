@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.console import Console
@@ -164,8 +165,21 @@ def enter(folder: str) -> None:
     os.chdir(folder)
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
+CPU_LIMITS = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+"""Files of a control group, second and first version, that hold microseconds of CPU time and in how many they may be used."""
+
+
+def usable_cores(control_group: str = "/sys/fs/cgroup") -> int:
+    """Cores that this process may run on, and no more than the CPU time that its container has comes to (docker's --cpus, limits of
+    a pod), whole ones, as Ray counts them: more threads would only wait for each other."""
+    cores = len(os.sched_getaffinity(0))
+    for files in CPU_LIMITS:
+        try:
+            time, period = " ".join(Path(control_group, file).read_text() for file in files).split()
+            return max(min(cores, int(time) // int(period)), 1) if int(time) > 0 else cores
+        except (OSError, ValueError):  # no such group, or `max`: no limit
+            continue
+    return cores
 
 
 def process_session(

@@ -30,7 +30,9 @@ def submit(
     storage: Storage = None,
     stage: Stage = None,
     name: Annotated[str | None, typer.Option(help="of the submission; default: from the run, with the time")] = None,
-    max_package: Annotated[float, typer.Option(metavar="MB", min=0.01, max=90, help="most that may be sent")] = 1.0,
+    max_package: Annotated[
+        float, typer.Option(metavar="MB", min=0.01, max=90, help="most that may be sent beside this package")
+    ] = 1.0,
     no_check: Annotated[bool, typer.Option("--no-check", help="do not check the nodes first")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="do not follow; print Ray's commands for the job")] = False,
     as_json: Annotated[

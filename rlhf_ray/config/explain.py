@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from rlhf_ray.config.hints import did_you_mean, unknown_key
 from rlhf_ray.config.schema import default_of, find, kind, section_of, show
 from rlhf_ray.config.sections import Section
-from rlhf_ray.config.yaml_reader import Loc, parse
+from rlhf_ray.config.yaml_reader import Loc, dotted, parse
 from rlhf_ray.errors import ConfigError, Problem
 
 _MISSING = object()
@@ -43,10 +43,10 @@ def problems(error: ValidationError, cls: type[Section], values: Mapping[str, An
 
 
 def in_python(error: ValidationError, cls: type[Section], values: Mapping[str, Any]) -> ConfigError:
-    """What is raised where `cls(**values)` is called: the same problems as for a job file, at `PPOConfig: rewards.0.run`."""
+    """What is raised where `cls(**values)` is called: the same problems as for a job file, at `PPOConfig: rewards[0].run`."""
 
     def where(loc: Loc) -> str:
-        return ": ".join(part for part in (cls.__name__, ".".join(map(str, loc))) if part)
+        return ": ".join(part for part in (cls.__name__, dotted(loc)) if part)
 
     return ConfigError(problems(error, cls, values, where))
 

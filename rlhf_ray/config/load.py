@@ -31,6 +31,7 @@ from rlhf_ray.config.yaml_reader import (
     Loc,
     Override,
     apply_overrides,
+    dotted,
     in_order,
     parse,
     parse_override,
@@ -73,14 +74,6 @@ class JobText:
         line = self.document.line(loc) if self.document is not None else None
         place = f"{self.name}:{line}" if line is not None else self.name
         return ": ".join(part for part in (place, dotted(loc)) if part)
-
-
-def dotted(loc: Sequence[str | int]) -> str:
-    """`rewards[0].run` for ("rewards", 0, "run")."""
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
 
 
 def load(cls: type[S], path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> S:

@@ -19,18 +19,14 @@ from rlhf_ray.config.endpoints import is_built_in
 from rlhf_ray.config.hints import did_you_mean, nearest_sibling
 from rlhf_ray.config.pipeline import PipelineConfig
 from rlhf_ray.config.sections import Section
-from rlhf_ray.config.yaml_reader import Loc
+from rlhf_ray.config.yaml_reader import Loc, dotted
 from rlhf_ray.errors import Problem
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 Where = Callable[[Loc], str]
 
 
-def _dotted(loc: Loc) -> str:
-    return ".".join(map(str, loc))
-
-
-def check_paths(config: Section, where: Where = _dotted) -> list[Problem]:
+def check_paths(config: Section, where: Where = dotted) -> list[Problem]:
     """One problem for each local model, run, adapter, template, DeepSpeed file and reward function that does not exist, and for
     each key of the DeepSpeed file that the job sets itself.
 

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from rlhf_ray.config import STAGES, JobFields, PipelineConfig
 from rlhf_ray.config.explain import real_loc
-from rlhf_ray.config.load import dotted, load_dict
+from rlhf_ray.config.load import load_dict
 from rlhf_ray.config.sections import Section
-from rlhf_ray.config.yaml_reader import Loc, Override
+from rlhf_ray.config.yaml_reader import Loc, Override, dotted
 from rlhf_ray.errors import ConfigError, Problem
 
 S = TypeVar("S", bound=Section)

@@ -24,6 +24,15 @@ MAX_VALUES = 100_000
 
 Loc = tuple[str | int, ...]
 
+
+def dotted(loc: Sequence[str | int]) -> str:
+    """`rewards[0].run` for ("rewards", 0, "run")."""
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
 _TAG = "tag:yaml.org,2002:"
 CORE_SCHEMA: tuple[tuple[str, str, str], ...] = (
     ("null", r"~|null|Null|NULL|", "~nN"),

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import JobFields
-from rlhf_ray.config.load import dotted, dump_yaml
+from rlhf_ray.config.load import dump_yaml
 from rlhf_ray.config.serve import ServeConfig
 from rlhf_ray.config.uris import is_uri
-from rlhf_ray.config.yaml_reader import Loc
+from rlhf_ray.config.yaml_reader import Loc, dotted
 from rlhf_ray.errors import ConfigError, Problem
 from rlhf_ray.submit import secrets
 from rlhf_ray.submit.places import Kind, replaced
@@ -86,7 +86,8 @@ def make(
 ) -> Parcel:
     """The parcel of a job.   storage: the folder that relative paths mean on the cluster; default: the working folder.
 
-    Raises ConfigError: a file that is missing or holds a secret, or more than `limit_bytes` of what has to travel."""
+    Raises ConfigError: a file that is missing or holds a secret, or more than `limit_bytes`, compressed, of what has to travel
+    besides this package."""
     packer = _Packer(storage, limit_bytes)
     given = config.model_dump(mode="json", exclude_unset=True)
     values = replaced(command, given, packer.visit)
@@ -105,11 +106,10 @@ def make(
     own = values["output_dir"] + "/"  # what the job makes itself
     needs = [need for need in packer.needs if not f"{need.path}/".startswith(own)]
     parcel = Parcel(command, name, values, values["output_dir"], int(stop), packer.files, needs, packer.left)
-    total = packer.room - packer.free
     if packer.free < 0:
         raise ConfigError.at(
             "package",
-            f"the files that have to travel take {total + _compressed(package_files().values()):,} bytes, packed",
+            f"the job's files that have to travel take {limit_bytes - packer.free:,} bytes, packed",
             f"at most {limit_bytes:,}",
             fix=f"raise --max-package, or put them on shared storage: {', '.join(packer.files)}",
         )
@@ -125,8 +125,7 @@ class _Packer:
         self.needs: list[Need] = []
         self.left: list[str] = []
         self.problems: list[Problem] = []
-        self.room = limit_bytes - _compressed(package_files().values())
-        self.free = self.room
+        self.free = limit_bytes
         self._data: dict[str, tuple[Loc, str]] = {}  # name in the package -> field, path here
 
     def visit(self, loc: Loc, kind: Kind, text: str) -> str:

@@ -115,10 +115,11 @@ def comparison_sentence(choice: Choice) -> str:
         "prompts": "from the prompts of one seed each; another seed may order them otherwise",
     }[choice.by]
     worse = "None" if left == others else "All" if not left else f"{others - left}"
-    return (
-        f"{worse} of {others} other settings shown to be worse, {left} not shown to be worse ({CONFIDENCE:.0%} confidence for all"
-        f" verdicts together, {choice.compared} settings compared, {seeds})."
-    )
+    found = f"{worse} of {others} other settings shown to be worse, {left} not shown to be worse"
+    if others == 1:
+        found = f"The other setting was {'not ' * left}shown to be worse"
+    together = f" for all verdicts together, {choice.compared} settings compared" if others > 1 else ""
+    return f"{found} ({CONFIDENCE:.0%} confidence{together}, {seeds})."
 
 
 def choose(settings: Sequence[Setting], kl_cap: float | None, length_ratio: float | None) -> Choice:

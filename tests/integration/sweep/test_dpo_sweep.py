@@ -189,7 +189,7 @@ def test_what_cannot_be_is_told_before_the_first_trial(
         (r"metric: no reward of the job has this name.*eval/reward/rule", {"metric": "eval/reward/judge"}),
         (r"metric: no reward of the job has this name; expected eval/reward/rule", {"metric": "eval/reward"}),
         (r"evaluate.*response_lenght: unknown", {"evaluate": {**measured, "response_lenght": 8}}),
-        (r"evaluate.rewards.0.run: no such folder", {"evaluate": {**measured, "rewards": [{"run": "./none"}]}}),
+        (r"evaluate.rewards\[0\].run: no such folder", {"evaluate": {**measured, "rewards": [{"run": "./none"}]}}),
         (r"share_base: trials of DPO sample nothing together", {"share_base": True}),
     ):
         with pytest.raises(ConfigError, match=message):

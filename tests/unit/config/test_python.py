@@ -103,7 +103,7 @@ def test_what_no_other_process_can_import(function: Any, shown: str, as_field: b
     with pytest.raises(ConfigError) as error:
         PPOConfig(**JOB, rewards=[{"function": function} if as_field else function])
     assert error.value.lines() == [
-        f"error: PPOConfig: rewards.0.function: other processes cannot import {shown}; expected a"
+        f"error: PPOConfig: rewards[0].function: other processes cannot import {shown}; expected a"
         " function defined with `def` at the top of a file"
     ]
 
@@ -188,7 +188,7 @@ def test_functions_that_vary_in_a_sweep() -> None:
     ("values", "line"),
     [
         ({"rewards": "runs/rm"}, "rewards: wrong type; .*; fix: write \\[{run: runs/rm}\\]"),
-        ({"rewards": ["runs/rm"]}, "rewards.0: wrong type; .*; fix: write {run: runs/rm}"),
+        ({"rewards": ["runs/rm"]}, r"rewards\[0\]: wrong type; .*; fix: write {run: runs/rm}"),
         ({"rewards": brevity}, "rewards: wrong type; .*; fix: make it a list: \\[...\\]"),
         ({"data": "prompts.jsonl"}, "data: wrong type; .*; fix: write {train: prompts.jsonl}"),
         ({"kl_penalty": "jenson"}, "kl_penalty: not a choice; .*; fix: did you mean jensen_shannon"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -171,6 +172,21 @@ def test_bad_requests(live: MakeLive, body: Any, status: int, told: str) -> None
     ids = {"prompts": ["p"], "completions": ["a"], "prompt_ids": [[10**6]], "completion_ids": [[3]]}
     own = {"tokenizer_sha256": live().replica.backbone.identity.tokenizer_sha256}
     assert post(live(), {**ids, **own})[0] == 400
+
+
+def test_a_request_ends_at_its_time_although_the_decode_thread_is_busy(live: MakeLive) -> None:
+    service = live(limits={"request_timeout_s": 0.5})
+    body = {"prompts": ["p"], "completions": ["a"]}
+    assert post(service, body)[0] == 200
+    release = threading.Event()
+    held = service.replica.engine.call(lambda model: release.wait(20))
+    since = time.monotonic()
+    try:
+        status, found = post(service, body)
+    finally:
+        release.set()
+    assert status == 504 and found["error"]["code"] == "timeout" and time.monotonic() - since < 5
+    assert held.result(5) and post(service, body)[0] == 200, "its place is free again"
 
 
 def test_a_key_from_a_file_opens_it(live: MakeLive, tmp_path_factory: pytest.TempPathFactory) -> None:

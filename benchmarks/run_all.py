@@ -37,6 +37,7 @@ def main() -> int:
     commands += [
         ["mixed_adapters.py"],
         ["mixed_adapters.py", "--model", "stories260k"],
+        ["long_reply.py"],
         ["serve_load.py"],
         ["serve_overload.py"],
         ["serve_many_adapters.py"],

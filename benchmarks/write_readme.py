@@ -272,6 +272,24 @@ def mixed(name: str) -> str:
     )
 
 
+def long_reply() -> str:
+    m = measured("long_reply")
+    told = []
+    for name in ("a cache of 16,000 tokens", "room for all"):
+        groups, one, alone = (
+            mid(m[f"seconds/{case}"])
+            for case in (
+                f"groups/{name}/beside a long one",
+                f"one cache/{name}/beside a long one",
+                f"groups/{name}/alone",
+            )
+        )
+        times = scattered(m[f"times_one_cache/{name}"])
+        told.append(f"{name}: {groups} s, one cache {one} s, {times} times as fast; alone {alone} s")
+    differ = max(m["replies_that_differ"]["values"])
+    return "; ".join(told) + ("; all replies equal" if not differ else f"; {differ:g} replies differ")
+
+
 def engines(name: str) -> str:
     """vLLM and `generate` as shares of the builtin engine, without an adapter, under one, and under the most in one batch."""
     m, report = measured(name), result(name)
@@ -526,6 +544,12 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "mixed_adapters_5_8m",
     ),
     ("The same", STORIES, lambda: mixed("mixed_adapters_stories260k"), "mixed_adapters_stories260k"),
+    (
+        "128 replies of 60 tokens, 32 at a time, beside one of 2,000 and more: groups by length, and one cache for all",
+        "random Llama, 5.8 M parameters",
+        long_reply,
+        "long_reply",
+    ),
     (
         "The builtin engine, vLLM 0.30 (CPU build) and transformers' `generate`, same greedy requests, 32 rows at a time",
         "random Llama, 5.8 M parameters",

@@ -250,10 +250,13 @@ def load_function(spec: str) -> tuple[Callable[..., Any], str]:
 
 
 def _line_of(error: BaseException, file: str) -> str:
-    """` (file:line)`, the last place in `file` that the error came through; empty if there is none."""
+    """` (file:line)`, the last place in `file` that the error came through, of a module where it was raised; empty if there is
+    none."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if os.path.realpath(frame.filename) == os.path.realpath(file)]
-    return f" ({os.path.basename(file)}:{own[-1].lineno})" if own else ""
+    if not file.endswith(".py"):
+        own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    return f" ({os.path.basename(own[-1].filename)}:{own[-1].lineno})" if own else ""
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -91,6 +91,11 @@ class AdapterRouter:
         self._refuse_dora(adapters)
         return partial(self._forward, adapter_names=[BASE if name is None else name for name in adapters])
 
+    def drop(self, stage: str) -> None:
+        """There will be no call for this stage soon: what it has placed is let go."""
+        if self._stacks is not None:
+            self._stacks.drop(stage)
+
     def mixes(self, adapters: Iterable[str | None]) -> bool:
         """Whether rows under these adapters can share a forward at no more cost than rows of one: all are plain LoRA."""
         return self._peft is not None and all(self._stackable(name) for name in set(adapters) if name is not None)

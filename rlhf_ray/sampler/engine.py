@@ -37,7 +37,7 @@ from rlhf_ray.sampler.requests import (
     Limits,
     check_requests,
 )
-from rlhf_ray.sampler.row_group import GroupSize, RowGroup, group_to_join
+from rlhf_ray.sampler.row_group import GroupSize, RowGroup, group_to_join, keep_to_budget
 from rlhf_ray.sampler.rows import PREFILL_TOKENS, Batch, DecodeRow, Reading, live, prompt_groups
 from rlhf_ray.sampler.sampling import likeliest, sample_tokens
 from rlhf_ray.sampler.state_cache import Caches
@@ -79,7 +79,8 @@ class Sampler:
     (chunked prefill: Sarathi-Serve, arXiv:2403.02310). None reads prompts whole, and all that have a slot first: most tokens a
     second, and what training uses.   max_cached: tokens that the cache is kept to: of each group of rows, their number times the
     tokens of the longest one; others wait.
-    static: steps over shapes that last, where rows share an adapter and all layers attend to all columns (static_step.py).
+    static: steps over shapes that last, where rows share an adapter and all layers attend to all columns (static_step.py); without
+    max_cached.
     prefill_tokens: prompt tokens that are read at once; default: PREFILL_TOKENS of the model's device.
     Not thread-safe. While it decodes, it alone may use the model; between calls it leaves no trace on it.
     Raises ConfigError if the model keeps state other than in a cache of transformers, or if pad_id is not in its vocabulary.
@@ -109,6 +110,7 @@ class Sampler:
         self._pad_id = pad_id
         self.max_rows = max_rows
         can_be_static = static and forward is None and not self._caches.recurrent and not slides(config)
+        can_be_static &= max_cached is None  # caches of several groups, which are made anew as others need room
         self._static = StaticSteps(pad_id) if can_be_static else None
         self._multiple = width_multiple or WIDTHS.get("cuda" if can_be_static else self._device.type, 1)
         self._chunk, self._max_cached = chunk, max_cached
@@ -138,6 +140,10 @@ class Sampler:
         return self._caches.slots(
             self.max_rows, self._context or UNLIMITED, multiple=self._multiple, max_cells=self._max_cached
         )
+
+    def _new_group(self) -> RowGroup:
+        taken = {group.number for group in self._groups}
+        return RowGroup(self._open_cache(), next(number for number in itertools.count() if number not in taken))
 
     @property
     def _decoding(self) -> list[DecodeRow]:
@@ -315,7 +321,7 @@ class Sampler:
         for place, row in enumerate(self._waiting):
             most = row.most
             if place and most >= first.most:
-                continue  # has no room either
+                continue  # has no room either; of four groups one might take it, but not before the first
             if not self._router.together(adapters | {row.request.adapter}):
                 return None
             number = group_to_join(sizes, most, self.max_rows, self._max_cached)
@@ -324,7 +330,7 @@ class Sampler:
                 del self._waiting[place]
                 if number == len(sizes):
                     sizes.append(GroupSize())
-                    self._groups.append(RowGroup(self._open_cache()))
+                    self._groups.append(self._new_group())
                 sizes[number] += most
                 self._groups[number].coming.append(row)
                 return row
@@ -334,25 +340,23 @@ class Sampler:
 
     def _fill_slots(self) -> None:
         """Give free slots to staged rows, then close the gaps that are left with the last rows."""
-        if self._max_cached is not None:
-            self._make_room(self._max_cached)
+        if not self._staged and all(row.end is None for group in self._groups for row in group.rows):
+            return
         room = self.max_rows - len(self._decoding)
         coming = [row for row in self._staged if row.is_read][:room]
         self._staged = deque(row for row in self._staged if row not in coming)
-        for group in self._groups:
-            group.join([row for row in group.coming if row in coming])
-
-    def _make_room(self, budget: int) -> None:
-        """Before rows join and not behind: the caches must not grow for slots that are about to go."""
-        if not self._staged and all(row.end is None for group in self._groups for row in group.rows):
-            return
-        for group in self._groups:
-            group.close_gaps()
-        there = [group for group in self._groups if group.rows or group.coming]
-        self._groups = there or self._groups[:1]
-        cells = [group.size.cells(self.max_rows) for group in self._groups]
-        for group, own in zip(self._groups, cells):
-            group.keep_to(budget - sum(cells) + own)
+        if self._max_cached is not None:  # before rows join: the caches must not grow for slots that are about to go
+            for group in self._groups:
+                group.close_gaps()
+            for group in self._groups:
+                if len(self._groups) > 1 and not group.rows and not group.coming:
+                    self._groups = [other for other in self._groups if other is not group]
+                    self._router.drop(group.stage)
+        joining = [[row for row in group.coming if row in coming] for group in self._groups]
+        if self._max_cached is not None:
+            keep_to_budget(self._groups, joining, self.max_rows, self._max_cached)
+        for group, rows in zip(self._groups, joining):
+            group.join(rows)
 
     # ---- the forwards -----------------------------------------------------------------------------------------------------
 
@@ -383,7 +387,7 @@ class Sampler:
         self._groups.append(group)
         rows = group.rows
         if group.batch is None:
-            forward = self._router.forward([row.request.adapter for row in rows], "rows")
+            forward = self._router.forward([row.request.adapter for row in rows], group.stage)
             group.batch = Batch.of(rows, forward, self._device)
         batch = group.batch
         adapters = {row.request.adapter for row in rows}

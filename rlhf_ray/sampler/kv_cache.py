@@ -138,7 +138,7 @@ class SlotCache(Cache):
 
     spare: columns beyond those of `max_tokens`, for as many steps between two moves; none where no row follows another.
     multiple: a step's slice is as wide as one of it.  make: the layers, where not all have keys and values alone.
-    max_cells: slots times columns that doubling keeps to, and that larger buffers shrink to; it may change."""
+    max_cells: slots times columns that doubling keeps to; it may change."""
 
     layers: list[SlotLayer]  # type: ignore[assignment]
 
@@ -177,18 +177,27 @@ class SlotCache(Cache):
         """Columns that the current step attends to."""
         return self._geometry.width
 
-    def reserve(self, rows: int, longest: int, incoming: int = 0) -> None:
+    @property
+    def cells(self) -> int:
+        """Slots times columns of the buffers."""
+        return self._geometry.slots * self._geometry.columns
+
+    def cells_for(self, rows: int, longest: int) -> int:
+        """Of buffers as `reserve` makes them for so many rows and tokens, at least."""
+        return rows * _round_up(longest + self._multiple - 1 + SPARE_COLUMNS)
+
+    def reserve(self, rows: int, longest: int, incoming: int = 0, tight: bool = False) -> None:
         """Make room for `rows` rows and for `max(longest, incoming)` columns before the cursor and one at it, with what `multiple`
         takes before them.
 
         rows: slots in use after this call.   longest: tokens of the longest row held, whose columns are kept.
-        incoming: tokens of the longest row about to be inserted.
+        incoming: tokens of the longest row about to be inserted.   tight: make buffers anew that are no larger than needed.
         """
         g = self._geometry
         before = max(longest, incoming) + self._multiple - 1
         least = _round_up(before + SPARE_COLUMNS)
         wasteful = not self._whole and g.slots * g.columns > max(SHRINK * rows * least, SMALL_CELLS)
-        wasteful |= self.max_cells is not None and g.slots * g.columns > max(self.max_cells, rows * least)
+        wasteful |= tight
         if rows <= g.slots and before <= g.cursor < g.columns and not wasteful:
             return
         source = slice(g.cursor - longest, g.cursor)

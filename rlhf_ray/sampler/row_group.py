@@ -18,14 +18,17 @@ FILLED = 0.5
 SMALL_SHARE = 4
 """A group of no more than budget / 4 cells may be filled worse: each further group costs a forward for every token."""
 MOST_GROUPS = 4
+SLACK = 1.25
+"""A cache that has so many times the cells that its rows need is made smaller, where others need the room."""
 
 
 @dataclass(eq=False)
 class RowGroup:
-    """rows: by slot.   coming: rows that are to join it, in the order of the queue.   batch: the rows as tensors, until one
-    comes or goes."""
+    """number: among the groups that there are.   rows: by slot.   coming: rows that are to join it, in the order of the queue.
+    batch: the rows as tensors, until one comes or goes."""
 
     cache: SlotCache
+    number: int = 0
     rows: list[DecodeRow] = field(default_factory=list)
     coming: list[DecodeRow] = field(default_factory=list)
     batch: Batch | None = None
@@ -34,6 +37,11 @@ class RowGroup:
     def size(self) -> GroupSize:
         """With the rows that are to join it."""
         return GroupSize.of([*live(self.rows), *self.coming])
+
+    @property
+    def stage(self) -> str:
+        """Under which the model's forward for its rows is kept (`AdapterRouter.forward`): another group must not replace it."""
+        return f"rows {self.number}"
 
     def join(self, rows: Sequence[DecodeRow]) -> None:
         """Give free slots to these rows, whose prompts have been read; then close the gaps that are left with the last rows."""
@@ -72,11 +80,17 @@ class RowGroup:
                 self.cache.insert(slot, *row.prefix, row.held)
                 row.prefix, row.slot = None, slot
 
-    def keep_to(self, cells: int) -> None:
-        """The cache shrinks to so many cells, if its rows have room in them."""
-        self.cache.max_cells = cells
-        if self.rows:
-            self.cache.reserve(len(self.rows), max(row.held for row in self.rows))
+    def least_cells(self, joining: Sequence[DecodeRow]) -> int:
+        """That its cache has with these rows, no larger than needed."""
+        rows = [*self.rows, *joining]
+        return self.cache.cells_for(len(rows), max((row.held for row in rows), default=0))
+
+    def shrink(self, joining: Sequence[DecodeRow]) -> None:
+        """Its cache to `least_cells`. Its rows have no gaps."""
+        there = [*self.rows, *(row for row in joining if row.slot is not None)]
+        longest = max((row.held for row in there), default=0)
+        incoming = max((row.held for row in joining), default=0)
+        self.cache.reserve(len(self.rows) + len(joining), longest, incoming, tight=True)
 
     def forget_ended(self) -> None:
         """Rows that were to join it and were cancelled."""
@@ -121,6 +135,29 @@ class GroupSize:
     def cells(self, max_rows: int) -> int:
         """Of its cache: rows beyond max_rows are there to follow others."""
         return min(self.rows, max_rows) * self.longest
+
+
+def keep_to_budget(
+    groups: Sequence[RowGroup], joining: Sequence[Sequence[DecodeRow]], max_rows: int, budget: int
+) -> None:
+    """See that the caches do not grow beyond the budget together, of groups without gaps that these rows are about to join.
+
+    Where one group is larger than its rows need and others may come to need the room, it shrinks; but not for little, since buffers
+    are copied then: so together they may have SLACK times the budget, and the spare columns of their rows."""
+    claims = [group.size.cells(max_rows) for group in groups]
+
+    def taken() -> list[int]:
+        return [max(claim, group.cache.cells) for claim, group in zip(claims, groups)]
+
+    by_excess = sorted(zip(groups, joining), key=lambda pair: pair[0].least_cells(pair[1]) - pair[0].cache.cells)
+    for group, rows in by_excess if len(groups) > 1 else ():
+        if sum(taken()) <= budget:
+            break
+        if group.cache.cells > SLACK * group.least_cells(rows):
+            group.shrink(rows)
+    cells = taken()
+    for group, own in zip(groups, cells):
+        group.cache.max_cells = max(budget - sum(cells) + own, 0)
 
 
 def group_to_join(groups: Sequence[GroupSize], tokens: int, max_rows: int, budget: int | None) -> int | None:

@@ -84,6 +84,10 @@ class Stacks:
             return _Hooked(self._model, by_row.of(adapters, unit))
         return _Hooked(self._model, shared.of(adapters))
 
+    def drop(self, stage: str) -> None:
+        """Let go of the buffers of a stage."""
+        self._forms.pop(stage, None)
+
 
 class _PeftAdapters:
     """The adapters inside PEFT's layers, copied as they are asked for."""

@@ -56,7 +56,7 @@ class StaticSteps:
         tokens, positions: i64[N].   longest: tokens that the longest row holds.   logits: always the same function for one key."""
         rows = min(-(-len(tokens) // ROWS) * ROWS, cache.max_slots)
         column = cache.begin_static_step(rows, longest)
-        found = (key, rows, cache.width, cache.address)
+        found = (key, rows, cache.width, cache.address, id(column))  # the address may have been another cache's
         shape = self._shapes.pop(found, None)
         if shape is None:
             if self._pool is None and column.device.type == "cuda":

@@ -8,8 +8,8 @@ from rlhf_ray.config import JobFields
 
 
 def config_line(config: JobFields) -> str:
-    """Every field that the job sets; the run's config.yaml has them all. Of a job that sets all of them, as a resumed one does, those
-    that are not at their defaults."""
+    """Every field that the job sets; the run's config.yaml has them all. Of a job that sets all of them, as a resumed one does,
+    those that are not at their defaults."""
     sets_all = config.model_fields_set >= type(config).model_fields.keys()
     values = config.model_dump(exclude_defaults=True) if sets_all else config.model_dump(exclude_unset=True)
     return f"config     {', '.join(f'{k}={v}' for k, v in changed_fields(values))}"

@@ -155,11 +155,14 @@ def test_a_service_that_comes_back_is_asked_again(make: Make, monkeypatch: pytes
     assert reward.score_texts(texts()).tolist() == [1.0, 2.0]
 
 
-def test_what_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_a_configuration_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.py"
     path.write_text("import nowhere_to_be_found\n")
     with pytest.raises(ConfigError, match=r"importing .*mine.py failed: ModuleNotFoundError: .*\(mine.py:1\)"):
         FunctionReward("mine", 1.0, f"{path}:score")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"importing mine failed: ModuleNotFoundError: .*\(mine.py:1\)"):
+        FunctionReward("mine", 1.0, "mine:score")
     path.write_text("import argparse\nargparse.ArgumentParser().parse_args(['ppo', 'job.yaml'])\n")
     with pytest.raises(ConfigError, match=r"importing .*mine.py failed: SystemExit: 2"):
         FunctionReward("mine", 1.0, f"{path}:score")

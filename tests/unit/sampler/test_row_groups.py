@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rlhf_ray.sampler.engine import Sampler
+from rlhf_ray.sampler.kv_cache import SlotLayer
 from rlhf_ray.sampler.requests import DecodeRequest
+from rlhf_ray.sampler.row_group import SLACK
 
 PAD = 0
 
@@ -56,28 +60,53 @@ def test_groups_take_turns(make_llama: Callable[..., nn.Module]) -> None:
     assert [{event.request_id for event in sampler.step()} for _ in range(3)] == [other] * 3
 
 
-def test_whatever_comes_and_goes_the_replies_are_the_same_and_the_cache_keeps_to_its_budget(
-    make_llama: Callable[..., nn.Module],
-) -> None:
-    """Lengths over two decades, two adapters and none, cancelled rows; prompts in pieces or whole."""
+def with_adapters(base: nn.Module, names: Sequence[str]) -> nn.Module:
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     torch.manual_seed(1)
-    model = get_peft_model(make_llama(max_position_embeddings=2048), config, adapter_name="one")
-    model.add_adapter("two", config)
-    model.eval()
-    draw = random.Random(3)
+    model: Any = get_peft_model(base, config, adapter_name=names[0])  # type: ignore[arg-type]
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one session", "a session each step"])
+def test_each_group_has_adapters_of_its_own(make_llama: Callable[..., nn.Module], together: bool) -> None:
+    """The factors of one group's adapters lay where those of the other's did: a row was written by somebody else's adapter."""
+    model = with_adapters(make_llama(max_position_embeddings=2048), "abcde")
+    for short, long in (("abab", "cd"), (["a", None, "a", None], ["b", None]), ("abcd", "e"), ("ab", "ba")):
+        requests = [request(i, 6, new=20, adapter=name) for i, name in enumerate(short)]
+        requests += [request(50 + i, 600, new=30, adapter=name) for i, name in enumerate(long)]
+        alone = [Sampler(model, PAD).run([one])[0].token_ids for one in requests]
+        sampler = Sampler(model, PAD, 8, max_cached=2200)
+        ids, groups = [sampler.submit(one) for one in requests], 0
+        tokens: dict[int, list[int]] = {i: [] for i in ids}
+        with sampler.session() if together else nullcontext():
+            while sampler.busy:
+                for event in sampler.step():
+                    tokens[event.request_id].append(event.token_id)
+                groups = max(groups, len(sampler._groups))
+        assert [tuple(tokens[i]) for i in ids] == alone and groups == 2
+
+
+@pytest.mark.parametrize(("chunk", "budget"), [(None, 1500), (50, 900), (16, 3000), (128, 16_000)])
+def test_whatever_comes_and_goes_the_replies_are_the_same_and_the_cache_keeps_to_its_budget(
+    make_llama: Callable[..., nn.Module], chunk: int | None, budget: int
+) -> None:
+    """Lengths over two decades, adapters and none, bursts of cancelled rows; prompts in pieces or whole."""
+    model = with_adapters(make_llama(max_position_embeddings=2048), ("one", "two", "three"))
+    draw = random.Random(budget)
+    names = ["one", "two", "three", None]
     requests = [
-        request(
-            i, int(4 * 100 ** draw.random()), int(2 * 20 ** draw.random()), adapter=draw.choice(["one", "two", None])
-        )
+        request(i, int(4 * 150 ** draw.random()), int(2 * 20 ** draw.random()), adapter=draw.choice(names))
         for i in range(120)
     ]
     expected = Sampler(model, PAD, 16).run(requests)
-    for chunk, budget in ((None, 1500), (50, 900), (16, 3000)):
-        sampler, waiting, groups = Sampler(model, PAD, 16, chunk=chunk, max_cached=budget), list(enumerate(requests)), 0
-        number: dict[int, int] = {}
-        tokens: dict[int, list[int]] = {}
-        cancelled: set[int] = set()
+    sampler, waiting = Sampler(model, PAD, 16, chunk=chunk, max_cached=budget, static=True), list(enumerate(requests))
+    number: dict[int, int] = {}
+    tokens: dict[int, list[int]] = {}
+    cancelled: set[int] = set()
+    groups = 0
+    with sampler.session():
         while waiting or sampler.busy:
             while waiting and sampler.free_slots and draw.random() < 0.7:
                 i, one = waiting.pop(0)
@@ -85,15 +114,38 @@ def test_whatever_comes_and_goes_the_replies_are_the_same_and_the_cache_keeps_to
                 tokens[i] = []
             for event in sampler.step():
                 tokens[number[event.request_id]].append(event.token_id)
-            if draw.random() < 0.05 and number:
-                at = draw.choice(list(number)[-20:])
-                if sampler.cancel(at):
-                    cancelled.add(number[at])
+            if draw.random() < 0.02 and number:
+                for at in draw.sample(list(number)[-16:], min(len(number), draw.choice([1, 1, 8]))):
+                    if sampler.cancel(at):
+                        cancelled.add(number[at])
             groups = max(groups, len(sampler._groups))
-            assert cells(sampler) <= budget + 16 * 96
-        whole = [i for i in range(120) if i not in cancelled]
-        assert [tuple(tokens[i]) for i in whole] == [expected[i].token_ids for i in whole]
-        assert 1 < groups <= 4 and len(cancelled) > 3
+            assert cells(sampler) <= SLACK * (budget + 16 * 96), "the spare columns of its rows, and some slack"
+    whole = [i for i in range(120) if i not in cancelled]
+    assert [tuple(tokens[i]) for i in whole] == [expected[i].token_ids for i in whole]
+    assert 1 < groups <= 4 and len(whole) > 60
+
+
+def test_a_full_cache_is_not_copied_for_every_row_that_follows_another(
+    make_llama: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one length, as many as have room: each one that ended made it smaller, and the next one larger again."""
+    sizes = [0]
+    relocate = SlotLayer.relocate
+
+    def counted(layer: SlotLayer, *args: Any) -> None:
+        sizes[0] += layer.is_initialized and layer.keys.shape[::2] != (layer._geometry.slots, layer._geometry.columns)  # type: ignore[union-attr]
+        relocate(layer, *args)
+
+    monkeypatch.setattr(SlotLayer, "relocate", counted)
+    model = make_llama(max_position_embeddings=2048).eval()
+    for prompt, new, budget in ((200, 40, 2400), (900, 60, 7680)):
+        sizes[0] = 0
+        sampler = Sampler(model, PAD, 16, chunk=512, max_cached=budget)
+        for i in range(60):
+            sampler.submit(request(i, prompt, new=new - i % 7))
+        while sampler.busy:
+            sampler.step()
+        assert 0 < sizes[0] <= 2 * 15, "in two layers; 60 rows came and went"
 
 
 def test_a_row_that_breaks_in_one_group_leaves_the_other_alone(make_llama: Callable[..., nn.Module]) -> None:

@@ -162,6 +162,37 @@ def test_adapters_of_a_hybrid_share_a_batch_and_its_states(
     assert [found["choices"][0]["text"] for found in (of_base, of_one, of_two)] == expected
 
 
+def test_adapters_in_groups_by_length_respond_as_each_does_alone(
+    job: Callable[..., ServeConfig],
+    tiny_run: Callable[..., Path],
+    base_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The decode thread keeps one session around all steps, in which each group's adapters must stay where they are."""
+    opened = []
+    new_group = Sampler._new_group
+    monkeypatch.setattr(Sampler, "_new_group", lambda sampler: opened.append(1) or new_group(sampler))
+    runs = {name: str(tiny_run(tmp_path / name, base_dir, seed=i, template="none")) for i, name in enumerate("abcd")}
+    long = {"text": PROMPT["text"] * 12}
+
+    async def body(replica: Replica) -> Any:
+        asked = [
+            ("a", {}),
+            ("b", {}),
+            ("base", {}),
+            ("c", {"prompt": long}),
+            ("d", {"prompt": long}),
+            ("a", {"seed": 8}),
+        ]
+        calls = [partial(generate, replica, name, **{"seed": 7, "n": 2, **fields}) for name, fields in asked]
+        return await asyncio.gather(*(call() for call in calls)), [await call() for call in calls]
+
+    together, apart = run(job(adapters=runs, limits={"max_cached_tokens": 1000, "default_max_tokens": 40}), body)
+    assert [found["choices"] for found in together] == [found["choices"] for found in apart]
+    assert opened and not any(found["error"] for found in together)
+
+
 def test_live_versions_are_exported_again_and_again(
     job: Callable[..., ServeConfig], tiny_run: Callable[..., Path], base_dir: Path, tmp_path: Path
 ) -> None:

@@ -175,7 +175,7 @@ def test_bad_requests(live: MakeLive, body: Any, status: int, told: str) -> None
 
 
 def test_a_request_ends_at_its_time_although_the_decode_thread_is_busy(live: MakeLive) -> None:
-    service = live(limits={"request_timeout_s": 0.5})
+    service = live(limits={"request_timeout_s": 2})
     body = {"prompts": ["p"], "completions": ["a"]}
     assert post(service, body)[0] == 200
     release = threading.Event()
@@ -185,7 +185,7 @@ def test_a_request_ends_at_its_time_although_the_decode_thread_is_busy(live: Mak
         status, found = post(service, body)
     finally:
         release.set()
-    assert status == 504 and found["error"]["code"] == "timeout" and time.monotonic() - since < 5
+    assert status == 504 and found["error"]["code"] == "timeout" and time.monotonic() - since < 10
     assert held.result(5) and post(service, body)[0] == 200, "its place is free again"
 
 

@@ -4,7 +4,7 @@
 
 The engine of the service, prompts read in pieces of 512 tokens, 32 rows at most: one reply goes on from 2,000 tokens, and 128 of 60
 tokens to prompts of 40 are asked for. In the same run, with a budget of 16,000 tokens for the cache and with room for everything:
-groups as they are, and none (FILLED 0: whatever has room joins the others); and the short replies without a long one.
+groups as they are, and one cache for all (FILLED 0, MOST_GROUPS 1); and the short replies without a long one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf_ray.sampler.requests import DecodeRequest
 
 ROWS, SHORT, PROMPT, NEW, LONG, CHUNK = 32, 128, 40, 60, 2000, 512
 BUDGETS = {"a cache of 16,000 tokens": 16_000, "room for all": 200_000}
-CASES = {"groups": row_group.FILLED, "one cache": 0.0}
+CASES = {"groups": (row_group.FILLED, row_group.MOST_GROUPS), "one cache": (0.0, 1)}
 
 
 def build() -> Any:
@@ -66,8 +66,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     said: dict[str, list[list[int]]] = {}
     for _ in range(args.repeats):
-        for case, filled in CASES.items():
-            row_group.FILLED = filled
+        for case, (filled, most) in CASES.items():
+            row_group.FILLED, row_group.MOST_GROUPS = filled, most
             for name, budget in BUDGETS.items():
                 for beside in (False, True):
                     key = f"{case}/{name}/{'beside a long one' if beside else 'alone'}"

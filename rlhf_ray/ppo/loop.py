@@ -119,6 +119,7 @@ class PPOLoop:
         found = whole_step(metrics | checked, stats, collected, rates, state, seconds) | {"sync/bytes": float(moved)}
         found |= self.report.idle(collected, seconds["step"], seconds["rollout"], f"step {step}")
         self.report.warn_if_flat(metrics["reward/std"], step)
+        self.report.warn_if_ending_is_learnt(metrics["reward/std"], metrics["response/finished"], step)
         self.report.samples(sampled)
         return found
 

@@ -1,5 +1,5 @@
-"""What a PPO run says of its steps: metrics.jsonl and the progress line, samples.jsonl, roles.log, and the warning that nothing is
-learnt."""
+"""What a PPO run says of its steps: metrics.jsonl and the progress line, samples.jsonl, roles.log, and warnings that nothing is
+learnt, or something else than the reward."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from rlhf_ray.runtime.session import Session
 
 SHOWN = ("reward/mean", "kl/k1_per_response", "response/length", "eval/reward")
 """The few worth a glance while a run goes on; beside them the reward that watches, if one does."""
+FIRST_STEPS = 5
+ENDING_SHARE = 0.33
+"""Of the variance of scores, from which on missing_eos_penalty is warned of."""
 
 
 def whole_step(
@@ -52,6 +55,7 @@ class StepReport:
     def __init__(self, config: PPOConfig, session: Session, setup: PPOSetup, state: PPOState) -> None:
         self.config, self.session, self.setup, self.state = config, session, setup, state
         self._warned_flat = self._warned_unrewarded = False
+        self._first: list[tuple[float, float, float]] = []
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the step's metrics and show the few worth a glance. InvariantError if one is not finite."""
@@ -94,6 +98,25 @@ class StepReport:
             self._warned_flat = True
             self.session.console.warn(
                 f"reward std 0 at step {step}: all replies earned the same; is the reward at work?"
+            )
+
+    def warn_if_ending_is_learnt(self, reward_std: float, finished: float, step: int) -> None:
+        """Once a run, of its first steps: where a good part of what sets scores apart is the penalty for replies that are cut off,
+        PPO learns to end in time, whatever the reward says.   finished: share of the replies."""
+        penalty = self.config.missing_eos_penalty
+        if not penalty or len(self._first) == FIRST_STEPS:
+            return
+        self._first.append((reward_std**2, penalty**2 * finished * (1 - finished), finished))
+        if len(self._first) < FIRST_STEPS or not self.session.is_main:
+            return
+        of_reward, of_penalty, share = (sum(column) / FIRST_STEPS for column in zip(*self._first))
+        part = of_penalty / (of_reward + of_penalty) if of_penalty else 0.0
+        if part >= ENDING_SHARE:
+            self.session.console.warn(
+                f"{1 - share:.0%} of the replies of {FIRST_STEPS} steps up to {step} did not end within response_length"
+                f" {self.config.response_length}: missing_eos_penalty {penalty:g} is {part:.0%} of the variance of their scores,"
+                " so PPO learns to end in time before it learns from the reward; raise response_length, or lower"
+                " missing_eos_penalty"
             )
 
     def warn_if_unrewarded(self, reward: Tensor, step: int) -> None:

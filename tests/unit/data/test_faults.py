@@ -102,7 +102,7 @@ def test_damaged_gzip_data_is_one_line(read: Read) -> None:
     assert caught.value.lines()[0].startswith(
         "error: pairs.jsonl.gz: cannot be read: Error -3 while decompressing data"
     )
-    with pytest.raises(ValueError, match=r"train.0: empty; expected text"):
+    with pytest.raises(ValueError, match=r"train\[0\]: empty; expected text"):
         DataConfig(train=("",))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -91,15 +92,21 @@ def _card(sample: Mapping[str, Any], shorten: Shorten | None, reply: Html | None
     )
 
 
+_LINE_OR_MARKER = re.compile(r"\n|</?\|?\w+\|?>")
+"""A line's end, or a template's marker such as <|im_end|>, <end_of_turn>, </s>."""
+
+
 def _without_template(prompts: Iterable[str]) -> tuple[Shorten, list[str]]:
-    """A function that drops the whole lines with which all prompts start and end, and a note that says what is dropped."""
+    """A function that drops the whole lines and markers with which all prompts start and end, and a note that says what is
+    dropped."""
     all_prompts = list(prompts)
     if len(all_prompts) < 2:
         return str.strip, []
     start = _shared_start(all_prompts)
     start = start[: start.rfind("\n") + 1]
     end = _shared_start([p[len(start) :][::-1] for p in all_prompts])[::-1]
-    end = end[end.find("\n") :] if "\n" in end else ""
+    begins = _LINE_OR_MARKER.search(end)
+    end = end[begins.start() :] if begins else ""
     template = _one_line(f"{start}[…]{end}", 300)
     notes = [f"All prompts share this template, not repeated here: “{template}”"] if start or end else []
     return lambda prompt: prompt[len(start) : len(prompt) - len(end)].strip(), notes

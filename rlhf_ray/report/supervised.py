@@ -230,12 +230,24 @@ def _sentence(run: RunFiles, held_out: str, label: str, other: str) -> str:
         return "No step has been finished yet."
     if len(values) == 1:
         return f"{label} is {shown(values[0], unit)} after {count(run.steps, 'step')}."
-    return f"{label} went from {shown(values[0], unit)} to {shown(values[-1], unit)} in {count(run.steps, 'step')}."
+    first = run.points(name)[0][0]
+    begin = f" at step {first:.0f}" if first > 1 else ""
+    end = f"at step {run.steps}" if begin else f"in {count(run.steps, 'step')}"
+    return f"{label} went from {shown(values[0], unit)}{begin} to {shown(values[-1], unit)} {end}."
 
 
 def _tile(run: RunFiles, name: str, label: str) -> list[Tile]:
     values, unit = run.values(name), METRICS[name].unit
-    return [Tile(label, shown(values[-1], unit), change(values, unit))] if values else []
+    if not values:
+        return []
+    first = run.points(name)[0][0]  # reward models are not measured before they are trained
+    return [
+        Tile(
+            label,
+            shown(values[-1], unit),
+            change(values, unit, f"at step {first:.0f}" if first > 1 else "at the start"),
+        )
+    ]
 
 
 def _effort(run: RunFiles) -> list[Tile]:

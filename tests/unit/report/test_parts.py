@@ -29,6 +29,32 @@ def steady(**metrics: float) -> list[dict[str, Any]]:
     return [{"step": step, **metrics} for step in range(1, 13)]
 
 
+@pytest.mark.parametrize(("steps", "says"), [
+    ((0, 50), ("went from 40% to 95% in 50 steps.", "from 5 at the start")),
+    ((31, 50), ("went from 40% at step 31 to 95% at step 50.", "from 5 at step 31")),
+])  # fmt: skip
+def test_a_first_figure_that_is_none_of_the_start_is_told_with_its_step(steps: Any, says: tuple[str, str]) -> None:
+    figures = ({"eval/accuracy": 0.4, "eval/margin": 5.0}, {"eval/accuracy": 0.95, "eval/margin": 6.0})
+    rows = [{"step": step, **figure} for step, figure in zip(steps, figures)]
+    story = reward_story(run_with(rows, "reward", steps=50))
+    assert story.sentence.endswith(says[0]) and says[1] in [tile.detail for tile in story.tiles]
+
+
+def test_markers_of_a_template_stay_out_of_the_headings_of_samples() -> None:
+    """A prompt was headed "Name a bird.<|im_end|>"."""
+    for start, end in (
+        ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+        ("<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
+        ("### Instruction:\n", "\n\n### Response:"),
+    ):
+        rows = [
+            {"step": 0, "prompt": f"{start}{text}{end}", "reply": "Wren."}
+            for text in ("Name a bird.", "Add 1 < 2 > 3 bird.")
+        ]
+        found = samples_section(rows)
+        assert "Name a bird.<" in str(found) and "Name a bird.&lt;" not in str(found)
+
+
 def test_everything_is_escaped_unless_it_is_markup() -> None:
     assert tag("p", "a < b & c", tag("b", '"x"'), class_="n", data_x="'\"<>") == (
         '<p class="n" data-x="&#x27;&quot;&lt;&gt;">a &lt; b &amp; c<b>&quot;x&quot;</b></p>'

@@ -30,8 +30,8 @@ def steady(**metrics: float) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("steps", "says"), [
-    ((0, 50), ("went from 40% to 95% in 50 steps.", "from 5 at the start")),
-    ((31, 50), ("went from 40% at step 31 to 95% at step 50.", "from 5 at step 31")),
+    ((0, 50), ("went from 40% to 95% in 50 steps.", "from 5.00 at the start")),
+    ((31, 50), ("went from 40% at step 31 to 95% at step 50.", "from 5.00 at step 31")),
 ])  # fmt: skip
 def test_a_first_figure_that_is_none_of_the_start_is_told_with_its_step(steps: Any, says: tuple[str, str]) -> None:
     figures = ({"eval/accuracy": 0.4, "eval/margin": 5.0}, {"eval/accuracy": 0.95, "eval/margin": 6.0})

@@ -174,6 +174,10 @@ def tiny_config(config: Any, width: int = WIDTH, of_each: int = 1, vocabulary: i
             changed[name] = _TOKENS[name]
     changed |= {"num_hidden_layers": layers, "vocab_size": vocabulary}
     changed |= {k: vocabulary for k in sizes if k.startswith("vocab_size_")}
+    if "num_kv_shared_layers" in sizes:  # Gemma 3n: the last ones take keys and values of one of their kind before them
+        kinds = (values.get("layer_types") or [""] * count)[:layers]
+        own = next(n for n in range(1, layers + 1) if set(kinds[:n]) == set(kinds))
+        changed["num_kv_shared_layers"] = min(sizes["num_kv_shared_layers"], layers - own)
     if "per_layer_config" in values:  # Gemma 4: what single layers have instead
         changed["per_layer_config"] = {
             i: {k: v // factor if k in widths else v for k, v in own.items()}

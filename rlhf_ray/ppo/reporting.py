@@ -103,8 +103,9 @@ class StepReport:
     def warn_if_ending_is_learnt(self, reward_std: float, finished: float, step: int) -> None:
         """Once a run, of its first steps: where a good part of what sets scores apart is the penalty for replies that are cut off,
         PPO learns to end in time, whatever the reward says.   finished: share of the replies."""
-        penalty = self.config.missing_eos_penalty
-        if not penalty or len(self._first) == FIRST_STEPS:
+        penalty, config = self.config.missing_eos_penalty, self.config
+        # Not where the penalty has no effect, nor where replies with a budget of their own are spared it.
+        if not penalty or config.bootstrap_truncated or config.min_response_length or len(self._first) == FIRST_STEPS:
             return
         self._first.append((reward_std**2, penalty**2 * finished * (1 - finished), finished))
         if len(self._first) < FIRST_STEPS or not self.session.is_main:
@@ -114,7 +115,7 @@ class StepReport:
         if part >= ENDING_SHARE:
             self.session.console.warn(
                 f"{1 - share:.0%} of the replies of {FIRST_STEPS} steps up to {step} did not end within response_length"
-                f" {self.config.response_length}: missing_eos_penalty {penalty:g} is {part:.0%} of the variance of their scores,"
+                f" {config.response_length}: missing_eos_penalty {penalty:g} is {part:.0%} of the variance of their scores,"
                 " so PPO learns to end in time before it learns from the reward; raise response_length, or lower"
                 " missing_eos_penalty"
             )

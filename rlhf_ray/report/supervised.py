@@ -230,24 +230,23 @@ def _sentence(run: RunFiles, held_out: str, label: str, other: str) -> str:
         return "No step has been finished yet."
     if len(values) == 1:
         return f"{label} is {shown(values[0], unit)} after {count(run.steps, 'step')}."
+    if late := _late_start(run, name):
+        return f"{label} went from {shown(values[0], unit)} {late} to {shown(values[-1], unit)} at step {run.steps}."
+    return f"{label} went from {shown(values[0], unit)} to {shown(values[-1], unit)} in {count(run.steps, 'step')}."
+
+
+def _late_start(run: RunFiles, name: str) -> str:
+    """`at step 31`, where that is the first figure's: reward models are not measured before they are trained. Else empty."""
     first = run.points(name)[0][0]
-    begin = f" at step {first:.0f}" if first > 1 else ""
-    end = f"at step {run.steps}" if begin else f"in {count(run.steps, 'step')}"
-    return f"{label} went from {shown(values[0], unit)}{begin} to {shown(values[-1], unit)} {end}."
+    return f"at step {first:.0f}" if first > 1 else ""
 
 
 def _tile(run: RunFiles, name: str, label: str) -> list[Tile]:
     values, unit = run.values(name), METRICS[name].unit
     if not values:
         return []
-    first = run.points(name)[0][0]  # reward models are not measured before they are trained
-    return [
-        Tile(
-            label,
-            shown(values[-1], unit),
-            change(values, unit, f"at step {first:.0f}" if first > 1 else "at the start"),
-        )
-    ]
+    since = change(values, unit, _late_start(run, name) or "at the start")
+    return [Tile(label, shown(values[-1], unit), since)]
 
 
 def _effort(run: RunFiles) -> list[Tile]:

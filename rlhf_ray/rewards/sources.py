@@ -253,8 +253,9 @@ def _line_of(error: BaseException, file: str) -> str:
     """` (file:line)`, the last place in `file` that the error came through, of a module where it was raised; empty if there is
     none."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if os.path.realpath(frame.filename) == os.path.realpath(file)]
-    if not file.endswith(".py"):
+    if file.endswith(".py"):
+        own = [frame for frame in frames if os.path.realpath(frame.filename) == os.path.realpath(file)]
+    else:
         own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
     return f" ({os.path.basename(own[-1].filename)}:{own[-1].lineno})" if own else ""
 

@@ -11,7 +11,7 @@ def config_line(config: JobFields) -> str:
     """Every field that the job sets; the run's config.yaml has them all. Of a job that sets all of them, as a resumed one does,
     those that are not at their defaults."""
     sets_all = config.model_fields_set >= type(config).model_fields.keys()
-    values = config.model_dump(exclude_defaults=True) if sets_all else config.model_dump(exclude_unset=True)
+    values = config.model_dump(exclude_unset=True, exclude_defaults=sets_all)
     return f"config     {', '.join(f'{k}={v}' for k, v in changed_fields(values))}"
 
 

@@ -49,6 +49,8 @@ def test_a_penalty_that_outweighs_the_reward_is_told_once() -> None:
         (0.56, 0.65, {"missing_eos_penalty": 0.3}),
         (0.56, 0.65, {"missing_eos_penalty": None}),
         (0.56, 0.65, {"steps": 4}),
+        (0.56, 0.65, {"bootstrap_truncated": True}),
+        (0.56, 0.65, {"min_response_length": 8}),
     ],
 )
 def test_where_the_reward_decides_nothing_is_said(reward_std: float, finished: float, fields: dict[str, Any]) -> None:

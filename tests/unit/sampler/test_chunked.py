@@ -68,7 +68,7 @@ def test_a_prompt_that_is_cancelled_half_read_leaves_nothing(make_llama: Callabl
 
 
 def cells(sampler: Sampler) -> int:
-    return sum(slots * columns for slots, columns in (group.cache.shape for group in sampler._groups))
+    return sum(group.cache.cells for group in sampler._groups)
 
 
 def test_the_cache_is_kept_to_its_tokens_and_the_replies_are_the_same(make_llama: Callable[..., nn.Module]) -> None:

@@ -218,7 +218,7 @@ def sharegpt() -> str:
     data = {"train": "17-sharegpt/r.jsonl", "format": "sharegpt", "held_out_fraction": 0}
     job = {"output_dir": "out/x", "model_name_or_path": "models/chatml", "template": "chat", "data": data}
     values = {**job, "rewards": [{"function": "01-none-reward/r0.py:always"}], "response_length": 8}
-    asked = "\n".join(check_data(load_dict(PPOConfig, values), 1)[-4:])
+    asked = "\n".join(check_data(load_dict(PPOConfig, values), 1).lines[-4:])
     assert asked.endswith("user\na0<|im_end|>\n<|im_start|>assistant\n"), asked
     return "16 rows, b learnt; the prompt ends after a0, where the assistant begins"
 

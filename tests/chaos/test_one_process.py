@@ -295,7 +295,7 @@ def test_logs_that_are_lost_do_not_stop_a_run(world: Any, untouched: Path, stopp
             "did not return a list of numbers; expected list[float]; got 'good' for reply 0",
         ),
         ("[1.0]", "returned the wrong number of rewards; expected 2; got 1"),
-        ("completions[99]", "raised IndexError 3 times: list index out of range"),
+        ("completions[99]", "raised IndexError 3 times: list index out of range (broken-raises.py:2)"),
     ],
     ids=["text", "one", "raises"],
 )

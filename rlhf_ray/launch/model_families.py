@@ -17,10 +17,11 @@ from rlhf_ray.config.pipeline import stages_of
 
 _MORE = re.compile(
     r"_is_stateful = True|create_recurrent_attention_mask|(indexed|sparse|reference_sliding)_attention|_sparse\""
-    r"|as a standalone, add .is_decoder=True"
+    r"|as a standalone, add .is_decoder=True|\(\w+, past_key_values_length=past_key_values_length\)"
 )
 """What files of models with more than keys and values say (transformers 5.23): that they have a state, that its layers take a mask
-of their own, that layers choose by an index what they attend to, or that they are encoders unless their config says otherwise.
+of their own, that layers choose by an index what they attend to, that they are encoders unless their config says otherwise, or that
+positions are counted from the cache, whatever they are told (TrOCR).
 Those that make their masks themselves are tried as well."""
 
 

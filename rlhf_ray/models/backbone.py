@@ -27,6 +27,7 @@ from rlhf_ray.models.loading import (
     classifier_config,
     from_pretrained,
     is_encoder,
+    no_classifier,
     no_dropout,
     plan_load,
     quiet,
@@ -140,6 +141,8 @@ class Backbone:
     def hidden_size(self) -> int:
         """Width of the trunk's states: of what the head reads, which in OPT-350M is not what the layers have."""
         head = self.model.get_output_embeddings() if self.head is not None else getattr(self.model, "score", None)
+        if getattr(self.head, "transform", None) is not None:  # which reads the states, and may make them narrower
+            head = None
         return int(getattr(head, "in_features", None) or self.model.config.get_text_config().hidden_size)
 
 
@@ -299,6 +302,10 @@ def load_exact(
         refuse_unreadable_merge(plan.config, str(source.folder))
     auto = AutoModelForSequenceClassification if classifier else causal_class(plan.config)
     model, info = from_pretrained(auto, source, plan)
+    if head is not None and not isinstance(
+        getattr(model, "score", None), nn.Linear
+    ):  # ModernBERT's decoder has a prediction head
+        raise no_classifier(plan.config, str(source.folder))
     missing = set(info["missing_keys"]) - ({"score.weight"} if head is not None else set())
     if missing:
         raise ArtifactError.at(str(source.folder), "weights are missing", got=_some(sorted(missing)))

@@ -68,17 +68,20 @@ def scalar_head(score: nn.Linear) -> ScalarHead:
 
 
 class LogitsHead(nn.Module):
-    """h [..., D] -> logits [..., V] of architectures that rescale or cap what their output layer says.
+    """h [..., D] -> logits [..., V] of architectures that rescale or cap what their output layer says, or transform what it reads.
 
-    logits = cap * tanh(scale * (W h) / cap): Gemma caps; Cohere, Granite and Falcon-H1 scale. `out_features` is V."""
+    logits = cap * tanh(scale * (W f(h)) / cap): Gemma caps; Cohere, Granite and Falcon-H1 scale; ModernBERT's decoder and BERT have
+    a prediction head f, a dense layer with its activation and norm, for each token by itself. `out_features` is V."""
 
-    def __init__(self, output_layer: nn.Module, scale: float, cap: float | None) -> None:
+    def __init__(
+        self, output_layer: nn.Module, scale: float, cap: float | None, transform: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.output_layer, self.scale, self.cap = output_layer, scale, cap
+        self.output_layer, self.scale, self.cap, self.transform = output_layer, scale, cap, transform
         self.out_features = int(getattr(output_layer, "out_features", 0))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.output_layer(hidden) * self.scale
+        logits = self.output_layer(hidden if self.transform is None else self.transform(hidden)) * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
@@ -88,40 +91,54 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def logits_head(model: nn.Module, trunk: nn.Module) -> nn.Module:
-    """The language-model head of `model`: its output layer, wrapped where the model's logits are that layer's scaled or capped.
+    """The language-model head of `model`: its output layer, wrapped where the model's logits are that layer's scaled or capped, or
+    those of a prediction head in front of it.
 
     Whether and by how much is measured on four tokens, since architectures name it differently, or not at all; where the config
-    holds the very number, that is taken. ArtifactError if neither explains the logits: log-probabilities are taken from the head.
-    On the meta device nothing can be measured: the first number of the config that could be meant stands for its shape."""
+    holds the very number, that is taken. ArtifactError if none of these explains the logits, since log-probabilities are taken from
+    the head. On the meta device nothing can be measured: what the model has and the config could mean stands for its shape."""
     layer = model.get_output_embeddings()  # type: ignore[operator]
     if layer is None:
         raise ArtifactError.at(type(model).__name__, "has no output layer", "a causal language model")
     scales, caps = _numbers_of(model.config.get_text_config())  # type: ignore[union-attr,operator]
+    before = _prediction_head(model, trunk, layer)
     device = next(model.parameters()).device
     if device.type == "meta":
-        return LogitsHead(layer, scales[0] if scales else 1.0, caps[0] if caps else None) if scales or caps else layer
+        scale, cap = scales[0] if scales else 1.0, caps[0] if caps else None
+        return layer if scale == 1.0 and cap is before is None else LogitsHead(layer, scale, cap, before)
     ids = torch.arange(4, device=device)[None]
     logits = model(input_ids=ids, use_cache=False).logits
-    plain = layer(trunk(input_ids=ids, use_cache=False).last_hidden_state)
+    hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
     size = max(float(logits.float().abs().max()), 1.0)
-    worst = float((logits - plain).float().abs().max())
-    if worst <= TOLERANCE * size and not caps:
-        return layer
-    for cap in (*caps, None):
-        measured = _scale(logits.double(), plain.double(), cap)
-        named = [s for s in (1.0, *scales) if abs(s - measured) <= 1e-2 * abs(measured)]
-        for scale in (*named, measured):
-            head = LogitsHead(layer, scale, cap)
-            found = float((head(trunk(input_ids=ids, use_cache=False).last_hidden_state) - logits).float().abs().max())
-            if found <= TOLERANCE * size:
-                return layer if scale == 1.0 and cap is None else head
-            worst = min(worst, found)
+    worst = float("inf")
+    for transform in (None, before) if before is not None else (None,):
+        plain = layer(hidden if transform is None else transform(hidden))
+        for cap in (*caps, None):
+            measured = _scale(logits.double(), plain.double(), cap)
+            named = [s for s in (1.0, *scales) if (s == 1.0 and not caps) or abs(s - measured) <= 1e-2 * abs(measured)]
+            for scale in (*named, measured):
+                head = LogitsHead(layer, scale, cap, transform)
+                found = float((head(hidden) - logits).float().abs().max())
+                if found <= TOLERANCE * size:
+                    return layer if scale == 1.0 and cap is transform is None else head
+                worst = min(worst, found)
     raise ArtifactError.at(
         type(model).__name__,
         "its logits are not its output layer on its last hidden state, nor that scaled or capped",
         "a difference below 0.1 %",
         f"{worst:.3g}",
     )
+
+
+def _prediction_head(model: nn.Module, trunk: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """What may stand between trunk and output layer: the one module with weights beside the latter. None if there are others."""
+    body = set(trunk.modules())
+    parent = next(
+        (part for part in model.modules() if part not in body and any(c is layer for c in part.children())), None
+    )
+    beside = [] if parent is None else [c for c in parent.children() if c is not layer and body.isdisjoint(c.modules())]
+    found = [child for child in beside if next(child.parameters(), None) is not None]
+    return found[0] if len(found) == 1 else None
 
 
 def _scale(logits: Tensor, plain: Tensor, cap: float | None) -> float:

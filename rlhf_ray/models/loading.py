@@ -245,14 +245,19 @@ def classifier_config(config: Any, where: str) -> Any:
     if text is not config and causal is not None and causal.config_class is type(text):
         config = text
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ArtifactError.at(
-            where,
-            f"transformers has no sequence-classification class for model type {config.model_type}",
-            "a model type that has one, for a reward model with weights of its own",
-            fix="use the reward run itself, an adapter with a head, wherever a reward is asked for",
-        )
+        raise no_classifier(config, where)
     config.num_labels = 1
     return config
+
+
+def no_classifier(config: Any, where: str) -> ArtifactError:
+    """Of a model type whose sequence classifier cannot hold a reward adapter's head, or that has none."""
+    return ArtifactError.at(
+        where,
+        f"transformers has no sequence-classification class for model type {config.model_type} with a linear head on its decoder",
+        "a model type that has one, for a reward model with weights of its own",
+        fix="use the reward run itself, an adapter with a head, wherever a reward is asked for",
+    )
 
 
 def is_encoder(config: Any) -> bool:

@@ -91,6 +91,8 @@ class MetaMemoryTracker(TorchDispatchMode):
             args = (args[0], _positions(args[1]))
         elif func in (_aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default):
             args = (args[0], _positions(args[1]), *args[2:])
+        if func is _aten.split_with_sizes.default and args[0].is_meta and not any(args[1]):
+            args = (args[0], _even(args[0].shape[args[2] if len(args) > 2 else 0], len(args[1])), *args[2:])
         if func is _aten._grouped_mm.default and args[0].is_meta:
             out: Any = _grouped_product(*args, **(kwargs or {}))
         else:
@@ -215,6 +217,11 @@ def _grouped_product(left: Tensor, right: Tensor, offs: Tensor | None = None, *_
     experts = (offs.numel(),) if offs is not None and left.dim() == right.dim() == 2 else ()
     both = left.shape[:1] if left.dim() == right.dim() == 3 else ()
     return left.new_empty(*experts, *both, left.shape[-2], right.shape[-1])
+
+
+def _even(rows: int, parts: int) -> list[int]:
+    """How many of `rows` each of `parts` experts gets (JetMoE), when the counts were read and are all 0: as many as the others."""
+    return [rows // parts + (i < rows % parts) for i in range(parts)]
 
 
 def _positions(indices: Iterable[Tensor | None]) -> list[Tensor | None]:

@@ -43,7 +43,9 @@ from rlhf_ray.training import run_entry
 from rlhf_ray.training.ancestry import check_ancestors
 from rlhf_ray.training.run_entry import discarded_on_error, finish_run
 
-RELOAD_TOLERANCE = 1e-5
+RELOAD_TOLERANCE = 1e-4
+"""Largest difference of outputs, relative to the largest of them, or to 1. Equal weights may be multiplied in another order: a tiny
+Zamba turns 2e-7 in its first layer into 7e-5 of logits of 8."""
 FIXTURE_ROWS = 4
 READ_BACK = "read_back"
 
@@ -229,23 +231,38 @@ def finish(job: Job, callback: RunCallback) -> Run:
 
 
 def check_saved(task: Task, folder: Path, rows: Sequence[Any]) -> float:
-    """Read the adapter back from disk and compare its outputs with those in memory (F25). Returns the largest difference.
+    """Read the adapter back from disk and compare weights and outputs with those in memory (F25). Returns the largest difference of
+    outputs.
 
-    InvariantError if they differ: what was saved is not what was trained."""
+    InvariantError if a weight differs, or outputs by more than RELOAD_TOLERANCE: what was saved is not what was trained."""
     model = task.model
     batch = {k: t.to(model.backbone.device) for k, t in task.collate([(row, True) for row in rows]).items()}
     files = read_adapter(folder)
+    weights = task.tensors()
+    wrong = [name for name in weights | files.tensors if not _equal(weights.get(name), files.tensors.get(name))]
+    if wrong:
+        raise InvariantError.at(
+            str(folder),
+            "the adapter read back has other weights than the one trained",
+            "equal tensors",
+            ", ".join(wrong[:3]),
+        )
     add_from_files(model.peft_model, READ_BACK, files, trainable=False)
     with torch.no_grad():
         trained = task.outputs(batch, None)
         with use_adapter(model.peft_model, READ_BACK):
             worst = float((task.outputs(batch, files.head) - trained).abs().max())
     model.peft_model.delete_adapter(READ_BACK)
-    if not worst <= RELOAD_TOLERANCE:
+    limit = RELOAD_TOLERANCE * max(float(trained.abs().max()), 1.0)
+    if not worst <= limit:
         raise InvariantError.at(
             str(folder),
             "the adapter read back gives other outputs than the one trained",
-            f"{RELOAD_TOLERANCE:g}",
+            f"a difference of at most {limit:.3g}",
             f"{worst:.3g}",
         )
     return worst
+
+
+def _equal(trained: torch.Tensor | None, saved: torch.Tensor | None) -> bool:
+    return trained is not None and saved is not None and torch.equal(trained, saved)

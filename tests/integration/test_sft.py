@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,18 +234,22 @@ def test_a_training_that_runs_away_ends_with_the_step_and_the_way_on(
         sft(make_config(learning_rate=1e30, warmup_steps=0, eval_steps=steps, max_steps=9), console)
 
 
+@pytest.mark.parametrize("what", ["outputs", "weights"])
 def test_an_adapter_that_reads_back_otherwise_is_refused(
-    make_config: Callable[..., SFTConfig], console: Any, monkeypatch: pytest.MonkeyPatch
+    what: str, make_config: Callable[..., SFTConfig], console: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seeds F25: the check has to see a file that is not what was trained (here: another scale)."""
+    """Seeds F25: the check has to see a file that is not what was trained (another scale, a weight that differs a little)."""
 
-    def other_scale(folder: Path) -> Any:
+    def changed(folder: Path) -> Any:
         files = read_adapter(folder)
-        return type(files)({**files.config, "lora_alpha": 16.0}, files.tensors, files.head, files.sha256, files.path)
+        if what == "outputs":
+            return replace(files, config={**files.config, "lora_alpha": 16.0})
+        name = next(iter(files.tensors))
+        return replace(files, tensors={**files.tensors, name: files.tensors[name] * (1 + 1e-6)})
 
-    monkeypatch.setattr(stage, "read_adapter", other_scale)
+    monkeypatch.setattr(stage, "read_adapter", changed)
     config = make_config()
-    with pytest.raises(InvariantError, match="the adapter read back gives other outputs"):
+    with pytest.raises(InvariantError, match=f"the adapter read back (gives|has) other {what}"):
         sft(config, console)
     assert load_run(config.output_dir).status == "running"
 

@@ -32,6 +32,8 @@ from rlhf_ray.launch.model_families import check_model, may_keep_more
         ({"model_type": "roberta"}, True),
         ({"model_type": "cpmant"}, True),
         ({"model_type": "gpt_neox"}, False),
+        ({"model_type": "trocr"}, True),
+        ({"model_type": "qwen3_vl"}, False),
         ({"model_type": "a family of next year"}, True),
         ({}, False),
     ],
@@ -72,6 +74,15 @@ def test_an_encoder_is_no_language_model(model_type: str, is_decoder: bool, got:
         check_model(str(tmp_path))
         return
     with pytest.raises(ConfigError, match=f"models of type {model_type} cannot be used here .*{got}"):
+        check_model(str(tmp_path))
+
+
+def test_positions_that_are_counted_from_the_cache_are_refused(tmp_path: Path) -> None:
+    """TrOCR's text decoder: a row beside a longer one got that one's positions, and PPO stopped in its first step."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("trocr").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"models of type trocr cannot be used here .*; got .*off by"):
         check_model(str(tmp_path))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, Gemma3TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3TextConfig
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.errors import ArtifactError, ConfigError
@@ -32,7 +32,7 @@ from rlhf_ray.models.adapters import (
 )
 from rlhf_ray.models.backbone import trunk
 from rlhf_ray.models.coverage import adapter_notes
-from rlhf_ray.models.heads import LogitsHead
+from rlhf_ray.models.heads import LogitsHead, logits_head
 from rlhf_ray.models.loading import causal_class, refuse_unreadable_merge
 from rlhf_ray.models.merge import merge_run
 from rlhf_ray.models.tokenizer import load_tokenizer, tokenizer_sha256
@@ -217,6 +217,28 @@ class TestHeads:
         assert (base.lm_head.scale, base.lm_head.cap) == (pytest.approx(scale, rel=1e-5), cap)
         with torch.no_grad():
             torch.testing.assert_close(base.lm_head(hidden(base.model)), logits(base.model), atol=1e-4, rtol=1e-4)
+
+    def test_a_prediction_head_before_the_output_layer(
+        self, written: Callable[..., Path], load: Any, save_trained: Callable[..., str], tmp_path: Path
+    ) -> None:
+        """ModernBERT's decoder: dense, activation and norm of each state. Its classifier holds no linear head."""
+        folder = written("modernbert-decoder", global_attn_every_n_layers=2)
+        base = load(folder)
+        assert isinstance(base.lm_head, LogitsHead) and base.lm_head.out_features == COMMON["vocab_size"]
+        with torch.no_grad():
+            torch.testing.assert_close(base.lm_head(hidden(base.model)), logits(base.model), atol=1e-5, rtol=1e-5)
+            bare = base.lm_head.output_layer(hidden(base.model))
+            assert (bare - logits(base.model)).abs().max() > 0.1
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(base.model.config)
+        assert logits_head(shape, trunk(shape)).transform is shape.lm_head
+        save_trained(folder, tmp_path / "policy")
+        assert merge_run(tmp_path / "policy").is_dir()
+        save_trained(folder, tmp_path / "reward", head=torch.linspace(-1, 1, 32)[None])
+        with pytest.raises(
+            ArtifactError, match=r"no sequence-classification class for model type modernbert-decoder.*reward run"
+        ):
+            merge_run(tmp_path / "reward")
 
     def test_a_trunk_under_another_name(self, written: Callable[..., Path], load: Any) -> None:
         base = load(written("llama4_text"))

@@ -124,3 +124,12 @@ def test_a_remembered_result_is_that_of_torch() -> None:
             for default in (torch.bfloat16, torch.float32):
                 torch.set_default_dtype(default)
                 assert torch.empty(3, device="meta").dtype is default
+
+
+def test_rows_that_are_split_by_counts_go_to_all_parts_alike() -> None:
+    """JetMoE reads how many rows each expert has, which nobody knows here, and splits by that: `plan` ended in torch's error."""
+    with MetaMemoryTracker("cpu"):
+        rows = meta(10, 3)
+        counts = torch.zeros(4, dtype=torch.int64, device="meta").tolist()
+        assert [tuple(part.shape) for part in rows.split(counts, dim=0)] == [(3, 3), (3, 3), (2, 3), (2, 3)]
+        assert [tuple(part.shape) for part in rows.split([4, 6], dim=0)] == [(4, 3), (6, 3)]

@@ -6,11 +6,13 @@ The learner's part of ppo_step_real_lengths.py in one process: 64 prompts and re
 128), one PPO epoch of one minibatch, microbatches of 16 rows, policy and value model with LoRA r 8 on q and v, a random Llama of
 5.8 million parameters, float32. `packed` is the layout of now, `contiguous` that of defaults_version 3, `padded` that of 2, which
 is the code of then, bit for bit (tests/integration/test_old_files.py); `budget` is `packed` with tokens_per_microbatch at 16 rows
-of 150 tokens. Ways take turns; CPU seconds (user and system) of the process come first, since other work disturbs them less.
+of 150 tokens; `compiled` is `packed` with the decoder layers under torch.compile (dynamic shapes), whose first update includes the
+compiler. Ways take turns; CPU seconds (user and system) of the process come first, since other work disturbs them less.
 
 `floor` is what the matrix products of the update take by themselves: those that no layout can do without (of real tokens; of the
 last layer, but for keys and values, and of the language-model head those whose states are read; forward, and backward to the
-adapters), each timed here with tensors of its shape.
+adapters), each timed here with tensors of its shape. `share of` says what one more packed update spends its time on, as torch's
+profiler sees it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import torch
 from _common import data_folder, emit, interleaved, parser, report, spread
 from ppo_step_real_lengths import NEW_TOKENS, PROMPTS, ROWS, SIZES, VOCABULARY, alpaca_lengths, make_models
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from rlhf_ray.batches import Experience, Rollout
 from rlhf_ray.config import PPOConfig
@@ -47,7 +50,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "contiguous": {"defaults_version": 3},
     "packed": {},
     "budget": {"tokens_per_microbatch": ROWS * 150},
+    "compiled": {},
 }
+KINDS = {"matrix products": r"aten::(add)?b?mm", "attention": r"aten::_scaled_dot_product"}
 
 
 def reply_lengths() -> list[int]:
@@ -148,6 +153,23 @@ def seconds_of(rows: int, n_in: int, n_out: int, repeats: int = 7) -> float:
     return statistics.median(times)
 
 
+def compile_layers(one: Learner) -> None:
+    for part in one.models.modules():
+        if type(part).__name__.endswith("DecoderLayer"):
+            part.compile(dynamic=True)
+
+
+def kinds(work: Callable[[], None]) -> dict[str, float]:
+    """Shares of the operations' own time."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        work()
+    spent: Counter[str] = Counter()
+    for event in seen.key_averages():
+        kind = next((kind for kind, pattern in KINDS.items() if re.match(pattern, event.key)), "all else")
+        spent[kind] += event.self_cpu_time_total
+    return {kind: time / sum(spent.values()) for kind, time in spent.items()}
+
+
 def main() -> None:
     args = parser(__doc__, repeats=3, threads=1).parse_args()
     torch.set_num_threads(args.threads)
@@ -174,7 +196,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         make_models(Path(scratch), "5.8m")
         learners = {way: learner(Path(scratch), args.threads, **fields) for way, fields in WAYS.items()}
+        compile_layers(learners["compiled"])
         timings = interleaved({way: step(way, one) for way, one in learners.items()}, args.repeats)
+        spent = kinds(step("packed", learners["packed"]))
+        updates["packed"].pop()
     lengths, one = sampled.attention_mask.sum(dim=1), learners["packed"]
     (minibatch,) = one._minibatches(1, 0, PROMPTS)
     least = floor(sampled, [micro.index for micro in one._microbatches(minibatch, lengths[minibatch])])
@@ -182,6 +207,8 @@ def main() -> None:
     passes = [padded._sequences(sampled, micro) for micro in padded._microbatches(minibatch, lengths)]
     shares["padded"] = real / sum(seq.computed_tokens for seq in passes)
     measured: dict[str, Any] = {"floor/wall_seconds": spread([least])}
+    measured |= {f"share of {kind}": spread([share]) for kind, share in spent.items()}
+    measured["compiled/first_update_seconds"] = spread(updates["compiled"][:1])
     for way in WAYS:
         measured[f"{way}/cpu_seconds"] = spread([t.cpu for t in timings[way]])
         measured[f"{way}/wall_seconds"] = spread([t.wall for t in timings[way]])

@@ -875,6 +875,7 @@ def update_layouts() -> list[str]:
         "contiguous": "prompt and reply side by side, sorted by length (3)",
         "packed": "all rows of a pass as one (now)",
         "budget": "the same, `tokens_per_microbatch: 2400`",
+        "compiled": "all rows as one, decoder layers under `torch.compile`",
     }
     rows = [
         [
@@ -885,7 +886,17 @@ def update_layouts() -> list[str]:
         ]
         for way, name in names.items()
     ]
-    return table("rows of a forward pass | update, s | times the matrix products | share of real tokens", rows)
+    shares = [f"{kind} {mid(m[f'share of {kind}'])}" for kind in ("matrix products", "attention", "all else")]
+    told = (
+        f"Of an evaluation and an update, packed: {', '.join(shares)}. The compiler makes the first update take "
+        f"{mid(m['compiled/first_update_seconds'])} s, so PPO has no field for it; SFT, reward and DPO jobs have Trainer's "
+        "(`trainer.torch_compile`, `trainer.use_liger_kernel` on CUDA, which nobody has tried here)."
+    )
+    return [
+        *table("rows of a forward pass | update, s | times the matrix products | share of real tokens", rows),
+        "",
+        told,
+    ]
 
 
 def is_measured(name: str) -> bool:

@@ -131,14 +131,23 @@ def logits_head(model: nn.Module, trunk: nn.Module) -> nn.Module:
 
 
 def _prediction_head(model: nn.Module, trunk: nn.Module, layer: nn.Module) -> nn.Module | None:
-    """What may stand between trunk and output layer: the one module with weights beside the latter. None if there are others."""
+    """What may stand between trunk and output layer: the one module beside the latter that makes of a state what it reads."""
     body = set(trunk.modules())
     parent = next(
         (part for part in model.modules() if part not in body and any(c is layer for c in part.children())), None
     )
     beside = [] if parent is None else [c for c in parent.children() if c is not layer and body.isdisjoint(c.modules())]
     found = [child for child in beside if next(child.parameters(), None) is not None]
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    like = next(found[0].parameters())
+    width = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
+    try:
+        made = found[0](like.new_zeros(1, 1, width))
+    except Exception:  # a module of another kind: a tower, a projector, a head for images
+        return None
+    fits = isinstance(made, Tensor) and tuple(made.shape) == (1, 1, getattr(layer, "in_features", width))
+    return found[0] if fits else None
 
 
 def _scale(logits: Tensor, plain: Tensor, cap: float | None) -> float:

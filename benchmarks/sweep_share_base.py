@@ -1,8 +1,11 @@
 """Trials on one base (sweep.share_base) against as many processes, and against one trial after the other.
 
     python benchmarks/sweep_share_base.py --output
+    python benchmarks/sweep_share_base.py --model runs/smollm2/base --replies 8 --steps 2 --trials 1 4 8 \\
+        --without "with Ray" "in turn" --output
 
-Each case runs the same trials: stories260K, the VADER reward, learning rates and seeds that differ.
+Each case runs the same trials: stories260K (or SmolLM2-135M, a folder that `rlhf-ray import gguf` made), the VADER reward, learning
+rates and seeds that differ.
 
     shared        one `rlhf-ray sweep` with share_base and learner.num_workers 0: one process for all trials, without Ray
     with Ray      the same with num_workers 1: a Ray, and one process for all trials
@@ -40,7 +43,7 @@ from rlhf_ray.storage.run import load_run
 from rlhf_ray.sweep.trials import Trial, job_of, planned
 
 SHARED = ("shared", "with Ray")
-REPLIES = 32
+SMALL, LARGE = "stories260K, 260,032 parameters, float32, CPU", "SmolLM2-135M-Instruct, float32, CPU"
 TICKS = os.sysconf("SC_CLK_TCK")
 LOOK_S = 1.0
 """Adding up the pages of a large process takes the kernel a while, which the case must not notice."""
@@ -112,13 +115,18 @@ def command(stage: str, path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "rlhf_ray.cli", stage, str(path)], stderr=subprocess.DEVNULL)
 
 
-def sweep_config(data: Path, folder: Path, trials: int, steps: int, share: bool, workers: int = 1) -> SweepConfig:
-    fields = job(folder, data, 0, steps, 1).model_dump(mode="json", exclude_unset=True)
+def sweep_config(
+    data: Path, folder: Path, trials: int, arguments: argparse.Namespace, share: bool, workers: int = 1
+) -> SweepConfig:
+    fields = job(folder, data, 0, arguments.steps, 1).model_dump(mode="json", exclude_unset=True)
     fields |= {
-        "rollout_batch_size": REPLIES,
+        "rollout_batch_size": arguments.replies,
         "num_mini_batches": 2,
-        "data": {**fields["data"], "eval_max_rows": REPLIES},
+        "data": {**fields["data"], "eval_max_rows": arguments.replies},
     }
+    if arguments.model is not None:
+        fields["model_name_or_path"] = str(arguments.model.resolve())
+        del fields["stop_token_ids"]  # those of the stories
     for name in ("output_dir", "seed", "learner", "learning_rate"):
         del fields[name]
     shared = {name: fields.pop(name) for name in ("model_name_or_path", "template", "report_to", "defaults_version")}
@@ -208,7 +216,7 @@ def run_cases(data: Path, trials: int, arguments: argparse.Namespace, runs: Runs
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         configs = {
-            name: sweep_config(data, folder / name, trials, arguments.steps, name in SHARED, int(name != "shared"))
+            name: sweep_config(data, folder / name, trials, arguments, name in SHARED, int(name != "shared"))
             for name in (*SHARED, "processes", "in turn")
         }
         for name in SHARED:
@@ -243,7 +251,9 @@ def figures(trials: int, at_once: int, runs: Runs) -> dict[str, Any]:
 
 def main() -> None:
     options = parser(__doc__, repeats=1, threads=1)
-    options.add_argument("--steps", type=int, default=6, help=f"PPO steps of {REPLIES} replies (default 6)")
+    options.add_argument("--steps", type=int, default=6, help="PPO steps (default 6)")
+    options.add_argument("--replies", type=int, default=32, help="of a step (default 32)")
+    options.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct; without it stories260K")
     options.add_argument("--trials", type=int, nargs="+", default=[1, 4, 8, 16], help="how many (default 1 4 8 16)")
     options.add_argument("--at-once", type=int, default=8, help="of the processes of one trial each (default 8)")
     options.add_argument("--most-processes", type=int, default=8, help="more trials: the shared case alone (default 8)")
@@ -256,11 +266,12 @@ def main() -> None:
             run_cases(data, trials, arguments, runs)
         found[f"{trials} trials"] = figures(trials, min(trials, arguments.at_once), runs)
     settings = {
-        "model": "stories260K, 260,032 parameters, float32, CPU",
+        "model": SMALL if arguments.model is None else LARGE,
         "steps": arguments.steps,
-        "replies": REPLIES,
+        "replies": arguments.replies,
     }
-    emit(report("sweep_share_base", settings, found, arguments.repeats, arguments.threads), arguments.output)
+    name = "sweep_share_base" + ("" if arguments.model is None else "_135m")
+    emit(report(name, settings, found, arguments.repeats, arguments.threads), arguments.output)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def overlapping() -> str:
     )
 
 
-def sharing() -> str:
-    m = measured("sweep_share_base")
+def sharing(name: str) -> str:
+    m = measured(name)
     most = max((k for k in m if "processes" in m[k]), key=lambda k: int(k.split()[0]))
     return (
         f"{most}: {mid(m[most]['seconds to processes'])} times the seconds and {mid(m[most]['pss_mib to processes'])} times the "
@@ -485,8 +485,14 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
     (
         "Trials of a sweep on one base (`share_base`) against as many commands at once: 32 replies a step, VADER reward",
         STORIES,
-        sharing,
+        lambda: sharing("sweep_share_base"),
         "sweep_share_base",
+    ),
+    (
+        "The same, 8 replies a step",
+        "SmolLM2-135M-Instruct, float32",
+        lambda: sharing("sweep_share_base_135m"),
+        "sweep_share_base_135m",
     ),
     (
         "One PPO job as colocate, split, and split with `max_staleness: 1`",
@@ -1156,22 +1162,25 @@ COMPUTES = ("decode", "evaluation and update")
 
 
 def shared_base() -> list[str]:
+    models = {"sweep_share_base": "stories260K", "sweep_share_base_135m": "SmolLM2-135M"}
+    found = [(model, *case) for name, model in models.items() if is_measured(name) for case in measured(name).items()]
     rows = []
-    for trials, m in measured("sweep_share_base").items():
+    for model, trials, m in found:
         for name in ("shared", "with Ray", "processes", "in turn"):
             if name in m:
                 memory = m[name].get("pss_mib_of_all_at_once", m[name]["pss_mib"])
-                rows.append([trials, name, mid(m[name]["seconds"]), mid(m[name]["cpu_seconds"]), mid(memory)])
-    lines = table("trials | how | seconds | CPU seconds | peak MiB (PSS)", rows)
-    for trials, m in measured("sweep_share_base").items():
+                figures = (mid(m[name]["seconds"]), mid(m[name]["cpu_seconds"]), mid(memory))
+                rows.append([model, trials, name, *figures])
+    lines = table("model | trials | how | seconds | CPU seconds | peak MiB (PSS)", rows)
+    for model, trials, m in found:
         if "equality" in m:
             e = m["equality"]
             same, at_first = mid(e["equal_replies"]), mid(e["equal_replies_of_the_first_step"])
             lines += [
                 "",
-                f"Of {mid(e['replies'])} replies kept of {trials}, a share of {same} is the same, letter for letter, as in"
-                f" processes of their own ({at_first} in the first step): float near-ties. Scores of trials differ by at"
-                f" most {mid(e['largest_difference_of_scores'])}.",
+                f"{model}, {trials}: of {mid(e['replies'])} replies kept a share of {same} is the same, letter for letter, as in"
+                f" processes of their own ({at_first} in the first step); scores differ by at most"
+                f" {mid(e['largest_difference_of_scores'])}.",
             ]
     return lines
 

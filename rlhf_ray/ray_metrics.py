@@ -40,6 +40,11 @@ OTHERS = {
 """name -> (text, tags beside the run's name)"""
 
 
+def metric_tag(text: str) -> str:
+    """`text` as a tag of Ray's metrics, which are ASCII: what is not stands as its escape (été is \\xe9t\\xe9)."""
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
 def on_ray() -> bool:
     """Whether this process is part of a Ray cluster. Imports nothing."""
     ray = sys.modules.get("ray")
@@ -55,7 +60,7 @@ class RunGauges:
         texts: dict[str, tuple[str, tuple[str, ...]]] = {
             name: (text, ()) for name, (_, text) in FIGURES.items()
         } | OTHERS
-        self._run = run
+        self._run = metric_tag(run)
         self._gauges = {n: Gauge(PREFIX + n, text, tag_keys=("run", *tags)) for n, (text, tags) in texts.items()}
 
     def write(self, step: int, row: Mapping[str, float]) -> None:

@@ -14,6 +14,15 @@ from rlhf_ray.storage.files import sha256_text
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+"""Without any of them a folder has no tokenizer."""
 _PAD_NAMES = re.compile(r"(?i)[<\[(|]+(finetune_right_|right_|left_)?pad(_id|ding|_token)?[|\])>]+")
 _RESERVED = re.compile(r"(?i)[<\[|]+(reserved_special_token|reserved|unused|extra_id|extra|special|dummy)_?\d+[|\]>]+")
 
@@ -35,6 +44,13 @@ def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source.folder), trust_remote_code=False)
     except Exception as e:  # a damaged tokenizer.json raises a bare Exception
+        if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ArtifactError.at(
+                str(source.folder),
+                "has no tokenizer",
+                f"one of {', '.join(TOKENIZER_FILES)} beside the weights",
+                fix="save the model's own tokenizer there: tokenizer.save_pretrained(folder)",
+            ) from e
         raise load_error(source, e) from e
     if not getattr(tokenizer, "is_fast", False):
         raise ArtifactError.at(str(source.folder), "no fast tokenizer", "tokenizer.json", type(tokenizer).__name__)

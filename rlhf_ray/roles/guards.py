@@ -28,6 +28,9 @@ CLEAR = 2.0
 """Standard errors between a held-out reward and the best one for it to count as worse."""
 
 
+LOWER_RATE = "lower learning_rate in a new run (another output_dir; a resumed one keeps its own)"
+
+
 class StopTraining(Exception):
     """A guard stops the run. saves: what is in memory is a whole step, worth a checkpoint.  is_limit: of the job's own."""
 
@@ -68,7 +71,7 @@ class Guards:
                     f"{IN_A_ROW} updates in a row had a gradient that is not finite and were left out",
                     "finite gradient norms",
                     figures,
-                    f"lower learning_rate, or {advice}",
+                    f"{LOWER_RATE}, or {advice}",
                 )
             )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_ray.ray_metrics import metric_tag
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 COUNTERS = {
@@ -36,6 +38,10 @@ HISTOGRAMS = {
 }
 
 
+def _ascii(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: metric_tag(value) for name, value in tags.items()}
+
+
 class Metrics:
     """`count`, `set` and `observe` by the names above; an unknown one is a KeyError."""
 
@@ -51,13 +57,13 @@ class Metrics:
 
     def count(self, name: str, value: float = 1, **tags: str) -> None:
         if value > 0:
-            self._counters[name].inc(value, tags=tags)
+            self._counters[name].inc(value, tags=_ascii(tags))
 
     def set(self, name: str, value: float, **tags: str) -> None:
-        self._gauges[name].set(value, tags=tags)
+        self._gauges[name].set(value, tags=_ascii(tags))
 
     def observe(self, name: str, value: float, **tags: str) -> None:
-        self._histograms[name].observe(value, tags=tags)
+        self._histograms[name].observe(value, tags=_ascii(tags))
 
 
 class NoMetrics(Metrics):

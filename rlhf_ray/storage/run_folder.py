@@ -245,7 +245,9 @@ def check_place(output_dir: Path | str, resume: str) -> None:
         raise ConfigError.at("output_dir", f"{where} is a file", "a folder to write the run into")
     if is_run(path):
         if resume != "auto":
-            fix = f"to resume it: {resume_command(where)}"
+            fix = (
+                f"to resume it, with the settings that it has: {resume_command(where)}; for others: another output_dir"
+            )
             raise ConfigError.at("output_dir", f"{where} already holds a run", "a new folder, or resume=auto", fix=fix)
         return
     # Hidden entries are lock files and scratch folders of the job that is being started.

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rlhf_ray.errors import Interrupted, Problem
 from rlhf_ray.maths.rng import derived_seed
 from rlhf_ray.metrics import MetricsWriter
-from rlhf_ray.roles.guards import StopTraining
+from rlhf_ray.roles.guards import LOWER_RATE, StopTraining
 from rlhf_ray.storage.run_folder import resume_command
 from rlhf_ray.supervised import checkpoint
 from rlhf_ray.supervised.state import SupervisedState
@@ -158,7 +158,7 @@ class RunCallback(TrainerCallback):
         metrics = self._measured()
         for name, value in metrics.items():
             if not math.isfinite(value):
-                fix = "lower learning_rate, or look at the base's dtype"
+                fix = f"{LOWER_RATE}, or look at the base's dtype"
                 raise StopTraining(
                     Problem(f"step {self.step}", f"{name} is not finite", "a finite number", str(value), fix)
                 )

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from rlhf_ray.metrics import METRICS, MetricsWriter
-from rlhf_ray.ray_metrics import FIGURES, MEMORY, OTHERS, PHASES, PREFIX, ROLES, on_ray
+from rlhf_ray.ray_metrics import FIGURES, MEMORY, OTHERS, PHASES, PREFIX, ROLES, RunGauges, metric_tag, on_ray
 
 
 def test_every_figure_is_a_metric_that_there_is() -> None:
@@ -28,3 +28,10 @@ def test_the_dashboard_asks_for_figures_that_there_are() -> None:
     panels = json.loads((Path(__file__).parents[2] / "cluster" / "grafana_training.json").read_text())["panels"]
     asked = {n for p in panels for t in p["targets"] for n in re.findall(rf"ray_{PREFIX}(\w+)", t["expr"])}
     assert asked <= FIGURES.keys() | OTHERS.keys() and len(panels) >= 8
+
+
+def test_names_of_any_script_become_tags() -> None:
+    """Ray's metrics take ASCII alone: a run whose folder is called été ended in a UnicodeEncodeError at its first figure."""
+    assert metric_tag("run 1") == "run 1" and metric_tag("été") == r"\xe9t\xe9"
+    gauges = RunGauges("été")
+    gauges.write(1, {"loss": 0.5, "time/update": 0.1})

@@ -93,7 +93,7 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ("55 unwritable", ("ppo", "job.yaml", "output_dir=/proc/rlhf/run"), 2, "output_dir: cannot write to /proc/rlhf/run: "),
     ("55 a run", ("ppo", "job.yaml", "output_dir=started"), 2,
      "output_dir: started already holds a run; expected a new folder, or resume=auto; "
-     "fix: to resume it: rlhf-ray resume started"),
+     "fix: to resume it, with the settings that it has: rlhf-ray resume started; for others: another output_dir"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,3 +146,14 @@ def test_a_folder_without_tokenizer(tiny_llama: Callable[..., Path], tmp_path: P
     with pytest.raises(ArtifactError) as e:
         load_tokenizer(str(tmp_path))
     assert len(e.value.lines()) == 1 and e.value.exit_code == 5
+
+
+def test_a_folder_without_a_tokenizer_is_told_so(tiny_llama: Any, tmp_path: Path) -> None:
+    """transformers only lists what it cannot make one of."""
+    folder = Path(shutil.copytree(tiny_llama(), tmp_path / "model"))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(
+        ArtifactError, match=r"model: has no tokenizer; expected one of tokenizer.json, .*; fix: save the model's own"
+    ):
+        load_tokenizer(str(folder))

@@ -8,8 +8,8 @@ linear layers with r 16 and pay 0.05 for a nat of k1. A run has EPISODES episode
 of the CPU (no start, no imports; other work on the machine disturbs that less than wall time) until the mean score of the last
 WINDOW replies has risen by RISE over the SFT model's; a run that never gets there counts as endless. Runs of the sides alternate.
 
-Configurations: ours the demo's own, with a value model apart or a head on the policy's adapter, and the critic-free estimators;
-TRL's epochs, batch sizes and learning rates (its optimizer takes one step an epoch, whatever num_mini_batches says, since gradient
+Configurations: ours the demo's own, with a value model apart or a head on the policy's adapter, and the critic-free estimators, with
+steps of 128 replies or fewer; TRL's epochs, batch sizes and learning rates (its optimizer takes one step an epoch, whatever num_mini_batches says, since gradient
 accumulation spans the batch). Each is tried with the seeds of --pick; the quickest in the median runs against the other side's
 with --seeds, which it was not picked by. KL at the goal is told: a reward can be bought with it.
 
@@ -49,6 +49,13 @@ RISE = 1.0
 """Of the mean score; the scores of the SFT model's replies have a standard deviation of 1.06."""
 BATCH = {"rollout_batch_size": 128, "num_mini_batches": 4, "num_ppo_epochs": 2, "per_device_train_batch_size": 32}
 GROUPS = {"num_generations": 4}
+
+
+def of(replies: int) -> dict[str, int]:
+    """A step of fewer replies, minibatches as large as before."""
+    return {"rollout_batch_size": replies, "num_mini_batches": replies // 32}
+
+
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "value model, lr 1e-3": ("own", {**BATCH, "learning_rate": 1e-3}),
     "value model, lr 3e-3": ("own", {**BATCH, "learning_rate": 3e-3}),
@@ -57,6 +64,19 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "rloo, lr 1e-3": ("none", {**BATCH, **GROUPS, "advantage_estimator": "rloo", "learning_rate": 1e-3}),
     "rloo, lr 3e-3": ("none", {**BATCH, **GROUPS, "advantage_estimator": "rloo", "learning_rate": 3e-3}),
     "grpo, lr 3e-3": ("none", {**BATCH, **GROUPS, "advantage_estimator": "grpo", "learning_rate": 3e-3}),
+    "rloo of 64, lr 3e-3": (
+        "none",
+        {**BATCH, **GROUPS, **of(64), "advantage_estimator": "rloo", "learning_rate": 3e-3},
+    ),
+    "rloo of 32, lr 3e-3": (
+        "none",
+        {**BATCH, **GROUPS, **of(32), "advantage_estimator": "rloo", "learning_rate": 3e-3},
+    ),
+    "grpo of 32, lr 3e-3": (
+        "none",
+        {**BATCH, **GROUPS, **of(32), "advantage_estimator": "grpo", "learning_rate": 3e-3},
+    ),
+    "value head on the policy, of 32, lr 3e-3": ("shared", {**BATCH, **of(32), "learning_rate": 3e-3}),
 }
 TRL: dict[str, dict[str, Any]] = {
     f"{epochs} epochs of {prompts}, lr {rate:g}": {"epochs": epochs, "prompts": prompts, "learning_rate": rate}

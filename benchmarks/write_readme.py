@@ -519,7 +519,7 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
         "ppo_step_real_lengths_135m",
     ),
     (
-        "Time to the same reward, each side in the best of its configurations tried (7 of ours, 8 of TRL's), 5,120 episodes",
+        "Time to the same reward, each side in the best of its configurations tried (11 of ours, 8 of TRL's), 5,120 episodes",
         TINY,
         to_reward,
         "ppo_to_reward",

@@ -8,10 +8,10 @@ linear layers with r 16 and pay 0.05 for a nat of k1. A run has EPISODES episode
 of the CPU (no start, no imports; other work on the machine disturbs that less than wall time) until the mean score of the last
 WINDOW replies has risen by RISE over the SFT model's; a run that never gets there counts as endless. Runs of the sides alternate.
 
-Configurations: ours the demo's own, with a value model apart or a head on the policy's adapter, and the critic-free estimators, with
+Configurations: ours the demo's own, with a value model apart or a head on the policy's adapter, and the critic-free estimators, in
 steps of 128 replies or fewer; TRL's epochs, batch sizes and learning rates (its optimizer takes one step an epoch, whatever
 num_mini_batches says, since gradient accumulation spans the batch). Each is tried with the seeds of --pick; the quickest in the
-median runs against the other side's with --seeds, which it was not picked by. KL at the goal is told: a reward can be bought with it.
+median runs against the other side's with --seeds, which it was not picked by. KL at the goal is told: it can buy a reward.
 
 It takes about an hour and may take several sittings: each finished run is a row of results/ppo_to_reward.jsonl, and is not done
 again; delete the file to begin anew.

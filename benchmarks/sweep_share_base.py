@@ -2,7 +2,7 @@
 
     python benchmarks/sweep_share_base.py --output
     python benchmarks/sweep_share_base.py --model runs/smollm2/base --replies 8 --steps 2 --trials 1 4 8 \\
-        --without "with Ray" "in turn" --output
+        --shared-threads 2 --without "with Ray" "in turn" --output
 
 Each case runs the same trials: stories260K (or SmolLM2-135M, a folder that `rlhf-ray import gguf` made), the VADER reward, learning
 rates and seeds that differ.
@@ -134,7 +134,7 @@ def sweep_config(
     return SweepConfig(
         output_dir=str(folder),
         **shared,
-        learner={"num_threads": 1, "num_workers": workers},
+        learner={"num_threads": arguments.shared_threads if share else 1, "num_workers": workers},
         ppo=fields,
         space={"learning_rate": rates},
         seeds=tuple(range(max(trials // 4, 1))),
@@ -254,6 +254,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=6, help="PPO steps (default 6)")
     options.add_argument("--replies", type=int, default=32, help="of a step (default 32)")
     options.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct; without it stories260K")
+    options.add_argument("--shared-threads", type=int, default=1, help="of trials on one base; processes have one each")
     options.add_argument("--trials", type=int, nargs="+", default=[1, 4, 8, 16], help="how many (default 1 4 8 16)")
     options.add_argument("--at-once", type=int, default=8, help="of the processes of one trial each (default 8)")
     options.add_argument("--most-processes", type=int, default=8, help="more trials: the shared case alone (default 8)")
@@ -269,6 +270,7 @@ def main() -> None:
         "model": SMALL if arguments.model is None else LARGE,
         "steps": arguments.steps,
         "replies": arguments.replies,
+        "threads_of_shared": arguments.shared_threads,
     }
     name = "sweep_share_base" + ("" if arguments.model is None else "_135m")
     emit(report(name, settings, found, arguments.repeats, arguments.threads), arguments.output)

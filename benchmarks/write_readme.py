@@ -1164,13 +1164,23 @@ COMPUTES = ("decode", "evaluation and update")
 def shared_base() -> list[str]:
     models = {"sweep_share_base": "stories260K", "sweep_share_base_135m": "SmolLM2-135M"}
     found = [(model, *case) for name, model in models.items() if is_measured(name) for case in measured(name).items()]
+    threads = {
+        model: result(name)["settings"].get("threads_of_shared", 1)
+        for name, model in models.items()
+        if is_measured(name)
+    }
     rows = []
     for model, trials, m in found:
         for name in ("shared", "with Ray", "processes", "in turn"):
             if name in m:
                 memory = m[name].get("pss_mib_of_all_at_once", m[name]["pss_mib"])
                 figures = (mid(m[name]["seconds"]), mid(m[name]["cpu_seconds"]), mid(memory))
-                rows.append([model, trials, name, *figures])
+                how = (
+                    f"{name}, {threads[model]} threads"
+                    if name in ("shared", "with Ray") and threads[model] > 1
+                    else name
+                )
+                rows.append([model, trials, how, *figures])
     lines = table("model | trials | how | seconds | CPU seconds | peak MiB (PSS)", rows)
     for model, trials, m in found:
         if "equality" in m:

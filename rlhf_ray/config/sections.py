@@ -130,7 +130,8 @@ class DataConfig(Section):
     train: Sources = field(
         ...,
         "files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
-        " data set ids, or folders: all their files of data.split, or as a README.md of a Hub data set says",
+        " data set ids, or folders: all their files of data.split, or as a README.md of a Hub data set says, or what save_to_disk"
+        " of datasets wrote",
         min_length=1,
     )
     weights: Annotated[tuple[Positive, ...], BeforeValidator(_to_tuple)] | None = field(

@@ -143,9 +143,9 @@ def files_of(source: DataSource, split: str, config: str | None = None) -> tuple
     other source itself.
 
     A file belongs to the split that its name, or the folder it is in, names with a word of SPLITS, and to `train` if it names none.
-    Folders that are laid out like a Hub data set (a README.md that tells its `configs`, data/train-*), and what only that library
-    understands (config, other splits, slices), are one source, which it reads.   Raises DataError: no file of the split, one and
-    the same name with two suffixes, or as `find`."""
+    Folders that are laid out like a Hub data set (a README.md that tells its `configs`, data/train-*), those that its library has
+    saved, and what only that library understands (config, other splits, slices), are one source, which it reads.
+    Raises DataError: no file of the split, one and the same name with two suffixes, or as `find`."""
     folder = Path(source.path)
     if source.kind != "hub" or not folder.is_dir() or config is not None or split not in SPLITS or _is_hub_set(folder):
         return [source], []
@@ -179,6 +179,12 @@ def _is_hub_set(folder: Path) -> bool:
             return True
     shards = (shard for words in SPLITS.values() for word in words for shard in folder.glob(f"data/{word}-*"))
     return any((folder / name).is_file() for name in _HUB_FILES) or any(shards)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of the `datasets` library wrote a folder: a DatasetDict, or one Dataset."""
+    of_one = ("state.json", "dataset_info.json")
+    return (folder / "dataset_dict.json").is_file() or all((folder / name).is_file() for name in of_one)
 
 
 def _split_of(name: Path) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhf_ray.data.lines import TRUNCATED, BadRow, RawRow, decode, lines, refuse_utf16, too_big
-from rlhf_ray.data.sources import nearest
+from rlhf_ray.data.sources import is_saved, nearest
 from rlhf_ray.errors import DataError
 
 
@@ -104,7 +106,7 @@ def _size(value: Any) -> int:
 def read_hub(
     name: str, split: str, max_row_bytes: int, config: str | None = None, streaming: bool = False
 ) -> Iterator[RawRow]:
-    """(id:row n, row) of one split of a Hub data set, or of a folder laid out like one, through the `datasets` library.
+    """(id:row n, row) of one split of a Hub data set, or of a folder laid out like one or saved, through the `datasets` library.
 
     config: which of several configurations (subsets) of the data set.   streaming: fetch rows as they are asked for.
 
@@ -114,9 +116,17 @@ def read_hub(
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    failures = (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError)
+    failures = (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError, KeyError)
+    folder = Path(os.path.expanduser(name))
+    if is_saved(folder) and config is not None:
+        raise DataError.at(
+            name, "has no configurations: save_to_disk wrote it", got=f"data.name {config}", fix="drop data.name"
+        )
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        if is_saved(folder):
+            rows = _saved(folder, split, streaming)
+        else:
+            rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except DatasetNotFoundError as error:
         fix = "hf auth login, once access is granted on its page" if "gated" in str(error) else nearest(name)
         raise DataError.at(name, "no such file, and no such data set on the Hub", fix=fix) from error
@@ -136,6 +146,20 @@ def read_hub(
             yield f"{name}:row {number}", _unless_too_big(dict(row), max_row_bytes)
     except failures as error:  # while streaming, or a damaged cache
         raise DataError.at(f"{name}:row {number + 1}", f"cannot be read: {_whole(error)}") from error
+
+
+def _saved(folder: Path, split: str, streaming: bool) -> Any:
+    """One split, or slices of splits, of what save_to_disk wrote: `load_dataset` would read the caches of a later map or filter
+    that lie beside the rows as rows. One Dataset has no splits, so it is `train`, the default, or what it was a split of."""
+    import datasets
+
+    found = datasets.load_from_disk(str(folder))
+    is_one = isinstance(found, datasets.Dataset)
+    named = {"train": found, str(found.split or "train"): found} if is_one else dict(found)
+    wanted = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in named.items()})
+    parts = [named[part.splitname].select(range(part.from_, part.to)) for part in wanted]
+    rows = datasets.concatenate_datasets(parts).with_format(None)  # tensors, if it was saved with a format of them
+    return rows.to_iterable_dataset() if streaming else rows
 
 
 def sha256_rows(rows: Iterable[dict[str, Any]]) -> str:

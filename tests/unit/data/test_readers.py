@@ -288,6 +288,40 @@ def test_folders_that_cannot_be_read_whole_say_so(folder: Path, write: Callable[
         read_rows(DataConfig(train=("set",), streaming=True, max_rows=1), "sft")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_datasets_saved_is_read_without_the_caches_beside_it(folder: Path, streaming: bool) -> None:
+    """A later map writes cache-*.arrow into the folder, and these were read as rows: 2 became 4. One Dataset was refused."""
+    import datasets
+
+    first, second = (datasets.Dataset.from_list(_told(*answers)) for answers in ("ab", "cde"))
+    datasets.DatasetDict(train=first, test=second).save_to_disk("both")
+    second.with_format("numpy").save_to_disk("one")
+    for part in (*datasets.load_from_disk("both").values(), datasets.load_from_disk("one")):
+        part.map(lambda row: {"prompt": row["prompt"] + "!"})
+    assert len(list(folder.glob("both/train/*.arrow"))) == len(list(folder.glob("one/*.arrow"))) == 2
+
+    def answers(folder: str, **data: Any) -> str:
+        config = DataConfig(train=(folder,), streaming=streaming, max_rows=50, **data)
+        return "".join(row.completion or "" for row in read_rows(config, "sft").rows)
+
+    whole = [answers("both"), answers("both", split="test"), answers("both/test"), answers("one")]
+    assert whole == ["ab", "cde", "cde", "cde"]
+    assert (answers("both", split="train[1:]+test"), answers("one", split="train[:1]")) == ("bcde", "c")
+    for name, split, known in (
+        ("both", "dev", "'train', 'test'"),
+        ("both", "validation", "'train', 'test'"),
+        ("one", "test", "'train'"),
+    ):
+        said = rf'^{name}: cannot be loaded: Unknown split "{split}"\. Should be one of \[{known}\]\.; fix: data\.split: one'
+        with pytest.raises(DataError, match=said):
+            answers(name, split=split)
+    with pytest.raises(DataError, match=r"^one: has no configurations: .*; got data\.name main; fix: drop data\.name$"):
+        answers("one", name="main")
+    (folder / "both" / "dataset_dict.json").write_text("{}")
+    with pytest.raises(DataError, match=r"^both: cannot be loaded: "):
+        answers("both")
+
+
 def test_a_script_of_a_data_set_is_not_run_and_told(folder: Path, write: Callable[..., str]) -> None:
     _folder(folder, write, {"set.py": "raise SystemExit", "data/train-0.jsonl": _told("a")})
     with pytest.raises(DataError, match=r"set: cannot be loaded: Dataset scripts are no longer supported"):

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, BinaryIO, Literal
 
 from rlhf_ray.config import DataConfig
+from rlhf_ray.data.columns import Renamed, columns_in, no_format
 from rlhf_ray.data.counts import Tally
 from rlhf_ray.data.formats import (
     FORMATS,
@@ -161,8 +162,8 @@ def _read_file(name: str, config: DataConfig, kind: RowKind, streamed: bool) -> 
     if not streamed or (source.kind == "hub" and first is not None):  # what was fetched is not fetched again
         raw = list(_up_to_its_end(raw, end))
     try:
-        columns = _columns_in(name, _up_to_its_end(raw, end), config.columns)
-        raw = _Renamed(raw, columns) if columns else raw
+        columns = columns_in(name, _up_to_its_end(raw, end), config.columns)
+        raw = Renamed(raw, columns) if columns else raw
         chosen = _choose_format(name, _up_to_its_end(raw, end), config.format, kind)
     except DataError as error:
         faults = _faults(_up_to_its_end(raw, end))
@@ -247,20 +248,6 @@ class _RawRows:
         return islice(_read(self.files, self.config, self.streamed), self.first)
 
 
-@dataclass(frozen=True)
-class _Renamed:
-    """Rows after data.columns."""
-
-    raw: Iterable[RawRow]
-    columns: Mapping[str, str]
-
-    def __iter__(self) -> Iterator[RawRow]:
-        for where, row in self.raw:
-            if not isinstance(row, BadRow):
-                row = {self.columns.get(key, key): value for key, value in row.items()}
-            yield where, row
-
-
 def _up_to_its_end(raw: Iterable[RawRow], problems: list[Problem]) -> Iterator[RawRow]:
     """The rows; `problems` becomes what ended reading before the end of its source, if anything did."""
     try:
@@ -292,26 +279,6 @@ def _read(files: Sequence[DataSource], config: DataConfig, streamed: bool) -> It
             raise DataError.at(file.name, f"cannot be read: {error}") from error
 
 
-def _columns_in(name: str, raw: Iterable[RawRow], columns: Mapping[str, str]) -> Mapping[str, str]:
-    """data.columns, its keys as the rows spell them. Raises DataError if no row has a column of it, or a new name is taken."""
-    if not columns:
-        return {}
-    names = dict.fromkeys(key for _, row in raw if not isinstance(row, BadRow) for key in row)
-    columns = {old if old in names else old.strip(): new for old, new in columns.items()}  # as headers of CSV files are
-    problems = []
-    for old, new in columns.items() if names else ():
-        if list(columns.values()).count(new) > 1:
-            problems.append(Problem(name, f"two columns cannot both be called '{new}' (data.columns)"))
-        if old not in names:
-            problems.append(Problem(name, f"no column '{old}' (data.columns)", got=", ".join(names)))
-        if new in names and new not in columns:
-            problems.append(
-                Problem(name, f"column '{new}' is there already; '{old}' cannot take its name (data.columns)")
-            )
-    DataError.raise_all(problems)
-    return columns
-
-
 def _choose_format(name: str, raw: Iterable[RawRow], wanted: str, kind: RowKind) -> Format:
     """The named format, or the one that most of the first rows have."""
     if wanted != "auto":
@@ -320,16 +287,9 @@ def _choose_format(name: str, raw: Iterable[RawRow], wanted: str, kind: RowKind)
     found = Counter(f.name for row in rows if (f := detect(row, kind)) is not None)
     if found:
         return FORMATS[found.most_common(1)[0][0]]
-    able = [f for f in FORMATS.values() if f.gives(kind)]
-    if not rows:
-        return able[0]  # every row is malformed, and told as such
-    have = list(rows[0])
-    closest = max(able, key=lambda f: sum(1 if name in have else -1 for name in f.fields_of(kind)))
-    missing = [name for name in closest.fields_of(kind) if name not in have]
-    missing = missing or [name for name in closest.optional if name == "prompt" and name not in have]
-    near = f"the closest format is {closest.name}, missing {', '.join(missing)}; " if missing else ""
-    fix = f"{near}data.columns renames fields, data.format names a format"
-    raise DataError.at(name, f"fields {', '.join(have)} fit no {kind} format", fix=fix)
+    if not rows:  # every row is malformed, and told as such
+        return next(f for f in FORMATS.values() if f.gives(kind))
+    raise no_format(name, rows, kind)
 
 
 def _joined(files: Sequence[_FileRows], kind: RowKind) -> RowSet:

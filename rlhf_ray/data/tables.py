@@ -62,6 +62,10 @@ def _csv_lines(name: str, stream: BinaryIO, max_row_bytes: int) -> Iterator[str]
 
 def _csv_header(where: str, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
+    if len(names) == 1 and any(delimiter in names[0] for delimiter in ";\t"):
+        raise DataError.at(
+            where, "the header is one column", "columns separated by commas", names[0].replace("\t", "\\t")
+        )
     for name in names:
         if not name or names.count(name) > 1:
             what = f"duplicate column '{name}'" if name else "column without a name"

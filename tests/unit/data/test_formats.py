@@ -282,6 +282,27 @@ def test_unknown_fields_name_the_closest_format(read: Read) -> None:
     assert "preference, missing rejected" in line
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "expected", "fix"),
+    [
+        ("sft", {"question": "p", "answer": "a", "n": "3"}, "instruction, output),", "{question: instruction, answer: output}, if"),
+        ("sft", {"in: put": "p", "yes": "a"}, "prompt, completion),", "{'in: put': instruction, 'yes': output}, if"),
+        ("sft", {"question": "p", "answer": "a", "source": "s"}, "messages), (", " renames fields,"),
+        ("preference", {"q": "p", "a": "x", "b": "y"}, "user_input, completion_a,", "{q: prompt, a: chosen, b: rejected}, if"),
+        ("prompt", {"question": "p", "id": 1}, "user_input), (instruction),", "{question: prompt}, if"),
+    ],
+)  # fmt: skip
+def test_fields_of_no_format_name_those_there_are(read: Read, kind: str, row: Any, expected: str, fix: str) -> None:
+    """It said that sharegpt was closest, of which the rows had no field."""
+    with pytest.raises(DataError) as caught:
+        read([row, row], kind)
+    (line,) = caught.value.lines()
+    start, _, rest = line.partition("; expected one of (")
+    assert start == f"error: rows.jsonl: fields {', '.join(row)} fit no {kind} format"
+    assert expected in rest.partition("; fix: ")[0] and "closest" not in line
+    assert rest.partition("; fix: data.columns")[2].removeprefix("=").startswith(fix)
+
+
 def test_columns_rename_fields(read: Read) -> None:
     columns = {"question": "instruction", "answer": "output"}
     (row,) = read([{"question": "Name a bird.", "answer": "Wren.", "level": 3}], "sft", columns=columns).rows

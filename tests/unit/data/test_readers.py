@@ -107,6 +107,8 @@ FAULTS: list[tuple[str, str | bytes, str]] = [
     ("a.json", b'[\n{"text": "\xe9"}]', "a.json:2: byte 0xe9 is not UTF-8"),
     ("a.csv", "text,text\nx,y\n", "a.csv:1: duplicate column 'text' in the header"),
     ("a.csv", "text,\nx,y\n", "a.csv:1: column without a name in the header"),
+    ("a.csv", "q;a\nx;y, z\n", "a.csv:1: the header is one column; expected columns separated by commas; got q;a"),
+    ("a.csv", "q\ta\nx\ty\n", "a.csv:1: the header is one column; expected columns separated by commas; got q\\ta"),
     ("a.csv", "text\nx,y\n", "a.csv:2: 2 cells, but the header has 1 columns"),
     ("a.csv", 'text\n"x\n\n', 'a.csv:2: invalid CSV: unexpected end of data; file looks truncated'),
     ("a.csv", 'text\n"x"y\n', "a.csv:2: invalid CSV: ',' expected after '\"'"),

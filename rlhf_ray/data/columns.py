@@ -40,6 +40,10 @@ def columns_in(name: str, raw: Iterable[RawRow], columns: Mapping[str, str]) -> 
         return {}
     names = dict.fromkeys(key for _, row in raw if not isinstance(row, BadRow) for key in row)
     columns = {old if old in names else old.strip(): new for old, new in columns.items()}  # as headers of CSV files are
+    if turned := _turned(columns, names):
+        what = "data.columns is written the other way round"
+        got = as_job(columns).removeprefix("data.columns=")
+        raise DataError.at(name, what, "{name in the file: name in the format}", got, as_job(turned))
     problems = []
     for old, new in columns.items() if names else ():
         if list(columns.values()).count(new) > 1:
@@ -52,6 +56,18 @@ def columns_in(name: str, raw: Iterable[RawRow], columns: Mapping[str, str]) -> 
             )
     DataError.raise_all(problems)
     return columns
+
+
+def _turned(columns: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """data.columns as it was meant, if entries of it were written as format: file; else nothing.
+
+    A key that the file lacks may also be misspelt, where it would take the name of a column that a format reads."""
+    known = {field for f in FORMATS.values() for field in (*f.fields, *f.pair_fields, *f.optional)}
+    other = {
+        old for old, new in columns.items() if old not in names and new in names and (old in known or new not in known)
+    }
+    turned = {new if old in other else old: old if old in other else new for old, new in columns.items()}
+    return turned if other and len(turned) == len(columns) else {}
 
 
 def as_job(columns: Mapping[str, str]) -> str:

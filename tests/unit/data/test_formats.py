@@ -327,6 +327,11 @@ def test_columns_rename_fields(read: Read) -> None:
     ("columns", "message"),
     [
         ({"qestion": "instruction"}, "no column 'qestion' (data.columns); got question, output"),
+        ({"qestion": "output"}, "no column 'qestion' (data.columns); got question, output"),
+        (
+            {"instruction": "question", "input": "question"},
+            "two columns cannot both be called 'question' (data.columns)",
+        ),
         ({"question": "output"}, "column 'output' is there already; 'question' cannot take its name (data.columns)"),
         ({"question": "x", "output": "x"}, "two columns cannot both be called 'x' (data.columns)"),
     ],
@@ -335,6 +340,25 @@ def test_columns_that_cannot_be_renamed(read: Read, columns: dict[str, str], mes
     with pytest.raises(DataError) as caught:
         read([{"question": "p", "output": "a"}], "sft", columns=columns)
     assert caught.value.lines()[0] == f"error: rows.jsonl: {message}"
+
+
+@pytest.mark.parametrize(
+    ("columns", "turned"),
+    [
+        ({"instruction": "question", "output": "answer"}, "{question: instruction, answer: output}"),
+        ({"instruction": "question", "answer": "output"}, "{question: instruction, answer: output}"),
+        ({"gold": "answer"}, "{answer: gold}"),
+    ],
+)
+def test_columns_that_are_written_the_other_way_round(read: Read, columns: dict[str, str], turned: str) -> None:
+    """Two problems for each entry, none of which said it."""
+    with pytest.raises(DataError) as caught:
+        read([{"question": "p", "answer": "a"}], "sft", columns=columns)
+    (line,) = caught.value.lines()
+    assert line.startswith(
+        "error: rows.jsonl: data.columns is written the other way round; expected {name in the file: name in the format}; got {"
+    )
+    assert line.endswith(f"; fix: data.columns={turned}")
 
 
 def test_prompts_that_repeat_are_dropped_unless_a_further_column_differs(read: Read) -> None:

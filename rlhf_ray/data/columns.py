@@ -77,9 +77,10 @@ def as_job(columns: Mapping[str, str]) -> str:
 
 
 def text_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns that hold a text in each of the rows; a number is none, as which a CSV file has it."""
+    """Columns that hold texts alone, in one of the rows at least; a number is none, as which a CSV file has it."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if all(_is_text(row.get(name)) for row in rows)]
+    values = {name: [row[name] for row in rows if row.get(name) not in (None, "")] for name in names}
+    return [name for name, found in values.items() if found and all(map(_is_text, found))]
 
 
 def _is_text(value: Any) -> bool:

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, BinaryIO, Literal
 
 from rlhf_ray.config import DataConfig
-from rlhf_ray.data.columns import Renamed, columns_in, no_format
+from rlhf_ray.data.columns import Renamed, as_job, columns_in, no_format, text_columns
 from rlhf_ray.data.counts import Tally
 from rlhf_ray.data.formats import (
     FORMATS,
@@ -123,7 +123,7 @@ def read_rows(config: DataConfig, kind: RowKind, part: Literal["train", "eval"] 
         except DataError as error:
             problems += error.problems
     DataError.raise_all(problems)
-    rows = _joined(files, kind)
+    rows = _joined(files, kind, config)
     if not rows.rows:
         counted = "; ".join(str(tally) for tally in (rows.skipped, rows.dropped) if tally.total)
         raise DataError.at(", ".join(file.path for file in rows.files), f"no usable rows: {counted}")
@@ -292,7 +292,7 @@ def _choose_format(name: str, raw: Iterable[RawRow], wanted: str, kind: RowKind)
     raise no_format(name, rows, kind)
 
 
-def _joined(files: Sequence[_FileRows], kind: RowKind) -> RowSet:
+def _joined(files: Sequence[_FileRows], kind: RowKind, config: DataConfig) -> RowSet:
     dropped, skipped = Tally("dropped"), Tally("skipped")
     rows: list[Sequence[Row]] = []
     records: list[DataFile] = []
@@ -305,6 +305,8 @@ def _joined(files: Sequence[_FileRows], kind: RowKind) -> RowSet:
         if kind == "preference" and (warning := _one_sided(file)):
             warnings.append(warning)
         if kind == "sft" and (warning := _numbered_labels(file)):
+            warnings.append(warning)
+        if kind == "sft" and config.format == "auto" and (warning := _plain_text(file, config.columns)):
             warnings.append(warning)
         rows.append(kept)
         records.append(DataFile(file.source.name, file.sha256, file.total, len(kept), file.format.name))
@@ -356,6 +358,20 @@ def _numbered_labels(file: _FileRows) -> str:
     counted = f"0 in {zeros:,} rows and 1 in {ones:,} (first {first})"
     rule = "all of them are learnt; only true and false say whether a reply is"
     return f"{file.source.name}: 'label' is {counted}: {rule}"
+
+
+def _plain_text(file: _FileRows, renamed: Mapping[str, str]) -> str:
+    """A warning if columns of text lie unread beside the text that alone is learnt: one of them may be the reply."""
+    if file.format.name != "text":
+        return ""
+    old = {new: old for old, new in renamed.items()}
+    texts = text_columns([row.columns for row in islice(file.rows, _LOOKED_AT)])
+    beside = [old.get(name, name) for name in texts if file.unread[name]]
+    if not beside:
+        return ""
+    meant = as_job({old.get("text", "text"): "instruction", beside[0]: "output"})
+    rule = f"rows are read as plain text, all of which is learnt; nothing reads {', '.join(beside)}"
+    return f"{file.source.name}: {rule}; fix: {meant} for prompts with replies, data.format=text if this is meant"
 
 
 def _first_rows(rows: RowSet, max_rows: int) -> RowSet:

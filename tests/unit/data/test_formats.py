@@ -93,6 +93,22 @@ def test_text_is_learnt_whole_and_continued_as_a_prompt(read: Read) -> None:
     assert row.key == prompt.key  # the held-out rule sees the same thing in both
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_beside_a_plain_text_that_nothing_reads_are_warned_about(read: Read, streaming: bool) -> None:
+    """Prompts were learnt and their replies were not, and one word in an account said it."""
+    rows = [{"text": "Name a bird.", "target": t, "id": "7", "n": 1, "tools": []} for t in ("Wren.", "Tit.", "")]
+    shared = {"streaming": streaming}
+    assert read(rows, "sft", **shared).warnings == (
+        "rows.jsonl: rows are read as plain text, all of which is learnt; nothing reads target; fix:"
+        " data.columns={text: instruction, target: output} for prompts with replies, data.format=text if this is meant",
+    )
+    bare = [{name: value for name, value in row.items() if name != "target"} for row in rows]
+    assert read(bare, "sft", **shared).warnings == read(rows, "sft", format="text", **shared).warnings == ()
+    assert read(rows, "prompt").warnings == ()
+    other = [{"body": "Name a bird.", "target": "Wren."}]
+    assert "{body: instruction, target: output}" in read(other, "sft", columns={"body": "text"}, **shared).warnings[0]
+
+
 def test_draws_are_dropped_and_counted_but_serve_as_prompts(read: Read) -> None:
     rows = [
         {"instruction": f"{i}?", "input": "", "output_1": "a", "output_2": "b", "preference": p}

@@ -18,6 +18,8 @@ PLAIN: dict[RowKind, tuple[str, ...]] = {
     "prompt": ("prompt",),
 }
 """Fields of the plainest format of each kind."""
+REPLIES = frozenset("answer completion label labels output reply response solution summary target targets".split())
+"""What columns of replies are called by those who have no format in mind; a url or a source beside a text is none."""
 
 
 @dataclass(frozen=True)

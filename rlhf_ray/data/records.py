@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, BinaryIO, Literal
 
 from rlhf_ray.config import DataConfig
-from rlhf_ray.data.columns import Renamed, as_job, columns_in, no_format, text_columns
+from rlhf_ray.data.columns import REPLIES, Renamed, as_job, columns_in, no_format, text_columns
 from rlhf_ray.data.counts import Tally
 from rlhf_ray.data.formats import (
     FORMATS,
@@ -361,12 +361,12 @@ def _numbered_labels(file: _FileRows) -> str:
 
 
 def _plain_text(file: _FileRows, renamed: Mapping[str, str]) -> str:
-    """A warning if columns of text lie unread beside the text that alone is learnt: one of them may be the reply."""
+    """A warning if a column that sounds like replies lies unread beside the text that alone is learnt."""
     if file.format.name != "text":
         return ""
     old = {new: old for old, new in renamed.items()}
     texts = text_columns([row.columns for row in islice(file.rows, _LOOKED_AT)])
-    beside = [old.get(name, name) for name in texts if file.unread[name]]
+    beside = [old.get(name, name) for name in texts if file.unread[name] and name.lower() in REPLIES]
     if not beside:
         return ""
     meant = as_job({old.get("text", "text"): "instruction", beside[0]: "output"})

@@ -323,7 +323,8 @@ def test_required_fields_say_what_they_are(complaints: Callable[..., list[str]])
     assert complaints("ppo", "data: {max_rows: 3}\n") == [
         "error: job.yaml:1: data.train: missing; expected text or list of texts "
         "(files (.json .jsonl .csv .parquet, each also .gz), here or on an object store (s3://bucket/rows.jsonl), or Hugging Face"
-        " data set ids, or folders: all their files of data.split, or as a README.md of a Hub data set says)",
+        " data set ids, or folders: all their files of data.split, or as a README.md of a Hub data set says, or what save_to_disk"
+        " of datasets wrote)",
         "error: job.yaml: output_dir: missing; expected text (the run folder itself)",
         "error: job.yaml: model_name_or_path: missing; expected text "
         "(base model: folder or Hub id of a causal language model)",

@@ -96,7 +96,10 @@ def test_text_is_learnt_whole_and_continued_as_a_prompt(read: Read) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_texts_beside_a_plain_text_that_nothing_reads_are_warned_about(read: Read, streaming: bool) -> None:
     """Prompts were learnt and their replies were not, and one word in an account said it."""
-    rows = [{"text": "Name a bird.", "target": t, "id": "7", "n": 1, "tools": []} for t in ("Wren.", "Tit.", "")]
+    rows = [
+        {"text": "Name a bird.", "target": t, "id": "7", "url": "a.org/b", "n": 1, "tools": []}
+        for t in ("Wren.", "Tit.", "")
+    ]
     shared = {"streaming": streaming}
     assert read(rows, "sft", **shared).warnings == (
         "rows.jsonl: rows are read as plain text, all of which is learnt; nothing reads target; fix:"

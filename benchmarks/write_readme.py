@@ -1169,6 +1169,7 @@ def shared_base() -> list[str]:
         for name, model in models.items()
         if is_measured(name)
     }
+    found = [(model, trials.replace("1 trials", "1 trial"), m) for model, trials, m in found]
     rows = []
     for model, trials, m in found:
         for name in ("shared", "with Ray", "processes", "in turn"):

@@ -122,12 +122,13 @@ def read_hub(
 
     failures = (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError, KeyError)
     folder = Path(os.path.expanduser(name))
-    if is_saved(folder) and config is not None:
+    saved = is_saved(folder)
+    if saved and config is not None:
         raise DataError.at(
             name, "has no configurations: save_to_disk wrote it", got=f"data.name {config}", fix="drop data.name"
         )
     try:
-        if is_saved(folder):
+        if saved:
             rows = _saved(folder, split, streaming)
         else:
             rows = datasets.load_dataset(name, config, split=split, streaming=streaming)

@@ -74,6 +74,10 @@ class PackedAdapter:
         return next(self._tensors()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(self._tensors()).dtype
+
+    @property
     def entries(self) -> int:
         """Ranks of all its layers together."""
         return sum(len(f.down) * self.r for f in self.factors if f is not None)

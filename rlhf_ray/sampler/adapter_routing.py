@@ -75,9 +75,9 @@ class AdapterRouter:
         if self._pool is None:
             self._stacks = None
 
-    def forward(self, adapters: Sequence[str | None], stage: str = "", tokens: int = 1) -> Callable[..., Any]:
+    def forward(self, adapters: Sequence[str | None], stage: str = "") -> Callable[..., Any]:
         """The model as a function for batches whose row i uses adapters[i]; valid while the adapters' weights stay the same, and
-        until the next call for the same `stage`. tokens: of a row.
+        until the next call for the same `stage`.
 
         Raises ConfigError if rows of a DoRA adapter are among rows of others."""
         if self._peft is None:
@@ -87,7 +87,7 @@ class AdapterRouter:
             return partial(_under_one, self._peft, self._forward, first)
         if self.mixes(adapters):
             self._stacks = self._stacks or Stacks(self._peft, self._pool)
-            return self._stacks.forward(adapters, stage, tokens)
+            return self._stacks.forward(adapters, stage)
         self._refuse_dora(adapters)
         return partial(self._forward, adapter_names=[BASE if name is None else name for name in adapters])
 

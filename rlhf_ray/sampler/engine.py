@@ -366,7 +366,7 @@ class Sampler:
             self._reading = Reading.of(self._to_read.popleft(), self._pad_id, self._device, self._caches.prompts())
         reading, whole = self._reading, self._chunk is None or self._caches.recurrent or len(self._reading.ids) > 1
         end = reading.width if whole else min(reading.done + (self._chunk or 0), reading.width)
-        forward = self._router.forward(reading.adapters, "prompts", end - reading.done)
+        forward = self._router.forward(reading.adapters, "prompts")
         mask = None if self._caches.recurrent else reading.positions[:, :end] >= 0
         part = slice(reading.done, end)
         self._logits(forward, reading.ids[:, part], mask, reading.positions[:, part].clamp(min=0), reading.cache)

@@ -1,22 +1,26 @@
-"""Several LoRA adapters in one batch by two matrix products per layer, however many adapters there are.
+"""Several LoRA adapters in one batch by two products per layer, however many adapters there are.
 
-For row i with adapter a(i), every adapted layer adds  s_a B_a A_a x_i.  With the A of all adapters on top of each other and their
-scaled B side by side, this is  B_all (M_i * (A_all x_i)),  where M_i keeps the entries of a(i) and sets the others to 0: the same
-terms. PEFT's own `adapter_names` loops over the adapters in every layer instead. (Stacking: S-LoRA, arXiv:2311.03285, and Punica,
-arXiv:2310.18547, which gather the factors by row in a kernel.) That computes rows x adapters products of which one a row is wanted.
-Where there are so many of both that this costs more, each row gets its own factors side by side: batched products of the same
-terms, in pieces of one rank, so that a row of rank 4 does not cost as much as one of rank 64.
+For row i with adapter a(i), every adapted layer adds  s_a B_a A_a x_i.  PEFT's own `adapter_names` loops over the adapters in every
+layer. Here the A of all adapters of the batch lie on top of each other and their scaled B side by side (factor_pages.py), in one of
+three forms that compute the same terms:
 
-Either form has a buffer for each group of layers of one shape, in pages that adapters of any rank take: a row that comes brings a
-copy for each group and not one for each layer, and what it finds there already costs nothing.
+- On a CPU in float32 each row is multiplied with its own entries of them, where they lie: a product of which only those entries are
+  computed, and a sum of the rows of B that belong to them. (Gathering factors by row: Punica's kernels, arXiv:2310.18547; here by
+  PyTorch's own, `sampled_addmm` and `embedding_bag`.) No other form was quicker there for layers of 64 to 1024, 3 to 64 adapters of
+  ranks 4 to 64, and 1 to 48 tokens a row.
+- Else  B_all (M_i * (A_all x_i)),  where M_i keeps the entries of a(i) and sets the others to 0 (stacking: S-LoRA,
+  arXiv:2311.03285), which computes rows x adapters products of which one a row is wanted;
+- and where there are so many of both that this costs more, each row gets its own factors side by side, in batched products.
 """
 
 from __future__ import annotations
 
+import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,21 +43,16 @@ from rlhf_ray.models.adapter_pool import (
 from rlhf_ray.models.adapters import lora_layers, use_adapter
 from rlhf_ray.models.lora_compute import adapter_precision
 from rlhf_ray.models.zero3 import is_sharded
+from rlhf_ray.sampler.factor_pages import FactorPages, Key
 
-PIECE = 8
-"""Rank of a piece of a row's own factors on a CPU: adapters of rank 4 fill half of one, those of rank 64 have eight."""
-BY_ROW_SPEED = 14
-"""Multiplications of shared factors that take as long as one of a row's own, where a row is one token: the former are products of
-matrices, the latter wait for memory (measured on two AVX-512 cores, layers of 64 to 2048, ranks 4 to 64)."""
 BY_ROW_SHARE = 8
-"""On a GPU: all adapters' ranks together above an eighth of a layer's width cost more than each row's own factors."""
+"""All adapters' ranks together above an eighth of a layer's width cost more than each row's own factors, on a GPU."""
 BY_ROW_BYTES = 1 << 30
 """Copies of factors, one for each row, may take so much memory."""
 PAGE = 4
 """Entries of a page of shared factors: a rank that is no multiple of it has some that are 0."""
-KEPT = 4
-SMALL = 64 << 20
-"""Buffers of more bytes than SMALL are at most KEPT times as large as the adapters of the batch."""
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 
 class Stacks:
@@ -66,27 +65,22 @@ class Stacks:
         source = _PeftAdapters(peft_model) if pool is None else pool
         self.groups = source.groups
         self._get: Callable[[str], PackedAdapter] = source.__getitem__
-        self._forms: dict[
-            str, tuple[_SharedFactors, _RowFactors]
-        ] = {}  # by stage: one would replace what another has placed
+        self._forms: dict[type[_Form], _Form] = {}
 
-    def forward(self, adapters: Sequence[str | None], stage: str = "", tokens: int = 1) -> Callable[..., Any]:
-        """The model as a function for batches whose row i uses adapters[i]; valid until the next call for the same `stage`.
-
-        tokens: of each row, as far as they are known."""
+    def forward(self, adapters: Sequence[str | None], stage: str = "") -> Callable[..., Any]:
+        """The model as a function for batches whose row i uses adapters[i]; valid until the next call for the same `stage`."""
         packed = [self._get(name) for name in adapters if name is not None]
         distinct = list({id(one): one for one in packed}.values())
-        shared, by_row = self._forms.setdefault(
-            stage, (_SharedFactors(self.groups, self._get), _RowFactors(self.groups, self._get))
-        )
-        unit = piece_rank(distinct)
-        if _prefers_rows(self.groups, distinct, packed, tokens, unit):
-            return _Hooked(self._model, by_row.of(adapters, unit))
-        return _Hooked(self._model, shared.of(adapters))
+        kind = form_of(self.groups, distinct, packed)
+        form = self._forms.get(kind)
+        if form is None:
+            form = self._forms[kind] = kind(self.groups, self._get)
+        return _Hooked(self._model, form.of(adapters, stage))
 
     def drop(self, stage: str) -> None:
-        """Let go of the buffers of a stage."""
-        self._forms.pop(stage, None)
+        """Let go of what is kept for a stage."""
+        for form in self._forms.values():
+            form.pages.pop(stage, None)
 
 
 class _PeftAdapters:
@@ -136,117 +130,99 @@ class _Hooked:
             hooks.remove()
 
 
-Key = tuple[str, int]
-"""An adapter's name, and which of its copies."""
-
-
-class _Pages:
-    """Buffers for each group of layers, down [layers, entries, in] and up [layers, entries, out] (scaled), cut into pages of `unit`
-    entries, of which an adapter takes as many as its rank needs, wherever they are (as S-LoRA's unified paging). What is there
-    already is not copied again; those that come take the first pages that no other one in the batch has, so that the pages in use
-    are the first ones."""
-
-    def __init__(self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter], unit: int) -> None:
-        self._groups, self._get, self.unit = groups, get, unit
-        self.buffers: list[tuple[Tensor, Tensor]] = []
-        self._owners: list[Key | None] = []  # by page: whose factors are there, of this batch or of one before
-        self._pages: dict[Key, list[int]] = {}
-
-    def of(self, keys: Sequence[Key]) -> dict[Key, list[int]]:
-        """The pages of each."""
-        packed = {key: self._get(key[0]) for key in keys}
-        counts = {key: -(-one.r // self.unit) for key, one in packed.items()}
-        needed = sum(counts.values())
-        is_wasteful = len(self._owners) > KEPT * needed and sum(b.nbytes for pair in self.buffers for b in pair) > SMALL
-        if needed > len(self._owners) or is_wasteful:
-            self._allocate(needed + needed // 2, next(iter(packed.values())))
-        held = {page for key in keys for page in self._pages.get(key, ())}
-        free = (page for page in range(len(self._owners)) if page not in held)
-        for key in packed:
-            if key not in self._pages:
-                self._take(key, list(islice(free, counts[key])))
-                self._fill(packed[key], self._pages[key])
-        return {key: self._pages[key] for key in keys}
-
-    def clear(self, pages: Iterable[int]) -> None:
-        """Set them to 0, where they are not."""
-        for page in pages:
-            if self._owners[page] is not None:
-                self._take(None, [page])
-                self._zero(page * self.unit, (page + 1) * self.unit)
-
-    def _allocate(self, pages: int, like: PackedAdapter) -> None:
-        some = next(factors for factors in like.factors if factors is not None).down
-        shapes = [(len(g.names), pages * self.unit, g) for g in self._groups]
-        self.buffers = [(some.new_zeros(n, k, g.n_in), some.new_zeros(n, k, g.n_out)) for n, k, g in shapes]
-        self._owners, self._pages = [None] * pages, {}
-
-    def _take(self, key: Key | None, pages: list[int]) -> None:
-        for page in pages:
-            before = self._owners[page]
-            if before is not None and page in self._pages.get(before, ()):
-                del self._pages[before]  # what is in its other pages is of no use
-            self._owners[page] = key
-        if key is not None:
-            self._pages[key] = pages
-
-    def _zero(self, first: int, end: int) -> None:
-        for down, up in self.buffers:
-            down[:, first:end] = 0
-            up[:, first:end] = 0
-
-    def _fill(self, adapter: PackedAdapter, pages: Sequence[int]) -> None:
-        done, unit = 0, self.unit
-        for first, end in _runs(pages):
-            own = slice(done, min(done + (end - first) * unit, adapter.r))
-            there = slice(first * unit, first * unit + own.stop - own.start)
-            is_whole = there.stop == end * unit
-            for (down, up), factors in zip(self.buffers, adapter.factors):
-                if factors is None or factors.which is not None or not is_whole:
-                    down[:, first * unit : end * unit] = 0
-                    up[:, first * unit : end * unit] = 0
-                if factors is not None and factors.which is None:
-                    down[:, there] = factors.down[:, own]
-                    torch.mul(factors.up[:, own], adapter.scale, out=up[:, there])
-                elif factors is not None:
-                    which = list(factors.which or ())
-                    down[which, there] = factors.down[:, own]
-                    up[which, there] = factors.up[:, own] * adapter.scale
-            done = own.stop
-
-
-def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """
-    >>> list(_runs([3, 4, 5, 9]))
-    [(3, 6), (9, 10)]
-    """
-    first = 0
-    for i in range(1, len(pages) + 1):
-        if i == len(pages) or pages[i] != pages[i - 1] + 1:
-            yield pages[first], pages[i - 1] + 1
-            first = i
-
-
-class _SharedFactors:
-    """One stack per group of layers: of the adapters of the batch, and of some that were in it before."""
+class _Form(ABC):
+    """Hooks for batches, one after the other, of adapters that `get` finds. pages: by stage."""
 
     def __init__(self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter]) -> None:
-        self._groups, self._pages = groups, _Pages(groups, get, PAGE)
+        self._groups, self._get = groups, get
+        self.pages: dict[str, Any] = {}
 
-    def of(self, adapters: Sequence[str | None]) -> list[Hook]:
+    @abstractmethod
+    def of(self, adapters: Sequence[str | None], stage: str) -> list[Hook]: ...
+
+
+class _OwnEntries(_Form):
+    """Each row is multiplied with the entries of its own adapter, where they lie among those of the others. All stages share them,
+    so that what the prompt of a row brought is there for its reply. pages: the keys that a stage holds."""
+
+    def __init__(self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter]) -> None:
+        super().__init__(groups, get)
+        self._factors = FactorPages(groups, get, PAGE, unused_are_read=False)
+
+    def of(self, adapters: Sequence[str | None], stage: str) -> list[Hook]:
+        self.pages[stage] = {(name, 0) for name in adapters if name is not None}
+        others = [keys for other, keys in self.pages.items() if other != stage]
+        pages = self._factors.of(sorted(self.pages[stage]), set().union(*others))
+        entries = {
+            name: [entry for page in own for entry in range(page * PAGE, (page + 1) * PAGE)][: self._get(name).r]
+            for (name, _), own in pages.items()
+        }
+        size = self._factors.buffers[0][0].shape[1]
+        rows = _RowEntries([[] if name is None else entries[name] for name in adapters], size)
+        return [
+            (layer, _OwnEntriesDelta(down[i], up[i], rows))
+            for group, (down, up) in zip(self._groups, self._factors.buffers)
+            for i, layer in enumerate(group.layers)
+        ]
+
+
+class _RowEntries:
+    """Which of `size` entries each row of a batch is multiplied with, for inputs of one line a row or of several."""
+
+    def __init__(self, rows: Sequence[list[int]], size: int) -> None:
+        self._rows, self._size = rows, size
+        self._by_lines: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def of(self, lines: int) -> tuple[Tensor, Tensor, Tensor]:
+        """entries: i32[n], of all lines.  starts: i32[rows * lines + 1], where those of a line begin.  The same as a sparse matrix,
+        f32[rows * lines, size], of zeros."""
+        if lines not in self._by_lines:
+            entries = torch.tensor([entry for row in self._rows for entry in row * lines], dtype=torch.int32)
+            counts = (len(row) for row in self._rows for _ in range(lines))
+            starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+            shape = len(starts) - 1, self._size
+            matrix = torch.sparse_csr_tensor(starts, entries, torch.zeros(len(entries)), shape, check_invariants=False)
+            self._by_lines[lines] = entries, starts, matrix
+        return self._by_lines[lines]
+
+
+class _OwnEntriesDelta:
+    """A forward hook: what row i's adapter adds. down: f32[K, in]. up: f32[K, out], of all adapters."""
+
+    def __init__(self, down: Tensor, up: Tensor, rows: _RowEntries) -> None:
+        self._down, self._up, self._rows = down.t(), up, rows
+
+    def __call__(self, tokens: int, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = _by_row(args[0], len(self._rows), tokens).to(self._down.dtype)
+        entries, starts, wanted = self._rows.of(x.shape[1])
+        inner = torch.sparse.sampled_addmm(wanted, x.reshape(-1, x.shape[-1]), self._down, beta=0.0).values()
+        added = torch.embedding_bag(self._up, entries, starts, False, 0, False, inner, True)[0]
+        return added.add_(output.reshape(added.shape)).to(output.dtype).view(output.shape)
+
+
+class _SharedFactors(_Form):
+    """One stack per group of layers: of the adapters of the batch, and of some that were in it before."""
+
+    def of(self, adapters: Sequence[str | None], stage: str) -> list[Hook]:
         names = list(dict.fromkeys(name for name in adapters if name is not None))
-        pages = self._pages.of([(name, 0) for name in names])
+        if stage not in self.pages:
+            self.pages[stage] = FactorPages(self._groups, self._get, PAGE)
+        factors: FactorPages = self.pages[stage]
+        pages = factors.of([(name, 0) for name in names])
         top = 1 + max((page for own in pages.values() for page in own), default=-1)
         whose = [-1] * top
         for number, own in enumerate(pages.values()):
             for page in own:
                 whose[page] = number
         wanted = torch.tensor([-2 if name is None else names.index(name) for name in adapters])
-        foreign = (torch.tensor(whose) != wanted[:, None]).repeat_interleave(self._pages.unit, dim=1)[:, None]
-        foreign, size = foreign.to(self._pages.buffers[0][0].device), top * self._pages.unit
+        foreign = (torch.tensor(whose) != wanted[:, None]).repeat_interleave(PAGE, dim=1)[:, None]
+        foreign, size = foreign.to(factors.buffers[0][0].device), top * PAGE
         return [
             (layer, _Delta(down[i, :size], up[i, :size], foreign))
-            for group, (down, up) in zip(self._groups, self._pages.buffers)
+            for group, (down, up) in zip(self._groups, factors.buffers)
             for i, layer in enumerate(group.layers)
         ]
 
@@ -265,38 +241,35 @@ class _Delta:
         return add_product(output, inner, self._up)
 
 
-class _RowFactors:
-    """Each row's own factors, in pieces of one rank: a row of a larger rank has several. A row costs what its own rank costs, and
-    keeps its copy as long as it is in the batch, at whichever place of it."""
+class _RowFactors(_Form):
+    """Each row's own factors, all of the largest rank. A row keeps its copy as long as it is in the batch, at whichever place of
+    it."""
 
-    def __init__(self, groups: Sequence[LayerGroup], get: Callable[[str], PackedAdapter]) -> None:
-        self._groups, self._get = groups, get
-        self._pages = _Pages(groups, get, 1)
-
-    def of(self, adapters: Sequence[str | None], unit: int) -> list[Hook]:
-        """unit: rank of a piece, at least."""
+    def of(self, adapters: Sequence[str | None], stage: str) -> list[Hook]:
         copies: Counter[str] = Counter()
         rows: dict[Key, int] = {}
         for row, name in enumerate(adapters):
             if name is not None:
                 rows[name, copies[name]] = row
                 copies[name] += 1
-        if unit > self._pages.unit:
-            self._pages = _Pages(self._groups, self._get, unit)
-        row_of = {page: rows[key] for key, own in self._pages.of([*rows]).items() for page in own}
+        rank = max(self._get(name).r for name, _ in rows)
+        if stage not in self.pages or rank > self.pages[stage].unit:
+            self.pages[stage] = FactorPages(self._groups, self._get, rank)
+        factors: FactorPages = self.pages[stage]
+        row_of = {page: rows[key] for key, own in factors.of([*rows]).items() for page in own}
         count = 1 + max(row_of, default=-1)
-        self._pages.clear(page for page in range(count) if page not in row_of)  # 0, so that the first row may have them
-        index = torch.tensor([row_of.get(page, 0) for page in range(count)]).to(self._pages.buffers[0][0].device)
+        factors.clear(page for page in range(count) if page not in row_of)  # 0, so that the first row may have them
+        index = torch.tensor([row_of.get(page, 0) for page in range(count)]).to(factors.buffers[0][0].device)
         return [
             (layer, _RowDelta(down[i, :count], up[i, :count], index, len(adapters)))
-            for group, buffers in zip(self._groups, self._pages.buffers)
-            for down, up in [[one.unflatten(1, (-1, self._pages.unit)) for one in buffers]]
+            for group, buffers in zip(self._groups, factors.buffers)
+            for down, up in [[one.unflatten(1, (-1, factors.unit)) for one in buffers]]
             for i, layer in enumerate(group.layers)
         ]
 
 
 class _RowDelta:
-    """A forward hook: what row i's adapter adds. down: [P, r, in] and up: [P, r, out], pieces. row_of: i64[P], of the rows 0 to
+    """A forward hook: what row i's adapter adds. down: [P, r, in]. up: [P, r, out]. row_of: i64[P], of the rows 0 to
     `rows`."""
 
     def __init__(self, down: Tensor, up: Tensor, row_of: Tensor, rows: int) -> None:
@@ -309,29 +282,18 @@ class _RowDelta:
         return base.index_add(0, self._row_of, torch.bmm(inner, self._up)).to(output.dtype).view(output.shape)
 
 
-def piece_rank(packed: Sequence[PackedAdapter]) -> int:
-    """A GPU adds several pieces to a row in no certain order, so there each row has one, whose rank is that of the largest."""
-    return PIECE if packed[0].device.type == "cpu" else max(one.r for one in packed)
-
-
-def _prefers_rows(
-    groups: Sequence[LayerGroup],
-    distinct: Sequence[PackedAdapter],
-    packed: Sequence[PackedAdapter],
-    tokens: int,
-    unit: int,
-) -> bool:
-    """Whether each row should get its own factors, by what both forms cost. distinct: adapters of the rows, packed: of each row."""
-    if len(distinct) < 3:
-        return False
+def form_of(
+    groups: Sequence[LayerGroup], distinct: Sequence[PackedAdapter], packed: Sequence[PackedAdapter]
+) -> type[_Form]:
+    """What costs least. distinct: adapters of the rows, packed: of each row that has one."""
+    one = distinct[0]
+    if one.device.type == "cpu" and one.dtype is torch.float32:
+        return _OwnEntries
     widths = sum(group.width * len(group.names) for group in groups)
-    own = sum(-(-one.r // unit) * unit for one in packed)
-    if 4 * own * widths > BY_ROW_BYTES:
-        return False
-    if distinct[0].device.type != "cpu":
-        return 2 * BY_ROW_SHARE * sum(one.entries for one in distinct) > widths
-    shared = len(packed) * sum(one.r for one in distinct)
-    return shared * tokens > own * (BY_ROW_SPEED + tokens)
+    copies = 4 * len(packed) * max(one.r for one in distinct) * widths
+    if len(distinct) < 3 or copies > BY_ROW_BYTES:
+        return _SharedFactors
+    return _RowFactors if 2 * BY_ROW_SHARE * sum(one.entries for one in distinct) > widths else _SharedFactors
 
 
 def _by_row(x: Tensor, rows: int, tokens: int) -> Tensor:

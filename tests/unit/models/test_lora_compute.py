@@ -106,10 +106,10 @@ def test_adapters_that_come_later_follow_too(models: dict[str, Any]) -> None:
         assert type(layer(model).lora_A[name]) is type(layer(model).lora_A["policy"]) is not nn.Linear
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_the_sampler_multiplies_alike(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, by_row: bool) -> None:
+@pytest.mark.parametrize("form", [stacked_lora._SharedFactors, stacked_lora._RowFactors])
+def test_the_sampler_multiplies_alike(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, form: type) -> None:
     """Its factors are rounded as the learner's are: what is left between them is the order of bfloat16 sums."""
-    monkeypatch.setattr(stacked_lora, "_prefers_rows", lambda *args: by_row)
+    monkeypatch.setattr(stacked_lora, "form_of", lambda *args: form)
     stacks, said = {}, {}
     with torch.no_grad():
         for name, model in models.items():

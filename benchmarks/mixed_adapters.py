@@ -3,14 +3,17 @@
     python benchmarks/mixed_adapters.py --model 5.8m --output
 
 Same engine, same requests: `requests` greedy replies of `new_tokens` tokens, 32 rows at a time. Baselines in the same run: all
-requests under one adapter; and PEFT's `set_adapter` with transformers' `generate`, one adapter after the other, each with its share
-of the requests. Replies of the mixed batch are compared with those of the baseline, token by token.
+requests under one adapter; PEFT's `set_adapter` with transformers' `generate`, one adapter after the other, each with its share
+of the requests; and the mixed batch in the two forms that the sampler does not take on a CPU (sampler/stacked_lora.py). Replies of
+the mixed batch are compared with those of the baselines, token by token.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+import unittest.mock
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +22,15 @@ from _common import data_folder, emit, parser, report, spread
 
 from rlhf_ray.config import LoraConfig
 from rlhf_ray.models.adapters import adapter_parameters, add_fresh, wrap
+from rlhf_ray.sampler import stacked_lora
 from rlhf_ray.sampler.engine import Sampler
 from rlhf_ray.sampler.requests import DecodeRequest
 
 ROWS, REQUESTS, PROMPT, NEW = 32, 64, 16, 64
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 SWITCHED = (1, 8, 32)
+FORMS_AT = (2, 8, 32, 128)
+FORMS = {"masked stacks": stacked_lora._SharedFactors, "copies by row": stacked_lora._RowFactors}
 
 
 def build(name: str) -> Any:
@@ -71,6 +77,11 @@ def ours(peft: Any, asked: list[DecodeRequest]) -> tuple[float, list[tuple[int, 
     return len(asked) * NEW / (time.perf_counter() - started), [r.token_ids for r in found]
 
 
+def ours_in(form: type, peft: Any, asked: list[DecodeRequest]) -> tuple[float, list[tuple[int, ...]]]:
+    with unittest.mock.patch.object(stacked_lora, "form_of", lambda *_: form):
+        return ours(peft, asked)
+
+
 @torch.no_grad()
 def switching(peft: Any, asked: list[DecodeRequest]) -> tuple[float, list[tuple[int, ...]]]:
     """`set_adapter`, then `generate` for that adapter's requests, and so on."""
@@ -101,7 +112,8 @@ def main() -> None:
     ours(peft, requests(vocabulary, names[:2]))  # warm up
     mixed: dict[int, list[float]] = {count: [] for count in counts}
     switched: dict[int, list[float]] = {count: [] for count in SWITCHED if count <= args.most}
-    differ = {}
+    in_form: dict[str, list[float]] = defaultdict(list)
+    differ: dict[int, int] = defaultdict(int)
     for _ in range(args.repeats):
         for count in counts:  # in turn, so that whatever else the machine does meets all of them alike
             asked = requests(vocabulary, names[:count])
@@ -110,7 +122,11 @@ def main() -> None:
             if count in switched:
                 speed, other = switching(peft, asked)
                 switched[count].append(speed)
-                differ[count] = sum(a != b for a, b in zip(said, other))
+                differ[count] += sum(a != b for a, b in zip(said, other))
+            for name, form in FORMS.items() if count in FORMS_AT else ():
+                speed, other = ours_in(form, peft, asked)
+                in_form[f"{name}/{count}"].append(speed)
+                differ[count] += sum(a != b for a, b in zip(said, other))
             print(f"{count} adapters: {mixed[count][-1]:.0f} tokens/s", file=sys.stderr, flush=True)
     measured: dict[str, Any] = {}
     for count in counts:
@@ -119,7 +135,12 @@ def main() -> None:
     for count in switched:
         measured[f"tokens_per_second_switching/{count}"] = spread(switched[count])
         measured[f"times_switching/{count}"] = spread([a / b for a, b in zip(mixed[count], switched[count])])
-        measured[f"replies_that_differ/{count}"] = spread([differ[count]])
+    for count, replies in differ.items():
+        measured[f"replies_that_differ/{count}"] = spread([replies])
+    for name, speeds in in_form.items():
+        measured[f"tokens_per_second_in_{name}"] = spread(speeds)
+        ours_then = mixed[int(name.rpartition("/")[2])]
+        measured[f"times_{name}"] = spread([a / b for a, b in zip(ours_then, speeds)])
     parameters = sum(p.numel() for n, p in peft.named_parameters() if "lora_" not in n)
     settings = {
         "model": f"{args.model}, {parameters:,} parameters, float32, CPU",

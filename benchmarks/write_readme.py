@@ -266,8 +266,10 @@ def mixed(name: str) -> str:
     speed = "{}, {} and {}".format(*(mid(m[f"tokens_per_second/{n}"]) for n in counts))
     share = " and ".join(scattered(m[f"share_of_one_adapter/{n}"]) for n in counts[1:])
     differ = sum(value for key, f in m.items() if key.startswith("replies_that_differ") for value in f["values"])
+    forms = " and ".join(f"{scattered(m[f'times_{form}/32'])} times {form}" for form in ("masked stacks", "copies by row"))
     return (
-        f"{speed} tokens a second: {share} of one adapter; {scattered(m['times_switching/32'])} times switching among 32 adapters; "
+        f"{speed} tokens a second: {share} of one adapter; {scattered(m['times_switching/32'])} times switching among 32 adapters, "
+        f"{forms}; "
         + ("all replies equal" if not differ else f"{differ:g} replies differ")
     )
 

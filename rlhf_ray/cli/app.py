@@ -242,7 +242,9 @@ def generate(
     policy: Policies,
     instruction: Annotated[str | None, typer.Option(help="one instruction to answer")] = None,
     input: Annotated[str, typer.Option(help="its input")] = "",
-    file: Annotated[str | None, typer.Option(help="answer every row of this file instead")] = None,
+    file: Annotated[
+        str | None, typer.Option(help="answer every row of this file instead (.json, .jsonl, .csv or .parquet)")
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -312,7 +314,9 @@ def score(
     api_key_env: Annotated[
         str | None, typer.Option(help="with --url: variable of the environment that holds the key")
     ] = None,
-    file: Annotated[str | None, typer.Option(help="score every row (or pair) of this file")] = None,
+    file: Annotated[
+        str | None, typer.Option(help="score every row (or pair) of this file (.json, .jsonl, .csv or .parquet)")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="prompt of one text to score")] = None,
     completion: Annotated[str | None, typer.Option(help="the reply to score")] = None,
     template: Annotated[str | None, typer.Option(help="prompt template; default: the reward model's own")] = None,

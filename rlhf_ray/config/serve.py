@@ -159,8 +159,8 @@ class ServeConfig(Section):
     )
     template: str | None = field(
         None,
-        "prompt template of the base without an adapter; default: chat where its tokenizer has one, else none"
-        " (an adapter always has the template it was trained with)",
+        "prompt template of the base without an adapter, and of adapter folders that record none; default: chat where its tokenizer"
+        " has one, else none, for such folders alpaca (any other adapter has the template it was trained with)",
     )
     template_date: TemplateDate | None = field(
         None,

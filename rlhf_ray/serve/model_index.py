@@ -17,7 +17,6 @@ from rlhf_ray.errors import ArtifactError, ConfigError
 from rlhf_ray.models.adapter_files import AdapterFiles
 from rlhf_ray.models.backbone import Backbone
 from rlhf_ray.models.lineage import (
-    DEFAULT_TEMPLATE,
     check_lineage,
     recorded_add_eos_token,
     recorded_date,
@@ -212,17 +211,20 @@ def load_entry(entry: Entry, backbone: Backbone) -> ModelCheckpoint:
 
 
 def run_versions(
-    adapters: Mapping[str, str], backbone: Backbone, check: Callable[[AdapterFiles], Any] | None = None
+    adapters: Mapping[str, str],
+    backbone: Backbone,
+    template: Template,
+    check: Callable[[AdapterFiles], Any] | None = None,
 ) -> dict[str, tuple[list[ModelVersion], str]]:
     """The adapters that a job file names, as version 0 of their names. Raises ConfigError, ArtifactError.
 
-    check: raises for one that the engine cannot have."""
+    template: of those that record none.   check: raises for one that the engine cannot have."""
     found = {}
     for name, spec in adapters.items():
-        checkpoint = load_run(name, spec, backbone)
+        checkpoint = load_run(name, spec, backbone, template)
         if check is not None:
             check(checkpoint.files)
-        reload = partial(_reload_run, name, spec, backbone, checkpoint.sha256)
+        reload = partial(_reload_run, name, spec, backbone, template, checkpoint.sha256)
         version = ModelVersion(checkpoint.id, name, 0, checkpoint.sha256, int(time.time()), checkpoint.kind, reload)
         found[name] = [version], version.id
     return found
@@ -250,20 +252,21 @@ def to_be_merged(config: ServeConfig) -> AdapterFiles | None:
     return None
 
 
-def _reload_run(name: str, spec: str, backbone: Backbone, sha256: str) -> ModelCheckpoint:
-    checkpoint = load_run(name, spec, backbone)
+def _reload_run(name: str, spec: str, backbone: Backbone, template: Template, sha256: str) -> ModelCheckpoint:
+    checkpoint = load_run(name, spec, backbone, template)
     if checkpoint.sha256 != sha256:
         raise ArtifactError.at(f"adapters.{name}", "has changed since the service started", sha256, checkpoint.sha256)
     return checkpoint
 
 
-def load_run(name: str, spec: str, backbone: Backbone) -> ModelCheckpoint:
-    """A run, RUN@STEP or an adapter folder, compared with the base, tokenizer and template that it records."""
+def load_run(name: str, spec: str, backbone: Backbone, template: Template) -> ModelCheckpoint:
+    """A run, RUN@STEP or an adapter folder, compared with the base, tokenizer and template that it records; `template` is of one
+    that records none."""
     source = policy_source(spec)
     if source.kind != "adapter":
         raise ConfigError.at(f"adapters.{name}", "is no adapter", "a run, RUN@STEP or an adapter folder", spec)
-    written_in, told = recorded_template(source) or DEFAULT_TEMPLATE, (recorded_date(source), recorded_kwargs(source))
-    template = load_template(written_in, backbone.tokenizer, *told)
+    if (recorded := recorded_template(source)) is not None:
+        template = load_template(recorded, backbone.tokenizer, recorded_date(source), recorded_kwargs(source))
     check_lineage(source, backbone.identity, template, role=name)
     files = read_any(source.path)
     stage = source.run.stage if source.run is not None else None

@@ -23,6 +23,7 @@ from rlhf_ray.data.encode import bos_ids
 from rlhf_ray.data.templates import load_template
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.models.backbone import Backbone
+from rlhf_ray.models.lineage import DEFAULT_TEMPLATE
 from rlhf_ray.models.merge import merge_in_memory
 from rlhf_ray.registry import Registry
 from rlhf_ray.runtime.devices import own_device
@@ -83,7 +84,11 @@ class Replica:
             max_cached=self.limits.cached_tokens,
             vllm=start_engine(config, self.backbone, device),
         )
-        self.runs = run_versions(config.adapters, self.backbone, self.engine.pack if config.engine == "vllm" else None)
+        unrecorded = self.template
+        if config.template is None and chat == "none":
+            unrecorded = load_template(DEFAULT_TEMPLATE, self.backbone.tokenizer)
+        check = self.engine.pack if config.engine == "vllm" else None
+        self.runs = run_versions(config.adapters, self.backbone, unrecorded, check)
         self.merged: ModelCheckpoint | None = None
         """Of the one adapter that is served, where it is merged into the base: every name then means the model as it is."""
         if more is not None:

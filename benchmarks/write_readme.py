@@ -266,11 +266,12 @@ def mixed(name: str) -> str:
     speed = "{}, {} and {}".format(*(mid(m[f"tokens_per_second/{n}"]) for n in counts))
     share = " and ".join(scattered(m[f"share_of_one_adapter/{n}"]) for n in counts[1:])
     differ = sum(value for key, f in m.items() if key.startswith("replies_that_differ") for value in f["values"])
-    forms = " and ".join(f"{scattered(m[f'times_{form}/32'])} times {form}" for form in ("masked stacks", "copies by row"))
+    forms = " and ".join(
+        f"{scattered(m[f'times_{form}/32'])} times {form}" for form in ("masked stacks", "copies by row")
+    )
     return (
         f"{speed} tokens a second: {share} of one adapter; {scattered(m['times_switching/32'])} times switching among 32 adapters, "
-        f"{forms}; "
-        + ("all replies equal" if not differ else f"{differ:g} replies differ")
+        f"{forms}; " + ("all replies equal" if not differ else f"{differ:g} replies differ")
     )
 
 
@@ -364,8 +365,8 @@ def thousand(name: str) -> str:
     )
 
 
-def two_replicas() -> str:
-    m = measured("serve_replicas_stories260k")
+def two_replicas(name: str) -> str:
+    m = measured(name)
     with_it, without = m["two, affinity"], m["two, Serve's router"]
     return (
         f"found on the device {mid(with_it['hit_rate'])} of the time, against {mid(without['hit_rate'])} without; replies a second "
@@ -604,8 +605,14 @@ OVERVIEW: tuple[tuple[str, str, Callable[[], str], str], ...] = (
     (
         "The same on two replicas of one thread each, with and without regard to who has which adapter",
         STORIES,
-        two_replicas,
+        lambda: two_replicas("serve_replicas_stories260k"),
         "serve_replicas_stories260k",
+    ),
+    (
+        "The same",
+        "random Llama, 6 M parameters, head dimension 32",
+        lambda: two_replicas("serve_replicas_6m"),
+        "serve_replicas_6m",
     ),
     (
         "`plan --device cpu` against eight runs in their own processes (one run each)",
@@ -1095,11 +1102,11 @@ def thousand_adapters() -> list[str]:
 
 
 def replicas() -> list[str]:
-    m = measured("serve_replicas_stories260k")
     return table(
-        "replicas | replies a second | found on the device | read from disk | whole reply p50, s | p99, s",
+        "model | replicas | replies a second | found on the device | read from disk | whole reply p50, s | p99, s",
         (
             [
+                model,
                 case,
                 scattered(by["replies_per_second"]),
                 mid(by["hit_rate"]),
@@ -1107,7 +1114,8 @@ def replicas() -> list[str]:
                 mid(by["reply_p50"]),
                 mid(by["reply_p99"]),
             ]
-            for case, by in m.items()
+            for model, name in (("stories260K", "serve_replicas_stories260k"), ("6 M", "serve_replicas_6m"))
+            for case, by in measured(name).items()
             if "hit_rate" in by
         ),
     )

@@ -4,13 +4,13 @@ For row i with adapter a(i), every adapted layer adds  s_a B_a A_a x_i.  PEFT's 
 layer. Here the A of all adapters of the batch lie on top of each other and their scaled B side by side (factor_pages.py), in one of
 three forms that compute the same terms:
 
-- On a CPU in float32 each row is multiplied with its own entries of them, where they lie: a product of which only those entries are
+- B_all (M_i * (A_all x_i)),  where M_i keeps the entries of a(i) and sets the others to 0 (stacking: S-LoRA, arXiv:2311.03285),
+  which computes rows x adapters products of which one a row is wanted. Two adapters always.
+- On a CPU in float32 each row is multiplied with its own entries alone, where they lie: a product of which only those entries are
   computed, and a sum of the rows of B that belong to them. (Gathering factors by row: Punica's kernels, arXiv:2310.18547; here by
-  PyTorch's own, `sampled_addmm` and `embedding_bag`.) No other form was quicker there for layers of 64 to 1024, 3 to 64 adapters of
-  ranks 4 to 64, and 1 to 48 tokens a row.
-- Else  B_all (M_i * (A_all x_i)),  where M_i keeps the entries of a(i) and sets the others to 0 (stacking: S-LoRA,
-  arXiv:2311.03285), which computes rows x adapters products of which one a row is wanted;
-- and where there are so many of both that this costs more, each row gets its own factors side by side, in batched products.
+  PyTorch's own, `sampled_addmm` and `embedding_bag`.) benchmarks/mixed_adapters.py compares the forms.
+- Elsewhere, where there are so many of both that the first form costs more, each row gets its own factors side by side, in batched
+  products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -180,10 +179,10 @@ class _RowEntries:
         """entries: i32[n], of all lines.  starts: i32[rows * lines + 1], where those of a line begin.  The same as a sparse matrix,
         f32[rows * lines, size], of zeros."""
         if lines not in self._by_lines:
-            entries = torch.tensor([entry for row in self._rows for entry in row * lines], dtype=torch.int32)
-            counts = (len(row) for row in self._rows for _ in range(lines))
-            starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
-            shape = len(starts) - 1, self._size
+            entries = torch.cat([torch.tensor(row, dtype=torch.int32).repeat(lines) for row in self._rows])
+            counts = torch.tensor([len(row) for row in self._rows], dtype=torch.int32).repeat_interleave(lines)
+            starts = nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+            shape = len(counts), self._size
             matrix = torch.sparse_csr_tensor(starts, entries, torch.zeros(len(entries)), shape, check_invariants=False)
             self._by_lines[lines] = entries, starts, matrix
         return self._by_lines[lines]
@@ -287,11 +286,13 @@ def form_of(
 ) -> type[_Form]:
     """What costs least. distinct: adapters of the rows, packed: of each row that has one."""
     one = distinct[0]
+    if len(distinct) < 3:
+        return _SharedFactors
     if one.device.type == "cpu" and one.dtype is torch.float32:
         return _OwnEntries
     widths = sum(group.width * len(group.names) for group in groups)
     copies = 4 * len(packed) * max(one.r for one in distinct) * widths
-    if len(distinct) < 3 or copies > BY_ROW_BYTES:
+    if copies > BY_ROW_BYTES:
         return _SharedFactors
     return _RowFactors if 2 * BY_ROW_SHARE * sum(one.entries for one in distinct) > widths else _SharedFactors
 

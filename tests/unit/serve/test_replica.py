@@ -485,6 +485,33 @@ def test_promotion_and_rollback_without_a_restart_and_a_corrupt_version_never_ta
     run(job(registry=str(tmp_path / "registry")), body)
 
 
+@pytest.mark.parametrize(
+    ("base", "given", "expected"), [("chat", None, "chat"), ("plain", None, "alpaca"), ("plain", "vigogne", "vigogne")]
+)
+def test_an_adapter_folder_that_records_no_template_is_asked_as_the_base_is(
+    job: Callable[..., ServeConfig],
+    saved_by_peft: Callable[..., Any],
+    base_dir: Path,
+    chat_llama: Callable[..., Path],
+    tmp_path: Path,
+    base: str,
+    given: str | None,
+    expected: str,
+) -> None:
+    """Others' adapters on a chat model were asked in Alpaca's words, 104 tokens for 7, while the base got its chat template."""
+    folder = chat_llama() if base == "chat" else base_dir
+    saved_by_peft(folder, tmp_path / "theirs", std=0.4, target_modules=["q_proj"])
+    tokenizer = load_tiny(folder).tokenizer
+
+    async def body(replica: Replica) -> Any:
+        return await replica.tokenize("helper", PROMPT), await replica.models()
+
+    config = job(adapters={"helper": str(tmp_path / "theirs")}, model_name_or_path=str(folder), template=given)
+    tokens, models = run(config, body)
+    assert tokens["ids"] == encode_prompts(tokenizer, load_template(expected, tokenizer), [Prompt("Name a bird.")])[0]
+    assert next(m for m in models if m["id"] == "helper")["template"] == expected
+
+
 def test_an_adapter_that_is_more_than_lora_is_served_alone(
     job: Callable[..., ServeConfig], saved_by_peft: Callable[..., Any], base_dir: Path, tmp_path: Path
 ) -> None:
@@ -511,7 +538,9 @@ def test_an_adapter_that_is_more_than_lora_is_served_alone(
             await replica.tokenize("base", PROMPT),
         )
 
-    found, again, refused, models, status, tokens = run(job(adapters={"helper": str(tmp_path / "more")}), body)
+    found, again, refused, models, status, tokens = run(
+        job(adapters={"helper": str(tmp_path / "more")}, template=None), body
+    )
     assert found["choices"][0]["text"] == again["choices"][0]["text"] == expected
     assert [r["error"]["code"] for r in refused] == ["model_not_found", "no_base"]
     assert [m["id"] for m in models] == ["helper", found["start"]["adapters"]["helper"]["id"]]

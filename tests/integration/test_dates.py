@@ -12,6 +12,7 @@ import torch
 
 from rlhf_ray.config import PPOConfig, SamplingConfig, SFTConfig
 from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.data.templates import load_template
 from rlhf_ray.models.assembly import load_options
 from rlhf_ray.models.backbone import load_backbone
 from rlhf_ray.models.merge import merge_run
@@ -76,6 +77,6 @@ def test_one_date_from_sft_to_the_service(
     job = SFTConfig(output_dir="x", **batch, **shared)
     backbone = load_backbone(path=base, revision=None, **load_options(job, torch.device("cpu")))
     for run in (first, second):
-        served = load_run("one", str(run.run_dir), backbone)
+        served = load_run("one", str(run.run_dir), backbone, load_template("none"))
         assert served.template.render(Prompt("Hi")).startswith("Today is 03 Feb 2020.")
     assert json.loads((tmp_path / "merged" / "rlhf_ray.json").read_text())["template"]["date"] == THEN

@@ -4,8 +4,8 @@
 
 Same engine, same requests: `requests` greedy replies of `new_tokens` tokens, 32 rows at a time. Baselines in the same run: all
 requests under one adapter; PEFT's `set_adapter` with transformers' `generate`, one adapter after the other, each with its share
-of the requests; and the mixed batch in the two forms that the sampler does not take on a CPU (sampler/stacked_lora.py). Replies of
-the mixed batch are compared with those of the baselines, token by token.
+of the requests; and the mixed batch in the other two forms of sampler/stacked_lora.py (for two adapters masked stacks are the
+sampler's own choice). Replies of the mixed batch are compared with those of the baselines, token by token.
 """
 
 from __future__ import annotations

@@ -173,11 +173,13 @@ def test_a_batch_that_grows_keeps_its_place(
     assert pages.buffers is buffers
     monkeypatch.setattr(factor_pages, "RESERVED", 0)
     few, _ = pages_of(stacks, ranks, unused_are_read=False)
-    few.of([("p0", 0)])
-    kept = few.buffers
+    own = few.of([("p0", 0)])["p0", 0]
+    kept, there = few.buffers, slice(4 * own[0], 4 * own[-1] + 4)
+    placed = kept[0][0][:, there].clone()
     everything = few.of([(f"p{i}", 0) for i in range(40)])
     assert few.buffers is not kept and len({page for own in everything.values() for page in own}) == 80
-    assert kept[0][0].isfinite().all(), "whoever still uses the buffers before finds them as they were"
+    assert placed.isfinite().all()
+    assert torch.equal(kept[0][0][:, there], placed), "whoever still uses the buffers before finds them as they were"
 
 
 def test_buffers_shrink_when_they_are_not_needed_for_long(
